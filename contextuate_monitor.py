@@ -1,0 +1,5698 @@
+#!/usr/bin/env python3
+"""Contextuate Monitor: who is working, who waits for you, and what happened, live in a browser.
+
+    python3 contextuate_monitor.py start      start the monitor and print the page's address
+    python3 contextuate_monitor.py install    register the hook in Claude Code's settings
+    python3 contextuate_monitor.py --help     everything else
+
+Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket. The monitor writes each
+event to a file before it acknowledges it, keeps the state of every session, and sends both to the dashboard
+(`index.html`) over WebSocket. The README describes events, files and protocol.
+
+Threads, and who owns what:
+- The loop thread owns all state: sessions, clients, ingest connections, and every write to the event store.
+- HTTP threads (one a request) and the reader thread (history for WebSocket clients) read event files, which
+  only ever grow, and ask the loop thread for anything else through `EventLoop.call`.
+Nothing is shared but the queue and the wake-up socket of the loop.
+
+Not here: TLS (put a reverse proxy in front) and several machines in one monitor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import codecs
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import difflib
+import enum
+import errno
+import fcntl
+import glob
+import hashlib
+import heapq
+import hmac
+import http.client
+import http.server
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import mmap
+import os
+import py_compile
+import random
+import re
+import resource
+import secrets
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+import webbrowser
+from collections.abc import Mapping
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    Generator,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
+
+try:
+    import emit_event
+except ModuleNotFoundError:
+    sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
+
+from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json
+
+__version__ = "0.1.0"
+__all__ = [
+    "EventLoop",
+    "EventStore",
+    "FrameParser",
+    "Monitor",
+    "SessionBook",
+    "Settings",
+    "load_settings",
+    "main",
+]
+
+log = logging.getLogger("contextuate")
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+# ---------------------------------------------------------------------------
+# Config: what the monitor is told, checked once
+#
+# Owns: Settings, and where each of our files lies. The keys themselves are in emit_event.KEYS.
+# ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything the monitor is told, from the configuration file, the environment and the command line."""
+
+    home: str
+    config_path: str
+    machine_id: str
+    values: Dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    @property
+    def privacy(self) -> Privacy:
+        """Return what may be stored."""
+        return Privacy(
+            redact=self["privacy.redact"],
+            metadata_only=self["privacy.level"] == "metadata",
+            field_limit_bytes=self["limits.fieldBytes"],
+        )
+
+    def path(self, name: str) -> str:
+        """Return the path of one of our files."""
+        return os.path.join(self.home, name)
+
+
+def load_settings(
+    config_path: Optional[str] = None, overrides: Optional[Dict[str, Any]] = None
+) -> Tuple[Settings, List[str]]:
+    """Read the configuration; return settings and warnings in words, raise ConfigError for what cannot be used.
+
+    `overrides` maps configuration keys to values of the command line, which win over the file.
+    """
+    home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
+    path = os.path.abspath(config_path or path)
+    if config_path and not os.path.exists(path):
+        raise ConfigError(f"{path}: no such file; leave --config out to use defaults")
+    values, warnings = emit_event.load_config(path)
+    for key, value in (overrides or {}).items():
+        rule = emit_event.KEYS[key]
+        if not rule.accepts(value):
+            raise ConfigError(f"command line: {key}: expected {rule.expected}, got {value!r}")
+        values[key] = value
+    settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
+    if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
+        raise ConfigError(
+            f'{path}: server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in the '
+            'network could read your sessions; use "auto" or "token", or bind 127.0.0.1'
+        )
+    same_port = settings["server.port"] == settings["server.wsPort"] != 0
+    if same_port:
+        raise ConfigError(
+            f"{path}: server.wsPort: expected a port other than server.port ({settings['server.port']})"
+        )
+    return settings, warnings
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address means this machine only."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------------------
+# WebSocket framing: RFC 6455 without I/O
+#
+# Bytes in, messages out, in wire order. Knows: frames. Does not know: sockets, clients, what messages mean.
+# Extensions are never agreed on, so every reserved bit is an error (section 5.2).
+# ---------------------------------------------------------------------------
+
+WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+MESSAGE_LIMIT_BYTES = 16 << 20
+CONTROL_LIMIT_BYTES = 125
+HEAD_LIMIT_BYTES = 16 << 10
+
+
+class Opcode(enum.IntEnum):
+    """Frame opcodes, RFC 6455 section 5.2."""
+
+    CONTINUATION = 0x0
+    TEXT = 0x1
+    BINARY = 0x2
+    CLOSE = 0x8
+    PING = 0x9
+    PONG = 0xA
+
+
+class CloseCode(enum.IntEnum):
+    """The close codes this program sends, RFC 6455 section 7.4.1 and the IANA registry."""
+
+    NORMAL = 1000
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
+    INVALID_DATA = 1007
+    POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009
+    TRY_AGAIN_LATER = 1013
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol: the close code that says how, and the reason in words."""
+
+    def __init__(self, code: CloseCode, reason: str) -> None:
+        super().__init__(f"{int(code)} {reason}")
+        self.code = code
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One whole text message."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """One whole binary message."""
+
+    data: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ping:
+    """A ping, to be answered by a pong with the same payload."""
+
+    payload: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Pong:
+    """A pong."""
+
+    payload: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Close:
+    """The peer's close frame; code None when it carried none. Nothing follows it."""
+
+    code: Optional[int]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """The peer broke the protocol; answer with a close frame of this code. Nothing follows it."""
+
+    code: CloseCode
+    reason: str
+
+
+Received = Union[Text, Binary, Ping, Pong, Close, Failure]
+
+
+def encode_frame(opcode: Opcode, payload: bytes, mask: Optional[bytes] = None) -> bytes:
+    """Encode one final frame in the minimal length form (RFC 6455 section 5.2); `mask` is a client's 4 bytes."""
+    size = len(payload)
+    masked = 0x80 if mask else 0
+    if size < 126:
+        head = struct.pack("!BB", 0x80 | opcode, masked | size)
+    elif size < 1 << 16:
+        head = struct.pack("!BBH", 0x80 | opcode, masked | 126, size)
+    else:
+        head = struct.pack("!BBQ", 0x80 | opcode, masked | 127, size)
+    return head + mask + apply_mask(payload, mask) if mask else head + payload
+
+
+def encode_close(code: int, reason: str = "", mask: Optional[bytes] = None) -> bytes:
+    """Encode a close frame; the reason is cut to the 123 bytes that a control frame has for it."""
+    text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
+    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text, mask)
+
+
+def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
+    """XOR `data` with the 4-byte `mask` (RFC 6455 section 5.3), `offset` bytes into the payload."""
+    size = len(data)
+    turn = offset % 4
+    key = (mask[turn:] + mask[:turn]) * (size // 4 + 1)
+    return (int.from_bytes(data, "big") ^ int.from_bytes(key[:size], "big")).to_bytes(size, "big")
+
+
+def is_sendable_close_code(code: int) -> bool:
+    """Tell whether a peer may send this code in a close frame (RFC 6455 section 7.4)."""
+    return 3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))
+
+
+class FrameParser:
+    """Turn a peer's bytes into messages.
+
+    `feed(data)` returns what became whole, in wire order; after a Close or a Failure it returns nothing more.
+    `masked` says which side this is: a server takes masked frames only, a client unmasked ones only.
+    """
+
+    def __init__(self, masked: bool = True, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
+        self._masked = masked
+        self._limit_bytes = limit_bytes
+        self._buffer = bytearray()
+        self._received: List[Received] = []
+        self._opcode: Optional[Opcode] = None  # of the message whose fragments are coming in, else None
+        self._size = 0  # of that message so far, bytes
+        self._parts: List[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._parser = self._parse()
+        next(self._parser)
+
+    def feed(self, data: bytes) -> List[Received]:
+        """Take bytes of any size; return the messages they completed."""
+        self._buffer += data
+        next(self._parser)
+        received, self._received = self._received, []
+        return received
+
+    def _parse(self) -> Generator[None, None, None]:
+        try:
+            while True:
+                yield from self._parse_frame()
+        except ProtocolError as error:
+            self._received.append(Failure(error.code, error.reason))
+        except StopIteration:
+            pass
+        # Closed is another parser, not a flag that every step tests.
+        while True:
+            self._buffer.clear()
+            self._parts.clear()
+            yield
+
+    def _take(self, size: int) -> Generator[None, None, bytes]:
+        while len(self._buffer) < size:
+            yield
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+    def _parse_frame(self) -> Generator[None, None, None]:
+        first, second = yield from self._take(2)
+        final, opcode = bool(first & 0x80), self._check_head(first, second)
+        size = second & 0x7F
+        if size == 126:
+            (size,) = struct.unpack("!H", (yield from self._take(2)))
+            self._check_minimal(size, 126)
+        elif size == 127:
+            (size,) = struct.unpack("!Q", (yield from self._take(8)))
+            if size >> 63:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length has its top bit set")
+            self._check_minimal(size, 1 << 16)
+        if opcode < Opcode.CLOSE and self._size + size > self._limit_bytes:
+            raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self._limit_bytes} bytes")
+        mask = (yield from self._take(4)) if self._masked else b""
+        if opcode >= Opcode.CLOSE:
+            payload = yield from self._take(size)
+            yield from self._finish_control(opcode, apply_mask(payload, mask) if mask else payload)
+        else:
+            self._opcode = self._opcode if opcode is Opcode.CONTINUATION else opcode
+            yield from self._parse_data(size, mask, final)
+
+    def _check_head(self, first: int, second: int) -> Opcode:
+        """Check the two first bytes of a frame; return its opcode."""
+        if first & 0x70:
+            raise ProtocolError(
+                CloseCode.PROTOCOL_ERROR, "a reserved bit is set and no extension was agreed on"
+            )
+        try:
+            opcode = Opcode(first & 0x0F)
+        except ValueError:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"unknown opcode {first & 0x0F}") from None
+        if bool(second & 0x80) is not self._masked:
+            wanted = "masked" if self._masked else "unmasked"
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"every frame must be {wanted}")
+        if opcode >= Opcode.CLOSE:
+            if not first & 0x80:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame must not be fragmented")
+            if second & 0x7F > CONTROL_LIMIT_BYTES:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame has at most 125 bytes")
+        elif opcode is Opcode.CONTINUATION and self._opcode is None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
+        elif opcode is not Opcode.CONTINUATION and self._opcode is not None:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the message before this one is not finished")
+        return opcode
+
+    @staticmethod
+    def _check_minimal(size: int, least: int) -> None:
+        if size < least:
+            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length is not in its shortest form")
+
+    def _parse_data(self, size: int, mask: bytes, final: bool) -> Generator[None, None, None]:
+        """Take a data frame's payload as it arrives, so that bad UTF-8 fails at once and not at the end."""
+        done = 0
+        while done < size:
+            while not self._buffer:
+                yield
+            piece = bytes(self._buffer[: size - done])
+            del self._buffer[: size - done]
+            self._add(apply_mask(piece, mask, done) if mask else piece)
+            done += len(piece)
+        self._size += size
+        if final:
+            self._finish_message()
+
+    def _add(self, piece: bytes, last: bool = False) -> None:
+        if self._opcode is Opcode.BINARY:
+            self._parts.append(piece)
+            return
+        try:
+            self._parts.append(self._decoder.decode(piece, last))
+        except UnicodeDecodeError:
+            raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8") from None
+
+    def _finish_message(self) -> None:
+        if self._opcode is Opcode.BINARY:
+            self._received.append(Binary(b"".join(self._parts)))
+        else:
+            self._add(b"", last=True)
+            self._received.append(Text("".join(self._parts)))
+        self._opcode, self._size, self._parts = None, 0, []
+        self._decoder.reset()
+
+    def _finish_control(self, opcode: Opcode, payload: bytes) -> Generator[None, None, None]:
+        if opcode is Opcode.PING:
+            self._received.append(Ping(payload))
+        elif opcode is Opcode.PONG:
+            self._received.append(Pong(payload))
+        else:
+            self._received.append(parse_close(payload))
+            while True:  # whatever follows a close frame is not looked at (section 5.5.1)
+                self._buffer.clear()
+                yield
+
+
+def parse_close(payload: bytes) -> Close:
+    """Parse a close frame's payload (RFC 6455 section 5.5.1); raise ProtocolError."""
+    if not payload:
+        return Close(None, "")
+    if len(payload) == 1:
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a close code has two bytes")
+    (code,) = struct.unpack("!H", payload[:2])
+    if not is_sendable_close_code(code):
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"close code {code} must not be sent")
+    try:
+        return Close(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        raise ProtocolError(CloseCode.INVALID_DATA, "a close reason must be UTF-8") from None
+
+
+class RequestError(Exception):
+    """A request that is refused: HTTP status, reason in words, and headers that help the client."""
+
+    def __init__(self, status: int, reason: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
+        super().__init__(f"{status} {reason}")
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The head of an HTTP request; `headers` in order, names in lower case."""
+
+    method: str
+    target: str
+    headers: Tuple[Tuple[str, str], ...]
+
+    def all(self, name: str) -> List[str]:
+        """Return every value of one header."""
+        return [value for field, value in self.headers if field == name]
+
+    def one(self, name: str) -> str:
+        """Return the value of a header, "" when it is missing; raise RequestError(400) when it comes twice."""
+        values = self.all(name)
+        if len(values) > 1:
+            raise RequestError(400, f"several {name} headers")
+        return values[0] if values else ""
+
+    def tokens(self, name: str) -> List[str]:
+        """Return the comma-separated tokens of a header in lower case, over all its lines."""
+        return [token.strip().lower() for value in self.all(name) for token in value.split(",")]
+
+
+_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+
+
+def parse_request_head(head: bytes) -> Request:
+    """Parse an HTTP/1.1 request head without its final blank line; raise RequestError(400)."""
+    lines = head.split(b"\r\n")
+    parts = lines[0].split(b" ")
+    if len(parts) != 3 or not re.fullmatch(rb"HTTP/1\.\d", parts[2]):
+        raise RequestError(400, "the request line is malformed")
+    headers = []
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        if not colon or not _HEADER_NAME.match(name) or b"\0" in value or b"\n" in value or b"\r" in value:
+            raise RequestError(400, "a header line is malformed")
+        headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
+    if parts[2] != b"HTTP/1.1":
+        raise RequestError(505, "a WebSocket needs HTTP/1.1")
+    return Request(parts[0].decode("latin-1"), parts[1].decode("latin-1"), tuple(headers))
+
+
+def accept_key(key: str) -> str:
+    """Compute Sec-WebSocket-Accept for a client's key (RFC 6455 section 4.2.2)."""
+    return base64.b64encode(hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()).decode("ascii")
+
+
+def handshake_response(request: Request) -> bytes:
+    """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError.
+
+    Extensions and subprotocols are declined by leaving them out.
+    """
+    if request.method != "GET":
+        raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
+    if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
+        raise RequestError(
+            426, "this is the WebSocket port", [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+        )
+    if request.one("sec-websocket-version") != "13":
+        raise RequestError(426, "WebSocket version 13 is needed", [("Sec-WebSocket-Version", "13")])
+    key = request.one("sec-websocket-key")
+    try:
+        good_key = len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
+    except (binascii.Error, UnicodeEncodeError):
+        good_key = False
+    if not good_key:
+        raise RequestError(400, "Sec-WebSocket-Key must be 16 bytes in base64")
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n"
+    ).encode("ascii")
+
+
+# ---------------------------------------------------------------------------
+# Event store: events on disk, one file per day and session
+#
+# Owns: the files below events/, and the numbers (seq) that order arrival.
+# Knows: nothing of clients, sessions' states or sockets.
+# A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON.
+# ---------------------------------------------------------------------------
+
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
+_SEQ = re.compile(rb'\{"seq":(\d+),')
+_BLOCK_BYTES = 64 << 10
+
+
+class StoredEvent(NamedTuple):
+    """An event that is on disk: its number, itself, and its line without the final newline."""
+
+    seq: int
+    event: JsonObject
+    line: bytes
+
+
+def session_file_name(session_id: str) -> str:
+    """Return the file name for a session; ids that are not plain names are hashed."""
+    if _SAFE_FILE_NAME.match(session_id):
+        return session_id + ".jsonl"
+    digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"sha256-{digest[:40]}.jsonl"
+
+
+def day_of(time_ms: int) -> str:
+    """Return the UTC day, YYYY-MM-DD, whose folder holds what arrived at `time_ms`."""
+    return time.strftime("%Y-%m-%d", time.gmtime(time_ms / 1000))
+
+
+def numbered_line(seq: int, received_ms: int, event: JsonObject) -> bytes:
+    """Encode an event as its line in the store, without the newline."""
+    return b'{"seq":%d,"received":%d,' % (seq, received_ms) + encode_json(event)[1:]
+
+
+class EventStore:
+    """Append events to the session files of a day and read them back.
+
+    `append` is for the loop thread; everything that reads is safe in any thread.
+    """
+
+    OPEN_FILES = 64
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.seq = 0  # the number last given
+        self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
+        self.repaired = 0  # torn last lines found
+        self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
+        emit_event.make_private_directory(root)
+
+    # Writing
+
+    def append(self, events: Sequence[JsonObject], received_ms: int) -> List[Optional[StoredEvent]]:
+        """Number the events and write them, with one write for each file; return them in the same order.
+
+        None stands where the event could not be written; `error` then says why.
+        """
+        stored: List[Optional[StoredEvent]] = []
+        by_path: Dict[str, List[int]] = {}
+        day = day_of(received_ms)
+        for index, event in enumerate(events):
+            self.seq += 1
+            line = numbered_line(self.seq, received_ms, event)
+            stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
+            by_path.setdefault(f"{self.root}/{day}/{session_file_name(event['sessionId'])}", []).append(index)
+        self.error = None
+        for path, indexes in by_path.items():
+            data = b"".join(stored[index].line + b"\n" for index in indexes)  # type: ignore[union-attr]
+            try:
+                self._write(path, data)
+            except OSError as error:
+                self._forget(path)
+                self.error = f"{path}: {error.strerror or error}"
+                for index in indexes:
+                    stored[index] = None
+        return stored
+
+    def _write(self, path: str, data: bytes) -> None:
+        fd = self._open(path)
+        written = os.write(fd, data)
+        if written != len(data):
+            os.ftruncate(fd, os.fstat(fd).st_size - written)
+            raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
+
+    def _open(self, path: str) -> int:
+        fd = self._files.get(path)
+        if fd is not None:
+            if os.fstat(fd).st_nlink:
+                self._files.move_to_end(path)
+                return fd
+            self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
+        emit_event.make_private_directory(os.path.dirname(path))
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._files[path] = fd
+        self.repaired += repair_last_line(fd)
+        while len(self._files) > self.OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return fd
+
+    def _forget(self, path: str) -> None:
+        fd = self._files.pop(path, None)
+        if fd is not None:
+            os.close(fd)
+
+    def delete_session(self, session_id: str) -> int:
+        """Remove every file of a session; return the bytes that became free."""
+        freed = 0
+        for path in self._session_paths(session_id):
+            self._forget(path)
+            with contextlib.suppress(FileNotFoundError):
+                freed += os.path.getsize(path)
+                os.unlink(path)
+            with contextlib.suppress(OSError):  # other sessions' files keep the day
+                os.rmdir(os.path.dirname(path))
+        return freed
+
+    def close(self) -> None:
+        """Close every file."""
+        for path in list(self._files):
+            self._forget(path)
+
+    # Reading
+
+    def days(self) -> List[str]:
+        """List the days that have events, oldest first."""
+        try:
+            return sorted(name for name in os.listdir(self.root) if _DAY.match(name))
+        except FileNotFoundError:
+            return []
+
+    def day_paths(self, day: str) -> List[str]:
+        """List the files of a day in the order in which their sessions began that day."""
+        paths = sorted(glob.glob(f"{glob.escape(self.root)}/{day}/*.jsonl"))
+        return sorted(paths, key=first_seq)
+
+    def _session_paths(self, session_id: str) -> List[str]:
+        name = session_file_name(session_id)
+        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
+
+    def session_lines(
+        self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
+    ) -> List[bytes]:
+        """Return at most `limit` lines of a session in order of arrival: the last, the last before, or the first after."""
+        lines: List[bytes] = []
+        paths = self._session_paths(session_id)
+        if after is not None:
+            for path in paths:
+                lines.extend(itertools.islice(lines_from(path, after + 1), limit - len(lines)))
+            return [line for line in lines if before is None or line_seq(line) < before]
+        for path in reversed(paths):
+            lines.extend(itertools.islice(lines_back(path, before), limit - len(lines)))
+        return lines[::-1]
+
+    def recent_lines(
+        self, limit: int, before: Optional[int] = None, after: Optional[int] = None
+    ) -> List[bytes]:
+        """Return the last lines of all sessions (before / after a seq) in order of arrival, at most `limit`."""
+        lines: List[bytes] = []
+        for day in reversed(self.days()):
+            if len(lines) >= limit:
+                break
+            readers = [lines_back(path, before) for path in self.day_paths(day)]
+            merged: Iterator[bytes] = heapq.merge(*readers, key=line_seq, reverse=True)
+            if after is not None:
+                oldest = after
+                merged = itertools.takewhile(lambda line: line_seq(line) > oldest, merged)  # noqa: B023
+            found = list(itertools.islice(merged, limit - len(lines)))
+            lines.extend(found)
+            if after is not None and not found:
+                break
+        return lines[::-1]
+
+    def find(
+        self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
+    ) -> Optional[bytes]:
+        """Return the line of one event; a session, and better still a seq, saves reading every file."""
+        if session_id is not None:
+            paths = self._session_paths(session_id)[::-1]
+        else:
+            paths = [path for day in reversed(self.days()) for path in self.day_paths(day)]
+        needle = b'"id":' + encode_json(event_id)
+        for path in paths:
+            if seq is not None:
+                line = next(lines_from(path, seq), b"")
+                if line_seq(line) == seq and needle in line:
+                    return line
+        return next(
+            (line for path in paths for line in lines_with(path, needle) if line_id(line) == event_id), None
+        )
+
+    def ids(self, session_id: str) -> Set[str]:
+        """Return the ids of every stored event of a session."""
+        return {line_id(line) for path in self._session_paths(session_id) for line in lines_from(path, 0)}
+
+    def all_lines(self) -> Iterator[bytes]:
+        """Yield every stored line, session after session within a day, in the order the sessions began."""
+        for day in self.days():
+            for path in self.day_paths(day):
+                yield from lines_from(path, 0)
+
+    def size(self) -> Tuple[int, int]:
+        """Return (files, bytes) of everything stored."""
+        paths = glob.glob(f"{glob.escape(self.root)}/*/*.jsonl")
+        return len(paths), sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+
+
+class MemoryStore:
+    """The same as EventStore for `persistence.enabled: false`: the last events, in memory only."""
+
+    LIMIT_BYTES = 64 << 20
+
+    def __init__(self) -> None:
+        self.root = ""
+        self.seq = 0
+        self.error: Optional[str] = None
+        self.repaired = 0
+        self._lines: Deque[Tuple[int, str, bytes]] = collections.deque()  # (seq, session id, line)
+        self._bytes = 0
+        self._lock = threading.Lock()  # the loop thread appends while others read
+
+    def append(self, events: Sequence[JsonObject], received_ms: int) -> List[Optional[StoredEvent]]:
+        """Keep the events, forgetting the oldest ones beyond the limit."""
+        stored: List[Optional[StoredEvent]] = []
+        for event in events:
+            self.seq += 1
+            line = numbered_line(self.seq, received_ms, event)
+            stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
+        with self._lock:
+            for kept in stored:
+                if kept is not None:
+                    self._lines.append((kept.seq, kept.event["sessionId"], kept.line))
+                    self._bytes += len(kept.line)
+            while self._bytes > self.LIMIT_BYTES:
+                self._bytes -= len(self._lines.popleft()[2])
+        return stored
+
+    def delete_session(self, session_id: str) -> int:
+        """Forget a session's events; return their bytes."""
+        with self._lock:
+            before = self._bytes
+            self._lines = collections.deque(entry for entry in self._lines if entry[1] != session_id)
+            self._bytes = sum(len(entry[2]) for entry in self._lines)
+            return before - self._bytes
+
+    def close(self) -> None:
+        """Do nothing: there is no file."""
+
+    def _select(
+        self, session_id: Optional[str], limit: int, before: Optional[int], after: Optional[int]
+    ) -> List[bytes]:
+        with self._lock:
+            lines = [
+                line
+                for seq, session, line in self._lines
+                if (session_id is None or session == session_id)
+                and (before is None or seq < before)
+                and (after is None or seq > after)
+            ]
+        return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
+
+    def session_lines(
+        self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
+    ) -> List[bytes]:
+        """Return lines as EventStore.session_lines does."""
+        return self._select(session_id, limit, before, after)
+
+    def recent_lines(
+        self, limit: int, before: Optional[int] = None, after: Optional[int] = None
+    ) -> List[bytes]:
+        """Return lines as EventStore.recent_lines does."""
+        return self._select(None, limit, before, after)
+
+    def find(
+        self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
+    ) -> Optional[bytes]:
+        """Return the line of one event."""
+        lines = self._select(session_id, len(self._lines) + 1, None, None)
+        return next((line for line in lines if line_id(line) == event_id), None)
+
+    def ids(self, session_id: str) -> Set[str]:
+        """Return the ids of the events that are still kept of a session."""
+        return {line_id(line) for line in self._select(session_id, len(self._lines) + 1, None, None)}
+
+    def all_lines(self) -> Iterator[bytes]:
+        """Yield every line that is still kept."""
+        return iter(self._select(None, len(self._lines) + 1, None, None))
+
+    def size(self) -> Tuple[int, int]:
+        """Return (0 files, bytes in memory)."""
+        return 0, self._bytes
+
+
+def repair_last_line(fd: int) -> int:
+    """Mend a file whose last line has no newline; return 1 if it was torn, else 0.
+
+    A whole event that lacks only its newline gets it; the torn beginning of one was never acknowledged and is cut off.
+    """
+    size = os.fstat(fd).st_size
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return 0
+    start = size
+    tail = b""
+    while start > 0 and b"\n" not in tail:
+        start = max(0, start - _BLOCK_BYTES)
+        tail = os.pread(fd, size - start, start)
+    last_line = tail.rpartition(b"\n")[2]
+    if emit_event.is_json_object(last_line):
+        os.write(fd, b"\n")
+    else:
+        os.ftruncate(fd, size - len(last_line))
+    return 1
+
+
+def line_seq(line: bytes) -> int:
+    """Return the number at the front of a stored line, 0 when there is none."""
+    match = _SEQ.match(line)
+    return int(match.group(1)) if match else 0
+
+
+_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
+
+
+def line_id(line: bytes) -> str:
+    """Return the event id at the front of a stored line, "" when there is none."""
+    match = _ID.match(line)
+    return str(json.loads(match.group(1))) if match else ""
+
+
+def first_seq(path: str) -> int:
+    """Return the number of the first event in a file, 0 when there is none."""
+    try:
+        with open(path, "rb") as file:
+            return line_seq(file.read(64))
+    except FileNotFoundError:
+        return 0
+
+
+def offset_of_seq(file: Any, size: int, seq: int) -> int:
+    """Find by bisection where the first line with a number of at least `seq` begins; `size` if there is none."""
+    # Lines that begin before low are smaller; those that begin in [low, high) are unknown; answer is the first known one.
+    low, high, answer = 0, size, size
+    while low < high:
+        middle = (low + high) // 2
+        start = low
+        if middle > low:
+            file.seek(middle - 1)
+            file.readline()
+            start = file.tell()
+        if start >= high:
+            high = middle
+            continue
+        file.seek(start)
+        line = file.readline()
+        if line_seq(line) >= seq:
+            answer, high = start, middle
+        else:
+            low = start + len(line)
+    return answer
+
+
+def lines_from(path: str, seq: int) -> Iterator[bytes]:
+    """Yield the whole lines of a file from the first one with a number of at least `seq`, without newlines."""
+    try:
+        with open(path, "rb") as file:
+            if seq > 0:
+                file.seek(offset_of_seq(file, os.fstat(file.fileno()).st_size, seq))
+            for line in file:
+                if line.endswith(b"\n") and _SEQ.match(line):
+                    yield line[:-1]
+    except FileNotFoundError:
+        return
+
+
+def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
+    """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
+    try:
+        with open(path, "rb") as file:
+            end = os.fstat(file.fileno()).st_size
+            if before is not None:
+                end = offset_of_seq(file, end, before)
+            rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
+            in_whole_line = False  # what stands after the last newline is still being written
+            while end > 0:
+                start = max(0, end - _BLOCK_BYTES)
+                file.seek(start)
+                first, *others = file.read(end - start).split(b"\n")
+                end = start
+                for piece in reversed(others):
+                    line = piece + b"".join(reversed(rest))
+                    rest = []
+                    if in_whole_line and _SEQ.match(line):
+                        yield line
+                    in_whole_line = True
+                rest.append(first)
+            line = b"".join(reversed(rest))
+            if in_whole_line and _SEQ.match(line):
+                yield line
+    except FileNotFoundError:
+        return
+
+
+def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
+    """Yield the lines of a file that hold `needle`."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            at = content.find(needle)
+            while at >= 0:
+                start = content.rfind(b"\n", 0, at) + 1
+                end = content.find(b"\n", at)
+                if end < 0:
+                    return
+                yield content[start:end]
+                at = content.find(needle, end)
+    except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
+        return
+
+
+# ---------------------------------------------------------------------------
+# Sessions: what each event says about who works, who waits and who is gone
+#
+# Events and time in, sessions and agents out; no I/O, so replaying the files gives what being there gave.
+# What moves a session's turn stands in TURN_AFTER, what asks for a person in `_wait_reason`; the rest of the
+# room is the surprises of the real client (CLAUDE_HOOKS "What surprises"), each in a function of its own.
+#
+# A session's state is derived, in this order:
+#   ended     it ended, its process is gone, or it was silent for hours
+#   waiting   some agent of it waits for a person
+#   failed    the last turn ended with an error
+#   working   a turn or an agent runs (quiet when nothing was heard for quietSeconds)
+#   idle      otherwise
+# ---------------------------------------------------------------------------
+
+MAIN = ""  # the key of a session's main agent
+
+# Event type → the turn after it. What is not here leaves the turn as it was.
+TURN_AFTER = {
+    "session_start": "idle",
+    "user_prompt": "working",
+    "tool_call": "working",
+    "tool_result": "working",
+    "tool_error": "working",
+    "permission_request": "working",
+    "permission_denied": "working",
+    "elicitation": "working",
+    "elicitation_result": "working",
+    "turn_end": "idle",
+    "turn_error": "failed",
+    "session_end": "ended",
+}
+
+# Events that do not show that a waiting agent goes on: they come by themselves.
+NO_PROGRESS = frozenset(
+    (
+        "notification",
+        "message",
+        "session_meta",
+        "subagent_start",
+        "task_created",
+        "task_completed",
+        "post_compact",
+    )
+)
+
+QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
+AGENT_TOOLS = ("Agent", "Task")
+LATE_MS = 10_000  # how much earlier than the last one an event may be and still be one that was overtaken
+RECENT_CALLS = 256
+
+_TARGET_KEYS = (
+    "command",
+    "file_path",
+    "notebook_path",
+    "path",
+    "pattern",
+    "url",
+    "query",
+    "description",
+    "subject",
+    "taskId",
+    "skill",
+    "prompt",
+    "name",
+)
+
+
+@dataclasses.dataclass
+class OpenCall:
+    """A tool call without a result so far."""
+
+    tool_use_id: str
+    tool_name: str
+    target: str
+    agent_id: str  # MAIN for the main agent
+    since: int
+    background_label: str = ""  # an Agent call's description: the label of the agent it starts
+
+
+@dataclasses.dataclass
+class Reason:
+    """Why a session waits, failed or ended."""
+
+    kind: str  # permission, question, input, error, ended
+    tool: Optional[str]
+    detail: str
+    since: int
+    open_calls: FrozenSet[str] = frozenset()  # calls that ran beside: their results do not end the wait
+
+
+@dataclasses.dataclass
+class Agent:
+    """A subagent of a session."""
+
+    agent_id: str
+    agent_type: str
+    label: str
+    parent_id: Optional[str]  # None: a child of the main agent
+    start: int
+    end: Optional[int] = None
+    activity: str = ""
+    events: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+
+
+@dataclasses.dataclass
+class Session:
+    """What is known of one session; times in milliseconds of the emitting machine's clock."""
+
+    session_id: str
+    machine_id: str
+    directory: str
+    start: int
+    last_event: int
+    user_label: str = ""
+    title: str = ""
+    first_prompt: str = ""
+    model: Optional[str] = None
+    turn: str = "idle"
+    turn_since: int = 0  # timestamp of the event that set the turn
+    background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
+    failure: Optional[Reason] = None
+    end: Optional[int] = None
+    end_reason: str = ""
+    waits: Dict[str, Reason] = dataclasses.field(default_factory=dict)  # agent id → why it waits
+    agents: Dict[str, Agent] = dataclasses.field(default_factory=dict)
+    open_calls: Dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
+    closed_calls: Deque[str] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=RECENT_CALLS)
+    )
+    interrupted_calls: Deque[str] = dataclasses.field(
+        default_factory=lambda: collections.deque(maxlen=RECENT_CALLS)
+    )
+    activity: str = ""
+    parent_id: Optional[str] = None
+    continued_from: Optional[str] = None
+    events: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    interrupted: int = 0
+    prompts: int = 0
+    pid: Optional[int] = None
+    demo: bool = False
+    pinned: bool = False
+    hidden: bool = False
+    quiet: bool = False
+    state: str = "idle"
+    state_since: int = 0
+
+    @property
+    def label(self) -> Tuple[str, str]:
+        """Return (label, where it comes from): the user, the title, the first prompt or the project."""
+        if self.user_label:
+            return self.user_label, "user"
+        if self.title:
+            return self.title, "title"
+        if self.first_prompt:
+            return self.first_prompt, "prompt"
+        return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
+
+    @property
+    def reason(self) -> Optional[Reason]:
+        """Return why the session is in its state, where that needs saying."""
+        if self.state == "ended":
+            return Reason("ended", None, self.end_reason, self.end or self.last_event)
+        if self.state == "waiting":
+            return min(self.waits.values(), key=lambda wait: wait.since)
+        return self.failure if self.state == "failed" else None
+
+
+def effective_type(event: JsonObject) -> str:
+    """Return our category of an event: by its hook where that is known (other emitters name types otherwise)."""
+    return emit_event.EVENT_TYPES.get(event["hookType"]) or str(event["eventType"])
+
+
+def received_time(event: JsonObject) -> int:
+    """Return when an event arrived, on this machine's clock."""
+    return int(event["received"]) if "received" in event else int(event["timestamp"])
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """Return the beginning of a text as one line."""
+    line = " ".join(text[: limit * 4].split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def text_of(value: Any) -> str:
+    """Return a JSON value as text for one line."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def tool_target(tool_input: Any, directory: str = "") -> str:
+    """Return what a tool works on, in one line; paths below `directory` are shortened."""
+    if not isinstance(tool_input, dict):
+        return one_line(text_of(tool_input))
+    questions = tool_input.get("questions")
+    if isinstance(questions, list) and questions and isinstance(questions[0], dict):
+        return one_line(text_of(questions[0].get("question")))
+    for key in _TARGET_KEYS:
+        value = tool_input.get(key)
+        if value not in (None, ""):
+            text = text_of(value)
+            if directory and text.startswith(directory.rstrip("/") + "/"):
+                text = text[len(directory.rstrip("/")) + 1 :]
+            return one_line(text)
+    return one_line(text_of(tool_input)) if tool_input else ""
+
+
+def is_task_notification(event: JsonObject) -> bool:
+    """Tell whether a UserPromptSubmit is the client's own word that a background task ended, no person's prompt."""
+    return text_of(event["data"].get("message")).lstrip().startswith("<task-notification>")
+
+
+class SessionBook:
+    """All sessions, kept up to date by `apply` and `tick`.
+
+    `quiet_ms` and `ended_ms` are how long a working session may say nothing before it is quiet, and any
+    session before it counts as ended.
+    """
+
+    def __init__(
+        self, quiet_ms: int = 120_000, ended_ms: int = 12 * 3_600_000, own_machine: str = ""
+    ) -> None:
+        self._quiet_ms = quiet_ms
+        self._ended_ms = ended_ms
+        # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
+        self._skew_ms: Dict[str, int] = {own_machine: 0}
+        self.sessions: Dict[str, Session] = {}
+
+    # What happens
+
+    def apply(self, event: JsonObject) -> Session:
+        """Take one event into account, in order of arrival; return its session."""
+        session = self._session_of(event)
+        kind = effective_type(event)
+        if kind == "session_meta":
+            self._apply_user_action(session, event["data"])
+            return session
+        session.events += 1
+        delay = received_time(event) - event["timestamp"]
+        self._skew_ms[event["machineId"]] = min(self._skew_ms.get(event["machineId"], delay), delay)
+        overtaken = session.last_event - LATE_MS < event["timestamp"] < session.turn_since
+        session.last_event = max(session.last_event, event["timestamp"])
+        self._learn(session, event, kind)
+        self._apply_agent(session, event, kind)
+        self._apply_calls(session, event, kind)
+        if not overtaken:
+            self._apply_waits(session, event, kind)
+            self._apply_turn(session, event, kind)
+        self._derive(session, event["timestamp"])
+        return session
+
+    def tick(self, time_ms: int) -> List[Session]:
+        """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
+        changed = []
+        for session in self.sessions.values():
+            if session.state == "ended":
+                continue
+            silence = time_ms - session.last_event - self._skew_ms.get(session.machine_id, 0)
+            quiet = silence >= self._quiet_ms
+            if silence >= self._ended_ms:
+                self._end(
+                    session, session.last_event, f"nothing heard for {self._ended_ms // 3_600_000} hours"
+                )
+            elif quiet == session.quiet:
+                continue
+            session.quiet = quiet
+            before = session.state
+            self._derive(session, session.last_event + (self._quiet_ms if quiet else 0))
+            if session.state != before:
+                changed.append(session)
+        return changed
+
+    def end_gone(self, session_id: str, time_ms: int) -> Session:
+        """Take into account that the client's process of a session is gone; it said no word (CLAUDE_HOOKS 1)."""
+        session = self.sessions[session_id]
+        self._end(session, time_ms, "its process is gone")
+        self._derive(session, time_ms)
+        return session
+
+    def delete(self, session_id: str) -> bool:
+        """Forget a session; return whether there was one."""
+        return self.sessions.pop(session_id, None) is not None
+
+    # The parts of `apply`
+
+    def _session_of(self, event: JsonObject) -> Session:
+        session = self.sessions.get(event["sessionId"])
+        if session is None:
+            session = Session(
+                session_id=event["sessionId"],
+                machine_id=event["machineId"],
+                directory=event["workingDirectory"],
+                start=event["timestamp"],
+                last_event=event["timestamp"],
+                state_since=event["timestamp"],
+            )
+            self.sessions[session.session_id] = session
+        return session
+
+    def _apply_user_action(self, session: Session, data: JsonObject) -> None:
+        """Apply what the user did; their word wins over every guess."""
+        action = data.get("action")
+        if action == "rename":
+            session.user_label = one_line(text_of(data.get("label")))
+        elif action == "pin":
+            session.pinned = data.get("pinned") is True
+        elif action == "hide":
+            session.hidden = data.get("hidden") is True
+        elif action == "set_parent":
+            parent = data.get("parentSessionId")
+            session.parent_id = parent if isinstance(parent, str) and parent else None
+
+    def _learn(self, session: Session, event: JsonObject, kind: str) -> None:
+        """Take over what an event says about the session as such."""
+        data = event["data"]
+        session.demo = session.demo or event.get("demo") is True
+        session.pid = event.get("pid", session.pid)
+        session.start = min(session.start, event["timestamp"])
+        if not session.directory or (kind == "session_start" and "agentId" not in event):
+            session.directory = event["workingDirectory"] or session.directory
+        if event.get("parentSessionId") not in (None, session.session_id):
+            session.parent_id = session.parent_id or event["parentSessionId"]
+        if isinstance(data.get("session_title"), str) and data["session_title"].strip():
+            session.title = one_line(data["session_title"])
+        model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
+        if isinstance(model, str) and model and "agentId" not in event:
+            session.model = model
+        if kind == "user_prompt" and not is_task_notification(event):
+            session.prompts += 1
+            session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
+        if kind == "session_start" and data.get("source") == "clear":
+            self._continue_cleared(session, event)
+
+    def _continue_cleared(self, session: Session, event: JsonObject) -> None:
+        """Link a session that begins after /clear to the one that ended with it: same machine, directory, process."""
+        candidates = [
+            other
+            for other in self.sessions.values()
+            if other.session_id != session.session_id
+            and other.machine_id == session.machine_id
+            and other.directory == session.directory
+            and other.end_reason == "clear"
+            and (other.pid == event.get("pid") or None in (other.pid, event.get("pid")))
+            and other.end is not None
+            and abs(event["timestamp"] - other.end) < 60_000
+        ]
+        taken = {other.continued_from for other in self.sessions.values()}
+        candidates = [other for other in candidates if other.session_id not in taken]
+        if candidates:
+            before = max(candidates, key=lambda other: other.end or 0)
+            session.continued_from = before.session_id
+            session.user_label = session.user_label or before.user_label
+            session.model = session.model or before.model
+
+    def _apply_agent(self, session: Session, event: JsonObject, kind: str) -> None:
+        """Keep the subagents: known by `agent_id`, ended by their stop; a stop without a start makes no ghost."""
+        agent_id = event.get("agentId")
+        if agent_id is None:
+            if kind == "tool_result":
+                self._attribute_agent(session, event)
+            return
+        agent = session.agents.get(agent_id)
+        if agent is None:
+            if kind == "subagent_stop":
+                return
+            agent = self._new_agent(session, event)
+        agent.events += 1
+        if event.get("agentType"):
+            agent.agent_type = event["agentType"]
+        if kind == "subagent_stop":
+            agent.end = event["timestamp"]
+            agent.activity = ""
+            session.waits.pop(agent_id, None)
+        elif kind == "tool_result":
+            self._attribute_agent(session, event)
+        elif kind == "tool_call":
+            agent.end = None  # a stopped agent may be sent on
+
+    def _new_agent(self, session: Session, event: JsonObject) -> Agent:
+        launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
+        only = launches[0] if len(launches) == 1 else None
+        agent = Agent(
+            agent_id=event["agentId"],
+            agent_type=event.get("agentType", ""),
+            label=only.background_label if only else "",
+            parent_id=(only.agent_id or None) if only and only.agent_id != event["agentId"] else None,
+            start=event["timestamp"],
+        )
+        session.agents[agent.agent_id] = agent
+        return agent
+
+    def _attribute_agent(self, session: Session, event: JsonObject) -> None:
+        """Take an agent's label and parent from the result of the call that launched it."""
+        output = event["data"].get("toolOutput")
+        if not isinstance(output, dict) or event["data"].get("toolName") not in AGENT_TOOLS:
+            return
+        agent = session.agents.get(text_of(output.get("agentId")))
+        if agent is None or agent.agent_id == event.get("agentId"):
+            return
+        agent.parent_id = event.get("agentId")
+        tool_input = event["data"].get("toolInput")
+        if isinstance(tool_input, dict) and tool_input.get("description"):
+            agent.label = one_line(text_of(tool_input["description"]))
+        if output.get("status") == "completed" and agent.end is None:
+            agent.end = event["timestamp"]
+
+    def _apply_calls(self, session: Session, event: JsonObject, kind: str) -> None:
+        """Pair tool calls with what closes them; what nothing closed is interrupted, never running for ever."""
+        agent_id = event.get("agentId", MAIN)
+        if kind == "tool_call":
+            self._open_call(session, event, agent_id)
+        elif kind in ("tool_result", "tool_error"):
+            self._close_call(session, event, agent_id, failed=kind == "tool_error")
+        elif event["hookType"] == "PostToolBatch":
+            for call in _batch_calls(event):
+                self._close_batch_call(session, call, agent_id)
+        elif kind in ("turn_end", "turn_error") or (
+            kind == "user_prompt" and not is_task_notification(event)
+        ):
+            # Esc and a rejected permission fire nothing: the next sign of the main agent shows that its calls are over.
+            self._interrupt(session, {MAIN}, event["timestamp"])
+        elif kind == "subagent_stop":
+            self._interrupt(session, {agent_id}, event["timestamp"])
+        elif kind == "session_end":
+            self._interrupt(session, None, event["timestamp"])
+        if kind in ("turn_end", "turn_error", "session_end"):
+            session.activity = ""
+
+    def _open_call(self, session: Session, event: JsonObject, agent_id: str) -> None:
+        data = event["data"]
+        tool_name = text_of(data.get("toolName")) or "?"
+        target = tool_target(data.get("toolInput"), session.directory)
+        tool_input = data.get("toolInput")
+        session.tool_calls += 1
+        agent = session.agents.get(agent_id)
+        if agent is not None:
+            agent.tool_calls += 1
+        # Clients before 2.0.43 name no call: their events are paired by tool and agent, newest first.
+        tool_use_id = (
+            data.get("toolUseId") if isinstance(data.get("toolUseId"), str) else f"unnamed:{event['id']}"
+        )
+        if tool_use_id in session.closed_calls:
+            return  # its result was faster
+        label = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
+        session.open_calls[tool_use_id] = OpenCall(
+            tool_use_id, tool_name, target, agent_id, event["timestamp"], one_line(label)
+        )
+        activity = f"{tool_name}: {target}" if target else tool_name
+        if agent is not None:
+            agent.activity = activity
+        session.activity = activity
+
+    def _close_call(self, session: Session, event: JsonObject, agent_id: str, failed: bool) -> None:
+        data = event["data"]
+        if failed:
+            session.tool_errors += 1
+            if agent_id in session.agents:
+                session.agents[agent_id].tool_errors += 1
+        tool_use_id = data.get("toolUseId")
+        if not isinstance(tool_use_id, str):
+            tool_use_id = next(
+                (
+                    call.tool_use_id
+                    for call in reversed(list(session.open_calls.values()))
+                    if call.tool_name == text_of(data.get("toolName")) and call.agent_id == agent_id
+                ),
+                None,
+            )
+            if tool_use_id is None:
+                return
+        self._forget_call(session, tool_use_id)
+
+    def _close_batch_call(self, session: Session, call: JsonObject, agent_id: str) -> None:
+        """Close one call of a PostToolBatch; unknown tools, bad input and denials show nowhere else."""
+        tool_use_id = call.get("tool_use_id")
+        if not isinstance(tool_use_id, str) or tool_use_id in session.closed_calls:
+            return
+        if tool_use_id not in session.open_calls and tool_use_id not in session.interrupted_calls:
+            session.tool_calls += 1
+            if agent_id in session.agents:
+                session.agents[agent_id].tool_calls += 1
+        if "<tool_use_error>" in text_of(call.get("tool_response"))[:200]:
+            session.tool_errors += 1
+        self._forget_call(session, tool_use_id)
+
+    def _forget_call(self, session: Session, tool_use_id: str) -> None:
+        if tool_use_id in session.interrupted_calls:  # it was only late
+            session.interrupted_calls.remove(tool_use_id)
+            session.interrupted -= 1
+        session.closed_calls.append(tool_use_id)
+        call = session.open_calls.pop(tool_use_id, None)
+        if call is None:
+            return
+        self._refresh_activity(session, call.agent_id)
+
+    def _refresh_activity(self, session: Session, agent_id: str) -> None:
+        """Show what still runs, now that a call of `agent_id` is over."""
+        calls = list(session.open_calls.values())
+        session.activity = f"{calls[-1].tool_name}: {calls[-1].target}".rstrip(": ") if calls else ""
+        agent = session.agents.get(agent_id)
+        if agent is not None:
+            own = [call for call in calls if call.agent_id == agent_id]
+            agent.activity = f"{own[-1].tool_name}: {own[-1].target}".rstrip(": ") if own else ""
+
+    def _interrupt(self, session: Session, agent_ids: Optional[Set[str]], before: int) -> None:
+        """Close the open calls of some agents (None: of all) that began no later than `before`."""
+        for call in list(session.open_calls.values()):
+            if (agent_ids is None or call.agent_id in agent_ids) and call.since <= before:
+                del session.open_calls[call.tool_use_id]
+                session.interrupted_calls.append(call.tool_use_id)
+                session.interrupted += 1
+                self._refresh_activity(session, call.agent_id)
+
+    def _apply_waits(self, session: Session, event: JsonObject, kind: str) -> None:
+        agent_id = event.get("agentId", MAIN)
+        self._end_waits(session, event, kind, agent_id)
+        reason = _wait_reason(session, event, kind)
+        if reason is None:
+            return
+        if reason.kind == "input":
+            self._return_to_prompt(session, event["timestamp"])
+        elif kind == "notification" and session.waits:
+            return  # it repeats what the request itself has said, without saying which agent
+        session.waits[agent_id] = reason
+
+    def _return_to_prompt(self, session: Session, time_ms: int) -> None:
+        """End the main agent's turn: the client sits at its prompt, so Esc or a rejection came before, unsaid."""
+        session.waits.pop(MAIN, None)
+        self._interrupt(session, {MAIN}, time_ms)
+        if session.turn == "working":
+            session.turn, session.turn_since = "idle", time_ms
+
+    def _end_waits(self, session: Session, event: JsonObject, kind: str, agent_id: str) -> None:
+        """A wait ends with any later event of the same agent that shows progress; a person's prompt ends all."""
+        if kind in NO_PROGRESS and event["hookType"] != "PostToolBatch":
+            return
+        if kind in ("session_start", "session_end", "turn_end", "turn_error"):
+            session.waits.pop(MAIN, None)
+            if kind == "session_end":
+                session.waits.clear()
+            return
+        if kind == "user_prompt" and not is_task_notification(event):
+            session.waits.clear()
+            return
+        named = event["data"].get("toolUseId")
+        for waiting, reason in list(session.waits.items()):
+            if reason.kind == "input" and agent_id != MAIN:
+                continue
+            same_agent = waiting == agent_id and named not in reason.open_calls
+            ran = kind in ("tool_result", "tool_error") and reason.tool == text_of(
+                event["data"].get("toolName")
+            )
+            if same_agent or (ran and waiting == agent_id and reason.kind == "permission"):
+                del session.waits[waiting]
+
+    def _apply_turn(self, session: Session, event: JsonObject, kind: str) -> None:
+        turn = TURN_AFTER.get(kind)
+        agent_id = event.get("agentId")
+        if turn is None or (agent_id is not None and turn != "ended"):
+            return  # a subagent's events do not move the main agent's turn
+        if kind == "session_start" and event["data"].get("source") == "compact":
+            return  # compaction happens within a session
+        session.turn, session.turn_since = turn, event["timestamp"]
+        session.background = []
+        if turn == "ended":
+            self._end(session, event["timestamp"], text_of(event["data"].get("reason")) or "ended")
+            return
+        session.end, session.end_reason = None, ""
+        session.failure = None
+        if kind == "turn_end":
+            session.background = _running_background(event)
+        elif kind == "turn_error":
+            words = one_line(
+                text_of(event["data"].get("assistantResponse")) or text_of(event["data"].get("error_details"))
+            )
+            error = text_of(event["data"].get("error")) or "error"
+            session.failure = Reason(
+                "error", None, f"{error}: {words}" if words else error, event["timestamp"]
+            )
+
+    def _end(self, session: Session, time_ms: int, why: str) -> None:
+        session.turn, session.end, session.end_reason = "ended", time_ms, why
+        session.waits.clear()
+        session.background = []
+        session.activity = ""
+        self._interrupt(session, None, max(time_ms, session.last_event))
+        for agent in session.agents.values():
+            agent.end = agent.end or time_ms
+            agent.activity = ""
+
+    def _derive(self, session: Session, time_ms: int) -> None:
+        """Set the state from its parts, and since when."""
+        agents_run = any(agent.end is None for agent in session.agents.values())
+        if session.turn == "ended":
+            state = "ended"
+        elif session.waits:
+            state = "waiting"
+        elif session.turn == "failed":
+            state = "failed"
+        elif session.turn == "working" or agents_run or session.background:
+            state = "quiet" if session.quiet else "working"
+        else:
+            state = "idle"
+        if state != session.state:
+            session.state, session.state_since = state, time_ms
+
+    # What others ask
+
+    def to_json(self, session: Session) -> JsonObject:
+        """Return a session as the API and the WebSocket give it (README "The session")."""
+        label, source = session.label
+        reason = session.reason
+        return {
+            "sessionId": session.session_id,
+            "machineId": session.machine_id,
+            "workingDirectory": session.directory,
+            "label": label,
+            "labelSource": source,
+            "model": session.model,
+            "startTime": session.start,
+            "lastEventTime": session.last_event,
+            "endTime": session.end,
+            "state": session.state,
+            "reason": reason
+            and {"kind": reason.kind, "tool": reason.tool, "detail": reason.detail, "since": reason.since},
+            "stateSince": session.state_since,
+            "activity": session.activity
+            or (f"background: {session.background[0]}" if session.background else ""),
+            "parentSessionId": session.parent_id,
+            "childSessionIds": [
+                other.session_id for other in self.sessions.values() if other.parent_id == session.session_id
+            ],
+            "continuedFrom": session.continued_from,
+            "agents": [_agent_json(session, agent) for agent in session.agents.values()],
+            "openCalls": [
+                {
+                    "toolUseId": call.tool_use_id,
+                    "toolName": call.tool_name,
+                    "target": call.target,
+                    "agentId": call.agent_id or None,
+                    "since": call.since,
+                }
+                for call in session.open_calls.values()
+            ],
+            "counts": {
+                "events": session.events,
+                "toolCalls": session.tool_calls,
+                "toolErrors": session.tool_errors,
+                "interrupted": session.interrupted,
+                "prompts": session.prompts,
+            },
+            "tokenUsage": None,
+            "estimatedCostUsd": None,
+            "stuck": [],
+            "isPinned": session.pinned,
+            "hidden": session.hidden,
+            "isImported": False,
+            "demo": session.demo,
+            "pid": session.pid,
+        }
+
+    def all_json(self, with_hidden: bool) -> List[JsonObject]:
+        """Return every session, newest event first."""
+        chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
+        return [self.to_json(session) for session in sorted(chosen, key=lambda s: s.last_event, reverse=True)]
+
+
+def _batch_calls(event: JsonObject) -> List[JsonObject]:
+    calls = event["data"].get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def _running_background(event: JsonObject) -> List[str]:
+    """Return what runs on in the background after a turn, in words (CLAUDE_HOOKS 3)."""
+    tasks = event["data"].get("background_tasks")
+    if not isinstance(tasks, list):
+        return []
+    running = [task for task in tasks if isinstance(task, dict) and task.get("status") == "running"]
+    return [
+        one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
+        for task in running
+    ]
+
+
+def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Reason]:
+    """Return why a person is needed after this event, None when nobody is."""
+    data = event["data"]
+    tool = text_of(data.get("toolName")) or None
+    since = event["timestamp"]
+    if kind == "permission_request":
+        target = tool_target(data.get("toolInput"), session.directory)
+        beside = frozenset(
+            call.tool_use_id
+            for call in session.open_calls.values()
+            if (call.tool_name, call.target) != (tool, target) and call.agent_id == event.get("agentId", MAIN)
+        )
+        return Reason("question" if tool in QUESTION_TOOLS else "permission", tool, target, since, beside)
+    if kind == "tool_call" and tool in QUESTION_TOOLS:
+        return Reason("question", tool, tool_target(data.get("toolInput"), session.directory), since)
+    if kind == "elicitation":
+        return Reason(
+            "question",
+            text_of(data.get("mcp_server_name")) or None,
+            one_line(text_of(data.get("message"))),
+            since,
+        )
+    if kind != "notification":
+        return None
+    words = one_line(text_of(data.get("message")))
+    about = data.get("notificationType")
+    if about == "permission_prompt" or (about is None and "needs your permission" in words):
+        calls = [call for call in session.open_calls.values() if call.agent_id == MAIN]
+        call = calls[-1] if calls else None
+        return Reason("permission", call.tool_name if call else None, call.target if call else words, since)
+    if about == "idle_prompt" or (about is None and "waiting for your input" in words):
+        return Reason("input", None, words, since)
+    if about == "elicitation_dialog":
+        return Reason("question", None, words, since)
+    return None
+
+
+def _agent_json(session: Session, agent: Agent) -> JsonObject:
+    waits = agent.agent_id in session.waits
+    return {
+        "agentId": agent.agent_id,
+        "agentType": agent.agent_type,
+        "label": agent.label or agent.agent_type or "agent",
+        "parentAgentId": agent.parent_id,
+        "state": "ended" if agent.end is not None else "waiting" if waits else "working",
+        "startTime": agent.start,
+        "endTime": agent.end,
+        "activity": agent.activity,
+        "counts": {"events": agent.events, "toolCalls": agent.tool_calls, "toolErrors": agent.tool_errors},
+        "tokenUsage": None,
+    }
+
+
+_ROW_DATA = {
+    "toolName": "toolName",
+    "toolUseId": "toolUseId",
+    "durationMs": "durationMs",
+    "notificationType": "notificationType",
+    "source": "source",
+    "reason": "reason",
+    "is_interrupt": "isInterrupt",
+}
+_ROW_FIELDS = ("seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType")
+
+
+def event_row(event: JsonObject) -> JsonObject:
+    """Reduce an event to what a list row needs, about 300 bytes; the whole one comes on demand."""
+    row = {name: event[name] for name in _ROW_FIELDS if name in event}
+    row.update({name: event[name] for name in ("agentId", "agentType", "demo") if name in event})
+    data = event["data"]
+    small: JsonObject = {}
+    for name, row_name in _ROW_DATA.items():
+        value = data.get(name)
+        if isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200):
+            small[row_name] = value
+    if "toolInput" in data:
+        small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
+    text = next(
+        (data[name] for name in ("error", "message", "assistantResponse", "action") if data.get(name)), None
+    )
+    if text is None and not event["hookType"]:
+        text = data
+    if text is not None:
+        small["text"] = one_line(text_of(text))
+    return {**row, "partial": True, "data": small}
+
+
+# ---------------------------------------------------------------------------
+# Event loop: ingest, WebSocket clients, timers
+#
+# One thread. Owns: the selector, every socket but HTTP's, and what is queued for clients.
+# Knows: bytes, lines and frames; what an event or a message means is the Monitor's business.
+# ---------------------------------------------------------------------------
+
+RECEIVE_BYTES = 256 << 10
+HEAD_DEADLINE_S = 10.0
+PING_INTERVAL_S = 20.0
+UNANSWERED_PINGS = 2
+CLOSE_DEADLINE_S = 5.0
+INGEST_CONNECTIONS = 2048
+
+
+class Timer:
+    """A call that the loop makes later; `cancel` takes it back."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Optional[Callable[[], None]] = callback
+
+    def cancel(self) -> None:
+        """Take the call back; harmless when it has been made."""
+        self.callback = None
+
+
+class EventLoop:
+    """Call back when sockets are ready, when time has come, and when other threads ask.
+
+    `turn_end` is called after each round of ready sockets, so that what one round brought is handled together.
+    """
+
+    def __init__(self) -> None:
+        self.turn_end: Callable[[], None] = lambda: None
+        self._selector = selectors.DefaultSelector()
+        self._timers: List[Tuple[float, int, Timer]] = []  # heap of (time.monotonic, number, timer)
+        self._timer_numbers = itertools.count()
+        self._calls: Deque[Callable[[], None]] = collections.deque()  # appended by any thread
+        self._running = False
+        self._thread: Optional[threading.Thread] = None
+        self._wake_reader, self.wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self.wake_writer.setblocking(False)
+        self.watch(self._wake_reader, selectors.EVENT_READ, self._drain_wake_ups)
+
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Call `callback(ready events)` when the socket is ready; replaces an earlier watch of the same socket."""
+        try:
+            self._selector.modify(sock, events, callback)
+        except KeyError:
+            self._selector.register(sock, events, callback)
+
+    def forget(self, sock: socket.socket) -> None:
+        """Stop watching a socket; harmless when it is not watched."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+        """Call back once in `delay_s` seconds."""
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), timer))
+        return timer
+
+    def call_every(self, interval_s: float, callback: Callable[[], None]) -> None:
+        """Call back every `interval_s` seconds, whatever the call before it did."""
+
+        def again() -> None:
+            self.call_later(interval_s, again)
+            callback()
+
+        self.call_later(interval_s, again)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call back in the loop thread; for any thread and for signal handlers."""
+        self._calls.append(callback)
+        with contextlib.suppress(
+            BlockingIOError, OSError
+        ):  # full: a wake-up is under way; closed: the loop has ended
+            self.wake_writer.send(b"\0")
+
+    def call(self, function: Callable[[], Any], timeout_s: float = 10.0) -> Any:
+        """Run `function` in the loop thread and return its result to another thread; raise TimeoutError."""
+        if threading.current_thread() is self._thread:
+            return function()
+        future: "concurrent.futures.Future[Any]" = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:  # belongs to the caller
+                future.set_exception(error)
+
+        self.call_soon(run)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.TimeoutError:
+            raise TimeoutError("the monitor is too busy to answer") from None
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        self._thread = threading.current_thread()
+        self._running = True
+        while self._running:
+            self._turn()
+
+    def stop(self) -> None:
+        """Let `run` return after the turn that is under way."""
+        self._running = False
+
+    def close(self) -> None:
+        """Let go of the selector and the wake-up sockets."""
+        self._selector.close()
+        self._wake_reader.close()
+        self.wake_writer.close()
+
+    def _turn(self) -> None:
+        timeout: Optional[float] = None
+        if self._calls:
+            timeout = 0
+        elif self._timers:
+            timeout = max(0.0, self._timers[0][0] - time.monotonic())
+        for key, events in self._selector.select(timeout):
+            self._guarded(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
+        while self._timers and self._timers[0][0] <= time.monotonic():
+            timer = heapq.heappop(self._timers)[2]
+            if timer.callback:
+                self._guarded(timer.callback)
+        for _ in range(len(self._calls)):
+            self._guarded(self._calls.popleft())
+        self._guarded(self.turn_end)
+
+    @staticmethod
+    def _guarded(callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:  # one connection's fault must not stop everybody's stream
+            log.exception("unexpected error in the event loop; it goes on")
+
+    def _drain_wake_ups(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_reader.recv(4096):
+                pass
+
+
+class Listener:
+    """Accept connections for one listening socket; pauses when file descriptors run out."""
+
+    def __init__(
+        self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket], None]
+    ) -> None:
+        self.sock = sock
+        self._loop = loop
+        self._accepted = accepted
+        sock.setblocking(False)
+        loop.watch(sock, selectors.EVENT_READ, self._accept)
+
+    def _accept(self, _events: int) -> None:
+        for _ in range(128):
+            try:
+                connection, _address = self.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.warning("no file descriptor left for a new connection (%s); trying again", error)
+                self._loop.forget(self.sock)
+                self._loop.call_later(
+                    0.2, lambda: self._loop.watch(self.sock, selectors.EVENT_READ, self._accept)
+                )
+                return
+            connection.setblocking(False)
+            self._accepted(connection)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._loop.forget(self.sock)
+        self.sock.close()
+
+
+class TooLong(NamedTuple):
+    """A line beyond the limit: its first bytes, the rest is thrown away."""
+
+    head: bytes
+
+
+class LineSplitter:
+    """Cut a byte stream into lines; no I/O. A line beyond `limit_bytes` comes out as TooLong, once."""
+
+    def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._pieces: List[bytes] = []  # of the line that is not finished
+        self._size = 0
+        self._discarding = False  # the rest of a line that was too long
+
+    @property
+    def unfinished(self) -> int:
+        """Return how many bytes of an unfinished line are held."""
+        return self._size
+
+    def feed(self, data: bytes) -> List[Union[bytes, TooLong]]:
+        """Take bytes; return the lines they finished, without newlines and without empty ones."""
+        lines: List[Union[bytes, TooLong]] = []
+        *finished, rest = data.split(b"\n")
+        for piece in finished:
+            self._add(piece, lines)
+            line = b"".join(self._pieces).strip()
+            if line and not self._discarding:
+                lines.append(line)
+            self._pieces, self._size, self._discarding = [], 0, False
+        if rest:
+            self._add(rest, lines)
+        return lines
+
+    def _add(self, piece: bytes, lines: List[Union[bytes, TooLong]]) -> None:
+        if self._discarding:
+            return
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > self._limit_bytes:
+            lines.append(TooLong(b"".join(self._pieces)[:200]))
+            self._pieces, self._size, self._discarding = [], 0, True
+
+
+class IngestConnection:
+    """One program that sends events over the Unix socket, one per line, and gets a byte back for each."""
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        sock: socket.socket,
+        received: Callable[["IngestConnection", Union[bytes, TooLong]], None],
+        closed: Callable[["IngestConnection"], None],
+    ) -> None:
+        self.sock = sock
+        self._loop = loop
+        self._received = received
+        self._closed = closed
+        self._splitter = LineSplitter()
+        self._at_end = False
+        loop.watch(sock, selectors.EVENT_READ, self._read)
+
+    def _read(self, _events: int) -> None:
+        try:
+            data = self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+            return
+        for line in self._splitter.feed(data):
+            self._received(self, line)
+        if not data:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Take what stands before EOF without a newline as a line, too; close after its acknowledgement."""
+        self._at_end = True
+        self._loop.forget(self.sock)
+        lines = self._splitter.feed(b"\n")
+        for line in lines:
+            self._received(self, line)
+        if not lines:
+            self.close()
+
+    def acknowledge(self, count: int) -> None:
+        """Tell the sender that `count` more of its lines are safe."""
+        try:
+            self.sock.send(emit_event.ACKNOWLEDGEMENT * count)
+        except BlockingIOError:
+            pass  # a sender that never reads its acknowledgements does not want them
+        except OSError:
+            self.close()
+            return
+        if self._at_end:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the connection; a sender that still waits for an acknowledgement learns that there is none."""
+        self._loop.forget(self.sock)
+        self.sock.close()
+        self._closed(self)
+
+
+class Client:
+    """One WebSocket client: what it wants, and what is queued for it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.head = bytearray()  # of the opening handshake, as far as it came
+        self.parser: Optional[FrameParser] = None  # None until the handshake is done
+        self.queue: Deque[memoryview] = collections.deque()
+        self.queued_bytes = 0
+        self.unanswered_pings = 0
+        self.closing = False  # our close frame is queued or sent: nothing may follow it
+        self.peer_closed = False  # its close frame came: the TCP connection ends once ours is out
+        self.view: Optional[str] = None  # "full" or "rows" once subscribed
+        self.session_ids: Optional[Set[str]] = None  # None: all
+        self.show_hidden = False
+
+    def wants(self, session_id: str) -> bool:
+        """Tell whether the client subscribed to a session."""
+        return self.view is not None and (self.session_ids is None or session_id in self.session_ids)
+
+
+class ClientServer:
+    """The WebSocket side: handshakes, frames, pings, bounded queues.
+
+    `admit(request, socket)` raises RequestError to refuse a handshake; `received(client, text)` gets each text
+    message; `opened` and `gone` tell about clients.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        listener: socket.socket,
+        admit: Callable[[Request, socket.socket], None],
+        opened: Callable[[Client], None],
+        received: Callable[[Client, str], None],
+        gone: Callable[[Client], None],
+        connection_limit: int,
+        queue_limit_bytes: int,
+    ) -> None:
+        self.clients: Dict[socket.socket, Client] = {}
+        self._loop = loop
+        self._admit = admit
+        self._opened = opened
+        self._received = received
+        self._gone = gone
+        self._connection_limit = connection_limit
+        self._queue_limit_bytes = queue_limit_bytes
+        self._listener = Listener(loop, listener, self._accept)
+        loop.call_every(PING_INTERVAL_S, self._ping_all)
+
+    # Sending
+
+    def send(self, client: Client, frames: bytes) -> None:
+        """Send whole frames to one client, or queue them; one that lets its queue fill is closed with 1013."""
+        if client.closing:
+            return
+        if client.queue and client.queued_bytes + len(frames) > self._queue_limit_bytes:
+            log.info("a client does not read; closed until it comes back for what it missed")
+            self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
+            return
+        self._write(client, frames)
+
+    def send_json(self, client: Client, message: JsonObject) -> None:
+        """Send one message to one client."""
+        self.send(client, encode_frame(Opcode.TEXT, encode_json(message)))
+
+    def broadcast_json(
+        self, message: JsonObject, wanted: Callable[[Client], bool] = lambda client: True
+    ) -> None:
+        """Send one message, encoded once, to every subscribed client that wants it."""
+        frame = b""
+        for client in list(self.clients.values()):
+            if client.view is not None and wanted(client):
+                frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
+                self.send(client, frame)
+
+    def broadcast_events(self, stored: Sequence[StoredEvent]) -> None:
+        """Send the events of one turn to everyone who wants them: encoded once a view, joined, one call a client."""
+        frames: Dict[str, List[bytes]] = {}
+        joined: Dict[str, bytes] = {}
+        for client in list(self.clients.values()):
+            view = client.view
+            if view is None:
+                continue
+            if view not in frames:
+                frames[view] = [event_frame(entry, view) for entry in stored]
+                joined[view] = b"".join(frames[view])
+            if client.session_ids is None:
+                self.send(client, joined[view])
+                continue
+            wanted = [
+                frame
+                for entry, frame in zip(stored, frames[view])
+                if entry.event["sessionId"] in client.session_ids
+            ]
+            if wanted:
+                self.send(client, b"".join(wanted))
+
+    def close(self, client: Client, code: int, reason: str = "") -> None:
+        """Begin the closing handshake (RFC 6455 section 7.1.2); the connection is cut if it takes too long."""
+        if client.closing:
+            return
+        if client.parser is None:
+            self._drop(client)
+            return
+        self._write(client, encode_close(code, reason))
+        client.closing = True
+        self._loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
+        self._finish_close(client)
+
+    def close_all(self) -> None:
+        """Stop listening and say goodbye to every client."""
+        self._listener.close()
+        for client in list(self.clients.values()):
+            self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
+
+    def _write(self, client: Client, data: bytes) -> None:
+        sent = 0
+        if not client.queue:
+            try:
+                sent = client.sock.send(data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._drop(client)
+                return
+            if sent == len(data):
+                return
+        client.queue.append(memoryview(data)[sent:])
+        client.queued_bytes += len(data) - sent
+        self._watch(client)
+
+    def _flush(self, client: Client) -> None:
+        while client.queue:
+            piece = client.queue[0]
+            try:
+                sent = client.sock.send(piece)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._drop(client)
+                return
+            client.queued_bytes -= sent
+            if sent < len(piece):
+                client.queue[0] = piece[sent:]
+                return
+            client.queue.popleft()
+        self._watch(client)
+        self._finish_close(client)
+
+    def _watch(self, client: Client) -> None:
+        if client.sock in self.clients:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
+            self._loop.watch(client.sock, events, lambda ready: self._ready(client, ready))
+
+    def _finish_close(self, client: Client) -> None:
+        """Once both close frames have passed, end our side; the rest of the peer's bytes is read until its EOF."""
+        if client.closing and client.peer_closed and not client.queue:
+            with contextlib.suppress(OSError):
+                client.sock.shutdown(socket.SHUT_WR)
+
+    # Receiving
+
+    def _accept(self, sock: socket.socket) -> None:
+        if len(self.clients) >= self._connection_limit:
+            with contextlib.suppress(OSError):
+                sock.send(
+                    refusal(RequestError(503, "too many connections; close some or raise limits.connections"))
+                )
+            sock.close()
+            return
+        with contextlib.suppress(OSError):  # the peer may be gone already
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client = Client(sock)
+        self.clients[sock] = client
+        self._watch(client)
+        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.parser else self._drop(client))
+
+    def _ready(self, client: Client, ready: int) -> None:
+        if ready & selectors.EVENT_WRITE:
+            self._flush(client)
+        if ready & selectors.EVENT_READ and client.sock in self.clients:
+            try:
+                data = client.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._drop(client)
+            elif client.parser is None:
+                self._take_head(client, data)
+            else:
+                self._take_frames(client, client.parser.feed(data))
+
+    def _take_head(self, client: Client, data: bytes) -> None:
+        client.head += data
+        head, end, rest = bytes(client.head).partition(b"\r\n\r\n")
+        if not end and len(client.head) <= HEAD_LIMIT_BYTES:
+            return
+        try:
+            if len(head) > HEAD_LIMIT_BYTES:
+                raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
+            request = parse_request_head(head)
+            self._admit(request, client.sock)
+            response = handshake_response(request)
+        except RequestError as error:
+            with contextlib.suppress(OSError):
+                client.sock.send(refusal(error))
+            self._drop(client)
+            return
+        client.head.clear()
+        client.parser = FrameParser()
+        self._write(client, response)
+        self._opened(client)
+        self._take_frames(client, client.parser.feed(rest))
+
+    def _take_frames(self, client: Client, received: Sequence[Received]) -> None:
+        for message in received:
+            if isinstance(message, Text):
+                if not client.closing:
+                    self._received(client, message.text)
+            elif isinstance(message, Ping):
+                self.send(client, encode_frame(Opcode.PONG, message.payload))
+            elif isinstance(message, Pong):
+                client.unanswered_pings = 0
+            elif isinstance(message, Binary):
+                self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+            elif isinstance(message, Failure):
+                client.peer_closed = True  # its next bytes mean nothing, so its close frame is not waited for
+                self.close(client, message.code, message.reason)
+            else:
+                client.peer_closed = True
+                self.close(client, CloseCode.NORMAL if message.code is None else message.code)
+                self._finish_close(client)
+
+    def _ping_all(self) -> None:
+        for client in list(self.clients.values()):
+            if client.parser is None or client.closing:
+                continue
+            if client.unanswered_pings >= UNANSWERED_PINGS:
+                log.info("a client has not answered %d pings; closed", client.unanswered_pings)
+                self._drop(client)
+                continue
+            client.unanswered_pings += 1
+            self.send(client, encode_frame(Opcode.PING, b""))
+
+    def _drop(self, client: Client) -> None:
+        if self.clients.pop(client.sock, None) is None:
+            return
+        self._loop.forget(client.sock)
+        client.sock.close()
+        client.queue.clear()
+        if client.parser is not None:
+            self._gone(client)
+
+
+def event_frame(entry: StoredEvent, view: str) -> bytes:
+    """Encode one event's message for a view; the full view carries the very bytes that were stored."""
+    line = entry.line if view == "full" else encode_json(event_row(entry.event))
+    return encode_frame(Opcode.TEXT, b'{"type":"event","seq":%d,"event":%b}' % (entry.seq, line))
+
+
+def refusal(error: RequestError) -> bytes:
+    """Encode the HTTP response that refuses a request, JSON body and all."""
+    body = encode_json({"error": error.reason})
+    reason = http.client.responses.get(error.status, "Refused")
+    head = [f"HTTP/1.1 {error.status} {reason}", *(f"{name}: {value}" for name, value in error.headers)]
+    if not any(name == "Connection" for name, _ in error.headers):
+        head.append("Connection: close")
+    head += [
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "X-Content-Type-Options: nosniff",
+    ]
+    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+
+
+# ---------------------------------------------------------------------------
+# HTTP: the page, the API, and who may use them
+#
+# Owns: the HTTP port and its threads, the access rules for both ports, the built-in page.
+# A handler thread reads event files itself and asks the loop thread (`Api.ask`) for everything else.
+# ---------------------------------------------------------------------------
+
+REQUEST_DEADLINE_S = 10.0
+TOKEN_COOKIE = "contextuate_token"
+EXPORT_CHUNK_BYTES = 256 << 10
+
+
+class Access:
+    """Decide who may use the ports: Host, Origin, then the peer's user or the token."""
+
+    def __init__(self, auth: str, token: str, own_names: Iterable[str], allowed_hosts: Iterable[str]) -> None:
+        self.port = 0  # of the page; set once the port is bound
+        self._auth = auth
+        self._token = token.encode()
+        self._own_names = frozenset(name.lower() for name in own_names)
+        self._allowed = frozenset(host.lower() for host in allowed_hosts)
+
+    def check(self, request: Request, sock: socket.socket, port: int, writes: bool = False) -> None:
+        """Raise RequestError unless the request may go on; `port` is the one it came to.
+
+        421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
+        A request that `writes` needs an Origin of ours or the token, whoever's process sends it.
+        """
+        host = self.check_host(request, port)
+        origin = request.one("origin")
+        if origin:
+            self._check_origin(origin, host)
+        has_token = self.has_token(request)
+        if writes and not origin and not has_token:
+            raise RequestError(403, "a request that changes something needs the page's Origin or the token")
+        if self._auth == "off" or has_token:
+            return
+        if self._auth == "auto" and same_user_on_loopback(sock):
+            return
+        raise RequestError(
+            401, "a token is needed: `contextuate_monitor.py url` prints the link that carries it"
+        )
+
+    def has_token(self, request: Request) -> bool:
+        """Tell whether the request carries the token, as a bearer header or as the page's cookie."""
+        authorization = request.one("authorization")
+        if authorization[:7].lower() == "bearer " and self.is_token(authorization[7:].strip()):
+            return True
+        for value in request.all("cookie"):
+            for pair in value.split(";"):
+                name, _, content = pair.strip().partition("=")
+                if name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(content):
+                    return True
+        return False
+
+    def is_token(self, candidate: str) -> bool:
+        """Compare with the token in constant time."""
+        return hmac.compare_digest(candidate.encode("utf-8", "surrogateescape"), self._token)
+
+    def check_host(self, request: Request, port: int) -> str:
+        """Return the name in the Host header if it is ours; raise RequestError(421)."""
+        host = request.one("host")
+        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", host)
+        name = match.group(1).lower() if match else ""
+        if match and (
+            host.lower() in self._allowed or (name in self._allowed and self._is_usual(match.group(2), port))
+        ):
+            return name
+        known = bool(match) and (is_loopback(name) or name.strip("[]") in self._own_names)
+        if not known or match is None or int(match.group(2) or 80) != port:
+            raise RequestError(
+                421, "this Host is not served here; add it to server.allowedHosts if it should be"
+            )
+        return name
+
+    @staticmethod
+    def _is_usual(given: Optional[str], port: int) -> bool:
+        return given is None or int(given) in (80, 443, port)
+
+    def _check_origin(self, origin: str, host_name: str) -> None:
+        """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host header."""
+        good = {f"http://{host_name}:{self.port}"}
+        if self.port == 80:
+            good.add(f"http://{host_name}")
+        for allowed in self._allowed:
+            if allowed.partition(":")[0] == host_name or allowed == host_name:
+                good |= {f"https://{allowed}", f"http://{allowed}"}
+        if origin.lower() not in good:
+            raise RequestError(403, "requests from other sites are refused")
+
+
+def same_user_on_loopback(sock: socket.socket) -> bool:
+    """Tell whether a TCP connection comes from this machine and, where /proc tells (Linux), from our user."""
+    try:
+        peer, local = sock.getpeername(), sock.getsockname()
+    except OSError:
+        return False
+    if not is_loopback(peer[0].partition("%")[0].replace("::ffff:", "")):
+        return False
+    if sys.platform != "linux":
+        return True
+    return peer_user(peer, local) == os.getuid()
+
+
+def peer_user(peer: Tuple[Any, ...], local: Tuple[Any, ...]) -> Optional[int]:
+    """Look up the user of the other end of a loopback connection in /proc/net/tcp; None if it is not there."""
+    wanted = (_proc_address(peer), _proc_address(local))
+    for table in ("/proc/net/tcp6", "/proc/net/tcp"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            for line in file:
+                fields = line.split()
+                # Their end of the connection is a row of its own: local and remote the other way round.
+                if (
+                    len(fields) > 7
+                    and fields[1] == wanted[0][table]
+                    and fields[2] == wanted[1][table]
+                    and fields[3] != "06"
+                ):
+                    return int(fields[7])
+    return None
+
+
+def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
+    """Write an address as both tables of /proc/net do: 32-bit words in the machine's byte order, port in hex."""
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    v4 = ip if ip.version == 4 else getattr(ip, "ipv4_mapped", None)
+    packed6 = ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
+
+    def words(packed: bytes) -> str:
+        return "".join(
+            f"{int.from_bytes(packed[start : start + 4], sys.byteorder):08X}"
+            for start in range(0, len(packed), 4)
+        )
+
+    port = f":{address[1]:04X}"
+    return {"/proc/net/tcp": words(v4.packed) + port if v4 else "-", "/proc/net/tcp6": words(packed6) + port}
+
+
+def read_token(path: str) -> str:
+    """Return the token in our 0600 file, 192 random bits; make it when there is none."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+        token = file.read().strip()
+        if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
+            os.chmod(path, 0o600)
+            return token
+    token = secrets.token_urlsafe(24)
+    emit_event.write_atomically(path, token.encode() + b"\n")
+    return token
+
+
+def own_addresses(host: str) -> List[str]:
+    """List the names and addresses under which a server bound to `host` can be reached."""
+    if host not in ("0.0.0.0", "::", ""):
+        return [host]
+    names = {socket.gethostname(), "127.0.0.1"}
+    with contextlib.suppress(OSError):
+        names.update(
+            str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(socket.gethostname(), None)
+        )
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        # Connecting a datagram socket sends nothing; it tells which address the way out would use.
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            names.add(probe.getsockname()[0])
+    return sorted(names)
+
+
+@dataclasses.dataclass
+class Response:
+    """What a handler answers; `body` is bytes, or an iterator of bytes that is sent as it comes."""
+
+    status: int
+    body: Union[bytes, Iterator[bytes]]
+    content_type: str = "application/json"
+    headers: Tuple[Tuple[str, str], ...] = ()
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """Answer with JSON."""
+    return Response(status, encode_json(value))
+
+
+class ParameterError(Exception):
+    """A query parameter that cannot be used: its name and what was expected."""
+
+    def __init__(self, field: str, expected: str) -> None:
+        super().__init__(f"{field}: expected {expected}")
+        self.field = field
+
+
+class Query:
+    """The query parameters of a request, checked as they are read."""
+
+    def __init__(self, text: str) -> None:
+        self._values = urllib.parse.parse_qs(text, keep_blank_values=True)
+
+    def text(self, name: str) -> Optional[str]:
+        """Return a parameter; None when it is missing."""
+        values = self._values.get(name)
+        return values[-1] if values else None
+
+    def integer(self, name: str, default: Optional[int], low: int, high: int) -> Optional[int]:
+        """Return an integer parameter within its bounds."""
+        text = self.text(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"\d{1,16}", text) or not low <= int(text) <= high:
+            raise ParameterError(name, f"an integer from {low} to {high}")
+        return int(text)
+
+
+class Api:
+    """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the rest."""
+
+    LIMIT = 1000
+
+    def __init__(
+        self,
+        store: Union[EventStore, MemoryStore],
+        ask: Callable[[Callable[[], Any]], Any],
+        state: "ApiState",
+    ) -> None:
+        self._store = store
+        self._ask = ask
+        self._state = state
+
+    def answer(self, method: str, path: str, query: Query, body: bytes) -> Response:
+        """Route one request; raise RequestError or ParameterError for one that cannot be answered."""
+        for allowed, pattern, handler in self.ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match:
+                if method != allowed:
+                    raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
+                arguments = [urllib.parse.unquote(part) for part in match.groups()]
+                return handler(self, query, body, *arguments)
+        raise RequestError(404, "no such address; the README lists them")
+
+    def _health(self, _query: Query, _body: bytes) -> Response:
+        return json_response({"status": "ok", "version": __version__})
+
+    def _status(self, _query: Query, _body: bytes) -> Response:
+        return json_response(self._ask(self._state.status))
+
+    def _config(self, _query: Query, _body: bytes) -> Response:
+        return json_response(self._ask(self._state.config))
+
+    def _sessions(self, query: Query, _body: bytes) -> Response:
+        hidden = query.text("hidden") in ("1", "true")
+        return json_response({"sessions": self._ask(lambda: self._state.book.all_json(hidden))})
+
+    def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
+        return json_response(self._ask(lambda: self._state.session_json(session_id)))
+
+    def _session_events(self, query: Query, _body: bytes, session_id: str) -> Response:
+        limit, before, after = self._page(query)
+        self._ask(lambda: self._state.session_json(session_id))
+        lines = self._store.session_lines(session_id, limit + 1, before, after)
+        return self._events_response(lines, limit, from_start=after is not None)
+
+    def _events(self, query: Query, _body: bytes) -> Response:
+        limit, before, _ = self._page(query)
+        return self._events_response(self._store.recent_lines(limit + 1, before), limit, from_start=False)
+
+    def _page(self, query: Query) -> Tuple[int, Optional[int], Optional[int]]:
+        limit = query.integer("limit", 100, 1, self.LIMIT) or 100
+        return limit, query.integer("before", None, 0, 1 << 53), query.integer("after", None, 0, 1 << 53)
+
+    @staticmethod
+    def _events_response(lines: List[bytes], limit: int, from_start: bool) -> Response:
+        more = len(lines) > limit
+        page = (lines[:limit] if from_start else lines[-limit:]) if more else lines
+        body = b'{"events":[' + b",".join(page) + b'],"more":' + (b"true}" if more else b"false}")
+        return Response(200, body)
+
+    def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
+        line = self._store.find(event_id, query.text("session"), query.integer("seq", None, 0, 1 << 53))
+        if line is None:
+            raise RequestError(404, "no event with this id is stored")
+        return Response(200, line)
+
+    def _export(self, query: Query, _body: bytes) -> Response:
+        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
+        lines = export_lines(
+            self._store, query.text("session"), start or 0, end if end is not None else 1 << 53
+        )
+        disposition = ("Content-Disposition", 'attachment; filename="contextuate-events.ndjson"')
+        return Response(200, in_chunks(lines), "application/x-ndjson", (disposition,))
+
+    def _hooks(self, _query: Query, body: bytes) -> Response:
+        try:
+            emit_event.parse_event_line(body)
+        except MalformedEvent as error:
+            raise RequestError(400, f"a hook payload is one JSON object: {error}") from None
+        if not self._ask(lambda: self._state.take_now(body)):
+            raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
+        return json_response({})
+
+    def _not_yet(self, _query: Query, _body: bytes) -> Response:
+        raise RequestError(501, "this version does not answer it yet")
+
+    ROUTES: Tuple[Tuple[str, str, Callable[..., Response]], ...] = (
+        ("GET", r"/health", _health),
+        ("GET", r"/api/status", _status),
+        ("GET", r"/api/config", _config),
+        ("GET", r"/api/sessions", _sessions),
+        ("GET", r"/api/sessions/([^/]+)", _session),
+        ("GET", r"/api/sessions/([^/]+)/events", _session_events),
+        ("GET", r"/api/events", _events),
+        ("GET", r"/api/events/([^/]+)", _event),
+        ("GET", r"/api/export", _export),
+        ("GET", r"/api/search", _not_yet),
+        ("GET", r"/api/stats", _not_yet),
+        ("GET", r"/metrics", _not_yet),
+        ("POST", r"/api/hooks", _hooks),
+    )
+
+
+class ApiState(Protocol):
+    """What the API asks of the loop thread; the Monitor is one."""
+
+    book: SessionBook
+
+    def status(self) -> JsonObject:
+        """Return what /api/status shows."""
+
+    def config(self) -> JsonObject:
+        """Return the configuration without secrets."""
+
+    def session_json(self, session_id: str) -> JsonObject:
+        """Return one session; raise RequestError(404)."""
+
+    def take_now(self, line: bytes) -> bool:
+        """Store one event at once; return whether it is safe."""
+
+
+def export_lines(
+    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
+) -> Iterator[bytes]:
+    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the files."""
+    after = 0
+    while session_id is not None:
+        lines = store.session_lines(session_id, 1000, after=after)
+        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
+        if not lines:
+            return
+        after = line_seq(lines[-1])
+    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def line_timestamp(line: bytes) -> int:
+    """Return the timestamp of a stored line."""
+    match = _TIMESTAMP.match(line)
+    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
+
+
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
+
+
+def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines, each with its newline, into chunks worth sending."""
+    chunk: List[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line + b"\n")
+        size += len(line) + 1
+        if size >= EXPORT_CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"".join(chunk)
+
+
+BUILT_IN_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Contextuate Monitor</title>
+<style>
+:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
+body{margin:16px;max-width:1100px}
+p{border-left:3px solid #b45309;padding-left:8px}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+td,th{text-align:left;padding:2px 12px 2px 0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;max-width:420px}
+</style></head><body>
+<h1>Contextuate Monitor</h1>
+<p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload;
+until then this page shows the bare facts.</p>
+<h2>Sessions</h2><table><tbody id="sessions"></tbody></table>
+<h2>Latest events</h2><table><tbody id="events"></tbody></table>
+<script>
+"use strict";
+const place = "@PLACE@", wsPort = @WSPORT@, sessions = new Map();
+document.getElementById("place").textContent = place;
+function row(cells) {
+  const line = document.createElement("tr");
+  for (const cell of cells) line.appendChild(document.createElement("td")).textContent = cell ?? "";
+  return line;
+}
+function showSessions() {
+  const order = [...sessions.values()].sort((a, b) => b.lastEventTime - a.lastEventTime).slice(0, 50);
+  document.getElementById("sessions").replaceChildren(...order.map((s) =>
+    row([s.state, s.label, s.machineId, s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
+}
+function showEvent(e) {
+  const data = e.data || {}, body = document.getElementById("events");
+  body.prepend(row([new Date(e.timestamp).toLocaleTimeString(), e.hookType || e.eventType, data.toolName,
+    data.target || data.text]));
+  while (body.childElementCount > 100) body.lastChild.remove();
+}
+function connect() {
+  const scheme = location.protocol === "https:" ? "wss://" : "ws://";
+  const socket = new WebSocket(scheme + location.hostname + ":" + wsPort + "/");
+  socket.onopen = () => {
+    for (const message of [{type: "subscribe", view: "rows"}, {type: "get_sessions"},
+      {type: "get_all_recent_events", limit: 100}]) socket.send(JSON.stringify(message));
+  };
+  socket.onmessage = (frame) => {
+    const m = JSON.parse(frame.data);
+    if (m.type === "sessions" || m.type === "sessions_updated") {
+      sessions.clear();
+      for (const s of m.sessions) sessions.set(s.sessionId, s);
+    } else if (m.type === "session_update") sessions.set(m.session.sessionId, m.session);
+    else if (m.type === "session_deleted") sessions.delete(m.sessionId);
+    else if (m.type === "event") showEvent(m.event);
+    else if (m.type === "all_events") m.events.forEach(showEvent);
+    showSessions();
+  };
+  socket.onclose = () => setTimeout(connect, 1000);
+}
+connect();
+</script></body></html>
+"""
+
+
+class Page:
+    """The dashboard: index.html beside the program, else the built-in page; with the policy that fits its scripts."""
+
+    def __init__(self, folder: str, ws_port: int) -> None:
+        self._path = os.path.join(folder, "index.html")
+        self._ws_port = ws_port
+        self._lock = threading.Lock()
+        self._key: Optional[Tuple[int, int, int]] = None  # of the file as it was read: inode, size, time
+        self._body = b""
+        self._sources = ""
+
+    def response(self, host: str) -> Response:
+        """Return the page for a request with this Host header."""
+        with self._lock:
+            self._refresh()
+            body, sources = self._body, self._sources
+        name = re.sub(r":\d+$", "", host)
+        sockets = f"ws://{name}:{self._ws_port} wss://{name}:{self._ws_port} wss://{name}"
+        policy = (
+            f"default-src 'none'; {sources}; img-src 'self' data:; connect-src 'self' {sockets}; form-action 'none'; "
+            "base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        )
+        return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
+
+    def _refresh(self) -> None:
+        try:
+            about = os.stat(self._path)
+            key: Optional[Tuple[int, int, int]] = (about.st_ino, about.st_size, about.st_mtime_ns)
+        except OSError:
+            key = None
+        if key == self._key and self._body:
+            return
+        if key is None:
+            place = json.dumps(self._path)[1:-1].replace("<", "\\u003c")
+            text = BUILT_IN_PAGE.replace("@PLACE@", place).replace("@WSPORT@", str(self._ws_port))
+            body = text.encode()
+        else:
+            with open(self._path, "rb") as file:
+                body = file.read()
+        self._key, self._body = key, body
+        self._sources = "; ".join(f"{kind}-src {self._hashes(kind, body)}" for kind in ("script", "style"))
+
+    @staticmethod
+    def _hashes(kind: str, body: bytes) -> str:
+        pattern = rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode())
+        digests = [
+            base64.b64encode(hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest()).decode()
+            for inline in re.findall(pattern, body, re.S)
+        ]
+        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """The HTTP port: a thread a connection, a bound on their number, and a deadline for request heads."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(
+        self, sock: socket.socket, access: Access, page: Page, api: Api, connection_limit: int
+    ) -> None:
+        super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = sock
+        self.server_name, self.server_port = "localhost", sock.getsockname()[1]
+        self.access = access
+        self.page = page
+        self.api = api
+        self._places = threading.BoundedSemaphore(connection_limit)
+        self._lock = threading.Lock()
+        self._heads: Dict[socket.socket, float] = {}  # connection whose request head is awaited → deadline
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, or refuse it when too many are open."""
+        if not self._places.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                request.settimeout(1)
+                request.sendall(refusal(RequestError(503, "too many connections; raise limits.connections")))
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.head_read(request)
+            self._places.release()
+
+    def head_awaited(self, sock: socket.socket) -> None:
+        """Start the deadline for a request head."""
+        with self._lock:
+            self._heads[sock] = time.monotonic() + REQUEST_DEADLINE_S
+
+    def head_read(self, sock: socket.socket) -> None:
+        """End the deadline for a request head."""
+        with self._lock:
+            self._heads.pop(sock, None)
+
+    def service_actions(self) -> None:
+        """Cut connections whose head drips in beyond its deadline; called by serve_forever about twice a second."""
+        now = time.monotonic()
+        with self._lock:
+            overdue = [sock for sock, deadline in self._heads.items() if deadline < now]
+        for sock in overdue:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a handler did not expect; a connection that broke is nothing unexpected."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError, socket.timeout)):
+            log.exception("unexpected error in an HTTP request")
+
+
+class RequestHandler(http.server.BaseHTTPRequestHandler):
+    """One HTTP connection."""
+
+    server: HttpServer
+    protocol_version = "HTTP/1.1"
+    server_version = "contextuate"
+    sys_version = ""
+    timeout = REQUEST_DEADLINE_S
+
+    def handle_one_request(self) -> None:
+        """Read one request under the deadline for heads and answer it."""
+        self.server.head_awaited(self.connection)
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Parse the head, which ends its deadline."""
+        parsed = super().parse_request()
+        self.server.head_read(self.connection)
+        return parsed
+
+    def _handle(self) -> None:
+        try:
+            response = self._answer()
+        except ParameterError as error:
+            response = json_response({"error": str(error), "field": error.field}, 400)
+        except RequestError as error:
+            response = Response(
+                error.status, encode_json({"error": error.reason}), headers=tuple(error.headers)
+            )
+            self.close_connection = True
+        except TimeoutError as error:
+            response = json_response({"error": str(error)}, 503)
+        self._send(response)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
+
+    def _answer(self) -> Response:
+        headers = tuple((name.lower(), value.strip()) for name, value in self.headers.items())
+        request = Request(self.command, self.path, headers)
+        if not self.path.startswith("/"):
+            raise RequestError(400, "the request target must be a path")
+        path, _, query_text = self.path.partition("?")
+        method = "GET" if self.command == "HEAD" else self.command
+        access, port = self.server.access, self.server.server_port
+        if path == "/" and "token=" in query_text:
+            return self._exchange_token(request, Query(query_text))
+        access.check(request, self.connection, port, writes=method not in ("GET", "HEAD"))
+        if path in ("/", "/index.html"):
+            if method != "GET":
+                raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
+            return self.server.page.response(request.one("host"))
+        return self.server.api.answer(method, path, Query(query_text), self._body(request))
+
+    def _exchange_token(self, request: Request, query: Query) -> Response:
+        """Swap the token of a link for a cookie, so that it stays out of the browser's history."""
+        access = self.server.access
+        access.check_host(request, self.server.server_port)
+        token = query.text("token") or ""
+        if not access.is_token(token):
+            raise RequestError(
+                401, "this link's token is not valid here; `contextuate_monitor.py url` prints a new one"
+            )
+        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
+        return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
+
+    def _body(self, request: Request) -> bytes:
+        if request.all("transfer-encoding"):
+            raise RequestError(411, "a body needs a Content-Length")
+        length = request.one("content-length") or "0"
+        if not re.fullmatch(r"\d{1,12}", length):
+            raise RequestError(400, "the Content-Length is malformed")
+        if int(length) > emit_event.LINE_LIMIT_BYTES:
+            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise RequestError(400, "the body ended early")
+        return body
+
+    def _send(self, response: Response) -> None:
+        self.send_response(response.status)
+        streamed = not isinstance(response.body, bytes)
+        for name, value in (
+            ("Content-Type", response.content_type),
+            ("Transfer-Encoding", "chunked") if streamed else ("Content-Length", str(len(response.body))),  # type: ignore[arg-type]
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("X-Frame-Options", "DENY"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            *response.headers,
+        ):
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if isinstance(response.body, bytes):
+            self.wfile.write(response.body)
+            return
+        for chunk in response.body:
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """Answer what BaseHTTPRequestHandler refuses in our form."""
+        self.close_connection = True
+        self.request_version = "HTTP/1.1"
+        self.command = getattr(self, "command", None) or "GET"
+        self._send(json_response({"error": message or http.client.responses.get(code, "refused")}, code))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing for each request: a link may carry the token."""
+
+
+# ---------------------------------------------------------------------------
+# The Monitor: what wires them
+#
+# hook → ingest → event → store → session state → clients, one batch a turn of the loop.
+# ---------------------------------------------------------------------------
+
+QUARANTINE_LIMIT_BYTES = 4 << 20
+QUARANTINED_HEAD_BYTES = 4096
+REMEMBERED_IDS = 64 << 10
+UPDATE_INTERVAL_S = 0.1
+TICK_INTERVAL_S = 1.0
+SPOOL_INTERVAL_S = 1.0
+SPOOL_LINES_A_TURN = 200
+CATCH_UP_EVENTS = 2000
+HISTORY_LIMIT = 1000
+FREE_BYTES_TO_GO_ON = 4 << 20
+PROCESS_START_SLACK_MS = 5000
+
+
+class StartError(Exception):
+    """The monitor cannot start; the message says why and what to do."""
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
+
+
+class Quarantine:
+    """Keep what was not one JSON object, for a person to look at; the file is bounded and has one predecessor."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.count = 0
+
+    def add(self, line: bytes, reason: str) -> None:
+        """Count and keep the beginning of one line."""
+        self.count += 1
+        log.warning("not an event (%s): %r", reason, line[:200])
+        record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
+        record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
+        try:
+            if os.path.exists(self._path) and os.path.getsize(self._path) > QUARANTINE_LIMIT_BYTES:
+                os.replace(self._path, self._path + ".1")
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            with os.fdopen(os.open(self._path, flags, 0o600), "wb") as file:
+                file.write(encode_json(record) + b"\n")
+        except OSError as error:
+            log.warning("the quarantine could not be written: %s", error)
+
+
+class Arrival(NamedTuple):
+    """One line that came in, and the connection that waits for its acknowledgement (None: the spool)."""
+
+    line: bytes
+    connection: Optional[IngestConnection]
+
+
+class SpoolDrain:
+    """Read the spool's segments into the monitor, a few lines a turn.
+
+    A segment is removed when all its events are safe. After a failure it is read again from its beginning;
+    ids tell what is stored already.
+    """
+
+    def __init__(self, loop: EventLoop, directory: str, take: Callable[[Sequence[bytes]], bool]) -> None:
+        self.directory = directory
+        self.dropped = 0  # events that the spool had to drop because nobody drained it
+        self._loop = loop
+        self._take = take
+        self._draining = False
+        loop.call_soon(self.look)
+        loop.call_every(SPOOL_INTERVAL_S, self.look)
+
+    def look(self) -> None:
+        """Begin to drain when there is something."""
+        if self._draining:
+            return
+        try:
+            events, _ = emit_event.take_dropped(self.directory)
+            if events:
+                self.dropped += events
+                log.warning("the spool was full: %d events were dropped before the monitor ran", events)
+            for path, size in emit_event.spool_segments(self.directory):
+                with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                    self._drain(emit_event.take_segment(path), size)
+                    return
+        except OSError as error:
+            log.warning("the spool cannot be read: %s", error)
+
+    def _drain(self, path: str, size: int) -> None:
+        log.info("draining %s (%d bytes)", os.path.basename(path), size)
+        file = open(path, "rb")  # noqa: SIM115 - read over many turns
+        self._draining = True
+        self._loop.call_soon(lambda: self._drain_some(file, path))
+
+    def _drain_some(self, file: Any, path: str) -> None:
+        lines = [line.strip() for line in itertools.islice(file, SPOOL_LINES_A_TURN)]
+        finished = len(lines) < SPOOL_LINES_A_TURN
+        safe = self._take([line for line in lines if line])
+        if safe and not finished:
+            self._loop.call_soon(lambda: self._drain_some(file, path))
+            return
+        file.close()
+        self._draining = False
+        if safe:
+            os.unlink(path)
+            self._loop.call_soon(self.look)
+
+
+class Monitor:
+    """The running program. `run` serves until `stop`; everything but `__init__` happens in the loop thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.loop = EventLoop()
+        self.started_at = now_ms()
+        self.book = SessionBook(
+            settings["sessions.quietSeconds"] * 1000, settings["sessions.endedHours"] * 3_600_000
+        )
+        self.store: Union[EventStore, MemoryStore] = (
+            EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
+        )
+        self.quarantine = Quarantine(settings.path("quarantine.log"))
+        self.received = 0
+        self.stored = 0
+        self.duplicates = 0
+        self._privacy = settings.privacy
+        self._seen = SeenIds()
+        self._arrivals: List[Arrival] = []  # of this turn
+        self._connections: Set[IngestConnection] = set()
+        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
+        self._updates_due = False
+        self._last_status: Optional[JsonObject] = None
+        self._store_error: Optional[str] = None
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self._stopping = False
+
+    # Start and stop
+
+    def open(self, progress: Callable[[str], None] = lambda words: None) -> None:
+        """Read what is stored, then open every port; raise StartError. `progress` gets words for long work."""
+        emit_event.make_private_directory(self.settings.home)
+        self._locks = [
+            lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
+        ]
+        self._restore(progress)
+        token = read_token(self.settings.path("token"))
+        host = self.settings["server.host"]
+        self.addresses = own_addresses(host)
+        self.access = Access(
+            self.settings["server.auth"], token, self.addresses, self.settings["server.allowedHosts"]
+        )
+        http_socket = bind_tcp(host, self.settings["server.port"], "server.port", "--port")
+        ws_socket = bind_tcp(host, self.settings["server.wsPort"], "server.wsPort", "--ws-port")
+        self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
+        self.access.port = self.port
+        self._listen_for_hooks()
+        limit = self.settings["limits.connections"]
+        self.clients = ClientServer(
+            self.loop,
+            ws_socket,
+            admit=lambda request, sock: self.access.check(request, sock, self.ws_port),
+            opened=self._greet,
+            received=self._message,
+            gone=lambda client: None,
+            connection_limit=limit,
+            queue_limit_bytes=self.settings["limits.clientQueueBytes"],
+        )
+        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
+        api = Api(self.store, self.loop.call, self)
+        self.http = HttpServer(http_socket, self.access, page, api, limit)
+        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
+        self._http_thread.start()
+        self.loop.turn_end = self._handle_arrivals
+        self.spool = SpoolDrain(self.loop, self.settings.path("spool"), self._take_spooled)
+        self.loop.call_every(TICK_INTERVAL_S, self._tick)
+        self.loop.call_every(5.0, self._look_after_files)
+
+    def run(self) -> None:
+        """Serve until `stop`, then close everything in an order that loses nothing."""
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Take what has come in, say goodbye to the clients, and let `run` return; for any thread."""
+        self.loop.call_soon(self._begin_stop)
+
+    def _begin_stop(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        self._hook_listener.close()
+        self._unlink_socket()
+        self.clients.close_all()
+        # One more round, so that lines which have arrived are stored and acknowledged.
+        self.loop.call_later(0.1, self.loop.stop)
+
+    def _close(self) -> None:
+        self._handle_arrivals()
+        self.http.shutdown()
+        self.http.server_close()
+        self._reader.shutdown(wait=True)
+        for connection in list(self._connections):
+            connection.close()
+        self.store.close()
+        self._unlink_socket()
+        self.loop.close()
+        for fd in self._locks:
+            os.close(fd)
+
+    def _restore(self, progress: Callable[[str], None]) -> None:
+        """Rebuild sessions from the stored events; the numbers go on after the highest."""
+        count, told = 0, time.monotonic()
+        for line in self.store.all_lines():
+            try:
+                event = emit_event.parse_event_line(line)
+                self.book.apply(event)
+            except (MalformedEvent, KeyError, TypeError, AttributeError):  # edited by hand
+                log.warning("a stored line is not an event and was passed over: %r", line[:200])
+                continue
+            self.store.seq = max(self.store.seq, event["seq"])
+            self._seen.add(event["id"])
+            count += 1
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                progress(f"read {count} stored events")
+        self.book.tick(now_ms())
+        if count:
+            log.info("%d stored events of %d sessions read", count, len(self.book.sessions))
+
+    # Hooks
+
+    def _listen_for_hooks(self) -> None:
+        path = self.settings["socketPath"]
+        self._locks.append(lock_file(path + ".lock", f"another monitor uses {path}"))
+        self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
+        self._socket_inode = os.stat(path).st_ino
+
+    def _unlink_socket(self) -> None:
+        path = self.settings["socketPath"]
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_ino == self._socket_inode:
+                os.unlink(path)
+
+    def _accept_hook(self, sock: socket.socket) -> None:
+        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
+            sock.close()
+            return
+        self._connections.add(
+            IngestConnection(self.loop, sock, self._line_arrived, self._connections.discard)
+        )
+
+    def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
+        if isinstance(line, TooLong):
+            self.received += 1
+            self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            connection.acknowledge(1)
+            return
+        self._arrivals.append(Arrival(line, connection))
+
+    def _handle_arrivals(self) -> None:
+        """Store what this turn brought, acknowledge it, then show it."""
+        arrivals, self._arrivals = self._arrivals, []
+        if not arrivals:
+            return
+        safe = self._store_lines([arrival.line for arrival in arrivals], from_spool=False)
+        counts: Dict[IngestConnection, int] = {}
+        failed: Set[IngestConnection] = set()
+        for arrival, is_safe in zip(arrivals, safe):
+            connection = arrival.connection
+            if connection is None or connection in failed:
+                continue
+            if is_safe:
+                counts[connection] = counts.get(connection, 0) + 1
+            else:
+                failed.add(connection)
+        for connection, count in counts.items():
+            connection.acknowledge(count)
+        for connection in failed:
+            connection.close()  # its sender spools at once instead of waiting
+
+    def _take_spooled(self, lines: Sequence[bytes]) -> bool:
+        return all(self._store_lines(lines, from_spool=True))
+
+    def take_now(self, line: bytes) -> bool:
+        """Store one line at once, for POST /api/hooks; return whether it is safe."""
+        return self._store_lines([line.replace(b"\n", b" ")], from_spool=False)[0]
+
+    def _store_lines(self, lines: Sequence[bytes], from_spool: bool) -> List[bool]:
+        """Store the events of a batch of lines; return for each line whether nothing more need be done about it."""
+        received_ms = now_ms()
+        events: List[JsonObject] = []
+        places: List[
+            Optional[int]
+        ] = []  # for each line its place in events; None when there is nothing to store
+        known: Dict[str, Set[str]] = {}  # session → the ids in its files, read for events out of the spool
+        batch_ids: Set[str] = set()
+        for line in lines:
+            self.received += 1
+            event = self._event_of(line, received_ms)
+            if event is None:
+                places.append(None)
+            elif event["id"] in batch_ids or self._is_stored(event, known if from_spool else None):
+                self.duplicates += 1
+                places.append(None)
+            else:
+                batch_ids.add(event["id"])
+                places.append(len(events))
+                events.append(event)
+        stored = self.store.append(events, received_ms)
+        self._note_store_error()
+        good = [entry for entry in stored if entry is not None]
+        self._show(good)
+        return [place is None or stored[place] is not None for place in places]
+
+    def _event_of(self, line: bytes, received_ms: int) -> Optional[JsonObject]:
+        """Parse, build and redact one event; what is none goes to the quarantine."""
+        try:
+            given = emit_event.parse_event_line(line)
+            return emit_event.protect(
+                emit_event.build_event(given, received_ms, self.settings.machine_id), self._privacy
+            )
+        except MalformedEvent as error:
+            self.quarantine.add(line, str(error))
+        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
+            log.exception("an event could not be built")
+            self.quarantine.add(line, "could not be built")
+        return None
+
+    def _is_stored(self, event: JsonObject, known: Optional[Dict[str, Set[str]]]) -> bool:
+        """Tell whether the event is a second delivery; `known` (for the spool) makes it exact over all files."""
+        if event["id"] in self._seen:
+            return True
+        if known is None:
+            return False
+        session_id = event["sessionId"]
+        if session_id not in known:
+            known[session_id] = self.store.ids(session_id)
+        return event["id"] in known[session_id]
+
+    def _show(self, stored: Sequence[StoredEvent]) -> None:
+        """Let stored events change the sessions, and send them to the clients."""
+        if not stored:
+            return
+        self.stored += len(stored)
+        for entry in stored:
+            self._seen.add(entry.event["id"])
+            session = self.book.apply(entry.event)
+            self._changed[session.session_id] = session
+        self.clients.broadcast_events(stored)
+        self._send_updates_soon()
+
+    def _send_updates_soon(self) -> None:
+        """Send the changed sessions at once when the last update is a while ago, else together in a moment."""
+        if not self._updates_due:
+            self._updates_due = True
+            self._send_updates()
+            self.loop.call_later(UPDATE_INTERVAL_S, self._end_update_interval)
+
+    def _end_update_interval(self) -> None:
+        self._updates_due = False
+        if self._changed:
+            self._send_updates_soon()
+
+    def _send_updates(self) -> None:
+        changed, self._changed = self._changed, {}
+        for session in changed.values():
+            if session.session_id in self.book.sessions:
+                message = {"type": "session_update", "session": self.book.to_json(session)}
+                self.clients.broadcast_json(message, lambda client: client.show_hidden or not session.hidden)  # noqa: B023
+
+    # Time
+
+    def _tick(self) -> None:
+        changed = self.book.tick(now_ms()) + self._sessions_whose_process_is_gone()
+        for session in changed:
+            self._changed[session.session_id] = session
+        if changed:
+            self._send_updates_soon()
+        self._send_status_if_changed()
+
+    def _sessions_whose_process_is_gone(self) -> List[Session]:
+        """End the sessions of this machine whose client is no longer there: a kill fires no hook."""
+        gone = []
+        for session in list(self.book.sessions.values()):
+            if (
+                session.pid is None
+                or session.state == "ended"
+                or session.machine_id != self.settings.machine_id
+            ):
+                continue
+            if not process_ran_at(session.pid, session.last_event):
+                gone.append(self.book.end_gone(session.session_id, now_ms()))
+        return gone
+
+    def _look_after_files(self) -> None:
+        """Come back from a full disk by ourselves, and put the socket back when something removed it."""
+        if self._store_error and self.settings["persistence.enabled"]:
+            with contextlib.suppress(OSError):
+                free = os.statvfs(self.store.root)
+                if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
+                    self.store.root, os.W_OK
+                ):
+                    self.store.error = None
+                    self._note_store_error()
+        path = self.settings["socketPath"]
+        if not os.path.exists(path) and not self._stopping:
+            log.warning("%s was removed; it is made anew", path)
+            self._hook_listener.close()
+            self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
+            self._socket_inode = os.stat(path).st_ino
+
+    def _note_store_error(self) -> None:
+        if self.store.error == self._store_error:
+            return
+        self._store_error = self.store.error
+        if self._store_error:
+            log.error("events cannot be written, hooks keep them in the spool: %s", self._store_error)
+        else:
+            log.info("events can be written again")
+        self._send_status_if_changed()
+
+    # What clients and the API ask
+
+    def status(self) -> JsonObject:
+        """Return what /api/status and the `status` message show."""
+        segments = emit_event.spool_segments(self.settings.path("spool"))
+        return {
+            "version": __version__,
+            "mode": self.settings["mode"],
+            "machineId": self.settings.machine_id,
+            "startedAt": self.started_at,
+            "pid": os.getpid(),
+            "seq": self.store.seq,
+            "events": {
+                "received": self.received,
+                "stored": self.stored,
+                "duplicates": self.duplicates,
+                "quarantined": self.quarantine.count,
+            },
+            "sessions": len(self.book.sessions),
+            "clients": sum(client.view is not None for client in self.clients.clients.values()),
+            "store": {
+                "path": self.store.root,
+                "persistent": self.settings["persistence.enabled"],
+                "ok": self._store_error is None,
+                "error": self._store_error,
+                "repaired": self.store.repaired,
+            },
+            "spool": {
+                "segments": len(segments),
+                "bytes": sum(size for _, size in segments),
+                "dropped": self.spool.dropped,
+            },
+            "loading": None,
+            "demo": any(session.demo for session in self.book.sessions.values()),
+        }
+
+    def config(self) -> JsonObject:
+        """Return the configuration in force; there is no secret in it."""
+        nested: JsonObject = {
+            "version": __version__,
+            "machineId": self.settings.machine_id,
+            "path": self.settings.config_path,
+        }
+        for key, value in self.settings.values.items():
+            section, dot, name = key.partition(".")
+            if dot:
+                nested.setdefault(section, {})[name] = value
+            else:
+                nested[section] = value
+        nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
+        return nested
+
+    def session_json(self, session_id: str) -> JsonObject:
+        """Return one session; raise RequestError(404)."""
+        session = self.book.sessions.get(session_id)
+        if session is None:
+            raise RequestError(404, "no session with this id is known")
+        return self.book.to_json(session)
+
+    def _send_status_if_changed(self) -> None:
+        """Tell clients about the status when more than counters moved."""
+        status = self.status()
+        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
+        if steady != self._last_status:
+            self._last_status = steady
+            self.clients.broadcast_json({"type": "status", **status})
+
+    # Messages of WebSocket clients: one line in HANDLERS and one method each
+
+    def _greet(self, client: Client) -> None:
+        hello = {
+            "type": "hello",
+            "version": __version__,
+            "mode": self.settings["mode"],
+            "machineId": self.settings.machine_id,
+            "seq": self.store.seq,
+            "wsProtocol": 1,
+        }
+        self.clients.send_json(client, hello)
+
+    def _message(self, client: Client, text: str) -> None:
+        message: Any = None
+        try:
+            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
+            handler = self.HANDLERS.get(text_of(message.get("type")))
+            if handler is None:
+                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
+            handler(self, client, message)
+        except (MalformedEvent, MessageError, TypeError) as error:
+            self._reply(client, message or {}, {"type": "error", "message": str(error)})
+
+    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
+        """Answer one message; an error names it, and its requestId comes back."""
+        if reply["type"] == "error":
+            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        self.clients.send_json(client, reply)
+
+    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
+        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
+
+        def work() -> None:
+            try:
+                reply = read()
+            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
+                log.exception("a look-up failed")
+                reply = {"type": "error", "message": f"could not be read: {error}"}
+            self.loop.call_soon(lambda: self._reply(client, message, reply))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._reader.submit(work)
+
+    def _on_subscribe(self, client: Client, message: JsonObject) -> None:
+        view = message.get("view", "full")
+        if view not in ("full", "rows"):
+            raise MessageError('view: expected "full" or "rows"')
+        ids = message.get("sessionIds")
+        since = _integer_field(message, "since", None)
+        wanted = set(_text_list(message, "sessionIds")) if ids else None
+        if wanted is not None and client.view == view and client.session_ids is not None:
+            wanted |= client.session_ids
+        client.view, client.session_ids = view, wanted
+        missed: List[bytes] = []
+        resync = since is not None and (since > self.store.seq or self.store.seq - since > CATCH_UP_EVENTS)
+        if since is not None and not resync:
+            missed = self.store.recent_lines(CATCH_UP_EVENTS, after=since)
+        reply = {"type": "subscribed", "seq": self.store.seq, "resync": resync, "missed": len(missed)}
+        self._reply(client, message, reply)
+        entries = [StoredEvent(line_seq(line), emit_event.parse_event_line(line), line) for line in missed]
+        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
+        if frames:
+            self.clients.send(client, b"".join(frames))
+        self.clients.send_json(client, {"type": "status", **self.status()})
+
+    def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
+        ids = _text_list(message, "sessionIds")
+        if client.session_ids is not None:
+            client.session_ids -= set(ids)
+
+    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
+        self._reply(client, message, {"type": "sessions", "sessions": self.book.all_json(client.show_hidden)})
+
+    def _on_get_events(self, client: Client, message: JsonObject) -> None:
+        session_id = _text_field(message, "sessionId")
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            lines = self.store.session_lines(session_id, limit + 1, before)
+            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
+
+        self._read(client, message, read)
+
+    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            return {
+                "type": "all_events",
+                **_page_reply(self.store.recent_lines(limit + 1, before), limit, client.view),
+            }
+
+        self._read(client, message, read)
+
+    @staticmethod
+    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
+        limit = _integer_field(message, "limit", 100) or 100
+        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
+
+    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
+        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
+        seq = _integer_field(message, "seq", None)
+
+        def read() -> JsonObject:
+            line = self.store.find(event_id, session_id, seq)
+            event = emit_event.parse_event_line(line) if line is not None else None
+            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+
+        self._read(client, message, read)
+
+    def _on_search(self, client: Client, message: JsonObject) -> None:
+        raise MessageError("this version does not search what is stored")
+
+    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
+        label = message.get("label")
+        if not isinstance(label, str):
+            raise MessageError("label: expected text")
+        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
+
+    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        self._act(session, {"action": "pin", "pinned": not session.pinned})
+
+    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": True})
+
+    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": False})
+
+    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        parent = message.get("parentSessionId")
+        if parent is not None and (not isinstance(parent, str) or parent not in self.book.sessions):
+            raise MessageError("parentSessionId: no session with this id is known")
+        ancestor = parent
+        while ancestor:
+            if ancestor == session.session_id:
+                raise MessageError("parentSessionId: a session cannot stand below itself")
+            ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
+        self._act(session, {"action": "set_parent", "parentSessionId": parent})
+
+    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        for session in list(self.book.sessions.values()):
+            if not session.hidden:
+                self._act(session, {"action": "hide", "hidden": True})
+        self._send_session_list()
+
+    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
+        self._delete(self._known_session(message))
+
+    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        for session in list(self.book.sessions.values()):
+            self._delete(session)
+        self._send_session_list()
+
+    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
+        client.show_hidden = message.get("showHidden") is True
+        self._on_get_sessions(client, message)
+
+    def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
+        self._store_lines([encode_json(test_event(self.settings.machine_id))], from_spool=False)
+
+    def _known_session(self, message: JsonObject) -> Session:
+        session = self.book.sessions.get(_text_field(message, "sessionId"))
+        if session is None:
+            raise MessageError("sessionId: no session with this id is known")
+        return session
+
+    def _act(self, session: Session, data: JsonObject) -> None:
+        """Store what the user did as an event of its own, so that the files alone tell everything."""
+        event = {
+            "eventType": "session_meta",
+            "hookType": "Monitor",
+            "sessionId": session.session_id,
+            "machineId": self.settings.machine_id,
+            "workingDirectory": session.directory,
+            "data": data,
+        }
+        if not self._store_lines([encode_json(event)], from_spool=False)[0]:
+            raise MessageError(f"it could not be stored: {self.store.error}")
+
+    def _delete(self, session: Session) -> None:
+        freed = self.store.delete_session(session.session_id)
+        self.book.delete(session.session_id)
+        self._changed.pop(session.session_id, None)
+        log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
+        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session.session_id})
+
+    def _send_session_list(self) -> None:
+        for with_hidden in (False, True):
+            message = {"type": "sessions_updated", "sessions": self.book.all_json(with_hidden)}
+            self.clients.broadcast_json(message, lambda client: client.show_hidden is with_hidden)  # noqa: B023
+
+    HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
+        "subscribe": _on_subscribe,
+        "unsubscribe": _on_unsubscribe,
+        "get_sessions": _on_get_sessions,
+        "get_events": _on_get_events,
+        "get_all_recent_events": _on_get_all_recent_events,
+        "get_event_detail": _on_get_event_detail,
+        "search": _on_search,
+        "rename_session": _on_rename_session,
+        "toggle_pin": _on_toggle_pin,
+        "hide_session": _on_hide_session,
+        "unhide_session": _on_unhide_session,
+        "delete_session": _on_delete_session,
+        "hide_all_sessions": _on_hide_all_sessions,
+        "delete_all_sessions": _on_delete_all_sessions,
+        "set_show_hidden": _on_set_show_hidden,
+        "set_parent": _on_set_parent,
+        "send_test_event": _on_send_test_event,
+    }
+
+
+def session_book(settings: Settings) -> SessionBook:
+    """Return an empty book with the configured patience."""
+    return SessionBook(
+        settings["sessions.quietSeconds"] * 1000,
+        settings["sessions.endedHours"] * 3_600_000,
+        settings.machine_id,
+    )
+
+
+class MessageError(Exception):
+    """A client's message that cannot be carried out, in words for its sender."""
+
+
+def _text_field(message: JsonObject, name: str) -> str:
+    value = message.get(name)
+    if not isinstance(value, str) or not value:
+        raise MessageError(f"{name}: expected text")
+    return value
+
+
+def _text_list(message: JsonObject, name: str) -> List[str]:
+    value = message.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise MessageError(f"{name}: expected a list of texts")
+    return value
+
+
+def _integer_field(message: JsonObject, name: str, default: Optional[int]) -> Optional[int]:
+    value = message.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise MessageError(f"{name}: expected an integer of at least 0")
+    return value
+
+
+def _page_reply(lines: List[bytes], limit: int, view: Optional[str]) -> JsonObject:
+    """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is more."""
+    events = [emit_event.parse_event_line(line) for line in lines[-limit:]]
+    if view == "rows":
+        events = [event_row(event) for event in events]
+    return {"events": events, "more": len(lines) > limit}
+
+
+def test_event(machine_id: str) -> JsonObject:
+    """Return the event of `test-event` and of the page's button."""
+    return {
+        "id": str(uuid.uuid4()),
+        "timestamp": now_ms(),
+        "sessionId": "contextuate-test",
+        "machineId": machine_id,
+        "workingDirectory": os.getcwd(),
+        "hookType": "Notification",
+        "eventType": "notification",
+        "data": {"message": "Test event: the way from here to the page works.", "notificationType": "test"},
+    }
+
+
+def lock_file(path: str, otherwise: str) -> int:
+    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`.
+
+    The file holds our pid, for whoever wants to know who has the lock.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StartError(f"{path}: cannot be opened: {error.strerror}") from None
+    if os.fstat(fd).st_uid != os.getuid():
+        os.close(fd)
+        raise StartError(f"{path}: belongs to another user; choose another socketPath in the configuration")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise StartError(f"{otherwise} (pid {owner or 'unknown'}); `stop` ends it") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    return fd
+
+
+def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
+    """Listen on a TCP port; raise StartError that names the key and the option to change."""
+    try:
+        info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(info[0], socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(info[4])
+        sock.listen(128)
+        return sock
+    except OSError as error:
+        what = (
+            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened: {error.strerror or error}"
+        )
+        raise StartError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
+
+
+def bind_unix(path: str) -> socket.socket:
+    """Listen on a Unix socket of mode 0600; the caller holds its lock. Raise StartError rather than steal one."""
+    try:
+        about = os.lstat(path)
+    except FileNotFoundError:
+        about = None
+    if about is not None:
+        if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
+            raise StartError(
+                f"{path} is there already and is not our socket; remove it or choose another socketPath"
+            )
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(path) == 0:
+                raise StartError(
+                    f"{path}: another program listens there; stop it or choose another socketPath"
+                )
+        os.unlink(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    mask = os.umask(0o177)  # 0600 from the first moment
+    try:
+        sock.bind(path)
+    except OSError as error:
+        raise StartError(f"{path}: cannot be made: {error.strerror}; choose another socketPath") from None
+    finally:
+        os.umask(mask)
+    sock.listen(4096)
+    return sock
+
+
+def process_ran_at(pid: int, time_ms: int) -> bool:
+    """Tell whether a process runs that ran at `time_ms` already, so is not a later one with the same pid.
+
+    On Linux by its start time (proc(5): stat field 22, in ticks since boot); elsewhere any process counts.
+    """
+    if sys.platform != "linux":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return False
+    if fields[0] in (b"Z", b"X"):
+        return False
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
+
+
+# ---------------------------------------------------------------------------
+# Hook installation: our hook in Claude Code's settings
+#
+# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, nobody else's.
+# Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
+# running monitor. Planning reads only; what is written is exactly what a plan has shown before.
+# ---------------------------------------------------------------------------
+
+Version = tuple[int, int, int]
+
+HOOK_TIMEOUT_S = 10
+CLAUDE_VERSION_TIMEOUT_S = 10
+
+# Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
+# with the first version that is known to have it, and without such knowledge with 2.1.101.
+# Missing on purpose: MessageDisplay (ten a second, holds up the display), WorktreeCreate (its output is taken
+# as a path, a failure fails the worktree), FileChanged (needs a list of files).
+EVENT_NAMES_SINCE: tuple[tuple[Version, tuple[str, ...]], ...] = (
+    (
+        (1, 0, 0),
+        (
+            "SessionStart",
+            "SessionEnd",
+            "UserPromptSubmit",
+            "PreToolUse",
+            "PostToolUse",
+            "Notification",
+            "Stop",
+            "SubagentStop",
+            "PreCompact",
+        ),
+    ),
+    ((2, 0, 43), ("SubagentStart",)),
+    ((2, 0, 45), ("PermissionRequest",)),
+    ((2, 1, 69), ("InstructionsLoaded",)),
+    ((2, 1, 76), ("PostCompact", "Elicitation")),
+    ((2, 1, 78), ("StopFailure",)),
+    (
+        (2, 1, 101),
+        (
+            "Setup",
+            "UserPromptExpansion",
+            "PermissionDenied",
+            "PostToolUseFailure",
+            "PostToolBatch",
+            "TaskCreated",
+            "TaskCompleted",
+            "TeammateIdle",
+            "PreModelSwitch",
+            "PostModelSwitch",
+            "ConfigChange",
+            "CwdChanged",
+            "DirectoryAdded",
+            "WorktreeRemove",
+            "ElicitationResult",
+        ),
+    ),
+)
+
+
+class InstallError(Exception):
+    """An installation that is refused; the message is one line and says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InstallPlan:
+    """What an installation or its removal would do to one settings file.
+
+    `old_text` is the file as it was read, "" when there is none; `new_text` equals it when nothing is to do.
+    `names` are the events that get our hook, or lose it. `command` is what Claude Code will run, "" for a
+    removal. `version` is the client's, None when it is not known or does not matter.
+    """
+
+    path: str
+    old_text: str
+    new_text: str
+    names: tuple[str, ...]
+    command: str
+    version: Version | None
+
+
+def plan_install(home: str, project: str | None, version: Version | None) -> InstallPlan:
+    """Plan to register our hook; write nothing.
+
+    `home` is our directory, `project` a project's directory or None for the user's own settings, `version`
+    what claude_version() said. Raises InstallError for settings that cannot be changed safely.
+    """
+    names = event_names(version)
+    if not names:
+        raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
+    command = hook_command(base_interpreter(), hook_script(home))
+    path = _existing_project_settings(project)
+    old_text, settings = read_settings(path)
+    with _naming(path):
+        merged = merge_hooks(settings, command, names)
+        new_text = old_text if merged == settings else render_settings(merged, old_text)
+    return InstallPlan(path, old_text, new_text, tuple(names), command, version)
+
+
+def plan_uninstall(project: str | None) -> InstallPlan:
+    """Plan to take our hook out of the settings of `project`, None for the user's own; write nothing.
+
+    Raises InstallError for settings that cannot be changed safely.
+    """
+    path = _existing_project_settings(project)
+    old_text, settings = read_settings(path)
+    with _naming(path):
+        names = tuple(name for name, groups in _checked_hooks(settings).items() if _any_ours(groups))
+        new_text = render_settings(remove_hooks(settings), old_text) if names else old_text
+    return InstallPlan(path, old_text, new_text, names, "", None)
+
+
+def _existing_project_settings(project: str | None) -> str:
+    if project is not None and not os.path.isdir(project):
+        raise InstallError(f"{project}: no such directory; name the project's top directory")
+    return settings_path(project)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Put the file's name before a refusal that comes from its content."""
+    try:
+        yield
+    except InstallError as error:
+        raise InstallError(f"{path}: {error}") from None
+
+
+# -- which events, which file, which command ----------------------------------
+
+
+def event_names(version: Version | None) -> list[str]:
+    """List the event names that a client of `version` certainly understands; of the oldest one for None."""
+    known = EVENT_NAMES_SINCE[0][0] if version is None else version
+    return [name for since, names in EVENT_NAMES_SINCE if known >= since for name in names]
+
+
+def claude_version() -> Version | None:
+    """Ask the `claude` on the search path for its version; None when there is none or it does not tell."""
+    program = shutil.which("claude")
+    if program is None:
+        return None
+    try:
+        answer = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=CLAUDE_VERSION_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(rb"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", answer.stdout)
+    return (int(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def settings_path(project: str | None) -> str:
+    """Return the absolute path of the settings file of `project`, or of the user's own for None.
+
+    CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
+    """
+    if project is not None:
+        return os.path.abspath(os.path.join(project, ".claude", "settings.json"))
+    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    return os.path.abspath(os.path.join(directory, "settings.json"))
+
+
+def base_interpreter() -> str:
+    """Return the absolute path of the interpreter below any virtual environment, which may go one day.
+
+    Links outside the environment stay as they are: /usr/bin/python3 survives an upgrade, its target does not.
+    """
+    path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
+    if sys.prefix != sys.base_prefix:
+        # Up to Python 3.10 the base executable of an environment is the environment's own link.
+        while path.startswith(sys.prefix + os.sep) and os.path.islink(path):
+            path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
+    if not os.path.isfile(path) or not os.access(path, os.X_OK):
+        raise InstallError(f"{path}: no interpreter there; run install with the Python that hooks shall use")
+    return path
+
+
+def hook_script(home: str) -> str:
+    """Return the absolute path at which our directory `home` holds the script that Claude Code runs."""
+    return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
+
+
+def hook_command(interpreter: str, script: str) -> str:
+    """Return the line for /bin/sh that runs `script`; it ends with status 0 even when either file is gone.
+
+    A missing script would end with 2, and with that Claude Code blocks every tool call and every prompt.
+    """
+    program, argument = (_shell_quoted(os.path.abspath(path)) for path in (interpreter, script))
+    return f"{program} -I -S {argument} || :"
+
+
+def _shell_quoted(path: str) -> str:
+    """Quote `path` for a POSIX shell, in double quotes as the documentation shows the command."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON could not carry such a path: Claude Code would run another one.
+        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python") from None
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
+
+
+# -- the hook's files ---------------------------------------------------------
+
+
+def install_hook_files(home: str) -> str:
+    """Copy the hook below `home` and return the path of the script that Claude Code is to run.
+
+    hooks/emit_event.py is the hot path alone, hooks/whole/emit_event.py the whole module for the rare paths.
+    Raises InstallError when the module beside the monitor is not whole, or a file cannot be written.
+    """
+    source, script = os.path.abspath(emit_event.__file__), hook_script(home)
+    directory = os.path.dirname(script)
+    whole = os.path.join(directory, "whole", "emit_event.py")
+    try:
+        with open(source, "rb") as file:
+            content = file.read()
+        hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        if not marker:
+            raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
+        for private in (os.path.abspath(home), directory, os.path.dirname(whole)):
+            emit_event.make_private_directory(private)
+        # The whole file first: the hot path must never meet an older one than itself.
+        emit_event.write_atomically(whole, content)
+        emit_event.write_atomically(script, hot_path + b"\n")
+    except OSError as error:
+        _refuse(f"the hook could not be copied from {source} to {directory}", error)
+    # Bytecode saves time, nothing depends on it.
+    with contextlib.suppress(OSError, py_compile.PyCompileError):
+        py_compile.compile(whole, doraise=True)
+    return script
+
+
+def _refuse(what: str, error: OSError) -> NoReturn:
+    raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
+
+
+# -- our entries among everybody's --------------------------------------------
+
+
+def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str]) -> emit_event.JsonObject:
+    """Return `settings` with our handler once under each of `names` and under no other event.
+
+    What is up to date stays where it is, what is outdated is updated in place, doubles go. Everything else
+    stays as it is, in its order. Raises InstallError for hooks that are not laid out as documented.
+    """
+    handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
+    return _with_handler(settings, handler, names)
+
+
+def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
+    """Return `settings` without our handlers, and without the groups and lists that held nothing else.
+
+    Raises InstallError for hooks that are not laid out as documented.
+    """
+    return _with_handler(settings, {}, [])
+
+
+def _with_handler(
+    settings: emit_event.JsonObject, handler: emit_event.JsonObject, names: list[str]
+) -> emit_event.JsonObject:
+    """Return `settings` with `handler` as the only one of ours under each of `names`, and none elsewhere."""
+    hooks = _checked_hooks(settings)
+    changed: emit_event.JsonObject = {}
+    for name, groups in hooks.items():
+        kept = _groups_with(groups, handler if name in names else None)
+        if kept or not groups:  # a list that was empty before is somebody else's
+            changed[name] = kept
+    for name in names:
+        if name not in hooks:
+            changed[name] = _groups_with([], handler)
+    result = dict(settings)
+    if changed:
+        result["hooks"] = changed
+    elif hooks:
+        del result["hooks"]
+    return result
+
+
+def _groups_with(
+    groups: list[emit_event.JsonObject], handler: emit_event.JsonObject | None
+) -> list[emit_event.JsonObject]:
+    """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
+    result = []
+    wanted = handler
+    for group in groups:
+        kept = []
+        for entry in group["hooks"]:
+            if not _is_ours(entry):
+                kept.append(entry)
+            elif wanted is not None and group.get("matcher", "") in ("", "*", ".*"):
+                kept.append({**entry, **wanted})
+                wanted = None
+        if kept or not group["hooks"]:
+            result.append({**group, "hooks": kept})
+    if wanted is not None:
+        result.append({"hooks": [wanted]})
+    return result
+
+
+def _any_ours(groups: list[emit_event.JsonObject]) -> bool:
+    return any(_is_ours(entry) for group in groups for entry in group["hooks"])
+
+
+def _is_ours(entry: emit_event.JsonObject) -> bool:
+    """Tell whether a handler runs a hook that we installed, with whatever interpreter, for whatever home.
+
+    The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
+    """
+    command = entry.get("command")
+    if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
+        return False
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote is open
+        return False
+    return (
+        len(words) >= 4
+        and words[1:3] == ["-I", "-S"]
+        and words[3].endswith("/hooks/emit_event.py")
+        and words[4:] in ([], ["||", ":"])
+    )
+
+
+def _checked_hooks(settings: emit_event.JsonObject) -> dict[str, list[emit_event.JsonObject]]:
+    """Return the hooks of `settings` by event name, {} when it has none.
+
+    Raises InstallError with the place of whatever is not the documented object or list.
+    """
+    hooks: dict[str, list[emit_event.JsonObject]] = settings.get("hooks", {})
+    _expect(dict, hooks, "hooks")
+    for name, groups in hooks.items():
+        place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
+        _expect(list, groups, place)
+        for index, group in enumerate(groups):
+            _expect(dict, group, f"{place}[{index}]")
+            _expect(list, group.get("hooks"), f"{place}[{index}].hooks")
+            for inner, entry in enumerate(group["hooks"]):
+                _expect(dict, entry, f"{place}[{index}].hooks[{inner}]")
+    return hooks
+
+
+def _expect(kind: type, value: object, place: str) -> None:
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise InstallError(f"{place}: expected {expected}; correct it by hand first, nothing was changed")
+
+
+# -- the settings file --------------------------------------------------------
+
+
+def read_settings(path: str) -> tuple[str, emit_event.JsonObject]:
+    """Read a settings file; return its text, byte order mark and line ends included, and its object.
+
+    A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
+    """
+    content = _file_content(path) or b""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        words = f"{path}: line {line} is not UTF-8; correct it first, nothing was changed"
+        raise InstallError(words) from None
+    bare = text[1:] if text.startswith("\ufeff") else text
+    if not bare.strip():
+        return text, {}
+    try:
+        settings = json.loads(
+            bare, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float
+        )
+    except json.JSONDecodeError as error:
+        raise InstallError(
+            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}; "
+            "correct it first, nothing was changed"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InstallError(f"{path}: {error}; correct it first, nothing was changed") from None
+    if not isinstance(settings, dict):
+        raise InstallError(f"{path}: expected one JSON object; correct it first, nothing was changed")
+    return text, settings
+
+
+def _file_content(path: str) -> bytes | None:
+    """Return the bytes of a regular file, None when there is none; raise InstallError for anything else."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _refuse(f"{path} cannot be read", error)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> emit_event.JsonObject:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {json.dumps(twice)} stands twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not valid JSON")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {digits[:40]} is too large to be written back")
+    return number
+
+
+def render_settings(settings: emit_event.JsonObject, like: str) -> str:
+    """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
+
+    Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
+    """
+    shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
+    try:
+        text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise InstallError("nested too deeply to be written back; nothing was changed") from None
+    # UTF-8 has no half pairs, JSON has: they stay escaped.
+    text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
+        text += "\n"
+    first_line, line_feed, _ = like.partition("\n")
+    if line_feed and first_line.endswith("\r"):
+        text = text.replace("\n", "\r\n")
+    return "\ufeff" + text if like.startswith("\ufeff") else text
+
+
+def diff_settings(path: str, old_text: str, new_text: str) -> str:
+    """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
+    lines = difflib.unified_diff(
+        _diff_lines(old_text),
+        _diff_lines(new_text),
+        path if old_text else "/dev/null",
+        path,
+        lineterm="",
+    )
+    return "".join(line + "\n" for line in lines)
+
+
+def _diff_lines(text: str) -> list[str]:
+    """Split at line feeds only: a JSON string may hold U+2028 and the like, which splitlines() splits at."""
+    lines = text.split("\n")
+    last = lines.pop()
+    return [*lines, last + "\n\\ No newline at end of file"] if last else lines
+
+
+def write_settings(path: str, text: str, old_text: str) -> str | None:
+    """Replace the settings at `path`, read as `old_text`, by `text` in one step.
+
+    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
+    None when there was nothing to keep. Raises InstallError when the file has changed since it was read.
+    """
+    current = _file_content(path)
+    if (current or b"") != old_text.encode("utf-8"):
+        raise InstallError(f"{path}: somebody has just changed it; try again, nothing was changed")
+    if text == old_text:
+        return None
+    target = os.path.realpath(path)
+    backup = None
+    try:
+        if current is None:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            emit_event.write_atomically(target, text.encode("utf-8"))
+            return None
+        about = os.stat(target)
+        backup = _write_backup(path, current)
+        emit_event.write_atomically(target, text.encode("utf-8"), stat.S_IMODE(about.st_mode))
+    except OSError as error:
+        if backup is not None:
+            os.unlink(backup)
+        _refuse(f"{path} cannot be written, nothing was changed", error)
+    with contextlib.suppress(OSError):  # a file system without owners or modes has none to keep
+        if (about.st_uid, about.st_gid) != (os.geteuid(), os.getegid()):
+            os.chown(target, about.st_uid, about.st_gid)
+    with contextlib.suppress(OSError):
+        os.chmod(target, stat.S_IMODE(about.st_mode))  # the umask has taken bits away
+    return backup
+
+
+def _write_backup(path: str, content: bytes) -> str:
+    """Keep `content` beside `path`, for its owner only: settings hold keys. Return the backup's path."""
+    first_choice = backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while os.path.lexists(backup):
+        number += 1
+        backup = f"{first_choice}-{number}"
+    emit_event.write_atomically(backup, content)
+    return backup
+
+
+# ---------------------------------------------------------------------------
+# Demo: a working day of a small team, made up, marked as a demo
+#
+# Owns: the story, told in wrapped payloads of the shapes the real client sends.
+# Does no I/O and knows nothing of the monitor. A scene has its own seeded random and times relative to "now":
+# a day always tells the same.
+# ---------------------------------------------------------------------------
+
+_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _shape for each tool
+_Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
+
+_RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
+_DEMO_HOMES = {"mira-laptop": "/home/mira", "build-box": "/home/ci", "jonas-mac": "/Users/jonas"}
+
+# fmt: off
+# Which payloads carry permission_mode (P) and effort (E).
+_DEMO_MODES: Mapping[str, str] = {
+    "UserPromptSubmit": "P", "StopFailure": "E", "PreToolUse": "PE", "PermissionRequest": "PE",
+    "PostToolUse": "PE", "PostToolUseFailure": "PE", "PostToolBatch": "PE", "Stop": "PE",
+    "SubagentStop": "PE",
+}
+# "<tool> <target>" begins with → from, to (ms); the first that fits.
+_DEMO_DURATIONS_MS: Tuple[Tuple[str, int, int], ...] = (
+    ("Bash npm", 3800, 14000), ("Bash uv run", 2900, 9000), ("Bash cargo", 2500, 16000),
+    ("Bash terraform", 5000, 21000), ("Bash mkdocs", 1800, 4200), ("Bash", 35, 900), ("WebFetch", 900, 3800),
+    ("mcp__", 250, 1400), ("", 4, 60),
+)
+_DEMO_TASK, _DEMO_WHY = "Name the text in range errors", "Error::NoRange should carry what was typed"
+_SHOP_STEPS: Mapping[str, _Step] = {
+    "g": ("Grep", "applyDiscount", "src", "src/cart/totals.ts:41:export function applyDiscount("),
+    "G": ("Glob", "src/checkout/**/*.tsx", "", "src/checkout/Address.tsx\nsrc/checkout/Payment.tsx"),
+    "r": ("Read", "src/cart/totals.ts", "  if (!coupon) return net;\n  return net - net * coupon.rate;\n}"),
+    "R": ("Read", "src/checkout/Payment.tsx", "  const [busy, setBusy] = useState(false);\n"),
+    "e": ("Edit", "src/cart/totals.ts", "  if (!coupon) return net;\n  return net - net * coupon.rate;",
+          "  if (!coupon) return net;\n  return Math.max(0, net - roundCents(net * coupon.rate));"),
+    "E": ("Edit", "src/checkout/Payment.tsx", 'type="submit"', 'type="submit" disabled={busy}'),
+    "w": ("Write", "src/cart/round.ts", "export const roundCents = (n) => Math.round(n * 100) / 100;\n"),
+    "T": ("Bash!", "npm test -- cart", "Run the cart tests", f"{_RED}FAIL{_OFF} test/cart/totals.test.ts\n"
+          f"  {_RED}✕ a coupon never makes a total negative (6 ms){_OFF}\n    Expected: {_GREEN}0{_OFF}\n"
+          f"    Received: {_RED}-4.99{_OFF}\n\nTests: {_RED}1 failed{_OFF}, 23 passed, 24 total"),
+    "t": ("Bash", "npm test -- cart", "Run the cart tests", f"{_GREEN}PASS{_OFF} test/cart/totals.test.ts\n"
+          f"{_GREEN}PASS{_OFF} test/cart/round.test.ts\n\nTests: {_GREEN}27 passed{_OFF}, 27 total"),
+    "l": ("Bash", "npm run lint", "Lint the project", "\n> tidewater-shop@4.2.0 lint\n> eslint src test\n"),
+    "d": ("Bash", "git diff --stat", "List changes", " src/cart/round.ts  | 1 +\n src/cart/totals.ts | 2 +-"),
+    "o": ("TodoWrite", "1", "Reproduce the negative total|Round in one place|Cover coupons over 100 %"),
+    "p": ("mcp__github__get_pull_request", "", '{"owner": "tidewater", "repo": "shop", "pull_number": 418}',
+          '{"number": 418, "title": "Coupons: clamp totals at zero", "state": "open", "changed_files": 3}'),
+    "f": ("WebFetch", "https://developer.mozilla.org/docs/Web/HTML/Element/button", "What does disabled do?",
+          "A disabled button takes no clicks and no focus, and is not submitted."),
+}
+_CLI_STEPS: Mapping[str, _Step] = {
+    "g": ("Grep", "fn parse_range", "src", "src/range.rs:18:pub fn parse_range(text: &str) -> Result {"),
+    "r": ("Read", "src/range.rs", "pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}"),
+    "R": ("Read", "src/main.rs", "fn main() -> ExitCode {\n    run(&Args::parse()).into()\n}"),
+    "e": ("Edit", "src/range.rs", ".ok_or(Error::NoRange)?;", ".ok_or(Error::NoRange(text.into()))?;"),
+    "E": ("Edit", "src/error.rs", "pub enum Error {\n    NoRange,", "pub enum Error {\n    NoRange(String),"),
+    "m": ("Edit", "src/main.rs", "        Error::NoRange => 2,", "        Error::NoRange(_) => 2,"),
+    "w": ("Write", "tests/range.rs", '#[test]\nfn open() {\n    assert!(parse("12:00..").is_ok());\n}\n'),
+    "B": ("Bash!", "cargo build", "Build", f"{_RED}{_BOLD}error[E0532]{_OFF}{_BOLD}: expected unit, found "
+          f"tuple variant `Error::NoRange`{_OFF}\n --> src/main.rs:57:9\n   |\n57 |     Error::NoRange => 2\n"
+          f"   |     {_RED}^^^^^^^^^^^^^^{_OFF} help: use `Error::NoRange(_)`\n\nerror: could not compile"),
+    "b": ("Bash", "cargo build", "Build", f"    {_GREEN}Finished{_OFF} dev profile in 4.31s"),
+    "t": ("Bash", "cargo test", "Test", f"test result: {_GREEN}ok{_OFF}. 41 passed; 0 failed; 0 ignored"),
+    "c": ("Bash", "cargo clippy -- -D warnings", "Lint", f"    {_GREEN}Finished{_OFF} dev profile in 2.07s"),
+    "1": ("TaskCreate", _DEMO_TASK, _DEMO_WHY, "1"),
+    "2": ("TaskUpdate", "1", "in_progress"),
+    "3": ("TaskUpdate", "1", "completed"),
+    "d": ("Bash", "git diff src/main.rs", "Show it", f"{_BOLD}--- a/src/main.rs\n+++ b/src/main.rs{_OFF}\n"
+          f"{_RED}-        Error::NoRange => 2,{_OFF}\n{_GREEN}+        Error::NoRange(_) => 2,{_OFF}"),
+}
+_INFRA_STEPS: Mapping[str, _Step] = {
+    "g": ("Grep", "instance_class", "modules", "modules/db/main.tf:24:  instance_class = var.instance_class"),
+    "r": ("Read", "modules/db/main.tf", "  instance_class = var.instance_class\n  multi_az       = false\n}"),
+    "R": ("Read", "envs/staging.tfvars", 'region         = "eu-central-1"\ninstance_class = "db.t4g.medium"'),
+    "e": ("Edit", "modules/db/main.tf", "  multi_az       = false", "  multi_az       = var.multi_az"),
+    "w": ("Write", "modules/db/variables.tf", 'variable "multi_az" {\n  type = bool\n  default = false\n}\n'),
+    "v": ("Bash", "terraform validate", "Check", f"{_GREEN}Success!{_OFF} The configuration is valid."),
+    "p": ("Bash", "terraform plan -out=staging", "Plan staging", f"  {_GREEN}~{_OFF} aws_db_instance.main\n"
+          f"      multi_az: false -> true\n\n{_BOLD}Plan:{_OFF} 0 to add, 1 to change, 0 to destroy."),
+    "P": ("Bash!", "terraform plan -out=prod.plan", "Plan production",
+          f"{_RED}Error:{_OFF} Error acquiring the state lock\n\n  Who: ci@build-box\n  Created: 14 min ago"),
+    "s": ("Bash", "git status --short", "List changes", " M modules/db/main.tf\n?? modules/db/variables.tf"),
+}
+_DATA_STEPS: Mapping[str, _Step] = {
+    "g": ("Grep", "tz_localize", "pipeline", 'pipeline/hourly.py:63: index = rows.index.tz_localize("UTC")'),
+    "G": ("Glob", "pipeline/**/*.py", "", "pipeline/hourly.py\npipeline/load.py\npipeline/export.py"),
+    "r": ("Read", "pipeline/hourly.py", 'rows.index = rows.index.tz_localize("UTC")\nreturn rows'),
+    "R": ("Read", "pipeline/load.py", "def load(day: date) -> Rows:\n    return read_parquet(path(day))"),
+    "e": ("Edit", "pipeline/hourly.py", '    rows.index = rows.index.tz_localize("UTC")\n    return rows',
+          '    if not rows.index.tz:\n        rows.index = rows.index.tz_localize("UTC")\n    return rows'),
+    "E": ("Edit", "pipeline/load.py", "read_parquet(path(day))", "read_parquet(path(day), columns=COLUMNS)"),
+    "w": ("Write", "tests/test_dst.py", "def test_long_night():\n    assert len(hourly(OCT_26)) == 25\n"),
+    "T": ("Bash!", "uv run pytest -q --color=yes tests", "Run the tests", f"..........{_RED}F{_OFF}......\n"
+          f"{_RED}{_BOLD}____ test_long_night ____{_OFF}\n>   assert len(hourly(OCT_26)) == 25\n{_BOLD}{_RED}"
+          f"E   assert 24 == 25{_OFF}\n\n{_RED}FAILED tests/test_dst.py{_OFF}\n1 failed, 16 passed in 2.71s"),
+    "t": ("Bash", "uv run pytest -q --color=yes tests", "Run the tests", f"{_GREEN}17 passed{_OFF} in 2.58s"),
+    "q": ("Bash", "duckdb meter.db 'select count(*) from readings'", "Count readings", "│ 18403112 │"),
+    "l": ("Bash", "uv run ruff check pipeline tests", "Lint", "All checks passed!"),
+    "o": ("TodoWrite", "2", "Reproduce the missing hour|Localise naive times only|Backfill October"),
+}
+_DOCS_STEPS: Mapping[str, _Step] = {
+    "g": ("Grep", "on-call", "docs", "docs/operations/rota.md:3:# On-call rota\ndocs/index.md:19:- On-call"),
+    "r": ("Read", "docs/operations/rota.md", "# On-call rota\n\nThe rota changes on Mondays at 10:00."),
+    "e": ("Edit", "docs/operations/rota.md", "on Mondays at 10:00.", "on Mondays at 10:00, in a call."),
+    "w": ("Write", "docs/operations/handover.md", "# Handing over\n\n1. Incidents\n2. Planned changes\n"),
+    "b": ("Bash", "mkdocs build --strict", "Build the site", "INFO    -  Documentation built in 1.62 s"),
+    "B": ("Bash!", "mkdocs build --strict", "Build the site", "WARNING -  'index.md' contains a link "
+          "'operations/handovers.md', but the target is not found.\n\nAborted with 1 warning in strict mode"),
+    "x": ("Edit", "docs/index.md", "(operations/handovers.md)", "(operations/handover.md)"),
+}
+_DEMO_STEPS: Mapping[str, Mapping[str, _Step]] = {
+    "tidewater-shop": _SHOP_STEPS, "logslice": _CLI_STEPS, "platform-infra": _INFRA_STEPS,
+    "meter-pipeline": _DATA_STEPS, "handbook": _DOCS_STEPS,
+}
+# name: (machine, project, permission mode), its turns, how it ended ("" = it did not)
+_DEMO_SESSIONS: Mapping[str, Tuple[Tuple[str, str, str], Tuple[_Turn, ...], str]] = {
+    "nightly": (("build-box", "tidewater-shop", "bypassPermissions"), (
+        (480, "Update the patch-level dependencies and report what breaks.", "gG r t l d T r e t l d",
+         "All updates are in. A changed rounding helper broke one cart test; it is fixed."),), "other"),
+    "rota": (("jonas-mac", "handbook", "acceptEdits"), (
+        (462, "The on-call page should say how we hand over", "g r e w B x b", "Added, with a checklist."),
+        (441, "Shorter, two points are enough", "r w e b", "Cut to two points.")), "prompt_input_exit"),
+    "review": (("mira-laptop", "tidewater-shop", "default"), (
+        (408, "Review pull request 418, in particular the rounding", "p gr R d t",
+         "Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice."),
+        (391, "Fix both on the branch", "o r w e T r e t l d", "Both fixed, with tests for large coupons."),
+        (366, "Can the pay button be pressed twice?", "f R E t", "Not any more.")), "prompt_input_exit"),
+    "staging": (("build-box", "platform-infra", "acceptEdits"), (
+        (352, "Make multi-AZ a variable of the database module and plan staging", "g rR e w v p s",
+         "The module takes `multi_az`; staging plans one change in place, nothing is replaced."),
+        (333, "Also plan production, do not apply", "R P s P", "Another run holds the lock.")), "other"),
+    "missing-hour": (("mira-laptop", "meter-pipeline", "default"), (
+        (318, "Why does the last Sunday of October have 24 hours in the hourly export?", "gG r q T",
+         "Times that are already aware are localised again, and the repeated hour is merged."),
+        (302, "Fix it and add a test", "o w r e T rR E t l", "Fixed; the night now has 25 hours."),
+        (274, "Does the backfill need anything else?", "R q g", "No, October again is enough.")), "clear"),
+    "checkout": (("mira-laptop", "tidewater-shop", "default"), (
+        (176, "Customers can press Pay twice, stop that", "gG R r E t l", "The button is now disabled."),
+        (121, "Cover it with a test", "R w T R E t d", "A test presses it twice and expects one order."),
+        (7, "Make a clean production build and check its size", "d l R t", "")), ""),
+    "ranges": (("jonas-mac", "logslice", "default"), (
+        (143, "Range errors should say what was typed", "1 2 g rR e E B m b t 3 d", "They quote it now."),
+        (97, "Add open-ended ranges like 12:00..", "rR e w b t c", "`12:00..` and `..12:00` are tested."),
+        (12, "What should happen with 14:00..12:00?", "r g E", "")), ""),
+    "style-guide": (("jonas-mac", "handbook", "acceptEdits"), (
+        (84, "Check the operation pages against our style", "g r r e b", "Four deviate; three corrected."),
+        (18, "Take the fourth as well", "r e B x b", "Done. Shall I rename it to match its title?")), ""),
+    "backfill": (("build-box", "meter-pipeline", "bypassPermissions"), (
+        (66, "Prepare the October backfill: what will change?", "G rR q g l t", "Only one hour changes."),
+        (3, "Check both halves of October in parallel, then write the runbook", "G q", "")), ""),
+    "follow": (("jonas-mac", "logslice", "acceptEdits"), (
+        (52, "Plan a --follow that survives rotation", "g R r g d", "Watch the inode, reopen on change."),
+        (3, "Good plan. Implement it", "rR", "")), ""),
+    "drift": (("build-box", "platform-infra", "acceptEdits"), (
+        (58, "Compare staging with what is deployed", "R g r v p s", "One drift: `multi_az`, set by hand."),
+        (8, "Refresh the state of production and compare again", "R s v", "")), ""),
+    "export": (("mira-laptop", "meter-pipeline", "default"), (
+        (47, "The export takes 9 minutes, where does the time go?", "G rR q g E t l", "On unused columns."),
+        (24, "Then read only the columns that are needed, everywhere", "G rR g E t r T", "")), ""),
+    "invoice": (("mira-laptop", "tidewater-shop", "plan"), (
+        (155, "Which parts of the code compute VAT?", "gG r R g", "Only `totals.ts`; all reuse it."),), ""),
+}
+# fmt: on
+
+
+def _uuid(rng: random.Random) -> str:
+    """Return a text shaped like a UUID v4."""
+    digits = f"{rng.getrandbits(128):032x}"
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{rng.choice('89ab')}{digits[17:20]}-{digits[20:]}"
+
+
+def _todos(subjects: List[str], done: int) -> List[JsonObject]:
+    statuses = ["completed"] * done + ["in_progress"] + ["pending"] * len(subjects)
+    return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
+
+
+def _shape(step: _Step, cwd: str, rng: random.Random) -> Tuple[JsonObject, Any, Any]:
+    """Return the tool_input, the tool_response and the words the model gets for one step of _DEMO_STEPS."""
+    tool, target, detail, output = (*step, "", "")[:4]
+    path, lines, start = f"{cwd}/{target}", output.splitlines(), rng.randrange(12, 90)
+    given: JsonObject
+    response: JsonObject
+    if tool in ("Bash", "Bash!"):
+        return {"command": target, "description": detail}, _bash_response(output), output
+    if tool == "Read":
+        lines = detail.splitlines()
+        file = {"filePath": path, "content": detail, "numLines": len(lines), "startLine": start}
+        file["totalLines"] = start + 40
+        words = "\n".join(f"{start + i}\t{line}" for i, line in enumerate(lines))
+        return {"file_path": path}, {"type": "text", "file": file}, words
+    if tool == "Edit":
+        old = detail.splitlines()
+        diff = [line[0] + line[2:] for line in difflib.ndiff(old, lines) if line[0] != "?"]
+        hunk = {"oldStart": start, "oldLines": len(old), "newStart": start, "newLines": len(lines)}
+        given = {"file_path": path, "old_string": detail, "new_string": output, "replace_all": False}
+        response = {"filePath": path, "oldString": detail, "newString": output, "originalFile": detail + "\n"}
+        response.update(structuredPatch=[{**hunk, "lines": diff}], userModified=False, replaceAll=False)
+        return given, response, f"The file {path} has been updated successfully."
+    if tool == "Write":
+        response = {"type": "create", "filePath": path, "content": detail, "structuredPatch": []}
+        response.update(originalFile=None, userModified=False)
+        return {"file_path": path, "content": detail}, response, f"File created successfully at: {path}"
+    if tool == "Grep":
+        given = {"pattern": target, "path": f"{cwd}/{detail}", "output_mode": "content", "-n": True}
+        response = {"mode": "content", "numFiles": 0, "filenames": [], "content": output}
+        return given, {**response, "numLines": len(lines)}, output
+    if tool == "Glob":
+        names = [f"{cwd}/{name}" for name in lines]
+        response = {"filenames": names, "durationMs": start, "numFiles": len(names), "truncated": False}
+        return {"pattern": target}, response, "\n".join(names)
+    if tool == "TodoWrite":
+        old_todos, new_todos = (_todos(detail.split("|"), int(target) - back) for back in (1, 0))
+        response = {"oldTodos": old_todos, "newTodos": new_todos}
+        return {"todos": new_todos}, response, "Todos have been modified successfully."
+    if tool == "TaskCreate":
+        task = {"id": output, "subject": target, "description": detail}
+        given = {"subject": target, "description": detail, "activeForm": target}
+        return given, {"task": task}, f"Task #{output} created successfully: {target}"
+    if tool == "TaskUpdate":
+        change = {"from": "pending" if detail == "in_progress" else "in_progress", "to": detail}
+        response = {"success": True, "taskId": target, "updatedFields": ["status"], "statusChange": change}
+        return {"taskId": target, "status": detail}, response, f"Updated task #{target} status"
+    if tool == "WebFetch":
+        response = {"bytes": start * 731, "code": 200, "codeText": "OK", "result": output, "url": target}
+        return {"url": target, "prompt": detail}, {**response, "durationMs": start * 29}, output
+    content = [{"type": "text", "text": output}]
+    return json.loads(detail), content, content
+
+
+def _bash_response(output: str) -> JsonObject:
+    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+
+
+class _Scene:
+    """One session, or one of its subagents, and its clock `at` (ms); each method tells what happens next."""
+
+    def __init__(self, key: str, at: float, place: Tuple[str, str, str], source: str = "startup") -> None:
+        """Start a session; all its ids come from `key`; `place` is machine, project, permission mode."""
+        self.at = int(at)
+        self.key = key
+        self.rng = random.Random(self.key)
+        self.machine, self.project, self.mode = place
+        home = _DEMO_HOMES[self.machine]
+        self.cwd = f"{home}/work/{self.project}"
+        self.session_id = _uuid(self.rng)
+        self.transcript = f"{home}/.claude/projects/{self.cwd.replace('/', '-')}/{self.session_id}"
+        self.prompt_id = ""
+        self.events: List[Tuple[int, JsonObject]] = []  # shared with the subagents, as is the next one
+        self.background: List[JsonObject] = []  # background_tasks that run
+        self.agent_fields: JsonObject = {}  # agent_id, agent_type of a subagent
+        self.agent_call: JsonObject = {}  # the Agent call that started this subagent
+        self.began = self.at
+        self.tools_used: List[str] = []
+        self.pace_s = (1.2, 6.0)  # between two batches
+        self.longest_ms = 60_000  # of one call
+        interactive = self.mode != "bypassPermissions" and source == "startup"
+        self.emit("SessionStart", source=source, **({"model": "claude-opus-5-5"} if interactive else {}))
+        path = f"{self.cwd}/CLAUDE.md"
+        self.emit("InstructionsLoaded", file_path=path, memory_type="Project", load_reason="session_start")
+
+    def emit(self, name: str, **fields: Any) -> None:
+        """Add one wrapped payload at the clock's time."""
+        hook: JsonObject = {"session_id": self.session_id, "transcript_path": f"{self.transcript}.jsonl"}
+        hook["cwd"] = self.cwd
+        modes = _DEMO_MODES.get(name, "")
+        if self.prompt_id:
+            hook["prompt_id"] = self.prompt_id
+        if "P" in modes:
+            hook["permission_mode"] = self.mode
+        hook.update(self.agent_fields)
+        if "E" in modes:
+            hook["effort"] = {"level": "medium"}
+        hook.update(hook_event_name=name, **fields)
+        event_id = _uuid(random.Random(f"{self.key}/{len(self.events)}/{name}"))
+        wrapped = {"id": event_id, "timestamp": self.at, "machineId": self.machine, "demo": True}
+        self.events.append((self.at, {**wrapped, "hook": hook}))
+
+    def pause(self, low_s: float, high_s: float) -> None:
+        self.at += int(self.rng.uniform(low_s, high_s) * 1000)
+
+    def wait_until(self, at: float) -> None:
+        self.at = max(self.at, int(at))
+
+    def hurry(self, longest_ms: int) -> None:
+        """Take short steps from here on: somebody is watching."""
+        self.pace_s, self.longest_ms = (0.8, 2.5), longest_ms
+
+    def prompt(self, text: str) -> None:
+        self.prompt_id = _uuid(self.rng)
+        self.emit("UserPromptSubmit", prompt=text)
+        self.pause(1, 3)
+
+    def open_call(self, tool: str, tool_input: JsonObject) -> JsonObject:
+        """Emit PreToolUse and return the fields that its later events repeat."""
+        call: JsonObject = {"tool_name": tool, "tool_input": tool_input}
+        call["tool_use_id"] = f"toolu_{self.rng.getrandbits(72):018x}"
+        if tool.startswith("mcp__"):
+            call["mcp_server"] = {"name": tool.split("__")[1], "source": "user"}
+        self.tools_used.append(tool)
+        self.emit("PreToolUse", **call)
+        return call
+
+    def close_calls(self, closing: List[Tuple[int, int, JsonObject, Any, Any]]) -> None:
+        """Emit results and their batch from (end, duration in ms, call, response or None, words)."""
+        batch = []
+        for end, duration_ms, call, response, words in sorted(closing, key=lambda result: result[0]):
+            self.wait_until(end)
+            given = call["tool_input"]
+            if call["tool_name"] == "TaskCreate":
+                self.emit("TaskCreated", task_id="1", task_subject=_DEMO_TASK, task_description=_DEMO_WHY)
+            elif given.get("status") == "completed":
+                self.emit("TaskCompleted", task_id="1", task_subject=_DEMO_TASK, task_description=_DEMO_WHY)
+            if response is None:
+                failure = {"error": words, "is_interrupt": False, "duration_ms": duration_ms}
+                self.emit("PostToolUseFailure", **call, **failure)
+            else:
+                self.emit("PostToolUse", **call, tool_response=response, duration_ms=duration_ms)
+            told = {key: value for key, value in call.items() if key != "mcp_server"}
+            batch.append({**told, "tool_response": words})
+        self.at += self.rng.randrange(4, 25)
+        self.emit("PostToolBatch", tool_calls=batch)
+
+    def work(self, letters: str) -> None:
+        """Do steps of the project's table; those of one word run in parallel."""
+        for word in letters.split():
+            self.pause(*self.pace_s)
+            closing = []
+            for step in (_DEMO_STEPS[self.project][letter] for letter in word):
+                tool_input, response, words = _shape(step, self.cwd, self.rng)
+                tool = step[0].rstrip("!")
+                named = f"{tool} {step[1]}"
+                low, high = next(row[1:] for row in _DEMO_DURATIONS_MS if named.startswith(row[0]))
+                duration_ms = min(self.rng.randrange(low, high), self.longest_ms + self.rng.randrange(400))
+                if step[0].endswith("!"):
+                    response, words = None, f"Exit code 1\n{words}"
+                call = self.open_call(tool, tool_input)
+                closing.append((self.at + duration_ms, duration_ms, call, response, words))
+                self.at += self.rng.randrange(2, 12)
+            self.close_calls(closing)
+
+    def work_until(self, letters: str, until: float) -> None:
+        """Repeat the steps as long as the clock is before `until`."""
+        words = itertools.cycle(letters.split())
+        while self.at + self.pace_s[1] * 1000 < until:
+            self.work(next(words))
+
+    def ask_permission(self, tool: str, tool_input: JsonObject) -> JsonObject:
+        """Open a call that needs a person's permission; AskUserQuestion asks in the same way."""
+        call = self.open_call(tool, tool_input)
+        self.at += self.rng.randrange(10, 60)
+        commands = tool_input.get("command", "").split(" && ")
+        rules = [{"toolName": tool, "ruleContent": command} for command in commands]
+        suggestion = {"type": "addRules", "rules": rules, "behavior": "allow", "destination": "localSettings"}
+        extra = {"permission_suggestions": [suggestion]} if tool == "Bash" else {}
+        self.emit("PermissionRequest", tool_name=tool, tool_input=tool_input, **extra)
+        self.at += 6000
+        message = "Claude needs your permission"
+        self.emit("Notification", message=message, notification_type="permission_prompt")
+        return call
+
+    def finish_command(self, call: JsonObject, at: float, duration_ms: int, output: str) -> None:
+        """Let an open Bash call come to its end."""
+        self.close_calls([(int(at), duration_ms, call, _bash_response(output), output)])
+
+    def agent(self, kind: str, title: str, brief: str, background: bool = False) -> _Scene:
+        """Start a subagent and return its scene; `hand_back` ends it."""
+        self.pause(*self.pace_s)
+        given: JsonObject = {"description": title, "prompt": brief, "subagent_type": kind}
+        call = self.open_call("Agent", given if background else {**given, "run_in_background": False})
+        agent_id = f"a{self.rng.getrandbits(64):016x}"
+        child = copy.copy(self)
+        child.agent_fields = {"agent_id": agent_id, "agent_type": kind}
+        child.agent_call, child.tools_used, child.began = call, [], self.at
+        child.at += self.rng.randrange(20, 90)
+        child.emit("SubagentStart")
+        if background:
+            task = {"id": agent_id, "type": "subagent", "status": "running", "description": title}
+            self.background.append({**task, "agent_type": kind})
+            output = f"/tmp/claude-501/{self.session_id}/tasks/{agent_id}.output"
+            launched: JsonObject = {"isAsync": True, "status": "async_launched", "agentId": agent_id}
+            launched.update(description=title, resolvedModel="claude-opus-5-5", prompt=brief)
+            launched.update(outputFile=output, canReadOutputFile=True, canContinueAgent=True)
+            words = [{"type": "text", "text": f"Async agent launched successfully.\nagentId: {agent_id}"}]
+            self.close_calls([(self.at + 130, 15, call, launched, words)])
+        return child
+
+    def hand_back(self, child: _Scene, report: str) -> None:
+        """End a subagent: the result of its call, or for a background one the notification."""
+        child.pause(1, 3)
+        agent_id, call = child.agent_fields["agent_id"], child.agent_call
+        ended: JsonObject = {"background_tasks": list(self.background), "session_crons": []}
+        path = f"{self.transcript}/subagents/agent-{agent_id}.jsonl"
+        ended.update(agent_transcript_path=path, last_assistant_message=report)
+        child.emit("SubagentStop", stop_hook_active=False, **ended)
+        duration_ms, uses = child.at - child.began, len(child.tools_used)
+        tokens = 9000 + 1_700 * uses
+        self.wait_until(child.at + 8)
+        if any(task["id"] == agent_id for task in self.background):
+            self.background[:] = [task for task in self.background if task["id"] != agent_id]
+            self.prompt(
+                f"<task-notification>\n<task-id>{agent_id}</task-id>\n"
+                f"<tool-use-id>{call['tool_use_id']}</tool-use-id>\n<status>completed</status>\n"
+                f'<summary>Agent "{call["tool_input"]["description"]}" finished</summary>\n'
+                f"<result>{report}</result>\n<usage><subagent_tokens>{tokens}</subagent_tokens>"
+                f"<tool_uses>{uses}</tool_uses><duration_ms>{duration_ms}</duration_ms>"
+                "</usage>\n</task-notification>"
+            )
+            return
+        content = [{"type": "text", "text": report}]
+        child_fields = {"agentId": agent_id, "agentType": child.agent_fields["agent_type"]}
+        response: JsonObject = {"status": "completed", "prompt": call["tool_input"]["prompt"]}
+        response.update(child_fields, toolsUsed=sorted(set(child.tools_used)))
+        response.update(content=content, resolvedModel="claude-opus-5-5", totalDurationMs=duration_ms)
+        response.update(totalTokens=tokens, totalToolUseCount=uses, canContinueAgent=True)
+        self.close_calls([(self.at, duration_ms, call, response, content)])
+
+    def stop(self, answer: str) -> None:
+        self.pause(1, 3)
+        tasks = {"background_tasks": list(self.background), "session_crons": []}
+        self.emit("Stop", stop_hook_active=False, last_assistant_message=answer, **tasks)
+
+
+def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:
+    """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
+
+    All ids come from `seed` and the day of `now_ms`: what is played twice on one day has the same ids.
+    """
+    story = f"{seed}/{now_ms // 86_400_000}"
+    end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
+    scenes: Dict[str, _Scene] = {}
+    for name, (place, turns, ending) in _DEMO_SESSIONS.items():
+        scene = scenes[name] = _Scene(f"{story}/{name}", now_ms - turns[0][0] * 60_000 - 9000, place)
+        for minutes, prompt, letters, answer in turns:
+            scene.wait_until(now_ms - minutes * 60_000)
+            scene.prompt(prompt)
+            scene.work(letters)
+            if name in ("review", "staging") and minutes == turns[0][0]:
+                _demo_consult(scene)
+            if answer:  # else the turn goes on below
+                scene.stop(answer)
+        if ending:
+            scene.pause(5, 240)
+            scene.emit("SessionEnd", reason=ending)
+    cleared_at = scenes["missing-hour"].at + 140
+    cleared = _Scene(f"{story}/cleared", cleared_at, _DEMO_SESSIONS["missing-hour"][0], source="clear")
+    cleared.pause(20, 60)
+    cleared.prompt("Write the note to the analysts about the corrected October export")
+    cleared.work("r q w l")
+    cleared.stop("The note is in `notes/october.md`: which hour changed and which reports are affected.")
+    late = _Scene(f"{story}/late", now_ms + 96_000, ("jonas-mac", "platform-infra", "acceptEdits"))
+    late.hurry(1500)
+    late.prompt("Which modules still pin the old provider version?")
+    late.work_until("g rR s e v", end_ms - 9000)
+    late.stop("Two modules did; both now take the version of the root module. The configuration validates.")
+    _demo_waits(scenes, now_ms)
+    _demo_works(scenes, now_ms, end_ms)
+    told = [event for scene in (*scenes.values(), cleared, late) for event in scene.events]
+    told.sort(key=lambda event: event[0])
+    yield from (event for event in told if event[0] <= now_ms + live_s * 1000)
+
+
+def _demo_consult(scene: _Scene) -> None:
+    """Ask a subagent, which in turn asks one of its own."""
+    outer = scene.agent("general-purpose", "Find every caller", "List who uses this and what they expect.")
+    outer.work("g r")
+    inner = outer.agent("Explore", "Check the settings", "Which settings matter to these callers?")
+    inner.work("gr R")
+    outer.hand_back(inner, "Only the staging settings differ.")
+    outer.work("R g")
+    scene.hand_back(outer, "Three callers; two rely on the default, one sets the value itself.")
+
+
+def _demo_waits(scenes: Mapping[str, _Scene], now_ms: int) -> None:
+    """Bring the sessions that wait, hang or failed to where they are now, and two of them on from there."""
+    checkout = scenes["checkout"]
+    checkout.wait_until(now_ms - 240_000)
+    build = {"command": "rm -rf build && npm run build", "description": "Build from scratch"}
+    call = checkout.ask_permission("Bash", build)
+    size = f"{_GREEN}✓ built in 4.87s{_OFF}\nbuild/app.js  214.6 kB │ gzip: 71.3 kB"
+    checkout.finish_command(call, now_ms + 41_000, 5200, size)
+    checkout.hurry(1200)
+    checkout.work_until("d g r R l t", now_ms + 128_000)
+    checkout.stop("The clean build is 214.6 kB, 71.3 kB compressed: 2 kB less than the last release.")
+
+    choices = (("Refuse it", "Exit with status 2 and name both ends"), ("Swap the ends", "Warn and go on"))
+    options = [{"label": label, "description": text} for label, text in choices]
+    question = {"question": "What should a backwards range do?", "header": "Ranges", "options": options}
+    scenes["ranges"].wait_until(now_ms - 540_000)
+    scenes["ranges"].ask_permission("AskUserQuestion", {"questions": [{**question, "multiSelect": False}]})
+
+    guide = scenes["style-guide"]
+    guide.at += 60_000
+    guide.emit("Notification", message="Claude is waiting for your input", notification_type="idle_prompt")
+
+    drift = scenes["drift"]
+    drift.wait_until(now_ms - 360_000)
+    began, command = drift.at, "terraform apply -refresh-only -auto-approve -lock-timeout=15m"
+    call = drift.open_call("Bash", {"command": command, "description": "Refresh the production state"})
+    applied = f"{_GREEN}Apply complete!{_OFF} Resources: 0 added, 0 changed, 0 destroyed."
+    drift.finish_command(call, now_ms + 212_000, now_ms + 212_000 - began, applied)
+    drift.stop("The lock was free after nine minutes. Production has no drift.")
+
+    scenes["export"].pause(2, 4)
+    limit = "API Error: Rate limit reached"
+    scenes["export"].emit("StopFailure", error="rate_limit", last_assistant_message=limit)
+
+
+def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> None:
+    """Bring the two working sessions to now and on: one asks for a permission, one has two subagents."""
+    follow = scenes["follow"]
+    follow.work_until("e g E B m b t", now_ms)
+    follow.hurry(1500)
+    follow.work_until("c r e b R t g", now_ms + 75_000)
+    install = {"command": "cargo install --path . --force", "description": "Try the build on a real log"}
+    call = follow.ask_permission("Bash", install)
+    replaced = f"   {_GREEN}Replaced{_OFF} package `logslice v0.9.0` with `logslice v0.9.1`"
+    follow.finish_command(call, now_ms + 152_000, 3900, replaced)
+    follow.work_until("t r e b c d", end_ms - 6000)
+    follow.stop("`--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.")
+
+    backfill = scenes["backfill"]
+    brief = "Compare hourly sums before and after the correction for {} October. Report what differs."
+    first, second = (
+        backfill.agent("general-purpose", f"Check {days} October", brief.format(days), background=True)
+        for days in ("1 to 15", "16 to 31")
+    )
+    backfill.stop("Two subagents compare the halves of October; the runbook follows when both are back.")
+    first.work_until("r q g R t", now_ms)
+    second.work_until("g q R r l", now_ms)
+    for scene in (first, second, backfill):
+        scene.hurry(900)
+    first.work_until("q r q g R", now_ms + 58_000)
+    backfill.hand_back(first, "1 to 15 October: no day differs.")
+    backfill.work("R w q")
+    backfill.stop("The first half is unchanged. Waiting for the second.")
+    second.work_until("q R q l r g", now_ms + 176_000)
+    backfill.hand_back(second, "16 to 31 October: only the 26th differs, by the hour that comes twice.")
+    backfill.work_until("o r w t l q", now_ms + 236_000)
+    backfill.stop("Only 26 October changes, by one hour. The runbook is in `docs/backfill.md`.")
+
+
+# ---------------------------------------------------------------------------
+# Command line
+#
+# Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
+# raised as one of OUR_ERRORS and told by `main` in one line.
+# ---------------------------------------------------------------------------
+
+LOG_LIMIT_BYTES = 2 << 20
+LOG_FILES = 3
+START_DEADLINE_S = 120.0
+STOP_DEADLINE_S = 15.0
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message says what to do."""
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Load the configuration with the options of the command line; warnings go to standard error."""
+    overrides = {
+        key: getattr(args, option)
+        for key, option in (("server.host", "host"), ("server.port", "port"), ("server.wsPort", "ws_port"))
+        if getattr(args, option, None) is not None
+    }
+    settings, warnings = load_settings(args.config, overrides)
+    for warning in warnings:
+        tell(f"warning: {warning}")
+    return settings
+
+
+def tell(words: str) -> None:
+    """Say something to the person, beside the output."""
+    print(f"contextuate: {words}", file=sys.stderr, flush=True)
+
+
+def running_monitor(settings: Settings) -> Optional[JsonObject]:
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there is none."""
+    try:
+        with open(settings.path("monitor.pid"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                pid = int(file.read().strip() or b"0")
+        with open(settings.path("monitor.run.json"), "rb") as file:
+            about = emit_event.parse_event_line(file.read())
+    except (FileNotFoundError, MalformedEvent, ValueError):
+        return None
+    return about if about.get("pid") == pid else None
+
+
+def needed_monitor(settings: Settings) -> JsonObject:
+    """Return the running monitor; raise CommandError that says how to start it."""
+    about = running_monitor(settings)
+    if about is None:
+        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
+    return about
+
+
+def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
+    """Return the addresses of the page; with the token where one is needed to come in."""
+    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
+    token = (
+        f"?token={read_token(settings.path('token'))}"
+        if needs_token and settings["server.auth"] != "off"
+        else ""
+    )
+    links = []
+    for name in about["addresses"]:
+        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
+        links.append(f"http://{shown}:{about['port']}/{token}")
+    return links
+
+
+def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
+    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
+    host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
+    connection = http.client.HTTPConnection(host, about["port"], timeout=15)
+    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
+
+
+def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
+    """GET one address of the running monitor's API; raise CommandError."""
+    connection, headers = connect_http(settings, about)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        answer = emit_event.parse_event_line(response.read())
+    except (OSError, http.client.HTTPException, MalformedEvent) as error:
+        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
+    return answer
+
+
+class MonitorConnection:
+    """A WebSocket client of the running monitor, for the commands that follow or change it."""
+
+    def __init__(self, settings: Settings, about: JsonObject) -> None:
+        host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
+        shown = f"[{host}]" if ":" in host else host
+        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
+        self._parser = FrameParser(masked=False)
+        self._messages: Deque[JsonObject] = collections.deque()
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._sock.sendall(
+            (
+                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
+            ).encode()
+        )
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = self._sock.recv(4096)
+            if not piece:
+                raise ConnectionError("the monitor closed the connection")
+            head += piece
+        head, _, rest = head.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
+            raise CommandError(
+                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
+            )
+        self._take(rest)
+
+    def send(self, message: JsonObject) -> None:
+        """Send one message."""
+        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
+
+    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
+        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after `timeout_s`."""
+        self._sock.settimeout(timeout_s)
+        while not self._messages:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except socket.timeout:
+                raise TimeoutError("no answer from the monitor") from None
+            if not data:
+                raise ConnectionError("the monitor closed the connection")
+            self._take(data)
+        return self._messages.popleft()
+
+    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
+        """Return the next message of one type, passing over others; raise CommandError for an error."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = self.receive(max(0.01, deadline - time.monotonic()))
+            if message.get("type") == kind:
+                return message
+            if message.get("type") == "error":
+                raise CommandError(f"the monitor answered: {message.get('message')}")
+
+    def _take(self, data: bytes) -> None:
+        for received in self._parser.feed(data):
+            if isinstance(received, Text):
+                self._messages.append(
+                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
+                )
+            elif isinstance(received, Ping):
+                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
+            elif isinstance(received, (Close, Failure)):
+                raise ConnectionError(
+                    f"the monitor closed the connection: {received.reason or received.code}"
+                )
+
+    def close(self) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
+        self._sock.close()
+
+
+# Starting and stopping
+
+
+def command_start(args: argparse.Namespace) -> int:
+    """Start the monitor, in the background unless --foreground."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is not None and args.report_fd is None:
+        print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
+        return 0
+    if args.foreground:
+        return serve(settings, args)
+    about = start_in_background(settings, args)
+    links = page_links(settings, about, False)
+    print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
+    for link in links:
+        print(f"  {link}")
+    try:
+        installed = os.path.exists(hook_script(settings.home))
+    except InstallError:
+        installed = False
+    if not installed:
+        print(
+            "Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code as usual)"
+        )
+    if not args.no_open and can_open_browser():
+        webbrowser.open(links[0])
+    return 0
+
+
+def can_open_browser() -> bool:
+    """Tell whether opening a browser makes sense: a person at this machine's own screen."""
+    if not sys.stdout.isatty() or os.environ.get("SSH_CONNECTION"):
+        return False
+    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
+    """Start a detached process and wait until it serves; pass on what it says meanwhile. Raise StartError."""
+    emit_event.make_private_directory(settings.home)
+    reader, writer = os.pipe()
+    command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--report-fd", str(writer)]
+    for option in ("host", "port", "ws_port", "config"):
+        value = getattr(args, option)
+        if value is not None:
+            command += [
+                f"--{option.replace('_', '-')}",
+                os.path.abspath(value) if option == "config" else str(value),
+            ]
+    subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[writer],
+        start_new_session=True,
+        cwd="/",
+    )
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as reports:
+        for report in reports:
+            kind, _, words = report.rstrip("\n").partition(" ")
+            if kind == "ready":
+                return needed_monitor(settings)
+            if kind == "error":
+                raise StartError(words)
+            tell(words)
+    raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may tell why")
+
+
+def serve(settings: Settings, args: argparse.Namespace) -> int:
+    """Run the monitor in this process until it is told to stop."""
+    os.umask(0o077)
+    emit_event.make_private_directory(settings.home)
+    report = Reporter(args.report_fd)
+    set_up_log(settings, to_stderr=args.report_fd is None)
+    allow_many_files()
+    monitor = Monitor(settings)
+    try:
+        monitor.open(report.progress)
+    except (StartError, OSError) as error:
+        log.error("cannot start: %s", error)
+        report.error(str(error))
+        raise StartError(str(error)) from None
+    about = {
+        "pid": os.getpid(),
+        "host": settings["server.host"],
+        "port": monitor.port,
+        "wsPort": monitor.ws_port,
+        "addresses": monitor.addresses,
+        "socketPath": settings["socketPath"],
+        "startedAt": monitor.started_at,
+        "version": __version__,
+    }
+    emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: monitor.stop())
+    signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP: nothing to connect again in local mode"))
+    log.info(
+        "version %s serves http://%s:%d/, hooks on %s",
+        __version__,
+        about["host"],
+        about["port"],
+        about["socketPath"],
+    )
+    if args.report_fd is None:
+        for link in page_links(settings, about, False):
+            print(link, flush=True)
+    report.ready()
+    monitor.run()
+    log.info("stopped")
+    return 0
+
+
+class Reporter:
+    """Tell the process that started us how far we are, one line each: "progress …", "ready" or "error …"."""
+
+    def __init__(self, fd: Optional[int]) -> None:
+        self._fd = fd
+
+    def _write(self, line: str) -> None:
+        if self._fd is not None:
+            with contextlib.suppress(OSError):  # it has gone away; the log has it all
+                os.write(self._fd, line.encode("utf-8", "replace"))
+
+    def progress(self, words: str) -> None:
+        """Report that work is under way."""
+        self._write(f"progress {words}\n")
+
+    def error(self, words: str) -> None:
+        """Report that there will be no monitor."""
+        self._write(f"error {words}\n")
+
+    def ready(self) -> None:
+        """Report that the monitor serves."""
+        self._write("ready\n")
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def set_up_log(settings: Settings, to_stderr: bool) -> None:
+    """Log to monitor.log, which rotates, and in the foreground to standard error too."""
+    handlers: List[logging.Handler] = [
+        logging.handlers.RotatingFileHandler(
+            settings.path("monitor.log"),
+            maxBytes=LOG_LIMIT_BYTES,
+            backupCount=LOG_FILES,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+    ]
+    if to_stderr:
+        handlers.append(logging.StreamHandler())
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+    log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
+    logging.raiseExceptions = (
+        False  # a full disk must not end in a traceback for every line that cannot be logged
+    )
+
+    def uncaught(kind: Any, error: Any, trace: Any) -> None:
+        log.critical("ended by an unexpected error", exc_info=(kind, error, trace))
+
+    sys.excepthook = uncaught
+
+
+def allow_many_files() -> None:
+    """Raise our own limit of open files, so that a thousand hooks at once find a place."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def command_stop(args: argparse.Namespace) -> int:
+    """Stop the running monitor and wait until it is gone."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is None:
+        print("not running")
+        return 0
+    stop_monitor(settings, about)
+    print(f"stopped (pid {about['pid']})")
+    return 0
+
+
+def stop_monitor(settings: Settings, about: JsonObject) -> None:
+    """End the running monitor; raise CommandError if it does not go."""
+    os.kill(about["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + STOP_DEADLINE_S
+    while time.monotonic() < deadline:
+        if running_monitor(settings) is None:
+            return
+        time.sleep(0.05)
+    raise CommandError(
+        f"pid {about['pid']} has not ended in {STOP_DEADLINE_S:.0f} s; `kill -9 {about['pid']}` loses nothing"
+    )
+
+
+def command_restart(args: argparse.Namespace) -> int:
+    """Stop the monitor if it runs, and start it."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is not None:
+        stop_monitor(settings, about)
+    return command_start(args)
+
+
+def command_status(args: argparse.Namespace) -> int:
+    """Tell how the monitor is; exit status 1 when it does not run."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is None:
+        spooled = emit_event.spool_segments(settings.path("spool"))
+        if args.json:
+            print(json.dumps({"running": False, "spoolBytes": sum(size for _, size in spooled)}))
+        else:
+            print("not running; start it with: python3 contextuate_monitor.py start")
+            if spooled:
+                print(f"spool    {human_size(sum(size for _, size in spooled))} of events wait for it")
+        return 1
+    status = ask_monitor(settings, about, "/api/status")
+    if args.json:
+        print(json.dumps({"running": True, **status}))
+        return 0
+    store, spool, events = status["store"], status["spool"], status["events"]
+    since = human_duration(now_ms() - status["startedAt"])
+    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
+    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
+    print(f"hooks    {about['socketPath']}")
+    print(
+        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
+        f"{events['quarantined']} malformed"
+    )
+    print(f"sessions {status['sessions']}")
+    print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
+    print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
+    return 0
+
+
+def command_url(args: argparse.Namespace) -> int:
+    """Print the page's address."""
+    settings = settings_of(args)
+    for link in page_links(settings, needed_monitor(settings), args.token):
+        print(link)
+    return 0
+
+
+# The hook
+
+
+def command_install(args: argparse.Namespace) -> int:
+    """Copy the hook and register it in Claude Code's settings."""
+    settings = settings_of(args)
+    version = claude_version()
+    plan = plan_install(settings.home, args.project, version)
+    if version is None:
+        tell(
+            "`claude` was not found: only the events that every version knows are registered; install again later"
+        )
+    if args.dry_run:
+        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
+        return 0
+    script = install_hook_files(settings.home)
+    print(f"hook     {script}")
+    backup = None
+    if plan.new_text != plan.old_text:
+        backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if backup:
+        print(f"backup   {backup}")
+    print("Sessions of Claude Code that are open now pick the hook up when they are started again.")
+    return 0
+
+
+def command_uninstall(args: argparse.Namespace) -> int:
+    """Take our hook out of Claude Code's settings; everything else there stays."""
+    settings = settings_of(args)
+    plan = plan_uninstall(args.project)
+    if args.dry_run:
+        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
+        return 0
+    if plan.new_text == plan.old_text:
+        print(f"{plan.path}: no hook of ours is registered")
+        return 0
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
+    print(f"settings {plan.path}: our hook is taken out" + (f", backup {backup}" if backup else ""))
+    print(f"Events and configuration stay in {settings.home}; remove that directory to forget everything.")
+    return 0
+
+
+def command_test_event(args: argparse.Namespace) -> int:
+    """Send one event the way every hook's event goes, and tell what happened."""
+    settings = settings_of(args)
+    script = hook_script(settings.home)
+    if not os.path.exists(script):
+        script = os.path.abspath(emit_event.__file__)
+    event = test_event(settings.machine_id)
+    payload = {
+        "session_id": event["sessionId"],
+        "hook_event_name": event["hookType"],
+        "cwd": os.getcwd(),
+        "message": event["data"]["message"],
+        "notification_type": event["data"]["notificationType"],
+    }
+    environment = {**os.environ, "CONTEXTUATE_DEBUG": "1"}
+    if args.config:
+        environment["CONTEXTUATE_CONFIG"] = settings.config_path
+    process = subprocess.run(
+        [base_interpreter(), "-I", "-S", script],
+        input=encode_json(payload),
+        capture_output=True,
+        env=environment,
+        timeout=30,
+        check=False,
+    )
+    words = process.stderr.decode("utf-8", "replace")
+    sys.stdout.write(words)
+    if "has stored" in words:
+        return 0
+    raise CommandError("the event did not reach a monitor; it waits in the spool until one is started")
+
+
+# Looking
+
+
+def command_sessions(args: argparse.Namespace) -> int:
+    """List sessions, those that need a person first."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is not None:
+        sessions = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))[
+            "sessions"
+        ]
+    else:
+        tell("the monitor is not running; this is what the files tell")
+        book = SessionBook(
+            settings["sessions.quietSeconds"] * 1000, settings["sessions.endedHours"] * 3_600_000
+        )
+        for line in EventStore(settings.path("events")).all_lines():
+            book.apply(emit_event.parse_event_line(line))
+        book.tick(now_ms())
+        sessions = book.all_json(args.all)
+    if not args.all:
+        sessions = [session for session in sessions if session["state"] != "ended"]
+    order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
+    sessions.sort(key=lambda session: (order.index(session["state"]), session["stateSince"]))
+    if args.json:
+        print(json.dumps(sessions))
+        return 0
+    if not sessions:
+        print("no sessions" + ("" if args.all else " that have not ended; --all shows those too"))
+    for session in sessions:
+        since = human_duration(now_ms() - session["stateSince"])
+        reason = session["reason"]
+        detail = f"{reason['kind']}: {reason['detail']}" if reason else session["activity"]
+        print(
+            safe_line(
+                f"{session['state']:<8} {since:>7}  {session['label']:<40.40} {session['machineId']:<14.14} {detail}"
+            )
+        )
+    return 0
+
+
+def command_tail(args: argparse.Namespace) -> int:
+    """Print events as they happen until Ctrl-C."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    last_seq: Optional[int] = None
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    while True:
+        try:
+            connection = MonitorConnection(settings, about)
+            since = {} if last_seq is None else {"since": last_seq}
+            connection.send({"type": "subscribe", "view": "full", **since})
+            while True:
+                message = connection.receive()
+                if message.get("type") == "event":
+                    last_seq = message["seq"]
+                    if tail_wants(args, message["event"]):
+                        print(tail_line(message["event"], args.json, colours), flush=True)
+        except OSError as error:
+            tell(f"{error}; waiting for the monitor")
+            while running_monitor(settings) is None:
+                time.sleep(1)
+            time.sleep(0.5)
+            about = needed_monitor(settings)
+
+
+def tail_wants(args: argparse.Namespace, event: JsonObject) -> bool:
+    """Tell whether an event passes the filters of `tail`."""
+    if args.session and not event["sessionId"].startswith(args.session):
+        return False
+    if args.machine and event["machineId"] != args.machine:
+        return False
+    return not args.type or args.type in (event["eventType"], event["hookType"])
+
+
+def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
+    """Return one line of `tail`."""
+    if as_json:
+        return encode_json(event).decode("ascii")
+    row = event_row(event)["data"]
+    clock = time.strftime("%H:%M:%S", time.localtime(event["timestamp"] / 1000))
+    what = event["hookType"] or event["eventType"]
+    tool = row.get("toolName", "")
+    duration = f"  {row['durationMs']} ms" if "durationMs" in row else ""
+    words = row.get("target") or row.get("text") or ""
+    line = safe_line(
+        f"{clock}  {event['machineId']:<12.12} {event['sessionId'][:8]}  {what:<20} {tool:<12} {words}{duration}"
+    )
+    colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
+    code = colour.get(effective_type(event)) if colours else None
+    return f"\x1b[{code}m{line}\x1b[0m" if code else line
+
+
+def safe_line(text: str) -> str:
+    """Return text as one line that cannot steer the terminal it is printed on."""
+    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
+
+
+def human_duration(duration_ms: float) -> str:
+    """Return a duration in its largest fitting unit."""
+    seconds = max(0, int(duration_ms / 1000))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes in its largest fitting unit."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def command_export(args: argparse.Namespace) -> int:
+    """Write stored events as NDJSON."""
+    settings = settings_of(args)
+    store = EventStore(settings.path("events"))
+    start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
+    total = store.size()[1]
+    done, count, told = 0, 0, time.monotonic()
+    if args.output:
+        target: Any = os.fdopen(os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    else:
+        target = sys.stdout.buffer
+    for line in export_lines(store, args.session, start, end):
+        target.write(line + b"\n")
+        done, count = done + len(line) + 1, count + 1
+        if args.output and time.monotonic() - told > 1:
+            told = time.monotonic()
+            tell(f"{count} events, {human_size(done)} of at most {human_size(total)}")
+    target.flush()
+    if args.output:
+        target.close()
+        print(f"{count} events written to {args.output}")
+    return 0
+
+
+def parse_time(text: Optional[str], default: int) -> int:
+    """Parse `--from` / `--to`: milliseconds since the epoch, or a date or time in ISO form (local time)."""
+    if text is None:
+        return default
+    if re.fullmatch(r"\d{10,16}", text):
+        return int(text)
+    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
+        with contextlib.suppress(ValueError):
+            return int(time.mktime(time.strptime(text, form)) * 1000)
+    raise CommandError(
+        f"{text!r} is no time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
+    )
+
+
+def command_demo(args: argparse.Namespace) -> int:
+    """Play a made-up day into the running monitor, or take it out again."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    if args.remove:
+        return remove_demo(settings, about)
+    begin = now_ms()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(30)
+        sock.connect(about["socketPath"])
+        sent = 0
+        for timestamp, event in demo_day(begin, args.live):
+            wait_s = (timestamp - now_ms()) / 1000
+            if wait_s > 0 and sys.stderr.isatty():
+                print(
+                    f"\rdemo: {sent} events sent, live for {(timestamp - begin) // 1000} s, Ctrl-C ends it ",
+                    end="",
+                    file=sys.stderr,
+                )
+            if wait_s > 0:
+                time.sleep(wait_s)
+            sock.sendall(encode_json(event) + b"\n")
+            if sock.recv(1) != emit_event.ACKNOWLEDGEMENT:
+                raise CommandError("the monitor did not take a demo event; `status` may tell why")
+            sent += 1
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(f"{sent} demo events sent; `demo --remove` takes them out again")
+    return 0
+
+
+def remove_demo(settings: Settings, about: JsonObject) -> int:
+    """Delete the sessions that the demo made."""
+    connection = MonitorConnection(settings, about)
+    connection.send({"type": "set_show_hidden", "showHidden": True})
+    sessions = connection.wait_for("sessions")["sessions"]
+    demo = [session["sessionId"] for session in sessions if session["demo"]]
+    connection.send({"type": "subscribe", "view": "rows", "sessionIds": ["-"]})
+    for session_id in demo:
+        connection.send({"type": "delete_session", "sessionId": session_id})
+        connection.wait_for("session_deleted")
+    connection.close()
+    print(f"{len(demo)} demo sessions removed")
+    return 0
+
+
+# The parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
+    )
+    parser = argparse.ArgumentParser(
+        prog="contextuate_monitor.py",
+        description="A live monitor for coding agents.",
+        epilog="See README.md for more.",
+    )
+    parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, help=words, description=words[0].upper() + words[1:] + ".", parents=[common]
+        )
+        command.set_defaults(function=function)
+        return command
+
+    for name, function, words in (
+        ("start", command_start, "start the monitor in the background and print the page's address"),
+        ("restart", command_restart, "stop the monitor and start it again"),
+    ):
+        command = add(name, function, words)
+        command.add_argument("--port", type=int, help="port of the page (default 3847, 0: any free one)")
+        command.add_argument(
+            "--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"
+        )
+        command.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+        command.add_argument(
+            "--foreground", action="store_true", help="stay in the foreground and log to the terminal"
+        )
+        command.add_argument("--no-open", action="store_true", help="do not open a browser")
+        command.add_argument("--report-fd", type=int, help=argparse.SUPPRESS)
+    add("stop", command_stop, "stop the monitor")
+    add("status", command_status, "tell how the monitor is").add_argument("--json", action="store_true")
+    add("url", command_url, "print the page's address").add_argument(
+        "--token", action="store_true", help="with the token, for another user or another machine"
+    )
+    for name, function, words in (
+        ("install", command_install, "register the hook in Claude Code's settings"),
+        ("uninstall", command_uninstall, "take the hook out of Claude Code's settings"),
+    ):
+        command = add(name, function, words)
+        command.add_argument(
+            "--project",
+            nargs="?",
+            const=".",
+            metavar="DIR",
+            help="in the settings of one project (default: of the user)",
+        )
+        command.add_argument(
+            "--dry-run", action="store_true", help="show what would change, and change nothing"
+        )
+    command = add("tail", command_tail, "print events as they happen")
+    command.add_argument("--session", metavar="ID", help="only this session (the id's beginning is enough)")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+    command.add_argument("--json", action="store_true", help="whole events, one JSON object a line")
+    command = add("sessions", command_sessions, "list sessions, those that need you first")
+    command.add_argument("--all", action="store_true", help="ended and hidden ones too")
+    command.add_argument("--json", action="store_true")
+    command = add("export", command_export, "write stored events as NDJSON")
+    command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
+    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
+    command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    add("test-event", command_test_event, "send one event through the hook and tell what happened")
+    command = add("demo", command_demo, "play a made-up working day into the running monitor")
+    command.add_argument(
+        "--live", type=float, default=300, metavar="SECONDS", help="how long it goes on (default 300)"
+    )
+    command.add_argument("--remove", action="store_true", help="take the demo's sessions out again")
+    return parser
+
+
+OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, ConnectionError, TimeoutError)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run one command; return 0, 1 for what could not be done, 2 for a command line that is wrong."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return int(args.function(args))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone; be silent at exit
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except OUR_ERRORS as error:
+        tell(f"error: {error}")
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
