@@ -3109,9 +3109,7 @@ class Monitor:
         self.settings = settings
         self.loop = EventLoop()
         self.started_at = now_ms()
-        self.book = SessionBook(
-            settings["sessions.quietSeconds"] * 1000, settings["sessions.endedHours"] * 3_600_000
-        )
+        self.book = session_book(settings)
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
@@ -4064,28 +4062,31 @@ def _shell_quoted(path: str) -> str:
 def install_hook_files(home: str) -> str:
     """Copy the hook below `home` and return the path of the script that Claude Code is to run.
 
-    hooks/emit_event.py is the hot path alone, hooks/whole/emit_event.py the whole module for the rare paths.
+    hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
+    hooks/lib/emit_event.py the whole module for the rare paths.
     Raises InstallError when the module beside the monitor is not whole, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
-    directory = os.path.dirname(script)
-    whole = os.path.join(directory, "whole", "emit_event.py")
+    library = os.path.join(os.path.dirname(script), "lib")
+    modules = [os.path.join(library, name) for name in ("emit_event.py", "hot_path.py")]
     try:
         with open(source, "rb") as file:
             content = file.read()
         hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
         if not marker:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
-        for private in (os.path.abspath(home), directory, os.path.dirname(whole)):
+        for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
-        # The whole file first: the hot path must never meet an older one than itself.
-        emit_event.write_atomically(whole, content)
-        emit_event.write_atomically(script, hot_path + b"\n")
+        # In this order, so that no part ever meets an older one that it needs.
+        for path, text in zip(modules, (content, hot_path + b"\n")):
+            emit_event.write_atomically(path, text)
+        emit_event.write_atomically(script, emit_event.LAUNCHER.encode())
     except OSError as error:
-        _refuse(f"the hook could not be copied from {source} to {directory}", error)
-    # Bytecode saves time, nothing depends on it.
-    with contextlib.suppress(OSError, py_compile.PyCompileError):
-        py_compile.compile(whole, doraise=True)
+        _refuse(f"the hook could not be copied from {source} to {library}", error)
+    # Bytecode made now saves the first calls time; without it they make it themselves.
+    for path in modules:
+        with contextlib.suppress(OSError, py_compile.PyCompileError):
+            py_compile.compile(path, doraise=True)
     return script
 
 
@@ -5408,9 +5409,7 @@ def command_sessions(args: argparse.Namespace) -> int:
         ]
     else:
         tell("the monitor is not running; this is what the files tell")
-        book = SessionBook(
-            settings["sessions.quietSeconds"] * 1000, settings["sessions.endedHours"] * 3_600_000
-        )
+        book = session_book(settings)
         for line in EventStore(settings.path("events")).all_lines():
             book.apply(emit_event.parse_event_line(line))
         book.tick(now_ms())

@@ -8,9 +8,10 @@ finds it. `CONTEXTUATE_DEBUG=1` makes it tell on standard error what it did.
 
 As a module it is what hook and monitor share: configuration, event model, redaction and spool.
 
-The interpreter compiles a script anew at each start, so the hot path comes first, needs none of the rest, and
-may stand in a file of its own: `contextuate_monitor.py install` puts the text above the line "end of the hot
-path" where Claude Code runs it, and this whole file in the folder `whole` beside it for the rare paths.
+The interpreter compiles a script anew at each start, so the hot path comes first and needs none of the rest:
+`contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
+which a launcher of a few lines imports from its bytecode, and this whole file beside it for the rare paths.
+Registered as it is, this file works too; a hook call then takes about twice as long.
 """
 
 # ---------------------------------------------------------------------------
@@ -271,8 +272,8 @@ def current_segment(directory: str) -> str:
 def whole() -> "Any":
     """Import the whole of this file, for what is too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
-    if sys.path[:1] != [here + "/whole"]:
-        sys.path[:0] = [here + "/whole", here]
+    if sys.path[:1] != [here]:
+        sys.path.insert(0, here)
     import emit_event
 
     return emit_event
@@ -297,6 +298,19 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple  # noqa: E402
 
 JsonObject = Dict[str, Any]
 
+# What Claude Code runs once it is installed; a fault of any kind ends without a word, as in run_hook.
+LAUNCHER = """\
+import posix
+import sys
+
+try:
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    import hot_path
+
+    hot_path.run_hook()
+except BaseException:
+    posix._exit(0)
+"""
 HOT_PATH_END = "# --- end of the hot path ---\n"
 
 
