@@ -150,7 +150,7 @@ class Settings:
 def load_settings(
     config_path: Optional[str] = None, overrides: Optional[Dict[str, Any]] = None
 ) -> Tuple[Settings, List[str]]:
-    """Read the configuration; return settings and warnings in words, raise ConfigError for what cannot be used.
+    """Read the configuration; return settings and warnings in words. Raise ConfigError if it cannot be used.
 
     `overrides` maps configuration keys to values of the command line, which win over the file.
     """
@@ -167,8 +167,8 @@ def load_settings(
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
         raise ConfigError(
-            f'{path}: server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in the '
-            'network could read your sessions; use "auto" or "token", or bind 127.0.0.1'
+            f'{path}: server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in '
+            'the network could read your sessions; use "auto" or "token", or bind 127.0.0.1'
         )
     same_port = settings["server.port"] == settings["server.wsPort"] != 0
     if same_port:
@@ -282,7 +282,10 @@ Received = Union[Text, Binary, Ping, Pong, Close, Failure]
 
 
 def encode_frame(opcode: Opcode, payload: bytes, mask: Optional[bytes] = None) -> bytes:
-    """Encode one final frame in the minimal length form (RFC 6455 section 5.2); `mask` is a client's 4 bytes."""
+    """Encode one final frame in the minimal length form (RFC 6455 section 5.2).
+
+    `mask` is a client's 4 bytes.
+    """
     size = len(payload)
     masked = 0x80 if mask else 0
     if size < 126:
@@ -493,7 +496,10 @@ class Request:
         return [value for field, value in self.headers if field == name]
 
     def one(self, name: str) -> str:
-        """Return the value of a header, "" when it is missing; raise RequestError(400) when it comes twice."""
+        """Return the value of a header, "" when it is missing.
+
+        Raise RequestError(400) when it comes twice.
+        """
         values = self.all(name)
         if len(values) > 1:
             raise RequestError(400, f"several {name} headers")
@@ -703,7 +709,9 @@ class EventStore:
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
-        """Return at most `limit` lines of a session in order of arrival: the last, the last before, or the first after."""
+        """Return at most `limit` lines of a session in order of arrival: the last, the last before, or the
+        first after.
+        """
         lines: List[bytes] = []
         paths = self._session_paths(session_id)
         if after is not None:
@@ -717,7 +725,7 @@ class EventStore:
     def recent_lines(
         self, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
-        """Return the last lines of all sessions (before / after a seq) in order of arrival, at most `limit`."""
+        """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
         lines: List[bytes] = []
         for day in reversed(self.days()):
             if len(lines) >= limit:
@@ -856,7 +864,7 @@ class MemoryStore:
 def repair_last_line(fd: int) -> int:
     """Mend a file whose last line has no newline; return 1 if it was torn, else 0.
 
-    A whole event that lacks only its newline gets it; the torn beginning of one was never acknowledged and is cut off.
+    A whole event that lacks only its newline gets it; the torn beginning of one was never acknowledged and goes.
     """
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
@@ -899,8 +907,12 @@ def first_seq(path: str) -> int:
 
 
 def offset_of_seq(file: Any, size: int, seq: int) -> int:
-    """Find by bisection where the first line with a number of at least `seq` begins; `size` if there is none."""
-    # Lines that begin before low are smaller; those that begin in [low, high) are unknown; answer is the first known one.
+    """Find by bisection where the first line with a number of at least `seq` begins.
+
+    `size` if there is none.
+    """
+    # Lines that begin before low are smaller; those that begin in [low, high) are unknown; answer is the
+    # first known one.
     low, high, answer = 0, size, size
     while low < high:
         middle = (low + high) // 2
@@ -922,7 +934,7 @@ def offset_of_seq(file: Any, size: int, seq: int) -> int:
 
 
 def lines_from(path: str, seq: int) -> Iterator[bytes]:
-    """Yield the whole lines of a file from the first one with a number of at least `seq`, without newlines."""
+    """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
     try:
         with open(path, "rb") as file:
             if seq > 0:
@@ -1151,7 +1163,7 @@ class Session:
 
 
 def effective_type(event: JsonObject) -> str:
-    """Return our category of an event: by its hook where that is known (other emitters name types otherwise)."""
+    """Return our category of an event: by its hook where it has one (other emitters name types otherwise)."""
     return emit_event.EVENT_TYPES.get(event["hookType"]) or str(event["eventType"])
 
 
@@ -1191,7 +1203,9 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
 
 
 def is_task_notification(event: JsonObject) -> bool:
-    """Tell whether a UserPromptSubmit is the client's own word that a background task ended, no person's prompt."""
+    """Tell whether a UserPromptSubmit is the client's own word that a background task ended, no person's
+    prompt.
+    """
     return text_of(event["data"].get("message")).lstrip().startswith("<task-notification>")
 
 
@@ -1256,7 +1270,10 @@ class SessionBook:
         return changed
 
     def end_gone(self, session_id: str, time_ms: int) -> Session:
-        """Take into account that the client's process of a session is gone; it said no word (CLAUDE_HOOKS 1)."""
+        """Take into account that the client's process of a session is gone.
+
+        It said no word (CLAUDE_HOOKS 1).
+        """
         session = self.sessions[session_id]
         self._end(session, time_ms, "its process is gone")
         self._derive(session, time_ms)
@@ -1317,7 +1334,9 @@ class SessionBook:
             self._continue_cleared(session, event)
 
     def _continue_cleared(self, session: Session, event: JsonObject) -> None:
-        """Link a session that begins after /clear to the one that ended with it: same machine, directory, process."""
+        """Link a session that begins after /clear to the one that ended with it: same machine, directory,
+        process.
+        """
         candidates = [
             other
             for other in self.sessions.values()
@@ -1338,7 +1357,10 @@ class SessionBook:
             session.model = session.model or before.model
 
     def _apply_agent(self, session: Session, event: JsonObject, kind: str) -> None:
-        """Keep the subagents: known by `agent_id`, ended by their stop; a stop without a start makes no ghost."""
+        """Keep the subagents: known by `agent_id`, ended by their stop.
+
+        A stop without a start makes no ghost.
+        """
         agent_id = event.get("agentId")
         if agent_id is None:
             if kind == "tool_result":
@@ -1390,7 +1412,10 @@ class SessionBook:
             agent.end = event["timestamp"]
 
     def _apply_calls(self, session: Session, event: JsonObject, kind: str) -> None:
-        """Pair tool calls with what closes them; what nothing closed is interrupted, never running for ever."""
+        """Pair tool calls with what closes them.
+
+        What nothing closed is interrupted, never running for ever.
+        """
         agent_id = event.get("agentId", MAIN)
         if kind == "tool_call":
             self._open_call(session, event, agent_id)
@@ -1402,7 +1427,8 @@ class SessionBook:
         elif kind in ("turn_end", "turn_error") or (
             kind == "user_prompt" and not is_task_notification(event)
         ):
-            # Esc and a rejected permission fire nothing: the next sign of the main agent shows that its calls are over.
+            # Esc and a rejected permission fire nothing: the next sign of the main agent shows that its calls
+            # are over.
             self._interrupt(session, {MAIN}, event["timestamp"])
         elif kind == "subagent_stop":
             self._interrupt(session, {agent_id}, event["timestamp"])
@@ -1509,14 +1535,19 @@ class SessionBook:
         session.waits[agent_id] = reason
 
     def _return_to_prompt(self, session: Session, time_ms: int) -> None:
-        """End the main agent's turn: the client sits at its prompt, so Esc or a rejection came before, unsaid."""
+        """End the main agent's turn: the client sits at its prompt, so Esc or a rejection came before,
+        unsaid.
+        """
         session.waits.pop(MAIN, None)
         self._interrupt(session, {MAIN}, time_ms)
         if session.turn == "working":
             session.turn, session.turn_since = "idle", time_ms
 
     def _end_waits(self, session: Session, event: JsonObject, kind: str, agent_id: str) -> None:
-        """A wait ends with any later event of the same agent that shows progress; a person's prompt ends all."""
+        """A wait ends with any later event of the same agent that shows progress.
+
+        A person's prompt ends all.
+        """
         if kind in NO_PROGRESS and event["hookType"] != "PostToolBatch":
             return
         if kind in ("session_start", "session_end", "turn_end", "turn_error"):
@@ -1783,7 +1814,7 @@ class Timer:
 class EventLoop:
     """Call back when sockets are ready, when time has come, and when other threads ask.
 
-    `turn_end` is called after each round of ready sockets, so that what one round brought is handled together.
+    `turn_end` is called after each round of ready sockets: what one round brought is handled together.
     """
 
     def __init__(self) -> None:
@@ -1800,7 +1831,10 @@ class EventLoop:
         self.watch(self._wake_reader, selectors.EVENT_READ, self._drain_wake_ups)
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call `callback(ready events)` when the socket is ready; replaces an earlier watch of the same socket."""
+        """Call `callback(ready events)` when the socket is ready.
+
+        Replaces an earlier watch of the same socket.
+        """
         try:
             self._selector.modify(sock, events, callback)
         except KeyError:
@@ -2032,7 +2066,9 @@ class IngestConnection:
             self.close()
 
     def close(self) -> None:
-        """Let go of the connection; a sender that still waits for an acknowledgement learns that there is none."""
+        """Let go of the connection; a sender that still waits for an acknowledgement learns that there is
+        none.
+        """
         self._loop.forget(self.sock)
         self.sock.close()
         self._closed(self)
@@ -2062,8 +2098,8 @@ class Client:
 class ClientServer:
     """The WebSocket side: handshakes, frames, pings, bounded queues.
 
-    `admit(request, socket)` raises RequestError to refuse a handshake; `received(client, text)` gets each text
-    message; `opened` and `gone` tell about clients.
+    `admit(request, socket)` raises RequestError to refuse a handshake; `received(client, text)` gets each
+    text message; `opened` and `gone` tell about clients.
     """
 
     def __init__(
@@ -2091,7 +2127,10 @@ class ClientServer:
     # Sending
 
     def send(self, client: Client, frames: bytes) -> None:
-        """Send whole frames to one client, or queue them; one that lets its queue fill is closed with 1013."""
+        """Send whole frames to one client, or queue them.
+
+        One that lets its queue fill is closed with 1013.
+        """
         if client.closing:
             return
         if client.queue and client.queued_bytes + len(frames) > self._queue_limit_bytes:
@@ -2105,17 +2144,25 @@ class ClientServer:
         self.send(client, encode_frame(Opcode.TEXT, encode_json(message)))
 
     def broadcast_json(
-        self, message: JsonObject, wanted: Callable[[Client], bool] = lambda client: True
+        self, message: JsonObject, may_be_hidden: bool = False, show_hidden: Optional[bool] = None
     ) -> None:
-        """Send one message, encoded once, to every subscribed client that wants it."""
+        """Send one message, encoded once, to every subscribed client that may see it.
+
+        `may_be_hidden` keeps it from clients that do not show hidden sessions; `show_hidden` sends it only to
+        those whose choice it is.
+        """
         frame = b""
         for client in list(self.clients.values()):
-            if client.view is not None and wanted(client):
+            if client.view is None or (may_be_hidden and not client.show_hidden):
+                continue
+            if show_hidden is None or client.show_hidden is show_hidden:
                 frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
                 self.send(client, frame)
 
     def broadcast_events(self, stored: Sequence[StoredEvent]) -> None:
-        """Send the events of one turn to everyone who wants them: encoded once a view, joined, one call a client."""
+        """Send the events of one turn to everyone who wants them: encoded once a view, joined, one call a
+        client.
+        """
         frames: Dict[str, List[bytes]] = {}
         joined: Dict[str, bytes] = {}
         for client in list(self.clients.values()):
@@ -2137,7 +2184,10 @@ class ClientServer:
                 self.send(client, b"".join(wanted))
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
-        """Begin the closing handshake (RFC 6455 section 7.1.2); the connection is cut if it takes too long."""
+        """Begin the closing handshake (RFC 6455 section 7.1.2).
+
+        The connection is cut if it takes too long.
+        """
         if client.closing:
             return
         if client.parser is None:
@@ -2194,7 +2244,10 @@ class ClientServer:
             self._loop.watch(client.sock, events, lambda ready: self._ready(client, ready))
 
     def _finish_close(self, client: Client) -> None:
-        """Once both close frames have passed, end our side; the rest of the peer's bytes is read until its EOF."""
+        """Once both close frames have passed, end our side.
+
+        The rest of the peer's bytes is read until its EOF.
+        """
         if client.closing and client.peer_closed and not client.queue:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
@@ -2396,7 +2449,9 @@ class Access:
         return given is None or int(given) in (80, 443, port)
 
     def _check_origin(self, origin: str, host_name: str) -> None:
-        """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host header."""
+        """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host
+        header.
+        """
         good = {f"http://{host_name}:{self.port}"}
         if self.port == 80:
             good.add(f"http://{host_name}")
@@ -2421,7 +2476,10 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
 
 
 def peer_user(peer: Tuple[Any, ...], local: Tuple[Any, ...]) -> Optional[int]:
-    """Look up the user of the other end of a loopback connection in /proc/net/tcp; None if it is not there."""
+    """Look up the user of the other end of a loopback connection in /proc/net/tcp.
+
+    None if it is not there.
+    """
     wanted = (_proc_address(peer), _proc_address(local))
     for table in ("/proc/net/tcp6", "/proc/net/tcp"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
@@ -2439,7 +2497,7 @@ def peer_user(peer: Tuple[Any, ...], local: Tuple[Any, ...]) -> Optional[int]:
 
 
 def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
-    """Write an address as both tables of /proc/net do: 32-bit words in the machine's byte order, port in hex."""
+    """Write an address as both tables of /proc/net do: 32-bit words in machine byte order, port in hex."""
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     v4 = ip if ip.version == 4 else getattr(ip, "ipv4_mapped", None)
     packed6 = ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
@@ -2528,7 +2586,9 @@ class Query:
 
 
 class Api:
-    """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the rest."""
+    """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
+    rest.
+    """
 
     LIMIT = 1000
 
@@ -2654,7 +2714,9 @@ class ApiState(Protocol):
 def export_lines(
     store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
 ) -> Iterator[bytes]:
-    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the files."""
+    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
+    files.
+    """
     after = 0
     while session_id is not None:
         lines = store.session_lines(session_id, 1000, after=after)
@@ -2696,7 +2758,8 @@ BUILT_IN_PAGE = """<!doctype html>
 body{margin:16px;max-width:1100px}
 p{border-left:3px solid #b45309;padding-left:8px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-td,th{text-align:left;padding:2px 12px 2px 0;white-space:nowrap;overflow:hidden;text-overflow:ellipsis;max-width:420px}
+td,th{text-align:left;padding:2px 12px 2px 0;white-space:nowrap;overflow:hidden;
+  text-overflow:ellipsis;max-width:420px}
 </style></head><body>
 <h1>Contextuate Monitor</h1>
 <p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload;
@@ -2715,7 +2778,8 @@ function row(cells) {
 function showSessions() {
   const order = [...sessions.values()].sort((a, b) => b.lastEventTime - a.lastEventTime).slice(0, 50);
   document.getElementById("sessions").replaceChildren(...order.map((s) =>
-    row([s.state, s.label, s.machineId, s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
+    row([s.state, s.label, s.machineId,
+      s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
 }
 function showEvent(e) {
   const data = e.data || {}, body = document.getElementById("events");
@@ -2749,7 +2813,10 @@ connect();
 
 
 class Page:
-    """The dashboard: index.html beside the program, else the built-in page; with the policy that fits its scripts."""
+    """The dashboard: index.html beside the program, else the built-in page.
+
+    With the policy that fits its scripts.
+    """
 
     def __init__(self, folder: str, ws_port: int) -> None:
         self._path = os.path.join(folder, "index.html")
@@ -2767,8 +2834,9 @@ class Page:
         name = re.sub(r":\d+$", "", host)
         sockets = f"ws://{name}:{self._ws_port} wss://{name}:{self._ws_port} wss://{name}"
         policy = (
-            f"default-src 'none'; {sources}; img-src 'self' data:; connect-src 'self' {sockets}; form-action 'none'; "
-            "base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+            f"default-src 'none'; {sources}; img-src 'self' data:; connect-src 'self' {sockets}; "
+            "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+            "require-trusted-types-for 'script'; trusted-types 'none'"
         )
         return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
@@ -2850,7 +2918,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self._heads.pop(sock, None)
 
     def service_actions(self) -> None:
-        """Cut connections whose head drips in beyond its deadline; called by serve_forever about twice a second."""
+        """Cut connections whose head drips in beyond its deadline.
+
+        Called by serve_forever about twice a second.
+        """
         now = time.monotonic()
         with self._lock:
             overdue = [sock for sock, deadline in self._heads.items() if deadline < now]
@@ -2945,10 +3016,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)
-        streamed = not isinstance(response.body, bytes)
+        length = ("Transfer-Encoding", "chunked")
+        if isinstance(response.body, bytes):
+            length = ("Content-Length", str(len(response.body)))
         for name, value in (
             ("Content-Type", response.content_type),
-            ("Transfer-Encoding", "chunked") if streamed else ("Content-Length", str(len(response.body))),  # type: ignore[arg-type]
+            length,
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
             ("Referrer-Policy", "no-referrer"),
@@ -3004,7 +3077,9 @@ class StartError(Exception):
 
 
 class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded memory."""
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
 
     def __init__(self) -> None:
         self._young: Set[str] = set()
@@ -3021,7 +3096,10 @@ class SeenIds:
 
 
 class Quarantine:
-    """Keep what was not one JSON object, for a person to look at; the file is bounded and has one predecessor."""
+    """Keep what was not one JSON object, for a person to look at.
+
+    The file is bounded and has one predecessor.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -3103,7 +3181,10 @@ class SpoolDrain:
 
 
 class Monitor:
-    """The running program. `run` serves until `stop`; everything but `__init__` happens in the loop thread."""
+    """The running program. `run` serves until `stop`.
+
+    Everything but `__init__` happens in the loop thread.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -3131,7 +3212,10 @@ class Monitor:
     # Start and stop
 
     def open(self, progress: Callable[[str], None] = lambda words: None) -> None:
-        """Read what is stored, then open every port; raise StartError. `progress` gets words for long work."""
+        """Read what is stored, then open every port; raise StartError.
+
+        `progress` gets words for long work.
+        """
         emit_event.make_private_directory(self.settings.home)
         self._locks = [
             lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
@@ -3220,6 +3304,7 @@ class Monitor:
                 told = time.monotonic()
                 progress(f"read {count} stored events")
         self.book.tick(now_ms())
+        self._end_sessions_whose_process_is_gone()
         if count:
             log.info("%d stored events of %d sessions read", count, len(self.book.sessions))
 
@@ -3282,7 +3367,10 @@ class Monitor:
         return self._store_lines([line.replace(b"\n", b" ")], from_spool=False)[0]
 
     def _store_lines(self, lines: Sequence[bytes], from_spool: bool) -> List[bool]:
-        """Store the events of a batch of lines; return for each line whether nothing more need be done about it."""
+        """Store the events of a batch of lines.
+
+        Return for each line whether nothing more need be done about it.
+        """
         received_ms = now_ms()
         events: List[JsonObject] = []
         places: List[
@@ -3323,7 +3411,10 @@ class Monitor:
         return None
 
     def _is_stored(self, event: JsonObject, known: Optional[Dict[str, Set[str]]]) -> bool:
-        """Tell whether the event is a second delivery; `known` (for the spool) makes it exact over all files."""
+        """Tell whether the event is a second delivery.
+
+        `known` (for the spool) makes it exact over all files.
+        """
         if event["id"] in self._seen:
             return True
         if known is None:
@@ -3346,7 +3437,7 @@ class Monitor:
         self._send_updates_soon()
 
     def _send_updates_soon(self) -> None:
-        """Send the changed sessions at once when the last update is a while ago, else together in a moment."""
+        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
         if not self._updates_due:
             self._updates_due = True
             self._send_updates()
@@ -3362,19 +3453,19 @@ class Monitor:
         for session in changed.values():
             if session.session_id in self.book.sessions:
                 message = {"type": "session_update", "session": self.book.to_json(session)}
-                self.clients.broadcast_json(message, lambda client: client.show_hidden or not session.hidden)  # noqa: B023
+                self.clients.broadcast_json(message, may_be_hidden=session.hidden)
 
     # Time
 
     def _tick(self) -> None:
-        changed = self.book.tick(now_ms()) + self._sessions_whose_process_is_gone()
+        changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
         for session in changed:
             self._changed[session.session_id] = session
         if changed:
             self._send_updates_soon()
         self._send_status_if_changed()
 
-    def _sessions_whose_process_is_gone(self) -> List[Session]:
+    def _end_sessions_whose_process_is_gone(self) -> List[Session]:
         """End the sessions of this machine whose client is no longer there: a kill fires no hook."""
         gone = []
         for session in list(self.book.sessions.values()):
@@ -3676,7 +3767,7 @@ class Monitor:
     def _send_session_list(self) -> None:
         for with_hidden in (False, True):
             message = {"type": "sessions_updated", "sessions": self.book.all_json(with_hidden)}
-            self.clients.broadcast_json(message, lambda client: client.show_hidden is with_hidden)  # noqa: B023
+            self.clients.broadcast_json(message, show_hidden=with_hidden)
 
     HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
         "subscribe": _on_subscribe,
@@ -3736,7 +3827,9 @@ def _integer_field(message: JsonObject, name: str, default: Optional[int]) -> Op
 
 
 def _page_reply(lines: List[bytes], limit: int, view: Optional[str]) -> JsonObject:
-    """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is more."""
+    """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is
+    more.
+    """
     events = [emit_event.parse_event_line(line) for line in lines[-limit:]]
     if view == "rows":
         events = [event_row(event) for event in events]
@@ -3797,7 +3890,10 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600; the caller holds its lock. Raise StartError rather than steal one."""
+    """Listen on a Unix socket of mode 0600; the caller holds its lock.
+
+    Raise StartError rather than steal one.
+    """
     try:
         about = os.lstat(path)
     except FileNotFoundError:
@@ -4932,7 +5028,9 @@ def tell(words: str) -> None:
 
 
 def running_monitor(settings: Settings) -> Optional[JsonObject]:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there is none."""
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
+    is none.
+    """
     try:
         with open(settings.path("monitor.pid"), "rb") as file:
             try:
@@ -5005,7 +5103,8 @@ class MonitorConnection:
         key = base64.b64encode(os.urandom(16)).decode()
         self._sock.sendall(
             (
-                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
+                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
                 f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
                 f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
             ).encode()
@@ -5028,7 +5127,9 @@ class MonitorConnection:
         self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
 
     def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
-        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after `timeout_s`."""
+        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
+        `timeout_s`.
+        """
         self._sock.settimeout(timeout_s)
         while not self._messages:
             try:
@@ -5092,9 +5193,7 @@ def command_start(args: argparse.Namespace) -> int:
     except InstallError:
         installed = False
     if not installed:
-        print(
-            "Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code as usual)"
-        )
+        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
     if not args.no_open and can_open_browser():
         webbrowser.open(links[0])
     return 0
@@ -5330,9 +5429,7 @@ def command_install(args: argparse.Namespace) -> int:
     version = claude_version()
     plan = plan_install(settings.home, args.project, version)
     if version is None:
-        tell(
-            "`claude` was not found: only the events that every version knows are registered; install again later"
-        )
+        tell("`claude` was not found: only the events that every version knows are registered")
     if args.dry_run:
         print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
         return 0
@@ -5427,11 +5524,8 @@ def command_sessions(args: argparse.Namespace) -> int:
         since = human_duration(now_ms() - session["stateSince"])
         reason = session["reason"]
         detail = f"{reason['kind']}: {reason['detail']}" if reason else session["activity"]
-        print(
-            safe_line(
-                f"{session['state']:<8} {since:>7}  {session['label']:<40.40} {session['machineId']:<14.14} {detail}"
-            )
-        )
+        label, machine = session["label"], session["machineId"]
+        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
     return 0
 
 
@@ -5479,9 +5573,8 @@ def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
     tool = row.get("toolName", "")
     duration = f"  {row['durationMs']} ms" if "durationMs" in row else ""
     words = row.get("target") or row.get("text") or ""
-    line = safe_line(
-        f"{clock}  {event['machineId']:<12.12} {event['sessionId'][:8]}  {what:<20} {tool:<12} {words}{duration}"
-    )
+    who = f"{event['machineId']:<12.12} {event['sessionId'][:8]}"
+    line = safe_line(f"{clock}  {who}  {what:<20} {tool:<12} {words}{duration}")
     colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
     code = colour.get(effective_type(event)) if colours else None
     return f"\x1b[{code}m{line}\x1b[0m" if code else line

@@ -36,7 +36,7 @@ DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 
 
 def run_hook() -> None:
-    """Take one hook call from standard input to the monitor or the spool, and end the process with status 0."""
+    """Take one hook call from standard input to the monitor or the spool; end the process with status 0."""
     notes: "list[str]" = []
     try:
         import _signal
@@ -58,7 +58,7 @@ def run_hook() -> None:
     if posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0"):
         try:
             posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
-        except OSError:  # noqa: SIM105 - contextlib is not for the hot path
+        except OSError:
             pass
     posix._exit(0)
 
@@ -109,7 +109,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory and the configuration file's path, from CONTEXTUATE_HOME and CONTEXTUATE_CONFIG."""
+    """Return our directory and the configuration file's path (CONTEXTUATE_HOME, CONTEXTUATE_CONFIG)."""
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     if not home:
         user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
@@ -123,7 +123,9 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path) without parsing JSON where a derived file for this very configuration exists."""
+    """Return (mode, socket path) without parsing JSON where a derived file for this very configuration
+    exists.
+    """
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -202,7 +204,10 @@ def send(socket_path: str, line: bytes, deadline: float) -> str:
 
 
 def peer_uid(connection: "Any") -> int:
-    """Return the user id of a Unix socket's other end (SO_PEERCRED, on macOS LOCAL_PEERCRED); -1 if unknown."""
+    """Return the user id of a Unix socket's other end (SO_PEERCRED, on macOS LOCAL_PEERCRED).
+
+    -1 if unknown.
+    """
     if sys.platform == "linux":
         credentials = connection.getsockopt(
             1, 17, 12
@@ -338,7 +343,10 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory; at 256 KiB the file is moved aside once, so two exist at most."""
+    """Add one line to emit.log in our directory.
+
+    At 256 KiB the file is moved aside once, so two exist at most.
+    """
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
     path = home + "/emit.log"
@@ -423,7 +431,10 @@ _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
 
 def parse_relaxed_json(text: str) -> Any:
-    """Parse JSON that may hold `//`, `#` and `/* */` comments and trailing commas; raise ValueError with the line."""
+    """Parse JSON that may hold `//`, `#` and `/* */` comments and trailing commas.
+
+    Raise ValueError with the line.
+    """
 
     def blank(match: "re.Match[str]") -> str:
         token = match.group()
@@ -619,7 +630,7 @@ def _finite(value: Any) -> Any:
 
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Build an event (README "The event") from a wrapped payload, a raw payload, an event or any other object.
+    """Build an event (README "The event") from a wrapped payload, a raw one, an event or any other object.
 
     `received_ms` and `machine_id` fill in for what the sender did not say. Never raises on wrong types: a
     value that does not fit its place is kept in `data`.
@@ -717,7 +728,10 @@ _ENVELOPE_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
 def _envelope(
     given: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
 ) -> JsonObject:
-    """Put the fields of the event in their order; what has a wrong type moves into `data` under its own name."""
+    """Put the fields of the event in their order.
+
+    What has a wrong type moves into `data` under its own name.
+    """
     good: JsonObject = {}
     for name, value in given.items():
         check = _ENVELOPE_CHECKS.get(name)
@@ -781,7 +795,9 @@ SECRET_SHAPES = (
     _shape(
         "private-key",
         "private",
-        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
+        # one whose end was cut off reaches to the end of the text
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
         re.S,
     ),
     _shape("anthropic", "sk-ant-", r"\bsk-ant-[A-Za-z0-9_-]{20,}"),
@@ -806,7 +822,8 @@ SECRET_SHAPES = (
     _shape(
         "authorization",
         "authorization",
-        r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?(?P<secret>[^\s\"',;<>\[\]]{8,})",
+        r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
+        r"(?P<secret>[^\s\"',;<>\[\]]{8,})",
     ),
     _shape("authorization", "bearer", r"(?i)\bbearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{20,})"),
     _shape(
@@ -822,8 +839,8 @@ SECRET_SHAPES = (
 )
 
 _SECRET_KEY = re.compile(
-    r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key|auth_?key"
-    r"|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
+    r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key"
+    r"|auth_?key|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
 )
 _METADATA_KEYS = frozenset(
     (
@@ -945,7 +962,8 @@ def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[
         return clean(text)
     cuts[path] = size
     half = max(1, limit * len(text) // size // 2)
-    # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half behind.
+    # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
+    # behind.
     margin = 4096
     head = clean(text[: half + margin])[:half]
     tail = clean(text[-half - margin :])[-half:]
