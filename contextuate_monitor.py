@@ -864,7 +864,7 @@ class MemoryStore:
 def repair_last_line(fd: int) -> int:
     """Mend a file whose last line has no newline; return 1 if it was torn, else 0.
 
-    A whole event that lacks only its newline gets it; the torn beginning of one was never acknowledged and goes.
+    A whole event that lacks only its newline gets it; the torn beginning of one, never acknowledged, goes.
     """
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
@@ -1192,6 +1192,8 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     questions = tool_input.get("questions")
     if isinstance(questions, list) and questions and isinstance(questions[0], dict):
         return one_line(text_of(questions[0].get("question")))
+    if isinstance(tool_input.get("todos"), list):
+        return f"{len(tool_input['todos'])} items"
     for key in _TARGET_KEYS:
         value = tool_input.get(key)
         if value not in (None, ""):
@@ -1760,6 +1762,20 @@ _ROW_DATA = {
     "reason": "reason",
     "is_interrupt": "isInterrupt",
 }
+# Whichever comes first says in words what an event without a tool is about.
+_ROW_TEXTS = (
+    "error",
+    "message",
+    "assistantResponse",
+    "action",
+    "file_path",
+    "task_subject",
+    "to_model",
+    "new_cwd",
+    "compact_summary",
+    "command_name",
+)
+_ROW_BATCH_IDS = 50
 _ROW_FIELDS = ("seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType")
 
 
@@ -1775,9 +1791,10 @@ def event_row(event: JsonObject) -> JsonObject:
             small[row_name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    text = next(
-        (data[name] for name in ("error", "message", "assistantResponse", "action") if data.get(name)), None
-    )
+    batch = [call["tool_use_id"] for call in _batch_calls(event) if isinstance(call.get("tool_use_id"), str)]
+    if batch:
+        small["toolUseIds"] = batch[:_ROW_BATCH_IDS]
+    text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None)
     if text is None and not event["hookType"]:
         text = data
     if text is not None:
