@@ -436,6 +436,9 @@ class FrameParser:
             self._parts.append(self._decoder.decode(piece, last))
         except UnicodeDecodeError:
             raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8") from None
+        pending = self._decoder.getstate()[0]
+        if pending[:1] == b"\xed" and pending[1:2] >= b"\xa0":  # a surrogate, which Python judges a byte late
+            raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8")
 
     def _finish_message(self) -> None:
         if self._opcode is Opcode.BINARY:
@@ -649,7 +652,7 @@ class EventStore:
         written = os.write(fd, data)
         if written != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
-            raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self, path: str) -> int:
         fd = self._files.get(path)
@@ -728,17 +731,11 @@ class EventStore:
         """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
         lines: List[bytes] = []
         for day in reversed(self.days()):
-            if len(lines) >= limit:
-                break
             readers = [lines_back(path, before) for path in self.day_paths(day)]
-            merged: Iterator[bytes] = heapq.merge(*readers, key=line_seq, reverse=True)
-            if after is not None:
-                oldest = after
-                merged = itertools.takewhile(lambda line: line_seq(line) > oldest, merged)  # noqa: B023
-            found = list(itertools.islice(merged, limit - len(lines)))
-            lines.extend(found)
-            if after is not None and not found:
-                break
+            for line in heapq.merge(*readers, key=line_seq, reverse=True):
+                if len(lines) == limit or (after is not None and line_seq(line) <= after):
+                    return lines[::-1]
+                lines.append(line)
         return lines[::-1]
 
     def find(
@@ -888,6 +885,17 @@ def line_seq(line: bytes) -> int:
     return int(match.group(1)) if match else 0
 
 
+def parse_stored(line: bytes) -> JsonObject:
+    """Parse a stored line; one that somebody edited is made an event again. Raise MalformedEvent if it is none."""
+    event = emit_event.parse_event_line(line)
+    if emit_event.is_whole_event(event) and isinstance(event.get("received"), int):
+        return event
+    received = event.get("received")
+    received_ms = received if isinstance(received, int) else 0
+    rebuilt = emit_event.build_event(event, received_ms, "unknown")
+    return {"seq": line_seq(line), "received": received_ms or rebuilt["timestamp"], **rebuilt}
+
+
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
 
 
@@ -901,7 +909,8 @@ def first_seq(path: str) -> int:
     """Return the number of the first event in a file, 0 when there is none."""
     try:
         with open(path, "rb") as file:
-            return line_seq(file.read(64))
+            head = file.readline(64)
+            return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
         return 0
 
@@ -1815,6 +1824,7 @@ PING_INTERVAL_S = 20.0
 UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
 INGEST_CONNECTIONS = 2048
+ANSWER_LIMIT_BYTES = 32 << 20
 
 
 class Timer:
@@ -2100,6 +2110,7 @@ class Client:
         self.parser: Optional[FrameParser] = None  # None until the handshake is done
         self.queue: Deque[memoryview] = collections.deque()
         self.queued_bytes = 0
+        self.answer_bytes = 0  # of those: at most this many are answers to its own requests
         self.unanswered_pings = 0
         self.closing = False  # our close frame is queued or sent: nothing may follow it
         self.peer_closed = False  # its close frame came: the TCP connection ends once ours is out
@@ -2144,35 +2155,39 @@ class ClientServer:
     # Sending
 
     def send(self, client: Client, frames: bytes) -> None:
-        """Send whole frames to one client, or queue them.
-
-        One that lets its queue fill is closed with 1013.
-        """
+        """Send whole frames to one client, or queue them; one that does not read is closed with 1013."""
         if client.closing:
             return
-        if client.queue and client.queued_bytes + len(frames) > self._queue_limit_bytes:
-            log.info("a client does not read; closed until it comes back for what it missed")
-            self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
+        waiting = client.queued_bytes - client.answer_bytes
+        if client.queue and waiting + len(frames) > self._queue_limit_bytes:
+            self._close_slow(client)
             return
         self._write(client, frames)
 
-    def send_json(self, client: Client, message: JsonObject) -> None:
-        """Send one message to one client."""
-        self.send(client, encode_frame(Opcode.TEXT, encode_json(message)))
+    def answer(self, client: Client, frames: bytes) -> None:
+        """Send what a client asked for; that may be much, and does not count as falling behind while it drains."""
+        if client.closing:
+            return
+        if client.queue and client.answer_bytes + len(frames) > ANSWER_LIMIT_BYTES:
+            self._close_slow(client)
+            return
+        before = client.queued_bytes
+        self._write(client, frames)
+        client.answer_bytes += client.queued_bytes - before
 
-    def broadcast_json(
-        self, message: JsonObject, may_be_hidden: bool = False, show_hidden: Optional[bool] = None
-    ) -> None:
-        """Send one message, encoded once, to every subscribed client that may see it.
+    def _close_slow(self, client: Client) -> None:
+        log.info("a client does not read; closed until it comes back for what it missed")
+        self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
 
-        `may_be_hidden` keeps it from clients that do not show hidden sessions; `show_hidden` sends it only to
-        those whose choice it is.
-        """
+    def answer_json(self, client: Client, message: JsonObject) -> None:
+        """Answer with one message."""
+        self.answer(client, encode_frame(Opcode.TEXT, encode_json(message)))
+
+    def broadcast_json(self, message: JsonObject, show_hidden: Optional[bool] = None) -> None:
+        """Send one message, encoded once, to every subscribed client, or to those with this `show_hidden`."""
         frame = b""
         for client in list(self.clients.values()):
-            if client.view is None or (may_be_hidden and not client.show_hidden):
-                continue
-            if show_hidden is None or client.show_hidden is show_hidden:
+            if client.view is not None and show_hidden in (None, client.show_hidden):
                 frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
                 self.send(client, frame)
 
@@ -2248,6 +2263,7 @@ class ClientServer:
                 self._drop(client)
                 return
             client.queued_bytes -= sent
+            client.answer_bytes = max(0, client.answer_bytes - sent)
             if sent < len(piece):
                 client.queue[0] = piece[sent:]
                 return
@@ -3000,15 +3016,17 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if path == "/" and "token=" in query_text:
             return self._exchange_token(request, Query(query_text))
         access.check(request, self.connection, port, writes=method not in ("GET", "HEAD"))
+        body = self._body(request)
         if path in ("/", "/index.html"):
             if method != "GET":
                 raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
             return self.server.page.response(request.one("host"))
-        return self.server.api.answer(method, path, Query(query_text), self._body(request))
+        return self.server.api.answer(method, path, Query(query_text), body)
 
     def _exchange_token(self, request: Request, query: Query) -> Response:
         """Swap the token of a link for a cookie, so that it stays out of the browser's history."""
         access = self.server.access
+        self.close_connection = True  # whatever body it may have is not read
         access.check_host(request, self.server.server_port)
         token = query.text("token") or ""
         if not access.is_token(token):
@@ -3033,9 +3051,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)
+        chunked = self.request_version != "HTTP/1.0"
         length = ("Transfer-Encoding", "chunked")
         if isinstance(response.body, bytes):
             length = ("Content-Length", str(len(response.body)))
+        elif not chunked:
+            self.close_connection = True
+            length = ("Connection", "close")
         for name, value in (
             ("Content-Type", response.content_type),
             length,
@@ -3047,7 +3069,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             *response.headers,
         ):
             self.send_header(name, value)
-        if self.close_connection:
+        if self.close_connection and length[0] != "Connection":
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command == "HEAD":
@@ -3056,8 +3078,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(response.body)
             return
         for chunk in response.body:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-        self.wfile.write(b"0\r\n\r\n")
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer what BaseHTTPRequestHandler refuses in our form."""
@@ -3309,12 +3332,12 @@ class Monitor:
         count, told = 0, time.monotonic()
         for line in self.store.all_lines():
             try:
-                event = emit_event.parse_event_line(line)
-                self.book.apply(event)
-            except (MalformedEvent, KeyError, TypeError, AttributeError):  # edited by hand
+                event = parse_stored(line)
+            except MalformedEvent:  # edited by hand
                 log.warning("a stored line is not an event and was passed over: %r", line[:200])
                 continue
-            self.store.seq = max(self.store.seq, event["seq"])
+            self.book.apply(event)
+            self.store.seq = max(self.store.seq, line_seq(line))
             self._seen.add(event["id"])
             count += 1
             if time.monotonic() - told > 1:
@@ -3470,7 +3493,7 @@ class Monitor:
         for session in changed.values():
             if session.session_id in self.book.sessions:
                 message = {"type": "session_update", "session": self.book.to_json(session)}
-                self.clients.broadcast_json(message, may_be_hidden=session.hidden)
+                self.clients.broadcast_json(message)
 
     # Time
 
@@ -3601,7 +3624,7 @@ class Monitor:
             "seq": self.store.seq,
             "wsProtocol": 1,
         }
-        self.clients.send_json(client, hello)
+        self.clients.answer_json(client, hello)
 
     def _message(self, client: Client, text: str) -> None:
         message: Any = None
@@ -3620,7 +3643,7 @@ class Monitor:
             reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
         if "requestId" in message:
             reply["requestId"] = message["requestId"]
-        self.clients.send_json(client, reply)
+        self.clients.answer_json(client, reply)
 
     def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
         """Let the reader thread look something up in the files, and answer with it from the loop thread."""
@@ -3650,13 +3673,13 @@ class Monitor:
         resync = since is not None and (since > self.store.seq or self.store.seq - since > CATCH_UP_EVENTS)
         if since is not None and not resync:
             missed = self.store.recent_lines(CATCH_UP_EVENTS, after=since)
-        reply = {"type": "subscribed", "seq": self.store.seq, "resync": resync, "missed": len(missed)}
-        self._reply(client, message, reply)
-        entries = [StoredEvent(line_seq(line), emit_event.parse_event_line(line), line) for line in missed]
+        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
         frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
+        reply = {"type": "subscribed", "seq": self.store.seq, "resync": resync, "missed": len(frames)}
+        self._reply(client, message, reply)
         if frames:
-            self.clients.send(client, b"".join(frames))
-        self.clients.send_json(client, {"type": "status", **self.status()})
+            self.clients.answer(client, b"".join(frames))
+        self.clients.answer_json(client, {"type": "status", **self.status()})
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         ids = _text_list(message, "sessionIds")
@@ -3698,7 +3721,7 @@ class Monitor:
 
         def read() -> JsonObject:
             line = self.store.find(event_id, session_id, seq)
-            event = emit_event.parse_event_line(line) if line is not None else None
+            event = parse_stored(line) if line is not None else None
             return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
 
         self._read(client, message, read)
@@ -3847,7 +3870,7 @@ def _page_reply(lines: List[bytes], limit: int, view: Optional[str]) -> JsonObje
     """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is
     more.
     """
-    events = [emit_event.parse_event_line(line) for line in lines[-limit:]]
+    events = [parse_stored(line) for line in lines[-limit:]]
     if view == "rows":
         events = [event_row(event) for event in events]
     return {"events": events, "more": len(lines) > limit}
@@ -5525,7 +5548,7 @@ def command_sessions(args: argparse.Namespace) -> int:
         tell("the monitor is not running; this is what the files tell")
         book = session_book(settings)
         for line in EventStore(settings.path("events")).all_lines():
-            book.apply(emit_event.parse_event_line(line))
+            book.apply(parse_stored(line))
         book.tick(now_ms())
         sessions = book.all_json(args.all)
     if not args.all:

@@ -98,7 +98,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
     line = wrap(payload, environ)
     if len(line) > LINE_LIMIT_BYTES // 2:
-        line = whole().shrink_line(line)
+        line = whole().shrink_line(line, config_path)
     if mode == "local":
         outcome = send(socket_path, line, time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S)
         if not outcome:
@@ -167,7 +167,10 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
         session = environ[b"CLAUDE_CODE_SESSION_ID"].decode("utf-8", "surrogateescape")
         head += f',"sessionId":{quote(session)}'
     if b'"cwd"' not in payload:
-        head += f',"cwd":{quote(posix.getcwd())}'
+        try:
+            head += f',"cwd":{quote(posix.getcwd())}'
+        except OSError:  # it has been removed
+            pass
     # In JSON a line end can only stand between tokens, so a space in its place changes nothing.
     return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
@@ -271,7 +274,7 @@ def current_segment(directory: str) -> str:
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return f"{directory}/{now_ms:013d}-{posix.getpid()}.jsonl"
+    return f"{directory}/{now_ms:013d}-{posix.urandom(4).hex()}.jsonl"
 
 
 def whole() -> "Any":
@@ -289,7 +292,8 @@ if __name__ == "__main__":
 
 # --- end of the hot path ---
 
-import dataclasses  # noqa: E402 - the hot path above must not pay for these
+import contextlib  # noqa: E402 - the hot path above must not pay for these
+import dataclasses  # noqa: E402
 import difflib  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
@@ -503,14 +507,17 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "Tuple[str, s
     """
     try:
         values = load_config(config_path)[0]
+        mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:
-        log_failure(f"defaults used: {error}")
+        # Not remembered either, so that every call complains until it is mended.
+        with contextlib.suppress(OSError):
+            log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
-    mode, socket_path = values["mode"], values["socketPath"]
     if "\n" not in socket_path:
-        make_private_directory(home)
         content = f"{key}\n{mode}\n{socket_path}\n"
-        write_atomically(home + "/hook.cache", content.encode("utf-8", "surrogateescape"))
+        with contextlib.suppress(OSError):  # it only saves time
+            make_private_directory(home)
+            write_atomically(home + "/hook.cache", content.encode("utf-8", "surrogateescape"))
     return mode, socket_path
 
 
@@ -572,7 +579,8 @@ _WRAPPER_FIELDS = (
     "parentSessionId",
     "pid",
     "hook",
-    "data",
+    "seq",
+    "received",
 )
 _HOOK_FIELDS = ("hook_event_name", "session_id", "cwd", "agent_id", "agent_type")
 _ID_LIMIT = 256
@@ -592,7 +600,10 @@ def parse_event_line(line: bytes) -> JsonObject:
             text = line.decode("utf-8")
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
-        value = json.loads(text, parse_constant=str)
+        try:
+            value = json.loads(text, parse_constant=str)
+        except ValueError:  # perhaps only for an integer longer than Python converts
+            value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
     except ValueError as error:
@@ -600,6 +611,10 @@ def parse_event_line(line: bytes) -> JsonObject:
     if not isinstance(value, dict):
         raise MalformedEvent(f"one JSON object was expected, not {type(value).__name__}")
     return value
+
+
+def _int_or_text(digits: str) -> Any:
+    return int(digits) if len(digits) <= 4000 else digits
 
 
 def is_json_object(data: bytes) -> bool:
@@ -636,25 +651,26 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     value that does not fit its place is kept in `data`.
     """
     hook = given.get("hook")
-    if isinstance(hook, dict) and isinstance(given.get("id"), str) and "eventType" not in given:
+    is_event = isinstance(given.get("eventType"), str)
+    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not is_event:
         return _event_from_hook(hook, given, received_ms, machine_id)
     if isinstance(given.get("hook_event_name"), str):
         return _event_from_hook(given, {}, received_ms, machine_id)
-    if isinstance(given.get("eventType"), str):
+    if is_event:
         return _event_from_event(given, received_ms, machine_id)
     return _envelope({}, received_ms, machine_id, "", "message", dict(given))
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    name = hook.get("hook_event_name")
-    hook_type = name if isinstance(name, str) else ""
+    hook_name = hook.get("hook_event_name")
+    hook_type = hook_name if isinstance(hook_name, str) else ""
     data: JsonObject = {}
     for field, new_name in DATA_NAMES.items():
         if field in hook:
-            data[field if new_name in data else new_name] = hook[field]
+            _keep(data, field if new_name in data else new_name, hook[field])
     for field, value in hook.items():
         if field not in DATA_NAMES and field not in _HOOK_FIELDS:
-            data[field] = value
+            _keep(data, field, value)
     envelope = {
         "id": wrapper.get("id"),
         "timestamp": wrapper.get("timestamp"),
@@ -664,18 +680,22 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
         "agentId": hook.get("agent_id"),
         "parentSessionId": wrapper.get("parentSessionId"),
         "pid": wrapper.get("pid"),
-        **{name: value for name, value in wrapper.items() if name not in _WRAPPER_FIELDS},
     }
+    for name, value in wrapper.items():
+        if name in ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"):
+            _keep(data, name, value)
+        elif name not in _WRAPPER_FIELDS:
+            envelope[name] = value
     for field, check in (("session_id", _is_id), ("cwd", _is_text), ("agent_id", _is_id)):
         if field in hook and not check(hook[field]):
-            data[field] = hook[field]
-    if not isinstance(name, str) and name is not None:
-        data["hook_event_name"] = name
+            _keep(data, field, hook[field])
+    if not isinstance(hook_name, str) and hook_name is not None:
+        _keep(data, "hook_event_name", hook_name)
     if "agent_type" in hook:
         if _is_id(hook.get("agent_id")) and isinstance(hook["agent_type"], str):
             envelope["agentType"] = hook["agent_type"]
         else:
-            data["agent_type"] = hook["agent_type"]  # the main thread of an `--agent` session
+            _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
     return _envelope(
         envelope, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data
     )
@@ -689,7 +709,8 @@ def _event_from_event(given: JsonObject, received_ms: int, machine_id: str) -> J
         data["toolOutput"] = data.pop("tool_output")
     hook_type = rest.pop("hookType", "")
     if not isinstance(hook_type, str):
-        data["hookType"], hook_type = hook_type, ""
+        _keep(data, "hookType", hook_type)
+        hook_type = ""
     for assigned in ("seq", "received"):
         rest.pop(assigned, None)  # given anew by whoever stores it
     event_type = rest.pop("eventType")
@@ -725,6 +746,16 @@ _ENVELOPE_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
 }
 
 
+_EVENT_FIELDS = frozenset((*_ENVELOPE_CHECKS, "hookType", "eventType", "data", "demo"))
+
+
+def _keep(data: JsonObject, name: str, value: Any) -> None:
+    """Put a value into `data` under its name, or one like it where the name is taken."""
+    while name in data:
+        name += "_"
+    data[name] = value
+
+
 def _envelope(
     given: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
 ) -> JsonObject:
@@ -740,7 +771,7 @@ def _envelope(
         if check is None or check(value):
             good[name] = value
         else:
-            data.setdefault(name, value)
+            _keep(data, name, value)
     event: JsonObject = {
         "id": good.pop("id", None) or str(uuid.uuid4()),
         "timestamp": int(good.pop("timestamp", received_ms)),
@@ -756,6 +787,22 @@ def _envelope(
     event.update(good)
     event["data"] = data
     return event
+
+
+_REQUIRED_FIELDS = (
+    "id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data",
+)  # fmt: skip
+
+
+def is_whole_event(event: JsonObject) -> bool:
+    """Tell whether every field of an event is there and of its type."""
+    return (
+        all(event.get(name) is not None for name in _REQUIRED_FIELDS)
+        and all(check(event[name]) for name, check in _ENVELOPE_CHECKS.items() if name in event)
+        and isinstance(event["hookType"], str)
+        and isinstance(event["eventType"], str)
+        and isinstance(event["data"], dict)
+    )
 
 
 def this_machine() -> str:
@@ -822,7 +869,7 @@ SECRET_SHAPES = (
     _shape(
         "authorization",
         "authorization",
-        r"(?i)authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
+        r"(?i)(?<!\[redacted:)authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
         r"(?P<secret>[^\s\"',;<>\[\]]{8,})",
     ),
     _shape("authorization", "bearer", r"(?i)\bbearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{20,})"),
@@ -916,13 +963,15 @@ def protect(event: JsonObject, privacy: Privacy) -> JsonObject:
     data = event["data"]
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
-    for name, value in event.items():
-        if name not in _ENVELOPE_CHECKS and name not in ("hookType", "eventType", "data"):
-            event[name] = _protect_value(value, name, name, privacy, cuts, 0)
+    for name in [name for name in event if name not in _EVENT_FIELDS]:
+        if privacy.metadata_only:
+            del event[name]
+        else:
+            event[name] = _protect_value(event[name], name, name, privacy, cuts, 0)
     data = _protect_value(data, "", "", privacy, cuts, 0)
     if cuts:
-        earlier = data.get("truncated")
-        data["truncated"] = {**(earlier if isinstance(earlier, dict) else {}), **cuts}
+        earlier = data.get("truncated")  # what the hook has cut already keeps its first size
+        data["truncated"] = {**cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event
 
@@ -964,31 +1013,51 @@ def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[
     half = max(1, limit * len(text) // size // 2)
     # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
     # behind.
+    # The margin itself never shows, however much shorter what was redacted before it has become.
     margin = 4096
-    head = clean(text[: half + margin])[:half]
-    tail = clean(text[-half - margin :])[-half:]
+    head = clean(text[: half + margin])
+    tail = clean(text[-half - margin :])
+    unseen = margin if half + margin < len(text) else 0
+    head = head[: max(0, min(half, len(head) - unseen))]
+    tail = tail[min(len(tail), max(len(tail) - half, unseen)) :]
     return f"{head}\n[… {size - limit} of {size} bytes cut …]\n{tail}"
 
 
-def shrink_line(line: bytes) -> bytes:
-    """Cut the fields of one wrapped payload so that the line fits what a monitor takes."""
+def shrink_line(line: bytes, config_path: str = "") -> bytes:
+    """Cut the fields of one wrapped payload so that the line fits what a monitor takes.
+
+    Redacts before it cuts, unless the configuration says otherwise: no half of a secret may be left over.
+    """
     wrapped = parse_event_line(line)
+    try:
+        redact = bool(load_config(config_path)[0]["privacy.redact"])
+    except ConfigError:
+        redact = True
     limit = LINE_LIMIT_BYTES // 8
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
         cuts: "Dict[str, int]" = {}
-        privacy = Privacy(redact=False, field_limit_bytes=limit)
+        privacy = Privacy(redact=redact, field_limit_bytes=limit)
         hook = _protect_value(wrapped["hook"], "", "", privacy, cuts, 0)
-        line = encode_json({**wrapped, "hook": {**hook, "truncated": cuts}}) + b"\n"
+        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(cuts)}}) + b"\n"
         limit //= 4
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line
 
 
+def _named_in_data(cuts: "Dict[str, int]") -> "Dict[str, int]":
+    """Rename the paths of a payload's cut fields to those that the fields have in `data`."""
+    renamed = {}
+    for path, size in cuts.items():
+        field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
+        renamed[DATA_NAMES.get(field, field) + rest] = size
+    return renamed
+
+
 # ---------------------------------------------------------------------------
 # Spool: the drainer's side (the writer's side is in the hot path)
 #
-# Owns: spool/, segments named <start in ms>-<pid>.jsonl, taken ones .taken, and dropped.jsonl.
+# Owns: spool/, segments named <start in ms>-<random>.jsonl, taken ones .taken, and dropped.jsonl.
 # ---------------------------------------------------------------------------
 
 SPOOL_LIMIT_BYTES = 64 << 20
