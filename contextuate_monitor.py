@@ -886,7 +886,10 @@ def line_seq(line: bytes) -> int:
 
 
 def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that somebody edited is made an event again. Raise MalformedEvent if it is none."""
+    """Parse a stored line; one that somebody edited is made an event again.
+
+    Raise MalformedEvent if it is none.
+    """
     event = emit_event.parse_event_line(line)
     if emit_event.is_whole_event(event) and isinstance(event.get("received"), int):
         return event
@@ -1003,20 +1006,21 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
 # Sessions: what each event says about who works, who waits and who is gone
 #
 # Events and time in, sessions and agents out; no I/O, so replaying the files gives what being there gave.
-# What moves a session's turn stands in TURN_AFTER, what asks for a person in `_wait_reason`; the rest of the
-# room is the surprises of the real client (CLAUDE_HOOKS "What surprises"), each in a function of its own.
+# `apply_event` tells one session one event, in the order in which things happened; SessionBook sees to that
+# order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
+# below it are the surprises of the real client (CLAUDE_HOOKS "What surprises"), each under its own name.
 #
 # A session's state is derived, in this order:
-#   ended     it ended, its process is gone, or it was silent for hours
+#   ended     it ended, its process is gone, or its machine was silent for hours
 #   waiting   some agent of it waits for a person
 #   failed    the last turn ended with an error
-#   working   a turn or an agent runs (quiet when nothing was heard for quietSeconds)
+#   working   a turn, an agent or a background task runs (quiet when nothing was heard for quietSeconds)
 #   idle      otherwise
 # ---------------------------------------------------------------------------
 
-MAIN = ""  # the key of a session's main agent
+MAIN = ""  # the agent id of a session's main agent
 
-# Event type → the turn after it. What is not here leaves the turn as it was.
+# Event type → the turn of the main agent after it. What is not here leaves the turn as it was.
 TURN_AFTER = {
     "session_start": "idle",
     "user_prompt": "working",
@@ -1032,23 +1036,10 @@ TURN_AFTER = {
     "session_end": "ended",
 }
 
-# Events that do not show that a waiting agent goes on: they come by themselves.
-NO_PROGRESS = frozenset(
-    (
-        "notification",
-        "message",
-        "session_meta",
-        "subagent_start",
-        "task_created",
-        "task_completed",
-        "post_compact",
-    )
-)
-
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
-LATE_MS = 10_000  # how much earlier than the last one an event may be and still be one that was overtaken
-RECENT_CALLS = 256
+TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
+LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
 
 _TARGET_KEYS = (
     "command",
@@ -1062,12 +1053,13 @@ _TARGET_KEYS = (
     "subject",
     "taskId",
     "skill",
+    "plan",
     "prompt",
     "name",
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class OpenCall:
     """A tool call without a result so far."""
 
@@ -1076,10 +1068,15 @@ class OpenCall:
     target: str
     agent_id: str  # MAIN for the main agent
     since: int
-    background_label: str = ""  # an Agent call's description: the label of the agent it starts
+    description: str = ""  # of an Agent call: the label of the agent it starts
+
+    @property
+    def words(self) -> str:
+        """Return the call as an activity."""
+        return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Reason:
     """Why a session waits, failed or ended."""
 
@@ -1087,7 +1084,9 @@ class Reason:
     tool: Optional[str]
     detail: str
     since: int
-    open_calls: FrozenSet[str] = frozenset()  # calls that ran beside: their results do not end the wait
+    agent_id: str = MAIN  # who waits
+    tool_use_id: Optional[str] = None  # the call that waits, where it is known: requests do not name theirs
+    beside: FrozenSet[str] = frozenset()  # calls that run beside it: their results do not end the wait
 
 
 @dataclasses.dataclass
@@ -1096,11 +1095,11 @@ class Agent:
 
     agent_id: str
     agent_type: str
-    label: str
-    parent_id: Optional[str]  # None: a child of the main agent
     start: int
+    label: str = ""
+    parent_id: str = MAIN
+    background: bool = False  # it outlives the turn that launched it
     end: Optional[int] = None
-    activity: str = ""
     events: int = 0
     tool_calls: int = 0
     tool_errors: int = 0
@@ -1115,27 +1114,32 @@ class Session:
     directory: str
     start: int
     last_event: int
+    state_since: int
+    state: str = "idle"
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
     model: Optional[str] = None
+    start_source: str = ""  # of its last SessionStart
+    source_time: int = 0
     turn: str = "idle"
     turn_since: int = 0  # timestamp of the event that set the turn
     background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
     failure: Optional[Reason] = None
     end: Optional[int] = None
     end_reason: str = ""
-    waits: Dict[str, Reason] = dataclasses.field(default_factory=dict)  # agent id → why it waits
+    end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
+    waits: List[Reason] = dataclasses.field(default_factory=list)
     agents: Dict[str, Agent] = dataclasses.field(default_factory=dict)
+    launched: Dict[str, Tuple[str, str, bool]] = dataclasses.field(
+        default_factory=dict
+    )  # agent id → (label, parent, background), from launch results
     open_calls: Dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    closed_calls: Deque[str] = dataclasses.field(
-        default_factory=lambda: collections.deque(maxlen=RECENT_CALLS)
-    )
-    interrupted_calls: Deque[str] = dataclasses.field(
-        default_factory=lambda: collections.deque(maxlen=RECENT_CALLS)
-    )
-    activity: str = ""
+    calls: Dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # tool use id → open, ok, failed, interrupted
     parent_id: Optional[str] = None
+    parent_by_user: bool = False
     continued_from: Optional[str] = None
     events: int = 0
     tool_calls: int = 0
@@ -1146,9 +1150,18 @@ class Session:
     demo: bool = False
     pinned: bool = False
     hidden: bool = False
-    quiet: bool = False
-    state: str = "idle"
-    state_since: int = 0
+
+    def clone(self) -> "Session":
+        """Return a copy that shares nothing that changes."""
+        return dataclasses.replace(
+            self,
+            background=list(self.background),
+            waits=list(self.waits),
+            agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
+            launched=dict(self.launched),
+            open_calls=dict(self.open_calls),
+            calls=dict(self.calls),
+        )
 
     @property
     def label(self) -> Tuple[str, str]:
@@ -1163,12 +1176,22 @@ class Session:
 
     @property
     def reason(self) -> Optional[Reason]:
-        """Return why the session is in its state, where that needs saying."""
+        """Return why the session is in its state, where that needs saying; of several waits the first."""
         if self.state == "ended":
             return Reason("ended", None, self.end_reason, self.end or self.last_event)
         if self.state == "waiting":
-            return min(self.waits.values(), key=lambda wait: wait.since)
+            return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
+
+    @property
+    def activity(self) -> str:
+        """Return what it does right now: its newest open call, else what runs in the background."""
+        if self.open_calls:
+            return next(reversed(list(self.open_calls.values()))).words
+        return f"background: {self.background[0]}" if self.background else ""
+
+
+# Words and targets
 
 
 def effective_type(event: JsonObject) -> str:
@@ -1213,430 +1236,640 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     return one_line(text_of(tool_input)) if tool_input else ""
 
 
-def is_task_notification(event: JsonObject) -> bool:
-    """Tell whether a UserPromptSubmit is the client's own word that a background task ended, no person's
-    prompt.
+def task_notification(event: JsonObject) -> Optional[str]:
+    """Return the id of the background task whose end a UserPromptSubmit tells, None for a person's prompt.
+
+    The client tells itself so (CLAUDE_HOOKS 3); "" when it names none.
     """
-    return text_of(event["data"].get("message")).lstrip().startswith("<task-notification>")
+    words = text_of(event["data"].get("message")).lstrip()
+    if not words.startswith("<task-notification>"):
+        return None
+    match = re.search(r"<task-id>\s*([^<\s]+)\s*</task-id>", words[:2000])
+    return match.group(1) if match else ""
+
+
+# One session, one event
+
+
+def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, late: bool = False) -> None:
+    """Tell a session one event, in the order in which things happened.
+
+    A `late` one happened long before what the session knows already: it is counted, its calls and agents are
+    paired, but it moves neither the turn nor a wait.
+    """
+    quiet_before = event["timestamp"] - session.last_event >= quiet_ms
+    session.events += 1
+    session.last_event = max(session.last_event, event["timestamp"])
+    if session.end_presumed and not late:
+        session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
+    _learn(session, event, kind)
+    _apply_agent(session, event, kind)
+    closed = _apply_calls(session, event, kind)
+    if not late:
+        _end_waits(session, event, kind, closed)
+        _apply_turn(session, event, kind)
+        _begin_wait(session, event, kind)
+    _derive(session, event["timestamp"], quiet_before)
+
+
+def _derive(session: Session, time_ms: int, restart: bool = False) -> None:
+    """Set the state from its parts, and since when; `restart`: it was quiet until now."""
+    if session.turn == "ended":
+        state = "ended"
+    elif session.waits:
+        state = "waiting"
+    elif session.turn == "failed":
+        state = "failed"
+    elif (
+        session.turn == "working" or session.background or any(a.end is None for a in session.agents.values())
+    ):
+        state = "working"
+    else:
+        state = "idle"
+    if state != session.state or (restart and state == "working"):
+        session.state, session.state_since = state, time_ms
+
+
+def _is_persons_prompt(event: JsonObject, kind: str) -> bool:
+    return kind == "user_prompt" and task_notification(event) is None
+
+
+def _begins_process(event: JsonObject, kind: str) -> bool:
+    """Tell whether a client's process begins with this event; compaction starts a session anew within one."""
+    return kind == "session_start" and event["data"].get("source") != "compact"
+
+
+def _learn(session: Session, event: JsonObject, kind: str) -> None:
+    """Take over what an event says about the session as such."""
+    data = event["data"]
+    by_main = "agentId" not in event
+    session.demo = session.demo or event.get("demo") is True
+    session.pid = event.get("pid", session.pid)
+    session.start = min(session.start, event["timestamp"])
+    if not session.directory or (kind == "session_start" and by_main):
+        session.directory = event["workingDirectory"] or session.directory
+    if not session.parent_by_user and event.get("parentSessionId") not in (None, session.session_id):
+        session.parent_id = session.parent_id or event["parentSessionId"]
+    if isinstance(data.get("session_title"), str) and data["session_title"].strip():
+        session.title = one_line(data["session_title"])
+    model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
+    if isinstance(model, str) and model and by_main:
+        session.model = model
+    if _is_persons_prompt(event, kind):
+        session.prompts += 1
+        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
+    if _begins_process(event, kind):
+        session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
+
+
+# Agents
+
+
+def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
+    """Keep the subagents: known by `agent_id`, ended by their stop; a stop without a start makes no ghost."""
+    if kind == "tool_result":
+        _note_launch(session, event)
+    agent_id = event.get("agentId")
+    if agent_id is None:
+        return
+    agent = session.agents.get(agent_id)
+    if agent is None:
+        if kind == "subagent_stop":
+            return
+        agent = _new_agent(session, event)
+    agent.events += 1
+    agent.agent_type = event.get("agentType") or agent.agent_type
+    if kind == "subagent_stop":
+        _end_agents(session, {agent_id}, event["timestamp"])
+    elif session.turn != "ended" and kind in TURN_AFTER:
+        agent.end = None  # a stopped agent may be sent on
+
+
+def _new_agent(session: Session, event: JsonObject) -> Agent:
+    agent = Agent(event["agentId"], event.get("agentType", ""), event["timestamp"])
+    launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
+    if agent.agent_id in session.launched:
+        agent.label, agent.parent_id, agent.background = session.launched[agent.agent_id]
+    elif len(launches) == 1 and launches[0].agent_id != agent.agent_id:
+        agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
+    if session.turn == "ended":
+        agent.end = event["timestamp"]
+    session.agents[agent.agent_id] = agent
+    return agent
+
+
+def _note_launch(session: Session, event: JsonObject) -> None:
+    """Take an agent's label, parent and kind from the result of the call that launched it."""
+    data = event["data"]
+    output, tool_input = data.get("toolOutput"), data.get("toolInput")
+    if not isinstance(output, dict) or data.get("toolName") not in AGENT_TOOLS:
+        return
+    agent_id = output.get("agentId")
+    if not isinstance(agent_id, str) or agent_id == event.get("agentId"):
+        return
+    label = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
+    background = output.get("status") == "async_launched"
+    session.launched[agent_id] = (one_line(label), event.get("agentId", MAIN), background)
+    agent = session.agents.get(agent_id)
+    if agent is None:
+        return
+    agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
+    agent.background = background
+    if output.get("status") == "completed":
+        _end_agents(session, {agent_id}, event["timestamp"])
+
+
+def _lineage(session: Session, agent: Agent) -> List[Agent]:
+    """Return an agent and those above it, the nearest first."""
+    line = [agent]
+    while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
+        line.append(session.agents[line[-1].parent_id])
+    return line
+
+
+def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
+    """End agents and everything below them.
+
+    Their open calls are interrupted and nobody waits there any more.
+    """
+    gone = {
+        agent.agent_id
+        for agent in session.agents.values()
+        if any(above.agent_id in agent_ids for above in _lineage(session, agent))
+    }
+    for agent_id in gone:
+        agent = session.agents[agent_id]
+        agent.end = time_ms if agent.end is None else agent.end
+    session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
+    _interrupt(session, gone)
+
+
+def _end_foreground(session: Session, time_ms: int) -> None:
+    """End what cannot outlive the main agent's turn: its own calls, and agents that do not run in the
+    background.
+    """
+    _interrupt(session, {MAIN})
+    foreground = {
+        agent.agent_id
+        for agent in session.agents.values()
+        if not any(above.background for above in _lineage(session, agent))
+    }
+    _end_agents(session, foreground, time_ms)
+
+
+# Calls
+
+
+def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str]:
+    """Pair tool calls with what closes them; what nothing closed is interrupted, never running for ever.
+
+    Returns the tool use id of the call that the event closed, if it closed one.
+    """
+    agent_id = event.get("agentId", MAIN)
+    time_ms = event["timestamp"]
+    closed = None
+    if kind == "tool_call":
+        _open_call(session, event, agent_id)
+    elif kind in ("tool_result", "tool_error"):
+        closed = _close_call(session, event, agent_id, "failed" if kind == "tool_error" else "ok")
+    elif event["hookType"] == "PostToolBatch":
+        for call in _batch_calls(event):
+            if isinstance(call.get("tool_use_id"), str):
+                # What only its round closes never ran: an unknown tool, bad input, a denial.
+                _settle(session, call["tool_use_id"], agent_id, "failed")
+    elif kind in ("session_end", "session_start"):
+        if kind == "session_end" or _begins_process(event, kind):
+            _interrupt(session, None)
+            _end_agents(session, set(session.agents), time_ms)
+    elif kind == "user_prompt":
+        task = task_notification(event)
+        if task is None:
+            # Esc and a rejected permission fire nothing: a person's next prompt shows that all is over.
+            _end_foreground(session, time_ms)
+        elif task in session.agents:
+            _end_agents(session, {task}, time_ms)
+    elif kind in ("turn_end", "turn_error"):
+        if agent_id == MAIN:
+            _end_turn(session, event)
+        else:
+            _interrupt(session, {agent_id})
+    return closed
+
+
+def _end_turn(session: Session, event: JsonObject) -> None:
+    """End what the main agent's turn had running; the client's list of tasks is the truth about agents."""
+    _end_foreground(session, event["timestamp"])
+    tasks = event["data"].get("background_tasks")
+    if isinstance(tasks, list):
+        running = {text_of(task.get("id")) for task in tasks if isinstance(task, dict) and _is_running(task)}
+        over = {
+            agent.agent_id
+            for agent in session.agents.values()
+            if not any(above.agent_id in running for above in _lineage(session, agent))
+        }
+        _end_agents(session, over, event["timestamp"])
+    if not any(agent.end is None for agent in session.agents.values()):
+        session.calls = dict.fromkeys(session.open_calls, "open")  # rounds of this turn are over
+        session.launched = {}
+
+
+def _open_call(session: Session, event: JsonObject, agent_id: str) -> None:
+    data = event["data"]
+    named = data.get("toolUseId")
+    # Clients before 2.0.43 name no call: their events are paired by tool and agent, newest first.
+    tool_use_id = named if isinstance(named, str) and named else f"unnamed:{event['id']}"
+    if tool_use_id in session.calls:
+        return  # its end is known already
+    _count_call(session, tool_use_id, agent_id, "open")
+    tool_input = data.get("toolInput")
+    description = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
+    if session.turn == "ended" and not session.end_presumed and event["timestamp"] <= (session.end or 0):
+        session.calls[tool_use_id] = "interrupted"
+        session.interrupted += 1
+        return
+    session.open_calls[tool_use_id] = OpenCall(
+        tool_use_id,
+        text_of(data.get("toolName")) or "?",
+        tool_target(tool_input, session.directory),
+        agent_id,
+        event["timestamp"],
+        one_line(description),
+    )
+
+
+def _count_call(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
+    session.calls[tool_use_id] = outcome
+    session.tool_calls += 1
+    if agent_id in session.agents:
+        session.agents[agent_id].tool_calls += 1
+
+
+def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> Optional[str]:
+    """Close the call that a result belongs to; return its id, None when it is not known."""
+    tool_use_id = event["data"].get("toolUseId")
+    if not isinstance(tool_use_id, str) or not tool_use_id:
+        name = text_of(event["data"].get("toolName"))
+        same = [
+            call
+            for call in session.open_calls.values()
+            if (call.tool_name, call.agent_id) == (name, agent_id)
+        ]
+        if not same:
+            if outcome == "failed":
+                session.tool_errors += 1
+            return None
+        tool_use_id = same[-1].tool_use_id
+    _settle(session, tool_use_id, agent_id, outcome)
+    return tool_use_id
+
+
+def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
+    """Record how a call ended, once: its own result says more than its round, an interruption least."""
+    before = session.calls.get(tool_use_id)
+    if before in ("ok", "failed"):
+        return
+    if before is None:
+        _count_call(session, tool_use_id, agent_id, outcome)
+    elif before == "interrupted":
+        session.interrupted -= 1  # it was only late
+    session.calls[tool_use_id] = outcome
+    session.open_calls.pop(tool_use_id, None)
+    if outcome == "failed":
+        session.tool_errors += 1
+        if agent_id in session.agents:
+            session.agents[agent_id].tool_errors += 1
+
+
+def _interrupt(session: Session, agent_ids: Optional[Set[str]]) -> None:
+    """Close the open calls of some agents (None: of all) that nothing else will close."""
+    for call in list(session.open_calls.values()):
+        if agent_ids is None or call.agent_id in agent_ids:
+            del session.open_calls[call.tool_use_id]
+            session.calls[call.tool_use_id] = "interrupted"
+            session.interrupted += 1
+
+
+def _batch_calls(event: JsonObject) -> List[JsonObject]:
+    calls = event["data"].get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def _is_running(task: JsonObject) -> bool:
+    return bool(task.get("status") == "running")
+
+
+# Waits
+
+
+def _end_waits(session: Session, event: JsonObject, kind: str, closed: Optional[str]) -> None:
+    """End the waits that an event shows to be over."""
+    if kind == "session_end" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
+        session.waits = []
+    else:
+        session.waits = [wait for wait in session.waits if not _ends_wait(session, wait, event, kind, closed)]
+
+
+def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, closed: Optional[str]) -> bool:
+    """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
+    data = event["data"]
+    same_agent = wait.agent_id == event.get("agentId", MAIN)
+    if kind in ("tool_result", "tool_error"):
+        tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
+        if wait.kind != "input" and (wait.tool, wait.detail) == (tool, target):
+            return closed is None or closed not in wait.beside
+        return same_agent and (wait.kind == "input" or closed not in wait.beside)
+    if not same_agent:
+        return False
+    if kind == "tool_call":
+        # Calls of one round begin together, so only a later one shows that this one is decided.
+        return wait.kind == "input" or event["timestamp"] - wait.since > TOGETHER_MS
+    if kind == "elicitation_result":
+        return wait.kind in ("question", "input")
+    if kind in ("permission_request", "elicitation", "user_prompt"):
+        return wait.kind == "input"
+    return kind in ("permission_denied", "turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
+
+
+def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
+    reason = _wait_reason(session, event, kind)
+    if reason is None or session.turn == "ended":
+        return
+    if reason.kind == "input":
+        # The client sits at its prompt: Esc or a rejection came before and fired nothing.
+        _end_foreground(session, event["timestamp"])
+        session.waits = [wait for wait in session.waits if wait.agent_id != MAIN]
+        session.turn = "idle" if session.turn == "working" else session.turn
+    elif kind == "notification" and any(wait.kind != "input" for wait in session.waits):
+        return  # it repeats what the request itself has said, without saying which agent
+    elif any((w.agent_id, w.kind, w.tool, w.detail, w.tool_use_id) == (
+        reason.agent_id, reason.kind, reason.tool, reason.detail, reason.tool_use_id
+    ) for w in session.waits):  # fmt: skip
+        return  # a question's call and its request are one
+    session.waits.append(reason)
+
+
+def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Reason]:
+    """Return why a person is needed after this event, None when nobody is."""
+    data = event["data"]
+    agent_id = event.get("agentId", MAIN)
+    tool = text_of(data.get("toolName")) or None
+    if kind == "permission_request" or (kind == "tool_call" and tool in QUESTION_TOOLS):
+        target = tool_target(data.get("toolInput"), session.directory)
+        what = "question" if tool in QUESTION_TOOLS else "permission"
+        return _wait_for_call(session, event, what, tool, target, agent_id)
+    if kind == "elicitation":
+        server = text_of(data.get("mcp_server_name")) or None
+        words = one_line(text_of(data.get("message")))
+        return Reason(
+            "question", server, words, event["timestamp"], agent_id, None, frozenset(session.open_calls)
+        )
+    return _notified_reason(session, event) if kind == "notification" else None
+
+
+def _wait_for_call(
+    session: Session, event: JsonObject, what: str, tool: Optional[str], target: str, agent_id: str
+) -> Reason:
+    """Return a wait for the call that a request is about: the first open one of the same tool and target."""
+    taken = {wait.tool_use_id for wait in session.waits if (wait.tool, wait.detail) != (tool, target)}
+    call_id = next(
+        (
+            call.tool_use_id
+            for call in session.open_calls.values()
+            if (call.tool_name, call.target) == (tool, target) and call.tool_use_id not in taken
+        ),
+        None,
+    )
+    beside = frozenset(session.open_calls) - {call_id}
+    return Reason(what, tool, target, event["timestamp"], agent_id, call_id, frozenset(beside))
+
+
+def _notified_reason(session: Session, event: JsonObject) -> Optional[Reason]:
+    """Return what a notification asks a person for; old clients give it no type, only words."""
+    words = one_line(text_of(event["data"].get("message")))
+    about = event["data"].get("notificationType")
+    if about == "permission_prompt" or (about is None and "needs your permission" in words):
+        calls = list(session.open_calls.values())
+        named = re.search(r"permission to use (\S+)", words)
+        candidates = [call for call in calls if named and call.tool_name == named.group(1)]
+        candidates = candidates or [call for call in calls if call.agent_id == MAIN] or calls
+        if not candidates:
+            return Reason("permission", None, words, event["timestamp"])
+        call = candidates[-1]
+        return _wait_for_call(session, event, "permission", call.tool_name, call.target, call.agent_id)
+    if about == "idle_prompt" or (about is None and "waiting for your input" in words):
+        return Reason("input", None, words, event["timestamp"])
+    if about == "elicitation_dialog":
+        return Reason("question", None, words, event["timestamp"])
+    return None
+
+
+# Turns
+
+
+def _apply_turn(session: Session, event: JsonObject, kind: str) -> None:
+    turn = TURN_AFTER.get(kind)
+    data = event["data"]
+    if turn is None or "agentId" in event or (turn == "idle" and not _ends_or_begins(event, kind)):
+        return  # a subagent's events do not move the main agent's turn, nor does compaction
+    session.turn, session.turn_since = turn, event["timestamp"]
+    session.background = []
+    if turn == "ended":
+        end_session(session, event["timestamp"], text_of(data.get("reason")) or "ended", presumed=False)
+        return
+    session.end, session.end_reason, session.failure = None, "", None
+    if kind == "turn_end":
+        session.background = _running_background(event)
+    elif kind == "turn_error":
+        words = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
+        error = text_of(data.get("error")) or "error"
+        session.failure = Reason("error", None, f"{error}: {words}" if words else error, event["timestamp"])
+
+
+def _ends_or_begins(event: JsonObject, kind: str) -> bool:
+    return kind == "turn_end" or _begins_process(event, kind)
+
+
+def _running_background(event: JsonObject) -> List[str]:
+    """Return what runs on in the background after a turn, in words (CLAUDE_HOOKS 3)."""
+    tasks = event["data"].get("background_tasks")
+    if not isinstance(tasks, list):
+        return []
+    running = [task for task in tasks if isinstance(task, dict) and _is_running(task)]
+    return [
+        one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
+        for task in running
+    ]
+
+
+def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
+    """End a session and everything in it; `presumed` when nobody said so."""
+    session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
+    session.waits, session.background = [], []
+    _interrupt(session, None)
+    _end_agents(session, set(session.agents), time_ms)
+
+
+# All sessions
+
+
+@dataclasses.dataclass
+class Track:
+    """What puts a session's events in order: as it was some seconds ago, and what happened since."""
+
+    base: Session
+    recent: List[Tuple[int, int, JsonObject, str]] = dataclasses.field(
+        default_factory=list
+    )  # timestamp, number, …
 
 
 class SessionBook:
     """All sessions, kept up to date by `apply` and `tick`.
 
-    `quiet_ms` and `ended_ms` are how long a working session may say nothing before it is quiet, and any
-    session before it counts as ended.
+    Hooks run in parallel, so events overtake each other. Those of the last seconds are kept; one that comes
+    too late for its place is put there, and what followed is told anew. `quiet_ms` and `ended_ms` are how
+    long a working session may say nothing before it is quiet, and a machine before its sessions have ended.
     """
 
     def __init__(
         self, quiet_ms: int = 120_000, ended_ms: int = 12 * 3_600_000, own_machine: str = ""
     ) -> None:
+        self.sessions: Dict[str, Session] = {}
+        self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
+        self._own_machine = own_machine
         # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
         self._skew_ms: Dict[str, int] = {own_machine: 0}
-        self.sessions: Dict[str, Session] = {}
+        self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
+        self._numbers = itertools.count()
 
     # What happens
 
     def apply(self, event: JsonObject) -> Session:
-        """Take one event into account, in order of arrival; return its session."""
-        session = self._session_of(event)
-        kind = effective_type(event)
+        """Take one event into account; return its session."""
+        machine, timestamp = event["machineId"], event["timestamp"]
+        session_id, kind = event["sessionId"], effective_type(event)
+        if session_id not in self.sessions:
+            self.sessions[session_id] = Session(
+                session_id, machine, event["workingDirectory"], timestamp, timestamp, timestamp
+            )
         if kind == "session_meta":
-            self._apply_user_action(session, event["data"])
-            return session
-        session.events += 1
-        delay = received_time(event) - event["timestamp"]
-        self._skew_ms[event["machineId"]] = min(self._skew_ms.get(event["machineId"], delay), delay)
-        overtaken = session.last_event - LATE_MS < event["timestamp"] < session.turn_since
-        session.last_event = max(session.last_event, event["timestamp"])
-        self._learn(session, event, kind)
-        self._apply_agent(session, event, kind)
-        self._apply_calls(session, event, kind)
-        if not overtaken:
-            self._apply_waits(session, event, kind)
-            self._apply_turn(session, event, kind)
-        self._derive(session, event["timestamp"])
-        return session
+            for session in self._versions(session_id):
+                _apply_user_action(session, event["data"])
+            return self.sessions[session_id]
+        delay = received_time(event) - timestamp
+        self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
+        self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
+        self._tell(session_id, event, kind)
+        self._link(self.sessions[session_id], kind)
+        return self.sessions[session_id]
+
+    def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
+        """Tell a session an event at its place among those of the last seconds."""
+        timestamp = event["timestamp"]
+        session = self.sessions[session_id]
+        track = self._tracks.get(session_id)
+        if track is None:
+            track = self._tracks[session_id] = Track(session.clone())
+        entry = (timestamp, next(self._numbers), event, kind)
+        if timestamp < track.base.last_event and track.base.events:
+            for version in (track.base, session):
+                apply_event(version, event, kind, self._quiet_ms, late=True)
+            return
+        in_order = not track.recent or timestamp >= track.recent[-1][0]
+        track.recent.append(entry)
+        if in_order:
+            apply_event(session, event, kind, self._quiet_ms)
+        else:
+            track.recent.sort(key=lambda entry: entry[:2])
+            session = self.sessions[session_id] = track.base.clone()
+            for _, _, earlier, its_kind in track.recent:
+                apply_event(session, earlier, its_kind, self._quiet_ms)
+        settled = track.recent[-1][0] - TOGETHER_MS
+        while track.recent[0][0] < settled:
+            _, _, earlier, its_kind = track.recent.pop(0)
+            apply_event(track.base, earlier, its_kind, self._quiet_ms)
+
+    def _versions(self, session_id: str) -> List[Session]:
+        track = self._tracks.get(session_id)
+        return [self.sessions[session_id], *([track.base] if track else [])]
 
     def tick(self, time_ms: int) -> List[Session]:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
-        for session in self.sessions.values():
+        for session in list(self.sessions.values()):
             if session.state == "ended":
                 continue
-            silence = time_ms - session.last_event - self._skew_ms.get(session.machine_id, 0)
-            quiet = silence >= self._quiet_ms
-            if silence >= self._ended_ms:
-                self._end(
-                    session, session.last_event, f"nothing heard for {self._ended_ms // 3_600_000} hours"
-                )
-            elif quiet == session.quiet:
-                continue
-            session.quiet = quiet
-            before = session.state
-            self._derive(session, session.last_event + (self._quiet_ms if quiet else 0))
-            if session.state != before:
+            silence = self._silence(session.last_event, session.machine_id, time_ms)
+            if silence > TOGETHER_MS:
+                self._tracks.pop(session.session_id, None)  # nothing will come between any more
+            machine_silence = self._silence(
+                self._heard_ms.get(session.machine_id, 0), session.machine_id, time_ms
+            )
+            watched = session.machine_id == self._own_machine and session.pid is not None
+            if machine_silence >= self._ended_ms and not watched:
+                hours = self._ended_ms // 3_600_000
+                why = f"nothing heard from {session.machine_id} for {hours} hours"
+                end_session(session, session.last_event, why, presumed=True)
+                _derive(session, session.last_event)
+                changed.append(session)
+            elif session.state == "working" and silence >= self._quiet_ms:
+                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
                 changed.append(session)
         return changed
 
-    def end_gone(self, session_id: str, time_ms: int) -> Session:
-        """Take into account that the client's process of a session is gone.
+    def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
+        return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
 
-        It said no word (CLAUDE_HOOKS 1).
-        """
+    def end_gone(self, session_id: str, time_ms: int) -> Session:
+        """Take into account that a session's process is gone; it said no word (CLAUDE_HOOKS 1)."""
         session = self.sessions[session_id]
-        self._end(session, time_ms, "its process is gone")
-        self._derive(session, time_ms)
+        self._tracks.pop(session_id, None)
+        end_session(session, time_ms, "its process is gone", presumed=True)
+        _derive(session, time_ms)
         return session
 
     def delete(self, session_id: str) -> bool:
         """Forget a session; return whether there was one."""
+        self._tracks.pop(session_id, None)
         return self.sessions.pop(session_id, None) is not None
 
-    # The parts of `apply`
+    # What links sessions
 
-    def _session_of(self, event: JsonObject) -> Session:
-        session = self.sessions.get(event["sessionId"])
-        if session is None:
-            session = Session(
-                session_id=event["sessionId"],
-                machine_id=event["machineId"],
-                directory=event["workingDirectory"],
-                start=event["timestamp"],
-                last_event=event["timestamp"],
-                state_since=event["timestamp"],
-            )
-            self.sessions[session.session_id] = session
-        return session
-
-    def _apply_user_action(self, session: Session, data: JsonObject) -> None:
-        """Apply what the user did; their word wins over every guess."""
-        action = data.get("action")
-        if action == "rename":
-            session.user_label = one_line(text_of(data.get("label")))
-        elif action == "pin":
-            session.pinned = data.get("pinned") is True
-        elif action == "hide":
-            session.hidden = data.get("hidden") is True
-        elif action == "set_parent":
-            parent = data.get("parentSessionId")
-            session.parent_id = parent if isinstance(parent, str) and parent else None
-
-    def _learn(self, session: Session, event: JsonObject, kind: str) -> None:
-        """Take over what an event says about the session as such."""
-        data = event["data"]
-        session.demo = session.demo or event.get("demo") is True
-        session.pid = event.get("pid", session.pid)
-        session.start = min(session.start, event["timestamp"])
-        if not session.directory or (kind == "session_start" and "agentId" not in event):
-            session.directory = event["workingDirectory"] or session.directory
-        if event.get("parentSessionId") not in (None, session.session_id):
-            session.parent_id = session.parent_id or event["parentSessionId"]
-        if isinstance(data.get("session_title"), str) and data["session_title"].strip():
-            session.title = one_line(data["session_title"])
-        model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
-        if isinstance(model, str) and model and "agentId" not in event:
-            session.model = model
-        if kind == "user_prompt" and not is_task_notification(event):
-            session.prompts += 1
-            session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
-        if kind == "session_start" and data.get("source") == "clear":
-            self._continue_cleared(session, event)
-
-    def _continue_cleared(self, session: Session, event: JsonObject) -> None:
-        """Link a session that begins after /clear to the one that ended with it: same machine, directory,
-        process.
-        """
-        candidates = [
-            other
-            for other in self.sessions.values()
-            if other.session_id != session.session_id
-            and other.machine_id == session.machine_id
-            and other.directory == session.directory
-            and other.end_reason == "clear"
-            and (other.pid == event.get("pid") or None in (other.pid, event.get("pid")))
-            and other.end is not None
-            and abs(event["timestamp"] - other.end) < 60_000
-        ]
-        taken = {other.continued_from for other in self.sessions.values()}
-        candidates = [other for other in candidates if other.session_id not in taken]
-        if candidates:
-            before = max(candidates, key=lambda other: other.end or 0)
-            session.continued_from = before.session_id
-            session.user_label = session.user_label or before.user_label
-            session.model = session.model or before.model
-
-    def _apply_agent(self, session: Session, event: JsonObject, kind: str) -> None:
-        """Keep the subagents: known by `agent_id`, ended by their stop.
-
-        A stop without a start makes no ghost.
-        """
-        agent_id = event.get("agentId")
-        if agent_id is None:
-            if kind == "tool_result":
-                self._attribute_agent(session, event)
-            return
-        agent = session.agents.get(agent_id)
-        if agent is None:
-            if kind == "subagent_stop":
-                return
-            agent = self._new_agent(session, event)
-        agent.events += 1
-        if event.get("agentType"):
-            agent.agent_type = event["agentType"]
-        if kind == "subagent_stop":
-            agent.end = event["timestamp"]
-            agent.activity = ""
-            session.waits.pop(agent_id, None)
-        elif kind == "tool_result":
-            self._attribute_agent(session, event)
-        elif kind == "tool_call":
-            agent.end = None  # a stopped agent may be sent on
-
-    def _new_agent(self, session: Session, event: JsonObject) -> Agent:
-        launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
-        only = launches[0] if len(launches) == 1 else None
-        agent = Agent(
-            agent_id=event["agentId"],
-            agent_type=event.get("agentType", ""),
-            label=only.background_label if only else "",
-            parent_id=(only.agent_id or None) if only and only.agent_id != event["agentId"] else None,
-            start=event["timestamp"],
-        )
-        session.agents[agent.agent_id] = agent
-        return agent
-
-    def _attribute_agent(self, session: Session, event: JsonObject) -> None:
-        """Take an agent's label and parent from the result of the call that launched it."""
-        output = event["data"].get("toolOutput")
-        if not isinstance(output, dict) or event["data"].get("toolName") not in AGENT_TOOLS:
-            return
-        agent = session.agents.get(text_of(output.get("agentId")))
-        if agent is None or agent.agent_id == event.get("agentId"):
-            return
-        agent.parent_id = event.get("agentId")
-        tool_input = event["data"].get("toolInput")
-        if isinstance(tool_input, dict) and tool_input.get("description"):
-            agent.label = one_line(text_of(tool_input["description"]))
-        if output.get("status") == "completed" and agent.end is None:
-            agent.end = event["timestamp"]
-
-    def _apply_calls(self, session: Session, event: JsonObject, kind: str) -> None:
-        """Pair tool calls with what closes them.
-
-        What nothing closed is interrupted, never running for ever.
-        """
-        agent_id = event.get("agentId", MAIN)
-        if kind == "tool_call":
-            self._open_call(session, event, agent_id)
-        elif kind in ("tool_result", "tool_error"):
-            self._close_call(session, event, agent_id, failed=kind == "tool_error")
-        elif event["hookType"] == "PostToolBatch":
-            for call in _batch_calls(event):
-                self._close_batch_call(session, call, agent_id)
-        elif kind in ("turn_end", "turn_error") or (
-            kind == "user_prompt" and not is_task_notification(event)
-        ):
-            # Esc and a rejected permission fire nothing: the next sign of the main agent shows that its calls
-            # are over.
-            self._interrupt(session, {MAIN}, event["timestamp"])
-        elif kind == "subagent_stop":
-            self._interrupt(session, {agent_id}, event["timestamp"])
+    def _link(self, session: Session, kind: str) -> None:
+        """Link a session that begins after /clear, resume or fork to the one that made way for it."""
+        if kind == "session_start" and session.start_source in _MADE_WAY and not session.continued_from:
+            before = [other for other in self.sessions.values() if _makes_way(other, session)]
+            taken = {other.continued_from for other in self.sessions.values()}
+            before = [other for other in before if other.session_id not in taken]
+            if before:
+                self._continue(session, max(before, key=lambda other: other.end or 0))
         elif kind == "session_end":
-            self._interrupt(session, None, event["timestamp"])
-        if kind in ("turn_end", "turn_error", "session_end"):
-            session.activity = ""
+            after = [
+                other
+                for other in self.sessions.values()
+                if not other.continued_from and _makes_way(session, other)
+            ]
+            if after:
+                self._continue(min(after, key=lambda other: other.source_time), session)
 
-    def _open_call(self, session: Session, event: JsonObject, agent_id: str) -> None:
-        data = event["data"]
-        tool_name = text_of(data.get("toolName")) or "?"
-        target = tool_target(data.get("toolInput"), session.directory)
-        tool_input = data.get("toolInput")
-        session.tool_calls += 1
-        agent = session.agents.get(agent_id)
-        if agent is not None:
-            agent.tool_calls += 1
-        # Clients before 2.0.43 name no call: their events are paired by tool and agent, newest first.
-        tool_use_id = (
-            data.get("toolUseId") if isinstance(data.get("toolUseId"), str) else f"unnamed:{event['id']}"
-        )
-        if tool_use_id in session.closed_calls:
-            return  # its result was faster
-        label = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
-        session.open_calls[tool_use_id] = OpenCall(
-            tool_use_id, tool_name, target, agent_id, event["timestamp"], one_line(label)
-        )
-        activity = f"{tool_name}: {target}" if target else tool_name
-        if agent is not None:
-            agent.activity = activity
-        session.activity = activity
-
-    def _close_call(self, session: Session, event: JsonObject, agent_id: str, failed: bool) -> None:
-        data = event["data"]
-        if failed:
-            session.tool_errors += 1
-            if agent_id in session.agents:
-                session.agents[agent_id].tool_errors += 1
-        tool_use_id = data.get("toolUseId")
-        if not isinstance(tool_use_id, str):
-            tool_use_id = next(
-                (
-                    call.tool_use_id
-                    for call in reversed(list(session.open_calls.values()))
-                    if call.tool_name == text_of(data.get("toolName")) and call.agent_id == agent_id
-                ),
-                None,
-            )
-            if tool_use_id is None:
-                return
-        self._forget_call(session, tool_use_id)
-
-    def _close_batch_call(self, session: Session, call: JsonObject, agent_id: str) -> None:
-        """Close one call of a PostToolBatch; unknown tools, bad input and denials show nowhere else."""
-        tool_use_id = call.get("tool_use_id")
-        if not isinstance(tool_use_id, str) or tool_use_id in session.closed_calls:
-            return
-        if tool_use_id not in session.open_calls and tool_use_id not in session.interrupted_calls:
-            session.tool_calls += 1
-            if agent_id in session.agents:
-                session.agents[agent_id].tool_calls += 1
-        if "<tool_use_error>" in text_of(call.get("tool_response"))[:200]:
-            session.tool_errors += 1
-        self._forget_call(session, tool_use_id)
-
-    def _forget_call(self, session: Session, tool_use_id: str) -> None:
-        if tool_use_id in session.interrupted_calls:  # it was only late
-            session.interrupted_calls.remove(tool_use_id)
-            session.interrupted -= 1
-        session.closed_calls.append(tool_use_id)
-        call = session.open_calls.pop(tool_use_id, None)
-        if call is None:
-            return
-        self._refresh_activity(session, call.agent_id)
-
-    def _refresh_activity(self, session: Session, agent_id: str) -> None:
-        """Show what still runs, now that a call of `agent_id` is over."""
-        calls = list(session.open_calls.values())
-        session.activity = f"{calls[-1].tool_name}: {calls[-1].target}".rstrip(": ") if calls else ""
-        agent = session.agents.get(agent_id)
-        if agent is not None:
-            own = [call for call in calls if call.agent_id == agent_id]
-            agent.activity = f"{own[-1].tool_name}: {own[-1].target}".rstrip(": ") if own else ""
-
-    def _interrupt(self, session: Session, agent_ids: Optional[Set[str]], before: int) -> None:
-        """Close the open calls of some agents (None: of all) that began no later than `before`."""
-        for call in list(session.open_calls.values()):
-            if (agent_ids is None or call.agent_id in agent_ids) and call.since <= before:
-                del session.open_calls[call.tool_use_id]
-                session.interrupted_calls.append(call.tool_use_id)
-                session.interrupted += 1
-                self._refresh_activity(session, call.agent_id)
-
-    def _apply_waits(self, session: Session, event: JsonObject, kind: str) -> None:
-        agent_id = event.get("agentId", MAIN)
-        self._end_waits(session, event, kind, agent_id)
-        reason = _wait_reason(session, event, kind)
-        if reason is None:
-            return
-        if reason.kind == "input":
-            self._return_to_prompt(session, event["timestamp"])
-        elif kind == "notification" and session.waits:
-            return  # it repeats what the request itself has said, without saying which agent
-        session.waits[agent_id] = reason
-
-    def _return_to_prompt(self, session: Session, time_ms: int) -> None:
-        """End the main agent's turn: the client sits at its prompt, so Esc or a rejection came before,
-        unsaid.
-        """
-        session.waits.pop(MAIN, None)
-        self._interrupt(session, {MAIN}, time_ms)
-        if session.turn == "working":
-            session.turn, session.turn_since = "idle", time_ms
-
-    def _end_waits(self, session: Session, event: JsonObject, kind: str, agent_id: str) -> None:
-        """A wait ends with any later event of the same agent that shows progress.
-
-        A person's prompt ends all.
-        """
-        if kind in NO_PROGRESS and event["hookType"] != "PostToolBatch":
-            return
-        if kind in ("session_start", "session_end", "turn_end", "turn_error"):
-            session.waits.pop(MAIN, None)
-            if kind == "session_end":
-                session.waits.clear()
-            return
-        if kind == "user_prompt" and not is_task_notification(event):
-            session.waits.clear()
-            return
-        named = event["data"].get("toolUseId")
-        for waiting, reason in list(session.waits.items()):
-            if reason.kind == "input" and agent_id != MAIN:
-                continue
-            same_agent = waiting == agent_id and named not in reason.open_calls
-            ran = kind in ("tool_result", "tool_error") and reason.tool == text_of(
-                event["data"].get("toolName")
-            )
-            if same_agent or (ran and waiting == agent_id and reason.kind == "permission"):
-                del session.waits[waiting]
-
-    def _apply_turn(self, session: Session, event: JsonObject, kind: str) -> None:
-        turn = TURN_AFTER.get(kind)
-        agent_id = event.get("agentId")
-        if turn is None or (agent_id is not None and turn != "ended"):
-            return  # a subagent's events do not move the main agent's turn
-        if kind == "session_start" and event["data"].get("source") == "compact":
-            return  # compaction happens within a session
-        session.turn, session.turn_since = turn, event["timestamp"]
-        session.background = []
-        if turn == "ended":
-            self._end(session, event["timestamp"], text_of(event["data"].get("reason")) or "ended")
-            return
-        session.end, session.end_reason = None, ""
-        session.failure = None
-        if kind == "turn_end":
-            session.background = _running_background(event)
-        elif kind == "turn_error":
-            words = one_line(
-                text_of(event["data"].get("assistantResponse")) or text_of(event["data"].get("error_details"))
-            )
-            error = text_of(event["data"].get("error")) or "error"
-            session.failure = Reason(
-                "error", None, f"{error}: {words}" if words else error, event["timestamp"]
-            )
-
-    def _end(self, session: Session, time_ms: int, why: str) -> None:
-        session.turn, session.end, session.end_reason = "ended", time_ms, why
-        session.waits.clear()
-        session.background = []
-        session.activity = ""
-        self._interrupt(session, None, max(time_ms, session.last_event))
-        for agent in session.agents.values():
-            agent.end = agent.end or time_ms
-            agent.activity = ""
-
-    def _derive(self, session: Session, time_ms: int) -> None:
-        """Set the state from its parts, and since when."""
-        agents_run = any(agent.end is None for agent in session.agents.values())
-        if session.turn == "ended":
-            state = "ended"
-        elif session.waits:
-            state = "waiting"
-        elif session.turn == "failed":
-            state = "failed"
-        elif session.turn == "working" or agents_run or session.background:
-            state = "quiet" if session.quiet else "working"
-        else:
-            state = "idle"
-        if state != session.state:
-            session.state, session.state_since = state, time_ms
+    def _continue(self, session: Session, before: Session) -> None:
+        for version in self._versions(session.session_id):
+            version.continued_from = before.session_id
+            version.user_label = version.user_label or before.user_label
+            version.model = version.model or before.model
+            version.pinned = version.pinned or before.pinned
+            if not version.parent_by_user and version.parent_id is None:
+                version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
 
     # What others ask
 
-    def to_json(self, session: Session) -> JsonObject:
-        """Return a session as the API and the WebSocket give it (README "The session")."""
+    def to_json(self, session: Session, children: Optional[Dict[str, List[str]]] = None) -> JsonObject:
+        """Return a session as the API and the WebSocket give it (README "WebSocket")."""
         label, source = session.label
         reason = session.reason
+        if children is None:
+            children = self._children(session.session_id)
         return {
             "sessionId": session.session_id,
             "machineId": session.machine_id,
@@ -1651,12 +1884,9 @@ class SessionBook:
             "reason": reason
             and {"kind": reason.kind, "tool": reason.tool, "detail": reason.detail, "since": reason.since},
             "stateSince": session.state_since,
-            "activity": session.activity
-            or (f"background: {session.background[0]}" if session.background else ""),
+            "activity": session.activity,
             "parentSessionId": session.parent_id,
-            "childSessionIds": [
-                other.session_id for other in self.sessions.values() if other.parent_id == session.session_id
-            ],
+            "childSessionIds": children.get(session.session_id, []),
             "continuedFrom": session.continued_from,
             "agents": [_agent_json(session, agent) for agent in session.agents.values()],
             "openCalls": [
@@ -1686,77 +1916,65 @@ class SessionBook:
             "pid": session.pid,
         }
 
+    def _children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+        """Return the ids of the sessions below each session, or below one."""
+        children: Dict[str, List[str]] = {}
+        for session in self.sessions.values():
+            if session.parent_id and parent_id in (None, session.parent_id):
+                children.setdefault(session.parent_id, []).append(session.session_id)
+        return children
+
     def all_json(self, with_hidden: bool) -> List[JsonObject]:
         """Return every session, newest event first."""
+        children = self._children()
         chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
-        return [self.to_json(session) for session in sorted(chosen, key=lambda s: s.last_event, reverse=True)]
+        chosen.sort(key=lambda session: session.last_event, reverse=True)
+        return [self.to_json(session, children) for session in chosen]
 
 
-def _batch_calls(event: JsonObject) -> List[JsonObject]:
-    calls = event["data"].get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+# SessionStart's source → the SessionEnd's reason of the session that made way.
+_MADE_WAY = {"clear": "clear", "resume": "resume", "fork": "resume"}
 
 
-def _running_background(event: JsonObject) -> List[str]:
-    """Return what runs on in the background after a turn, in words (CLAUDE_HOOKS 3)."""
-    tasks = event["data"].get("background_tasks")
-    if not isinstance(tasks, list):
-        return []
-    running = [task for task in tasks if isinstance(task, dict) and task.get("status") == "running"]
-    return [
-        one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
-        for task in running
-    ]
+def _makes_way(before: Session, after: Session) -> bool:
+    """Tell whether `before` ended so that `after` could begin: same machine, directory, process and time."""
+    return (
+        before.session_id != after.session_id
+        and before.end is not None
+        and before.end_reason == _MADE_WAY.get(after.start_source)
+        and (before.machine_id, before.directory) == (after.machine_id, after.directory)
+        and (before.pid == after.pid or None in (before.pid, after.pid))
+        and abs(after.source_time - before.end) < LINK_MS
+    )
 
 
-def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Reason]:
-    """Return why a person is needed after this event, None when nobody is."""
-    data = event["data"]
-    tool = text_of(data.get("toolName")) or None
-    since = event["timestamp"]
-    if kind == "permission_request":
-        target = tool_target(data.get("toolInput"), session.directory)
-        beside = frozenset(
-            call.tool_use_id
-            for call in session.open_calls.values()
-            if (call.tool_name, call.target) != (tool, target) and call.agent_id == event.get("agentId", MAIN)
-        )
-        return Reason("question" if tool in QUESTION_TOOLS else "permission", tool, target, since, beside)
-    if kind == "tool_call" and tool in QUESTION_TOOLS:
-        return Reason("question", tool, tool_target(data.get("toolInput"), session.directory), since)
-    if kind == "elicitation":
-        return Reason(
-            "question",
-            text_of(data.get("mcp_server_name")) or None,
-            one_line(text_of(data.get("message"))),
-            since,
-        )
-    if kind != "notification":
-        return None
-    words = one_line(text_of(data.get("message")))
-    about = data.get("notificationType")
-    if about == "permission_prompt" or (about is None and "needs your permission" in words):
-        calls = [call for call in session.open_calls.values() if call.agent_id == MAIN]
-        call = calls[-1] if calls else None
-        return Reason("permission", call.tool_name if call else None, call.target if call else words, since)
-    if about == "idle_prompt" or (about is None and "waiting for your input" in words):
-        return Reason("input", None, words, since)
-    if about == "elicitation_dialog":
-        return Reason("question", None, words, since)
-    return None
+def _apply_user_action(session: Session, data: JsonObject) -> None:
+    """Apply what the user did; their word wins over every guess."""
+    action = data.get("action")
+    if action == "rename":
+        session.user_label = one_line(text_of(data.get("label")))
+    elif action == "pin":
+        session.pinned = data.get("pinned") is True
+    elif action == "hide":
+        session.hidden = data.get("hidden") is True
+    elif action == "set_parent":
+        parent = data.get("parentSessionId")
+        session.parent_id = parent if isinstance(parent, str) and parent else None
+        session.parent_by_user = True
 
 
 def _agent_json(session: Session, agent: Agent) -> JsonObject:
-    waits = agent.agent_id in session.waits
+    own = [call for call in session.open_calls.values() if call.agent_id == agent.agent_id]
+    waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
     return {
         "agentId": agent.agent_id,
         "agentType": agent.agent_type,
         "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id,
+        "parentAgentId": agent.parent_id or None,
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
-        "activity": agent.activity,
+        "activity": own[-1].words if own else "",
         "counts": {"events": agent.events, "toolCalls": agent.tool_calls, "toolErrors": agent.tool_errors},
         "tokenUsage": None,
     }
@@ -2165,7 +2383,9 @@ class ClientServer:
         self._write(client, frames)
 
     def answer(self, client: Client, frames: bytes) -> None:
-        """Send what a client asked for; that may be much, and does not count as falling behind while it drains."""
+        """Send what a client asked for; that may be much, and does not count as falling behind while it
+        drains.
+        """
         if client.closing:
             return
         if client.queue and client.answer_bytes + len(frames) > ANSWER_LIMIT_BYTES:
