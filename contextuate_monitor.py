@@ -3556,7 +3556,7 @@ class Monitor:
             except MalformedEvent:  # edited by hand
                 log.warning("a stored line is not an event and was passed over: %r", line[:200])
                 continue
-            self.book.apply(event)
+            self._take_into_account(event)
             self.store.seq = max(self.store.seq, line_seq(line))
             self._seen.add(event["id"])
             count += 1
@@ -3691,10 +3691,19 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
-            session = self.book.apply(entry.event)
-            self._changed[session.session_id] = session
+            session = self._take_into_account(entry.event)
+            if session is not None:
+                self._changed[session.session_id] = session
         self.clients.broadcast_events(stored)
         self._send_updates_soon()
+
+    def _take_into_account(self, event: JsonObject) -> Optional[Session]:
+        """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+        try:
+            return self.book.apply(event)
+        except Exception:  # nobody foresaw it: the log tells, and the stream goes on
+            log.exception("event %s could not be taken into account", event.get("id"))
+            return None
 
     def _send_updates_soon(self) -> None:
         """Send the changed sessions at once if the last update is a while ago, else together in a moment."""

@@ -73,21 +73,28 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
-    data = b""
-    while len(data) <= PAYLOAD_LIMIT_BYTES:
+    chunks: "list[bytes]" = []
+    size = 0
+    tail = b""  # the last three bytes of all chunks
+    one_line = True  # no newline so far but the last byte
+    while size <= PAYLOAD_LIMIT_BYTES:
         left_ms = int((deadline - time.monotonic()) * 1000)
-        maybe_whole = data.endswith((b"}", b"}\n"))
+        maybe_whole = tail.endswith((b"}", b"}\n", b"}\r\n"))
         if left_ms <= 0 or not poll.poll(min(left_ms, 30) if maybe_whole else left_ms):
-            if left_ms <= 0 or (maybe_whole and whole().is_json_object(data)):
+            if left_ms <= 0 or (maybe_whole and whole().is_json_object(b"".join(chunks))):
                 break
             continue
         chunk = posix.read(fd, 1 << 20)
-        data += chunk
-        if not chunk or (chunk.endswith(b"}\n") and data.find(b"\n") == len(data) - 1):
+        one_line = one_line and b"\n" not in chunk[:-1]
+        chunks.append(chunk)
+        size += len(chunk)
+        tail = (tail + chunk[-3:])[-3:]
+        if not chunk or (one_line and tail.endswith((b"}\n", b"}\r\n"))):
             break
-    if len(data) > PAYLOAD_LIMIT_BYTES:
+        one_line = one_line and not chunk.endswith(b"\n")
+    if size > PAYLOAD_LIMIT_BYTES:
         raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return data.strip()
+    return b"".join(chunks).strip()
 
 
 def deliver(payload: bytes, notes: "list[str]") -> None:

@@ -149,24 +149,30 @@ if __name__ == "__main__":
     OPTIONS, PYTEST_OPTIONS = parse_command_line()
     if OPTIONS.setup:
         set_up()
-    if OPTIONS.bench is None or OPTIONS.setup:
-        use_environment()
+    use_environment()
+    if OPTIONS.bench is None:
+        os.chdir(ROOT)
+        options = ["-q", "-ra", "-p", "no:cacheprovider", *PYTEST_OPTIONS]
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", os.path.abspath(__file__), *options])
 
 # ---------------------------------------------------------------------------
 # Helpers and fixtures
 # ---------------------------------------------------------------------------
 
+import base64  # noqa: E402
 import collections  # noqa: E402 - the set-up above runs without the packages below
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import fcntl  # noqa: E402
 import functools  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
+import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
+import pwd  # noqa: E402
 import random  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
@@ -176,6 +182,7 @@ import stat  # noqa: E402
 import statistics  # noqa: E402
 import struct  # noqa: E402
 import tempfile  # noqa: E402
+import termios  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import uuid  # noqa: E402
@@ -183,15 +190,14 @@ from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 sys.path.insert(0, ROOT)
+import pytest  # noqa: E402
+import websockets  # noqa: E402
+import websockets.sync.client  # noqa: E402
+from hypothesis import HealthCheck, example, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
 import contextuate_monitor as cm  # noqa: E402
 import emit_event as ee  # noqa: E402
-
-if __name__ != "__main__" or OPTIONS.bench is None:
-    import pytest
-    import websockets
-    import websockets.sync.client
-    from hypothesis import HealthCheck, example, given, settings
-    from hypothesis import strategies as st
 
 RECORDED = os.path.join(ROOT, ".ci", "recorded", "hook-payloads")
 PYTHON = cm.base_interpreter()
@@ -222,7 +228,7 @@ def recorded_lines(name: str) -> "list[bytes]":
         return [line for line in file.read().split(b"\n") if line]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _recorded(name: str) -> "tuple[str, ...]":
     return tuple(line.decode("utf-8") for line in recorded_lines(name))
 
@@ -478,29 +484,30 @@ def clean_up(monitor: RunningMonitor) -> None:
     shutil.rmtree(monitor.home, ignore_errors=True)
 
 
-if __name__ != "__main__" or OPTIONS.bench is None:
+@pytest.fixture
+def monitor() -> "Iterator[RunningMonitor]":
+    """A monitor of its own, not yet started."""
+    made = RunningMonitor(new_home())
+    yield made
+    clean_up(made)
 
-    @pytest.fixture
-    def monitor() -> "Iterator[RunningMonitor]":
-        """A monitor of its own, not yet started."""
-        made = RunningMonitor(new_home())
-        yield made
-        clean_up(made)
 
-    @pytest.fixture
-    def running(monitor: RunningMonitor) -> RunningMonitor:
-        """A running monitor of its own."""
-        return monitor.start()
+@pytest.fixture
+def running(monitor: RunningMonitor) -> RunningMonitor:
+    """A running monitor of its own."""
+    return monitor.start()
 
-    @pytest.fixture(scope="module")
-    def shared() -> "Iterator[RunningMonitor]":
-        """A running monitor for tests that leave no trace for others."""
-        made = RunningMonitor(new_home()).start()
-        yield made
-        clean_up(made)
 
-    needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is missing")
-    needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
+@pytest.fixture(scope="module")
+def shared() -> "Iterator[RunningMonitor]":
+    """A running monitor for tests that leave no trace for others."""
+    made = RunningMonitor(new_home()).start()
+    yield made
+    clean_up(made)
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is missing")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
 
 
 def payload(hook: str, session: str = "s1", **fields: Any) -> "dict[str, Any]":
@@ -509,6 +516,6744 @@ def payload(hook: str, session: str = "s1", **fields: Any) -> "dict[str, Any]":
         "session_id": session, "transcript_path": "/nowhere.jsonl", "cwd": "/home/dev/shop",
         "hook_event_name": hook, **fields,
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
+# The hook as a process: nobody must notice it
+#
+# The installed command, through /bin/sh. One installation serves every test: CONTEXTUATE_HOME says whose
+# spool it is. In that copy the default socket is a path of our own, so that no test reaches a developer's
+# monitor.
+# ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class HookInstallation:
+    """The installed hook: its command, its directory, and the socket it takes for the default one."""
+
+    command: str
+    directory: str
+    default_socket: str
+
+    @property
+    def argv(self) -> "list[str]":
+        """The command without the shell."""
+        return shlex.split(self.command)[:4]
+
+
+@pytest.fixture(scope="module")
+def hook_installed() -> "Iterator[HookInstallation]":
+    made = RunningMonitor(new_home())
+    command = made.installed_command()
+    directory, default_socket = made.home + "/hooks", made.home + "/default.sock"
+    for path in (directory + "/lib/hot_path.py", directory + "/lib/emit_event.py"):
+        hook_replace(path, '"/tmp/contextuate-monitor.sock"', f'"{default_socket}"')
+    yield HookInstallation(command, directory, default_socket)
+    shutil.rmtree(made.home)
+
+
+def hook_replace(path: str, old: str, new: str) -> None:
+    """Change one file of a program that a test has to itself."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    assert old in text
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.replace(old, new))
+
+
+def hook_call(command: str, given_payload: Any, environment: "dict[str, str]", **more: str) -> str:
+    """Run the hook on bytes or an object; check what must hold for every run; return its standard error."""
+    line = given_payload if isinstance(given_payload, bytes) else json.dumps(given_payload).encode() + b"\n"
+    done = run_hook(command, line, {**environment, **more})
+    assert (done.returncode, done.stdout) == (0, b""), done
+    return done.stderr.decode()
+
+
+def hook_spooled(home: str) -> "list[Any]":
+    """Return what lies in the spool, parsed, in the order of its segments."""
+    found = []
+    for path, _ in ee.spool_segments(home + "/spool"):
+        with open(path, "rb") as file:
+            found += [json.loads(line) for line in file.read().split(b"\n") if line]
+    return found
+
+
+def hook_mode_of(path: object) -> int:
+    return stat.S_IMODE(os.lstat(str(path)).st_mode)
+
+
+HOOK_INPUTS = {
+    "one line": b'{"session_id":"hook-in","hook_event_name":"Stop","cwd":"/w"}\n',
+    "no newline": b'{"session_id":"hook-in","hook_event_name":"Stop","cwd":"/w"}',
+    "many lines": b'{\n  "session_id": "hook-in",\r\n  "hook_event_name": "Stop"\n}\n\n',
+    "empty": b"",
+    "blank": b" \n\n ",
+    "half": b'{"session_id":"hook-in","hook_ev',
+    "garbage": bytes(range(256)) * 40,
+    "garbage that ends like an object": b"\xff\xfe{\x00}\n",
+    "a list": b"[1,2]\n",
+    "two objects": b"{}\n{}\n",
+    "not UTF-8": b'{"session_id":"hook-in","hook_event_name":"Stop","x":"\xff\xc0"}\n',
+    "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
+    "20 MB": b'{"session_id":"hook-in","hook_event_name":"PostToolUse","tool_response":"'
+    + b"x" * 20_000_000
+    + b'"}\n',
+    "9 MB of garbage": b"\x00\n" * 4_500_000,
+}
+
+
+@pytest.mark.parametrize("given_input", HOOK_INPUTS.values(), ids=HOOK_INPUTS.keys())
+def test_whatever_comes_the_hook_ends_with_0_and_says_nothing(hook_installed, monitor, shared, given_input):
+    assert hook_call(hook_installed.command, given_input, monitor.environment) == ""
+    assert hook_call(hook_installed.command, given_input, shared.environment) == ""
+    session = f"hook-{uuid.uuid4()}"
+    hook_call(hook_installed.command, payload("Stop", session), shared.environment)
+    assert shared.sessions()[session]["state"] == "idle", "the stream goes on"
+
+
+def test_a_whole_payload_is_stored_before_the_hook_ends_or_spooled(hook_installed, monitor, shared):
+    session = f"hook-{uuid.uuid4()}"
+    given_payload = payload("PreToolUse", session, tool_name="Bash", tool_input={"command": "ls"})
+    hook_call(hook_installed.command, given_payload, shared.environment, CLAUDE_PID=str(os.getpid()))
+    (event,) = shared.get(f"/api/sessions/{session}/events")["events"]
+    assert (event["sessionId"], event["hookType"], event["pid"]) == (session, "PreToolUse", os.getpid())
+    assert event["machineId"] == "testbox" and event["workingDirectory"] == "/home/dev/shop"
+    assert uuid.UUID(event["id"]).version == 4 and abs(event["timestamp"] - event["received"]) < 60_000
+    assert hook_spooled(shared.home) == []
+    hook_call(hook_installed.command, given_payload, monitor.environment, CLAUDE_PID="12")
+    (line,) = hook_spooled(monitor.home)
+    assert line["hook"] == given_payload and (line["machineId"], line["pid"]) == ("testbox", 12)
+
+
+def test_what_only_the_environment_knows_is_put_beside_the_payload(hook_installed, monitor):
+    more = {
+        "CLAUDE_CODE_SESSION_ID": 'from "outside" é', "CONTEXTUATE_PARENT_SESSION": "par\nent",
+        "CONTEXTUATE_MACHINE_ID": "",
+        "CLAUDE_PID": "x12",
+    }  # fmt: skip
+    hook_call(hook_installed.command, b'{"hook_event_name":"Stop"}', monitor.environment, **more)
+    (line,) = hook_spooled(monitor.home)
+    assert line["sessionId"] == 'from "outside" é' and line["parentSessionId"] == "par\nent"
+    assert line["machineId"] == os.uname().nodename and line["cwd"] == os.getcwd() and "pid" not in line
+    event = ee.build_event(line, 1, "m")
+    assert (event["sessionId"], event["workingDirectory"]) == ('from "outside" é', os.getcwd())
+
+
+def test_a_closed_standard_input_or_output_or_error_is_no_failure(hook_installed, monitor):
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"):
+        command = f"{{ {hook_installed.command}; }} {closed}"
+        done = run_hook(command, b"{}\n", {**monitor.environment, "CONTEXTUATE_DEBUG": "1"})
+        assert (done.returncode, done.stdout) == (0, b""), closed
+    assert len(hook_spooled(monitor.home)) == 3  # all that had an input
+
+
+def test_a_standard_input_that_never_ends_is_not_waited_for_once_the_object_is_whole(hook_installed, monitor):
+    # In a copy whose deadline is an hour away, only the object's own end can end the hook.
+    copy = monitor.home + "/copy"
+    shutil.copytree(hook_installed.directory, copy)
+    hook_replace(copy + "/lib/hot_path.py", "STDIN_DEADLINE_S = 2.0", "STDIN_DEADLINE_S = 3600.0")
+    for given_input in (b'{"a": {"b": 1}}', b'{"a": "}"}\n', b'{\n"a": {"b": 2}\n}\n'):
+        hook = subprocess.Popen(
+            [*hook_installed.argv[:3], copy + "/emit_event.py"], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, env=monitor.environment,
+        )  # fmt: skip
+        for piece in (given_input[:3], given_input[3:9], given_input[9:]):
+            hook.stdin.write(piece)
+            hook.stdin.flush()
+        try:
+            assert hook.wait(20) == 0
+        finally:
+            hook.kill()
+            assert hook.communicate()[0] == b""
+    assert [line["hook"]["a"] for line in hook_spooled(monitor.home)] == [{"b": 1}, "}", {"b": 2}]
+
+
+def hook_unread(fd: int) -> int:
+    """Return how many bytes wait in a pipe."""
+    return int(struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))[0])
+
+
+@pytest.mark.parametrize("given_input", [b'{"a":{"b":1}}\n', b'{"a":\n{"b":1}\r\n}\n', b'{"a":{"b":1}}'])
+def test_a_payload_that_comes_byte_by_byte_into_an_open_pipe_is_whole_at_its_end(given_input):
+    reader, writer = os.pipe()
+    taken: "list[bytes]" = []
+    thread = threading.Thread(
+        target=lambda: taken.append(ee.read_payload(reader, time.monotonic() + 3600)), daemon=True
+    )
+    thread.start()
+    try:
+        for at in range(len(given_input)):
+            os.write(writer, given_input[at : at + 1])
+            eventually(lambda: taken or not hook_unread(reader))
+        eventually(lambda: taken, what="the end of the payload")
+    finally:
+        os.close(writer)
+        thread.join(20)
+        os.close(reader)
+    assert taken == [given_input.strip()]
+
+
+def test_half_an_object_is_waited_for_two_seconds_and_no_longer(hook_installed, monitor):
+    assert ee.STDIN_DEADLINE_S == 2.0
+    begin = time.monotonic()
+    hook = subprocess.Popen(
+        hook_installed.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=monitor.environment
+    )
+    hook.stdin.write(b'{"session_id":"s","x":{}')
+    hook.stdin.flush()
+    try:
+        assert hook.wait(20) == 0
+        assert time.monotonic() - begin > 1.9, "it gave up too early"
+    finally:
+        hook.kill()
+        assert hook.communicate()[0] == b""
+
+
+HOOK_ODD_ENVIRONMENTS = {
+    "no HOME": {"HOME": None},
+    "empty HOME": {"HOME": ""},
+    "no environment at all but the home": None,
+    "home is a file": {"CONTEXTUATE_HOME": "{home}/file"},
+    "home below a file": {"CONTEXTUATE_HOME": "{home}/file/below"},
+    "home where nothing can be made": {"CONTEXTUATE_HOME": "/proc/none"},
+    "home is /dev/null": {"CONTEXTUATE_HOME": "/dev/null"},
+    "home is a link in a circle": {"CONTEXTUATE_HOME": "{home}/circle"},
+    "home with a long name": {"CONTEXTUATE_HOME": "{home}/" + "x" * 300},
+    "config is a directory": {"CONTEXTUATE_CONFIG": "{home}"},
+    "config is missing": {"CONTEXTUATE_CONFIG": "{home}/none.json"},
+    "config is /dev/null": {"CONTEXTUATE_CONFIG": "/dev/null"},
+    "machine": {"CONTEXTUATE_MACHINE_ID": 'a"b\\\n\x01\udcff' + "y" * 1000},
+    "parent": {"CONTEXTUATE_PARENT_SESSION": "\udcff\n"},
+    "debug": {"CONTEXTUATE_DEBUG": "\udcff"},
+    "pid": {"CLAUDE_PID": "99999999999999999999"},
+    "python": {"PYTHONPATH": "/nowhere", "PYTHONSTARTUP": "/nowhere", "PYTHONINSPECT": "1", "LC_ALL": "zz"},
+}
+
+
+@pytest.mark.parametrize("odd", HOOK_ODD_ENVIRONMENTS.values(), ids=HOOK_ODD_ENVIRONMENTS.keys())
+def test_an_odd_environment_is_no_failure(hook_installed, monitor, odd):
+    with open(monitor.home + "/file", "w", encoding="ascii"):
+        pass
+    os.symlink("circle", monitor.home + "/circle")
+    environment = dict(monitor.environment)
+    if odd is None:
+        environment = {"CONTEXTUATE_HOME": monitor.home}
+    for name, value in (odd or {}).items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = value.replace("{home}", monitor.home)
+    hook_call(hook_installed.command, payload("Stop"), environment)
+    if "CONTEXTUATE_HOME" not in (odd or {}):
+        (line,) = hook_spooled(monitor.home)
+        assert line["hook"] == payload("Stop")
+        assert ee.build_event(line, 1, "m")["hookType"] == "Stop"
+
+
+def test_a_missing_home_is_made_for_its_user_alone(hook_installed, monitor):
+    home = monitor.home + "/a/b"
+    hook_call(hook_installed.command, payload("Stop"), {**monitor.environment, "CONTEXTUATE_HOME": home})
+    (segment,) = glob.glob(home + "/spool/*")
+    assert hook_mode_of(home + "/spool") == 0o700 and hook_mode_of(segment) == 0o600
+
+
+def test_without_home_the_users_own_directory_is_looked_up():
+    assert ee.places({b"HOME": b""}) == ee.places({})
+    home, config = ee.places({})
+    assert home == os.path.expanduser("~" + pwd.getpwuid(os.getuid()).pw_name) + "/.contextuate"
+    assert config == home + "/monitor.config.json"
+    assert ee.places({b"HOME": b"/h"}) == ("/h/.contextuate", "/h/.contextuate/monitor.config.json")
+    assert ee.places({b"CONTEXTUATE_HOME": b"/c", b"CONTEXTUATE_CONFIG": b"/d"}) == ("/c", "/d")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_home_or_a_config_that_may_not_be_written_or_read_is_no_failure(hook_installed, monitor, mode):
+    closed = monitor.home + "/closed"
+    os.mkdir(closed)
+    with open(closed + "/c.json", "w", encoding="ascii") as file:
+        file.write("{}")
+    os.chmod(closed, mode)
+    hook_call(
+        hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_CONFIG=closed + "/c.json"
+    )
+    assert len(hook_spooled(monitor.home)) == 1
+    hook_call(hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_HOME=closed)
+    os.chmod(closed, 0o700)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"{", b"[]", b'{"mode": "none"}', b'{"socketPath": 5}', b"\xff\xfe", b'{"server": 1}'],
+    ids=repr,
+)
+def test_with_a_broken_config_the_hook_uses_defaults(hook_installed, monitor, config):
+    with open(monitor.home + "/monitor.config.json", "wb") as file:
+        file.write(config)
+    words = hook_call(hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_DEBUG="1")
+    assert f"mode local, socket {hook_installed.default_socket}" in words
+    assert len(hook_spooled(monitor.home)) == 1
+    with open(monitor.home + "/emit.log", encoding="utf-8") as log:
+        assert monitor.home + "/monitor.config.json" in log.read()
+
+
+def test_an_event_is_delivered_even_where_our_directory_cannot_be_written(hook_installed, running):
+    # The monitor is there and listens; only what the hook would like to remember has no place.
+    with open(running.home + "/file", "w", encoding="ascii"):
+        pass
+    where = {
+        "CONTEXTUATE_HOME": running.home + "/file",
+        "CONTEXTUATE_CONFIG": running.home + "/monitor.config.json",
+    }
+    words = hook_call(
+        hook_installed.command,
+        payload("Stop", "no-home"),
+        {**running.environment, **where},
+        CONTEXTUATE_DEBUG="1",
+    )
+    assert "no-home" in running.sessions(), words
+
+
+def test_an_event_without_a_directory_is_kept_when_the_working_directory_is_gone(hook_installed, monitor):
+    gone = monitor.home + "/gone"
+    os.mkdir(gone)
+    command = f"cd '{gone}' && rmdir '{gone}' && {{ {hook_installed.command}; }}"
+    hook_call(command, b'{"hook_event_name":"Stop","session_id":"s"}', monitor.environment)
+    (line,) = hook_spooled(monitor.home)
+    assert line["hook"]["session_id"] == "s"
+
+
+def test_debug_tells_the_config_the_mode_and_where_the_event_went(hook_installed, monitor, shared):
+    words = hook_call(
+        hook_installed.command, payload("Stop", "hook-d"), shared.environment, CONTEXTUATE_DEBUG="1"
+    )
+    assert f"config {shared.home}/monitor.config.json: mode local, socket {shared.socket_path}" in words
+    assert "the monitor has stored" in words and "spool" not in words
+    words = hook_call(hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_DEBUG="1")
+    assert f"config {monitor.home}/monitor.config.json: mode local, socket {monitor.socket_path}" in words
+    assert "did not take it" in words and f"kept in the spool: {monitor.home}/spool/" in words
+    assert "nothing on standard input" in hook_call(
+        hook_installed.command, b"", monitor.environment, CONTEXTUATE_DEBUG="1"
+    )
+    assert (
+        hook_call(hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_DEBUG="0") == ""
+    )
+
+
+def test_the_hooks_log_is_bounded(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
+    for _ in range(4):
+        ee.log_failure("x" * (200 << 10))
+    assert sorted(os.listdir(tmp_path)) == ["emit.log", "emit.log.1"]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 1 << 20
+    assert hook_mode_of(tmp_path / "emit.log") == 0o600
+
+
+def test_without_its_library_the_launcher_ends_with_0_and_in_silence(hook_installed, monitor):
+    copy = monitor.home + "/copy"
+    shutil.copytree(hook_installed.directory, copy)
+    command = hook_installed.command.replace(hook_installed.directory, copy)
+    with open(copy + "/lib/hot_path.py", "w", encoding="ascii") as file:
+        file.write("raise SystemExit(2)\n")
+    assert hook_call(command, payload("Stop"), monitor.environment) == ""
+    shutil.rmtree(copy + "/lib")
+    assert hook_call(command, payload("Stop"), monitor.environment) == ""
+    assert hook_call(hook_installed.command.replace("emit_event.py", "gone.py"), b"{}", monitor.environment)
+
+
+def test_the_whole_file_is_a_hook_too(monitor, shared):
+    command = cm.hook_command(PYTHON, os.path.join(ROOT, "emit_event.py"))
+    hook_call(command, payload("Stop", "hook-whole"), shared.environment)
+    assert "hook-whole" in shared.sessions()
+    hook_call(command, payload("Stop"), monitor.environment)
+    assert len(hook_spooled(monitor.home)) == 1
+
+
+def hook_ignores_sigterm(pid: int) -> bool:
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        ignored = next(line for line in file if line.startswith("SigIgn"))
+    return bool(int(ignored.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_a_sigterm_does_not_stop_the_hook(hook_installed, shared):
+    session = f"hook-{uuid.uuid4()}"
+    hook = subprocess.Popen(
+        hook_installed.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=shared.environment
+    )
+    try:
+        eventually(lambda: hook_ignores_sigterm(hook.pid))
+        for _ in range(3):
+            hook.send_signal(signal.SIGTERM)
+        output, _ = hook.communicate(json.dumps(payload("StopFailure", session)).encode(), timeout=20)
+    finally:
+        hook.kill()
+    assert (hook.returncode, output) == (0, b"") and session in shared.sessions()
+
+
+def test_a_sigterm_at_any_moment_loses_nothing_of_a_hook_that_ends_with_0(hook_installed, running):
+    rng = random.Random(4)
+    survived = []
+    for number in range(40):
+        session = f"term-{number}"
+        hook = subprocess.Popen(
+            hook_installed.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=running.environment
+        )
+        hook.stdin.write(json.dumps(payload("StopFailure", session)).encode())
+        hook.stdin.flush()
+        threading.Event().wait(rng.uniform(0, 0.03))  # the moment is what is tried
+        hook.send_signal(signal.SIGTERM)
+        output, _ = hook.communicate(timeout=20)
+        assert output == b"" and hook.returncode in (0, -signal.SIGTERM)
+        survived += [session] if hook.returncode == 0 else []
+    assert survived
+    eventually(lambda: not hook_spooled(running.home))
+    assert set(survived) <= set(running.sessions())
+
+
+def hook_listen(path: str, answer: "Any") -> "tuple[threading.Thread, list[bytes]]":
+    """Listen in the monitor's place for one hook; `answer(connection)` decides what it gets."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(8)
+    listener.settimeout(20)
+    received: "list[bytes]" = []
+
+    def serve() -> None:
+        with listener, contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(20)
+                answer(connection)
+                with contextlib.suppress(OSError):
+                    while piece := connection.recv(1 << 16):
+                        received.append(piece)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    return thread, received
+
+
+HOOK_BAD_MONITORS = {
+    "silent": lambda connection: None,
+    "closes": lambda connection: connection.close(),
+    "closes after reading": lambda connection: (connection.recv(1 << 16), connection.close()),
+    "answers something else": lambda connection: connection.sendall(b"?"),
+}
+
+
+@pytest.mark.parametrize("answer", HOOK_BAD_MONITORS.values(), ids=HOOK_BAD_MONITORS.keys())
+def test_what_nobody_acknowledged_is_spooled(hook_installed, monitor, answer):
+    assert ee.ACKNOWLEDGEMENT_DEADLINE_S == 0.25
+    thread, _ = hook_listen(monitor.socket_path, answer)
+    hook_call(hook_installed.command, payload("Stop"), monitor.environment)
+    thread.join(20)
+    (line,) = hook_spooled(monitor.home)
+    assert line["hook"] == payload("Stop")
+
+
+def test_an_acknowledged_event_is_not_spooled(hook_installed, monitor):
+    thread, _ = hook_listen(monitor.socket_path, lambda connection: connection.sendall(b"\x06"))
+    hook_call(hook_installed.command, payload("Stop"), monitor.environment)
+    thread.join(20)
+    assert hook_spooled(monitor.home) == []
+
+
+def test_a_listener_that_never_accepts_does_not_hold_the_hook(hook_installed, monitor):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(monitor.socket_path)
+        listener.listen(0)
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):  # fill the backlog, so that connecting itself blocks
+                waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                waiting.setblocking(False)
+                waiting.connect_ex(monitor.socket_path)
+            hook_call(hook_installed.command, payload("Stop"), monitor.environment)
+    assert len(hook_spooled(monitor.home)) == 1
+
+
+HOOK_FOREIGN_LISTENER = """
+import os, socket, sys
+os.setuid(65534)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen(1)
+print("ready", flush=True)
+connection, _ = listener.accept()
+size = 0
+while True:
+    piece = connection.recv(65536)
+    if not piece:
+        break
+    size += len(piece)
+    connection.sendall(b"\\x06")
+print(size, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+def test_another_users_socket_gets_nothing(hook_installed, monitor):
+    os.chmod(monitor.home, 0o777)
+    listener = subprocess.Popen(
+        [PYTHON, "-I", "-c", HOOK_FOREIGN_LISTENER, monitor.socket_path], stdout=subprocess.PIPE
+    )
+    try:
+        assert listener.stdout.readline() == b"ready\n"
+        words = hook_call(hook_installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_DEBUG="1")
+        assert listener.stdout.readline() == b"0\n"
+    finally:
+        listener.kill()
+        listener.communicate()
+    assert "another user" in words and len(hook_spooled(monitor.home)) == 1
+
+
+def hook_socket_used(installed: HookInstallation, monitor: RunningMonitor) -> str:
+    """Return the socket that the hook takes from its configuration, as it tells."""
+    words = hook_call(installed.command, payload("Stop"), monitor.environment, CONTEXTUATE_DEBUG="1")
+    return re.search(r"socket (\S+)", words)[1]
+
+
+def test_the_derived_settings_are_used_while_the_config_is_the_same_file(hook_installed, monitor):
+    path, cache = monitor.home + "/monitor.config.json", monitor.home + "/hook.cache"
+    assert hook_socket_used(hook_installed, monitor) == monitor.socket_path
+    assert hook_mode_of(cache) == 0o600
+    marked = monitor.home + "/x.sock"  # what only the cache says
+    about = os.stat(path)
+
+    def mark() -> None:
+        hook_replace(cache, monitor.socket_path, marked)
+        assert hook_socket_used(hook_installed, monitor) == marked
+
+    def same_time_and_size() -> None:
+        with open(path, "rb") as file:
+            content = file.read()
+        with open(path + ".new", "wb") as file:
+            file.write(content)
+        os.replace(path + ".new", path)
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+    def longer() -> None:
+        with open(path, "ab") as file:
+            file.write(b"\n")
+        os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+    for change in (lambda: os.utime(path, ns=(1, 1)), same_time_and_size, longer):
+        mark()
+        change()
+        assert hook_socket_used(hook_installed, monitor) == monitor.socket_path
+    mark()
+    os.unlink(path)
+    assert hook_socket_used(hook_installed, monitor) == hook_installed.default_socket
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n\n\n", b"\xff" * 10_000, b"0 0 0 0\nlocal\n/x\n", b"{key}\nlocal\n"]
+)
+def test_a_corrupt_cache_is_harmless(hook_installed, monitor, content):
+    about = os.stat(monitor.home + "/monitor.config.json")
+    key = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}".encode()
+    with open(monitor.home + "/hook.cache", "wb") as file:
+        file.write(content.replace(b"{key}", key))
+    assert hook_socket_used(hook_installed, monitor) == monitor.socket_path
+    assert len(hook_spooled(monitor.home)) == 1
+
+
+def test_a_cache_that_cannot_be_replaced_loses_no_event(hook_installed, monitor):
+    os.mkdir(monitor.home + "/hook.cache")
+    hook_call(hook_installed.command, payload("Stop"), monitor.environment)
+    assert len(hook_spooled(monitor.home)) == 1
+
+
+def test_what_was_cut_in_the_hook_keeps_its_original_size_under_its_name_in_data(hook_installed, running):
+    content = "x" * 20_000_000
+    hook_call(
+        hook_installed.command,
+        payload("PreToolUse", "cut", tool_name="Write", tool_input={"content": content, "file_path": "/f"}),
+        running.environment,
+    )
+    (event,) = eventually(running.stored_events)  # through the spool when storing took too long
+    assert event["data"]["truncated"] == {"toolInput.content": 20_000_000}
+    assert event["data"]["toolInput"]["file_path"] == "/f"
+    assert len(event["data"]["toolInput"]["content"]) <= (1 << 20) + 100
+
+
+def test_a_secret_across_the_hooks_own_cut_leaves_no_half(monkeypatch):
+    monkeypatch.setattr(ee, "LINE_LIMIT_BYTES", 256 << 10)  # then the hook cuts at 32 KiB
+    secret = hook_token("AKIA", 16, "ABCDEFGH234567")
+    cut_at = (256 << 10) // 8 // 2
+    for back in (1, 6, 10, 14, 19):
+        text = "x " * ((cut_at - back) // 2) + ("" if (cut_at - back) % 2 == 0 else " ")
+        text += secret + " y" * 100_000
+        line = ee.shrink_line(ee.encode_json({"id": "i", "hook": {"tool_input": {"content": text}}}) + b"\n")
+        event = ee.protect(ee.build_event(json.loads(line), 1, "m"), ee.Privacy(field_limit_bytes=8 << 20))
+        assert not hook_traces(secret, event), back
+
+
+# ---------------------------------------------------------------------------
+# Config: relaxed JSON, one table of keys
+# ---------------------------------------------------------------------------
+
+hook_json = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(["http://a/b", "# no comment", "/* no */ // comment", ",]", ",}", '"', "\\", '\\",]//'])
+    | st.integers(0xD800, 0xDFFF).map(chr),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+hook_objects = st.dictionaries(st.text(max_size=8), hook_json, max_size=5)
+HOOK_COMMENTS = (
+    "",
+    " ",
+    "\n",
+    "// line\n",
+    '# "hash" ,]\n',
+    "/* block\n , } */",
+    '/* " */',
+    "//\n",
+    "/**/",
+    "// */\n",
+)
+
+
+def hook_relaxed(value: Any, rng: random.Random) -> str:
+    """Write a value as JSON with comments and trailing commas at every place where they may stand."""
+
+    def gap() -> str:
+        return rng.choice(HOOK_COMMENTS) + rng.choice(HOOK_COMMENTS)
+
+    if isinstance(value, dict):
+        parts = [
+            f"{gap()}{json.dumps(name)}{gap()}:{hook_relaxed(inner, rng)}" for name, inner in value.items()
+        ]
+    elif isinstance(value, list):
+        parts = [hook_relaxed(inner, rng) for inner in value]
+    else:
+        return gap() + json.dumps(value, ensure_ascii=rng.random() < 0.5) + gap()
+    comma = gap() + "," if parts and rng.random() < 0.5 else ""
+    inside = ",".join(parts) + comma + gap()
+    return gap() + ("{%s}" if isinstance(value, dict) else "[%s]") % inside + gap()
+
+
+@settings(deadline=None, max_examples=150)
+@given(hook_json, st.randoms(use_true_random=False))
+def test_comments_and_trailing_commas_change_nothing(value, rng):
+    assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [('{"a": 1 "b"}', "line 1"), ("{\n// c\n/* d\n*/ x}", "line 4"), ('{"a": /* 1}', "line 1")],
+)
+def test_what_is_still_no_json_is_refused_with_its_line(text, place):
+    with pytest.raises(ValueError, match=place):
+        ee.parse_relaxed_json(text)
+
+
+# For every key: values that must be refused, and one that is taken.
+HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
+    "mode": (["", "Local", "both", 1, None, ["local"]], "local"),
+    "socketPath": (["", "relative.sock", 5, None, "/" + "x" * 100, "/" + "é" * 50, ["/a"]], "/" + "x" * 99),
+    "server.host": (["", 1, None, ["127.0.0.1"]], "::1"),
+    "server.port": ([-1, 65536, "3847", 1.0, True, None, 10**30, float("inf"), float("nan")], 0),
+    "server.wsPort": ([-1, 65536, "3848", 1.5, False, None], 65535),
+    "server.allowedHosts": (["a", [1], [""], {"a": 1}, None], ["a", "b"]),
+    "server.auth": (["none", True, None, "AUTO"], "token"),
+    "persistence.enabled": ([1, 0, "true", None], False),
+    "persistence.type": (["sqlite", "redis", "", None], "file"),
+    "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
+    "limits.connections": ([0, 10_001, "1", True, None], 10_000),
+    "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
+    "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
+    "sessions.endedHours": ([0, 721, 1.5, None], 720),
+    "privacy.redact": (["false", 0, 1, None], False),
+    "privacy.level": (["none", True, None, "FULL"], "metadata"),
+}
+
+
+def hook_write_config(path: object, key: str, value: Any) -> None:
+    section, dot, name = key.partition(".")
+    with open(str(path), "w", encoding="utf-8") as file:
+        json.dump({section: {name: value}} if dot else {section: value}, file)
+
+
+def test_every_key_has_its_wrong_values_here():
+    assert set(HOOK_WRONG_VALUES) == set(ee.KEYS)
+
+
+@pytest.mark.parametrize("key", sorted(HOOK_WRONG_VALUES))
+def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
+    wrong, right = HOOK_WRONG_VALUES[key]
+    path = tmp_path / "c.json"
+    for value in wrong:
+        hook_write_config(path, key, value)
+        with pytest.raises(ee.ConfigError) as caught:
+            ee.load_config(str(path))
+        words = str(caught.value)
+        assert (
+            words.startswith(f"{path}: {key}: expected {ee.KEYS[key].expected}, got ") and "\n" not in words
+        )
+    hook_write_config(path, key, right)
+    values, warnings = ee.load_config(str(path))
+    assert values[key] == right and warnings == []
+    assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
+
+
+@pytest.mark.parametrize("section", ["server", "persistence", "limits", "sessions", "privacy"])
+def test_a_section_that_is_no_object_is_refused(tmp_path, section):
+    for value in (1, "x", [], None):
+        hook_write_config(tmp_path / "c.json", section, value)
+        with pytest.raises(ee.ConfigError, match=f"c.json: {section}: expected an object"):
+            ee.load_config(str(tmp_path / "c.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("server.prot", "did you mean server.port?"),
+        ("sockeTpath", "did you mean socketPath?"),
+        ("privacy.redakt", "did you mean privacy.redact?"),
+        ("zzzzzzzz", None),
+    ],
+)
+def test_an_unknown_key_is_warned_about_with_the_nearest_one(tmp_path, key, hint):
+    path = tmp_path / "c.json"
+    hook_write_config(path, key, 1)
+    values, (warning,) = ee.load_config(str(path))
+    assert warning.startswith(f"{path}: {key}: unknown key")
+    assert hint in warning if hint else "did you mean" not in warning
+    assert values == {name: rule.default for name, rule in ee.KEYS.items()}
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"{}", b"// nothing\n{}"])
+def test_no_config_means_defaults(tmp_path, content):
+    if content is not None:
+        (tmp_path / "c.json").write_bytes(content)
+    values, warnings = ee.load_config(str(tmp_path / "c.json"))
+    assert warnings == [] and (values["server.port"], values["server.wsPort"]) == (3847, 3848)
+    assert values["socketPath"] == "/tmp/contextuate-monitor.sock" and values["server.host"] == "127.0.0.1"
+    assert values["privacy.redact"] is True and values["persistence.enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (b'{"server": {"port": "x"}}', "server.port: expected an integer"),
+        (b'{"persistence": {"type": "sqlite"}}', "persistence.type: expected"),
+        (b'{"a": 1,, }', "not valid JSON"),
+        (b"[1]", "one JSON object"),
+        (b"\xff\xfe", "cannot be read"),
+        (b'{"a":' + b"[" * 100_000, "not valid JSON"),
+        (b'{"server": {"port": 5000, "wsPort": 5000}}', "server.wsPort: expected a port other than"),
+        (b'{"server": {"host": "0.0.0.0", "auth": "off"}}', "server.auth"),
+    ],
+)
+def test_the_monitor_does_not_start_with_a_config_that_cannot_be_used(monitor, config, words):
+    path = monitor.home + "/monitor.config.json"
+    with open(path, "wb") as file:
+        file.write(config)
+    done = monitor.command("start", "--no-open", check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert path in line and words in line
+    assert os.listdir(monitor.home) == ["monitor.config.json"]
+
+
+def test_the_monitor_starts_with_a_pasted_config_and_warns_of_unknown_keys(monitor):
+    with open(monitor.home + "/monitor.config.json", encoding="utf-8") as file:
+        text = file.read()
+    with open(monitor.home + "/monitor.config.json", "w", encoding="utf-8") as file:
+        file.write(f'// mine\n{text[:-1]}, # more\n "socketPaht": 1, /* \n */ }}\n')
+    done = monitor.command("start", "--no-open")
+    assert "unknown key" in done.stderr and "did you mean socketPath?" in done.stderr
+
+
+# ---------------------------------------------------------------------------
+# Event model: from anything that is one JSON object to one event
+# ---------------------------------------------------------------------------
+
+HOOK_EVENT_TYPES = {
+    "SessionStart": "session_start", "SessionEnd": "session_end", "UserPromptSubmit": "user_prompt",
+    "PreToolUse": "tool_call", "PostToolUse": "tool_result", "PostToolUseFailure": "tool_error",
+    "SubagentStart": "subagent_start", "SubagentStop": "subagent_stop", "StopFailure": "turn_error",
+    "Notification": "notification", "PermissionRequest": "permission_request",
+    "PermissionDenied": "permission_denied", "Elicitation": "elicitation",
+    "ElicitationResult": "elicitation_result", "PreCompact": "pre_compact", "PostCompact": "post_compact",
+    "TaskCreated": "task_created", "TaskCompleted": "task_completed", "Stop": "turn_end",
+    "PostToolBatch": "message", "InstructionsLoaded": "message", "Setup": "message",
+    "ConfigChange": "message",
+    "SomethingOfTomorrow": "message", "": "message",
+}  # fmt: skip
+HOOK_DATA_NAMES = {
+    "tool_name": "toolName", "tool_input": "toolInput", "tool_response": "toolOutput",
+    "tool_output": "toolOutput",
+    "tool_use_id": "toolUseId", "message": "message", "prompt": "message", "error": "error", "model": "model",
+    "transcript_path": "transcriptPath", "duration_ms": "durationMs", "permission_mode": "permissionMode",
+    "source": "source", "reason": "reason", "notification_type": "notificationType",
+    "last_assistant_message": "assistantResponse",
+}  # fmt: skip
+HOOK_REQUIRED = {
+    "id": str, "timestamp": int, "sessionId": str, "machineId": str, "workingDirectory": str, "hookType": str,
+    "eventType": str, "data": dict,
+}  # fmt: skip
+HOOK_OPTIONAL = {"agentId": str, "agentType": str, "parentSessionId": str, "pid": int}
+
+
+def hook_check_form(event: "dict[str, Any]") -> None:
+    """Check that an event has every field in its type, goes through the encoder, and comes back the same."""
+    for name, kind in HOOK_REQUIRED.items():
+        assert type(event[name]) is kind, (name, event[name])
+    for name, kind in HOOK_OPTIONAL.items():
+        assert name not in event or type(event[name]) is kind, (name, event[name])
+    assert event["id"] and event["sessionId"] and event["timestamp"] >= 0
+    line = ee.encode_json(event)
+    assert line.isascii() and b"\n" not in line
+    json.loads(line, parse_constant=pytest.fail)
+    assert ee.encode_json(ee.parse_event_line(line)) == line
+
+
+def hook_wrapped(given_payload: Any, **more: Any) -> "dict[str, Any]":
+    return {"id": "5f0c", "timestamp": 1_795_500_000_000, "machineId": "box", "hook": given_payload, **more}
+
+
+@pytest.mark.parametrize("hook_type", sorted(HOOK_EVENT_TYPES))
+def test_each_hook_has_its_event_type(hook_type):
+    event = ee.build_event(hook_wrapped(payload(hook_type)), 5, "m")
+    assert (event["hookType"], event["eventType"]) == (hook_type, HOOK_EVENT_TYPES[hook_type])
+
+
+@pytest.mark.parametrize("name", recording_names())
+def test_no_field_of_a_recorded_payload_is_lost(name):
+    for given_payload in recorded(name):
+        for form in (hook_wrapped(given_payload, pid=77), given_payload):
+            event = ee.build_event(json.loads(json.dumps(form)), 5, "m")
+            hook_check_form(event)
+            expected = dict(given_payload)
+            assert event["sessionId"] == expected.pop("session_id")
+            assert event["workingDirectory"] == expected.pop("cwd")
+            hook_type = expected.pop("hook_event_name")
+            assert (event["hookType"], event["eventType"]) == (
+                hook_type,
+                HOOK_EVENT_TYPES.get(hook_type, "message"),
+            )
+            if "agent_id" in expected:
+                assert event["agentId"] == expected.pop("agent_id")
+                assert event.get("agentType") == expected.pop("agent_type", None)
+            else:
+                assert "agentId" not in event and "agentType" not in event
+            named = {HOOK_DATA_NAMES.get(field, field): value for field, value in expected.items()}
+            assert len(named) == len(expected) and event["data"] == named
+            if form is given_payload:
+                assert (event["timestamp"], event["machineId"]) == (5, "m") and uuid.UUID(
+                    event["id"]
+                ).version == 4
+            else:
+                about = (event["id"], event["timestamp"], event["machineId"], event["pid"])
+                assert about == ("5f0c", 1_795_500_000_000, "box", 77)
+
+
+@pytest.mark.parametrize("name", recording_names())
+def test_a_recorded_payload_arrives_the_same_through_the_hooks_line(name):
+    for line in recorded_lines(name):
+        wrapped = ee.wrap(line, {b"CLAUDE_PID": b"5", b"CONTEXTUATE_MACHINE_ID": b"box"})
+        assert wrapped.count(b"\n") == 1 and wrapped.endswith(b"}\n")
+        assert ee.parse_event_line(wrapped)["hook"] == json.loads(line)
+
+
+def test_two_fields_of_one_meaning_are_both_kept():
+    event = ee.build_event(
+        payload("Elicitation", message="m", prompt="p", tool_response=1, tool_output=2), 5, "m"
+    )
+    assert (event["data"]["message"], event["data"]["prompt"]) == ("m", "p")
+    assert (event["data"]["toolOutput"], event["data"]["tool_output"]) == (1, 2)
+    assert ee.build_event(payload("UserPromptSubmit", prompt="p"), 5, "m")["data"]["message"] == "p"
+
+
+@pytest.mark.parametrize("form", [hook_wrapped, dict])
+def test_a_payload_field_that_is_called_like_one_of_ours_overwrites_nothing(form):
+    given_payload = payload("PreToolUse", tool_name="Bash", toolName="other", prompt="p")
+    data = ee.build_event(form(given_payload), 5, "m")["data"]
+    assert data["toolName"] == "Bash" and "other" in data.values() and data["message"] == "p"
+
+
+def test_the_type_of_a_main_thread_is_no_subagents_type():
+    event = ee.build_event(payload("SessionStart", agent_type="reviewer"), 5, "m")
+    assert "agentType" not in event and event["data"]["agent_type"] == "reviewer"
+
+
+def test_events_of_the_node_emitter_are_taken_as_they_are():
+    given_event = {
+        "id": "0198c7a1-0000-7000-8000-000000000001", "timestamp": 1_795_500_000_123,
+        "sessionId": "00ff00ff00ff00ff",
+        "machineId": "laptop", "workingDirectory": "/w", "hookType": "PostToolUse",
+        "eventType": "tool_result",
+        "parentSessionId": "aa00aa00aa00aa00",
+        "data": {"toolName": "Bash", "toolInput": {"command": "ls"}, "tool_output": {"stdout": "a"},
+        "agentId": "x1"},
+    }  # fmt: skip
+    event = ee.build_event(json.loads(json.dumps(given_event)), 5, "m")
+    hook_check_form(event)
+    data = {
+        "toolName": "Bash",
+        "toolInput": {"command": "ls"},
+        "toolOutput": {"stdout": "a"},
+        "agentId": "x1",
+    }
+    assert event == {**given_event, "data": data}
+    with_number = ee.build_event({**given_event, "seq": 9, "received": 9, "future": [1]}, 5, "m")
+    assert "seq" not in with_number and "received" not in with_number and with_number["future"] == [1]
+
+
+@pytest.mark.parametrize(
+    "given_object",
+    [{"test": "message"}, {}, {"id": "x", "timestamp": 1, "data": {"a": 1}}, {"eventType": 5}, {"hook": 1}],
+)
+def test_any_other_object_is_a_message_of_an_unknown_session(given_object):
+    event = ee.build_event(dict(given_object), 5, "m")
+    hook_check_form(event)
+    assert (event["sessionId"], event["eventType"], event["timestamp"]) == ("unknown", "message", 5)
+    assert event["data"] == given_object
+
+
+HOOK_FIELDS = (
+    *HOOK_DATA_NAMES, *HOOK_DATA_NAMES.values(), "hook_event_name", "session_id", "cwd", "agent_id",
+    "agent_type",
+    "id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "agentId",
+    "agentType",
+    "parentSessionId", "pid", "data", "truncated", "usage", "seq", "received",
+)  # fmt: skip
+hook_fields = st.dictionaries(st.sampled_from(HOOK_FIELDS) | st.text(max_size=4), hook_json, max_size=12)
+hook_texts = st.text(min_size=1, max_size=9)
+hook_anything = st.one_of(
+    hook_fields,
+    st.builds(lambda fields, name: {**fields, "hook_event_name": name}, hook_fields, hook_texts),
+    st.builds(lambda fields, name: {**fields, "eventType": name}, hook_fields, hook_texts),
+    st.builds(
+        lambda fields, hook, name: {**{k: v for k, v in fields.items() if k != "eventType"},
+        "hook": hook, "id": name},
+        hook_fields, hook_fields, hook_texts,
+    ),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=200)
+@given(hook_anything)
+def test_no_object_is_too_odd_for_an_event(given_object):
+    event = ee.build_event(json.loads(json.dumps(given_object)), 1_795_500_000_000, "m")
+    hook_check_form(event)
+    event = ee.protect(event, ee.Privacy())
+    hook_check_form(event)
+    book = cm.SessionBook(120_000, 43_200_000, "m")
+    for seq in (1, 2):  # what is stored must not stop whoever reads it
+        session = book.apply({"seq": seq, "received": 1_795_500_000_000 + seq, **event})
+        ee.encode_json(book.to_json(session))
+    ee.encode_json(cm.event_row({"seq": 1, "received": 1_795_500_000_000, **event}))
+
+
+def hook_all_values(value: Any) -> "list[str]":
+    """List the JSON text of a value and of everything in it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
+
+
+@settings(deadline=None, max_examples=200)
+@given(hook_anything)
+def test_every_value_that_came_is_somewhere_in_the_event(given_object):
+    event = ee.build_event(json.loads(json.dumps(given_object)), 1_795_500_000_000, "m")
+    there = collections.Counter(hook_all_values(event))
+    fields = dict(given_object)
+    is_wrapped = (
+        isinstance(fields.get("hook"), dict)
+        and isinstance(fields.get("id"), str)
+        and "eventType" not in fields
+    )
+    is_event = isinstance(fields.get("eventType"), str) and not isinstance(fields.get("hook_event_name"), str)
+    opened = "hook" if is_wrapped else "data" if is_event and isinstance(fields.get("data"), dict) else None
+    if opened:
+        fields.update({(opened, inner): value for inner, value in fields.pop(opened).items()})
+    for name, value in fields.items():
+        if value is None or name in ("seq", "received"):
+            continue  # nothing was said; numbers are given anew
+        if name == "timestamp" and isinstance(value, float):
+            continue  # whole milliseconds
+        text = json.dumps(value)
+        assert there[text] > 0, (name, value, event)
+        there[text] -= 1
+
+
+@pytest.mark.parametrize(
+    "name", ["seq", "received", "hookType", "data", "sessionId", "workingDirectory", "agentId"]
+)
+@pytest.mark.parametrize("value", [5, "x", [1], {"a": 1}])
+def test_a_field_beside_a_wrapped_payload_breaks_no_field_of_ours(name, value):
+    event = ee.build_event(hook_wrapped(payload("Stop"), **{name: value}), 5, "m")
+    hook_check_form(event)
+    assert (event["hookType"], event["eventType"], event["sessionId"]) == ("Stop", "turn_end", "s1")
+    assert event["workingDirectory"] == "/home/dev/shop"
+    stored = json.loads(cm.numbered_line(7, 8, event))
+    assert (stored["seq"], stored["received"]) == (7, 8), "the store's own numbers hold"
+
+
+def test_no_event_that_was_taken_keeps_the_monitor_from_starting_again(running):
+    odd = [
+        hook_wrapped(payload("Stop", "odd"), id=f"odd-{number}", **more)
+        for number, more in enumerate(
+            [{"seq": "x"}, {"received": None}, {"seq": 10**9}, {"hookType": 5}, {"data": 3}]
+        )
+    ]
+    odd += [{"eventType": "message", "seq": "y", "id": "odd-e", "sessionId": 5}, {"seq": [1], "id": 7}]
+    running.emit(*odd)
+    assert running.get("/api/status")["events"]["stored"] == len(odd)
+    running.kill()
+    running.start()
+    assert running.get("/api/status")["seq"] == len(odd)
+    assert [event["seq"] for event in running.stored_events()] == list(range(1, len(odd) + 1))
+
+
+HOOK_ODD_JSON = {
+    "NaN": (b'{"n": NaN, "m": -Infinity}', {"n": "NaN", "m": "-Infinity"}),
+    "a lone surrogate": (b'{"n": "\\ud83d", "\\udc00": 1}', {"n": "\ud83d", "\udc00": 1}),
+    "not UTF-8": (b'{"n": "a\xffb"}', {"n": "a\ufffdb"}),
+    "a long integer": (b'{"n": ' + b"9" * 4000 + b"}", {"n": 10**4000 - 1}),
+    "raw U+2028": ('{"n": "a\u2028b"}'.encode(), {"n": "a\u2028b"}),
+    "a name twice": (b'{"n": 1, "n": 2}', {"n": 2}),
+}
+
+
+@pytest.mark.parametrize(("line", "value"), HOOK_ODD_JSON.values(), ids=HOOK_ODD_JSON.keys())
+def test_odd_json_is_parsed_and_survives_the_round_trip(line, value):
+    assert ee.parse_event_line(line) == value
+    event = ee.build_event(ee.parse_event_line(line), 5, "m")
+    hook_check_form(event)
+    assert json.loads(ee.encode_json(event))["data"] == value
+
+
+def test_a_number_beyond_floats_becomes_text():
+    given_object = ee.parse_event_line(b'{"eventType": "x", "timestamp": 1e999, "n": [1e999, {"m": -1e999}]}')
+    event = ee.build_event(given_object, 5, "m")
+    hook_check_form(event)
+    assert json.loads(ee.encode_json(event))["n"] == ["inf", {"m": "-inf"}] and event["timestamp"] == 5
+
+
+def test_an_integer_of_any_length_is_no_reason_to_refuse_an_object():
+    digits = b"7" * 6000  # Python 3.11 and newer refuse to convert more than 4300 digits
+    event = ee.build_event(ee.parse_event_line(b'{"eventType": "x", "n": ' + digits + b"}"), 5, "m")
+    assert digits in ee.encode_json(ee.protect(event, ee.Privacy()))
+
+
+@pytest.mark.parametrize("depth", [99, 100, 101, 300, 700])
+def test_deep_objects_are_kept_with_their_depth_as_text_below_a_hundred_levels(depth):
+    line = b'{"hook_event_name": "Stop", "x": ' + b"[" * depth + b'"core"' + b"]" * depth + b"}"
+    event = ee.protect(ee.build_event(ee.parse_event_line(line), 5, "m"), ee.Privacy())
+    assert b"core" in ee.encode_json(event)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"x",
+        b"[1]",
+        b'"text"',
+        b"5",
+        b"null",
+        b'{"a":',
+        b"{}{}",
+        b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)
+def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
+    with pytest.raises(ee.MalformedEvent):
+        ee.parse_event_line(line)
+    assert not ee.is_json_object(line)
+
+
+@settings(deadline=None, max_examples=150)
+@given(hook_objects)
+def test_what_is_encoded_parses_to_the_same(value):
+    line = ee.encode_json(value)
+    assert line.isascii() and b"\n" not in line and ee.parse_event_line(line) == value
+    assert ee.is_json_object(line)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.binary(max_size=60))
+def test_no_bytes_break_the_parser(data):
+    with contextlib.suppress(ee.MalformedEvent):
+        hook_check_form(ee.build_event(ee.parse_event_line(data), 5, "m"))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text(max_size=12) | st.integers(0xD800, 0xDFFF).map(chr))
+def test_the_hooks_own_quoting_is_json(text):
+    assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
+
+
+# ---------------------------------------------------------------------------
+# Redaction: secrets out, long fields cut
+# ---------------------------------------------------------------------------
+
+HOOK_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+def hook_token(head: str, length: int, alphabet: str = HOOK_LETTERS) -> str:
+    """Make up a secret of a known shape; it stands nowhere in this file."""
+    rng = random.Random(head + str(length))
+    return head + "".join(rng.choice(alphabet) for _ in range(length))
+
+
+def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
+    body = hook_token("MII", length, HOOK_LETTERS + "+/")
+    lines = "\n".join(body[at : at + 64] for at in range(0, len(body), 64))
+    return f"-----BEGIN {kind}PRIVATE " + f"KEY-----\n{lines}\n-----END {kind}PRIVATE " + "KEY-----"
+
+
+def hook_secrets() -> "list[tuple[str, str, str]]":
+    """List (kind, secret, text around it with {} in its place)."""
+    jwt = ".".join((hook_token("ey" + "J", 30), hook_token("ey" + "J", 60), hook_token("", 43)))
+    plain = [
+        ("private-key", hook_key_block()),
+        ("private-key", hook_key_block(kind="")),
+        ("private-key", hook_key_block(kind="OPENSSH ")),
+        ("anthropic", hook_token("sk-" + "ant-api03-", 90)),
+        ("openai", hook_token("sk-" + "proj-", 48)),
+        ("openai", hook_token("sk-", 48)),
+        *(("github", hook_token("gh" + f"{letter}_", 36)) for letter in "pousr"),
+        ("github", hook_token("github" + "_pat_", 82)),
+        ("gitlab", hook_token("gl" + "pat-", 20)),
+        ("aws", hook_token("AK" + "IA", 16, "ABCDEFGHIJ234567")),
+        ("aws", hook_token("AS" + "IA", 16, "ABCDEFGHIJ234567")),
+        ("google", hook_token("AI" + "za", 35)),
+        ("google", hook_token("ya" + "29.", 60)),
+        ("slack", hook_token("xox" + "b-", 40)),
+        ("telegram", hook_token("123456789:" + "AA", 33)),
+        *(("stripe", hook_token(f"{kind}_" + f"{mode}_", 24)) for kind in ("sk",
+        "rk") for mode in ("live", "test")),
+        ("stripe", hook_token("wh" + "sec_", 32)),
+        ("npm", hook_token("np" + "m_", 36)),
+        ("pypi", hook_token("py" + "pi-", 90)),
+        ("huggingface", hook_token("h" + "f_", 34)),
+        ("sendgrid", hook_token("S" + "G.", 22) + "." + hook_token("", 43)),
+        ("jwt", jwt),
+    ]  # fmt: skip
+    word = hook_token("", 24)
+    around = [
+        ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
+        ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
+        ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
+        ("authorization", word, "curl -H 'Authorization: Bearer {}' x"),
+        ("authorization", word, "Authorization: Basic {}\r\n"),
+        ("authorization", word, '"authorization": "{}"'),
+        ("authorization", word, "AUTHORIZATION=token {}"),
+        ("authorization", word, "with bearer {} in it"),
+        ("url-password", word, "postgres://me:{}@db.example/x"),
+        ("url-password", word, "redis://:{}@host:6379/0"),
+        ("url-password", word, "git clone HTTPS://x-access-token:{}@host/r.git"),
+        ("assignment", word, "export DB_PASSWORD={} && run"),
+        ("assignment", word, "API_KEY='{}'"),
+        ("assignment", word, '{{"clientSecret": 1, "client_secret": "{}"}}'),
+        ("assignment", word, "?access_token={}&x=1"),
+        ("assignment", word, "MY_TOKEN={}\nOTHER=1"),
+    ]
+    return [(kind, secret, "see {} there") for kind, secret in plain] + around
+
+
+def hook_traces(secret: str, event: Any, length: int = 8) -> "list[str]":
+    """List the pieces of a secret that stand in an event."""
+    text = json.dumps(event)
+    pieces = {secret[at : at + length] for at in range(4, len(secret) - length + 1)}
+    return sorted(piece for piece in pieces if json.dumps(piece)[1:-1] in text)
+
+
+def test_every_kind_of_secret_has_an_example_here():
+    assert {kind for kind, _, _ in hook_secrets()} == {shape.kind for shape in ee.SECRET_SHAPES}
+
+
+@pytest.mark.parametrize("number", range(len(hook_secrets())), ids=lambda number: hook_secrets()[number][0])
+def test_a_secret_is_replaced_wherever_it_stands(number):
+    kind, secret, around = hook_secrets()[number]
+    digest = hashlib.sha256(secret.encode()).hexdigest()[:8]
+    text, expected = around.format(secret), around.format(f"[redacted:{kind}:{digest}]")
+    assert ee.redact_text(text) == expected
+    assert ee.redact_text(expected) == expected, "twice is the same as once"
+    assert ee.redact_text(f"{text}\n{text}") == f"{expected}\n{expected}"
+    given_payload = payload(
+        "PostToolUse",
+        tool_input={"command": text, text: "as a name"},
+        tool_response=[{"stdout": ["a", text]}],
+        future=text,
+    )
+    event = ee.protect(ee.build_event(given_payload, 5, "m"), ee.Privacy())
+    assert not hook_traces(secret, event)
+    assert (
+        event["data"]["toolOutput"] == [{"stdout": ["a", expected]}] and event["data"]["future"] == expected
+    )
+    again = ee.protect(json.loads(json.dumps(event)), ee.Privacy())
+    assert again == event
+    other = ee.protect({**ee.build_event({"eventType": "x"}, 5, "m"), "beside": [text]}, ee.Privacy())
+    assert other["beside"] == [expected]
+    kept = ee.protect(ee.build_event(given_payload, 5, "m"), ee.Privacy(redact=False))
+    assert kept["data"]["future"] == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["password", "PASSWORD", "dbPassword", "db-password", "apiKey", "API_KEY", "api-key", "x-api-key",
+     "apikey", "ACCESS_TOKEN",
+     "accessToken", "githubToken", "token", "secret", "client_secret", "clientSecret",
+     "AWS_SECRET_ACCESS_KEY", "privateKey",
+     "Authorization", "passphrase", "credentials", "Cookie", "Set-Cookie", "passwd", "my.api.key"],
+)  # fmt: skip
+def test_the_value_of_a_name_that_says_secret_is_replaced(name):
+    value = "short é"
+    digest = hashlib.sha256(value.encode()).hexdigest()[:8]
+    given_payload = payload("PreToolUse", tool_input={"env": {name: value}, "list": {name: [value]}})
+    data = ee.protect(ee.build_event(given_payload, 5, "m"), ee.Privacy())["data"]
+    assert data["toolInput"] == {
+        "env": {name: f"[redacted:key:{digest}]"}, "list": {name: [f"[redacted:key:{digest}]"]}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokens", "tokenCount", "input_tokens", "max_tokens", "tool_use_id", "key", "keyboard", "secretary",
+     "passwordless",
+     "session_id", "token_type", "author", "cookies_accepted", "compass", "old_string", "file_path"],
+)  # fmt: skip
+def test_the_value_of_any_other_name_stays(name):
+    given_payload = payload("PreToolUse", tool_input={name: "some value", "usage": {name: 12}})
+    data = ee.protect(ee.build_event(given_payload, 5, "m"), ee.Privacy())["data"]
+    assert data["toolInput"] == {name: "some value", "usage": {name: 12}}
+
+
+def hook_harmless_texts() -> "list[str]":
+    rng = random.Random(9)
+    image = base64.b64encode(rng.randbytes(60_000)).decode()
+    return [
+        str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+        hashlib.sha256(b"x").hexdigest(),
+        "commit " + hashlib.sha1(b"x").hexdigest() + "\nAuthor: A <a@b.example>",
+        "diff --git a/x.py b/x.py\nindex 83db48f..bf2a9d1 100644\n--- a/x.py\n+++ b/x.py\n"
+        "@@ -1,3 +1,3 @@\n-token = old()\n+token = new()",
+        image,
+        "data:image/png;base64," + image[:4000],
+        "token = get_token()\npassword = input('password: ')\nsecret: str\nif token == other_token: pass",
+        "const { token, secret } = useAuth(); headers.authorization = auth",
+        "the password is wrong; enter a token, then the key",
+        "input_tokens: 1200, output_tokens: 87",
+        "toolu_01" + "A" * 22,
+        "msg_01XFDUDYJgAACzvnptvVoYEL",
+        "https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com",
+        "export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}",
+        "task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month",
+        "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(hook_harmless_texts())))
+def test_what_is_no_secret_stays_as_it_is(number):
+    text = hook_harmless_texts()[number]
+    assert ee.redact_text(text) == text
+
+
+def test_recorded_payloads_hold_nothing_that_looks_like_a_secret():
+    for name in recording_names():
+        for given_payload in recorded(name):
+            built = ee.build_event(hook_wrapped(given_payload), 5, "m")
+            assert ee.protect(json.loads(json.dumps(built)), ee.Privacy()) == built
+
+
+@settings(deadline=None, max_examples=150)
+@given(hook_anything, st.booleans(), st.booleans())
+def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
+    privacy = ee.Privacy(redact, metadata_only, 1024)
+    once = ee.protect(ee.build_event(json.loads(json.dumps(given_object)), 5, "m"), privacy)
+    assert ee.protect(json.loads(json.dumps(once)), privacy) == once
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "€", "😀", "\ud83d"])
+@pytest.mark.parametrize("over", [0, 1, 500, 100_000])
+def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
+    limit = 4096
+    width = len(letter.encode("utf-8", "surrogatepass"))
+    text = "head" + letter * ((limit - 8) // width + over) + "tail"
+    size = len(text.encode("utf-8", "surrogatepass"))
+    given_payload = payload(
+        "PostToolUse", tool_response={"stdout": text, "lines": ["x", text]}, tool_input={"a": "b"}
+    )
+    data = ee.protect(ee.build_event(given_payload, 5, "m"), ee.Privacy(field_limit_bytes=limit))["data"]
+    cut = data["toolOutput"]["stdout"]
+    if size <= limit:
+        assert cut == text and "truncated" not in data
+        return
+    assert (
+        cut.startswith("head" + letter)
+        and cut.endswith(letter + "tail")
+        and data["toolOutput"]["lines"][1] == cut
+    )
+    assert data["truncated"] == {"toolOutput.stdout": size, "toolOutput.lines[1]": size}
+    assert len(cut.encode("utf-8", "surrogatepass")) <= limit + 100 and str(size) in cut
+    assert data["toolInput"] == {"a": "b"}
+
+
+def test_a_field_cut_before_keeps_its_first_size():
+    event = ee.build_event(payload("Stop", last_assistant_message="x" * 50_000), 5, "m")
+    once = ee.protect(event, ee.Privacy(field_limit_bytes=8192))
+    twice = ee.protect(once, ee.Privacy(field_limit_bytes=1024))
+    assert twice["data"]["truncated"] == {"assistantResponse": 50_000}
+
+
+@pytest.mark.parametrize("number", range(len(hook_secrets())), ids=lambda number: hook_secrets()[number][0])
+def test_a_secret_across_the_cut_leaves_no_half(number):
+    _, secret, around = hook_secrets()[number]
+    privacy = ee.Privacy(field_limit_bytes=16_384)
+    text = around.format(secret)
+    total = 60_000
+    for edge in (8192, total - 8192):
+        for back in range(0, len(text), max(1, len(text) // 12)):
+            before = (
+                "word " * ((edge - back) // 5) + "." * ((edge - back) % 5 - 1) + " " * ((edge - back) % 5 > 0)
+            )
+            long_text = before + text
+            long_text += " word" * ((total - len(long_text)) // 5)
+            event = ee.protect(ee.build_event(payload("Stop", x=long_text), 5, "m"), privacy)
+            assert "truncated" in event["data"] and not hook_traces(secret, event), (edge, back)
+
+
+def test_secrets_before_the_cut_do_not_pull_half_a_secret_into_view():
+    # What is replaced becomes shorter, so that the head reaches further into the text than its length says.
+    limit, margin = 32_768, 4096
+    secret = hook_token("AK" + "IA", 16, "ABCDEFGHIJ234567")
+    blocks = "\n\n".join(hook_key_block(1600) for _ in range(5)) + "\n"
+    for edge in (limit // 2, limit // 2 + margin):
+        for back in (2, 8, 12, 18):
+            start = blocks + "x " * ((edge - back - len(blocks)) // 2)
+            start += " " * (edge - back - len(start))
+            text = start + secret + " y" * 60_000
+            mirrored = "y " * 60_000 + secret + start[::-1].replace(blocks[::-1], blocks)
+            for tried in (text, mirrored):
+                event = ee.build_event(payload("Stop", x=tried), 5, "m")
+                event = ee.protect(event, ee.Privacy(field_limit_bytes=limit))
+                assert not hook_traces(secret, event), (edge, back, tried is text)
+
+
+def test_at_the_level_of_metadata_no_content_leaves():
+    privacy = ee.Privacy(metadata_only=True)
+    word = "content-of-a-person"
+    given_payload = payload(
+        "PostToolUse", tool_name="Bash", tool_use_id="t1", duration_ms=5, tool_input={"command": word},
+        tool_response=word,
+        message=word, prompt=word, error=word, last_assistant_message=word, future=word,
+        tool_calls=[word], title=word,
+        session_title=word, model="claude-x", permission_mode="default",
+    )  # fmt: skip
+    event = ee.protect(ee.build_event(hook_wrapped(given_payload), 5, "m"), privacy)
+    assert word not in json.dumps(event)
+    assert event["data"] == {
+        "toolName": "Bash", "toolUseId": "t1", "durationMs": 5, "model": "claude-x",
+        "permissionMode": "default"
+    }  # fmt: skip
+    assert event["sessionId"] == "s1" and event["hookType"] == "PostToolUse"
+
+
+@pytest.mark.parametrize(
+    "given_object",
+    [
+        {"eventType": "message", "text": "content-of-a-person"},
+        {"eventType": "message", "data": {"text": "content-of-a-person"}},
+        {"eventType": "message", "data": "content-of-a-person"},
+        {"test": "content-of-a-person"},
+        hook_wrapped({"hook_event_name": "Stop"}, beside={"text": "content-of-a-person"}),
+    ],
+)
+def test_at_the_level_of_metadata_other_programs_content_stays_out_too(given_object):
+    event = ee.protect(ee.build_event(given_object, 5, "m"), ee.Privacy(metadata_only=True))
+    assert "content-of-a-person" not in json.dumps(event)
+
+
+def test_the_config_decides_what_is_stored(monitor):
+    secret = hook_token("gh" + "p_", 36)
+    given_event = hook_wrapped(payload("UserPromptSubmit", prompt=f"use {secret} " + "x" * 3000))
+    seen = []
+    for config in (
+        {},
+        {"privacy": {"redact": False}, "limits": {"fieldBytes": 1024}},
+        {"privacy": {"level": "metadata"}},
+    ):
+        monitor.write_config(config)
+        monitor.start()
+        monitor.emit({**given_event, "id": f"e{len(seen)}"})
+        seen.append(monitor.stored_events()[-1]["data"])
+        monitor.stop()
+    assert seen[0]["message"].startswith("use [redacted:github:") and "truncated" not in seen[0]
+    assert seen[1]["message"].startswith(f"use {secret}") and seen[1]["truncated"] == {"message": 3045}
+    assert "message" not in seen[2]
+
+
+# ---------------------------------------------------------------------------
+# Spool: what waits while no monitor takes it
+# ---------------------------------------------------------------------------
+
+SPOOL_WRITER = """
+import random, sys
+sys.path.insert(0, sys.argv[1])
+import emit_event
+emit_event.SEGMENT_LIMIT_BYTES = 40_000
+rng = random.Random(sys.argv[3])
+for number in range(int(sys.argv[4])):
+    pad = "x" * rng.choice((0, 10, 1000, 9000))
+    line = '{"id":"%s-%d","pad":"%s","end":1}\\n' % (sys.argv[3], number, pad)
+    emit_event.append_to_spool(sys.argv[2], line.encode())
+"""
+
+
+def spool_line(event_id: str, session: str = "s1", **fields: Any) -> bytes:
+    """Return one wrapped payload as the hook writes it."""
+    return (
+        json.dumps({"id": event_id, "timestamp": NOW_MS, "hook": payload("Stop", session, **fields)}).encode()
+        + b"\n"
+    )
+
+
+def spool_read(path: str) -> "list[bytes]":
+    with open(path, "rb") as file:
+        return [line for line in file.read().split(b"\n") if line]
+
+
+def test_many_writers_and_a_drainer_at_once_lose_double_and_tear_nothing(tmp_path):
+    directory, writers, each = str(tmp_path / "spool"), 8, 250
+    processes = [
+        subprocess.Popen([PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory, str(writer), str(each)])
+        for writer in range(writers)
+    ]
+    drained: "list[bytes]" = []
+    segments = 0
+
+    def drain() -> bool:
+        nonlocal segments
+        for path, _ in ee.spool_segments(directory):
+            try:
+                taken = ee.take_segment(path)
+            except (FileNotFoundError, BlockingIOError):
+                continue
+            drained.extend(spool_read(taken))
+            os.unlink(taken)
+            segments += 1
+        return all(process.poll() is not None for process in processes)
+
+    try:
+        eventually(drain, timeout_s=60)
+        drain()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * writers
+    found = collections.Counter(json.loads(line)["id"] for line in drained)
+    assert found == {f"{writer}-{number}": 1 for writer in range(writers) for number in range(each)}
+    assert segments > 10 and ee.spool_segments(directory) == []
+
+
+def test_a_torn_piece_does_not_spoil_its_neighbours(monitor):
+    directory = monitor.home + "/spool"
+    path = ee.append_to_spool(directory, spool_line("one"))
+    with open(path, "ab") as file:
+        file.write(b"\n" + spool_line("torn")[:40])  # what a kill in the middle of a write leaves
+    assert ee.append_to_spool(directory, spool_line("two")) == path
+    monitor.start()
+    eventually(lambda: {event["id"] for event in monitor.stored_events()} == {"one", "two"})
+    eventually(lambda: os.listdir(directory) == [])
+    assert monitor.get("/api/status")["events"]["quarantined"] == 1
+
+
+def test_a_segment_ends_when_it_is_full_or_a_day_old(tmp_path, monkeypatch):
+    directory = str(tmp_path / "spool")
+    assert ee.SEGMENT_LIMIT_BYTES == 4 << 20 and ee.SEGMENT_LIMIT_MS == 86_400_000
+    first = ee.append_to_spool(directory, b"x" * (4 << 20) + b"\n")
+    now = time.time_ns()
+    monkeypatch.setattr(ee.time, "time_ns", lambda: now + 5_000_000)
+    second = ee.append_to_spool(directory, b"{}\n")
+    assert second != first and ee.append_to_spool(directory, b"{}\n") == second
+    monkeypatch.setattr(ee.time, "time_ns", lambda: now + 86_300_000 * 1_000_000)
+    assert ee.append_to_spool(directory, b"{}\n") == second
+    monkeypatch.setattr(ee.time, "time_ns", lambda: now + 86_400_010 * 1_000_000)
+    third = ee.append_to_spool(directory, b"{}\n")
+    assert third not in (first, second) and [path for path, _ in ee.spool_segments(directory)] == [
+        first,
+        second,
+        third,
+    ]
+    monkeypatch.setattr(ee.time, "time_ns", lambda: now - 86_400_000 * 1_000_000)
+    ee.append_to_spool(directory, b"{}\n")  # a clock that was set back is no reason to stop
+    assert len(ee.spool_segments(directory)) == 4
+
+
+def test_directory_and_segments_are_for_their_user_alone(tmp_path):
+    mask = os.umask(0)
+    try:
+        path = ee.append_to_spool(str(tmp_path / "a/spool"), b"{}\n")
+    finally:
+        os.umask(mask)
+    assert hook_mode_of(tmp_path / "a/spool") == 0o700 and hook_mode_of(path) == 0o600
+
+
+def test_a_link_in_the_place_of_a_segment_is_not_followed(hook_installed, monitor):
+    directory = monitor.home + "/spool"
+    os.mkdir(directory, 0o700)
+    target = monitor.home + "/precious"
+    with open(target, "wb") as file:
+        file.write(b"mine")
+    os.symlink(target, f"{directory}/{time.time_ns() // 1_000_000:013d}-1.jsonl")
+    hook_call(hook_installed.command, payload("Stop"), monitor.environment)
+    with pytest.raises(OSError):
+        ee.append_to_spool(directory, b"{}\n")
+    with open(target, "rb") as file:
+        assert file.read() == b"mine"
+    with pytest.raises(OSError):
+        ee.take_segment(glob.glob(directory + "/*.jsonl")[0])
+
+
+def test_the_spool_is_bounded_and_counts_what_it_drops(tmp_path, monkeypatch):
+    assert ee.SPOOL_LIMIT_BYTES == 64 << 20 and ee.SPOOL_LIMIT_MS == 7 * 86_400_000
+    directory = str(tmp_path / "spool")
+    monkeypatch.setattr(ee, "SEGMENT_LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(ee, "SPOOL_LIMIT_BYTES", 50_000)
+    now = itertools.count(time.time_ns(), 1_000_000)  # each segment begins in a millisecond of its own
+    monkeypatch.setattr(ee.time, "time_ns", lambda: next(now))
+    for number in range(400):
+        ee.append_to_spool(directory, b'{"n":%d,"pad":"%s"}\n' % (number, b"x" * 480))
+        assert sum(size for _, size in ee.spool_segments(directory)) <= 50_000 + 10_000 + 1000
+    kept = [json.loads(line)["n"] for path, _ in ee.spool_segments(directory) for line in spool_read(path)]
+    assert kept == list(range(400 - len(kept), 400)), "the oldest go first"
+    events, size = ee.take_dropped(directory)
+    assert events == 400 - len(kept) and size > events * 480
+    assert ee.take_dropped(directory) == (0, 0)
+
+
+def test_what_is_older_than_seven_days_goes(tmp_path, monkeypatch):
+    directory = str(tmp_path / "spool")
+    old = ee.append_to_spool(directory, b"{}\n")
+    ee.append_to_spool(directory, b"{}\n")
+    later = time.time_ns() + 6 * 86_400_000 * 1_000_000
+    monkeypatch.setattr(ee.time, "time_ns", lambda: later)
+    recent = ee.append_to_spool(directory, b"{}\n")
+    monkeypatch.setattr(ee.time, "time_ns", lambda: later + 2 * 86_400_000 * 1_000_000)
+    newest = ee.append_to_spool(directory, b"{}\n")
+    assert [path for path, _ in ee.spool_segments(directory)] == [recent, newest] and not os.path.exists(old)
+    assert ee.take_dropped(directory)[0] == 2
+
+
+def test_what_the_spool_dropped_is_told_by_the_monitor(monitor, monkeypatch):
+    directory = monitor.home + "/spool"
+    for number in range(3):
+        ee.append_to_spool(directory, spool_line(f"gone-{number}"))
+    monkeypatch.setattr(ee, "SPOOL_LIMIT_BYTES", 0)
+    ee.drop_old_segments(directory)
+    assert ee.spool_segments(directory) == []
+    monitor.start()
+    eventually(lambda: monitor.get("/api/status")["spool"] == {"segments": 0, "bytes": 0, "dropped": 3})
+    monkeypatch.undo()
+    ee.append_to_spool(directory, spool_line("kept"))
+    eventually(lambda: [event["id"] for event in monitor.stored_events()] == ["kept"])
+
+
+def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_installed, monitor):
+    for number in range(3):
+        hook_call(hook_installed.command, payload("Stop", f"before-{number}"), monitor.environment)
+    taken = [line["timestamp"] for line in hook_spooled(monitor.home)]
+    monitor.start()
+    eventually(lambda: len(monitor.stored_events()) == 3)
+    assert [event["timestamp"] for event in monitor.stored_events()] == taken
+    for number in range(900):  # more than one turn takes
+        ee.append_to_spool(monitor.home + "/spool", spool_line(f"during-{number}", "during"))
+    eventually(lambda: len(monitor.stored_events()) == 903)
+    eventually(lambda: ee.spool_segments(monitor.home + "/spool") == [])
+    during = [event["id"] for event in monitor.stored_events()[3:]]
+    assert during == [f"during-{number}" for number in range(900)], "in the order of the spool"
+
+
+def test_what_is_stored_already_is_not_stored_again_out_of_the_spool(monitor):
+    directory = monitor.home + "/spool"
+
+    def ids() -> "list[str]":
+        return [event["id"] for event in monitor.stored_events()]
+
+    monitor.start()
+    monitor.emit(json.loads(spool_line("a")), json.loads(spool_line("b")))
+    for line in ("a", "b", "c", "c"):
+        ee.append_to_spool(directory, spool_line(line))
+    eventually(lambda: "c" in ids())
+    assert ids() == ["a", "b", "c"] and monitor.get("/api/status")["events"]["duplicates"] == 3
+    monitor.kill()
+    for line in ("a", "c", "d"):
+        ee.append_to_spool(directory, spool_line(line))
+    monitor.start()
+    eventually(lambda: "d" in ids())
+    assert ids() == ["a", "b", "c", "d"] and monitor.get("/api/status")["events"]["duplicates"] == 2
+
+
+def test_a_segment_that_was_being_drained_when_the_monitor_died_is_drained_again(monitor):
+    directory = monitor.home + "/spool"
+    path = ee.append_to_spool(directory, spool_line("a") + b"\n" + spool_line("b"))
+    taken = ee.take_segment(path)
+    assert taken.endswith(".taken") and ee.take_segment(taken) == taken
+    monitor.start()
+    eventually(lambda: [event["id"] for event in monitor.stored_events()] == ["a", "b"])
+    eventually(lambda: not os.path.exists(taken))
+
+
+def test_a_segment_with_a_writer_in_it_is_not_taken_yet(tmp_path):
+    path = ee.append_to_spool(str(tmp_path), b'{"n":1}\n')
+    with open(path, "ab") as writer:
+        fcntl.flock(writer, fcntl.LOCK_SH)
+        with pytest.raises(BlockingIOError):
+            ee.take_segment(path)
+        other = ee.append_to_spool(str(tmp_path), b'{"n":2}\n')
+        assert other.endswith(".jsonl")
+        writer.write(b'{"n":3}\n')
+    (taken,) = glob.glob(str(tmp_path / "*.taken"))
+    assert spool_read(ee.take_segment(taken)) == [b'{"n":1}', b'{"n":3}'] and spool_read(other) == [
+        b'{"n":2}'
+    ]
+
+
+def test_two_segments_of_one_millisecond_and_process_do_not_replace_each_other(tmp_path, monkeypatch):
+    # A writer that lost its segment to the drainer begins another one, under the same name if it is quick.
+    now = time.time_ns()
+    monkeypatch.setattr(ee.time, "time_ns", lambda: now)
+    lines = []
+    ee.take_segment(ee.append_to_spool(str(tmp_path), b'{"n":1}\n'))
+    ee.append_to_spool(str(tmp_path), b'{"n":2}\n')
+    while segments := ee.spool_segments(str(tmp_path)):
+        for path, _ in segments:
+            with contextlib.suppress(BlockingIOError):
+                taken = ee.take_segment(path)
+                lines += spool_read(taken)
+                os.unlink(taken)
+                break
+    assert sorted(lines) == [b'{"n":1}', b'{"n":2}']
+
+
+# ---------------------------------------------------------------------------
+# Event store: events on disk, one file per day and session
+# ---------------------------------------------------------------------------
+
+STORE_DAY_MS = 86_400_000
+STORE_SESSIONS = ("s1", "s2", "../../etc/x", "odd id \u2028")
+
+
+def store_event(number: int, session: str, size: int = 0) -> "dict[str, Any]":
+    return ee.build_event(
+        {"eventType": "message", "id": f"id-{number}", "timestamp": NOW_MS, "sessionId": session,
+        "data": {"x": "é" * (size // 6)}},
+        NOW_MS, "m",
+    )  # fmt: skip
+
+
+store_batches = st.lists(
+    st.tuples(
+        st.sampled_from([0, 0, 0, 1, 3]),  # days that pass before it
+        st.lists(
+            st.tuples(st.sampled_from(STORE_SESSIONS), st.sampled_from([0, 0, 0, 40, 700, 66_000, 200_000])),
+            max_size=8,
+        ),
+    ),
+    max_size=8,
+)
+store_numbers = st.none() | st.integers(0, 50)
+store_questions = st.lists(
+    st.tuples(st.sampled_from(STORE_SESSIONS), st.integers(1, 30), store_numbers, store_numbers),
+    min_size=1,
+    max_size=8,
+)
+
+
+def store_make(kind: str, root: str) -> Any:
+    return cm.EventStore(root) if kind == "files" else cm.MemoryStore()
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(store_batches, store_questions)
+def test_the_store_gives_back_what_a_list_would(kind, batches, questions):
+    with tempfile.TemporaryDirectory(prefix="ctx-") as root:
+        store = store_make(kind, root)
+        kept: "list[tuple[int, str, bytes]]" = []
+        time_ms = NOW_MS
+        for days, batch in batches:
+            time_ms += days * STORE_DAY_MS
+            events = [store_event(len(kept) + at, *about) for at, about in enumerate(batch)]
+            stored = store.append(events, time_ms)
+            assert len(stored) == len(events) and store.error is None
+            for entry, event in zip(stored, events):
+                assert (
+                    json.loads(entry.line) == {"seq": entry.seq, "received": time_ms, **event} == entry.event
+                )
+                kept.append((entry.seq, event["sessionId"], entry.line))
+        assert [seq for seq, _, _ in kept] == list(range(1, len(kept) + 1)) and store.seq == len(kept)
+        for session, limit, before, after in questions:
+            rows = [
+                row
+                for row in kept
+                if (before is None or row[0] < before) and (after is None or row[0] > after)
+            ]
+            mine = [line for _, owner, line in rows if owner == session]
+            expected = mine[:limit] if after is not None else mine[-limit:]
+            assert store.session_lines(session, limit, before, after) == expected
+            assert store.recent_lines(limit, before, after) == [line for _, _, line in rows][-limit:]
+            assert store.ids(session) == {cm.line_id(line) for _, owner, line in kept if owner == session}
+            for seq, owner, line in kept[:: max(1, len(kept) // 3)]:
+                event_id = f"id-{seq - 1}"
+                assert (
+                    store.find(event_id)
+                    == store.find(event_id, owner)
+                    == store.find(event_id, owner, seq)
+                    == line
+                )
+                assert store.find(event_id, owner, seq + 1) == line, "a wrong place only costs time"
+        assert store.find("nothing") is None and store.session_lines("nobody", 5) == []
+        assert sorted(store.all_lines()) == sorted(line for _, _, line in kept)
+        for session in STORE_SESSIONS:
+            own = [line for line in store.all_lines() if json.loads(line)["sessionId"] == session]
+            assert own == [line for _, owner, line in kept if owner == session]
+        store.delete_session("s1")
+        assert sorted(store.all_lines()) == sorted(line for _, owner, line in kept if owner != "s1")
+        assert store.size()[1] >= sum(len(line) for _, owner, line in kept if owner != "s1")
+        store.close()
+
+
+@pytest.mark.parametrize("size", [0, 50, 1000, 70_000])
+def test_any_place_in_a_file_is_found_by_bisection(tmp_path, size):
+    store = cm.EventStore(str(tmp_path))
+    rng = random.Random(size)
+    count = 300 if size < 10_000 else 30
+    seqs = []
+    for number in range(count):
+        store.seq += rng.randrange(4)  # other sessions' events take numbers too
+        (entry,) = store.append([store_event(number, "s", rng.randrange(size + 1))], NOW_MS)
+        seqs.append(entry.seq)
+    (path,) = store.day_paths(cm.day_of(NOW_MS))
+    with open(path, "rb") as file:
+        for seq in rng.sample(range(seqs[-1] + 3), min(120, seqs[-1])):
+            expected = [number for number in seqs if number >= seq]
+            file.seek(cm.offset_of_seq(file, os.path.getsize(path), seq))
+            assert cm.line_seq(file.readline()) == (expected[0] if expected else 0)
+            assert [cm.line_seq(line) for line in cm.lines_from(path, seq)] == expected
+            assert [cm.line_seq(line) for line in cm.lines_back(path, seq)] == [n for n in seqs if n < seq][
+                ::-1
+            ]
+    store.close()
+
+
+@pytest.mark.parametrize("edge", [-2, -1, 0, 1, 2])
+def test_reading_backwards_meets_newlines_at_the_edges_of_its_blocks(tmp_path, edge):
+    path = tmp_path / "f.jsonl"
+    lines = []
+    for number in range(1, 7):
+        head = b'{"seq":%d,"received":1,"id":"i%d","x":"' % (number, number)
+        lines.append(head + b"x" * (cm._BLOCK_BYTES // 2 + edge - len(head) - 3) + b'"}')
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert list(cm.lines_back(str(path))) == lines[::-1] and list(cm.lines_from(str(path), 0)) == lines
+    path.write_bytes(b"\n".join(lines))  # the last one is still being written
+    assert list(cm.lines_back(str(path))) == lines[-2::-1] and list(cm.lines_from(str(path), 0)) == lines[:-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\n\n\n", b'{"seq":1,', b"no event\n", b"no event\n\n{}\n"])
+def test_files_without_events_have_no_lines(tmp_path, content):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(content)
+    assert (
+        list(cm.lines_back(str(path)))
+        == list(cm.lines_from(str(path), 0))
+        == list(cm.lines_from(str(path), 1))
+        == []
+    )
+    assert list(cm.lines_with(str(path), b'"id":"x"')) == []
+    assert list(cm.lines_back(str(path) + ".none")) == list(cm.lines_from(str(path) + ".none", 0)) == []
+
+
+@pytest.mark.parametrize("size", [20, 66_000, 200_000])
+def test_a_torn_last_line_is_cut_off_and_a_whole_one_completed_and_both_counted(tmp_path, size):
+    for torn, expected in ((slice(0, -30), [1, 3]), (slice(0, -1), [1, 2, 3]), (slice(0, 5), [1, 3])):
+        root = tmp_path / str(uuid.uuid4())
+        store = cm.EventStore(str(root))
+        entries = store.append([store_event(1, "s", size), store_event(2, "s", size)], NOW_MS)
+        store.close()
+        (path,) = store.day_paths(cm.day_of(NOW_MS))
+        with open(path, "wb") as file:
+            file.write(entries[0].line + b"\n" + (entries[1].line + b"\n")[torn])
+        store = cm.EventStore(str(root))
+        store.seq = 2
+        store.append([store_event(3, "s")], NOW_MS)
+        assert store.repaired == 1 and [cm.line_seq(line) for line in store.session_lines("s", 9)] == expected
+        store.append([store_event(4, "s")], NOW_MS)
+        assert store.repaired == 1
+        store.close()
+
+
+def test_a_file_that_is_nothing_but_a_torn_line_is_begun_anew(tmp_path):
+    store = cm.EventStore(str(tmp_path))
+    path = tmp_path / cm.day_of(NOW_MS) / "s.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b'{"seq":1,"rec')
+    (entry,) = store.append([store_event(1, "s")], NOW_MS)
+    assert path.read_bytes() == entry.line + b"\n" and store.repaired == 1
+    store.close()
+
+
+STORE_ODD_IDS = [
+    "../../x", "/etc/passwd", "..", ".", "a/b", "a\0b", "\n", "", " ", "x" * 65, "x" * 10_000, "é",
+    "\ud83d", "a\\b",
+    "con:1", "*", "s1\n", "~",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("session", [*STORE_ODD_IDS, "s1", "A.b_c-d", "x" * 64])
+def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
+    root = tmp_path / "events"
+    store = cm.EventStore(str(root))
+    (entry,) = store.append([{**store_event(1, "s"), "sessionId": session}], NOW_MS)
+    (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert path.parent == root / cm.day_of(NOW_MS) and re.fullmatch(r"[A-Za-z0-9._-]{1,70}\.jsonl", path.name)
+    assert store.session_lines(session, 5) == [entry.line]
+    plain = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", session) is not None and not session.endswith("\n")
+    assert (path.name == session + ".jsonl") == plain
+    store.close()
+
+
+def test_odd_session_ids_have_different_files():
+    assert len({cm.session_file_name(session) for session in STORE_ODD_IDS}) == len(STORE_ODD_IDS)
+
+
+def test_files_and_directories_are_for_their_user_alone(tmp_path):
+    mask = os.umask(0)
+    try:
+        store = cm.EventStore(str(tmp_path / "events"))
+        store.append([store_event(1, "s")], NOW_MS)
+    finally:
+        os.umask(mask)
+    assert hook_mode_of(tmp_path / "events") == hook_mode_of(tmp_path / "events" / cm.day_of(NOW_MS)) == 0o700
+    assert hook_mode_of(tmp_path / "events" / cm.day_of(NOW_MS) / "s.jsonl") == 0o600
+    store.close()
+
+
+def test_files_removed_by_hand_while_they_are_open_are_begun_anew(tmp_path):
+    store = cm.EventStore(str(tmp_path))
+    store.append([store_event(1, "s"), store_event(2, "other")], NOW_MS)
+    day = tmp_path / cm.day_of(NOW_MS)
+    os.unlink(day / "s.jsonl")
+    store.append([store_event(3, "s")], NOW_MS)
+    assert [cm.line_seq(line) for line in store.recent_lines(9)] == [2, 3]
+    shutil.rmtree(day)
+    store.append([store_event(4, "s")], NOW_MS)
+    assert [cm.line_seq(line) for line in store.all_lines()] == [4] and store.error is None
+    store.close()
+
+
+def test_more_sessions_than_files_may_be_open_are_no_problem(tmp_path):
+    store = cm.EventStore(str(tmp_path))
+    for turn in range(2):
+        store.append([store_event(turn * 200 + number, f"s{number}") for number in range(200)], NOW_MS)
+    assert len(store._files) <= store.OPEN_FILES and store.size()[0] == 200
+    assert all(len(store.session_lines(f"s{number}", 9)) == 2 for number in range(200))
+    store.close()
+    assert not store._files
+
+
+def test_a_deleted_session_is_gone_and_the_day_with_it_when_it_was_the_last(tmp_path):
+    store = cm.EventStore(str(tmp_path))
+    store.append([store_event(1, "s", 5000), store_event(2, "other")], NOW_MS)
+    store.append([store_event(3, "s")], NOW_MS + STORE_DAY_MS)
+    size = store.size()[1]
+    freed = store.delete_session("s")
+    assert freed == size - store.size()[1] > 5000 and store.days() == [cm.day_of(NOW_MS)]
+    assert store.delete_session("s") == 0 and store.session_lines("s", 9) == []
+    store.append([store_event(4, "s")], NOW_MS)
+    assert [cm.line_seq(line) for line in store.session_lines("s", 9)] == [4]
+    store.close()
+
+
+@pytest.mark.parametrize("written", [0, 1, 100, -1, OSError(28, "No space left on device")])
+def test_an_event_that_could_not_be_written_whole_leaves_no_trace(tmp_path, monkeypatch, written):
+    store = cm.EventStore(str(tmp_path))
+    store.append([store_event(1, "s"), store_event(2, "other")], NOW_MS)
+    write = os.write
+
+    def full_disk(fd: int, data: bytes) -> int:
+        if b"second" not in data:
+            return write(fd, data)
+        if isinstance(written, OSError):
+            raise written
+        return write(fd, data[:written])
+
+    event = {**store_event(3, "s"), "data": {"x": "second"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(cm.os, "write", full_disk)
+        failed, fine = store.append([event, store_event(4, "other")], NOW_MS)
+        assert failed is None and fine is not None and "s.jsonl" in store.error
+        assert store.append([event], NOW_MS) == [None]
+    (entry,) = store.append([event], NOW_MS)
+    assert store.error is None
+    path = tmp_path / cm.day_of(NOW_MS) / "s.jsonl"
+    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["id-1", "id-3"]
+    assert [cm.line_seq(line) for line in store.session_lines("s", 9)] == [
+        1,
+        entry.seq,
+    ] and store.repaired == 0
+    store.close()
+
+
+@pytest.fixture
+def store_tiny_disk(tmp_path):
+    place = tmp_path / "tiny"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", place], capture_output=True
+    ).returncode:
+        pytest.skip("no small file system can be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_full_disk_refuses_events_whole_and_takes_them_again_when_there_is_room(store_tiny_disk):
+    store = cm.EventStore(str(store_tiny_disk / "events"))
+    kept = []
+    for number in range(60):
+        (entry,) = store.append([store_event(number, "s", 9000)], NOW_MS)
+        kept += [entry.line] if entry else []
+    assert 5 < len(kept) < 60 and "s.jsonl: " in store.error
+    assert store.session_lines("s", 99) == kept
+    os.unlink(store_tiny_disk / "events" / cm.day_of(NOW_MS) / "s.jsonl")
+    (entry,) = store.append([store_event(99, "s", 9000)], NOW_MS)
+    assert entry is not None and store.error is None and store.session_lines("s", 99) == [entry.line]
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["files", "memory"])
+def test_an_empty_store_answers_with_nothing(tmp_path, kind):
+    store = store_make(kind, str(tmp_path))
+    assert store.append([], NOW_MS) == [] == store.recent_lines(5) == store.session_lines("s", 5, after=0)
+    assert store.find("x") is None and store.ids("s") == set() and list(store.all_lines()) == []
+    assert store.size() == (0, 0) and store.delete_session("s") == 0
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["EventStore", "MemoryStore"])
+def test_both_stores_have_one_interface(name):
+
+    def interface(kind: type) -> "dict[str, str]":
+        return {
+            key: str(inspect.signature(value))
+            for key, value in vars(kind).items()
+            if callable(value) and key[0] != "_"
+        }
+
+    only_files = {"days", "day_paths"}
+    ours = {key: value for key, value in interface(cm.EventStore).items() if key not in only_files}
+    assert interface(getattr(cm, name)).items() >= ours.items()
+
+
+def test_memory_forgets_the_oldest_events_beyond_its_limit(monkeypatch):
+    monkeypatch.setattr(cm.MemoryStore, "LIMIT_BYTES", 20_000)
+    store = cm.MemoryStore()
+    for number in range(50):
+        store.append([store_event(number, "s", 1000)], NOW_MS)
+        assert store.size()[1] <= 20_000
+    seqs = [cm.line_seq(line) for line in store.all_lines()]
+    assert seqs == list(range(51 - len(seqs), 51)) and len(seqs) > 10
+
+
+def test_numbers_go_on_after_a_restart_and_nothing_acknowledged_is_lost(monitor):
+    monitor.start()
+    monitor.emit(*(json.loads(spool_line(f"a{number}", f"s{number % 3}")) for number in range(7)))
+    monitor.kill()
+    monitor.start()
+    assert monitor.get("/api/status")["seq"] == 7
+    monitor.emit(json.loads(spool_line("b", "s1")))
+    assert [(event["seq"], event["id"]) for event in monitor.stored_events()] == [
+        *((number + 1, f"a{number}") for number in range(7)), (8, "b")
+    ]  # fmt: skip
+    listed = monitor.get("/api/sessions/s1/events")["events"]
+    assert [event["id"] for event in listed] == ["a1", "a4", "b"]
+
+
+def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
+    monitor.start()
+    monitor.emit(json.loads(spool_line("a", "s")))
+    monitor.stop()
+    (path,) = glob.glob(monitor.home + "/events/*/s.jsonl")
+    with open(path, encoding="ascii") as file:
+        good = json.loads(file.read())
+    edited = [
+        {key: value for key, value in good.items() if key != gone}
+        for gone in ("id", "sessionId", "data", "received")
+    ]
+    edited += [{**good, "data": 5}, {**good, "timestamp": "x"}, {**good, "id": 7}]
+    with open(path, "a", encoding="ascii") as file:
+        for number, event in enumerate(edited):
+            file.write(json.dumps({**event, "seq": number + 2}, separators=(",", ":")) + "\n")
+        file.write('{"seq":99,"received":1,"id":"half"\nnot json\n\n')
+    monitor.start()
+    monitor.emit(json.loads(spool_line("b", "s2")))
+    assert {"s", "s2"} <= set(monitor.sessions())
+    assert monitor.get("/api/sessions/s2/events")["events"][0]["seq"] > 1
+
+
+# ---------------------------------------------------------------------------
+# Hook installation: what is merged, what is refused, what the shell makes of the command
+# ---------------------------------------------------------------------------
+
+INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hooks/emit_event.py")
+INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
+INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
+INSTALL_ODD_NAMES = [
+    "a b", 'a"b', "a$HOME b", "a`id`b", "a\\b", "a\\", "a'b", "$(exit 3)", "é\u2028", "a;b", "!x", "a\nb",
+]  # fmt: skip
+INSTALL_OTHERS_COMMANDS = [
+    "node /opt/x/emit-event.js",
+    "python3 /home/me/project/hooks/emit_event.py",
+    "python3 -I /home/me/.contextuate/hooks/emit_event.py",
+    "python3 -S -I /srv/hooks/emit_event.py",
+    "python3 -I -S /srv/other/emit_event.py",
+    "python3 -I -S /srv/hooks/emit_event.py.bak",
+    "python3 -I -S /srv/hooks/my_emit_event.py || :",
+    "python3 -I -S /srv/hooks/emit_event.py && make",
+    "make; python3 -I -S /srv/hooks/emit_event.py || :",
+    "echo 'python3 -I -S /srv/hooks/emit_event.py || :'",
+    'echo "open',
+    "",
+]
+
+install_handlers = st.one_of(
+    st.fixed_dictionaries(
+        {"type": st.just("command"), "command": st.sampled_from(INSTALL_OTHERS_COMMANDS)},
+        optional={"timeout": st.integers(1, 60), "async": st.booleans(), "args": st.just(["x"])},
+    ),
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["http", "prompt", "agent"]), "url": st.just(INSTALL_COMMAND)}
+    ),
+    st.dictionaries(st.text(max_size=6), hook_json, max_size=3).filter(lambda value: "command" not in value),
+)
+install_groups = st.fixed_dictionaries(
+    {"hooks": st.lists(install_handlers, max_size=3)},
+    optional={"matcher": st.sampled_from(["", "*", "Bash", "Edit|Write"]), "future": hook_json},
+)
+install_hooks = st.dictionaries(
+    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate"]) | st.text(max_size=6),
+    st.lists(install_groups, max_size=3),
+    max_size=5,
+)
+install_settings = st.builds(
+    lambda others, hooks, at: dict([*list(others.items())[:at], *hooks, *list(others.items())[at:]]),
+    st.dictionaries(st.text(max_size=6).filter(lambda key: key != "hooks"), hook_json, max_size=4),
+    st.lists(install_hooks.map(lambda hooks: ("hooks", hooks)), max_size=1),
+    st.integers(0, 4),
+)
+install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 400))
+install_examples = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+
+
+def install_handlers_in(value: "dict[str, Any]", entry: "dict[str, Any]") -> "list[str]":
+    """Name the event of every handler that equals `entry`."""
+    return [
+        name
+        for name, groups in value.get("hooks", {}).items()
+        for group in groups
+        for handler in group["hooks"]
+        if handler == entry
+    ]
+
+
+def install_without_emptied(value: "dict[str, Any]", names: "list[str]") -> "dict[str, Any]":
+    """Apply the documented removal: an empty list that was given our entry goes when the entry goes."""
+    if "hooks" not in value:
+        return value
+    kept = {name: groups for name, groups in value["hooks"].items() if groups or name not in names}
+    result = {**value, "hooks": kept}
+    if not kept and names:
+        del result["hooks"]
+    return result
+
+
+@install_examples
+@given(install_settings, install_versions)
+def test_install_then_uninstall_gives_back_other_peoples_settings(given_settings, version):
+    names = cm.event_names(version)
+    before = json.dumps(given_settings)
+    installed = cm.merge_hooks(given_settings, INSTALL_COMMAND, names)
+    assert sorted(install_handlers_in(installed, INSTALL_HANDLER)) == sorted(names)
+    expected = json.dumps(install_without_emptied(json.loads(before), names))
+    assert json.dumps(cm.remove_hooks(installed)) == expected
+    assert json.dumps(given_settings) == before, "the argument was changed"
+    assert list(installed)[: len(given_settings)] == list(given_settings)
+    hooks = given_settings.get("hooks", {})
+    assert list(installed["hooks"])[: len(hooks)] == list(hooks)
+    assert all(installed["hooks"][name][: len(groups)] == groups for name, groups in hooks.items())
+
+
+@install_examples
+@given(install_settings, install_versions, install_versions)
+def test_installing_again_changes_nothing_and_the_last_installation_decides(given_settings, first, second):
+    once = cm.merge_hooks(given_settings, INSTALL_COMMAND, cm.event_names(first))
+    assert json.dumps(cm.merge_hooks(once, INSTALL_COMMAND, cm.event_names(first))) == json.dumps(once)
+    other = cm.merge_hooks(once, INSTALL_COMMAND, cm.event_names(second))
+    assert sorted(install_handlers_in(other, INSTALL_HANDLER)) == sorted(cm.event_names(second))
+
+
+@install_examples
+@given(install_settings)
+def test_settings_without_a_hook_of_ours_are_not_changed_and_render_as_they_were(given_settings):
+    assert json.dumps(cm.remove_hooks(given_settings)) == json.dumps(given_settings)
+    text = cm.render_settings(given_settings, "")
+    text.encode("utf-8")
+    assert json.dumps(json.loads(text)) == json.dumps(given_settings)
+
+
+def test_the_installed_entry_has_the_documented_form():
+    merged = cm.merge_hooks({}, INSTALL_COMMAND, ["Stop"])
+    assert merged == {"hooks": {"Stop": [{"hooks": [INSTALL_HANDLER]}]}}
+    assert INSTALL_COMMAND == '"/usr/bin/python3" -I -S "/home/me/.contextuate/hooks/emit_event.py" || :'
+
+
+@pytest.mark.parametrize("command", INSTALL_OTHERS_COMMANDS)
+def test_other_peoples_commands_are_not_ours(command):
+    others = {"hooks": {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}}
+    assert cm.remove_hooks(others) == others
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        INSTALL_COMMAND,
+        "python3 -I -S /x/hooks/emit_event.py",
+        "'/odd place/pypy' -I -S '/b c/hooks/emit_event.py' || :",
+        *(cm.hook_command(f"/{odd}/python", f"/{odd}/hooks/emit_event.py") for odd in INSTALL_ODD_NAMES),
+    ],
+)
+def test_our_commands_are_recognised_whatever_the_interpreter_and_home(command):
+    ours = {"hooks": {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}}
+    assert cm.remove_hooks(ours) == {}
+    ours["hooks"]["Stop"][0]["hooks"][0]["args"] = []  # then no shell runs it, and it is somebody else's
+    assert cm.remove_hooks(ours) == ours
+
+
+def test_an_outdated_entry_is_updated_in_place_and_doubles_and_old_names_go():
+    old = {"type": "command", "command": "python3 -I -S /old/hooks/emit_event.py", "timeout": 5, "note": 1}
+    other = {"type": "command", "command": "make"}
+    before = {
+        "hooks": {
+            "FileChanged": [{"hooks": [old]}],
+            "Stop": [
+                {"hooks": [other, old]},
+                {"matcher": "x", "hooks": [other]},
+                {"hooks": [INSTALL_HANDLER]},
+            ],
+            "PreToolUse": [{"matcher": "Bash", "hooks": [old, other]}],
+        }
+    }
+    assert cm.merge_hooks(before, INSTALL_COMMAND, ["Stop", "PreToolUse"]) == {
+        "hooks": {
+            "Stop": [{"hooks": [other, {**INSTALL_HANDLER, "note": 1}]}, {"matcher": "x", "hooks": [other]}],
+            # A matcher would keep most events from us.
+            "PreToolUse": [{"matcher": "Bash", "hooks": [other]}, {"hooks": [INSTALL_HANDLER]}],
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [
+        ({"hooks": []}, "hooks:"),
+        ({"hooks": None}, "hooks:"),
+        ({"hooks": {"Stop": {}}}, "hooks.Stop:"),
+        ({"hooks": {"odd name": 1}}, 'hooks."odd name":'),
+        ({"hooks": {"Stop": [{"hooks": []}, "x"]}}, "hooks.Stop[1]:"),
+        ({"hooks": {"Stop": [{"matcher": "x"}]}}, "hooks.Stop[0].hooks:"),
+        ({"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}, "hooks.Stop[0].hooks[1]:"),
+    ],
+)
+def test_hooks_of_another_shape_are_refused_with_their_place(value, place):
+    for change in (lambda: cm.merge_hooks(value, INSTALL_COMMAND, ["Stop"]), lambda: cm.remove_hooks(value)):
+        with pytest.raises(cm.InstallError, match="^" + re.escape(place)):
+            change()
+
+
+INSTALL_NINE = {
+    "PreToolUse", "PostToolUse", "Notification", "UserPromptSubmit", "Stop", "SubagentStop", "PreCompact",
+    "SessionStart", "SessionEnd",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "added"),
+    [
+        (None, ""),
+        ((1, 0, 0), ""),
+        ((2, 0, 42), ""),
+        ((2, 0, 43), "SubagentStart"),
+        ((2, 0, 77), "SubagentStart PermissionRequest"),
+        ((2, 1, 69), "SubagentStart PermissionRequest InstructionsLoaded"),
+        (
+            (2, 1, 78),
+            "SubagentStart PermissionRequest InstructionsLoaded PostCompact Elicitation StopFailure",
+        ),
+    ],
+)
+def test_an_old_client_gets_only_names_it_knows_for_sure(version, added):
+    assert set(cm.event_names(version)) == INSTALL_NINE | set(added.split())
+
+
+def test_a_new_client_gets_all_names_but_three_and_one_before_1_0_none():
+    names = cm.event_names((2, 1, 101))
+    assert len(names) == len(set(names)) == 30 and cm.event_names((2, 1, 330)) == names
+    assert not {"MessageDisplay", "WorktreeCreate", "FileChanged"} & set(names)
+    assert len(cm.event_names((2, 1, 100))) == 15 and cm.event_names((0, 9, 9)) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "version"),
+    [
+        ("echo '2.1.330 (Claude Code)'", (2, 1, 330)),
+        ("printf 'claude 1.0.128'", (1, 0, 128)),
+        ("echo 2.1", None),
+        ("echo 2.1.3; exit 1", None),
+        ('[ "$1" = --version ] && [ "$KEPT" = yes ] && echo 3.0.0', (3, 0, 0)),
+        ("exec /bin/sleep 60", None),
+        (None, None),
+    ],
+)
+def test_the_client_is_asked_for_its_version(tmp_path, monkeypatch, script, version):
+    if script is not None:
+        program = tmp_path / "claude"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        if "sleep" in script:
+            monkeypatch.setattr(cm, "CLAUDE_VERSION_TIMEOUT_S", 0.2)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KEPT", "yes")
+    assert cm.claude_version() == version
+
+
+def test_claude_config_dir_replaces_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("CLAUDE_CONFIG_DIR", raising=False)
+    assert cm.settings_path(None) == "/home/me/.claude/settings.json"
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", "/etc/cc")
+    assert cm.settings_path(None) == "/etc/cc/settings.json"
+    monkeypatch.chdir(tmp_path)
+    assert cm.settings_path(".") == f"{tmp_path}/.claude/settings.json"
+
+
+def test_the_installed_interpreter_is_not_one_of_a_virtual_environment():
+    interpreter = cm.base_interpreter()
+    assert os.path.isabs(interpreter) and os.access(interpreter, os.X_OK)
+    assert sys.prefix == sys.base_prefix or not interpreter.startswith(sys.prefix + os.sep)
+
+
+@pytest.mark.parametrize("odd", INSTALL_ODD_NAMES)
+def test_the_shell_runs_exactly_the_named_files(tmp_path, odd):
+    directory = tmp_path / odd / "hooks"
+    directory.mkdir(parents=True)
+    script = directory / "emit_event.py"
+    script.write_text("import sys; print(sys.flags.isolated, sys.flags.no_site, ascii(sys.argv))")
+    interpreter = tmp_path / odd / "python"
+    interpreter.symlink_to(PYTHON)
+    done = run_hook(cm.hook_command(str(interpreter), str(script)), b"", dict(os.environ))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"1 1 {ascii([str(script)])}\n"
+    for gone in (interpreter, script):
+        gone.unlink()
+        done = run_hook(cm.hook_command(str(interpreter), str(script)), b"", dict(os.environ))
+        assert (done.returncode, done.stdout) == (0, b"")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
+def test_any_path_survives_the_shell(name):
+    path = os.path.abspath("/" + name)
+    command = cm.hook_command("/usr/bin/printf", path).replace(" -I -S ", " %s ", 1)
+    assert run_hook(command, b"", dict(os.environ)).stdout == path.encode()
+
+
+def test_a_path_that_json_cannot_carry_is_refused():
+    with pytest.raises(cm.InstallError, match="UTF-8"):
+        cm.hook_command("/usr/bin/python3", os.fsdecode(b"/\xff/hooks/emit_event.py"))
+
+
+def install_text(path: object) -> str:
+    with open(str(path), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
+    home = tmp_path / 'my "home" $x'
+    script = cm.install_hook_files(str(home))
+    assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
+    library = home / "hooks/lib"
+    whole_text, hot_path = install_text(ee.__file__), install_text(library / "hot_path.py")
+    assert install_text(script) == ee.LAUNCHER and install_text(library / "emit_event.py") == whole_text
+    assert whole_text.startswith(hot_path + ee.HOT_PATH_END)
+    compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
+    assert compiled == {"emit_event", "hot_path"}
+    for directory in (home, home / "hooks", library):
+        assert hook_mode_of(directory) == 0o700
+    for path in (script, library / "emit_event.py", library / "hot_path.py"):
+        assert hook_mode_of(path) == 0o600
+    (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
+    command = cm.hook_command(PYTHON, script)
+    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+    shutil.rmtree(library / "__pycache__")  # it works without, too
+    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+    assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
+
+
+def test_the_installed_copy_can_install_itself_again_and_a_part_of_it_cannot(tmp_path, monkeypatch):
+    cm.install_hook_files(str(tmp_path))
+    names = ("emit_event.py", "lib/emit_event.py", "lib/hot_path.py")
+    before = [install_text(tmp_path / "hooks" / name) for name in names]
+    monkeypatch.setattr(ee, "__file__", str(tmp_path / "hooks/lib/emit_event.py"))
+    cm.install_hook_files(str(tmp_path))
+    assert [install_text(tmp_path / "hooks" / name) for name in names] == before
+    for part in ("lib/hot_path.py", "emit_event.py"):
+        monkeypatch.setattr(ee, "__file__", str(tmp_path / "hooks" / part))
+        with pytest.raises(cm.InstallError, match="not whole"):
+            cm.install_hook_files(str(tmp_path))
+    assert [install_text(tmp_path / "hooks" / name) for name in names] == before
+
+
+def test_a_home_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cm.InstallError) as caught:
+        cm.install_hook_files(str(tmp_path / "file" / "home"))
+    assert "\n" not in str(caught.value)
+
+
+INSTALL_BROKEN = {
+    "not json": (b'{\n  "a": 1,\n  b\n}', "line 3, column 3"),
+    "a comment": (b'{\n// "a": 1\n}', "line 2, column 1"),
+    "a list": (b"[]", "one JSON object"),
+    "a key twice": (b'{"a": {"hooks": 1, "hooks": 2}}', '"hooks" stands twice'),
+    "no utf-8": (b'{\n"a": "\xff"}', "line 2 is not UTF-8"),
+    "NaN": (b'{"a": NaN}', "NaN"),
+    "huge": (b'{"a": 1e999}', "too large"),
+    "deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
+    "hooks": (b'{"hooks": {"Stop": [1]}}', r"hooks\.Stop\[0\]"),
+}
+
+
+@pytest.fixture
+def install_project(tmp_path):
+    (tmp_path / "project/.claude").mkdir(parents=True)
+    return tmp_path / "project"
+
+
+@pytest.mark.parametrize(("content", "words"), INSTALL_BROKEN.values(), ids=INSTALL_BROKEN.keys())
+def test_settings_that_cannot_be_read_are_refused_and_left_alone(install_project, content, words):
+    path = install_project / ".claude/settings.json"
+    path.write_bytes(content)
+    for plan in (
+        lambda: cm.plan_install("/h", str(install_project), None),
+        lambda: cm.plan_uninstall(str(install_project)),
+    ):
+        with pytest.raises(cm.InstallError, match=words) as caught:
+            plan()
+        assert str(path) in str(caught.value) and "nothing was changed" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content and os.listdir(path.parent) == ["settings.json"]
+
+
+def test_planning_writes_nothing(install_project):
+    home = install_project / "home"
+    plan = cm.plan_install(str(home), str(install_project), (2, 1, 330))
+    assert not home.exists() and os.listdir(install_project / ".claude") == []
+    assert (plan.old_text, plan.names, plan.version) == ("", tuple(INSTALL_ALL_NAMES), (2, 1, 330))
+    assert plan.command == cm.hook_command(PYTHON, f"{home}/hooks/emit_event.py")
+    entry = {**INSTALL_HANDLER, "command": plan.command}
+    assert install_handlers_in(json.loads(plan.new_text), entry) == INSTALL_ALL_NAMES
+
+
+def test_a_missing_project_and_a_client_without_hooks_are_refused(tmp_path):
+    with pytest.raises(cm.InstallError, match="no such directory"):
+        cm.plan_install("/h", str(tmp_path / "gone"), None)
+    with pytest.raises(cm.InstallError, match="no such directory"):
+        cm.plan_uninstall(str(tmp_path / "gone"))
+    with pytest.raises(cm.InstallError, match="update it"):
+        cm.plan_install("/h", str(tmp_path), (0, 2, 1))
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=["lf", "crlf"])
+@pytest.mark.parametrize("indent", ["\t", "  ", "    ", ""], ids=["tab", "two", "four", "none"])
+@pytest.mark.parametrize(("mark", "final"), [("", True), ("\ufeff", False)], ids=["plain", "bom"])
+def test_the_layout_of_the_settings_is_kept_and_comes_back(install_project, line_end, indent, mark, final):
+    path = install_project / ".claude/settings.json"
+    other = {"Stop": [{"hooks": [{"type": "command", "command": "make"}]}]}
+    text = json.dumps({"model": "é\u2028", "hooks": other, "n": {}}, indent=indent, ensure_ascii=False)
+    content = (mark + (text + "\n" * final).replace("\n", line_end)).encode()
+    path.write_bytes(content)
+    plan = cm.plan_install("/h", str(install_project), None)
+    backup = cm.write_settings(plan.path, plan.new_text, plan.old_text)
+    changed = path.read_bytes().decode()
+    assert changed.startswith(mark + "{" + line_end + indent + '"model": "é\u2028"')
+    assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == final
+    with open(backup, "rb") as file:
+        assert file.read() == content
+    again = cm.plan_install("/h", str(install_project), None)
+    assert again.new_text == again.old_text == plan.new_text
+    back = cm.plan_uninstall(str(install_project))
+    assert set(back.names) == INSTALL_NINE
+    cm.write_settings(back.path, back.new_text, back.old_text)
+    assert path.read_bytes() == content
+
+
+def test_half_pairs_stay_escaped_in_the_settings_and_whole_ones_do_not():
+    text = cm.render_settings(json.loads('{"a": "\\ud83d", "b": "\\ud83d\\ude00"}'), "{}")
+    assert text == '{\n  "a": "\\ud83d",\n  "b": "😀"\n}'
+
+
+def test_settings_that_need_no_change_keep_their_layout(install_project):
+    path = install_project / ".claude/settings.json"
+    path.write_text('{ "a":[1,2] , "b": 1.50}')
+    plan = cm.plan_uninstall(str(install_project))
+    assert plan.new_text == plan.old_text and plan.names == ()
+    assert cm.write_settings(plan.path, plan.new_text, plan.old_text) is None
+    assert os.listdir(path.parent) == ["settings.json"]
+    compact = json.dumps(json.loads(cm.plan_install("/h", str(install_project), None).new_text))
+    path.write_text(compact)
+    assert cm.plan_install("/h", str(install_project), None).new_text == compact
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xef\xbb\xbf"])
+def test_a_blank_file_holds_no_settings(install_project, content):
+    path = install_project / ".claude/settings.json"
+    path.write_bytes(content)
+    plan = cm.plan_install("/h", str(install_project), None)
+    cm.write_settings(plan.path, plan.new_text, plan.old_text)
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_missing_settings_are_made_with_their_directories_and_no_backup(tmp_path):
+    path = tmp_path / "new/.claude/settings.json"
+    assert cm.write_settings(str(path), '{"é": 1}\n', "") is None
+    assert install_text(path) == '{"é": 1}\n'
+    assert os.listdir(path.parent) == ["settings.json"] and hook_mode_of(path) == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o664, 0o440])
+def test_a_link_to_settings_is_followed_the_mode_kept_and_the_backup_private(tmp_path, mode):
+    target, link = tmp_path / "dotfiles/claude.json", tmp_path / "claude/settings.json"
+    target.parent.mkdir()
+    link.parent.mkdir()
+    target.write_text("{}")
+    target.chmod(mode)
+    link.symlink_to("../dotfiles/claude.json")
+    backup = cm.write_settings(str(link), '{"a": 1}', "{}")
+    assert link.is_symlink() and install_text(target) == '{"a": 1}' and hook_mode_of(target) == mode
+    assert re.fullmatch(re.escape(str(link)) + r"\.contextuate-backup-\d{8}-\d{6}", backup)
+    assert install_text(backup) == "{}" and hook_mode_of(backup) == 0o600
+    assert os.listdir(target.parent) == ["claude.json"]
+
+
+def test_a_link_to_nothing_yet_leads_to_new_settings(tmp_path):
+    link = tmp_path / "settings.json"
+    link.symlink_to("later/claude.json")
+    assert cm.read_settings(str(link)) == ("", {})
+    assert cm.write_settings(str(link), "{}", "") is None
+    assert link.is_symlink() and install_text(tmp_path / "later/claude.json") == "{}"
+
+
+def test_two_backups_in_one_second_are_both_kept(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    path.write_text("{}")
+    monkeypatch.setattr(cm.time, "strftime", lambda _: "20300102-030405")
+    first = cm.write_settings(str(path), '{"a": 1}', "{}")
+    second = cm.write_settings(str(path), '{"a": 2}', '{"a": 1}')
+    assert first == f"{path}.contextuate-backup-20300102-030405" and second == first + "-2"
+    assert [install_text(first), install_text(second)] == ["{}", '{"a": 1}']
+
+
+@pytest.mark.parametrize("now", [b"{ }", None])
+def test_settings_changed_meanwhile_are_left_alone(tmp_path, now):
+    path = tmp_path / "settings.json"
+    path.write_bytes(b"{}")
+    if now is None:
+        path.unlink()
+    else:
+        path.write_bytes(now)
+    with pytest.raises(cm.InstallError, match="nothing was changed"):
+        cm.write_settings(str(path), '{"a": 1}', "{}")
+    assert (path.read_bytes() if path.exists() else None) == now
+    assert os.listdir(tmp_path) == ([] if now is None else ["settings.json"])
+
+
+def test_settings_that_cannot_be_replaced_leave_no_backup_behind(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    path.write_text("{}")
+    write = ee.write_atomically
+
+    def full_disk(target: str, content: bytes, mode: int = 0o600) -> None:
+        if target == str(path):
+            raise OSError(28, "No space left on device")
+        write(target, content, mode)
+
+    monkeypatch.setattr(ee, "write_atomically", full_disk)
+    with pytest.raises(cm.InstallError, match="No space left"):
+        cm.write_settings(str(path), '{"a": 1}', "{}")
+    assert os.listdir(tmp_path) == ["settings.json"] and install_text(path) == "{}"
+
+
+@pytest.mark.parametrize("name", ["pipe", "loop", ".", "file/settings.json"])
+def test_settings_that_are_no_regular_file_are_refused_without_waiting(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cm.InstallError):
+        cm.read_settings(str(tmp_path / name))
+
+
+def test_the_diff_shows_what_will_change(install_project):
+    path = install_project / ".claude/settings.json"
+    path.write_text('{\n  "a": "x\u2028y"\n}')
+    plan = cm.plan_install("/h", str(install_project), None)
+    diff = cm.diff_settings(plan.path, plan.old_text, plan.new_text)
+    assert diff.startswith(f"--- {path}\n+++ {path}\n@@ -1,3 +1,")
+    assert '-  "a": "x\u2028y"\n' in diff and '+  "a": "x\u2028y",\n' in diff
+    assert "\n\\ No newline at end of file\n" in diff
+    assert cm.diff_settings(plan.path, plan.old_text, plan.old_text) == ""
+    assert cm.diff_settings("/new", "", "{}\n") == "--- /dev/null\n+++ /new\n@@ -0,0 +1 @@\n+{}\n"
+
+
+def test_the_commands_install_and_uninstall_do_what_their_dry_runs_say(monitor):
+    path = monitor.claude_home + "/settings.json"
+    dry = monitor.command("install", "--dry-run")
+    assert "+" in dry.stdout and not os.path.exists(path) and not os.path.exists(monitor.home + "/hooks")
+    monitor.command("install")
+    installed = install_text(path)
+    assert set(json.loads(installed)["hooks"]) >= INSTALL_NINE
+    assert "nothing to change" in monitor.command("install", "--dry-run").stdout
+    monitor.command("install")
+    assert install_text(path) == installed
+    assert "-" in monitor.command("uninstall", "--dry-run").stdout and install_text(path) == installed
+    monitor.command("uninstall")
+    assert json.loads(install_text(path)) == {}
+    assert "no hook of ours" in monitor.command("uninstall").stdout
+
+
+def test_installing_into_broken_settings_is_refused_in_one_line(monitor):
+    os.mkdir(monitor.claude_home)
+    with open(monitor.claude_home + "/settings.json", "w", encoding="ascii") as file:
+        file.write("{,}")
+    done = monitor.command("install", check=False)
+    assert done.returncode == 1 and monitor.claude_home + "/settings.json" in done.stderr
+    assert len([line for line in done.stderr.splitlines() if "error" in line]) == 1
+    assert not os.path.exists(monitor.home + "/hooks")
+    assert install_text(monitor.claude_home + "/settings.json") == "{,}"
+
+
+# ---------------------------------------------------------------------------
+# WebSocket framing, the opening handshake, the protocol of both ports
+#
+# Frames come from another author's serializer where they are valid, and are made by hand where they are not.
+# What a running monitor says is read from raw sockets or by that author's client.
+# ---------------------------------------------------------------------------
+
+PROTOCOL_MASK = b"\x37\xfa\x21\x3d"
+PROTOCOL_KEY = "dGhlIHNhbXBsZSBub25jZQ=="  # RFC 6455 section 1.3, as its answer below
+PROTOCOL_ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+PROTOCOL_ROW_FIELDS = {
+    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agentId", "agentType",
+    "demo", "partial", "data",
+}  # fmt: skip
+PROTOCOL_ROW_DATA = {
+    "toolName", "toolUseId", "durationMs", "target", "text", "notificationType", "source", "reason", "isInterrupt",
+}  # fmt: skip
+
+
+def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True, mask: bool = True) -> bytes:
+    """Serialize one valid frame with the other author's code."""
+    frame = websockets.frames.Frame(websockets.frames.Opcode(opcode), payload, fin)
+    return frame.serialize(mask=mask)
+
+
+def protocol_raw_frame(
+    first: int, payload: bytes = b"", length_bytes: int = 0, mask: "bytes | None" = PROTOCOL_MASK
+) -> bytes:
+    """Build a frame by hand, valid or not: any first byte, the length in 0, 2 or 8 extra bytes."""
+    flag = 0x80 if mask else 0
+    if length_bytes == 0:
+        head = bytes([first, flag | len(payload)])
+    else:
+        code, form = {2: (126, "!H"), 8: (127, "!Q")}[length_bytes]
+        head = bytes([first, flag | code]) + struct.pack(form, len(payload))
+    if mask is None:
+        return head + payload
+    return head + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+
+
+def protocol_feed(parser: "cm.FrameParser", data: bytes, sizes: "list[int]") -> "list[Any]":
+    """Feed bytes in chunks of these sizes, in turn; return everything that came out."""
+    received: list[Any] = []
+    turn = itertools.cycle(sizes)
+    while data:
+        size = next(turn)
+        received += parser.feed(data[:size])
+        data = data[size:]
+    return received
+
+
+def protocol_pieces(data: bytes, cuts: "list[int]") -> "list[bytes]":
+    """Cut bytes at these places, taken modulo their length."""
+    places = sorted(cut % (len(data) + 1) for cut in cuts)
+    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
+
+
+protocol_controls = st.lists(st.tuples(st.sampled_from([9, 10]), st.binary(max_size=125)), max_size=2)
+protocol_conversations = st.lists(
+    st.tuples(
+        st.one_of(st.text(max_size=200), st.binary(max_size=400), st.binary(min_size=65530, max_size=65540)),
+        st.lists(st.integers(0, 1 << 20), max_size=4),
+        st.lists(protocol_controls, min_size=6, max_size=6),
+    ),
+    max_size=5,
+)
+
+
+@pytest.fixture(scope="module")
+def spoken() -> "Iterator[RunningMonitor]":
+    """A running monitor for this section; every test uses sessions of its own."""
+    made = RunningMonitor(new_home()).start()
+    yield made
+    clean_up(made)
+
+
+@given(protocol_conversations, st.lists(st.integers(1, 70000), min_size=1, max_size=8), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_messages_come_out_the_same_whatever_the_fragments_and_chunks(
+    conversation: "list[Any]", sizes: "list[int]", masked: bool
+) -> None:
+    wire, expected = b"", []
+    for message, cuts, controls in conversation:
+        data = message.encode() if isinstance(message, str) else message
+        pieces = protocol_pieces(data, cuts)
+        for index, piece in enumerate(pieces):
+            opcode = 0 if index else 1 if isinstance(message, str) else 2
+            wire += protocol_frame(opcode, piece, fin=index == len(pieces) - 1, mask=masked)
+            if index == len(pieces) - 1:
+                expected.append(cm.Text(message) if isinstance(message, str) else cm.Binary(message))
+            for control, content in controls[index]:
+                wire += protocol_frame(control, content, mask=masked)
+                expected.append(cm.Ping(content) if control == 9 else cm.Pong(content))
+    assert protocol_feed(cm.FrameParser(masked), wire, sizes) == expected
+
+
+@given(st.lists(st.text(max_size=12), min_size=1, max_size=4), st.lists(st.integers(0, 100), max_size=5))
+@settings(deadline=None, max_examples=80)
+def test_every_message_comes_out_with_the_byte_that_completes_it(
+    texts: "list[str]", cuts: "list[int]"
+) -> None:
+    parser = cm.FrameParser()
+    for text in texts:
+        pieces = protocol_pieces(text.encode(), cuts)
+        wire = b"".join(
+            protocol_frame(0 if index else 1, piece, fin=index == len(pieces) - 1)
+            for index, piece in enumerate(pieces)
+        )
+        assert protocol_feed(parser, wire[:-1], [1]) == []
+        assert parser.feed(wire[-1:]) == [cm.Text(text)]
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 127, 65535, 65536, 200_000])
+def test_our_frames_are_those_of_the_other_author(size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    assert cm.encode_frame(cm.Opcode.BINARY, data) == protocol_frame(2, data, mask=False)
+    masked = cm.encode_frame(cm.Opcode.BINARY, data, PROTOCOL_MASK)
+    form = 0 if size < 126 else 2 if size < 65536 else 8
+    assert masked == protocol_raw_frame(0x82, data, form)
+    assert cm.FrameParser().feed(masked) == [cm.Binary(data)]
+
+
+@given(st.binary(max_size=70), st.binary(min_size=4, max_size=4), st.integers(0, 50))
+def test_masking_is_the_xor_of_the_rfc_at_any_offset(data: bytes, mask: bytes, offset: int) -> None:
+    expected = bytes(byte ^ mask[(offset + index) % 4] for index, byte in enumerate(data))
+    assert cm.apply_mask(data, mask, offset) == expected
+
+
+PROTOCOL_VIOLATIONS = {
+    "reserved bit 1": (protocol_raw_frame(0xC1, b"x"), 1002),
+    "reserved bit 2": (protocol_raw_frame(0xA1, b"x"), 1002),
+    "reserved bit 3": (protocol_raw_frame(0x91, b"x"), 1002),
+    "reserved bit on a control frame": (protocol_raw_frame(0xC9, b"x"), 1002),
+    **{f"opcode {code}": (protocol_raw_frame(0x80 | code, b"x"), 1002) for code in (3, 4, 5, 6, 7)},
+    **{f"opcode {code}": (protocol_raw_frame(0x80 | code, b"x"), 1002) for code in (11, 12, 13, 14, 15)},
+    "unmasked": (protocol_raw_frame(0x81, b"x", mask=None), 1002),
+    "unmasked and empty": (protocol_raw_frame(0x81, b"", mask=None), 1002),
+    "unmasked ping": (protocol_raw_frame(0x89, b"x", mask=None), 1002),
+    "fragmented ping": (protocol_raw_frame(0x09, b"x"), 1002),
+    "fragmented close": (protocol_raw_frame(0x08, b""), 1002),
+    "long ping": (protocol_raw_frame(0x89, b"x" * 126, 2), 1002),
+    "long close": (protocol_raw_frame(0x88, b"\x03\xe8" + b"x" * 124, 2), 1002),
+    "ping with a needlessly long length": (protocol_raw_frame(0x89, b"x", 2), 1002),
+    "continuation of nothing": (protocol_raw_frame(0x80, b"x"), 1002),
+    "unfinished continuation of nothing": (protocol_raw_frame(0x00, b"x"), 1002),
+    "text within a text": (protocol_raw_frame(0x01, b"a") + protocol_raw_frame(0x81, b"b"), 1002),
+    "binary within a text": (protocol_raw_frame(0x01, b"a") + protocol_raw_frame(0x82, b"b"), 1002),
+    "text within a binary": (protocol_raw_frame(0x02, b"a") + protocol_raw_frame(0x01, b"b"), 1002),
+    "text within a text that is empty so far": (protocol_raw_frame(0x01) + protocol_raw_frame(0x81), 1002),
+    "continuation after the end": (
+        protocol_raw_frame(0x01, b"a") + protocol_raw_frame(0x09 | 0x80) + protocol_raw_frame(0x0C | 0x80), 1002,
+    ),
+    "125 bytes in the 16-bit form": (protocol_raw_frame(0x81, b"x" * 125, 2), 1002),
+    "65535 bytes in the 64-bit form": (protocol_raw_frame(0x82, b"x" * 65535, 8), 1002),
+    "length with the top bit": (b"\x82\xff" + b"\xff" * 8, 1002),
+    "too big": (b"\x82\xff" + struct.pack("!Q", cm.MESSAGE_LIMIT_BYTES + 1), 1009),
+    "much too big": (b"\x81\xff" + struct.pack("!Q", (1 << 63) - 1), 1009),
+    "bad UTF-8": (protocol_raw_frame(0x81, b"\xff"), 1007),
+    "unfinished UTF-8": (protocol_raw_frame(0x81, "é".encode()[:1]), 1007),
+    "a surrogate in UTF-8": (protocol_raw_frame(0x81, b"\xed\xa0\x80"), 1007),
+    "unfinished UTF-8 over fragments": (
+        protocol_raw_frame(0x01, b"\xf0\x9f") + protocol_raw_frame(0x80, b"\x98"), 1007,
+    ),
+    "close payload of one byte": (protocol_raw_frame(0x88, b"\x03"), 1002),
+    "close reason that is not UTF-8": (protocol_raw_frame(0x88, b"\x03\xe8\xff"), 1007),
+    "close reason that is not finished": (protocol_raw_frame(0x88, b"\x03\xe8\xc3"), 1007),
+    **{
+        f"close code {code}": (protocol_raw_frame(0x88, struct.pack("!H", code)), 1002)
+        for code in (0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROTOCOL_VIOLATIONS)
+@pytest.mark.parametrize("size", [1, 3, 1 << 20])
+def test_every_violation_fails_with_its_code_and_nothing_follows(name: str, size: int) -> None:
+    wire, code = PROTOCOL_VIOLATIONS[name]
+    good = protocol_frame(1, b"before")
+    received = protocol_feed(cm.FrameParser(), good + wire + protocol_frame(1, b"after") * 3, [size])
+    assert received[0] == cm.Text("before")
+    assert [item.code for item in received if isinstance(item, cm.Failure)] == [code]
+    assert isinstance(received[-1], cm.Failure)
+    assert not any(isinstance(item, (cm.Text, cm.Binary, cm.Close)) for item in received[1:])
+
+
+def test_a_client_takes_unmasked_frames_only() -> None:
+    parser = cm.FrameParser(masked=False)
+    assert parser.feed(protocol_frame(1, b"hello", mask=False)) == [cm.Text("hello")]
+    (failure,) = parser.feed(protocol_frame(1, b"hello"))
+    assert isinstance(failure, cm.Failure)
+    assert failure.code == 1002
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(1000, ""), (1001, "going"), (1003, ""), (1007, ""), (1011, "ä" * 61), (1012, ""), (1014, ""), (3000, ""), (4999, "x" * 123)],
+)  # fmt: skip
+def test_good_close_frames_are_told_and_nothing_follows(code: int, reason: str) -> None:
+    wire = protocol_frame(8, struct.pack("!H", code) + reason.encode())
+    received = protocol_feed(cm.FrameParser(), wire + protocol_frame(1, b"late") + b"\xff" * 50, [1])
+    assert received == [cm.Close(code, reason)]
+
+
+def test_a_close_frame_may_stand_between_fragments_and_may_be_empty() -> None:
+    wire = protocol_frame(1, b"half", fin=False) + protocol_frame(8) + protocol_frame(0, b"other half")
+    assert cm.FrameParser().feed(wire) == [cm.Close(None, "")]
+
+
+@given(st.integers(1000, 4999), st.text(max_size=200))
+def test_our_close_frames_fit_and_can_be_read_back(code: int, reason: str) -> None:
+    frame = cm.encode_close(code, reason)
+    assert len(frame) <= 127
+    if cm.is_sendable_close_code(code):
+        (close,) = cm.FrameParser(masked=False).feed(frame)
+        assert close.code == code
+        assert reason.startswith(close.reason)
+        assert len(close.reason.encode()) > 119 or close.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("good", "bad"),
+    [(b"\xce\xba\xe1\xbd\xb9", b"\xff"), (b"", b"\xc0"), (b"", b"\x80"), (b"a\xed", b"\xa0"), (b"\xe0", b"\x80"),
+     (b"\xf4", b"\x90"), (b"\xf0", b"\x8f"), (b"", b"\xf5"), (b"\xf0\x9f\x98", b"a"), (b"\xc3", b"(")],
+)  # fmt: skip
+@pytest.mark.parametrize("fragmented", [False, True])
+def test_bad_utf8_fails_with_the_very_byte(good: bytes, bad: bytes, fragmented: bool) -> None:
+    parser = cm.FrameParser()
+    if fragmented:
+        assert parser.feed(protocol_frame(1, b"ok" + good, fin=False)) == []
+        frame = protocol_raw_frame(0x00, bad + b"x" * 90)
+        upto = 2 + 4
+    else:
+        frame = protocol_raw_frame(0x81, good + bad + b"x" * 90)
+        upto = 2 + 4 + len(good)
+    assert protocol_feed(parser, frame[:upto], [1]) == []
+    (failure,) = parser.feed(frame[upto : upto + 1])
+    assert isinstance(failure, cm.Failure)
+    assert failure.code == 1007
+    assert parser.feed(frame[upto + 1 :]) == []
+
+
+def test_a_character_may_be_cut_by_fragments_anywhere() -> None:
+    text = "aé€😀\U0010ffff"
+    wire = b"".join(
+        protocol_frame(0 if index else 1, bytes([byte]), fin=False)
+        for index, byte in enumerate(text.encode())
+    )
+    assert cm.FrameParser().feed(wire + protocol_frame(0, b"")) == [cm.Text(text)]
+
+
+def test_a_message_of_the_limit_passes_and_one_byte_more_fails_before_it_comes() -> None:
+    assert cm.FrameParser(limit_bytes=1000).feed(protocol_frame(2, b"x" * 1000)) == [cm.Binary(b"x" * 1000)]
+    (failure,) = cm.FrameParser(limit_bytes=1000).feed(b"\x82\xfe" + struct.pack("!H", 1001))
+    assert failure.code == 1009
+
+
+def test_the_limit_counts_all_fragments_of_one_message_and_no_control_frames() -> None:
+    parser = cm.FrameParser(limit_bytes=300)
+    third = protocol_frame(0, b"x" * 100, fin=False)
+    for _ in range(3):  # the count starts anew with each message
+        assert parser.feed(protocol_frame(1, b"x" * 100, fin=False) + third) == []
+        assert parser.feed(protocol_frame(9, b"p" * 125)) == [cm.Ping(b"p" * 125)]
+        assert parser.feed(protocol_frame(0, b"x" * 100)) == [cm.Text("x" * 300)]
+    assert parser.feed(protocol_frame(2, b"x" * 100, fin=False) + third + third) == []
+    (failure,) = parser.feed(protocol_raw_frame(0x80, b"y"))
+    assert failure.code == 1009
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.booleans())
+@settings(deadline=None, max_examples=400)
+def test_arbitrary_bytes_never_raise_and_chunks_change_nothing(
+    data: bytes, sizes: "list[int]", masked: bool
+) -> None:
+    whole = cm.FrameParser(masked).feed(data)
+    assert protocol_feed(cm.FrameParser(masked), data, sizes) == whole
+    ends = [index for index, item in enumerate(whole) if isinstance(item, (cm.Close, cm.Failure))]
+    assert ends in ([], [len(whole) - 1])
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 255), st.binary(max_size=130), st.sampled_from([0, 0, 0, 2, 8])), max_size=8
+    ),
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+)
+@settings(deadline=None, max_examples=300)
+def test_frames_of_any_kind_never_raise_and_chunks_change_nothing(
+    frames: "list[tuple[int, bytes, int]]", sizes: "list[int]"
+) -> None:
+    data = b"".join(
+        protocol_raw_frame(first, content if form else content[:125], form) for first, content, form in frames
+    )
+    whole = cm.FrameParser().feed(data)
+    assert protocol_feed(cm.FrameParser(), data, sizes) == whole
+    for item in whole[:-1]:
+        assert not isinstance(item, (cm.Close, cm.Failure))
+
+
+# -- the opening handshake -----------------------------------------------------
+
+
+def protocol_head(
+    *changes: "tuple[str, str | None]", line: str = "GET / HTTP/1.1", more: "tuple[str, ...]" = ()
+) -> bytes:
+    """Return a request head for a WebSocket without its blank line; changes replace headers, None removes one."""
+    headers: dict[str, str | None] = {
+        "Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": PROTOCOL_KEY,
+        "Sec-WebSocket-Version": "13",
+    }  # fmt: skip
+    headers.update(changes)
+    lines = [line, *(f"{name}: {value}" for name, value in headers.items() if value is not None), *more]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+def protocol_answer(head: bytes) -> "tuple[int, dict[str, str]]":
+    """Return the status and the headers that a head gets."""
+    try:
+        response = cm.handshake_response(cm.parse_request_head(head)).decode("ascii")
+    except cm.RequestError as error:
+        return error.status, {name.lower(): value for name, value in error.headers}
+    assert response.endswith("\r\n\r\n")
+    first, *lines = response[:-4].split("\r\n")
+    assert first.startswith("HTTP/1.1 ")
+    return int(first.split()[1]), {
+        name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
+    }
+
+
+def test_the_sample_of_the_rfc_gets_its_answer() -> None:
+    assert cm.accept_key(PROTOCOL_KEY) == PROTOCOL_ACCEPT
+    status, headers = protocol_answer(protocol_head())
+    assert status == 101
+    assert headers == {
+        "upgrade": "websocket", "connection": "Upgrade", "sec-websocket-accept": PROTOCOL_ACCEPT,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        protocol_head(("Upgrade", "WebSocket"), ("Connection", "UPGRADE")),
+        protocol_head(("Connection", "keep-alive, Upgrade")),
+        protocol_head(("Connection", "keep-alive"), more=("connection:upgrade",)),
+        protocol_head(("Upgrade", "h2c, websocket")),
+        protocol_head(("Sec-WebSocket-Version", None), more=("SEC-WEBSOCKET-VERSION:\t13 ",)),
+        protocol_head(("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits, x-other")),
+        protocol_head(("Sec-WebSocket-Protocol", "chat, superchat")),
+        protocol_head(line="GET /any/where?x=%20y HTTP/1.1"),
+        protocol_head(("X-Latin", "\xe9")),
+    ],
+)
+def test_a_correct_handshake_in_any_spelling_is_accepted_without_extensions(head: bytes) -> None:
+    status, headers = protocol_answer(head)
+    assert status == 101
+    assert set(headers) == {"upgrade", "connection", "sec-websocket-accept"}
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "header"),
+    [
+        (protocol_head(line="POST / HTTP/1.1"), 405, ("allow", "GET")),
+        (protocol_head(line="HEAD / HTTP/1.1"), 405, ("allow", "GET")),
+        (protocol_head(line="GET / HTTP/1.0"), 505, None),
+        (protocol_head(line="GET /"), 400, None),
+        (protocol_head(line="GET  / HTTP/1.1"), 400, None),
+        (protocol_head(line="GET / http/1.1"), 400, None),
+        (protocol_head(line=""), 400, None),
+        (protocol_head(("Upgrade", None)), 426, ("upgrade", "websocket")),
+        (protocol_head(("Upgrade", "h2c")), 426, ("upgrade", "websocket")),
+        (protocol_head(("Upgrade", "websockets")), 426, ("upgrade", "websocket")),
+        (protocol_head(("Connection", "keep-alive")), 426, ("upgrade", "websocket")),
+        (protocol_head(("Connection", None)), 426, ("upgrade", "websocket")),
+        (protocol_head(("Sec-WebSocket-Version", None)), 426, ("sec-websocket-version", "13")),
+        (protocol_head(("Sec-WebSocket-Version", "8")), 426, ("sec-websocket-version", "13")),
+        (protocol_head(("Sec-WebSocket-Version", "013")), 426, ("sec-websocket-version", "13")),
+        (protocol_head(more=("Sec-WebSocket-Version: 13",)), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", None)), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "")), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "c2hvcnQ=")), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ")), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=\xe9")), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25j!Q==")), 400, None),
+        (protocol_head(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZTEyMw==")), 400, None),
+        (protocol_head(more=(f"Sec-WebSocket-Key: {PROTOCOL_KEY}",)), 400, None),
+        (protocol_head(more=("no colon here",)), 400, None),
+        (protocol_head(more=("X-Folded: a", " b")), 400, None),
+        (protocol_head(more=("Bad Name: x",)), 400, None),
+        (protocol_head(more=("Before-Colon : x",)), 400, None),
+        (protocol_head(more=(": x",)), 400, None),
+        (protocol_head(("X-Null", "a\0b")), 400, None),
+        (protocol_head(("X-Newline", "a\nOrigin: b")), 400, None),
+        (protocol_head(("X-Return", "a\rb")), 400, None),
+    ],
+)  # fmt: skip
+def test_each_violation_of_the_handshake_is_refused_with_its_status(
+    head: bytes, status: int, header: "tuple[str, str] | None"
+) -> None:
+    got, headers = protocol_answer(head)
+    assert got == status
+    if header:
+        assert headers[header[0]] == header[1]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_for_a_head_are_refused_in_order(head: bytes) -> None:
+    status, _ = protocol_answer(head)
+    assert status in (400, 405, 426, 505)
+
+
+# -- a running monitor's WebSocket port ----------------------------------------
+
+
+class ProtocolPeer:
+    """A WebSocket client that sends whatever bytes it is told, and reads frames by hand."""
+
+    def __init__(self, port: int, receive_bytes: int = 0) -> None:
+        self.sock = socket.socket()
+        if receive_bytes:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        self.sock.settimeout(15)
+        self.sock.connect(("127.0.0.1", port))
+        self.sock.sendall(protocol_head(("Host", f"127.0.0.1:{port}")) + b"\r\n\r\n")
+        self.buffer = b""
+        while b"\r\n\r\n" not in self.buffer:
+            self.buffer += self.sock.recv(4096)
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        assert b" 101 " in head and PROTOCOL_ACCEPT.encode() in head, head
+
+    def _take(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            piece = self.sock.recv(1 << 18)
+            if not piece:
+                raise EOFError
+            self.buffer += piece
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def frame(self) -> "tuple[int, bytes] | None":
+        """Return the next frame's opcode and payload; None when the connection has ended."""
+        try:
+            first, second = self._take(2)
+            assert first & 0xF0 == 0x80 and second < 0x80, "a server's frames are whole and unmasked"
+            size = second
+            if size == 126:
+                (size,) = struct.unpack("!H", self._take(2))
+            elif size == 127:
+                (size,) = struct.unpack("!Q", self._take(8))
+            return first & 0x0F, self._take(size)
+        except (EOFError, ConnectionError):
+            return None
+
+    def rest(self) -> "list[tuple[int, bytes]]":
+        """Return every frame until the connection ends."""
+        return list(iter(self.frame, None))
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.sock.sendall(data)
+
+    def say(self, **message: Any) -> None:
+        """Send one message in one frame."""
+        self.send(protocol_frame(1, json.dumps(message).encode()))
+
+    def next(self, kind: str) -> bytes:
+        """Return the text of the next message of one kind."""
+        while True:
+            frame = self.frame()
+            assert frame is not None, f"the connection ended before {kind}"
+            if frame[0] == 1 and json.loads(frame[1])["type"] == kind:
+                return frame[1]
+
+    def close(self) -> None:
+        """Let go of the connection without a word."""
+        self.sock.close()
+
+
+def protocol_close_code(frames: "list[tuple[int, bytes]]") -> int:
+    """Return the code of the close frame that ends a list of frames."""
+    opcode, content = frames[-1]
+    assert opcode == 8, frames[-1]
+    (code,) = struct.unpack("!H", content[:2])
+    content[2:].decode("utf-8")
+    return int(code)
+
+
+def protocol_exchange(
+    port: int, data: bytes, method: str = "GET"
+) -> "tuple[int, list[tuple[str, str]], bytes]":
+    """Send a request's bytes to either port; return status, headers in lower case, body."""
+    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
+        sock.sendall(data)
+        response = http.client.HTTPResponse(sock, method=method)
+        response.begin()
+        return (
+            response.status,
+            [(name.lower(), value) for name, value in response.getheaders()],
+            response.read(),
+        )
+
+
+def protocol_events(session: str, count: int, **fields: Any) -> "list[dict[str, Any]]":
+    """Make some events of a session, told apart by their prompt."""
+    return [
+        payload("UserPromptSubmit", session, prompt=f"{session} {index}", **fields) for index in range(count)
+    ]
+
+
+def protocol_lines(monitor: RunningMonitor, session: "str | None" = None) -> "list[bytes]":
+    """Read the stored lines of a session (or all) from the files, in order of arrival."""
+    lines: list[bytes] = []
+    for path in glob.glob(f"{monitor.home}/events/*/{session or '*'}.jsonl"):
+        with open(path, "rb") as file:
+            lines += file.read().splitlines()
+    return sorted(lines, key=lambda line: json.loads(line)["seq"])
+
+
+def test_hello_comes_first_and_says_who_speaks(spoken: RunningMonitor) -> None:
+    client = spoken.websocket(None)
+    assert not client.others
+    hello = client.hello
+    assert (hello["mode"], hello["machineId"], hello["wsProtocol"]) == ("local", "testbox", 1)
+    assert hello["version"] == cm.__version__
+    assert hello["seq"] == spoken.get("/api/status")["seq"]
+    client.close()
+
+
+def test_replies_of_one_kind_come_in_the_order_asked_with_their_request_ids(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("order", 3))
+    client = spoken.websocket()
+    for number in range(40):
+        client.send(type="get_sessions", requestId=number)
+        client.send(type="get_events", sessionId="order", limit=2, requestId=f"e{number}")
+        client.send(type="nothing", requestId=number)
+    assert [client.next("sessions")["requestId"] for _ in range(40)] == list(range(40))
+    assert [client.next("events")["requestId"] for _ in range(40)] == [f"e{number}" for number in range(40)]
+    assert [client.next("error")["requestId"] for _ in range(40)] == list(range(40))
+    client.close()
+
+
+def test_an_offer_of_compression_is_answered_without_it(spoken: RunningMonitor) -> None:
+    with websockets.sync.client.connect(
+        f"ws://127.0.0.1:{spoken.ws_port}/", compression="deflate", subprotocols=None
+    ) as connection:
+        assert "permessage-deflate" in connection.request.headers["Sec-WebSocket-Extensions"]
+        assert "Sec-WebSocket-Extensions" not in connection.response.headers
+        assert json.loads(connection.recv(timeout=15))["type"] == "hello"
+
+
+def test_a_ping_gets_its_payload_back_also_between_fragments(spoken: RunningMonitor) -> None:
+    peer = ProtocolPeer(spoken.ws_port)
+    peer.next("hello")
+    peer.send(protocol_frame(9, b"") + protocol_frame(9, b"p" * 125))
+    assert [peer.frame(), peer.frame()] == [(10, b""), (10, b"p" * 125)]
+    peer.send(protocol_frame(1, b'{"type":"get_', fin=False) + protocol_frame(9, b"inside"))
+    assert peer.frame() == (10, b"inside")
+    peer.send(protocol_frame(10, b"unasked") + protocol_frame(0, b'sessions"}'))
+    opcode, content = peer.frame() or (0, b"")
+    assert (opcode, json.loads(content)["type"]) == (1, "sessions")
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "codes"), [(b"\x03\xe8bye", {1000}), (b"\x03\xe9", {1001}), (b"\x0f\xa0", {4000}), (b"", {1000, None})]
+)  # fmt: skip
+def test_a_close_frame_is_answered_and_the_connection_ends(
+    spoken: RunningMonitor, content: bytes, codes: "set[int | None]"
+) -> None:
+    peer = ProtocolPeer(spoken.ws_port)
+    peer.next("hello")
+    peer.send(protocol_frame(8, content) + protocol_frame(1, b'{"type":"get_sessions"}'))
+    frames = peer.rest()
+    assert len(frames) == 1  # nothing follows it, and it was not answered twice
+    assert (protocol_close_code(frames) if frames[0][1] else None) in codes
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    ("wire", "code"),
+    [
+        (PROTOCOL_VIOLATIONS[name][0], PROTOCOL_VIOLATIONS[name][1])
+        for name in ("reserved bit 1", "opcode 3", "opcode 11", "unmasked", "fragmented ping", "too big", "bad UTF-8",
+                     "continuation of nothing", "125 bytes in the 16-bit form", "close code 1005",
+                     "close payload of one byte", "close reason that is not UTF-8")
+    ] + [(protocol_raw_frame(0x82, b"\0\1"), 1003)],
+)  # fmt: skip
+def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(
+    spoken: RunningMonitor, wire: bytes, code: int
+) -> None:
+    peer = ProtocolPeer(spoken.ws_port)
+    peer.next("hello")
+    peer.send(wire)
+    frame = peer.frame()
+    assert frame is not None
+    assert protocol_close_code([frame]) == code
+    peer.send(protocol_frame(8, struct.pack("!H", code)))
+    assert peer.frame() is None
+    peer.close()
+
+
+def test_what_follows_a_binary_message_is_not_carried_out(spoken: RunningMonitor) -> None:
+    peer = ProtocolPeer(spoken.ws_port)
+    peer.next("hello")
+    peer.send(protocol_frame(2, b"x") + protocol_frame(1, b'{"type":"get_sessions"}') + protocol_frame(8))
+    frames = peer.rest()
+    assert len(frames) == 1
+    assert protocol_close_code(frames) == 1003
+    peer.close()
+
+
+PROTOCOL_BAD_MESSAGES = [
+    ("not json", None),
+    ("", None),
+    ("[1, 2]", None),
+    ("null", None),
+    ('{"requestId": 7}', None),
+    ('{"type": 5, "requestId": 7}', None),
+    ('{"type": ["subscribe"], "requestId": 7}', None),
+    ('{"type": "', None),
+    ('{"type": ' + "[" * 100_000, None),
+    ('{"type": "no such thing", "requestId": 7}', "no such thing"),
+    ('{"type": "search", "q": "x", "requestId": 7}', "search"),
+    ('{"type": "subscribe", "view": "half", "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "view": 1, "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "sessionIds": "s1", "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "sessionIds": [1], "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "since": -1, "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "since": "3", "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "since": 1.5, "requestId": 7}', "subscribe"),
+    ('{"type": "subscribe", "since": true, "requestId": 7}', "subscribe"),
+    ('{"type": "unsubscribe", "requestId": 7}', "unsubscribe"),
+    ('{"type": "get_events", "requestId": 7}', "get_events"),
+    ('{"type": "get_events", "sessionId": 4, "requestId": 7}', "get_events"),
+    ('{"type": "get_events", "sessionId": "x", "limit": "5", "requestId": 7}', "get_events"),
+    ('{"type": "get_events", "sessionId": "x", "before": [], "requestId": 7}', "get_events"),
+    ('{"type": "get_all_recent_events", "limit": -2, "requestId": 7}', "get_all_recent_events"),
+    ('{"type": "get_event_detail", "sessionId": "x", "requestId": 7}', "get_event_detail"),
+    ('{"type": "get_event_detail", "sessionId": "x", "eventId": {}, "requestId": 7}', "get_event_detail"),
+    ('{"type": "rename_session", "sessionId": "nobody", "label": "x", "requestId": 7}', "rename_session"),
+    ('{"type": "toggle_pin", "sessionId": "nobody", "requestId": 7}', "toggle_pin"),
+    ('{"type": "hide_session", "requestId": 7}', "hide_session"),
+    ('{"type": "unhide_session", "sessionId": null, "requestId": 7}', "unhide_session"),
+    ('{"type": "delete_session", "sessionId": "nobody", "requestId": 7}', "delete_session"),
+    ('{"type": "set_parent", "sessionId": "nobody", "parentSessionId": null, "requestId": 7}', "set_parent"),
+]
+
+
+@pytest.mark.parametrize(("text", "request_type"), PROTOCOL_BAD_MESSAGES)
+def test_a_message_that_cannot_be_carried_out_gets_an_error_that_names_it(
+    spoken: RunningMonitor, text: str, request_type: "str | None"
+) -> None:
+    client = spoken.websocket(None)
+    client.connection.send(text)
+    error = client.next("error")
+    assert error["request"] == request_type
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert error.get("requestId") == (7 if '"requestId": 7' in text else None)
+    assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
+    client.close()
+
+
+@pytest.mark.parametrize("request_id", [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, [1, {"a": None}]])
+def test_a_request_id_of_any_kind_comes_back(spoken: RunningMonitor, request_id: Any) -> None:
+    client = spoken.websocket(None)
+    assert client.ask("sessions", type="get_sessions", requestId=request_id)["requestId"] == request_id
+    assert "requestId" not in client.ask("sessions", type="get_sessions")
+    client.close()
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["subscribe", "unsubscribe", "get_events", "get_event_detail", "set_parent",
+                                      "rename_session", "get_all_recent_events", "set_show_hidden", "toggle_pin"])},
+            optional={
+                name: st.one_of(
+                    st.none(), st.booleans(), st.integers(-5, 1 << 70), st.floats(), st.text(max_size=5),
+                    st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
+                )
+                for name in ("sessionId", "sessionIds", "view", "since", "limit", "before", "eventId", "seq", "label",
+                             "parentSessionId", "showHidden", "requestId")
+            },
+        ),
+        max_size=12,
+    )
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_no_fields_of_any_type_end_a_connection(
+    spoken: RunningMonitor, messages: "list[dict[str, Any]]"
+) -> None:
+    client = spoken.websocket(None)
+    for message in messages:
+        client.send(**message)
+    assert client.ask("sessions", type="get_sessions", requestId="the last")
+    client.close()
+
+
+def test_the_full_view_carries_the_very_bytes_that_are_stored(spoken: RunningMonitor) -> None:
+    peer = ProtocolPeer(spoken.ws_port)
+    peer.say(type="subscribe", view="full", requestId="r")
+    assert json.loads(peer.next("subscribed"))["requestId"] == "r"
+    spoken.emit(
+        payload("PreToolUse", "bytes", tool_name="Bash", tool_use_id="t1", tool_input={"command": "a\n\u2028é\ud800" * 300}),
+        payload("Notification", "bytes", message="x", odd={"null": None, "float": 1e300, "big": 1 << 70}),
+    )  # fmt: skip
+    texts = [peer.next("event"), peer.next("event")]
+    lines = protocol_lines(spoken, "bytes")
+    assert len(lines) == 2
+    for text, line in zip(texts, lines):
+        message = json.loads(text)
+        assert set(message) == {"type", "seq", "event"}
+        assert message["seq"] == json.loads(line)["seq"]
+        assert line in text
+    peer.close()
+
+
+def test_a_row_is_small_and_has_the_fields_of_the_contract(spoken: RunningMonitor) -> None:
+    client = spoken.websocket("rows")
+    long = "first line\n" + "word " * 50_000
+    spoken.emit(
+        payload("PreToolUse", "row", tool_name="Bash", tool_use_id="t1", tool_input={"command": long}, agent_id="a1",
+                agent_type="Explore"),
+        payload("PostToolUse", "row", tool_name="Bash", tool_use_id="t1", tool_input={"command": long}, duration_ms=12,
+                tool_response={"stdout": long}, agent_id="a1", agent_type="Explore"),
+        payload("PostToolUseFailure", "row", tool_name="Read", tool_use_id="t2", tool_input={"file_path": "/home/dev/shop/a.py"},
+                error=long, is_interrupt=True),
+        payload("UserPromptSubmit", "row", prompt=long),
+        payload("Notification", "row", message={"odd": [long]}, notification_type="idle_prompt"),
+        payload("SessionStart", "row", source="startup", model=long),
+        {"eventType": "message", "sessionId": "row", "data": {"toolName": long, "reason": ["x"]}},
+    )  # fmt: skip
+    rows = client.events(7)
+    whole = {event["seq"]: event for event in map(json.loads, protocol_lines(spoken, "row"))}
+    for row in rows:
+        event = whole[row["seq"]]
+        assert set(row) <= PROTOCOL_ROW_FIELDS
+        assert set(row["data"]) <= PROTOCOL_ROW_DATA
+        assert row["partial"] is True
+        for name in set(row) - {"partial", "data"}:
+            assert row[name] == event[name]
+        for name in ("target", "text"):
+            assert len(row["data"].get(name, "")) <= 160
+            assert "\n" not in row["data"].get(name, "")
+        assert len(json.dumps(row)) < 1000
+    call, result, failure, prompt, notice, start, _other = rows
+    assert call["agentId"] == "a1"
+    assert call["agentType"] == "Explore"
+    assert call["data"]["target"].startswith("first line word")
+    assert (result["data"]["durationMs"], result["data"]["toolUseId"]) == (12, "t1")
+    assert (failure["data"]["target"], failure["data"]["isInterrupt"]) == ("src/app.py"[:0] + "a.py", True)
+    assert failure["data"]["text"].startswith("first line")
+    assert prompt["data"]["text"].startswith("first line word")
+    assert notice["data"]["notificationType"] == "idle_prompt"
+    assert start["data"]["source"] == "startup"
+    client.close()
+
+
+def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken: RunningMonitor) -> None:
+    some = spoken.websocket(sessionIds=["filter-a", "filter-c"])
+    everything = spoken.websocket()
+    spoken.emit(*(protocol_events(f"filter-{letter}", 1)[0] for letter in "abcab"))
+    assert [event["sessionId"] for event in everything.events(5)] == [
+        f"filter-{letter}" for letter in "abcab"
+    ]
+    assert [event["sessionId"] for event in some.events(3)] == ["filter-a", "filter-c", "filter-a"]
+    some.send(type="unsubscribe", sessionIds=["filter-a", "never heard of"])
+    some.ask("sessions", type="get_sessions")
+    spoken.emit(*(protocol_events(f"filter-{letter}", 1)[0] for letter in "abcab"))
+    assert [event["sessionId"] for event in some.events(1)] == ["filter-c"]
+    everything.events(5)
+    some.send(type="unsubscribe", sessionIds=["filter-c"])
+    some.ask("sessions", type="get_sessions")
+    spoken.emit(*(protocol_events(f"filter-{letter}", 1)[0] for letter in "abc"))
+    everything.events(3)
+    some.ask("sessions", type="get_sessions")
+    assert not [message for message in some.others if message["type"] == "event"]
+    some.close(), everything.close()
+
+
+def test_nobody_gets_events_before_subscribing(spoken: RunningMonitor) -> None:
+    silent = spoken.websocket(None)
+    client = spoken.websocket()
+    spoken.emit(*protocol_events("unsubscribed", 2))
+    client.events(2)
+    silent.ask("sessions", type="get_sessions")
+    assert not silent.others
+    silent.close(), client.close()
+
+
+@pytest.mark.parametrize("view", ["full", "rows"])
+def test_what_was_missed_comes_in_order_before_what_is_live(spoken: RunningMonitor, view: str) -> None:
+    since = spoken.get("/api/status")["seq"]
+    sent = [
+        event
+        for pair in zip(protocol_events("since-a", 20), protocol_events("since-b", 20))
+        for event in pair
+    ]
+    spoken.emit(*sent)
+    client = spoken.websocket(view, since=since)
+    spoken.emit(*protocol_events("since-c", 2))
+    assert (client.subscribed["missed"], client.subscribed["resync"]) == (40, False)
+    assert client.subscribed["seq"] == since + 40
+    events = client.events(42)
+    assert [event["seq"] for event in events] == list(range(since + 1, since + 43))
+    assert all(event.get("partial", False) is (view == "rows") for event in events)
+    client.close()
+
+
+def test_a_client_with_a_filter_is_told_how_many_missed_events_follow(spoken: RunningMonitor) -> None:
+    since = spoken.get("/api/status")["seq"]
+    spoken.emit(*protocol_events("missed-a", 5), *protocol_events("missed-b", 7))
+    client = spoken.websocket(since=since, sessionIds=["missed-b"])
+    spoken.emit(*protocol_events("missed-b", 1, live=True))
+    following = client.events(8)
+    assert {event["sessionId"] for event in following} == {"missed-b"}
+    assert following[-1]["data"]["live"] is True
+    assert client.subscribed["missed"] == 7
+    client.close()
+
+
+def test_who_missed_nothing_gets_nothing_and_who_is_ahead_must_resync(spoken: RunningMonitor) -> None:
+    seq = spoken.get("/api/status")["seq"]
+    client = spoken.websocket(since=seq)
+    assert (client.subscribed["missed"], client.subscribed["resync"], client.subscribed["seq"]) == (
+        0,
+        False,
+        seq,
+    )
+    ahead = client.ask("subscribed", type="subscribe", view="full", since=seq + 1)
+    assert (ahead["missed"], ahead["resync"]) == (0, True)
+    assert client.ask("subscribed", type="subscribe", view="full")["resync"] is False
+    client.close()
+
+
+def test_who_was_away_for_too_long_is_told_to_resync(running: RunningMonitor) -> None:
+    running.emit(*protocol_events("long", cm.CATCH_UP_EVENTS + 1))
+    client = running.websocket(since=0)
+    assert client.subscribed["resync"] is True
+    client.ask("sessions", type="get_sessions")
+    assert not [message for message in client.others if message["type"] == "event"]
+    exact = running.websocket("rows", since=1)
+    assert (exact.subscribed["missed"], exact.subscribed["resync"]) == (cm.CATCH_UP_EVENTS, False)
+    assert [event["seq"] for event in exact.events(cm.CATCH_UP_EVENTS)] == list(
+        range(2, cm.CATCH_UP_EVENTS + 2)
+    )
+    client.close(), exact.close()
+
+
+def test_a_client_that_comes_and_goes_while_events_flow_misses_and_doubles_none(
+    running: RunningMonitor,
+) -> None:
+    count = 400
+
+    def emit_all() -> None:
+        for event in protocol_events("flow", count):
+            running.emit(event)
+
+    sender = threading.Thread(target=emit_all)
+    sender.start()
+    seen: list[int] = []
+    rng = random.Random(5)
+    while len(seen) < count:
+        client = running.websocket("rows", since=seen[-1] if seen else 0)
+        for _ in range(min(rng.randint(1, 60), count - len(seen))):
+            seen.append(client.events(1)[0]["seq"])
+        client.close()
+    sender.join()
+    assert seen == list(range(1, count + 1))
+
+
+@pytest.mark.parametrize("view", ["full", "rows", None])
+def test_paging_back_through_a_session_loses_and_doubles_nothing(
+    spoken: RunningMonitor, view: "str | None"
+) -> None:
+    name = f"paging-{view}"
+    for index in range(23):
+        spoken.emit(
+            payload("UserPromptSubmit", name, prompt=f"n {index}"), *protocol_events("paging-other", 1)
+        )
+    client = spoken.websocket(view)
+    pages, before, more = [], None, True
+    while more:
+        extra = {} if before is None else {"before": before}
+        page = client.ask("events", type="get_events", sessionId=name, limit=5, **extra)
+        assert page["sessionId"] == name
+        more, before = page["more"], page["events"][0]["seq"]
+        pages.insert(0, page["events"])
+    stored = [json.loads(line) for line in protocol_lines(spoken, name)]
+    assert [len(page) for page in pages] == [3, 5, 5, 5, 5]
+    events = [event for page in pages for event in page]
+    assert [event["seq"] for event in events] == [event["seq"] for event in stored]
+    if view == "rows":
+        assert all(event["partial"] for event in events)
+    else:
+        assert events == stored
+    exact = client.ask("events", type="get_events", sessionId=name, limit=23)
+    assert (len(exact["events"]), exact["more"]) == (23, False)
+    nothing = client.ask("events", type="get_events", sessionId=name, limit=5, before=stored[0]["seq"])
+    assert (nothing["events"], nothing["more"]) == ([], False)
+    unknown = client.ask("events", type="get_events", sessionId="../../token", limit=5)
+    assert (unknown["events"], unknown["more"]) == ([], False)
+    client.close()
+
+
+def test_paging_back_through_all_events_loses_and_doubles_nothing(running: RunningMonitor) -> None:
+    for index in range(31):
+        running.emit(payload("UserPromptSubmit", f"all-{index % 4}", prompt=f"n {index}"))
+    client = running.websocket("rows")
+    seqs: list[int] = []
+    more = True
+    while more:
+        extra = {"before": seqs[0]} if seqs else {}
+        page = client.ask("all_events", type="get_all_recent_events", limit=10, **extra)
+        more = page["more"]
+        assert all(row["partial"] for row in page["events"])
+        seqs[:0] = [row["seq"] for row in page["events"]]
+    assert seqs == list(range(1, 32))
+    client.close()
+
+
+def test_the_whole_event_comes_on_demand_with_and_without_its_number(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("detail", 6))
+    stored = [json.loads(line) for line in protocol_lines(spoken, "detail")]
+    client = spoken.websocket("rows")
+    for event in stored:
+        ask = {"type": "get_event_detail", "sessionId": "detail", "eventId": event["id"]}
+        for more in ({}, {"seq": event["seq"]}, {"seq": stored[0]["seq"]}, {"seq": 1 << 50}):
+            detail = client.ask("event_detail", **ask, **more)
+            assert (detail["sessionId"], detail["eventId"], detail["event"]) == ("detail", event["id"], event)
+    nobody = client.ask(
+        "event_detail", type="get_event_detail", sessionId="detail", eventId="no", requestId=1
+    )
+    assert (nobody["event"], nobody["requestId"], nobody["eventId"]) == (None, 1, "no")
+    client.close()
+
+
+def test_sessions_come_with_every_field_of_the_contract(spoken: RunningMonitor) -> None:
+    spoken.emit(
+        payload("PreToolUse", "fields", tool_name="Bash", tool_use_id="t", tool_input={"command": "ls"})
+    )
+    client = spoken.websocket("rows")
+    sessions = client.ask("sessions", type="get_sessions")["sessions"]
+    (session,) = [session for session in sessions if session["sessionId"] == "fields"]
+    assert set(session) >= {
+        "sessionId", "machineId", "workingDirectory", "label", "labelSource", "model", "startTime", "lastEventTime",
+        "endTime", "state", "reason", "stateSince", "activity", "parentSessionId", "childSessionIds", "continuedFrom",
+        "agents", "openCalls", "counts", "tokenUsage", "estimatedCostUsd", "stuck", "isPinned", "hidden", "isImported",
+        "demo", "pid",
+    }  # fmt: skip
+    assert set(session["counts"]) == {"events", "toolCalls", "toolErrors", "interrupted", "prompts"}
+    assert session == spoken.sessions()["fields"]
+    client.close()
+
+
+# -- what the user does --------------------------------------------------------
+
+
+def test_rename_reaches_the_other_client_and_an_empty_name_takes_it_back(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("rename", 1))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+    mine.send(type="rename_session", sessionId="rename", label="Checkout flow")
+    eventually(
+        lambda: other.next("session_update")["session"]["label"] == "Checkout flow", what="the new name"
+    )
+    mine.send(type="rename_session", sessionId="rename", label="")
+    session = eventually(
+        lambda: next(
+            (s for s in [other.next("session_update")["session"]] if s["labelSource"] != "user"), None
+        )
+    )
+    assert (session["label"], session["labelSource"]) == ("rename 0", "prompt")
+    mine.send(type="rename_session", sessionId="rename", label=5)
+    assert mine.next("error")["request"] == "rename_session"
+    mine.close(), other.close()
+
+
+def protocol_update(client: TestClient, session_id: str, **fields: Any) -> "dict[str, Any]":
+    """Wait until an update tells these fields of a session."""
+    while True:
+        session = client.next("session_update")["session"]
+        if session["sessionId"] == session_id and all(
+            session[name] == value for name, value in fields.items()
+        ):
+            return dict(session)
+
+
+def test_a_pin_is_set_and_taken_away(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("pin", 1))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+    for pinned in (True, False, True):
+        mine.send(type="toggle_pin", sessionId="pin")
+        protocol_update(other, "pin", isPinned=pinned)
+    mine.close(), other.close()
+
+
+def test_a_hidden_session_goes_from_every_list_but_of_those_who_show_hidden_ones(
+    spoken: RunningMonitor,
+) -> None:
+    spoken.emit(*protocol_events("hide", 1))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+
+    def listed(client: TestClient) -> bool:
+        sessions = client.ask("sessions", type="get_sessions")["sessions"]
+        return "hide" in [session["sessionId"] for session in sessions]
+
+    shown = other.ask("sessions", type="set_show_hidden", showHidden=True, requestId="s")
+    assert shown["requestId"] == "s"
+    assert listed(mine)
+    mine.send(type="hide_session", sessionId="hide")
+    protocol_update(other, "hide", hidden=True)
+    assert not listed(mine)
+    assert listed(other)
+    assert "hide" not in {session["sessionId"] for session in spoken.get("/api/sessions")["sessions"]}
+    spoken.emit(*protocol_events("hide", 1))  # goes on unseen
+    assert not listed(mine)
+    mine.send(type="unhide_session", sessionId="hide")
+    protocol_update(other, "hide", hidden=False)
+    protocol_update(mine, "hide", hidden=False)
+    assert listed(mine)
+    off = other.ask("sessions", type="set_show_hidden", showHidden=False)
+    assert all(not session["hidden"] for session in off["sessions"])
+    mine.close(), other.close()
+
+
+def test_a_client_that_shows_no_hidden_sessions_learns_that_one_was_hidden(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("hide-told", 1))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+    for client in (mine, other):
+        client.ask("sessions", type="get_sessions")
+    mine.send(type="hide_session", sessionId="hide-told")
+    for client in (other, mine):
+        assert protocol_update(client, "hide-told", hidden=True)["hidden"] is True
+    mine.close(), other.close()
+
+
+def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonitor) -> None:
+    spoken.emit(*(protocol_events(f"tree-{letter}", 1)[0] for letter in "abc"))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+    mine.send(type="set_parent", sessionId="tree-b", parentSessionId="tree-a")
+    protocol_update(other, "tree-b", parentSessionId="tree-a")
+    mine.send(type="set_parent", sessionId="tree-c", parentSessionId="tree-b")
+    protocol_update(other, "tree-c", parentSessionId="tree-b")
+    sessions = spoken.sessions()
+    assert sessions["tree-a"]["childSessionIds"] == ["tree-b"]
+    assert sessions["tree-b"]["childSessionIds"] == ["tree-c"]
+    for child, parent in (("a", "a"), ("a", "b"), ("a", "c"), ("b", "c"), ("a", "nobody")):
+        refused = mine.ask(
+            "error", type="set_parent", sessionId=f"tree-{child}", parentSessionId=f"tree-{parent}", requestId=child
+        )  # fmt: skip
+        assert (refused["request"], refused["requestId"]) == ("set_parent", child)
+    assert mine.ask("error", type="set_parent", sessionId="tree-a", parentSessionId=["tree-b"])
+    assert spoken.sessions()["tree-a"]["parentSessionId"] is None
+    mine.send(type="set_parent", sessionId="tree-b", parentSessionId=None)
+    protocol_update(other, "tree-b", parentSessionId=None)
+    mine.send(type="set_parent", sessionId="tree-a", parentSessionId="tree-c")
+    protocol_update(other, "tree-a", parentSessionId="tree-c")
+    mine.close(), other.close()
+
+
+def test_a_deleted_session_is_gone_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("delete", 3), *protocol_events("delete-not", 1))
+    mine, other = spoken.websocket("rows"), spoken.websocket("rows")
+    mine.send(type="delete_session", sessionId="delete")
+    for client in (other, mine):
+        assert client.next("session_deleted")["sessionId"] == "delete"
+    assert protocol_lines(spoken, "delete") == []
+    assert len(protocol_lines(spoken, "delete-not")) == 1
+    assert "delete" not in spoken.sessions()
+    assert spoken.request("/api/sessions/delete")[0] == 404
+    spoken.emit(*protocol_events("delete", 1))  # a session may come back
+    assert spoken.sessions()["delete"]["counts"]["events"] == 1
+    mine.close(), other.close()
+
+
+def test_all_sessions_are_hidden_and_deleted_at_once(running: RunningMonitor) -> None:
+    running.emit(*(protocol_events(f"many-{index}", 1)[0] for index in range(5)))
+    mine, other, showing = (running.websocket("rows") for _ in range(3))
+    showing.ask("sessions", type="set_show_hidden", showHidden=True)
+    mine.send(type="hide_all_sessions")
+    for client in (mine, other):
+        assert client.next("sessions_updated")["sessions"] == []
+    hidden = showing.next("sessions_updated")["sessions"]
+    assert sorted(session["sessionId"] for session in hidden) == [f"many-{index}" for index in range(5)]
+    assert all(session["hidden"] for session in hidden)
+    mine.send(type="delete_all_sessions")
+    for client in (mine, other, showing):
+        assert client.next("sessions_updated")["sessions"] == []
+    assert running.sessions() == {}
+    assert running.stored_events() == []
+    running.stop()
+    running.start()
+    assert running.sessions() == {}
+
+
+def test_what_the_user_did_survives_a_restart_from_the_files_alone(running: RunningMonitor) -> None:
+    running.emit(*(protocol_events(f"keep-{index}", 2)[0] for index in range(5)))
+    client = running.websocket("rows")
+    client.ask("sessions", type="set_show_hidden", showHidden=True)
+    client.send(type="rename_session", sessionId="keep-0", label="By hand é")
+    client.send(type="toggle_pin", sessionId="keep-1")
+    client.send(type="hide_session", sessionId="keep-2")
+    client.send(type="set_parent", sessionId="keep-3", parentSessionId="keep-0")
+    client.send(type="delete_session", sessionId="keep-4")
+    client.next("session_deleted")
+    before = running.sessions()
+    assert (before["keep-0"]["label"], before["keep-0"]["labelSource"]) == ("By hand é", "user")
+    assert before["keep-1"]["isPinned"]
+    assert before["keep-2"]["hidden"]
+    assert before["keep-3"]["parentSessionId"] == "keep-0"
+    assert "keep-4" not in before
+    running.stop()
+    for name in os.listdir(running.home):
+        path = os.path.join(running.home, name)
+        if name not in ("events", "monitor.config.json"):
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+    running.start()
+    assert running.sessions() == before
+    actions = [event for event in running.stored_events() if event["hookType"] == "Monitor"]
+    assert len(actions) == 4
+    assert {event["eventType"] for event in actions} == {"session_meta"}
+
+
+def test_the_status_comes_on_subscribing_and_when_something_in_it_changes(running: RunningMonitor) -> None:
+    running.emit(*protocol_events("status", 2))
+    client = running.websocket("rows")
+    status = client.next("status")
+    assert status["events"] == {"received": 2, "stored": 2, "duplicates": 0, "quarantined": 0}
+    assert (status["seq"], status["sessions"], status["clients"], status["demo"]) == (2, 1, 1, False)
+    assert (status["mode"], status["machineId"], status["version"]) == ("local", "testbox", cm.__version__)
+    assert status["store"]["path"] == running.home + "/events"
+    assert (status["store"]["ok"], status["store"]["error"], status["store"]["persistent"]) == (
+        True,
+        None,
+        True,
+    )
+    assert set(status["spool"]) >= {"bytes", "segments", "dropped"}
+    assert status["loading"] is None
+    assert abs(status["startedAt"] - time.time() * 1000) < 600_000
+    running.emit({"eventType": "message", "sessionId": "status-demo", "demo": True})
+    assert client.next("status", demo=True)["sessions"] == 2
+    assert running.get("/api/status")["demo"] is True
+    client.close()
+
+
+def test_a_test_event_is_stored_and_reaches_everyone(spoken: RunningMonitor) -> None:
+    mine, other = spoken.websocket("rows"), spoken.websocket("full")
+    mine.send(type="send_test_event")
+    row, event = mine.events(1)[0], other.events(1)[0]
+    assert row["id"] == event["id"]
+    assert event["eventType"] == "notification"
+    assert spoken.get(f"/api/events/{event['id']}") == event
+    mine.close(), other.close()
+
+
+# -- clients that are slow or silent -------------------------------------------
+
+
+def test_a_client_that_never_reads_is_closed_and_the_others_get_everything(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"clientQueueBytes": 65536}})
+    monitor.start()
+    slow = ProtocolPeer(monitor.ws_port, receive_bytes=4096)
+    slow.say(type="subscribe", view="full")
+    slow.next("subscribed")
+    others = [monitor.websocket() for _ in range(4)]
+    text = "no secrets here " * 2000
+    seqs: list[list[int]] = [[] for _ in others]
+    batch, rounds = 10, 26  # 8 MB: more than the kernel holds for one connection
+    for _ in range(rounds):
+        monitor.emit(*protocol_events("slow", batch, text=text))
+        for client, mine in zip(others, seqs):
+            mine += [event["seq"] for event in client.events(batch)]
+    total = batch * rounds
+    assert all(mine == list(range(1, total + 1)) for mine in seqs)
+    frames = slow.rest()
+    got = [
+        json.loads(content)["seq"] for opcode, content in frames if opcode == 1 and b'"event"' in content[:20]
+    ]
+    assert got == list(range(1, len(got) + 1))
+    assert len(got) < total, "it was never closed"
+    if frames[-1][0] == 8:
+        assert protocol_close_code(frames) == 1013
+    slow.close()
+    for _ in range(10):
+        if len(got) == total:
+            break
+        client = monitor.websocket(since=got[-1])
+        assert client.subscribed["resync"] is False
+        with contextlib.suppress(websockets.ConnectionClosed):
+            got += [event["seq"] for event in client.events(total - len(got))]
+        client.close()
+    assert got == list(range(1, total + 1))
+    for client in others:
+        client.ask("sessions", type="get_sessions")
+        client.close()
+
+
+def test_a_client_that_reads_is_not_closed_for_a_large_answer(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"clientQueueBytes": 65536}})
+    monitor.start()
+    text = "no secrets here " * 30_000
+    for event in protocol_events("large", 24, text=text):  # 11 MB
+        monitor.emit(event)
+    client = monitor.websocket(None)
+    page = client.ask("events", type="get_events", sessionId="large", limit=100)
+    assert len(page["events"]) == 24
+    client.send(type="subscribe", view="full", since=0)
+    subscribed = client.next("subscribed")
+    if not subscribed["resync"]:
+        assert [event["seq"] for event in client.events(24)] == list(range(1, 25))
+    monitor.emit(*protocol_events("large", 1))
+    assert client.events(1)[0]["seq"] == 25
+    client.close()
+
+
+@contextlib.contextmanager
+def protocol_inside(**config: Any) -> "Iterator[cm.Monitor]":
+    """Run a monitor in a thread of this process, so that a test can shorten its deadlines beforehand."""
+    place = RunningMonitor(new_home(), config)
+    values, _ = ee.load_config(place.home + "/monitor.config.json")
+    made = cm.Monitor(cm.Settings(place.home, place.home + "/monitor.config.json", "testbox", values))
+    made.open()
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.stop()
+        thread.join(15)
+        shutil.rmtree(place.home, ignore_errors=True)
+        assert not thread.is_alive()
+
+
+def protocol_drip(port: int, data: bytes) -> bytes:
+    """Send a head byte by byte, for ever if it is let; return what came back before the connection was cut."""
+    with socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock:
+        received = b""
+        deadline = time.monotonic() + 15
+        for byte in itertools.chain(data, itertools.repeat(ord("x"))):
+            assert time.monotonic() < deadline, "the connection was not cut"
+            try:
+                sock.sendall(bytes([byte]))
+                piece = sock.recv(4096)
+                if not piece:
+                    return received
+                received += piece
+            except socket.timeout:
+                pass
+            except OSError:
+                return received
+    raise AssertionError
+
+
+def test_a_head_that_drips_in_is_cut_off_on_both_ports(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "HEAD_DEADLINE_S", 0.3)
+    monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.3)
+    with protocol_inside() as inside:
+        good = ProtocolPeer(inside.ws_port)
+        good.next("hello")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            drips = [
+                pool.submit(protocol_drip, inside.ws_port, b"GET / HTTP/1.1\r\nX: "),
+                pool.submit(protocol_drip, inside.port, b"GET / HTTP/1.1\r\nX: "),
+                pool.submit(protocol_drip, inside.port, b""),
+            ]
+            for drip in drips:
+                assert b" 101 " not in drip.result(20)
+        good.say(type="get_sessions")  # who has shaken hands is left in peace
+        assert good.next("sessions")
+        good.close()
+
+
+def test_a_connection_that_says_nothing_is_cut_off_on_both_ports(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "HEAD_DEADLINE_S", 0.2)
+    monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.2)
+    with protocol_inside() as inside:
+        for port in (inside.ws_port, inside.port):
+            with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
+                assert sock.recv(100) == b""
+
+
+def test_a_body_that_stops_coming_does_not_hold_its_connection(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm.RequestHandler, "timeout", 0.3)
+    with protocol_inside() as inside:
+        head = f"POST /api/hooks HTTP/1.1\r\nHost: 127.0.0.1:{inside.port}\r\nOrigin: http://127.0.0.1:{inside.port}\r\n"
+        with socket.create_connection(("127.0.0.1", inside.port), timeout=15) as sock:
+            sock.sendall(head.encode() + b'Content-Length: 100\r\n\r\n{"half')
+            received = b""
+            while piece := sock.recv(4096):
+                received += piece
+        assert b" 200 " not in received
+        assert inside.loop.call(lambda: inside.stored) == 0
+
+
+def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "PING_INTERVAL_S", 0.15)
+    with protocol_inside() as inside:
+        answering, silent = ProtocolPeer(inside.ws_port), ProtocolPeer(inside.ws_port)
+        pings = 0
+        answering.next("hello")
+        while pings < 5:
+            assert answering.frame() == (9, b"")
+            pings += 1
+            answering.send(protocol_frame(10, b""))
+        frames = silent.rest()
+        assert [opcode for opcode, _ in frames] in ([1, 9, 9], [1, 9, 9, 8])
+        answering.say(type="get_sessions")
+        assert answering.next("sessions")
+        answering.close(), silent.close()
+
+
+def test_a_connection_too_many_gets_503_on_both_ports(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"connections": 3}})
+    monitor.start()
+    for port in (monitor.port, monitor.ws_port):
+        held = [socket.create_connection(("127.0.0.1", port), timeout=15) for _ in range(3)]
+        status, headers, body = protocol_exchange(port, b"")
+        assert status == 503
+        assert ("content-type", "application/json") in headers
+        assert "error" in json.loads(body)
+        for sock in held:
+            sock.close()
+    eventually(lambda: protocol_open(monitor), what="a place for a new connection")
+    assert monitor.get("/health")["status"] == "ok"
+
+
+def protocol_open(monitor: RunningMonitor) -> bool:
+    """Tell whether both ports have room for one more connection."""
+    try:
+        monitor.websocket(None).close()
+        return monitor.request("/health")[0] == 200
+    except (websockets.InvalidHandshake, OSError, http.client.HTTPException):
+        return False
+
+
+def test_a_head_that_is_too_large_is_refused_on_both_ports(spoken: RunningMonitor) -> None:
+    head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), ("X-Long", "x" * cm.HEAD_LIMIT_BYTES))
+    status, _, body = protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")
+    assert (status, "error" in json.loads(body)) == (431, True)
+    host = f"Host: 127.0.0.1:{spoken.port}\r\n".encode()
+    for request, expected in (
+        (b"GET / HTTP/1.1\r\n" + host + b"X: " + b"x" * 65534, 431),
+        (b"GET / HTTP/1.1\r\n" + host + b"X: y\r\n" * 101, 431),
+        (b"GET /" + b"x" * 65532, 414),
+    ):
+        status, headers, body = protocol_exchange(spoken.port, request)
+        assert status == expected
+        assert ("content-type", "application/json") in headers
+        assert "error" in json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "status"),
+    [
+        ((("Upgrade", None),), "GET / HTTP/1.1", 426),
+        ((("Sec-WebSocket-Version", "12"),), "GET / HTTP/1.1", 426),
+        ((("Sec-WebSocket-Key", "x"),), "GET / HTTP/1.1", 400),
+        ((), "POST / HTTP/1.1", 405),
+        ((), "GET / HTTP/1.0", 505),
+        ((), "GARBAGE", 400),
+    ],
+)
+def test_a_bad_handshake_gets_its_status_in_json_and_the_connection_ends(
+    spoken: RunningMonitor, changes: "tuple[tuple[str, str | None], ...]", line: str, status: int
+) -> None:
+    head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), *changes, line=line)
+    got, headers, body = protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")
+    assert got == status
+    assert ("x-content-type-options", "nosniff") in headers
+    assert json.loads(body)["error"]
+
+
+# -- HTTP ----------------------------------------------------------------------
+
+
+def protocol_origin(monitor: RunningMonitor) -> "dict[str, str]":
+    """Return the page's Origin header."""
+    return {"Origin": f"http://127.0.0.1:{monitor.port}"}
+
+
+def test_every_route_answers_json_with_the_headers_that_protect(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("routes", 2))
+    event = json.loads(protocol_lines(spoken, "routes")[0])
+    bodies = {}
+    for path in (
+        "/health", "/api/status", "/api/config", "/api/sessions", "/api/sessions?hidden=1", "/api/sessions/routes",
+        "/api/sessions/routes/events", "/api/events", f"/api/events/{event['id']}",
+        f"/api/events/{event['id']}?session=routes&seq={event['seq']}", "/api/events/none?session=routes",
+        "/api/nothing", "/api/search?q=x", "/api/stats", "/metrics", "/api/events?limit=0",
+    ):  # fmt: skip
+        status, headers, body = spoken.request(path)
+        bodies[path] = (status, json.loads(body))
+        assert headers["content-type"] == "application/json", path
+        assert headers["x-content-type-options"] == "nosniff", path
+        assert headers["referrer-policy"] == "no-referrer", path
+        assert headers["x-frame-options"] == "DENY", path
+        assert headers["cache-control"] == "no-store", path
+        assert not [name for name in headers if name.startswith("access-control")], path
+        assert "Python" not in headers.get("server", ""), path
+    assert bodies["/health"] == (200, {"status": "ok", "version": cm.__version__})
+    assert bodies["/api/config"][1]["server"]["port"] == spoken.port
+    assert bodies["/api/config"][1]["server"]["wsPort"] == spoken.ws_port
+    assert bodies["/api/config"][1]["mode"] == "local"
+    assert bodies["/api/sessions/routes"][1]["sessionId"] == "routes"
+    assert bodies["/api/sessions/routes"][1]["counts"]["events"] == 2
+    assert bodies[f"/api/events/{event['id']}"] == (200, event)
+    assert bodies[f"/api/events/{event['id']}?session=routes&seq={event['seq']}"] == (200, event)
+    for path, status in (("/api/nothing", 404), ("/api/events/none?session=routes", 404), ("/api/search?q=x", 501),
+                         ("/api/stats", 501), ("/metrics", 501)):  # fmt: skip
+        assert bodies[path][0] == status
+        assert bodies[path][1]["error"]
+
+
+def test_a_wrong_method_is_told_which_one_is_right(spoken: RunningMonitor) -> None:
+    origin = protocol_origin(spoken)
+    for method, path in (("POST", "/api/status"), ("DELETE", "/api/sessions/x"), ("PUT", "/"), ("POST", "/index.html"),
+                         ("PATCH", "/api/events"), ("OPTIONS", "/api/export")):  # fmt: skip
+        status, headers, body = spoken.request(path, method, headers=origin)
+        assert (method, path, status) == (method, path, 405)
+        assert "GET" in headers["allow"]
+        assert json.loads(body)["error"]
+    status, headers, _ = spoken.request("/api/hooks")
+    assert (status, headers["allow"]) == (405, "POST")
+    assert spoken.request("/nowhere", "POST", headers=origin)[0] == 404
+
+
+def test_a_head_request_gets_the_headers_without_the_body(spoken: RunningMonitor) -> None:
+    for path in ("/", "/api/config", "/api/nothing", "/api/export?session=none"):
+        status, headers, body = spoken.request(path)
+        head_status, head_headers, head_body = spoken.request(path, "HEAD")
+        assert (head_status, head_body) == (status, b"")
+        for name in ("content-type", "content-length", "transfer-encoding", "content-security-policy"):
+            assert head_headers.get(name) == headers.get(name), (path, name)
+
+
+def test_one_connection_serves_many_requests(spoken: RunningMonitor) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", spoken.port, timeout=15)
+    sockets = set()
+    for path in ("/health", "/", "/api/status", "/api/events?limit=0", "/api/export?session=x", "/health"):
+        connection.request("GET", path)
+        connection.getresponse().read()
+        sockets.add(id(connection.sock))
+    assert len(sockets) == 1
+    connection.close()
+
+
+def protocol_policy(headers: "dict[str, str]") -> "dict[str, list[str]]":
+    """Parse a Content-Security-Policy into its directives."""
+    parts = [part.split() for part in headers["content-security-policy"].split(";")]
+    assert len({part[0] for part in parts}) == len(parts)
+    return {part[0]: part[1:] for part in parts}
+
+
+def protocol_check_page(monitor: RunningMonitor) -> str:
+    """Check that the page's policy fits what is in it; return the page."""
+    status, headers, body = monitor.request("/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert (headers["x-content-type-options"], headers["referrer-policy"]) == ("nosniff", "no-referrer")
+    assert headers["x-frame-options"] == "DENY"
+    policy = protocol_policy(headers)
+    for name in ("default-src", "form-action", "base-uri", "frame-ancestors", "trusted-types"):
+        assert policy[name] == ["'none'"], name
+    assert policy["require-trusted-types-for"] == ["'script'"]
+    assert policy["img-src"] == ["'self'", "data:"]
+    assert policy["connect-src"][0] == "'self'"
+    assert f"ws://127.0.0.1:{monitor.ws_port}" in policy["connect-src"]
+    assert not [source for source in policy["connect-src"][1:] if "127.0.0.1" not in source]
+    page = body.decode("utf-8")
+    for kind in ("script", "style"):
+        elements = re.findall(rf"<{kind}\b([^>]*)>(.*?)</{kind}\s*>", page, re.S | re.I)
+        assert len(elements) == 1, kind
+        attributes, content = elements[0]
+        assert not attributes.strip()
+        digest = hashlib.sha256(content.encode("utf-8")).digest()
+        expected = "'sha256-" + base64.b64encode(digest).decode() + "'"
+        assert policy[f"{kind}-src"] == [expected], kind
+    outside = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.S)
+    assert not re.search(r"\s(on\w+|style)\s*=", outside)
+    return page
+
+
+def test_the_page_comes_with_a_policy_that_fits_it(spoken: RunningMonitor) -> None:
+    page = protocol_check_page(spoken)
+    with open(os.path.join(ROOT, "index.html"), encoding="utf-8", newline="") as file:
+        assert page == file.read()
+    assert spoken.request("/index.html")[2] == page.encode()
+
+
+def test_a_built_in_page_stands_in_for_a_missing_one(monitor: RunningMonitor) -> None:
+    folder = monitor.home + '/a <b> "quoted" folder'
+    os.mkdir(folder)
+    for name in ("contextuate_monitor.py", "emit_event.py"):
+        shutil.copy(os.path.join(ROOT, name), folder)
+    monitor.program = folder + "/contextuate_monitor.py"
+    monitor.start()
+    page = protocol_check_page(monitor)
+    assert "index.html" in page
+    assert str(monitor.ws_port) in page
+    assert folder not in page  # its name cannot end the script
+    with open(folder + "/index.html", "w", encoding="utf-8") as file:
+        file.write("<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>")
+    assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
+
+
+def protocol_get(host: "str | None", *more: str, path: str = "/health", method: str = "GET") -> bytes:
+    """Return the bytes of an HTTP request with this Host."""
+    lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else []), *more]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def protocol_upgrade(host: "str | None", *more: str) -> bytes:
+    """Return the bytes of a handshake with this Host."""
+    return protocol_head(("Host", host), more=more) + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "good"),
+    [
+        ("127.0.0.1:PORT", True), ("localhost:PORT", True), ("LocalHost:PORT", True), ("[::1]:PORT", True),
+        ("127.0.0.1", False), ("localhost", False), (None, False), ("", False), ("127.0.0.1:1", False),
+        ("127.0.0.1:OTHER", False), ("evil.example:PORT", False), ("127.0.0.1.evil.example:PORT", False),
+        ("localhost.evil.example:PORT", False), ("evil@127.0.0.1:PORT", False), ("127.0.0.1:PORT:PORT", False),
+        ("0.0.0.0:PORT", False), ("192.168.1.1:PORT", False), ("[::2]:PORT", False), ("localhost:PORT/x", False),
+        ("2130706433:PORT", False), ("127.0.0.1:0PORT", None),
+    ],
+)  # fmt: skip
+def test_a_host_that_is_not_ours_is_refused_on_both_ports(
+    spoken: RunningMonitor, host: "str | None", good: "bool | None"
+) -> None:
+    for port, other, build, success in (
+        (spoken.port, spoken.ws_port, protocol_get, 200),
+        (spoken.ws_port, spoken.port, protocol_upgrade, 101),
+    ):
+        given_host = host and host.replace("PORT", str(port)).replace("OTHER", str(other))
+        status, _, body = protocol_exchange(port, build(given_host))
+        if good is not None:
+            assert status == (success if good else 421)
+        if status == 421:
+            assert json.loads(body)["error"]
+
+
+def test_several_host_or_origin_headers_are_refused_on_both_ports(spoken: RunningMonitor) -> None:
+    for port, build in ((spoken.port, protocol_get), (spoken.ws_port, protocol_upgrade)):
+        host, origin = f"127.0.0.1:{port}", f"Origin: http://127.0.0.1:{spoken.port}"
+        for more in ((f"Host: {host}",), ("Host: evil.example",), (origin, origin), (origin, "Origin: null")):
+            assert protocol_exchange(port, build(host, *more))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("origin", "good"),
+    [
+        ("http://127.0.0.1:PORT", True), ("null", False), ("http://127.0.0.1", False), ("http://127.0.0.1:WS", False),
+        ("http://127.0.0.1:1", False), ("https://127.0.0.1:PORT", False), ("http://evil.example", False),
+        ("http://evil.example:PORT", False), ("http://sub.127.0.0.1:PORT", False),
+        ("http://127.0.0.1:PORT.evil.example", False), ("http://127.0.0.1:PORT/", False),
+        ("http://evil.example#http://127.0.0.1:PORT", False), ("file://", False), ("http://[::1]:PORT", False),
+        ("chrome-extension://abcdef", False), ("http://127.0.0.1:PORT http://evil.example", False),
+    ],
+)  # fmt: skip
+def test_another_sites_origin_is_refused_on_both_ports(
+    spoken: RunningMonitor, origin: str, good: bool
+) -> None:
+    origin = origin.replace("PORT", str(spoken.port)).replace("WS", str(spoken.ws_port))
+    for port, build, success in ((spoken.port, protocol_get, 200), (spoken.ws_port, protocol_upgrade, 101)):
+        status, headers, _ = protocol_exchange(port, build(f"127.0.0.1:{port}", f"Origin: {origin}"))
+        assert status == (success if good else 403)
+        assert not [name for name, _ in headers if name.startswith("access-control")]
+
+
+def test_sub_domains_of_localhost_are_other_sites(spoken: RunningMonitor) -> None:
+    for port, build in ((spoken.port, protocol_get), (spoken.ws_port, protocol_upgrade)):
+        for origin, expected in (("http://localhost", 0), ("http://evil.localhost", 403)):
+            status = protocol_exchange(port, build(f"localhost:{port}", f"Origin: {origin}:{spoken.port}"))[0]
+            assert status == expected or (not expected and status in (200, 101))
+
+
+def test_a_configured_host_is_served_with_its_origin_and_no_other(monitor: RunningMonitor) -> None:
+    monitor.write_config({"server": {"allowedHosts": ["Monitor.example", "proxy.example:8443"]}})
+    monitor.start()
+    for port, build, success in ((monitor.port, protocol_get, 200), (monitor.ws_port, protocol_upgrade, 101)):
+        for host, origin, status in (
+            (f"monitor.example:{port}", None, success),
+            (f"monitor.example:{port}", f"http://monitor.example:{monitor.port}", success),
+            ("monitor.example", "https://monitor.example", success),
+            ("proxy.example:8443", "https://proxy.example:8443", success),
+            (f"monitor.example:{port}", f"http://127.0.0.1:{monitor.port}", 403),
+            (f"monitor.example:{port}", "http://proxy.example:8443", 403),
+            (f"monitor.example:{port}", "http://sub.monitor.example", 403),
+            (f"sub.monitor.example:{port}", None, 421),
+            ("proxy.example:8444", None, 421),
+        ):
+            more = (f"Origin: {origin}",) if origin else ()
+            assert (host, origin, protocol_exchange(port, build(host, *more))[0]) == (host, origin, status)
+
+
+def test_a_posted_hook_is_stored_before_it_is_answered(spoken: RunningMonitor) -> None:
+    client = spoken.websocket(sessionIds=["posted"])
+    body = json.dumps(payload("UserPromptSubmit", "posted", prompt="over HTTP"), indent=2).encode()
+    status, headers, answer = spoken.request("/api/hooks", "POST", body, protocol_origin(spoken))
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert json.loads(answer) == {}
+    (line,) = protocol_lines(spoken, "posted")
+    event = json.loads(line)
+    assert (event["hookType"], event["data"]["message"]) == ("UserPromptSubmit", "over HTTP")
+    assert client.events(1) == [event]
+    client.close()
+
+
+def test_a_post_needs_the_pages_origin_or_the_token(spoken: RunningMonitor) -> None:
+    with open(spoken.home + "/token", encoding="ascii") as file:
+        token = file.read().strip()
+    body = json.dumps(payload("Stop", "post-origin")).encode()
+    for headers, expected in (
+        ({}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": f"http://127.0.0.1:{spoken.ws_port}"}, 403),
+        ({"Origin": f"http://localhost:{spoken.port}"}, 403),
+        ({"Authorization": "Bearer wrong"}, 403),
+        ({"Authorization": f"Basic {token}"}, 403),
+        ({"Origin": "https://evil.example", "Authorization": f"Bearer {token}"}, 403),
+        ({"Cookie": f"contextuate_token_{spoken.port}={token}"}, 200),
+        ({"Authorization": f"Bearer {token}"}, 200),
+        (protocol_origin(spoken), 200),
+    ):
+        assert (headers, spoken.request("/api/hooks", "POST", body, headers)[0]) == (headers, expected)
+    assert len(protocol_lines(spoken, "post-origin")) == 3
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"garbage", b"[1]", b'"text"', b"null", b'{"a":1', b"{}{}", b"\xff\xfe", b"[" * 99999]
+)
+def test_garbage_that_is_posted_is_refused_and_not_stored(spoken: RunningMonitor, body: bytes) -> None:
+    seq = spoken.get("/api/status")["seq"]
+    status, _, answer = spoken.request("/api/hooks", "POST", body, protocol_origin(spoken))
+    assert status == 400
+    assert json.loads(answer)["error"]
+    assert spoken.get("/api/status")["seq"] == seq
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (f"Content-Length: {ee.LINE_LIMIT_BYTES + 1}", 413), ("Content-Length: 999999999999", 413),
+        ("Content-Length: -1", 400), ("Content-Length: 1e3", 400), ("Content-Length: +5", 400),
+        ("Content-Length: 2\r\nContent-Length: 3", 400), ("Transfer-Encoding: chunked", 411),
+    ],
+)  # fmt: skip
+def test_a_body_without_a_sensible_length_is_refused_before_it_is_read(
+    spoken: RunningMonitor, header: str, expected: int
+) -> None:
+    origin = f"Origin: http://127.0.0.1:{spoken.port}"
+    request = protocol_get(f"127.0.0.1:{spoken.port}", origin, header, path="/api/hooks", method="POST")
+    status, _, body = protocol_exchange(spoken.port, request)
+    assert status == expected
+    assert json.loads(body)["error"]
+
+
+def test_a_body_that_nobody_wants_is_not_taken_for_the_next_request(spoken: RunningMonitor) -> None:
+    host = f"127.0.0.1:{spoken.port}"
+    for path in ("/", "/index.html", "/health"):
+        inner = protocol_get(host, path="/api/nothing")
+        with socket.create_connection(("127.0.0.1", spoken.port), timeout=15) as sock:
+            sock.sendall(
+                protocol_get(host, f"Content-Length: {len(inner)}", path=path)
+                + inner
+                + protocol_get(host, "Connection: close")
+            )
+            stream = sock.makefile("rb").read()
+        statuses = re.findall(rb"^HTTP/1\.1 (\d+) ", stream, re.M)
+        assert b"404" not in statuses, path
+        assert statuses in ([b"200", b"200"], [b"400"], [b"200"]), path
+
+
+def test_an_old_client_gets_an_export_it_can_read(spoken: RunningMonitor) -> None:
+    spoken.emit(*protocol_events("old", 3))
+    request = f"GET /api/export?session=old HTTP/1.0\r\nHost: 127.0.0.1:{spoken.port}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", spoken.port), timeout=15) as sock:
+        sock.sendall(request.encode())
+        head, _, body = sock.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body.splitlines() == protocol_lines(spoken, "old")
+
+
+def test_with_auth_token_everyone_needs_it(monitor: RunningMonitor) -> None:
+    monitor.write_config({"server": {"auth": "token"}})
+    monitor.start()
+    path = monitor.home + "/token"
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with open(path, encoding="ascii") as file:
+        token = file.read().strip()
+    assert len(token) >= 32  # 192 bits in base64
+    bearer = {"Authorization": f"Bearer {token}"}
+    for address in (
+        "/",
+        "/index.html",
+        "/health",
+        "/api/status",
+        "/api/config",
+        "/api/events",
+        "/api/export",
+    ):
+        status, _, body = monitor.request(address)
+        assert status == 401, address
+        assert json.loads(body)["error"]
+        assert monitor.request(address, headers={"Authorization": f"Bearer {token[:-1]}x"})[0] == 401
+        assert monitor.request(address, headers={"Cookie": f"contextuate_token_{monitor.port}=x"})[0] == 401
+        status, _, body = monitor.request(address, headers=bearer)
+        assert status == 200, address
+        assert token.encode() not in body, address
+    host = f"127.0.0.1:{monitor.ws_port}"
+    origin = f"Origin: http://127.0.0.1:{monitor.port}"
+    for more, expected in (
+        ((), 401),
+        ((origin,), 401),
+        (("Authorization: Bearer nonsense",), 401),
+        ((f"Authorization: bearer {token}",), 101),
+        ((origin, f"Cookie: a=b; contextuate_token_{monitor.port}={token}"), 101),
+        (
+            (
+                f"Origin: http://evil.example:{monitor.port}",
+                f"Cookie: contextuate_token_{monitor.port}={token}",
+            ),
+            403,
+        ),
+    ):
+        assert (more, protocol_exchange(monitor.ws_port, protocol_upgrade(host, *more))[0]) == (
+            more,
+            expected,
+        )
+
+
+def test_a_link_with_the_token_is_exchanged_for_a_cookie(monitor: RunningMonitor) -> None:
+    monitor.write_config({"server": {"auth": "token"}})
+    monitor.start()
+    link = re.search(r"http://\S+?/\?token=(\S+)", monitor.command("url").stdout)
+    assert link
+    token = link.group(1)
+    status, headers, body = monitor.request(f"/?token={token}")
+    assert (status, headers["location"], token.encode() in body) == (303, "/", False)
+    name, *attributes = [part.strip() for part in headers["set-cookie"].split(";")]
+    assert {"httponly", "samesite=strict", "path=/"} <= {attribute.lower() for attribute in attributes}
+    assert not [attribute for attribute in attributes if attribute.lower().startswith("domain")]
+    assert monitor.request("/", headers={"Cookie": name})[0] == 200
+    assert monitor.request("/api/status", headers={"Cookie": f"other=1; {name}"})[0] == 200
+    for wrong in ("/?token=", "/?token=x", f"/?token={token}x", f"/?token={token[:-1]}", "/?token=%ff%00"):
+        status, headers, _ = monitor.request(wrong)
+        assert (wrong, status) == (wrong, 401)
+        assert "set-cookie" not in headers
+    for host, expected in ((f"evil.example:{monitor.port}", 421), (f"127.0.0.1:{monitor.port}", 303)):
+        assert protocol_exchange(monitor.port, protocol_get(host, path=f"/?token={token}"))[0] == expected
+    for folder, _, names in os.walk(monitor.home):
+        for file_name in names:
+            if file_name != "token" and not file_name.endswith(".sock"):
+                with open(os.path.join(folder, file_name), "rb") as file:
+                    assert token.encode() not in file.read(), file_name
+
+
+def test_open_to_the_network_without_a_token_is_refused_at_start(monitor: RunningMonitor) -> None:
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        monitor.write_config({"server": {"auth": "off", "host": host}})
+        done = monitor.command("start", "--no-open", check=False)
+        assert done.returncode != 0
+        assert "server.auth" in done.stderr
+        assert not os.path.exists(monitor.home + "/monitor.run.json")
+    monitor.write_config({"server": {"auth": "off"}})
+    done = monitor.command("start", "--no-open", "--host", "0.0.0.0", check=False)
+    assert done.returncode != 0
+    monitor.start()  # on loopback it is allowed
+    assert monitor.get("/health")["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../token", "/../../etc/passwd", "/%2e%2e/token", "/..%2ftoken", "/token", "/monitor.run.json", "/index.html/../token",
+        "/api/sessions/..%2f..%2ftoken", "/api/sessions/..%2ftoken/events", "/api/events/..%2f..%2ftoken",
+        "/api/events/x?session=..%2f..%2ftoken", "/api/events/x?session=%2Fetc%2Fpasswd&seq=1", "/api/sessions/%00/events",
+        "/api/sessions/*/events", "/api/sessions/..", "/api/sessions/%ff%fe", "/%00", "//etc/passwd", "/./", "/api//status",
+        "/api/status/", "/emit_event.py", "/contextuate_monitor.py",
+    ],
+)  # fmt: skip
+def test_no_path_leads_out_of_the_api(spoken: RunningMonitor, path: str) -> None:
+    status, headers, body = spoken.request(path)
+    assert status in (400, 404)
+    assert headers["content-type"] == "application/json"
+    assert json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:PORT/health", "http://evil.example/", "*", "health", "?x"]
+)
+def test_a_target_that_is_no_path_is_refused(spoken: RunningMonitor, target: str) -> None:
+    host = f"127.0.0.1:{spoken.port}"
+    request = protocol_get(host, path=target.replace("PORT", str(spoken.port)))
+    assert protocol_exchange(spoken.port, request)[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [(b"\r\n\x16\x03\x01\x02\0\x01\0\r\n\r\n", 400), (b"GET / HTTP/2.0\r\n\r\n", 505), (b"GET / FTP/1.1\r\n\r\n", 400),
+     (b"BREW /pot HTTP/1.1\r\nHost: x\r\n\r\n", 501)],
+)  # fmt: skip
+def test_what_is_not_http_gets_an_error_in_json(spoken: RunningMonitor, data: bytes, expected: int) -> None:
+    with socket.create_connection(("127.0.0.1", spoken.port), timeout=15) as sock:
+        sock.sendall(data)
+        stream = sock.makefile("rb").read()
+    if stream:
+        head, _, body = stream.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % expected)
+        assert json.loads(body)["error"]
+    assert spoken.get("/health")["status"] == "ok"
+
+
+def test_an_export_is_the_stored_lines_with_its_filters(running: RunningMonitor) -> None:
+    for number in range(1200):
+        name = f"export-{number % 3}" if number < 60 else "export-0"
+        event = {
+            "eventType": "message",
+            "sessionId": name,
+            "timestamp": 1_000_000 + number,
+            "data": {"n": number},
+        }
+        if number % 400 == 0:
+            batch = []
+        batch.append(event)
+        if number % 400 == 399:
+            running.emit(*batch)
+    everything = protocol_lines(running)
+    assert len(everything) == 1200
+
+    def exported(query: str = "") -> "list[bytes]":
+        status, headers, body = running.request(f"/api/export{query}")
+        assert (status, headers["content-type"]) == (200, "application/x-ndjson")
+        assert "attachment" in headers["content-disposition"]
+        assert body == b"" or body.endswith(b"\n")
+        return body.splitlines()
+
+    assert sorted(exported()) == sorted(everything)
+    for session in ("export-0", "export-1"):
+        assert exported(f"?session={session}") == protocol_lines(running, session)
+        assert [line for line in exported() if json.loads(line)["sessionId"] == session] == protocol_lines(
+            running, session
+        )
+    assert exported("?session=nobody") == []
+
+    def within(start: int, end: int) -> "list[bytes]":
+        return sorted(line for line in everything if start <= json.loads(line)["timestamp"] < end)
+
+    assert sorted(exported("?from=1000010&to=1000020")) == within(1_000_010, 1_000_020)
+    assert len(within(1_000_010, 1_000_020)) == 10
+    assert sorted(exported("?from=1000010")) == within(1_000_010, 1 << 60)
+    assert sorted(exported("?to=1000020")) == within(0, 1_000_020)
+    assert exported("?from=1000020&to=1000020") == []
+    numbers = [
+        json.loads(line)["data"]["n"] for line in exported("?session=export-1&from=1000010&to=1000020")
+    ]
+    assert numbers == [10, 13, 16, 19]
+    for query, field in (
+        ("from=x", "from"),
+        ("to=-1", "to"),
+        ("from=99999999999999999", "from"),
+        ("to=", "to"),
+    ):
+        status, _, body = running.request(f"/api/export?{query}")
+        assert (status, json.loads(body)["field"]) == (400, field)
+
+
+def test_pages_of_events_lose_and_double_nothing_in_either_direction(running: RunningMonitor) -> None:
+    for index in range(29):
+        running.emit(payload("UserPromptSubmit", f"pages-{index % 2}", prompt=f"n {index}"))
+
+    def back(path: str) -> "list[dict[str, Any]]":
+        events: list[dict[str, Any]] = []
+        more = True
+        while more:
+            before = f"&before={events[0]['seq']}" if events else ""
+            page = running.get(f"{path}?limit=4{before}")
+            assert set(page) == {"events", "more"}
+            assert len(page["events"]) <= 4
+            more = page["more"]
+            events[:0] = page["events"]
+        return events
+
+    stored = running.stored_events()
+    assert len(stored) == 29
+    assert back("/api/events") == stored
+    mine = [event for event in stored if event["sessionId"] == "pages-1"]
+    assert back("/api/sessions/pages-1/events") == mine
+    forward: list[dict[str, Any]] = []
+    more = True
+    while more:
+        after = forward[-1]["seq"] if forward else 0
+        page = running.get(f"/api/sessions/pages-1/events?limit=4&after={after}")
+        more = page["more"]
+        forward += page["events"]
+    assert forward == mine
+    between = running.get(f"/api/sessions/pages-1/events?after={mine[2]['seq']}&before={mine[6]['seq']}")
+    assert between == {"events": mine[3:6], "more": False}
+    assert running.get("/api/events?limit=29") == {"events": stored, "more": False}
+    assert running.get("/api/events?limit=28") == {"events": stored[1:], "more": True}
+    assert running.get("/api/events?before=1") == {"events": [], "more": False}
+    assert running.request("/api/sessions/nobody/events")[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/api/events", "/api/sessions/limits/events"])
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [("limit=0", "limit"), ("limit=1001", "limit"), ("limit=-1", "limit"), ("limit=ten", "limit"), ("limit=", "limit"),
+     ("limit=1.5", "limit"), ("limit=1e2", "limit"), ("limit=+5", "limit"), ("before=x", "before"), ("before=-1", "before"),
+     ("before=99999999999999999999", "before")],
+)  # fmt: skip
+def test_a_parameter_out_of_its_bounds_is_named(
+    spoken: RunningMonitor, path: str, query: str, field: str
+) -> None:
+    spoken.emit(*protocol_events("limits", 1))
+    status, _, body = spoken.request(f"{path}?{query}")
+    answer = json.loads(body)
+    assert (status, answer["field"]) == (400, field)
+    assert field in answer["error"]
+    for limit in (1, 1000):
+        assert spoken.request(f"{path}?limit={limit}")[0] == 200
+
+
+def test_the_configuration_tells_no_secret(spoken: RunningMonitor) -> None:
+    with open(spoken.home + "/token", encoding="ascii") as file:
+        token = file.read().strip()
+    for path in ("/api/config", "/api/status", "/", "/api/sessions"):
+        assert token.encode() not in spoken.request(path)[2]
+
+
+# ---------------------------------------------------------------------------
+# Sessions: what each event says about who works, who waits and who is gone
+#
+# Pure: events in, sessions out. Where the real client was recorded the recording is replayed; where it was not,
+# a tale is told in the same shapes. What a user would call wrong comes first: a "working" that is none, and a
+# person who is needed and not told.
+# ---------------------------------------------------------------------------
+
+SESSION_MACHINE = "box"
+
+
+@dataclasses.dataclass
+class SessionTale:
+    """A book and a clock, and what clients say; every word returns the session as the API would give it."""
+
+    book: cm.SessionBook = dataclasses.field(
+        default_factory=lambda: cm.SessionBook(own_machine=SESSION_MACHINE)
+    )
+    time: int = NOW_MS
+    count: int = 0
+    session: str = "s1"
+    pid: "int | None" = None
+    machine: str = SESSION_MACHINE
+
+    def say(
+        self, hook: str, *, agent: str = "", at: "int | None" = None, session: str = "", **fields: Any
+    ) -> "dict[str, Any]":
+        """Let a hook payload arrive a second after the last one; `at`: it happened then and was overtaken."""
+        self.time += 1000
+        if agent:
+            fields.update(agent_id=agent, agent_type="general-purpose")
+        return self.tell(payload(hook, session or self.session, **fields), at)
+
+    def tell(self, hook_payload: "dict[str, Any]", at: "int | None" = None) -> "dict[str, Any]":
+        """Let one payload arrive now."""
+        self.count += 1
+        wrapped = {"hook": hook_payload, "id": f"e{self.count}", "machineId": self.machine, "pid": self.pid}
+        return self.apply({**wrapped, "timestamp": self.time if at is None else at})
+
+    def apply(self, given: "dict[str, Any]") -> "dict[str, Any]":
+        """Let anything arrive now, as the monitor would take it."""
+        event = ee.build_event(given, self.time, self.machine)
+        return self.book.to_json(self.book.apply({"seq": self.count, "received": self.time, **event}))
+
+    def call(self, tool: str, call_id: str, agent: str = "", **tool_input: Any) -> "dict[str, Any]":
+        """Begin a tool call."""
+        return self.say("PreToolUse", agent=agent, tool_name=tool, tool_input=tool_input, tool_use_id=call_id)
+
+    def ask(self, tool: str, agent: str = "", at: "int | None" = None, **tool_input: Any) -> "dict[str, Any]":
+        """Ask for a permission; such requests name no call."""
+        return self.say("PermissionRequest", agent=agent, at=at, tool_name=tool, tool_input=tool_input)
+
+    def result(
+        self, tool: str, call_id: str, agent: str = "", response: Any = "", **tool_input: Any
+    ) -> "dict[str, Any]":
+        """End a tool call."""
+        return self.say(
+            "PostToolUse", agent=agent, tool_name=tool, tool_input=tool_input, tool_use_id=call_id,
+            tool_response=response,
+        )  # fmt: skip
+
+    def batch(self, *calls: "tuple[str, str, Any]", agent: str = "") -> "dict[str, Any]":
+        """End a round of (tool, id, response)."""
+        listed = [
+            {"tool_name": tool, "tool_input": {}, "tool_use_id": call_id, "tool_response": response}
+            for tool, call_id, response in calls
+        ]
+        return self.say("PostToolBatch", agent=agent, tool_calls=listed)
+
+    def notify(self, kind: "str | None", message: str = "Claude needs you") -> "dict[str, Any]":
+        """Notify, as new clients with a type, as old ones without."""
+        return self.say(
+            "Notification", message=message, **({} if kind is None else {"notification_type": kind})
+        )
+
+    def stop(self, *running: str, **fields: Any) -> "dict[str, Any]":
+        """End the turn while the named tasks run on."""
+        tasks = [
+            {"id": name, "type": "subagent", "status": "running", "description": name} for name in running
+        ]
+        return self.say("Stop", stop_hook_active=False, background_tasks=tasks, **fields)
+
+    def prompt(self, words: str = "go on") -> "dict[str, Any]":
+        """Say what a person typed."""
+        return self.say("UserPromptSubmit", prompt=words)
+
+    def task_ended(self, task: str, status: str = "completed") -> "dict[str, Any]":
+        """Let the client tell itself that a background task is over."""
+        words = (
+            f"<task-notification>\n<task-id>{task}</task-id>\n<status>{status}</status>\n</task-notification>"
+        )
+        return self.prompt(words)
+
+    def launch(self, agent: str, call_id: str, by: str = "", description: str = "inner job") -> None:
+        """Start a background agent: call, start, result."""
+        self.call("Agent", call_id, by, description=description, prompt="do it")
+        self.say("SubagentStart", agent=agent)
+        launched = {"isAsync": True, "status": "async_launched", "agentId": agent}
+        self.result("Agent", call_id, by, launched, description=description, prompt="do it")
+
+    def now(self) -> "dict[str, Any]":
+        """Return the session as it stands."""
+        return self.book.to_json(self.book.sessions[self.session])
+
+    def wait(self, milliseconds: int) -> "dict[str, Any]":
+        """Let time pass."""
+        self.time += milliseconds
+        self.book.tick(self.time)
+        return self.now()
+
+
+def session_tale(**fields: Any) -> SessionTale:
+    """Begin a session with a prompt."""
+    tale = SessionTale(**fields)
+    tale.say("SessionStart", source="startup", model="claude-opus-5-5")
+    tale.prompt("make the cart work")
+    return tale
+
+
+def session_events(name: str) -> "list[dict[str, Any]]":
+    """Build the events of a recording, a second apart."""
+    return [
+        {
+            "seq": number,
+            "received": NOW_MS + number * 1000,
+            **ee.build_event(
+                {"hook": told, "id": f"{name}-{number}", "timestamp": NOW_MS + number * 1000}, NOW_MS, SESSION_MACHINE
+            ),
+        }
+        for number, told in enumerate(recorded(name), 1)
+    ]  # fmt: skip
+
+
+def session_replay(events: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+    """Return every session after these events, in order of their start."""
+    book = cm.SessionBook(own_machine=SESSION_MACHINE)
+    for event in events:
+        book.apply(event)
+    return sorted((book.to_json(each) for each in book.sessions.values()), key=lambda each: each["startTime"])
+
+
+def session_steps(name: str) -> "Iterator[tuple[dict[str, Any], dict[str, Any]]]":
+    """Replay a recording; yield each event and its session after it."""
+    book = cm.SessionBook(own_machine=SESSION_MACHINE)
+    for event in session_events(name):
+        yield event, book.to_json(book.apply(event))
+
+
+def session_after(name: str, hook: str, which: int = 0) -> "tuple[dict[str, Any], dict[str, Any]]":
+    """Return a recording's nth event of a hook, and the session right after it."""
+    return [(event, told) for event, told in session_steps(name) if event["hookType"] == hook][which]
+
+
+def session_open(told: "dict[str, Any]") -> "list[str]":
+    """Return the tools that a session shows as running."""
+    return [call["toolName"] for call in told["openCalls"]]
+
+
+def session_agent(told: "dict[str, Any]", agent_id: str) -> "dict[str, Any]":
+    """Return one agent of a session."""
+    return next(agent for agent in told["agents"] if agent["agentId"] == agent_id)
+
+
+# Recordings ----------------------------------------------------------------
+
+# Recording → for each session: state, why it ended, open calls, agents (label, parent's label), human prompts,
+# calls shown as interrupted, failed calls.
+SESSION_ENDS = {
+    "apierror529": [("ended", "other", [], [], 1, 0, 0)],
+    "bgbash": [("ended", "other", [], [], 1, 0, 0)],
+    "failing": [("ended", "other", [], [], 1, 0, 6)],
+    "i-clear": [("ended", "clear", [], [], 1, 0, 0), ("ended", "prompt_input_exit", [], [], 2, 0, 0)],
+    "i-interrupt": [("ended", "prompt_input_exit", [], [], 2, 1, 0)],
+    "i-misc": [("ended", "prompt_input_exit", [], [("inner job", None)], 2, 0, 1)],
+    "i-perm": [("ended", "prompt_input_exit", [], [], 1, 1, 0)],
+    "i-sigKILL": [("working", None, ["Bash"], [], 1, 0, 0)],
+    "large": [("ended", "other", [], [], 1, 0, 0)],
+    "mcp": [("ended", "other", [], [], 1, 0, 1)],
+    "nested": [("ended", "other", [], [("outer job", None), ("inner job", "outer job")], 1, 0, 1)],
+    "p-perm": [("ended", "other", [], [], 1, 0, 2)],
+    "parallel": [("ended", "other", [], [("left job", None), ("right job", None)], 1, 0, 0)],
+    "paralleltools": [("ended", "other", [], [], 1, 0, 0)],
+    "simple": [("ended", "other", [], [], 1, 0, 0)],
+    "subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
+    "subagent-default": [("ended", "other", [], [("inner job", None)], 1, 0, 1)],
+    "surrogate": [("ended", "other", [], [], 1, 0, 0)],
+    "tasks": [("ended", "other", [], [], 1, 0, 0)],
+    "thinking": [("ended", "other", [], [], 1, 0, 0)],
+    "unicode": [("ended", "other", [], [], 1, 0, 0)],
+    "v1.0.128-subagent": [("ended", "other", [], [], 1, 1, 0)],
+    "v2.0.77-subagent": [("ended", "other", [], [], 1, 1, 0)],
+    "v2.1.112-subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
+    "worktree": [("ended", "other", [], [("wt job", None)], 1, 0, 1)],
+}
+
+
+def session_end_of(told: "dict[str, Any]") -> "tuple[Any, ...]":
+    """Return what the table of ends says of a session."""
+    labels = {agent["agentId"]: agent["label"] for agent in told["agents"]}
+    counts = told["counts"]
+    return (
+        told["state"],
+        told["reason"] and told["reason"]["detail"],
+        session_open(told),
+        [(agent["label"], labels.get(agent["parentAgentId"])) for agent in told["agents"]],
+        counts["prompts"],
+        counts["interrupted"],
+        counts["toolErrors"],
+    )
+
+
+def test_the_table_of_session_ends_has_every_recording():
+    assert sorted(SESSION_ENDS) == recording_names()
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_every_recording_ends_in_a_sensible_state(name):
+    assert [session_end_of(told) for told in session_replay(session_events(name))] == SESSION_ENDS[name]
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_a_recorded_sessions_counts_are_those_of_its_payloads(name):
+    expected = []
+    payloads = recorded(name)
+    for session_id in dict.fromkeys(told["session_id"] for told in payloads):
+        mine = [told for told in payloads if told["session_id"] == session_id]
+        hooks = collections.Counter(told["hook_event_name"] for told in mine)
+        named, ended_well, failed, batched = set(), set(), set(), set()
+        for told in mine:
+            kinds = {"PostToolUse": ended_well, "PostToolUseFailure": failed}
+            if "tool_use_id" in told:
+                named.add(told["tool_use_id"])
+                kinds.get(told["hook_event_name"], set()).add(told["tool_use_id"])
+            batched.update(call["tool_use_id"] for call in told.get("tool_calls", ()))
+        unnamed = sum(told["hook_event_name"] == "PreToolUse" and "tool_use_id" not in told for told in mine)
+        prompts = [told["prompt"] for told in mine if told["hook_event_name"] == "UserPromptSubmit"]
+        expected.append(
+            {
+                "events": sum(hooks.values()),
+                "toolCalls": len(named | batched) + unnamed,
+                # What only its round ended never ran: unknown tool, bad input, a denial.
+                "toolErrors": len(failed | (batched - ended_well)),
+                "prompts": sum("task-notification" not in words for words in prompts),
+            }
+        )
+    told = session_replay(session_events(name))
+    assert [{key: each["counts"][key] for key in expected[0]} for each in told] == expected
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_a_recorded_agents_counts_add_up(name):
+    payloads = recorded(name)
+    for told in session_replay(session_events(name)):
+        for agent in told["agents"]:
+            mine = [each for each in payloads if each.get("agent_id") == agent["agentId"]]
+            hooks = collections.Counter(each["hook_event_name"] for each in mine)
+            assert agent["counts"] == {
+                "events": len(mine), "toolCalls": hooks["PreToolUse"], "toolErrors": hooks["PostToolUseFailure"]
+            }  # fmt: skip
+            assert agent["state"] == "ended" and agent["endTime"] >= agent["startTime"]
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_at_every_step_of_a_recording_the_session_makes_sense(name):
+    for event, told in session_steps(name):
+        agents = {agent["agentId"]: agent for agent in told["agents"]}
+        assert told["state"] in ("waiting", "working", "idle", "failed", "ended"), event
+        assert (told["reason"] is not None) == (told["state"] in ("waiting", "failed", "ended")), event
+        assert (told["endTime"] is not None) == (told["state"] == "ended"), event
+        assert told["lastEventTime"] == event["timestamp"] and told["startTime"] <= told["stateSince"], event
+        assert all(call["agentId"] is None or call["agentId"] in agents for call in told["openCalls"]), event
+        if told["openCalls"]:
+            assert told["state"] in ("working", "waiting") and told["activity"], event
+        elif not event["data"].get("background_tasks"):
+            assert told["activity"] in ("", "background: bg", "background: inner job"), event
+        if any(agent["state"] != "ended" for agent in agents.values()):
+            assert told["state"] in ("working", "waiting"), event
+        for agent in agents.values():
+            assert agent["parentAgentId"] is None or agent["parentAgentId"] in agents, event
+        json.dumps(told)
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_replaying_a_recording_gives_the_same_sessions(name):
+    first = session_replay(session_events(name))
+    again = session_replay(json.loads(json.dumps(session_events(name))))
+    assert json.dumps(first) == json.dumps(again)
+
+
+def test_replaying_files_gives_what_being_there_gave():
+    # Live, time passes between events: the session was quiet. A restart reads the files in one go.
+    live, restarted = session_tale(), session_tale()
+    live.call("Bash", "t1", command="make")
+    restarted.call("Bash", "t1", command="make")
+    assert live.wait(300_000)["state"] == "quiet"
+    restarted.time += 300_000
+    assert live.result("Bash", "t1") == restarted.result("Bash", "t1")
+
+
+# Permission ----------------------------------------------------------------
+
+
+def test_a_permission_wait_names_tool_command_and_since_when():
+    request, told = session_after("i-perm", "PermissionRequest")
+    assert told["state"] == "waiting" and told["stateSince"] == request["timestamp"]
+    assert told["reason"] == {
+        "kind": "permission",
+        "tool": "Bash",
+        "detail": request["data"]["toolInput"]["command"],
+        "since": request["timestamp"],
+    }
+    request, told = session_after("i-perm", "PermissionRequest", 1)
+    assert (told["reason"]["tool"], told["reason"]["detail"]) == ("Write", "perm.txt")
+
+
+def test_a_notification_repeats_a_permission_request_and_neither_ends_nor_renews_it():
+    request, before = session_after("i-perm", "PermissionRequest")
+    _, after = session_after("i-perm", "Notification")
+    assert after["reason"] == before["reason"] and after["stateSince"] == request["timestamp"]
+
+
+def test_a_granted_permission_ends_with_the_tools_result():
+    _, told = session_after("i-perm", "PostToolUse")
+    assert (told["state"], told["reason"], told["openCalls"]) == ("working", None, [])
+
+
+def test_a_permission_denied_in_print_mode_ends_with_the_batch():
+    for which in (0, 1):
+        assert session_after("p-perm", "PermissionRequest", which)[1]["state"] == "waiting"
+        _, told = session_after("p-perm", "PostToolBatch", which)
+        assert (told["state"], told["openCalls"]) == ("working", [])
+        assert told["counts"]["toolErrors"] == which + 1, "a denied call did not succeed"
+
+
+@pytest.mark.parametrize(
+    "end", ["PostToolUse", "PostToolUseFailure", "PermissionDenied", "PostToolBatch", "Stop", "StopFailure"]
+)
+def test_a_permission_wait_ends_with_any_later_event_of_the_same_agent(end):
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    assert tale.ask("Bash", command="make")["state"] == "waiting"
+    told = tale.say(end, tool_name="Bash", tool_input={"command": "make"}, tool_use_id="t1", tool_calls=[])
+    assert told["state"] != "waiting"
+
+
+@pytest.mark.parametrize(
+    "hook",
+    ["Notification", "InstructionsLoaded", "ConfigChange", "MessageDisplay", "TaskCreated", "CwdChanged"],
+)
+def test_what_comes_by_itself_does_not_end_a_permission_wait(hook):
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    before = tale.ask("Bash", command="make")
+    after = tale.say(hook, message="x", notification_type="auth_success")
+    assert after["reason"] == before["reason"]
+
+
+@pytest.mark.parametrize("other", ["Read", "Bash"])
+def test_a_parallel_calls_result_does_not_end_a_permission_wait(other):
+    tale = session_tale()
+    tale.call(other, "t1", command="ls")
+    tale.call("Bash", "t2", command="make install")
+    tale.ask("Bash", command="make install")
+    told = tale.result(other, "t1", command="ls")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "make install"
+    assert tale.result("Bash", "t2", command="make install")["state"] == "working"
+
+
+def test_a_parallel_failure_does_not_end_a_permission_wait():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="false")
+    tale.call("Bash", "t2", command="make install")
+    tale.ask("Bash", command="make install")
+    told = tale.say(
+        "PostToolUseFailure", tool_name="Bash", tool_input={"command": "false"}, tool_use_id="t1", error="1"
+    )
+    assert told["state"] == "waiting"
+
+
+def test_of_two_requests_the_first_is_shown_then_the_second():
+    tale = session_tale()
+    tale.call("WebFetch", "t1", url="https://one.example")
+    tale.call("WebFetch", "t2", url="https://two.example")
+    first = tale.ask("WebFetch", url="https://one.example")
+    both = tale.ask("WebFetch", url="https://two.example")
+    assert both["reason"] == first["reason"], "the dialog on the screen is the first one"
+    told = tale.result("WebFetch", "t1", url="https://one.example")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "https://two.example"
+    assert tale.result("WebFetch", "t2", url="https://two.example")["state"] == "working"
+
+
+def test_of_two_requests_the_second_answered_leaves_the_first():
+    tale = session_tale()
+    tale.call("WebFetch", "t1", url="https://one.example")
+    tale.call("WebFetch", "t2", url="https://two.example")
+    tale.ask("WebFetch", url="https://one.example")
+    tale.ask("WebFetch", url="https://two.example")
+    told = tale.result("WebFetch", "t2", url="https://two.example")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "https://one.example"
+
+
+def test_another_agents_events_do_not_end_an_agents_permission_wait():
+    tale = session_tale()
+    for agent, call in (("a1", "t1"), ("a2", "t2")):
+        tale.launch(agent, call)
+    tale.call("Bash", "t3", "a1", command="rm -r build")
+    told = tale.ask("Bash", "a1", command="rm -r build")
+    assert session_agent(told, "a1")["state"] == "waiting" and session_agent(told, "a2")["state"] == "working"
+    tale.call("Bash", "t4", "a2", command="ls")
+    told = tale.result("Bash", "t4", "a2", command="ls")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "rm -r build"
+    assert tale.stop("a1", "a2")["state"] == "waiting"
+    told = tale.result("Bash", "t3", "a1", command="rm -r build")
+    assert told["state"] == "working" and session_agent(told, "a1")["state"] == "working"
+
+
+def test_a_permission_wait_ends_when_its_tool_ran_whoever_says_so():
+    # Older clients ask for a subagent's permission in the main agent's name.
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="make")
+    assert tale.ask("Bash", command="make")["state"] == "waiting"
+    assert tale.result("Bash", "t2", "a1", command="make")["state"] == "working"
+
+
+def test_a_stopped_agent_waits_for_nobody():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    tale.ask("Bash", "a1", command="make")
+    told = tale.say("SubagentStop", agent="a1", background_tasks=[])
+    assert told["state"] == "working" and told["openCalls"] == []
+
+
+def test_a_permission_is_told_before_an_idle_prompt():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert tale.notify("idle_prompt")["reason"]["kind"] == "input"
+    tale.call("Bash", "t2", "a1", command="make")
+    told = tale.ask("Bash", "a1", command="make")
+    assert told["state"] == "waiting" and told["reason"]["kind"] == "permission"
+
+
+def test_an_old_clients_notification_without_a_type_is_a_permission_wait():
+    tale = session_tale()
+    tale.say("PreToolUse", tool_name="Bash", tool_input={"command": "make"})
+    told = tale.notify(None, "Claude needs your permission to use Bash")
+    assert (told["reason"]["kind"], told["reason"]["tool"], told["reason"]["detail"]) == (
+        "permission",
+        "Bash",
+        "make",
+    )
+    told = tale.say("PostToolUse", tool_name="Bash", tool_input={"command": "make"}, tool_response="")
+    assert (told["state"], told["openCalls"]) == ("working", [])
+
+
+def test_an_old_clients_notification_names_the_tool_that_it_names():
+    tale = session_tale()
+    tale.say("PreToolUse", tool_name="Bash", tool_input={"command": "make"})
+    tale.say("PreToolUse", tool_name="Read", tool_input={"file_path": "/etc/hosts"})
+    told = tale.notify(None, "Claude needs your permission to use Bash")
+    assert (told["reason"]["tool"], told["reason"]["detail"]) == ("Bash", "make")
+    told = tale.say("PostToolUse", tool_name="Read", tool_input={"file_path": "/etc/hosts"}, tool_response="")
+    assert told["state"] == "waiting", "only the file was read"
+
+
+def test_an_old_clients_notification_without_a_type_is_an_idle_prompt():
+    tale = session_tale()
+    told = tale.notify(None, "Claude is waiting for your input")
+    assert (told["state"], told["reason"]["kind"]) == ("waiting", "input")
+
+
+@pytest.mark.parametrize("kind", ["auth_success", "elicitation_response", "something_new"])
+def test_other_notifications_ask_for_nobody(kind):
+    assert session_tale().notify(kind, "Signed in")["state"] == "working"
+
+
+# Questions -----------------------------------------------------------------
+
+
+def test_a_question_to_the_user_waits_until_it_is_answered():
+    states = [(event["hookType"], told) for event, told in session_steps("i-misc")][3:8]
+    assert [hook for hook, _ in states] == [
+        "PreToolUse",
+        "PermissionRequest",
+        "Notification",
+        "PostToolUse",
+        "PostToolBatch",
+    ]
+    for _, told in states[:3]:
+        reason = told["reason"]
+        assert (reason["kind"], reason["tool"], reason["detail"]) == (
+            "question",
+            "AskUserQuestion",
+            "Red or blue?",
+        )
+    assert states[3][1]["state"] == "working"
+
+
+def test_a_plan_waits_for_approval_in_its_own_words():
+    tale = session_tale()
+    told = tale.call("ExitPlanMode", "t1", plan="Add a cart\n\n1. model\n2. view")
+    assert told["reason"]["kind"] == "question"
+    told = tale.ask("ExitPlanMode", plan="Add a cart\n\n1. model\n2. view")
+    assert (told["state"], told["reason"]["kind"], told["reason"]["tool"]) == (
+        "waiting",
+        "question",
+        "ExitPlanMode",
+    )
+    assert told["reason"]["detail"].startswith("Add a cart")
+    assert tale.result("ExitPlanMode", "t1")["state"] == "working"
+
+
+def test_an_elicitation_waits_until_it_is_answered():
+    asked, told = session_after("mcp", "Elicitation")
+    assert told["state"] == "waiting"
+    assert told["reason"] == {
+        "kind": "question", "tool": "demo", "detail": "Your name?", "since": asked["timestamp"]
+    }  # fmt: skip
+    _, told = session_after("mcp", "ElicitationResult")
+    assert told["state"] == "working"
+    _, told = session_after("mcp", "Notification")
+    assert told["state"] == "working", "the notification of the answer is no question"
+
+
+def test_a_parallel_calls_result_does_not_end_a_question():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="npm test")
+    tale.call("mcp__demo__ask", "t2", text="x")
+    tale.say("Elicitation", mcp_server_name="demo", message="Your name?", mode="form")
+    assert tale.result("Bash", "t1", command="npm test")["state"] == "waiting"
+    assert tale.say("ElicitationResult", mcp_server_name="demo", action="accept")["state"] == "working"
+    tale.call("Read", "t3", file_path="x")
+    tale.call("AskUserQuestion", "t4", questions=[{"question": "Red?"}])
+    assert tale.result("Read", "t3", file_path="x")["state"] == "waiting"
+    assert tale.result("AskUserQuestion", "t4")["state"] == "working"
+
+
+# Idle prompt, Esc and rejections -------------------------------------------
+
+
+def test_an_idle_prompt_waits_for_input_until_the_next_prompt():
+    notified, told = session_after("i-misc", "Notification", 1)
+    assert told["state"] == "waiting"
+    assert told["reason"] == {
+        "kind": "input", "tool": None, "detail": "Claude is waiting for your input", "since": notified["timestamp"]
+    }  # fmt: skip
+    tale = session_tale()
+    tale.stop()
+    tale.notify("idle_prompt")
+    assert tale.prompt()["state"] == "working"
+
+
+def test_esc_is_seen_at_the_next_prompt():
+    _, told = session_after("i-interrupt", "UserPromptSubmit", 1)
+    assert (told["state"], told["openCalls"], told["counts"]["interrupted"]) == ("working", [], 1)
+    assert told["activity"] == ""
+
+
+def test_esc_is_seen_at_the_idle_prompt():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="sleep 25")
+    told = tale.notify("idle_prompt", "Claude is waiting for your input")
+    assert (told["state"], told["reason"]["kind"]) == ("waiting", "input")
+    assert (told["openCalls"], told["counts"]["interrupted"], told["activity"]) == ([], 1, "")
+
+
+@pytest.mark.parametrize("sign", ["idle", "prompt"])
+def test_a_rejected_permission_is_seen_at_the_idle_prompt_or_the_next_prompt(sign):
+    tale = session_tale()
+    tale.call("Write", "t1", file_path="x")
+    tale.ask("Write", file_path="x")
+    told = tale.notify("idle_prompt") if sign == "idle" else tale.prompt()
+    assert (told["openCalls"], told["counts"]["interrupted"]) == ([], 1)
+    assert told["reason"] is None or told["reason"]["kind"] == "input"
+
+
+def test_a_rejected_permission_ends_with_the_session():
+    _, told = session_after("i-perm", "SessionEnd")
+    assert (told["state"], told["openCalls"], told["counts"]["interrupted"]) == ("ended", [], 1)
+
+
+@pytest.mark.parametrize("sign", ["idle", "prompt"])
+def test_esc_during_a_foreground_agent_ends_the_agent_and_its_calls(sign):
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="sleep 25")
+    told = tale.notify("idle_prompt") if sign == "idle" else tale.prompt()
+    assert (told["openCalls"], told["counts"]["interrupted"]) == ([], 2)
+    assert session_agent(told, "a1")["state"] == "ended"
+    if sign == "idle":
+        tale.prompt()
+    assert tale.stop()["state"] == "idle", "nothing works here any more"
+
+
+def test_esc_in_a_foreground_agents_permission_dialog_leaves_no_permission_behind():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="make")
+    tale.ask("Bash", "a1", command="make")
+    assert tale.notify("idle_prompt")["reason"]["kind"] == "input"
+
+
+def test_a_prompt_does_not_end_background_agents():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    tale.stop("a1")
+    told = tale.prompt("meanwhile, look at this")
+    assert session_agent(told, "a1")["state"] == "working" and session_open(told) == ["Bash"]
+    assert tale.stop("a1")["state"] == "working"
+    told = tale.notify("idle_prompt")
+    assert session_agent(told, "a1")["state"] == "working" and told["counts"]["interrupted"] == 0
+
+
+def test_a_background_agents_own_agents_live_with_it():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Agent", "t2", "a1", description="deep job")
+    tale.say("SubagentStart", agent="a2")
+    tale.call("Bash", "t3", "a2", command="make")
+    told = tale.stop("a1")
+    assert session_agent(told, "a2")["state"] == "working" and session_open(told) == ["Agent", "Bash"]
+
+
+def test_a_late_result_takes_an_interruption_back():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    assert tale.prompt("and now?")["counts"]["interrupted"] == 1
+    told = tale.result("Bash", "t1", command="make")
+    assert (told["counts"]["interrupted"], told["counts"]["toolCalls"], told["openCalls"]) == (0, 1, [])
+
+
+def test_a_command_with_an_exclamation_mark_is_a_stop_without_a_prompt():
+    told = SessionTale().stop()
+    assert (told["state"], told["counts"]["prompts"]) == ("idle", 0)
+    tale = session_tale()
+    tale.stop()
+    tale.notify("idle_prompt")
+    assert tale.stop()["state"] == "idle"
+
+
+# Open calls ----------------------------------------------------------------
+
+
+def test_a_result_closes_its_own_call():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="a")
+    told = tale.call("Bash", "t2", command="b")
+    assert [(call["toolUseId"], call["target"], call["agentId"]) for call in told["openCalls"]] == [
+        ("t1", "a", None),
+        ("t2", "b", None),
+    ]
+    told = tale.result("Bash", "t1", command="a")
+    assert [call["toolUseId"] for call in told["openCalls"]] == ["t2"] and told["activity"] == "Bash: b"
+
+
+def test_recorded_parallel_tools_are_open_together_and_close_one_by_one():
+    opened = [sorted(session_open(told)) for _, told in session_steps("paralleltools")]
+    assert opened[3:10] == [
+        ["Read"],
+        ["Bash", "Read"],
+        ["Bash", "Bash", "Read"],
+        ["Bash", "Bash"],
+        ["Bash"],
+        [],
+        [],
+    ]
+
+
+def test_a_batch_closes_what_nothing_else_closes_and_counts_it_as_failed():
+    errors = [
+        told["counts"]["toolErrors"]
+        for event, told in session_steps("failing")
+        if event["hookType"] == "PostToolBatch"
+    ]
+    calls = [
+        told["counts"]["toolCalls"]
+        for event, told in session_steps("failing")
+        if event["hookType"] == "PostToolBatch"
+    ]
+    assert errors == [1, 2, 3, 4, 5, 6] and calls == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_subagents_bad_input_counts_for_the_agent_too():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    told = tale.batch(("Read", "t2", "<tool_use_error>InputValidationError"), agent="a1")
+    assert session_agent(told, "a1")["counts"] == {"events": 2, "toolCalls": 1, "toolErrors": 1}
+    assert told["counts"]["toolErrors"] == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("call", "result", "batch"))))
+@pytest.mark.parametrize("failed", [False, True])
+def test_call_result_and_batch_count_once_in_any_order(order, failed):
+    tale = session_tale()
+    began = tale.time
+    hook = "PostToolUseFailure" if failed else "PostToolUse"
+    fields = {"tool_name": "Bash", "tool_input": {"command": "make"}, "tool_use_id": "t1"}
+    listed = [
+        {
+            "tool_name": "Bash",
+            "tool_input": {},
+            "tool_use_id": "t1",
+            "tool_response": "Exit code 1" if failed else "ok",
+        }
+    ]
+    says = {
+        "call": lambda: tale.say("PreToolUse", at=began + 1, **fields),
+        "result": lambda: tale.say(hook, at=began + 2, tool_response="", error="Exit code 1", **fields),
+        "batch": lambda: tale.say("PostToolBatch", at=began + 3, tool_calls=listed),
+    }
+    for step in order:
+        told = says[step]()
+    counts = told["counts"]
+    assert (counts["toolCalls"], counts["toolErrors"], counts["interrupted"]) == (1, int(failed), 0)
+    assert told["openCalls"] == [] and told["state"] == "working"
+
+
+def test_a_result_before_its_call_opens_nothing():
+    tale = session_tale()
+    tale.result("Bash", "t1", command="make")
+    told = tale.say(
+        "PreToolUse", at=tale.time - 10, tool_name="Bash", tool_input={"command": "make"}, tool_use_id="t1"
+    )
+    assert (told["openCalls"], told["activity"], told["counts"]["toolCalls"]) == ([], "", 1)
+
+
+@pytest.mark.parametrize("hook", ["Stop", "StopFailure", "SessionEnd"])
+def test_the_end_of_a_turn_or_session_interrupts_what_runs(hook):
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    told = tale.say(hook, error="server_error", reason="other")
+    assert (told["openCalls"], told["counts"]["interrupted"], told["activity"]) == ([], 1, "")
+
+
+def test_the_end_of_a_turn_leaves_a_background_agents_call_open():
+    _, told = session_after("subagent-default", "Stop")
+    assert session_open(told) == ["Bash"] and told["openCalls"][0]["agentId"].startswith("a90ac")
+    assert told["counts"]["interrupted"] == 0
+
+
+def test_the_end_of_an_agent_interrupts_its_calls_only():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="make")
+    told = tale.say("SubagentStop", agent="a1", background_tasks=[])
+    assert (session_open(told), told["counts"]["interrupted"]) == (["Agent"], 1)
+
+
+def test_a_subagents_failed_turn_is_not_the_main_agents():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="make")
+    told = tale.say("StopFailure", agent="a1", error="server_error")
+    assert told["state"] == "working" and "Agent" in session_open(told)
+
+
+@pytest.mark.parametrize("hook", ["Stop", "SubagentStop", "SessionEnd"])
+def test_a_call_that_was_overtaken_by_the_end_is_not_open_for_ever(hook):
+    tale = session_tale()
+    agent = "a1" if hook == "SubagentStop" else ""
+    if agent:
+        tale.launch("a1", "t0")
+    began = tale.time + 500
+    tale.say(hook, agent=agent, reason="other", background_tasks=[])
+    told = tale.say("PreToolUse", agent=agent, at=began, tool_name="Bash", tool_input={}, tool_use_id="t1")
+    assert (told["openCalls"], told["counts"]["interrupted"], told["counts"]["toolCalls"] > 0) == (
+        [],
+        1,
+        True,
+    )
+    assert all(each["state"] == "ended" for each in told["agents"])
+    assert told["state"] == {"Stop": "idle", "SubagentStop": "working", "SessionEnd": "ended"}[hook]
+
+
+def test_a_stop_that_was_overtaken_leaves_the_next_turn_as_it_is():
+    tale = session_tale()
+    ended = tale.time + 500
+    tale.prompt("next")
+    tale.call("Bash", "t1", command="make")
+    told = tale.say("Stop", at=ended, background_tasks=[])
+    assert (told["state"], session_open(told), told["activity"]) == ("working", ["Bash"], "Bash: make")
+
+
+@pytest.mark.parametrize("source", ["startup", "resume"])
+def test_a_new_process_shows_that_the_old_ones_calls_and_agents_are_over(source):
+    tale = session_tale(pid=100)
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", command="sleep 25")
+    tale.pid = 200
+    told = tale.say("SessionStart", source=source)
+    assert (told["state"], told["openCalls"], told["counts"]["interrupted"]) == ("idle", [], 1)
+    assert session_agent(told, "a1")["state"] == "ended" and told["pid"] == 200
+
+
+def test_a_compaction_within_a_turn_interrupts_nothing():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    tale.say("PreCompact", trigger="auto")
+    told = tale.say("SessionStart", source="compact")
+    assert (told["state"], session_open(told)) == ("working", ["Bash"])
+    assert session_agent(told, "a1")["state"] == "working"
+
+
+def test_old_clients_pair_the_result_with_the_newest_open_call_of_the_tool():
+    tale = session_tale()
+    for command in ("a", "b"):
+        tale.say("PreToolUse", tool_name="Bash", tool_input={"command": command})
+    tale.say("PreToolUse", tool_name="Read", tool_input={"file_path": "x"})
+    told = tale.say("PostToolUse", tool_name="Bash", tool_input={"command": "b"}, tool_response="")
+    assert [call["target"] for call in told["openCalls"]] == ["a", "x"]
+    told = tale.say("PostToolUse", tool_name="Grep", tool_input={}, tool_response="")
+    assert len(told["openCalls"]) == 2
+
+
+def test_an_old_clients_nameless_subagent_stop_does_not_interrupt_the_task_that_ran_it():
+    _, told = session_after("v1.0.128-subagent", "SubagentStop")
+    assert "Task" in session_open(told)
+    _, told = session_after("v1.0.128-subagent", "Stop")
+    assert (told["openCalls"], told["counts"]["interrupted"]) == ([], 1), "only the failing Bash got no end"
+
+
+def test_a_round_that_ends_after_hundreds_of_other_calls_counts_each_call_once():
+    tale = session_tale()
+    for agent, call in (("a1", "left"), ("a2", "right")):
+        tale.call("Agent", call, description=call)
+        tale.say("SubagentStart", agent=agent)
+    tale.say("SubagentStop", agent="a1", background_tasks=[])
+    tale.result("Agent", "left", response={"status": "completed", "agentId": "a1"})
+    for number in range(300):
+        tale.call("Read", f"r{number}", "a2", file_path="x")
+        tale.result("Read", f"r{number}", "a2")
+    tale.result("Agent", "right", response={"status": "completed", "agentId": "a2"})
+    told = tale.batch(("Task", "left", "done"), ("Task", "right", "done"))
+    assert (told["counts"]["toolCalls"], told["counts"]["toolErrors"]) == (302, 0)
+
+
+# Agents --------------------------------------------------------------------
+
+
+def test_a_session_works_on_while_a_background_agent_runs_after_its_turn():
+    states = [
+        (event["hookType"], event.get("agentId"), told["state"])
+        for event, told in session_steps("subagent-default")
+    ]
+    first_stop = next(index for index, (hook, _, _) in enumerate(states) if hook == "Stop")
+    assert {state for _, _, state in states[first_stop:-2]} == {"working"}
+    assert [state for _, _, state in states[-2:]] == ["idle", "ended"]
+
+
+def test_a_session_works_on_while_a_background_command_runs_after_its_turn():
+    _, told = session_after("bgbash", "Stop")
+    assert (told["state"], told["activity"], told["openCalls"]) == ("working", "background: bg", [])
+    _, told = session_after("bgbash", "Stop", 1)
+    assert (told["state"], told["activity"]) == ("idle", "")
+
+
+@pytest.mark.parametrize("status", ["completed", "failed", "killed"])
+def test_a_task_notification_ends_its_background_agent(status):
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.launch("a2", "t2")
+    tale.call("Bash", "t3", "a1", command="make")
+    tale.stop("a1", "a2")
+    told = tale.task_ended("a1", status)
+    assert session_agent(told, "a1")["state"] == "ended" and told["openCalls"] == []
+    assert session_agent(told, "a2")["state"] == "working"
+    assert tale.stop("a2")["state"] == "working"
+    tale.task_ended("a2", status)
+    assert tale.stop()["state"] == "idle"
+
+
+def test_a_turns_end_without_running_tasks_shows_that_no_agent_runs():
+    # A killed agent says nothing; the client's own list is the truth.
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    tale.prompt("stop it")
+    told = tale.stop()
+    assert told["state"] == "idle" and session_agent(told, "a1")["state"] == "ended"
+
+
+def test_an_old_clients_stop_without_a_task_list_leaves_background_agents():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    told = tale.say("Stop", stop_hook_active=False)
+    assert told["state"] == "working" and session_agent(told, "a1")["state"] == "working"
+
+
+def test_a_task_notification_is_no_persons_prompt():
+    _, told = session_after("bgbash", "UserPromptSubmit", 1)
+    assert (told["counts"]["prompts"], told["state"]) == (1, "working")
+    tale = SessionTale()
+    told = tale.task_ended("b1")
+    assert (told["counts"]["prompts"], told["labelSource"]) == (0, "project")
+    tale.call("Bash", "t1", command="make")
+    assert session_open(tale.task_ended("b2")) == ["Bash"], "the client's own word interrupts nothing"
+
+
+@pytest.mark.parametrize("name", ["i-clear", "v2.0.77-subagent"])
+def test_stops_without_a_start_make_no_ghost_agent(name):
+    for _, told in session_steps(name):
+        assert told["agents"] == []
+
+
+def test_a_stop_without_a_start_leaves_waits_and_calls_alone():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    before = tale.ask("Bash", command="make")
+    after = tale.say("SubagentStop", agent_id="ghost", agent_type="", background_tasks=[])
+    assert after["reason"] == before["reason"] and after["openCalls"] == before["openCalls"]
+
+
+def test_a_start_that_was_overtaken_by_its_stop_makes_no_agent_that_runs_for_ever():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    began = tale.time + 500
+    tale.say("SubagentStop", agent="a1", background_tasks=[])
+    told = tale.say("SubagentStart", agent="a1", at=began)
+    assert all(agent["state"] == "ended" for agent in told["agents"])
+    tale.result("Agent", "t1", response={"status": "completed", "agentId": "a1"})
+    assert tale.stop()["state"] == "idle"
+
+
+def test_a_call_that_was_overtaken_by_its_agents_stop_does_not_wake_the_agent():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    began = tale.time + 500
+    tale.result("Bash", "t2", "a1", command="make")
+    tale.say("SubagentStop", agent="a1", background_tasks=[])
+    told = tale.say("PreToolUse", agent="a1", at=began, tool_name="Bash", tool_input={}, tool_use_id="t2")
+    assert session_agent(told, "a1")["state"] == "ended" and told["openCalls"] == []
+
+
+def test_a_stopped_agent_that_is_sent_on_works_again():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.say("SubagentStop", agent="a1", background_tasks=[])
+    told = tale.call("Bash", "t2", "a1", command="make")
+    assert session_agent(told, "a1")["state"] == "working" and session_agent(told, "a1")["endTime"] is None
+
+
+def test_nested_agents_know_their_parents_and_jobs():
+    told = session_replay(session_events("nested"))[0]
+    outer, inner = told["agents"]
+    assert (outer["label"], outer["parentAgentId"]) == ("outer job", None)
+    assert (inner["label"], inner["parentAgentId"]) == ("inner job", outer["agentId"])
+    assert {agent["agentType"] for agent in told["agents"]} == {"general-purpose"}
+
+
+def test_parallel_agents_get_their_own_labels():
+    told = session_replay(session_events("parallel"))[0]
+    assert [(agent["agentId"][:3], agent["label"], agent["parentAgentId"]) for agent in told["agents"]] == [
+        ("adf", "left job", None),
+        ("a28", "right job", None),
+    ]
+
+
+def test_an_agent_has_its_label_from_its_start_when_it_is_the_only_one():
+    _, told = session_after("subagent", "SubagentStart")
+    assert [(agent["label"], agent["state"]) for agent in told["agents"]] == [("inner job", "working")]
+
+
+@pytest.mark.parametrize("by", ["", "a0"])
+def test_a_launch_result_before_the_agents_start_names_it_all_the_same(by):
+    tale = session_tale()
+    if by:
+        tale.launch("a0", "t0", description="outer job")
+    tale.call("Agent", "t1", by, description="inner job")
+    tale.result("Agent", "t1", by, {"status": "async_launched", "agentId": "a1"}, description="inner job")
+    told = tale.say("SubagentStart", agent="a1")
+    agent = session_agent(told, "a1")
+    assert (agent["label"], agent["parentAgentId"], agent["state"]) == ("inner job", by or None, "working")
+
+
+def test_agents_end_with_their_session():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    told = tale.say("SessionEnd", reason="other")
+    assert (told["state"], told["openCalls"], session_agent(told, "a1")["state"]) == ("ended", [], "ended")
+    told = tale.say("SubagentStart", agent="a2", at=tale.time - 1500)
+    assert all(agent["state"] == "ended" for agent in told["agents"]) and told["state"] == "ended"
+
+
+# Late words and needed people ----------------------------------------------
+
+
+def test_a_subagents_request_is_not_lost_because_the_main_agent_moved_on():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    asked = tale.time + 500
+    tale.stop("a1")
+    told = tale.ask("Bash", "a1", at=asked, command="make")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "make"
+
+
+def test_a_request_is_not_lost_because_a_parallel_calls_result_was_faster():
+    tale = session_tale()
+    tale.call("Read", "t1", file_path="x")
+    tale.call("Bash", "t2", command="make")
+    asked = tale.time + 500
+    tale.result("Read", "t1", file_path="x")
+    told = tale.ask("Bash", at=asked, command="make")
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "make"
+
+
+@pytest.mark.parametrize("agent", ["", "a1"])
+def test_an_earlier_event_that_arrives_later_does_not_end_a_wait(agent):
+    tale = session_tale()
+    if agent:
+        tale.launch("a1", "t0")
+    began = tale.time + 500
+    tale.ask("Bash", agent, command="make")
+    told = tale.say(
+        "PreToolUse",
+        agent=agent,
+        at=began,
+        tool_name="Bash",
+        tool_input={"command": "make"},
+        tool_use_id="t1",
+    )
+    assert told["state"] == "waiting" and told["reason"]["detail"] == "make"
+    assert tale.result("Bash", "t1", agent, command="make")["state"] == "working"
+
+
+def test_a_request_that_was_overtaken_by_its_own_answer_needs_nobody():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    asked = tale.time + 500
+    tale.result("Bash", "t1", command="make")
+    assert tale.ask("Bash", at=asked, command="make")["state"] == "working"
+
+
+def test_a_notification_that_overtook_an_agents_request_leaves_no_wait_behind():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="inner job")
+    tale.say("SubagentStart", agent="a1")
+    tale.call("Bash", "t2", "a1", command="make")
+    asked = tale.time + 500
+    tale.notify("permission_prompt", "Claude needs your permission")
+    told = tale.ask("Bash", "a1", at=asked, command="make")
+    assert (told["reason"]["tool"], told["reason"]["detail"]) == ("Bash", "make")
+    assert tale.result("Bash", "t2", "a1", command="make")["state"] == "working"
+
+
+def test_an_idle_prompt_that_was_overtaken_by_a_prompt_needs_nobody():
+    tale = session_tale()
+    tale.stop()
+    fired = tale.time + 500
+    tale.prompt()
+    told = tale.say("Notification", at=fired, message="Claude is waiting", notification_type="idle_prompt")
+    assert told["state"] == "working"
+
+
+# /clear, resume, fork, models ----------------------------------------------
+
+
+def test_after_clear_the_new_session_continues_the_old_one():
+    old, new = session_replay(session_events("i-clear"))
+    assert new["continuedFrom"] == old["sessionId"] and old["continuedFrom"] is None
+    assert old["reason"] == {"kind": "ended", "tool": None, "detail": "clear", "since": old["endTime"]}
+
+
+def test_after_clear_the_users_label_pin_and_parent_stay_and_the_models_name_too():
+    tale = session_tale(pid=7)
+    tale.say("SessionStart", session="boss", source="startup")
+    for action in (
+        {"action": "rename", "label": "Frontend"},
+        {"action": "pin", "pinned": True},
+        {"action": "set_parent", "parentSessionId": "boss"},
+    ):
+        tale.apply({"eventType": "session_meta", "hookType": "Monitor", "sessionId": "s1", "data": action})
+    tale.say("SessionEnd", reason="clear")
+    told = tale.say("SessionStart", session="s2", source="clear")
+    assert (told["continuedFrom"], told["label"], told["labelSource"]) == ("s1", "Frontend", "user")
+    assert told["model"] == "claude-opus-5-5"
+    assert (told["isPinned"], told["parentSessionId"]) == (True, "boss")
+
+
+def test_a_start_after_clear_that_overtook_the_end_is_linked_all_the_same():
+    tale = session_tale(pid=7)
+    ended = tale.time + 500
+    tale.say("SessionStart", session="s2", source="clear")
+    tale.say("SessionEnd", at=ended, reason="clear")
+    assert tale.book.to_json(tale.book.sessions["s2"])["continuedFrom"] == "s1"
+
+
+def test_clear_in_one_of_two_terminals_links_the_right_session():
+    tale = SessionTale()
+    for pid, name in ((1, "one"), (2, "two")):
+        tale.pid = pid
+        tale.say("SessionStart", session=name, source="startup")
+        tale.say("SessionEnd", session=name, reason="clear")
+    for pid, name, before in ((2, "three", "two"), (1, "four", "one")):
+        tale.pid = pid
+        assert tale.say("SessionStart", session=name, source="clear")["continuedFrom"] == before
+
+
+def test_a_plain_start_in_the_same_directory_is_a_stranger():
+    tale = session_tale()
+    tale.say("SessionEnd", reason="clear")
+    assert tale.say("SessionStart", session="s2", source="startup")["continuedFrom"] is None
+    tale.time += 600_000
+    assert tale.say("SessionStart", session="s3", source="clear")["continuedFrom"] is None
+
+
+@pytest.mark.parametrize("source", ["resume", "fork"])
+def test_resume_and_fork_from_within_a_session_are_linked_to_it(source):
+    tale = session_tale(pid=7)
+    tale.say("SessionEnd", reason="resume")
+    assert tale.say("SessionStart", session="s2", source=source)["continuedFrom"] == "s1"
+
+
+def test_a_resumed_session_is_alive_again():
+    tale = session_tale()
+    tale.say("SessionEnd", reason="other")
+    told = tale.say("SessionStart", source="resume")
+    assert (told["state"], told["endTime"], told["reason"]) == ("idle", None, None)
+    assert tale.prompt()["counts"]["prompts"] == 2
+
+
+def test_a_model_switch_shows_the_new_model():
+    models = [
+        told["model"] for event, told in session_steps("i-clear") if event["sessionId"].startswith("e189")
+    ]
+    switched = [
+        event["hookType"] for event, _ in session_steps("i-clear") if event["sessionId"].startswith("e189")
+    ]
+    at = switched.index("PostModelSwitch")
+    assert set(models[:at]) == {"claude-opus-5-5"} and set(models[at:]) == {"claude-sonnet-5-5"}
+
+
+def test_a_subagents_model_is_not_the_sessions():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    assert (
+        tale.say("SubagentStop", agent="a1", model="claude-haiku-5", background_tasks=[])["model"]
+        == "claude-opus-5-5"
+    )
+
+
+# Failed, quiet, ended ------------------------------------------------------
+
+
+def test_a_failed_turn_says_which_error():
+    stopped, told = session_after("apierror529", "StopFailure")
+    assert told["state"] == "failed"
+    assert (told["reason"]["kind"], told["reason"]["since"]) == ("error", stopped["timestamp"])
+    assert told["reason"]["detail"].startswith("server_error: API Error: 529")
+    tale = session_tale()
+    assert tale.say("StopFailure", error="rate_limit")["reason"]["detail"] == "rate_limit"
+    assert tale.prompt("again")["state"] == "working"
+    tale.say("StopFailure", error="rate_limit")
+    assert tale.stop()["state"] == "idle"
+
+
+def test_a_working_session_is_quiet_after_quiet_seconds_and_back_with_the_next_event():
+    tale = session_tale()
+    told = tale.call("Bash", "t1", command="make")
+    since = tale.time
+    assert tale.wait(119_999)["state"] == "working"
+    told = tale.wait(1)
+    assert (told["state"], told["stateSince"], session_open(told)) == ("quiet", since + 120_000, ["Bash"])
+    assert tale.book.tick(tale.time + 1) == []
+    told = tale.result("Bash", "t1", command="make")
+    assert (told["state"], told["stateSince"]) == ("working", tale.time)
+    assert tale.wait(120_000)["state"] == "quiet"
+
+
+@pytest.mark.parametrize("state", ["idle", "waiting", "failed"])
+def test_only_a_working_session_becomes_quiet(state):
+    tale = session_tale()
+    if state == "idle":
+        tale.stop()
+    elif state == "waiting":
+        tale.ask("Bash", command="make")
+    else:
+        tale.say("StopFailure", error="rate_limit")
+    assert tale.wait(3_600_000)["state"] == state
+    assert tale.prompt()["state"] == "working", "it has just been heard"
+
+
+def test_a_background_agents_silence_is_quiet_too():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert tale.wait(120_000)["state"] == "quiet"
+
+
+def test_quiet_is_measured_on_the_other_machines_clock():
+    tale = session_tale(machine="far")
+    for skew in (-3_600_000, 3_600_000):
+        tale = SessionTale(machine="far")
+        for hook in ("SessionStart", "UserPromptSubmit"):
+            told = tale.say(hook, at=tale.time + 1000 + skew, prompt="go", source="startup")
+        assert told["state"] == "working"
+        assert tale.wait(119_000)["state"] == "working", skew
+        assert tale.wait(1_000)["state"] == "quiet", skew
+
+
+def test_a_silent_machines_sessions_end_after_ended_hours():
+    tale = session_tale(machine="far")
+    tale.call("Bash", "t1", command="make")
+    heard = tale.time
+    assert tale.wait(12 * 3_600_000 - 1)["state"] == "quiet"
+    told = tale.wait(1)
+    assert (told["state"], told["endTime"], told["openCalls"]) == ("ended", heard, [])
+    assert "12 hours" in told["reason"]["detail"] and told["counts"]["interrupted"] == 1
+
+
+def test_a_session_does_not_end_by_silence_while_its_machine_talks():
+    tale = session_tale(machine="far")
+    tale.ask("Bash", command="make")
+    for _ in range(13):
+        tale.wait(3_600_000)
+        tale.say("UserPromptSubmit", session="other", prompt="go")
+    told = tale.now()
+    assert told["state"] == "waiting", "someone is still needed there"
+
+
+def test_a_wait_on_our_own_machine_lasts_as_long_as_its_process():
+    # The person went home; in the morning the dialog is still there.
+    tale = session_tale(pid=7)
+    tale.ask("Bash", command="make")
+    told = tale.wait(14 * 3_600_000)
+    assert (told["state"], told["reason"]["kind"]) == ("waiting", "permission")
+    told = tale.book.to_json(tale.book.end_gone("s1", tale.time))
+    assert told["state"] == "ended"
+
+
+def test_a_session_that_was_thought_ended_lives_with_its_next_event():
+    for hook, agent, state in (
+        ("PreToolUse", "a1", "working"),
+        ("PermissionRequest", "a1", "waiting"),
+        ("UserPromptSubmit", "", "working"),
+    ):
+        tale = session_tale(machine="far")
+        tale.launch("a1", "t1")
+        assert tale.wait(13 * 3_600_000)["state"] == "ended"
+        told = tale.say(hook, agent=agent, tool_name="Bash", tool_input={"command": "make"}, prompt="go")
+        assert (told["state"], told["endTime"]) == (state, None), hook
+
+
+def test_a_gone_process_ends_its_session():
+    book = cm.SessionBook(own_machine=SESSION_MACHINE)
+    for event in session_events("i-sigKILL"):
+        session = book.apply(event)
+    told = book.to_json(book.end_gone(session.session_id, NOW_MS + 60_000))
+    assert (told["state"], told["endTime"], told["openCalls"]) == ("ended", NOW_MS + 60_000, [])
+    assert told["reason"]["detail"] == "its process is gone" and told["counts"]["interrupted"] == 1
+    assert book.tick(NOW_MS + 9_000_000) == []
+
+
+@pytest.mark.parametrize("reason", ["clear", "resume", "logout", "prompt_input_exit", "other"])
+def test_a_session_end_says_why(reason):
+    tale = session_tale()
+    tale.ask("Bash", command="make")
+    told = tale.say("SessionEnd", reason=reason)
+    assert (told["state"], told["endTime"], told["activity"]) == ("ended", tale.time, "")
+    assert told["reason"] == {"kind": "ended", "tool": None, "detail": reason, "since": tale.time}
+    assert tale.say("MessageDisplay", delta="bye")["state"] == "ended"
+    assert tale.notify("idle_prompt")["state"] == "ended" or reason == "resume"
+
+
+def test_what_was_overtaken_by_the_end_does_not_wake_the_session():
+    for hook in ("PostToolUse", "Stop", "UserPromptSubmit", "PermissionRequest", "SessionStart"):
+        tale = session_tale()
+        before = tale.time + 500
+        tale.say("SessionEnd", reason="other")
+        assert tale.say(hook, at=before, tool_name="Bash", tool_use_id="t1")["state"] == "ended", hook
+
+
+# Labels, activity, the user ------------------------------------------------
+
+
+def test_a_label_is_the_users_else_the_title_else_the_prompt_else_the_project():
+    tale = SessionTale()
+    told = tale.say("SessionStart", source="startup")
+    assert (told["label"], told["labelSource"]) == ("shop", "project")
+    told = tale.prompt("  make\nthe cart   work  ")
+    assert (told["label"], told["labelSource"]) == ("make the cart work", "prompt")
+    assert tale.prompt("something else")["label"] == "make the cart work"
+    told = tale.say("UserPromptSubmit", prompt="x", session_title="Cart")
+    assert (told["label"], told["labelSource"]) == ("Cart", "title")
+    rename = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "s1"}
+    told = tale.apply({**rename, "data": {"action": "rename", "label": "Mine"}})
+    assert (told["label"], told["labelSource"]) == ("Mine", "user")
+    told = tale.say("UserPromptSubmit", prompt="x", session_title="Another title")
+    assert (told["label"], told["labelSource"]) == ("Mine", "user")
+    told = tale.apply({**rename, "data": {"action": "rename", "label": ""}})
+    assert (told["label"], told["labelSource"]) == ("Another title", "title")
+
+
+def test_what_the_user_did_wins_over_later_guesses():
+    tale = session_tale()
+    meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "s1"}
+    for data in (
+        {"action": "set_parent", "parentSessionId": "mine"},
+        {"action": "hide", "hidden": True},
+        {"action": "pin", "pinned": True},
+    ):
+        tale.apply({**meta, "data": data})
+    events = tale.now()["counts"]["events"]
+    told = tale.apply(
+        {
+            "eventType": "user_prompt",
+            "hookType": "UserPromptSubmit",
+            "sessionId": "s1",
+            "parentSessionId": "guess",
+            "data": {"message": "x"},
+        }
+    )
+    assert (told["parentSessionId"], told["hidden"], told["isPinned"]) == ("mine", True, True)
+    assert told["counts"]["events"] == events + 1, "what the user does is no event of the session's work"
+    told = tale.apply({**meta, "data": {"action": "set_parent", "parentSessionId": None}})
+    assert told["parentSessionId"] is None
+    told = tale.apply(
+        {
+            "eventType": "user_prompt",
+            "hookType": "UserPromptSubmit",
+            "sessionId": "s1",
+            "parentSessionId": "guess",
+            "data": {"message": "x"},
+        }
+    )
+    assert told["parentSessionId"] is None, "the user took it out of there"
+
+
+def test_a_users_action_changes_neither_state_nor_wait():
+    tale = session_tale()
+    before = tale.ask("Bash", command="make")
+    after = tale.apply(
+        {
+            "eventType": "session_meta",
+            "hookType": "Monitor",
+            "sessionId": "s1",
+            "data": {"action": "pin", "pinned": True},
+        }
+    )
+    assert {**after, "isPinned": False} == before
+
+
+def test_the_parent_session_is_linked_on_both_sides():
+    tale = session_tale()
+    tale.apply(
+        {
+            "eventType": "session_start",
+            "hookType": "SessionStart",
+            "sessionId": "child",
+            "parentSessionId": "s1",
+        }
+    )
+    assert tale.now()["childSessionIds"] == ["child"]
+    told = tale.apply({"eventType": "user_prompt", "sessionId": "s1", "parentSessionId": "s1"})
+    assert told["parentSessionId"] is None, "no session is its own parent"
+
+
+@pytest.mark.parametrize(
+    ("tool", "tool_input", "words"),
+    [
+        ("Bash", {"command": "npm test", "description": "Run tests"}, "Bash: npm test"),
+        ("Edit", {"file_path": "/home/dev/shop/src/app.py", "old_string": "a"}, "Edit: src/app.py"),
+        ("Read", {"file_path": "/etc/hosts"}, "Read: /etc/hosts"),
+        ("WebFetch", {"url": "https://a.example/x", "prompt": "read"}, "WebFetch: https://a.example/x"),
+        ("Agent", {"description": "inner job", "prompt": "do it"}, "Agent: inner job"),
+        ("Bash", {"command": "cat <<E\nlong\n\ttext\nE"}, "Bash: cat <<E long text E"),
+        ("Bash", {"command": "echo a:"}, "Bash: echo a:"),
+        ("ListAll", {}, "ListAll"),
+    ],
+)
+def test_activity_says_tool_and_target(tool, tool_input, words):
+    tale = session_tale()
+    tale.call("Bash", "t0", command="sleep 1")
+    assert tale.call(tool, "t1", **tool_input)["activity"] == words
+    assert tale.result("Bash", "t0", command="sleep 1")["activity"] == words
+    assert tale.result(tool, "t1")["activity"] == ""
+
+
+def test_activity_and_targets_are_one_short_line():
+    told = session_tale().call("Bash", "t1", command="x " * 5000)
+    assert len(told["openCalls"][0]["target"]) <= 160 and len(told["activity"]) <= 180
+
+
+def test_an_agents_activity_is_its_own():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.call("Bash", "t2", "a1", command="make")
+    told = tale.call("Read", "t3", file_path="x")
+    assert (told["activity"], session_agent(told, "a1")["activity"]) == ("Read: x", "Bash: make")
+    told = tale.result("Read", "t3")
+    assert told["activity"] == "Bash: make"
+    assert session_agent(tale.result("Bash", "t2", "a1"), "a1")["activity"] == ""
+
+
+# Other programs' events ----------------------------------------------------
+
+
+def test_a_node_emitters_stop_is_a_turns_end_though_it_says_session_end():
+    tale = SessionTale(session="0123456789abcdef")
+    node = {
+        "sessionId": "0123456789abcdef",
+        "machineId": "node",
+        "workingDirectory": "/w",
+        "timestamp": NOW_MS,
+    }
+    tale.apply(
+        {
+            **node,
+            "id": "n1",
+            "hookType": "UserPromptSubmit",
+            "eventType": "message",
+            "data": {"message": "hi"},
+        }
+    )
+    assert tale.now()["state"] == "working" and tale.now()["counts"]["prompts"] == 1
+    told = tale.apply({**node, "id": "n2", "hookType": "Stop", "eventType": "session_end", "data": {}})
+    assert (told["state"], told["endTime"]) == ("idle", None)
+    told = tale.apply({**node, "id": "n3", "hookType": "SessionEnd", "eventType": "session_end", "data": {}})
+    assert told["state"] == "ended"
+
+
+def test_an_event_without_a_hook_goes_by_its_event_type():
+    tale = SessionTale()
+    told = tale.apply(
+        {
+            "eventType": "tool_call",
+            "sessionId": "s1",
+            "data": {"toolName": "Bash", "toolInput": {"command": "ls"}},
+        }
+    )
+    assert (told["state"], told["activity"]) == ("working", "Bash: ls")
+    assert tale.apply({"eventType": "session_end", "sessionId": "s1"})["state"] == "ended"
+
+
+def test_anything_else_is_a_message_of_session_unknown():
+    told = SessionTale().apply({"test": "message"})
+    assert (told["sessionId"], told["state"], told["counts"]["events"]) == ("unknown", "idle", 1)
+
+
+SESSION_ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+SESSION_FIELDS = (
+    "tool_name", "tool_input", "tool_use_id", "tool_response", "message", "prompt", "error", "model", "source", "reason",
+    "notification_type", "last_assistant_message", "background_tasks", "tool_calls", "session_title", "to_model",
+    "agent_id", "agent_type", "mcp_server_name", "error_details", "action", "label", "cwd", "parentSessionId", "pid",
+)  # fmt: skip
+SESSION_LIKELY = st.sampled_from(
+    ["Bash", "Agent", "AskUserQuestion", "a1", "t1", "running", "idle_prompt", "permission_prompt", "clear", "compact",
+     "<task-notification><task-id>a1</task-id>", [{"tool_use_id": ["t1"]}], [{"status": "running", "id": {}}],
+     {"agentId": ["a1"]}, {"questions": [{"question": {}}]}, {"agentId": "a1", "status": {}}]
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=250)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""]),
+            st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY | SESSION_ANY_JSON, max_size=8),
+        ),
+        max_size=12,
+    )
+)
+@example([("PermissionRequest", {"tool_name": "Bash"}), ("PreToolUse", {"tool_use_id": ["t1"]})])
+def test_fields_of_wrong_types_never_raise(told):
+    tale = SessionTale()
+    for hook, fields in told:
+        tale.tell({"session_id": "s1", "hook_event_name": hook, **fields})
+        tale.wait(50_000)
+    for session in tale.book.all_json(with_hidden=True):
+        json.loads(ee.encode_json(session))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", ""]),
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "toolName",
+                "toolInput",
+                "toolUseId",
+                "toolOutput",
+                "message",
+                "error",
+                "data",
+                "action",
+                "durationMs",
+            ]
+        ),
+        SESSION_ANY_JSON,
+    ),
+)
+def test_other_programs_events_of_wrong_types_never_raise(hook, data):
+    tale = session_tale()
+    tale.ask("Bash", command="make")
+    event = ee.build_event(
+        {"eventType": "tool_call", "hookType": hook, "sessionId": "s1", "data": data}, tale.time, "m"
+    )
+    tale.book.apply({"seq": 1, "received": tale.time, **event})
+    json.loads(ee.encode_json(tale.now()))
+    assert len(ee.encode_json(cm.event_row({"seq": 1, "received": 1, **event}))) < 6000
+
+
+# Order ---------------------------------------------------------------------
+
+
+def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
+    """Return what must not depend on the order in which events arrive."""
+    return [
+        (
+            each["sessionId"], each["state"], each["reason"] and (each["reason"]["kind"], each["reason"]["detail"]),
+            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"],
+            sorted((agent["agentId"], agent["state"]) for agent in each["agents"]),
+        )
+        for each in sorted(told, key=lambda each: str(each["sessionId"]))
+    ]  # fmt: skip
+
+
+def session_arrivals(
+    events: "list[dict[str, Any]]", gaps: "list[int]", delays: "list[int]"
+) -> "list[dict[str, Any]]":
+    """Return the events as they arrive: happened `gaps` apart, each on its way for one of `delays`."""
+    happened = itertools.accumulate(gaps[: len(events)], initial=NOW_MS)
+    moved = [
+        {**event, "timestamp": time_ms, "received": time_ms + delay}
+        for event, time_ms, delay in zip(events, happened, delays)
+    ]
+    return sorted(moved, key=lambda event: event["received"])
+
+
+SESSION_NAMED = [
+    name for name in sorted(SESSION_ENDS) if not name.startswith("v1.")
+]  # pairing by name only guesses
+SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
+SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
+
+
+@settings(deadline=None, max_examples=250)
+@given(st.sampled_from(SESSION_NAMED), SESSION_GAPS, SESSION_DELAYS)
+def test_the_order_of_arrival_does_not_change_how_a_session_ends(name, gaps, delays):
+    events = session_events(name)
+    arrived = session_arrivals(events, gaps, delays)
+    in_order = sorted(arrived, key=lambda event: event["timestamp"])
+    assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+@settings(deadline=None, max_examples=250)
+@given(st.data(), st.sampled_from(SESSION_NAMED), SESSION_GAPS, SESSION_DELAYS)
+def test_the_order_of_arrival_does_not_change_what_is_open_or_who_is_needed(data, name, gaps, delays):
+    events = session_events(name)
+    arrived = session_arrivals(events[: data.draw(st.integers(1, len(events)))], gaps, delays)
+    in_order = sorted(arrived, key=lambda event: event["timestamp"])
+    assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+# Rows ----------------------------------------------------------------------
+
+SESSION_ROW_FIELDS = {
+    "seq",
+    "received",
+    "id",
+    "timestamp",
+    "sessionId",
+    "machineId",
+    "hookType",
+    "eventType",
+    "agentId",
+    "agentType",
+    "demo",
+    "partial",
+    "data",
+}
+SESSION_ROW_DATA = {
+    "toolName",
+    "toolUseId",
+    "durationMs",
+    "target",
+    "text",
+    "notificationType",
+    "source",
+    "reason",
+    "isInterrupt",
+    "toolUseIds",
+}
+
+
+def test_rows_are_about_three_hundred_bytes_and_have_the_agreed_fields():
+    sizes = []
+    for name in recording_names():
+        for event in session_events(name):
+            event["id"] = str(uuid.UUID(int=event["seq"]))
+            row = cm.event_row(event)
+            assert set(row) <= SESSION_ROW_FIELDS and set(row["data"]) <= SESSION_ROW_DATA
+            assert row["partial"] is True and all(
+                row[key] == event[key] for key in row if key not in ("data", "partial")
+            )
+            assert all(len(str(row["data"].get(key, ""))) <= 160 for key in ("target", "text"))
+            assert "\n" not in row["data"].get("text", "") + row["data"].get("target", "")
+            sizes.append(len(ee.encode_json(row)))
+    assert 200 < statistics.median(sizes) < 400 and max(sizes) < 900
+
+
+def test_a_row_says_what_the_event_was_about():
+    rows = {event["hookType"]: cm.event_row(event)["data"] for event in session_events("failing")}
+    assert rows["PostToolUseFailure"]["text"] == "Exit code 143 Command timed out after 1s"
+    assert (
+        rows["PostToolUseFailure"]["isInterrupt"] is False
+        and rows["PostToolUseFailure"]["durationMs"] == 1033
+    )
+    assert (rows["PreToolUse"]["toolName"], rows["PreToolUse"]["target"]) == ("Bash", "sleep 5")
+    assert rows["UserPromptSubmit"]["text"] == "[[scn:failing]] please do it"
+    assert rows["Stop"]["text"] == "Failures seen." and rows["SessionEnd"]["reason"] == "other"
+    rows = {event["hookType"]: cm.event_row(event)["data"] for event in session_events("i-misc")}
+    assert rows["Notification"] == {
+        "notificationType": "idle_prompt",
+        "text": "Claude is waiting for your input",
+    }
+    assert (
+        cm.event_row({"id": "x", "workingDirectory": "", "hookType": "", "data": {"test": "message"}})[
+            "data"
+        ]["text"]
+        == '{"test": "message"}'
+    )
+
+
+# Many sessions -------------------------------------------------------------
+
+
+def test_sessions_are_listed_newest_first_and_hidden_ones_on_demand():
+    tale = session_tale()
+    tale.say("SessionStart", session="s2", source="startup")
+    tale.apply(
+        {
+            "eventType": "session_meta",
+            "hookType": "Monitor",
+            "sessionId": "s1",
+            "data": {"action": "hide", "hidden": True},
+        }
+    )
+    assert [told["sessionId"] for told in tale.book.all_json(with_hidden=True)] == ["s2", "s1"]
+    assert [told["sessionId"] for told in tale.book.all_json(with_hidden=False)] == ["s2"]
+
+
+def test_all_recordings_in_one_book_do_not_disturb_each_other():
+    alone = {
+        told["sessionId"]: told for name in recording_names() for told in session_replay(session_events(name))
+    }
+    streams = [session_events(name) for name in recording_names()]
+    mixed = [event for group in itertools.zip_longest(*streams) for event in group if event is not None]
+    together = {told["sessionId"]: told for told in session_replay(mixed)}
+    assert together == alone
+
+
+def test_a_deleted_session_is_forgotten():
+    tale = session_tale()
+    assert tale.book.delete("s1") is True and tale.book.delete("s1") is False
+    assert tale.prompt("new words")["counts"] == {
+        "events": 1, "toolCalls": 0, "toolErrors": 0, "interrupted": 0, "prompts": 1
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
+# Processes: the installed hook, the monitor, the command line, kills and bad days
+# ---------------------------------------------------------------------------
+
+RENAMED_FIELDS = {
+    "tool_name": "toolName",
+    "tool_input": "toolInput",
+    "tool_response": "toolOutput",
+    "tool_use_id": "toolUseId",
+    "prompt": "message",
+    "transcript_path": "transcriptPath",
+    "duration_ms": "durationMs",
+    "permission_mode": "permissionMode",
+    "notification_type": "notificationType",
+    "last_assistant_message": "assistantResponse",
+}
+ENVELOPE_FIELDS = {"session_id", "cwd", "hook_event_name", "agent_id", "agent_type"}
+
+
+def expected_data(sent: "dict[str, Any]") -> "dict[str, Any]":
+    """Return what `data` must be for a recorded payload: every other field, under the names of the README."""
+    data = {
+        RENAMED_FIELDS.get(name, name): value for name, value in sent.items() if name not in ENVELOPE_FIELDS
+    }
+    if "agent_type" in sent and "agent_id" not in sent:
+        data["agent_type"] = sent["agent_type"]
+    return data
+
+
+def check_event(event: "dict[str, Any]", sent: "dict[str, Any]") -> None:
+    """Compare one event, however it came, with the payload it was made from."""
+    assert event["data"] == expected_data(sent)
+    assert event["sessionId"] == sent["session_id"]
+    assert event["workingDirectory"] == sent["cwd"]
+    assert event["hookType"] == sent["hook_event_name"]
+    assert event["machineId"] == "testbox"
+    assert event.get("agentId") == sent.get("agent_id")
+    assert event.get("agentType") == (sent.get("agent_type") if "agent_id" in sent else None)
+    assert uuid.UUID(event["id"]).version == 4
+    assert abs(event["timestamp"] - time.time() * 1000) < 300_000
+
+
+def test_every_recorded_session_comes_out_as_it_went_in(running: RunningMonitor) -> None:
+    command = running.installed_command()
+    client = running.websocket("full")
+    sent: list[dict[str, Any]] = []
+    for name in recording_names():
+        for line in recorded_lines(name):
+            done = run_hook(command, line + b"\n", running.environment)
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+            sent.append(json.loads(line))
+    assert len(sent) > 390
+    shown = client.events(len(sent))
+    stored = running.stored_events()
+    assert len(stored) == len(sent)
+    for event, live, original in zip(stored, shown, sent):
+        check_event(event, original)
+        assert live == event
+    assert len({event["id"] for event in stored}) == len(sent)
+    assert [event["seq"] for event in stored] == sorted({event["seq"] for event in stored})
+    by_session = collections.Counter(original["session_id"] for original in sent)
+    assert {
+        session_id: session["counts"]["events"] for session_id, session in running.sessions().items()
+    } == by_session
+    for session_id, count in by_session.items():
+        page = running.get(f"/api/sessions/{session_id}/events?limit=1000")
+        assert page["more"] is False
+        assert page["events"] == [event for event in stored if event["sessionId"] == session_id]
+        assert len(page["events"]) == count
+    assert not glob.glob(running.home + "/spool/*.jsonl")
+    assert not os.path.exists(running.home + "/quarantine.log")
+    client.close()
+
+
+def test_a_restart_tells_the_same_truth(running: RunningMonitor) -> None:
+    for name in recording_names():
+        running.emit(*recorded(name))
+    before = running.sessions()
+    running.kill()
+    running.start()
+    assert running.sessions() == before
+
+
+def test_kill_9_at_any_moment_loses_no_event(running: RunningMonitor) -> None:
+    command = running.installed_command()
+    environment = {**running.environment, "CONTEXTUATE_DEBUG": "1"}
+    stopping = threading.Event()
+    outcomes: dict[str, bool] = {}  # marker → whether the hook got its acknowledgement
+
+    def emit(worker: int) -> None:
+        for number in itertools.count():
+            if stopping.is_set():
+                return
+            marker = f"{worker}-{number}"
+            done = run_hook(
+                command,
+                json.dumps(payload("PreToolUse", f"w{worker}", tool_use_id=marker)).encode(),
+                environment,
+            )
+            assert done.returncode == 0
+            assert done.stdout == b""
+            words = done.stderr.decode()
+            assert ("has stored" in words) != ("kept in the spool" in words), words
+            outcomes[marker] = "has stored" in words
+
+    def stored_markers() -> "list[str]":
+        return [event["data"]["toolUseId"] for event in running.stored_events()]
+
+    dice = random.Random(5)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(emit, worker) for worker in range(4)]
+        for _ in range(20):
+            enough = len(outcomes) + dice.randrange(40, 160)
+            eventually(lambda enough=enough: len(outcomes) >= enough, 60)
+            running.kill()
+            acknowledged = {marker for marker, stored in outcomes.items() if stored}
+            torn_allowed = running.stored_events_allowing_a_torn_line()
+            assert acknowledged <= {event["data"]["toolUseId"] for event in torn_allowed}
+            some_more = len(outcomes) + 5  # that find nobody
+            eventually(lambda some_more=some_more: len(outcomes) >= some_more, 60)
+            running.start()
+        stopping.set()
+        for worker in workers:
+            worker.result()
+    eventually(lambda: not ee.spool_segments(running.home + "/spool"), 30, "an empty spool")
+    assert sorted(stored_markers()) == sorted(outcomes)
+    assert len(outcomes) > 2000
+    assert 100 < sum(outcomes.values()) < len(outcomes)
+
+
+def test_a_thousand_hooks_at_once_while_the_monitor_is_paused(running: RunningMonitor) -> None:
+    command = shlex.split(running.installed_command())[:4]
+    os.kill(running.pid, signal.SIGSTOP)
+    resume = threading.Timer(2.0, os.kill, (running.pid, signal.SIGCONT))
+    resume.start()
+    pids = []
+    for number in range(1000):
+        reader, writer = os.pipe()
+        os.write(writer, json.dumps(payload("PreToolUse", tool_use_id=f"t{number}")).encode() + b"\n")
+        os.close(writer)
+        pids.append(
+            os.posix_spawn(
+                command[0], command, running.environment, file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)]
+            )
+        )
+        os.close(reader)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 1000
+    resume.join()
+    eventually(lambda: running.get("/api/status")["spool"]["segments"] == 0, 30, "an empty spool")
+    markers = [event["data"]["toolUseId"] for event in running.stored_events()]
+    assert sorted(markers) == sorted(f"t{number}" for number in range(1000))
+
+
+WRONG_TYPES = [None, True, -1, 1.5, 10**30, "", "x" * 300, [], [1, {"a": None}], {}, {"b": [[]]}]
+
+
+def test_bad_input_never_stops_the_stream_of_others(running: RunningMonitor) -> None:
+    steady = running.connect()
+    drip = running.connect()
+    drip.sendall(b'{"hook_event_na')  # and then a byte at a time
+    silent = running.connect()
+
+    def one_more(number: int) -> None:
+        """A well-behaved sender gets its acknowledgement, whatever the others do."""
+        steady.sendall(json.dumps(payload("PreToolUse", "steady", tool_use_id=str(number))).encode() + b"\n")
+        assert steady.recv(10) == ee.ACKNOWLEDGEMENT
+        drip.sendall(b"x")
+
+    bad = [
+        os.urandom(5000).replace(b"\n", b"") + b"\n",
+        b"\xff\xfe\x00\n",
+        b"not json at all\n",
+        b"[1, 2, 3]\n",
+        b'"a string"\n',
+        b"nul" + b"\0" * 100 + b"\n",
+        b"[" * 100_000 + b"]" * 100_000 + b"\n",
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"\n",
+        b'{"hook":' + b"[" * 3000 + b"\n",
+    ]
+    for number, line in enumerate(bad):
+        with running.connect() as sock:
+            sock.sendall(line)
+            assert sock.recv(10) == ee.ACKNOWLEDGEMENT
+        one_more(number)
+    odd = [
+        b'{"hook_event_name":"X","session_id":"odd","n":NaN,"i":-Infinity,"f":1e999,"s":"\\ud83d"}\n',
+        b'{"hook_event_name":"X","session_id":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}\n",
+        b'{"hook_event_name":"X","session_id":"odd","latin":"caf\xe9"}\n',
+        b'{"test":"message"}\n',
+    ]
+    fields = [
+        "session_id",
+        "cwd",
+        "hook_event_name",
+        "agent_id",
+        "agent_type",
+        *RENAMED_FIELDS,
+        "background_tasks",
+        "tool_calls",
+    ]
+    odd += [
+        json.dumps({**payload("PostToolUse", "odd"), field: value}).encode() + b"\n"
+        for field in fields
+        for value in WRONG_TYPES
+    ]
+    envelope = [
+        "id",
+        "timestamp",
+        "sessionId",
+        "machineId",
+        "workingDirectory",
+        "hookType",
+        "data",
+        "pid",
+        "agentId",
+    ]
+    odd += [
+        json.dumps({"eventType": "message", "sessionId": "odd", field: value}).encode() + b"\n"
+        for field in envelope
+        for value in WRONG_TYPES
+    ]
+    for number, line in enumerate(odd):
+        with running.connect() as sock:
+            sock.sendall(line)
+            assert sock.recv(10) == ee.ACKNOWLEDGEMENT, line
+        one_more(100 + number)
+    with running.connect() as flood:
+        chunk = b"x" * (1 << 20)
+        for number in range(20):
+            flood.sendall(chunk)
+            one_more(1000 + number)
+    status = running.get("/api/status")
+    assert status["events"]["quarantined"] == len(bad) + 1
+    assert status["store"]["ok"] is True
+    stored = running.stored_events()
+    assert sum(event["sessionId"] == "steady" for event in stored) == len(bad) + len(odd) + 20
+    # An "id" of a right type repeats among the odd ones, so a few of them are second deliveries.
+    assert (
+        len(stored)
+        == status["events"]["received"] - status["events"]["quarantined"] - status["events"]["duplicates"]
+    )
+    assert status["events"]["duplicates"] <= 2
+    assert stored == [json.loads(json.dumps(event)) for event in stored]
+    with open(running.home + "/quarantine.log", encoding="utf-8") as file:
+        kept = [json.loads(line) for line in file]
+    assert len(kept) == len(bad) + 1
+    assert any("longer than" in record["reason"] for record in kept)
+    with open(running.home + "/monitor.log", encoding="utf-8") as file:
+        words = file.read()
+    assert "Traceback" not in words
+    for sock in (steady, drip, silent):
+        sock.close()
+
+
+def test_many_events_on_one_connection_and_one_without_a_newline(running: RunningMonitor) -> None:
+    running.emit(*[payload("PreToolUse", tool_use_id=str(number)) for number in range(500)])
+    with running.connect() as sock:
+        sock.sendall(json.dumps(payload("Stop")).encode())
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(10) == ee.ACKNOWLEDGEMENT
+    assert len(running.stored_events()) == 501
+
+
+def test_events_of_the_nodejs_emitter_and_of_anybody_are_shown(running: RunningMonitor) -> None:
+    client = running.websocket("rows")
+    common = {"sessionId": "0123456789abcdef", "machineId": "old-box", "workingDirectory": "/srv/app"}
+    node = [
+        {
+            "eventType": "tool_call",
+            "hookType": "PreToolUse",
+            "data": {"toolName": "Bash", "toolInput": {"command": "ls"}},
+        },
+        {
+            "eventType": "tool_result",
+            "hookType": "PostToolUse",
+            "data": {"toolName": "Bash", "tool_output": "a b"},
+        },
+        {
+            "eventType": "agent_complete",
+            "hookType": "SubagentStop",
+            "parentSessionId": "fedcba9876543210",
+            "data": {},
+        },
+        {"eventType": "session_end", "hookType": "Stop", "data": {"sessionTokenUsage": {"input": 5}}},
+    ]
+    events = [
+        {"id": str(uuid.uuid4()), "timestamp": 1_700_000_000_000 + n, **common, **event}
+        for n, event in enumerate(node)
+    ]
+    running.emit(*events, {"test": "message"})
+    rows = client.events(5)
+    assert [row["eventType"] for row in rows] == [
+        "tool_call",
+        "tool_result",
+        "agent_complete",
+        "session_end",
+        "message",
+    ]
+    assert rows[0]["data"]["target"] == "ls"
+    assert rows[4]["data"]["text"] == '{"test": "message"}'
+    sessions = running.sessions()
+    assert sessions["0123456789abcdef"]["state"] != "ended", (
+        "a Stop of the Node.js emitter ends a turn, not the session"
+    )
+    assert sessions["0123456789abcdef"]["parentSessionId"] == "fedcba9876543210"
+    assert sessions["0123456789abcdef"]["machineId"] == "old-box"
+    stored = running.stored_events()
+    assert stored[1]["data"]["toolOutput"] == "a b"
+    assert [event["id"] for event in stored[:4]] == [event["id"] for event in events]
+    assert stored[4]["sessionId"] == "unknown"
+    assert stored[4]["data"] == {"test": "message"}
+    assert sessions["unknown"]["counts"]["events"] == 1
+    client.close()
+
+
+def test_a_second_delivery_is_not_stored_twice(running: RunningMonitor) -> None:
+    event = {"id": str(uuid.uuid4()), "eventType": "message", "sessionId": "twice", "data": {"n": 1}}
+    running.emit(event, event)
+    running.emit(event)
+    assert len(running.stored_events()) == 1
+    running.kill()
+    running.start()
+    running.emit(event)
+    assert len(running.stored_events()) == 1
+    assert running.get("/api/status")["events"]["duplicates"] == 1
+
+
+@needs_root
+def test_a_full_disk_loses_nothing_and_heals_by_itself(monitor: RunningMonitor) -> None:
+    events = monitor.home + "/events"
+    os.mkdir(events, 0o700)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        monitor.start()
+        command = monitor.installed_command()
+        client = monitor.websocket("rows")
+        big = "x" * 50_000
+        for number in range(30):
+            sent = json.dumps(
+                payload("PreToolUse", tool_use_id=str(number), tool_input={"command": big})
+            ).encode()
+            assert run_hook(command, sent, monitor.environment).returncode == 0
+        status = eventually(lambda: (s := monitor.get("/api/status"))["store"]["error"] and s)
+        assert status["store"]["ok"] is False
+        assert "No space left" in status["store"]["error"] or "could be written" in status["store"]["error"]
+        assert status["spool"]["bytes"] > 0
+        stored = len(monitor.stored_events())  # every line of the files is whole
+        assert 0 < stored < 30
+        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
+        eventually(lambda: len(monitor.stored_events()) == 30, 30, "the rest out of the spool")
+        assert sorted(int(event["data"]["toolUseId"]) for event in monitor.stored_events()) == list(range(30))
+        eventually(lambda: monitor.get("/api/status")["store"]["ok"])
+        client.close()
+        monitor.stop()
+    finally:
+        about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
+        if about:
+            os.kill(about["pid"], signal.SIGKILL)
+            eventually(lambda: not alive(about["pid"]))
+        subprocess.run(["umount", events], check=True)
+
+
+def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> None:
+    command = [sys.executable, monitor.program, "start", "--no-open"]
+    starts = [
+        subprocess.Popen(command, env=monitor.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(10)
+    ]
+    outputs = [start.communicate(timeout=60) for start in starts]
+    assert any(start.returncode == 0 for start in starts)
+    for start, (_, errors) in zip(starts, outputs):
+        assert start.returncode == 0 or b"another monitor" in errors
+    with open(monitor.home + "/monitor.run.json", encoding="utf-8") as file:
+        pid = json.load(file)["pid"]
+    found = subprocess.run(
+        ["pgrep", "-f", "--", "--report-fd"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    mine = []
+    for other in found:
+        with open(f"/proc/{other}/environ", errors="replace") as file:
+            mine += [int(other)] if monitor.home in file.read() else []
+    assert mine == [pid]
+
+
+def test_a_live_socket_is_never_stolen_and_a_dead_one_is_replaced(running: RunningMonitor) -> None:
+    other = RunningMonitor(new_home(), config={"socketPath": running.socket_path})
+    try:
+        refused = other.command("start", "--no-open", check=False)
+        assert refused.returncode == 1
+        assert running.socket_path in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+        running.emit(payload("Stop"))
+        running.kill()
+        assert os.path.exists(running.socket_path)
+        other.socket_path = running.socket_path
+        other.start().emit(payload("Stop"))
+        assert stat.S_IMODE(os.stat(running.socket_path).st_mode) == 0o600
+    finally:
+        clean_up(other)
+
+
+def test_something_else_at_the_sockets_place_is_left_alone(monitor: RunningMonitor) -> None:
+    with open(monitor.socket_path, "w", encoding="utf-8") as file:
+        file.write("precious")
+    refused = monitor.command("start", "--no-open", check=False)
+    assert refused.returncode == 1
+    assert "not our socket" in refused.stderr
+    with open(monitor.socket_path, encoding="utf-8") as file:
+        assert file.read() == "precious"
+
+
+def test_a_removed_socket_file_comes_back(running: RunningMonitor) -> None:
+    os.unlink(running.socket_path)
+    eventually(lambda: os.path.exists(running.socket_path), 15)
+    running.emit(payload("Stop"))
+
+
+def test_a_port_in_use_is_told_in_one_line(running: RunningMonitor) -> None:
+    other = RunningMonitor(new_home(), config={"server": {"port": running.port}})
+    try:
+        refused = other.command("start", "--no-open", check=False)
+        assert refused.returncode == 1
+        assert f"port {running.port} is in use" in refused.stderr
+        assert "--port" in refused.stderr
+    finally:
+        clean_up(other)
+
+
+def test_events_can_be_kept_in_memory_only(monitor: RunningMonitor) -> None:
+    monitor.write_config({"persistence": {"enabled": False}})
+    monitor.start().emit(payload("UserPromptSubmit", prompt="hello"), payload("Stop"))
+    assert len(monitor.get("/api/sessions/s1/events")["events"]) == 2
+    assert not os.path.exists(monitor.home + "/events")
+    assert monitor.get("/api/status")["store"]["persistent"] is False
+
+
+def test_everything_of_ours_is_for_our_user_only(running: RunningMonitor) -> None:
+    run_hook(running.installed_command(), json.dumps(payload("Stop")).encode(), running.environment)
+    running.emit({"test": 1})
+    with running.connect() as sock:
+        sock.sendall(b"garbage\n")
+        sock.recv(1)
+    for folder, folders, files in os.walk(running.home):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            if (
+                name not in ("monitor.config.json", "claude")
+                and "/claude" not in path
+                and "__pycache__" not in path
+            ):
+                assert stat.S_IMODE(os.stat(path).st_mode) & 0o077 == 0, path
+
+
+def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> None:
+    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+    command = running.installed_command()
+    environment = {**running.environment, "CLAUDE_PID": str(client.pid)}
+    for line in recorded_lines("i-sigKILL"):
+        run_hook(command, line, environment)
+    session_id = recorded("i-sigKILL")[0]["session_id"]
+    assert running.sessions()[session_id]["state"] == "working"
+    assert running.sessions()[session_id]["pid"] == client.pid
+    client.kill()
+    client.wait()
+    session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
+    assert session["reason"]["detail"] == "its process is gone"
+    assert session["openCalls"] == []
+    running.kill()
+    running.start()
+    assert running.sessions()[session_id]["state"] == "ended"
+
+
+# The command line
+
+
+def test_every_command_has_help(monitor: RunningMonitor) -> None:
+    words = monitor.command("--help").stdout
+    commands = re.findall(r"^    ([a-z][a-z-]+)", words, re.M)
+    assert {
+        "start",
+        "stop",
+        "restart",
+        "status",
+        "url",
+        "install",
+        "uninstall",
+        "tail",
+        "sessions",
+        "export",
+    } <= set(commands)
+    for command in commands:
+        assert "usage:" in monitor.command(command, "--help").stdout
+    assert monitor.command("no-such-command", check=False).returncode == 2
+
+
+def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
+    assert monitor.command("status", check=False).returncode == 1
+    refused = monitor.command("url", check=False)
+    assert refused.returncode == 1
+    assert "start" in refused.stderr
+    started = monitor.command("start", "--no-open").stdout
+    address = re.search(r"http://localhost:\d+/", started)
+    assert address
+    assert "install" in started
+    assert "already running" in monitor.command("start", "--no-open").stdout
+    assert "running" in monitor.command("status").stdout
+    assert json.loads(monitor.command("status", "--json").stdout)["running"] is True
+    assert monitor.command("url").stdout.strip() == address.group()
+    assert re.fullmatch(r"http://localhost:\d+/\?token=[\w-]{32}\n", monitor.command("url", "--token").stdout)
+    before = json.loads(monitor.command("status", "--json").stdout)["pid"]
+    monitor.command("restart", "--no-open")
+    assert json.loads(monitor.command("status", "--json").stdout)["pid"] != before
+    assert "stopped" in monitor.command("stop").stdout
+    assert "not running" in monitor.command("stop").stdout
+    assert not os.path.exists(monitor.socket_path)
+
+
+def test_sigterm_ends_it_cleanly_and_clients_are_told(running: RunningMonitor) -> None:
+    client = running.websocket("rows")
+    running.emit(payload("Stop"))
+    os.kill(running.pid, signal.SIGTERM)
+    with pytest.raises(websockets.exceptions.ConnectionClosed) as closed:
+        while True:
+            client.connection.recv(timeout=10)
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1001
+    eventually(lambda: not alive(running.pid))
+    assert not os.path.exists(running.socket_path)
+
+
+def test_test_event_goes_the_hooks_way(running: RunningMonitor) -> None:
+    words = running.command("test-event").stdout
+    assert "has stored" in words
+    assert [event["hookType"] for event in running.stored_events()] == ["Notification"]
+    running.stop()
+    refused = running.command("test-event", check=False)
+    assert refused.returncode == 1
+    assert "spool" in refused.stderr
+
+
+def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonitor) -> None:
+    tail = subprocess.Popen(
+        [sys.executable, running.program, "tail", "--json"],
+        env=running.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    coloured = subprocess.Popen(
+        [sys.executable, running.program, "tail", "--type", "PermissionRequest"],
+        env=running.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert tail.stdout is not None
+    assert coloured.stdout is not None
+    eventually(lambda: running.get("/api/status")["clients"] == 2)
+    waiting = recorded("i-perm")[:5]
+    running.emit(*waiting)
+    lines = [json.loads(tail.stdout.readline()) for _ in waiting]
+    assert lines == running.stored_events()
+    line = coloured.stdout.readline()
+    assert "PermissionRequest" in line
+    assert "touch" in line
+    assert "\x1b" not in line
+    for process in (tail, coloured):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    words = running.command("sessions").stdout
+    assert words.startswith("waiting")
+    assert "permission" in words
+    as_json = json.loads(running.command("sessions", "--json", "--all").stdout)
+    assert as_json == list(running.sessions().values())
+    exported = running.command("export").stdout.splitlines()
+    assert [json.loads(line) for line in exported] == running.stored_events()
+    assert running.command("export", "--session", "nobody").stdout == ""
+    assert running.command("export", "--from", "2199-01-01").stdout == ""
+    target = running.home + "/out.ndjson"
+    assert "5 events" in running.command("export", "--output", target).stdout
+    with open(target, encoding="utf-8") as file:
+        assert file.read().splitlines() == exported
+    running.stop()
+    offline = running.command("sessions", "--json", "--all")
+    assert "files" in offline.stderr
+    assert json.loads(offline.stdout) == as_json
+
+
+def test_the_demo_fills_every_state_and_can_be_removed(running: RunningMonitor) -> None:
+    running.emit(payload("UserPromptSubmit", "mine", prompt="keep me"))
+    words = running.command("demo", "--live", "0").stdout
+    assert "demo --remove" in words
+    every_state = {"waiting", "working", "quiet", "failed", "idle", "ended"}
+    eventually(lambda: {session["state"] for session in running.sessions().values()} == every_state)
+    sessions = running.sessions()
+    assert all(session["demo"] for session in sessions.values() if session["sessionId"] != "mine")
+    assert any(agent["state"] == "working" for session in sessions.values() for agent in session["agents"])
+    running.command("demo", "--remove")
+    assert list(running.sessions()) == ["mine"]
+    assert {event["sessionId"] for event in running.stored_events()} == {"mine"}
 
 
 # ---------------------------------------------------------------------------
@@ -593,6 +7338,4 @@ def run_benchmarks(name: str) -> int:
 
 
 if __name__ == "__main__":
-    if OPTIONS.bench is not None:
-        sys.exit(run_benchmarks(OPTIONS.bench))
-    sys.exit(pytest.main([os.path.abspath(__file__), "-q", "-ra", "-p", "no:cacheprovider", *PYTEST_OPTIONS]))
+    sys.exit(run_benchmarks(OPTIONS.bench))
