@@ -2791,7 +2791,7 @@ def own_addresses(host: str) -> List[str]:
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))
             names.add(probe.getsockname()[0])
-    return sorted(names)
+    return sorted(name for name in names if ":" not in name or host != "0.0.0.0")
 
 
 @dataclasses.dataclass
@@ -3458,6 +3458,9 @@ class Monitor:
         self.received = 0
         self.stored = 0
         self.duplicates = 0
+        self._by_machine: Dict[str, int] = collections.defaultdict(
+            int
+        )  # machine → events stored since the start
         self._privacy = settings.privacy
         self._seen = SeenIds()
         self._arrivals: List[Arrival] = []  # of this turn
@@ -3536,6 +3539,8 @@ class Monitor:
 
     def _close(self) -> None:
         self._handle_arrivals()
+        for machine, count in sorted(self._by_machine.items()):
+            log.info("%d events from machine %s since the start", count, machine)
         self.http.shutdown()
         self.http.server_close()
         self._reader.shutdown(wait=True)
@@ -3691,11 +3696,26 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
+            self._note_arrival(entry)
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
         self.clients.broadcast_events(stored)
         self._send_updates_soon()
+
+    def _note_arrival(self, entry: StoredEvent) -> None:
+        """Log what comes from which machine: its first event, and with CONTEXTUATE_DEBUG=1 every one."""
+        event = entry.event
+        machine = event["machineId"]
+        if machine not in self._by_machine:
+            log.info("first event from machine %s", machine)
+        self._by_machine[machine] += 1
+        if log.isEnabledFor(logging.DEBUG):
+            what = event["hookType"] or event["eventType"]
+            tool = text_of(event["data"].get("toolName"))
+            log.debug(
+                "event %d from %s, session %s: %s %s", entry.seq, machine, event["sessionId"], what, tool
+            )
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""

@@ -116,8 +116,14 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory and the configuration file's path (CONTEXTUATE_HOME, CONTEXTUATE_CONFIG)."""
+    """Return our directory and the configuration file's path (CONTEXTUATE_HOME, CONTEXTUATE_CONFIG).
+
+    An installed hook belongs to the directory that it is installed in.
+    """
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
+    folder = __file__.rpartition("/")[0]
+    if not home and folder.endswith("/hooks/lib"):
+        home = folder[: -len("/hooks/lib")]
     if not home:
         user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
         if not user_home:

@@ -7256,6 +7256,13 @@ def test_the_demo_fills_every_state_and_can_be_removed(running: RunningMonitor) 
     assert {event["sessionId"] for event in running.stored_events()} == {"mine"}
 
 
+def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: RunningMonitor) -> None:
+    environment = {name: value for name, value in running.environment.items() if name != "CONTEXTUATE_HOME"}
+    command = running.installed_command()
+    assert run_hook(command, json.dumps(payload("Stop")).encode(), environment).returncode == 0
+    assert [event["hookType"] for event in running.stored_events()] == ["Stop"]
+
+
 # ---------------------------------------------------------------------------
 # Benchmarks: each figure paired with its limit in one run
 # ---------------------------------------------------------------------------
