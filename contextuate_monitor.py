@@ -3005,7 +3005,7 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 BUILT_IN_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Contextuate Monitor</title>
+<link rel="icon" href="data:,"><title>Contextuate Monitor</title>
 <style>
 :root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
 body{margin:16px;max-width:1100px}

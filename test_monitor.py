@@ -190,6 +190,7 @@ from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 sys.path.insert(0, ROOT)
+import playwright.sync_api  # noqa: E402
 import pytest  # noqa: E402
 import websockets  # noqa: E402
 import websockets.sync.client  # noqa: E402
@@ -7261,6 +7262,432 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
     command = running.installed_command()
     assert run_hook(command, json.dumps(payload("Stop")).encode(), environment).returncode == 0
     assert [event["hookType"] for event in running.stored_events()] == ["Stop"]
+
+
+# ---------------------------------------------------------------------------
+# Browser: the page in headless Chromium against a real monitor
+# ---------------------------------------------------------------------------
+
+BROWSER_OPTIONS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chromium() -> "Iterator[Any]":
+    """One browser for this section."""
+    with playwright.sync_api.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=BROWSER, args=BROWSER_OPTIONS)
+        yield browser
+        browser.close()
+
+
+@dataclasses.dataclass
+class BrowserTab:
+    """A page, and whatever its console said."""
+
+    page: Any
+    url: str
+    said: "list[str]" = dataclasses.field(default_factory=list)
+
+    def rows(self, **marks: str) -> "list[Any]":
+        """Return the visible rows with these data attributes."""
+        wanted = "".join(f'[data-{name}="{value}"]' for name, value in marks.items())
+        return [row for row in self.page.query_selector_all(f"[data-testid=row]{wanted}") if row.is_visible()]
+
+    def row_with(self, words: str, timeout_s: float = 15) -> Any:
+        """Return the row that shows these words."""
+        return eventually(
+            lambda: next((row for row in self.rows() if words in row.inner_text()), None), timeout_s, words
+        )
+
+    def text(self, testid: str) -> str:
+        """Return the text of one part of the page, "" when it is hidden."""
+        part = self.page.query_selector(f"[data-testid={testid}]")
+        return part.inner_text() if part and part.is_visible() else ""
+
+    def shows(self, testid: str, words: str) -> None:
+        """Wait until a part of the page shows some words."""
+        eventually(
+            lambda: words in self.text(testid), 15, f"{words!r} in {testid}, not {self.text(testid)!r}"
+        )
+
+
+@pytest.fixture
+def open_tab(chromium: Any) -> "Iterator[Any]":
+    """Open tabs that fail the test when the console says anything at all."""
+    tabs = []
+
+    def open_one(
+        monitor: RunningMonitor, path: str = "", width: int = 1440, scheme: str = "light"
+    ) -> BrowserTab:
+        context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        tab = BrowserTab(context.new_page(), monitor.url.replace("127.0.0.1", "localhost") + path)
+        tab.page.on("console", lambda message: tab.said.append(message.text))
+        tab.page.on("pageerror", lambda error: tab.said.append(f"error: {error}"))
+        tab.page.goto(tab.url)
+        tabs.append((context, tab))
+        return tab
+
+    yield open_one
+    for context, tab in tabs:
+        context.close()
+        assert tab.said == []
+
+
+def browser_call(number: int, session: str = "s1", **result: Any) -> "list[dict[str, Any]]":
+    """Return a call of Bash, with its result if there is one."""
+    call = {
+        "tool_name": "Bash",
+        "tool_input": {"command": f"make step-{number}"},
+        "tool_use_id": f"t{number}",
+    }
+    events = [payload("PreToolUse", session, **call)]
+    if result:
+        events.append(payload("PostToolUse", session, **call, duration_ms=1234, **result))
+    return events
+
+
+@needs_browser
+def test_the_first_visit_says_what_to_do_and_sends_a_test_event(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    tab = open_tab(running)
+    tab.shows("firstvisit", "contextuate_monitor.py install")
+    tab.page.click("[data-testid=send-test]")
+    tab.row_with("Test event")
+    assert tab.text("firstvisit") == ""
+    assert len(running.stored_events()) == 1
+
+
+@needs_browser
+def test_call_and_result_are_one_row_and_come_live(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="fix the cart"))
+    tab = open_tab(running)
+    tab.row_with("fix the cart")
+    running.emit(*browser_call(1))
+    assert tab.row_with("make step-1").get_attribute("data-status") == "running"
+    running.emit(browser_call(1, tool_response={"stdout": "ok"})[1])
+    eventually(lambda: tab.row_with("make step-1").get_attribute("data-status") == "done")
+    assert "1.2 s" in tab.row_with("make step-1").inner_text()
+    assert len([row for row in tab.rows() if "make step-1" in row.inner_text()]) == 1
+    failing = browser_call(2, tool_response="")
+    running.emit(failing[0], {**failing[1], "hook_event_name": "PostToolUseFailure", "error": "Exit code 2"})
+    eventually(lambda: tab.row_with("make step-2").get_attribute("data-status") == "failed")
+    running.emit(*browser_call(3), payload("UserPromptSubmit", prompt="stop that"))
+    eventually(lambda: tab.row_with("make step-3").get_attribute("data-status") == "interrupted")
+
+
+@needs_browser
+def test_who_needs_a_person_stands_first_and_in_the_title(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", "busy", prompt="busy work"))
+    tab = open_tab(running)
+    eventually(lambda: tab.page.query_selector("[data-session-id=busy][data-state=working]"))
+    ask = {"tool_name": "Bash", "tool_input": {"command": "rm -rf build"}}
+    running.emit(
+        payload("UserPromptSubmit", "asks", prompt="clean up"),
+        payload("PreToolUse", "asks", tool_use_id="t1", **ask),
+        payload("PermissionRequest", "asks", **ask),
+    )
+    eventually(lambda: tab.page.query_selector("[data-session-id=asks][data-state=waiting]"))
+    first = tab.page.query_selector_all("[data-testid=session]")[0]
+    assert first.get_attribute("data-session-id") == "asks"
+    assert "rm -rf build" in first.inner_text()
+    eventually(lambda: "1" in tab.page.title())
+    assert "1" in tab.text("counter-waiting")
+    running.emit(payload("PostToolUse", "asks", tool_use_id="t1", tool_response="", duration_ms=1, **ask))
+    eventually(lambda: tab.page.query_selector("[data-session-id=asks][data-state=working]"))
+    eventually(lambda: "1" not in tab.page.title())
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "name", ["simple", "failing", "subagent", "tasks", "mcp", "i-misc", "unicode", "large"]
+)
+def test_every_row_of_a_recording_opens_and_shows_its_own(
+    running: RunningMonitor, open_tab: Any, name: str
+) -> None:
+    running.emit(*recorded(name))
+    tab = open_tab(running)
+    eventually(lambda: len(tab.rows()) > 3)
+    tab.page.focus("[data-testid=table]")
+    tab.page.keyboard.press("g")
+    seen = set()
+    for _ in range(min(len(tab.rows()), 14)):
+        tab.page.keyboard.press("Enter")
+        eventually(lambda: "Loading" not in tab.text("drawer") and tab.text("drawer"))
+        seen.add(tab.text("drawer")[:60])
+        tab.page.keyboard.press("Escape")
+        tab.page.keyboard.press("j")
+    assert len(seen) > 2
+
+
+@needs_browser
+def test_the_drawer_shows_a_command_with_its_output_and_an_edit_as_a_diff(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*recorded("simple"))
+    tab = open_tab(running)
+    tab.row_with("echo hello").click()
+    tab.shows("drawer", "echo hello")
+    tab.shows("drawer", "Say hello")
+    next(row for row in tab.rows() if row.inner_text().split()[1:] and "Edit" in row.inner_text()).click()
+    tab.shows("drawer", "line two")
+    tab.shows("drawer", "line 2")
+    next(row for row in tab.rows() if "please do it" in row.inner_text()).click()
+    tab.shows("drawer", "[[scn:simple]] please do it")
+
+
+@needs_browser
+def test_keyboard_only_from_the_first_visit_to_raw_json(running: RunningMonitor, open_tab: Any) -> None:
+    tab = open_tab(running)
+    tab.shows("firstvisit", "install")
+    for _ in range(20):
+        if tab.page.evaluate("document.activeElement.dataset.testid") == "send-test":
+            break
+        tab.page.keyboard.press("Tab")
+    tab.page.keyboard.press("Enter")
+    tab.row_with("Test event")
+    tab.page.keyboard.press("j")
+    tab.page.keyboard.press("Enter")
+    tab.shows("drawer", "Test event")
+    tab.page.keyboard.press("r")
+    tab.shows("drawer", '"hookType": "Notification"')
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("drawer") == "")
+    tab.page.keyboard.press("?")
+    eventually(lambda: tab.page.query_selector("dialog[open]"))
+
+
+@needs_browser
+def test_words_and_states_filter(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        *browser_call(1, "one", tool_response=""),
+        *browser_call(2, "two", tool_response=""),
+        payload("Stop", "two"),
+    )
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("step-2")
+    eventually(lambda: not any("step-1" in row.inner_text() for row in tab.rows()))
+    tab.row_with("make step-2")
+    tab.page.fill("[data-testid=filter]", "")
+    tab.row_with("make step-1")
+    tab.page.click("[data-testid=counter-idle]")
+    eventually(lambda: not any("step-1" in row.inner_text() for row in tab.rows()))
+    tab.row_with("make step-2")
+
+
+@needs_browser
+def test_a_session_can_be_read_back_to_its_first_event(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        *[event for number in range(1, 601) for event in browser_call(number, "long", tool_response="")]
+    )
+    running.emit(
+        *[event for number in range(601, 1301) for event in browser_call(number, "later", tool_response="")]
+    )
+    tab = open_tab(running)
+    tab.row_with("make step-1300")
+    eventually(lambda: tab.page.query_selector("[data-session-id=long]"))
+    tab.page.click("[data-session-id=long]")
+    tab.row_with("make step-600")
+    eventually(lambda: browser_scrolled_up(tab, "make step-1\n"), 20)
+    loaded = tab.page.evaluate(
+        "contextuate.store.rows.filter((row) => row.sid === 'long').map((row) => row.target)"
+    )
+    assert sorted(loaded) == sorted(f"make step-{number}" for number in range(1, 601))
+    tab.page.keyboard.press("Escape")
+    tab.row_with("make step-1300")
+    eventually(lambda: browser_scrolled_up(tab, "make step-1\n"), 20)
+
+
+def browser_scrolled_up(tab: BrowserTab, words: str) -> bool:
+    """Scroll the table to its top; tell whether a row there shows these words."""
+    tab.page.evaluate(
+        "(() => { const grid = document.querySelector('[data-testid=table]'); grid.scrollTop = 0; })()"
+    )
+    return any(words in row.inner_text() + "\n" for row in tab.rows())
+
+
+@needs_browser
+def test_a_link_brings_back_session_and_event(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        *browser_call(1, "one", tool_response={"stdout": "first output"}),
+        *browser_call(2, "two", tool_response=""),
+    )
+    tab = open_tab(running)
+    tab.page.click("[data-session-id=one]")
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "first output")
+    link = tab.page.evaluate("location.hash")
+    other = open_tab(running, link)
+    other.shows("drawer", "first output")
+    eventually(lambda: not any("step-2" in row.inner_text() for row in other.rows()))
+
+
+@needs_browser
+def test_the_menu_renames_pins_hides_and_deletes(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first work"),
+        payload("UserPromptSubmit", "two", prompt="other"),
+    )
+    tab = open_tab(running)
+
+    def choose(words: str) -> None:
+        tab.page.click("[data-session-id=one]", button="right")
+        tab.page.click(f"[data-testid=menu] >> text={words}")
+
+    choose("Rename")
+    tab.page.fill("dialog input", "My work")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: running.sessions()["one"]["label"] == "My work")
+    tab.shows("rail", "My work")
+    choose("Pin")
+    eventually(lambda: running.sessions()["one"]["isPinned"])
+    choose("Hide")
+    eventually(lambda: running.sessions()["one"]["hidden"])
+    eventually(lambda: not tab.page.query_selector("[data-session-id=one]"))
+    running.request("/")
+    client = running.websocket("rows")
+    client.send(type="unhide_session", sessionId="one")
+    eventually(lambda: tab.page.query_selector("[data-session-id=one]"))
+    choose("Delete")
+    tab.page.click("dialog >> text=Cancel")
+    assert "one" in running.sessions()
+    choose("Delete")
+    tab.page.click("dialog button.danger")
+    eventually(lambda: list(running.sessions()) == ["two"])
+    eventually(lambda: not tab.page.query_selector("[data-session-id=one]"))
+    client.close()
+
+
+@needs_browser
+def test_a_lost_connection_is_shown_and_heals_without_a_reload(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="before"))
+    running.write_config({"server": {"port": running.port, "wsPort": running.ws_port}})
+    tab = open_tab(running)
+    tab.row_with("before")
+    running.kill()
+    tab.shows("banner", "Not connected")
+    running.start()
+    running.emit(payload("UserPromptSubmit", "s2", prompt="meanwhile"))
+    tab.row_with("meanwhile", 30)
+    eventually(lambda: "Not connected" not in tab.text("banner"))
+    assert len([row for row in tab.rows() if "before" in row.inner_text()]) == 1
+    assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
+    tab.said.clear()
+
+
+HOSTILE = [
+    "<script>window.acted = 1</script>",
+    "<img src=x onerror='window.acted = 1'>",
+    "javascript:window.acted=1",
+    '"><svg onload=window.acted=1>',
+    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1}",
+    "\u202egnihtyna\u202c \u2066x",
+    "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
+]
+
+
+@needs_browser
+def test_nothing_that_an_event_says_can_act(running: RunningMonitor, open_tab: Any) -> None:
+    for number, words in enumerate(HOSTILE):
+        session = f"s{number}"
+        evil = {
+            "command": words,
+            "file_path": words,
+            "description": words,
+            "__proto__": {"acted": 1},
+            words: words,
+        }
+        call = {
+            "tool_name": words,
+            "tool_input": evil,
+            "tool_use_id": words,
+            "cwd": words,
+            "agent_type": words,
+        }
+        running.emit(
+            payload("UserPromptSubmit", session, prompt=words, session_title=words),
+            payload("PreToolUse", session, **call),
+            payload(
+                "PostToolUse", session, tool_response={"stdout": words, "stderr": words, words: words}, **call
+            ),
+            payload("PreToolUse", session, **{**call, "tool_name": "Bash", "tool_use_id": "b"}),
+            payload(
+                "PostToolUseFailure",
+                session,
+                error=words,
+                **{**call, "tool_name": "Bash", "tool_use_id": "b"},
+            ),
+            payload("PreToolUse", session, **{**call, "tool_name": "Edit", "tool_use_id": "e"}),
+            payload("Notification", session, message=words, notification_type=words),
+            payload(words, session, anything=words),
+        )
+    tab = open_tab(running)
+    eventually(lambda: len(tab.rows()) > 10)
+    tab.page.focus("[data-testid=table]")
+    tab.page.keyboard.press("g")
+    for _ in range(len(HOSTILE) * 6):
+        tab.page.keyboard.press("Enter")
+        eventually(lambda: "Loading" not in tab.text("drawer") and tab.text("drawer"))
+        tab.page.keyboard.press("r")
+        tab.page.keyboard.press("r")
+        tab.page.keyboard.press("j")
+    assert tab.page.evaluate("window.acted === undefined && ({}).acted === undefined")
+    assert tab.page.query_selector_all("img, iframe, object, script[src], a[href^='javascript']") == []
+    assert len(tab.page.query_selector_all("script")) == 1
+    assert any("<script>" in row.inner_text() for row in tab.rows()) or "<script>" in tab.text("rail")
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1024, 1440])
+def test_the_page_fits_every_width(
+    shared_demo: RunningMonitor, open_tab: Any, width: int, scheme: str
+) -> None:
+    tab = open_tab(shared_demo, width=width, scheme=scheme)
+    eventually(lambda: tab.page.query_selector("[data-testid=session]"))
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    folder = os.environ.get("CONTEXTUATE_SCREENSHOTS")
+    if folder:
+        tab.page.wait_for_timeout(500)
+        tab.page.screenshot(path=f"{folder}/{scheme}-{width}.png")
+        tab.page.click("[data-testid=session]")
+        tab.page.wait_for_timeout(500)
+        tab.page.screenshot(path=f"{folder}/{scheme}-{width}-session.png")
+
+
+@pytest.fixture(scope="module")
+def shared_demo() -> "Iterator[RunningMonitor]":
+    """A running monitor with the demo in it."""
+    made = RunningMonitor(new_home()).start()
+    made.command("demo", "--live", "0")
+    yield made
+    clean_up(made)
+
+
+@needs_browser
+def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any) -> None:
+    folder = new_home()
+    for name in ("contextuate_monitor.py", "emit_event.py"):
+        shutil.copy(os.path.join(ROOT, name), folder)
+    bare = RunningMonitor(new_home(), program=folder + "/contextuate_monitor.py")
+    try:
+        bare.start().emit(payload("UserPromptSubmit", prompt="early"))
+        tab = open_tab(bare)
+        eventually(lambda: folder + "/index.html" in tab.page.inner_text("body"))
+        eventually(lambda: "early" in tab.page.inner_text("#events"))
+        bare.emit(payload("UserPromptSubmit", "later", prompt="later <b>work</b>"))
+        eventually(lambda: "later <b>work</b>" in tab.page.inner_text("#events"))
+        eventually(lambda: "later <b>work</b>" in tab.page.inner_text("#sessions"))
+    finally:
+        clean_up(bare)
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------
