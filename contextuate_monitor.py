@@ -4983,7 +4983,7 @@ class _Scene:
         self.rng = random.Random(self.key)
         self.machine, self.project, self.mode = place
         home = _DEMO_HOMES[self.machine]
-        self.cwd = f"{home}/work/{self.project}"
+        self.cwd = f"{home}/projects/{self.project}"
         self.session_id = _uuid(self.rng)
         self.transcript = f"{home}/.claude/projects/{self.cwd.replace('/', '-')}/{self.session_id}"
         self.prompt_id = ""
