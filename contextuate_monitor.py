@@ -1039,6 +1039,7 @@ TURN_AFTER = {
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
+TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
 
 _TARGET_KEYS = (
@@ -1124,6 +1125,9 @@ class Session:
     source_time: int = 0
     turn: str = "idle"
     turn_since: int = 0  # timestamp of the event that set the turn
+    last_step: Dict[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # agent id → timestamp of the last event that moved it
     background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
     failure: Optional[Reason] = None
     end: Optional[int] = None
@@ -1159,6 +1163,7 @@ class Session:
             waits=list(self.waits),
             agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
             launched=dict(self.launched),
+            last_step=dict(self.last_step),
             open_calls=dict(self.open_calls),
             calls=dict(self.calls),
         )
@@ -1254,9 +1259,13 @@ def task_notification(event: JsonObject) -> Optional[str]:
 def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, late: bool = False) -> None:
     """Tell a session one event, in the order in which things happened.
 
-    A `late` one happened long before what the session knows already: it is counted, its calls and agents are
-    paired, but it moves neither the turn nor a wait.
+    A `late` one happened long before what the session knows already. Where its own agent went on since, it is
+    counted, its calls and agents are paired, but it moves neither the turn nor a wait.
     """
+    agent_id = event.get("agentId", MAIN)
+    late = late and event["timestamp"] < session.last_step.get(agent_id, 0)
+    if kind in TURN_AFTER or kind == "subagent_stop":
+        session.last_step[agent_id] = max(event["timestamp"], session.last_step.get(agent_id, 0))
     quiet_before = event["timestamp"] - session.last_event >= quiet_ms
     session.events += 1
     session.last_event = max(session.last_event, event["timestamp"])
@@ -1268,6 +1277,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
     if not late:
         _end_waits(session, event, kind, closed)
         _apply_turn(session, event, kind)
+    if not late or _asks_for_open_call(session, event, kind):
         _begin_wait(session, event, kind)
     _derive(session, event["timestamp"], quiet_before)
 
@@ -1341,7 +1351,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
     agent.agent_type = event.get("agentType") or agent.agent_type
     if kind == "subagent_stop":
         _end_agents(session, {agent_id}, event["timestamp"])
-    elif session.turn != "ended" and kind in TURN_AFTER:
+    elif session.turn != "ended" and kind in TURN_AFTER and event["timestamp"] > (agent.end or 0):
         agent.end = None  # a stopped agent may be sent on
 
 
@@ -1352,7 +1362,7 @@ def _new_agent(session: Session, event: JsonObject) -> Agent:
         agent.label, agent.parent_id, agent.background = session.launched[agent.agent_id]
     elif len(launches) == 1 and launches[0].agent_id != agent.agent_id:
         agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
-    if session.turn == "ended":
+    if session.turn == "ended" or _was_over(session, agent.agent_id, event["timestamp"]):
         agent.end = event["timestamp"]
     session.agents[agent.agent_id] = agent
     return agent
@@ -1377,6 +1387,18 @@ def _note_launch(session: Session, event: JsonObject) -> None:
     agent.background = background
     if output.get("status") == "completed":
         _end_agents(session, {agent_id}, event["timestamp"])
+
+
+def _was_over(session: Session, agent_id: str, time_ms: int) -> bool:
+    """Tell whether what an agent did at `time_ms` is known to be over: agent, turn or session ended since."""
+    if session.turn == "ended" and not session.end_presumed:
+        return time_ms <= (session.end or 0)
+    if agent_id == MAIN:
+        return session.turn != "working" and time_ms < session.turn_since
+    agent = session.agents.get(agent_id)
+    if agent is None:
+        return time_ms < session.last_step.get(agent_id, 0)  # it stopped before it was heard of
+    return agent.end is not None and time_ms <= agent.end
 
 
 def _lineage(session: Session, agent: Agent) -> List[Agent]:
@@ -1483,7 +1505,7 @@ def _open_call(session: Session, event: JsonObject, agent_id: str) -> None:
     _count_call(session, tool_use_id, agent_id, "open")
     tool_input = data.get("toolInput")
     description = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
-    if session.turn == "ended" and not session.end_presumed and event["timestamp"] <= (session.end or 0):
+    if _was_over(session, agent_id, event["timestamp"]):
         session.calls[tool_use_id] = "interrupted"
         session.interrupted += 1
         return
@@ -1606,6 +1628,16 @@ def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
     ) for w in session.waits):  # fmt: skip
         return  # a question's call and its request are one
     session.waits.append(reason)
+
+
+def _asks_for_open_call(session: Session, event: JsonObject, kind: str) -> bool:
+    """Tell whether a permission is asked for a call that still runs: such a request counts however late."""
+    return kind == "permission_request" and any(
+        (call.tool_name, call.agent_id) == (event["data"].get("toolName"), event.get("agentId", MAIN))
+        and call.target == tool_target(event["data"].get("toolInput"), session.directory)
+        and call.since <= event["timestamp"]
+        for call in session.open_calls.values()
+    )
 
 
 def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Reason]:
@@ -1786,7 +1818,7 @@ class SessionBook:
             for _, _, earlier, its_kind in track.recent:
                 apply_event(session, earlier, its_kind, self._quiet_ms)
         settled = track.recent[-1][0] - TOGETHER_MS
-        while track.recent[0][0] < settled:
+        while track.recent[0][0] < settled or len(track.recent) > TOGETHER_EVENTS:
             _, _, earlier, its_kind = track.recent.pop(0)
             apply_event(track.base, earlier, its_kind, self._quiet_ms)
 
@@ -3555,6 +3587,8 @@ class Monitor:
     def _restore(self, progress: Callable[[str], None]) -> None:
         """Rebuild sessions from the stored events; the numbers go on after the highest."""
         count, told = 0, time.monotonic()
+        with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
+            self.store.seq = max(0, int(file.read(20)))
         for line in self.store.all_lines():
             try:
                 event = parse_stored(line)
@@ -4047,6 +4081,9 @@ class Monitor:
             raise MessageError(f"it could not be stored: {self.store.error}")
 
     def _delete(self, session: Session) -> None:
+        # The highest number may go with the files; given again, it would hide events from whoever was away.
+        with contextlib.suppress(OSError):
+            emit_event.write_atomically(self.settings.path("last-seq"), b"%d\n" % self.store.seq)
         freed = self.store.delete_session(session.session_id)
         self.book.delete(session.session_id)
         self._changed.pop(session.session_id, None)
