@@ -7482,6 +7482,25 @@ def test_call_and_result_are_one_row_and_come_live(running: RunningMonitor, open
 
 
 @needs_browser
+def test_a_call_that_only_its_batch_ended_failed_as_the_server_says(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*recorded("p-perm"))
+    (session,) = running.sessions().values()
+    assert session["counts"]["toolErrors"] == 2
+    tab = open_tab(running)
+    eventually(lambda: len(tab.rows(status="failed")) == 2)
+    many = [browser_call(number, "many")[0] for number in range(1, 61)]
+    batch = [
+        {"tool_name": "Bash", "tool_use_id": call["tool_use_id"], "tool_response": "denied"} for call in many
+    ]
+    running.emit(*many, payload("PostToolBatch", "many", tool_calls=batch))
+    tab.row_with("make step-60")
+    wanted = "contextuate.store.rows.filter((row) => row.sid === 'many').map((row) => row.outcome)"
+    eventually(lambda: sorted(tab.page.evaluate(wanted)) == ["over"] * 10 + ["refused"] * 50)
+
+
+@needs_browser
 def test_who_needs_a_person_stands_first_and_in_the_title(running: RunningMonitor, open_tab: Any) -> None:
     running.emit(payload("UserPromptSubmit", "busy", prompt="busy work"))
     tab = open_tab(running)
