@@ -5,17 +5,19 @@
     python3 contextuate_monitor.py install    register the hook in Claude Code's settings
     python3 contextuate_monitor.py --help     everything else
 
-Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket. The monitor writes each
-event to a file before it acknowledges it, keeps the state of every session, and sends both to the dashboard
-(`index.html`) over WebSocket. The README describes events, files and protocol.
+Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket, or over Redis from any
+number of machines. The monitor writes each event to a file before it acknowledges it, keeps the state of
+every session, and sends both to the dashboard (`index.html`) over WebSocket. The README describes events,
+files and protocol.
 
 Threads, and who owns what:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the event store.
 - HTTP threads (one a request) and the reader thread (history for WebSocket clients) read event files, which
   only ever grow, and ask the loop thread for anything else through `EventLoop.call`.
-Nothing is shared but the queue and the wake-up socket of the loop.
+- The Redis subscriber thread owns its connections; it puts lines into an inbox that the loop empties.
+Nothing else is shared but the queue and the wake-up socket of the loop.
 
-Not here: TLS (put a reverse proxy in front) and several machines in one monitor.
+Not here: TLS for the page (put a reverse proxy in front).
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ import heapq
 import hmac
 import http.client
 import http.server
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -136,11 +139,7 @@ class Settings:
     @property
     def privacy(self) -> Privacy:
         """Return what may be stored."""
-        return Privacy(
-            redact=self["privacy.redact"],
-            metadata_only=self["privacy.level"] == "metadata",
-            field_limit_bytes=self["limits.fieldBytes"],
-        )
+        return emit_event.privacy_of(self.values)
 
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
@@ -2655,6 +2654,486 @@ def refusal(error: RequestError) -> bytes:
 
 
 # ---------------------------------------------------------------------------
+# Redis subscriber thread: events from many machines
+#
+# Owns: one thread at a time with two connections, and the position in the stream. The channel brings an event
+# at once, the stream tells which ones there were: it is read from the last position after each confirmation
+# of the subscription (redis-py subscribes again without a word) and every few seconds, so whatever the
+# channel did not bring is found. The thread receives, parses and hands over; the loop stores.
+# ---------------------------------------------------------------------------
+
+SUBSCRIBER_DEADLINE_S = 15.0  # without a sign of life the connection counts as dead
+CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
+REDIS_PING_INTERVAL_S = 5.0
+STREAM_INTERVAL_S = 5.0
+STREAM_HURRY_S = 0.5  # while the channel leaves events out
+STREAM_PAGE_EVENTS = 200
+INBOX_LIMIT_BYTES = 16 << 20
+INBOX_LINES_A_TURN = 200
+STREAM_START = "0-0"
+REMEMBERED_IDS = 64 << 10
+_POSITION = re.compile(r"\d{1,20}-\d{1,20}")
+_ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
+
+
+class RemoteLine(NamedTuple):
+    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel."""
+
+    line: bytes
+    position: Optional[str]
+
+
+def stream_time(position: str) -> int:
+    """Return the time in a stream id, in ms of the clock of Redis."""
+    return int(position.partition("-")[0])
+
+
+def after_position(position: str) -> str:
+    """Return the smallest stream id behind `position` (Redis before 6.2 has no exclusive ranges)."""
+    time_part, _, number = position.partition("-")
+    return f"{time_part}-{int(number or 0) + 1}"
+
+
+def position_key(position: str) -> Tuple[int, int]:
+    """Return what stream ids are ordered by."""
+    time_part, _, number = position.partition("-")
+    return int(time_part), int(number or 0)
+
+
+class Inbox:
+    """What one thread hands to the loop, in order and bounded in bytes; safe for one thread on each side."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._items: Deque[RemoteLine] = collections.deque()
+        self._size = 0
+        self._awaited = True  # the loop has seen it empty and wants to be woken
+
+    def put(self, item: RemoteLine, wake: Callable[[], None]) -> bool:
+        """Add one item and wake the loop if it waits; False while there is no room."""
+        with self._lock:
+            if self._size > self._limit_bytes:
+                return False
+            self._items.append(item)
+            self._size += len(item.line)
+            awaited, self._awaited = self._awaited, False
+        if awaited:
+            wake()
+        return True
+
+    def head(self, count: int) -> List[RemoteLine]:
+        """Return the first items; after an empty list `put` wakes the loop again."""
+        with self._lock:
+            self._awaited = not self._items
+            return list(itertools.islice(self._items, count))
+
+    def drop(self, count: int) -> None:
+        """Forget the first items."""
+        with self._lock:
+            for _ in range(count):
+                self._size -= len(self._items.popleft().line)
+
+
+class Subscription(threading.Thread):
+    """One attempt to follow the channel, from connecting to the first error.
+
+    It fills the link's inbox; `heard` is the time (monotonic) of the last sign of life. After a confirmation
+    it reads the stream before it reads on from the channel, so that events stay in their order. Later looks
+    go up to what the stream held at the look before: by then the channel must have brought it.
+    """
+
+    def __init__(self, link: RedisLink, position: str) -> None:
+        super().__init__(name="redis subscriber", daemon=True)
+        self.heard = time.monotonic()
+        self.confirmed = False
+        self.abandoned = False
+        self._position = position  # of the stream; handed over up to here
+        self._horizon = position  # the newest id at the last look
+        self._link = link
+        self._client: Any = None
+        self._seen = SeenIds()  # by the channel
+        self._next_ping = 0.0
+        self._next_look = 0.0
+
+    def run(self) -> None:
+        """Follow the channel until something goes wrong, and tell the link what it was."""
+        try:
+            self._follow()
+        except Exception as error:  # the link puts it into words
+            self._link.attempt_ended(self, error)
+        finally:
+            self._disconnect()
+
+    def abandon(self) -> None:
+        """Let go of it, whatever it is doing; for the loop thread."""
+        self.abandoned = True
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # another thread may be using it at this moment
+                self._client.connection_pool.disconnect(inuse_connections=True)
+
+    def _follow(self) -> None:
+        values = self._link.values
+        self._client = emit_event.redis_client(values)
+        pubsub = self._client.pubsub()
+        pubsub.subscribe(values["redis.channel"])
+        while not self.abandoned:
+            if pubsub.connection.can_read(timeout=0.5):
+                # Only now: get_message with a short timeout would give up in the middle of a long message.
+                message = pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S)
+                self.heard = time.monotonic()
+                if message is not None:
+                    self._take(message)
+            now = time.monotonic()
+            if self.confirmed and now >= self._next_ping:
+                self._next_ping = now + REDIS_PING_INTERVAL_S
+                pubsub.ping()
+            if self.confirmed and now >= self._next_look:
+                self._look_into_stream()
+
+    def _take(self, message: Dict[str, Any]) -> None:
+        if message["type"] == "subscribe":
+            self._link.subscribed(self)
+            self._catch_up()
+            self.confirmed = True
+        elif message["type"] == "message":
+            line = message["data"]
+            self._seen.add(event_key(line))
+            self._hand_over(RemoteLine(line, None))
+
+    def _catch_up(self) -> None:
+        """Read everything behind the position, for we cannot know what the channel has left out."""
+        if self._link.stream is None:
+            return
+        with self._reading_stream():
+            self._check_position(self._link.stream)
+            self._read_stream(self._link.stream, "+")
+        self._horizon = self._position
+        self._next_look = time.monotonic() + STREAM_INTERVAL_S
+
+    def _look_into_stream(self) -> None:
+        """Compare the stream with what the channel has brought; soon again while it leaves things out."""
+        if self._link.stream is None:
+            self._next_look = math.inf
+            return
+        found = False
+        with self._reading_stream():
+            if self._horizon != self._position:
+                found = self._read_stream(self._link.stream, self._horizon)
+            newest = self._client.xrevrange(self._link.stream, "+", "-", 1)
+            self._horizon = newest[0][0].decode("ascii") if newest else self._position
+        self._next_look = time.monotonic() + (STREAM_HURRY_S if found else STREAM_INTERVAL_S)
+
+    @contextlib.contextmanager
+    def _reading_stream(self) -> Iterator[None]:
+        """Tell the link how reading the stream went; a refusal leaves the channel to go on alone."""
+        import redis
+
+        try:
+            yield
+        except redis.ResponseError as error:
+            self._link.stream_read(self, error)
+        else:
+            self._link.stream_read(self, None)
+        self.heard = time.monotonic()
+
+    def _read_stream(self, stream: str, last: str) -> bool:
+        """Hand over what the stream holds up to `last` and the channel left out; tell if there is any."""
+        found = False
+        while not self.abandoned:
+            page = self._client.xrange(stream, after_position(self._position), last, STREAM_PAGE_EVENTS)
+            self.heard = time.monotonic()
+            for raw_id, fields in page:
+                self._position = raw_id.decode("ascii")
+                line = fields.get(b"event", b"")
+                if line and event_key(line) not in self._seen:
+                    found = True
+                    self._hand_over(RemoteLine(line, self._position))
+            if page:
+                self._hand_over(RemoteLine(b"", self._position))
+            if len(page) < STREAM_PAGE_EVENTS:
+                break
+        return found
+
+    def _check_position(self, stream: str) -> None:
+        """Begin anew when the stream did, and tell when it was cut before we had read it."""
+        if self._position == STREAM_START:
+            return
+        newest = self._client.xrevrange(stream, "+", "-", 1)
+        oldest = self._client.xrange(stream, "-", "+", 1)
+        if newest and position_key(newest[0][0].decode("ascii")) < position_key(self._position):
+            log.warning(
+                "Redis: the stream has begun anew since this monitor last read it; it is read from its start"
+            )
+            self._position = STREAM_START
+        elif oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
+            self._link.gap_found(self)
+
+    def _hand_over(self, remote: RemoteLine) -> None:
+        """Give one line to the loop; waits while the loop has enough, which is no silence of Redis."""
+        while not self.abandoned and not self._link.offer(remote):
+            self.heard = time.monotonic()
+            time.sleep(0.01)
+
+
+def event_key(line: bytes) -> str:
+    """Return what tells unparsed events apart: the id, or a digest if a line begins with none."""
+    match = _ID_AT_START.match(line)
+    return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
+
+
+class RedisLink:
+    """Keep one Subscription alive, hand what it brings to `take`, and know how things stand.
+
+    `take` stores a batch and returns whether it is safe; until it is, the batch is offered again and the
+    position stays. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`. `changed`
+    is called when the state did. All but `offer`, `subscribed`, `stream_read`, `gap_found` and
+    `attempt_ended`, which are for the subscription's thread, belongs to the loop thread.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        settings: Settings,
+        take: Callable[[Sequence[RemoteLine]], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self.values = settings.values
+        self.stream = f"{settings['redis.channel']}:stream" if settings["redis.streamMaxLength"] else None
+        self._loop = loop
+        self._take = take
+        self._changed = changed
+        self._position_path = settings.path("redis-position.json")
+        self._position = self._load_position()  # stored up to here
+        self._saved_position = self._position
+        self._inbox = Inbox(INBOX_LIMIT_BYTES)
+        self._subscription: Optional[Subscription] = None
+        self._failures = 0  # in a row
+        self._retry: Optional[Timer] = None
+        self._retry_at: Optional[int] = None  # ms
+        self._state = "connecting"
+        self._reason: Optional[str] = None
+        self._since = now_ms()
+        self._stream_reason: Optional[str] = None
+        self._heard_ms: Optional[int] = None
+        self._gaps = 0
+        self._by_channel = 0
+        self._by_stream = 0
+        loop.call_soon(self.reconnect)
+        loop.call_every(0.5, self._supervise)
+        loop.call_every(1.0, self._save_position)
+
+    # For the loop thread
+
+    def reconnect(self) -> None:
+        """Connect at once, with all attempts before us again."""
+        self._failures = 0
+        self._begin_attempt()
+
+    def close(self) -> None:
+        """Let go of the connection and note the position."""
+        self._drop_subscription()
+        self._save_position()
+
+    def status(self) -> JsonObject:
+        """Return how things stand, for /api/status; never a password."""
+        url = self.values["redis.url"] or ""
+        if self._subscription is not None and self._state == "connected":
+            self._heard_ms = now_ms() - int((time.monotonic() - self._subscription.heard) * 1000)
+        return {
+            "state": self._state,
+            "server": emit_event.redis_place(self.values),
+            "tls": self.values["redis.tls"] or url.startswith("rediss:"),
+            "channel": self.values["redis.channel"],
+            "stream": self.stream,
+            "attempt": self._failures,
+            "maxRetries": self.values["redis.maxRetries"],
+            "reason": self._reason,
+            "since": self._since,
+            "nextAttemptAt": self._retry_at,
+            "lastHeardAt": self._heard_ms,
+            "position": None if self._position == STREAM_START else self._position,
+            "streamState": "off" if self.stream is None else "refused" if self._stream_reason else "ok",
+            "streamReason": self._stream_reason,
+            "gaps": self._gaps,
+            "received": self._by_channel,
+            "fromStream": self._by_stream,
+        }
+
+    def _begin_attempt(self) -> None:
+        self._drop_subscription()
+        self._enter("connecting", self._reason)
+        self._subscription = Subscription(self, self._position)
+        self._subscription.start()
+
+    def _drop_subscription(self) -> None:
+        """Leave the thread behind; what it has handed over stays in the inbox."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            subscription.abandon()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = self._retry_at = None
+
+    def _supervise(self) -> None:
+        """End an attempt that shows no sign of life."""
+        subscription = self._subscription
+        if subscription is None:
+            return
+        deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
+        if time.monotonic() - subscription.heard > deadline_s:
+            self._fail(emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+
+    def _fail(self, error: BaseException) -> None:
+        """Count a failed attempt; try again in a while or give up."""
+        self._drop_subscription()
+        self._failures += 1
+        reason = emit_event.redis_trouble(error, self.values)
+        most = self.values["redis.maxRetries"]
+        if most is not None and self._failures >= most:
+            self._enter("given_up", reason)
+            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", most, reason)
+            return
+        delay_s = emit_event.backoff_s(self._failures)
+        self._retry = self._loop.call_later(delay_s, self._begin_attempt)
+        self._retry_at = now_ms() + int(delay_s * 1000)
+        of = "" if most is None else f" of {most}"
+        log.warning("Redis: attempt %d%s: %s; next in %.1f s", self._failures, of, reason, delay_s)
+        self._enter("waiting", reason)
+
+    def _enter(self, state: str, reason: Optional[str]) -> None:
+        if state != self._state:
+            self._since = now_ms()
+        self._state, self._reason = state, reason
+        self._changed()
+
+    def _note_subscribed(self, subscription: Subscription) -> None:
+        if subscription is not self._subscription:
+            return
+        self._failures = 0
+        log.info(
+            "Redis: connected to %s, channel %s",
+            emit_event.redis_place(self.values),
+            self.values["redis.channel"],
+        )
+        self._enter("connected", None)
+
+    def _note_stream(self, subscription: Subscription, reason: Optional[str]) -> None:
+        if subscription is not self._subscription or reason == self._stream_reason:
+            return
+        self._stream_reason = reason
+        if reason:
+            log.warning(
+                "Redis: the stream cannot be read, so what the channel leaves out is lost: %s", reason
+            )
+        else:
+            log.info("Redis: the stream can be read again")
+        self._changed()
+
+    def _note_gap(self, subscription: Subscription) -> None:
+        if subscription is not self._subscription:
+            return
+        self._gaps += 1
+        log.warning(
+            "Redis: the stream no longer reaches back to %s: events from while this monitor was away may be "
+            "missing; a larger redis.streamMaxLength keeps more",
+            self._position,
+        )
+        self._changed()
+
+    def _note_end(self, subscription: Subscription, error: BaseException) -> None:
+        if subscription is self._subscription:
+            self._fail(error)
+
+    def _take_some(self) -> None:
+        """Store the first lines of the inbox; what cannot be stored stays there and is tried again."""
+        batch = self._inbox.head(INBOX_LINES_A_TURN)
+        if not batch:
+            return
+        if not self._take([remote for remote in batch if remote.line]):
+            self._loop.call_later(1.0, self._take_some)
+            return
+        self._inbox.drop(len(batch))
+        for remote in batch:
+            self._position = remote.position or self._position
+            if remote.line and remote.position:
+                self._by_stream += 1
+            elif remote.line:
+                self._by_channel += 1
+        self._loop.call_soon(self._take_some)
+
+    def _load_position(self) -> str:
+        """Return how far the stream of this very Redis and channel was read."""
+        with contextlib.suppress(OSError, MalformedEvent), open(self._position_path, "rb") as file:
+            saved = emit_event.parse_event_line(file.read(4096))
+            position = saved.get("position")
+            if (
+                saved.get("of") == self._stream_name()
+                and isinstance(position, str)
+                and _POSITION.fullmatch(position)
+            ):
+                return position
+        return STREAM_START
+
+    def _save_position(self) -> None:
+        if self._position == self._saved_position:
+            return
+        content = {"of": self._stream_name(), "position": self._position}
+        with contextlib.suppress(OSError):  # full disk: an older position only means reading more again
+            emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
+            self._saved_position = self._position
+
+    def _stream_name(self) -> str:
+        return f"{emit_event.redis_place(self.values)} {self.stream}"
+
+    # For the subscription's thread
+
+    def offer(self, remote: RemoteLine) -> bool:
+        """Take one line for the loop; False while there is no room."""
+        return self._inbox.put(remote, lambda: self._loop.call_soon(self._take_some))
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """Note a confirmation of the subscription."""
+        self._loop.call_soon(lambda: self._note_subscribed(subscription))
+
+    def stream_read(self, subscription: Subscription, error: Optional[BaseException]) -> None:
+        """Note that the stream was read, or why not."""
+        reason = emit_event.redis_trouble(error, self.values) if error else None
+        if reason != self._stream_reason:
+            self._loop.call_soon(lambda: self._note_stream(subscription, reason))
+
+    def gap_found(self, subscription: Subscription) -> None:
+        """Note that the stream was cut beyond our position."""
+        self._loop.call_soon(lambda: self._note_gap(subscription))
+
+    def attempt_ended(self, subscription: Subscription, error: BaseException) -> None:
+        """Note why the subscription's thread has ended."""
+        self._loop.call_soon(lambda: self._note_end(subscription, error))
+
+
+# ---------------------------------------------------------------------------
 # HTTP: the page, the API, and who may use them
 #
 # Owns: the HTTP port and its threads, the access rules for both ports, the built-in page.
@@ -3351,9 +3830,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # hook → ingest → event → store → session state → clients, one batch a turn of the loop.
 # ---------------------------------------------------------------------------
 
-QUARANTINE_LIMIT_BYTES = 4 << 20
-QUARANTINED_HEAD_BYTES = 4096
-REMEMBERED_IDS = 64 << 10
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 SPOOL_INTERVAL_S = 1.0
@@ -3362,36 +3838,15 @@ CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
+FRESH_MS = 30_000
 
 
 class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
-
-    def add(self, event_id: str) -> None:
-        """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
-
-    def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
-
-
 class Quarantine:
-    """Keep what was not one JSON object, for a person to look at.
-
-    The file is bounded and has one predecessor.
-    """
+    """Keep what was not one JSON object, for a person to look at."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -3401,16 +3856,72 @@ class Quarantine:
         """Count and keep the beginning of one line."""
         self.count += 1
         log.warning("not an event (%s): %r", reason, line[:200])
-        record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
-        record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
         try:
-            if os.path.exists(self._path) and os.path.getsize(self._path) > QUARANTINE_LIMIT_BYTES:
-                os.replace(self._path, self._path + ".1")
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            with os.fdopen(os.open(self._path, flags, 0o600), "wb") as file:
-                file.write(encode_json(record) + b"\n")
+            emit_event.keep_in_quarantine(self._path, line, reason)
         except OSError as error:
             log.warning("the quarantine could not be written: %s", error)
+
+
+class Via(enum.Enum):
+    """How an event came: what follows from it for trust, doubles and clocks."""
+
+    LOCAL = "local"  # the socket or POST /api/hooks: our own user, at once
+    SPOOL = "spool"  # our own user, late, and perhaps for the second time
+    CHANNEL = "channel"  # whoever may publish
+    STREAM = "stream"  # the same, perhaps late and for the second time
+
+
+class Incoming(NamedTuple):
+    """One line that wants to be an event; `sent_ms` is when it was sent on, None if long before."""
+
+    line: bytes
+    via: Via
+    sent_ms: Optional[int]
+
+
+class ClockSkew:
+    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
+
+    What the network and a busy machine add only makes the difference larger.
+    """
+
+    WINDOW_MS = 300_000
+
+    def __init__(self) -> None:
+        self._since = 0
+        self._least: Optional[int] = None  # of the window that is under way
+        self._before: Optional[int] = None  # of the one before
+
+    def add(self, difference_ms: int, time_ms: int) -> None:
+        """Take one event into account."""
+        if time_ms - self._since > self.WINDOW_MS:
+            self._since, self._before, self._least = time_ms, self._least, None
+        if self._least is None or difference_ms < self._least:
+            self._least = difference_ms
+
+    @property
+    def value_ms(self) -> Optional[int]:
+        """Return the skew in ms; None before the first event."""
+        known = [least for least in (self._least, self._before) if least is not None]
+        return min(known) if known else None
+
+
+@dataclasses.dataclass
+class Machine:
+    """What is known of one machine."""
+
+    events: int = 0  # since the start
+    last_seen: int = 0  # ms, our clock
+    dropped: int = 0  # events that its spool had no room for
+    skew: ClockSkew = dataclasses.field(default_factory=ClockSkew)
+
+
+def without_authority(event: JsonObject) -> JsonObject:
+    """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
+    event.pop("demo", None)
+    if event["eventType"] == "session_meta":
+        event["eventType"] = "message"
+    return event
 
 
 class Arrival(NamedTuple):
@@ -3427,9 +3938,10 @@ class SpoolDrain:
     ids tell what is stored already.
     """
 
-    def __init__(self, loop: EventLoop, directory: str, take: Callable[[Sequence[bytes]], bool]) -> None:
-        self.directory = directory
+    def __init__(self, loop: EventLoop, home: str, take: Callable[[Sequence[bytes]], bool]) -> None:
+        self.directory = os.path.join(home, "spool")
         self.dropped = 0  # events that the spool had to drop because nobody drained it
+        self._home = home
         self._loop = loop
         self._take = take
         self._draining = False
@@ -3440,6 +3952,8 @@ class SpoolDrain:
         """Begin to drain when there is something."""
         if self._draining:
             return
+        if emit_event.lock_is_held(self._home + "/publisher.lock"):
+            return  # the mode was changed a moment ago: the publisher sees that and leaves
         try:
             events, _ = emit_event.take_dropped(self.directory)
             if events:
@@ -3490,9 +4004,7 @@ class Monitor:
         self.received = 0
         self.stored = 0
         self.duplicates = 0
-        self._by_machine: Dict[str, int] = collections.defaultdict(
-            int
-        )  # machine → events stored since the start
+        self._machines: Dict[str, Machine] = {}
         self._privacy = settings.privacy
         self._seen = SeenIds()
         self._arrivals: List[Arrival] = []  # of this turn
@@ -3544,9 +4056,19 @@ class Monitor:
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
         self.loop.turn_end = self._handle_arrivals
-        self.spool = SpoolDrain(self.loop, self.settings.path("spool"), self._take_spooled)
+        self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
+
+    def _connect_sources(self) -> None:
+        """Read our own spool, or, with Redis, what everybody's publishers send there."""
+        self.spool: Optional[SpoolDrain] = None
+        self.redis: Optional[RedisLink] = None
+        if self.settings["mode"] == "local":
+            self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
+            return
+        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status_if_changed)
+        self.loop.call_every(SPOOL_INTERVAL_S, self._keep_publisher)
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
@@ -3571,8 +4093,10 @@ class Monitor:
 
     def _close(self) -> None:
         self._handle_arrivals()
-        for machine, count in sorted(self._by_machine.items()):
-            log.info("%d events from machine %s since the start", count, machine)
+        if self.redis:
+            self.redis.close()
+        for name, machine in sorted(self._machines.items()):
+            log.info("%d events from machine %s since the start", machine.events, name)
         self.http.shutdown()
         self.http.server_close()
         self._reader.shutdown(wait=True)
@@ -3642,7 +4166,8 @@ class Monitor:
         arrivals, self._arrivals = self._arrivals, []
         if not arrivals:
             return
-        safe = self._store_lines([arrival.line for arrival in arrivals], from_spool=False)
+        received_ms = now_ms()
+        safe = self._store_lines([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
         counts: Dict[IngestConnection, int] = {}
         failed: Set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
@@ -3659,69 +4184,102 @@ class Monitor:
             connection.close()  # its sender spools at once instead of waiting
 
     def _take_spooled(self, lines: Sequence[bytes]) -> bool:
-        return all(self._store_lines(lines, from_spool=True))
+        return all(self._store_lines([Incoming(line, Via.SPOOL, None) for line in lines]))
+
+    def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
+        received_ms = now_ms()
+        return all(
+            self._store_lines(
+                [
+                    Incoming(remote.line, Via.STREAM, stream_time(remote.position))
+                    if remote.position
+                    else Incoming(remote.line, Via.CHANNEL, received_ms)
+                    for remote in lines
+                ]
+            )
+        )
 
     def take_now(self, line: bytes) -> bool:
-        """Store one line at once, for POST /api/hooks; return whether it is safe."""
-        return self._store_lines([line.replace(b"\n", b" ")], from_spool=False)[0]
+        """Store one line at once, without a connection that waits for it; return whether it is safe."""
+        return self._store_lines([Incoming(line.replace(b"\n", b" "), Via.LOCAL, now_ms())])[0]
 
-    def _store_lines(self, lines: Sequence[bytes], from_spool: bool) -> List[bool]:
+    def _keep_publisher(self) -> None:
+        """See to it that nothing waits in this machine's spool while nobody publishes."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # a publisher that we started and that has left
+        if emit_event.spool_segments(self.settings.path("spool")):
+            try:
+                emit_event.ensure_publisher(self.settings.home)
+            except OSError as error:
+                log.warning("the publisher cannot be started: %s", error)
+
+    def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store the events of a batch of lines.
 
         Return for each line whether nothing more need be done about it.
         """
         received_ms = now_ms()
         events: List[JsonObject] = []
-        places: List[
-            Optional[int]
-        ] = []  # for each line its place in events; None when there is nothing to store
-        known: Dict[str, Set[str]] = {}  # session → the ids in its files, read for events out of the spool
+        sources: List[Incoming] = []  # for each event the line that it came in
+        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
+        known: Dict[str, Set[str]] = {}  # session → the ids in its files, for what may be a second delivery
         batch_ids: Set[str] = set()
-        for line in lines:
+        for incoming in lines:
             self.received += 1
-            event = self._event_of(line, received_ms)
+            event = self._event_of(incoming, received_ms)
             if event is None:
                 places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, known if from_spool else None):
+            elif event["id"] in batch_ids or self._is_stored(event, incoming, known):
                 self.duplicates += 1
                 places.append(None)
             else:
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
+                sources.append(incoming)
         stored = self.store.append(events, received_ms)
         self._note_store_error()
         good = [entry for entry in stored if entry is not None]
+        for entry, incoming in zip(stored, sources):
+            if entry is not None:
+                self._note_arrival(entry, incoming, received_ms)
         self._show(good)
         return [place is None or stored[place] is not None for place in places]
 
-    def _event_of(self, line: bytes, received_ms: int) -> Optional[JsonObject]:
+    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
         """Parse, build and redact one event; what is none goes to the quarantine."""
+        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
         try:
-            given = emit_event.parse_event_line(line)
-            return emit_event.protect(
-                emit_event.build_event(given, received_ms, self.settings.machine_id), self._privacy
+            given = emit_event.parse_event_line(incoming.line)
+            event = emit_event.build_event(
+                given, received_ms, "unknown" if remote else self.settings.machine_id
             )
+            return emit_event.protect(without_authority(event) if remote else event, self._privacy)
         except MalformedEvent as error:
-            self.quarantine.add(line, str(error))
+            self.quarantine.add(incoming.line, str(error))
         except Exception:  # no event may stop the stream; the log tells what nobody foresaw
             log.exception("an event could not be built")
-            self.quarantine.add(line, "could not be built")
+            self.quarantine.add(incoming.line, "could not be built")
         return None
 
-    def _is_stored(self, event: JsonObject, known: Optional[Dict[str, Set[str]]]) -> bool:
-        """Tell whether the event is a second delivery.
-
-        `known` (for the spool) makes it exact over all files.
-        """
+    def _is_stored(self, event: JsonObject, incoming: Incoming, known: Dict[str, Set[str]]) -> bool:
+        """Tell whether the event is a second delivery; `known` keeps what was read from files for it."""
         if event["id"] in self._seen:
             return True
-        if known is None:
+        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
             return False
         session_id = event["sessionId"]
         if session_id not in known:
             known[session_id] = self.store.ids(session_id)
         return event["id"] in known[session_id]
+
+    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether an event has waited so long that its first delivery may be forgotten."""
+        machine = self._machines.get(event["machineId"])
+        skew_ms = machine.skew.value_ms if machine else None
+        if skew_ms is None or incoming.sent_ms is None:
+            return True
+        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
@@ -3730,26 +4288,32 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
-            self._note_arrival(entry)
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
         self.clients.broadcast_events(stored)
         self._send_updates_soon()
 
-    def _note_arrival(self, entry: StoredEvent) -> None:
-        """Log what comes from which machine: its first event, and with CONTEXTUATE_DEBUG=1 every one."""
+    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
+        """Note what comes from where; the log tells a machine's first event, when debugging each."""
         event = entry.event
-        machine = event["machineId"]
-        if machine not in self._by_machine:
-            log.info("first event from machine %s", machine)
-        self._by_machine[machine] += 1
+        name = event["machineId"]
+        machine = self._machines.get(name)
+        if machine is None:
+            log.info("first event from machine %s", name)
+            machine = self._machines[name] = Machine()
+        machine.events += 1
+        machine.last_seen = received_ms
+        if incoming.sent_ms is not None:
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+        dropped = event["data"].get("spoolDropped")
+        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
+            machine.dropped += dropped
+            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
         if log.isEnabledFor(logging.DEBUG):
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
-            log.debug(
-                "event %d from %s, session %s: %s %s", entry.seq, machine, event["sessionId"], what, tool
-            )
+            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
@@ -3859,11 +4423,28 @@ class Monitor:
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": self.spool.dropped,
+                "dropped": self._dropped(),
             },
+            "machines": [
+                {
+                    "machineId": name,
+                    "events": machine.events,
+                    "lastSeen": machine.last_seen,
+                    "clockSkewMs": machine.skew.value_ms,
+                    "dropped": machine.dropped,
+                }
+                for name, machine in sorted(self._machines.items())
+            ],
+            "redis": self.redis.status() if self.redis else None,
+            "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
             "loading": None,
             "demo": any(session.demo for session in self.book.sessions.values()),
         }
+
+    def _dropped(self) -> int:
+        """Return how many events full spools had to drop, as far as this monitor was told."""
+        own = self.spool.dropped if self.spool else 0
+        return own + sum(machine.dropped for machine in self._machines.values())
 
     def config(self) -> JsonObject:
         """Return the configuration in force; there is no secret in it."""
@@ -3874,6 +4455,8 @@ class Monitor:
         }
         for key, value in self.settings.values.items():
             section, dot, name = key.partition(".")
+            if key in emit_event.SECRET_KEYS and value is not None:
+                value = "(not shown)"
             if dot:
                 nested.setdefault(section, {})[name] = value
             else:
@@ -3892,6 +4475,14 @@ class Monitor:
         """Tell clients about the status when more than counters moved."""
         status = self.status()
         steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
+        if self.redis:
+            steady["redis"] = [
+                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
+            ]
+            steady["publisher"] = [
+                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
+            ]
+            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
         if steady != self._last_status:
             self._last_status = steady
             self.clients.broadcast_json({"type": "status", **status})
@@ -4058,8 +4649,19 @@ class Monitor:
         client.show_hidden = message.get("showHidden") is True
         self._on_get_sessions(client, message)
 
+    def reconnect_redis(self) -> None:
+        """Connect to Redis at once, also after it was given up; for any thread."""
+        if self.redis:
+            self.loop.call_soon(self.redis.reconnect)
+
+    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
+        if not self.redis:
+            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+        self.redis.reconnect()
+        self._reply(client, message, {"type": "status", **self.status()})
+
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self._store_lines([encode_json(test_event(self.settings.machine_id))], from_spool=False)
+        self.take_now(encode_json(test_event(self.settings.machine_id)))
 
     def _known_session(self, message: JsonObject) -> Session:
         session = self.book.sessions.get(_text_field(message, "sessionId"))
@@ -4077,7 +4679,7 @@ class Monitor:
             "workingDirectory": session.directory,
             "data": data,
         }
-        if not self._store_lines([encode_json(event)], from_spool=False)[0]:
+        if not self.take_now(encode_json(event)):
             raise MessageError(f"it could not be stored: {self.store.error}")
 
     def _delete(self, session: Session) -> None:
@@ -4112,6 +4714,7 @@ class Monitor:
         "delete_all_sessions": _on_delete_all_sessions,
         "set_show_hidden": _on_set_show_hidden,
         "set_parent": _on_set_parent,
+        "reconnect_redis": _on_reconnect_redis,
         "send_test_event": _on_send_test_event,
     }
 
@@ -4510,6 +5113,23 @@ def install_hook_files(home: str) -> str:
         with contextlib.suppress(OSError, py_compile.PyCompileError):
             py_compile.compile(path, doraise=True)
     return script
+
+
+def record_publisher_python(home: str) -> bool:
+    """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
+    check = [
+        sys.executable,
+        "-E",
+        "-c",
+        "import redis",
+    ]  # as the publisher is started: PYTHONPATH does not count
+    if subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
+        return False
+    emit_event.make_private_directory(os.path.join(home, "hooks"))
+    emit_event.write_atomically(
+        os.path.join(home, "hooks", "publisher-python"), os.fsencode(sys.executable) + b"\n"
+    )
+    return True
 
 
 def _refuse(what: str, error: OSError) -> NoReturn:
@@ -5331,6 +5951,11 @@ START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 
 
+def redis_py_advice() -> str:
+    """Return what to type where this interpreter lacks redis-py."""
+    return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
+
+
 class CommandError(Exception):
     """A command that cannot be carried out; the message says what to do."""
 
@@ -5503,6 +6128,8 @@ class MonitorConnection:
 def command_start(args: argparse.Namespace) -> int:
     """Start the monitor, in the background unless --foreground."""
     settings = settings_of(args)
+    if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
+        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice()}')
     about = running_monitor(settings)
     if about is not None and args.report_fd is None:
         print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
@@ -5572,6 +6199,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     report = Reporter(args.report_fd)
     set_up_log(settings, to_stderr=args.report_fd is None)
     allow_many_files()
+    if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
+        record_publisher_python(settings.home)
     monitor = Monitor(settings)
     try:
         monitor.open(report.progress)
@@ -5592,7 +6221,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP: nothing to connect again in local mode"))
+    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
     log.info(
         "version %s serves http://%s:%d/, hooks on %s",
         __version__,
@@ -5735,7 +6364,46 @@ def command_status(args: argparse.Namespace) -> int:
     print(f"sessions {status['sessions']}")
     print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
     print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
+    for line in redis_lines(status):
+        print(line)
     return 0
+
+
+def redis_lines(status: JsonObject) -> List[str]:
+    """Say how Redis, this machine's publisher and every machine are doing; nothing in local mode."""
+    link, publisher = status["redis"], status["publisher"]
+    if link is None:
+        return []
+    words = link["state"].replace("_", " ")
+    if link["state"] != "connected":
+        most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
+        words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+    stream = link["streamReason"] or {
+        "off": "off",
+        "ok": f"read up to {link['position'] or 'its start'}",
+    }.get(link["streamState"])
+    lines = [f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}", f"stream   {stream}"]
+    if link["gaps"]:
+        lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
+    about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
+    lines.append(
+        f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
+    )
+    for machine in status["machines"]:
+        skew, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+        clock = (
+            f", clock {human_duration(abs(skew))} {'behind' if skew > 0 else 'ahead'}"
+            if _is_skewed(skew)
+            else ""
+        )
+        lines.append(
+            f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
+        )
+    return lines
+
+
+def _is_skewed(skew_ms: Optional[int]) -> bool:
+    return skew_ms is not None and abs(skew_ms) > 2000
 
 
 def command_url(args: argparse.Namespace) -> int:
@@ -5765,6 +6433,8 @@ def command_install(args: argparse.Namespace) -> int:
     if plan.new_text != plan.old_text:
         backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if settings["mode"] == "redis" and not record_publisher_python(settings.home):
+        tell(f"redis-py is missing, so no event can leave this machine: {redis_py_advice()}")
     if backup:
         print(f"backup   {backup}")
     print("Sessions of Claude Code that are open now pick the hook up when they are started again.")

@@ -1161,6 +1161,20 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "server.wsPort": ([-1, 65536, "3848", 1.5, False, None], 65535),
     "server.allowedHosts": (["a", [1], [""], {"a": 1}, None], ["a", "b"]),
     "server.auth": (["none", True, None, "AUTO"], "token"),
+    "redis.url": (["", "http://a", "localhost:6379", 1], "rediss://u:p@redis.example.org:6380/2"),
+    "redis.host": (["", 1, None], "redis.example.org"),
+    "redis.port": ([0, 65536, "6379", True, None], 6380),
+    "redis.username": (["", 1, True], "monitor"),
+    "redis.password": (["", 1, True, ["a"]], None),
+    "redis.db": ([-1, "0", None, 65536], 3),
+    "redis.channel": (["", None, 5, "x" * 201], "team:events"),
+    "redis.tls": ([1, "true", None], True),
+    "redis.verify": ([0, "false", None], False),
+    "redis.caFile": (["", 1, False], None),
+    "redis.certFile": (["", 1, False], None),
+    "redis.keyFile": (["", 1, False], None),
+    "redis.streamMaxLength": ([-1, 10_000_001, "1", None, True], 0),
+    "redis.maxRetries": ([0, -1, "10", False, 1.5], None),
     "persistence.enabled": ([1, 0, "true", None], False),
     "persistence.type": (["sqlite", "redis", "", None], "file"),
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
@@ -1183,6 +1197,36 @@ def test_every_key_has_its_wrong_values_here():
     assert set(HOOK_WRONG_VALUES) == set(ee.KEYS)
 
 
+def test_fields_are_cut_shorter_where_every_event_crosses_a_network(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"mode": "redis"}')
+    values, warnings = ee.load_config(str(path))
+    assert (values["mode"], values["limits.fieldBytes"], warnings) == ("redis", 64 << 10, [])
+    path.write_text('{"mode": "redis", "limits": {"fieldBytes": 2048}}')
+    assert ee.load_config(str(path))[0]["limits.fieldBytes"] == 2048
+
+
+def test_a_password_that_others_can_read_is_warned_about(tmp_path):
+    path = tmp_path / "c.json"
+    for given in ('{"redis": {"password": "p"}}', '{"redis": {"url": "redis://u:p@h"}}'):
+        path.write_text(given)
+        path.chmod(0o644)
+        assert ee.load_config(str(path))[1] == [
+            f"{path}: holds a password that others can read; run: chmod 600 {path}"
+        ]
+        path.chmod(0o600)
+        assert ee.load_config(str(path))[1] == []
+
+
+def test_a_wrong_password_is_not_shown(tmp_path):
+    path = tmp_path / "c.json"
+    for key, value in (("password", 12345678), ("url", "http://u:12345678@h")):
+        hook_write_config(path, f"redis.{key}", value)
+        with pytest.raises(ee.ConfigError) as caught:
+            ee.load_config(str(path))
+        assert key in str(caught.value) and "12345678" not in str(caught.value)
+
+
 @pytest.mark.parametrize("key", sorted(HOOK_WRONG_VALUES))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     wrong, right = HOOK_WRONG_VALUES[key]
@@ -1196,6 +1240,7 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
             words.startswith(f"{path}: {key}: expected {ee.KEYS[key].expected}, got ") and "\n" not in words
         )
     hook_write_config(path, key, right)
+    path.chmod(0o600)
     values, warnings = ee.load_config(str(path))
     assert values[key] == right and warnings == []
     assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
