@@ -1454,8 +1454,7 @@ def _count_messages(database: Any, session: int, messages: "List[MessageUsage]")
     for message in {(each.message_id, each.counts): each for each in messages}.values():
         key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         row = database.execute(
-            "SELECT session, input, output, cache_read, cache_creation, cache_creation_1h FROM messages"
-            " WHERE id = ?",
+            "SELECT input, output, cache_read, cache_creation, cache_creation_1h FROM messages WHERE id = ?",
             (key,),
         ).fetchone()
         if row is None:
@@ -1466,11 +1465,11 @@ def _count_messages(database: Any, session: int, messages: "List[MessageUsage]")
             )
             if not message.agent_id:
                 database.execute("UPDATE sessions SET model = ? WHERE number = ?", (text[1], session))
-        elif row[0] == session and any(new > old for new, old in zip(message.counts, row[1:])):
+        elif any(new > old for new, old in zip(message.counts, row)):
             database.execute(
                 "UPDATE messages SET input = ?, output = ?, cache_read = ?, cache_creation = ?,"
                 " cache_creation_1h = ? WHERE id = ?",
-                (*map(max, message.counts, row[1:]), key),
+                (*map(max, message.counts, row), key),
             )
 
 
