@@ -1011,12 +1011,8 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
 # order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
 # below it are the surprises of the real client (CLAUDE_HOOKS "What surprises"), each under its own name.
 #
-# A session's state is derived, in this order:
-#   ended     it ended, its process is gone, or its machine was silent for hours
-#   waiting   some agent of it waits for a person
-#   failed    the last turn ended with an error
-#   working   a turn, an agent or a background task runs (quiet when nothing was heard for quietSeconds)
-#   idle      otherwise
+# A session's state follows from STATES, the first row that holds; `quiet` is `working` after quietSeconds
+# without a word, and comes with time alone.
 # ---------------------------------------------------------------------------
 
 MAIN = ""  # the agent id of a session's main agent
@@ -1037,6 +1033,15 @@ TURN_AFTER = {
     "session_end": "ended",
 }
 
+# State → what holds in it, in words and as a test; the first row that holds is the session's state.
+STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
+    ("ended", "it ended, its process is gone, or its machine is silent", lambda it: it.turn == "ended"),
+    ("waiting", "some agent of it waits for a person", lambda it: bool(it.waits)),
+    ("failed", "the last turn ended with an error", lambda it: it.turn == "failed"),
+    ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
+    ("idle", "nothing of all that", lambda it: True),
+)
+
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
@@ -1051,9 +1056,8 @@ _TARGET_KEYS = (
     "pattern",
     "url",
     "query",
-    "description",
     "subject",
-    "taskId",
+    "description",
     "skill",
     "plan",
     "prompt",
@@ -1247,6 +1251,15 @@ class Session:
         return self.failure if self.state == "failed" else None
 
     @property
+    def is_running(self) -> bool:
+        """Tell whether a turn, an agent or a background task runs."""
+        return (
+            self.turn == "working"
+            or bool(self.background)
+            or any(agent.end is None for agent in self.agents.values())
+        )
+
+    @property
     def activity(self) -> str:
         """Return what it does right now: its newest open call, else what runs in the background."""
         if self.open_calls:
@@ -1289,6 +1302,9 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
         return one_line(text_of(questions[0].get("question")))
     if isinstance(tool_input.get("todos"), list):
         return f"{len(tool_input['todos'])} items"
+    if tool_input.get("taskId") not in (None, ""):
+        status = text_of(tool_input.get("status"))
+        return one_line(f"task {text_of(tool_input['taskId'])}" + (f": {status}" if status else ""))
     for key in _TARGET_KEYS:
         value = tool_input.get(key)
         if value not in (None, ""):
@@ -1296,7 +1312,11 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
             if directory and text.startswith(directory.rstrip("/") + "/"):
                 text = text[len(directory.rstrip("/")) + 1 :]
             return one_line(text)
-    return one_line(text_of(tool_input)) if tool_input else ""
+    # Tools of MCP servers name their input as they like.
+    named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
+    if len(named) == 1:
+        return one_line(named[0][1])
+    return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
 def task_notification(event: JsonObject) -> Optional[str]:
@@ -1342,18 +1362,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
 
 def _derive(session: Session, time_ms: int, restart: bool = False) -> None:
     """Set the state from its parts, and since when; `restart`: it was quiet until now."""
-    if session.turn == "ended":
-        state = "ended"
-    elif session.waits:
-        state = "waiting"
-    elif session.turn == "failed":
-        state = "failed"
-    elif (
-        session.turn == "working" or session.background or any(a.end is None for a in session.agents.values())
-    ):
-        state = "working"
-    else:
-        state = "idle"
+    state = next(state for state, _, holds in STATES if holds(session))
     if state != session.state or (restart and state == "working"):
         session.state, session.state_since = state, time_ms
 

@@ -6380,6 +6380,31 @@ def test_what_was_overtaken_by_the_end_does_not_wake_the_session():
         assert tale.say(hook, at=before, tool_name="Bash", tool_use_id="t1")["state"] == "ended", hook
 
 
+# State → a tale that ends in it, and what the README says of it.
+SESSION_STATES = {
+    "waiting": ("needs you", lambda tale: tale.ask("Bash", command="rm -rf build")),
+    "working": ("working", lambda tale: tale.call("Bash", "t1", command="make")),
+    "quiet": ("quiet", lambda tale: tale.wait(120_000)),
+    "idle": ("idle", lambda tale: tale.stop()),
+    "failed": ("failed", lambda tale: tale.say("StopFailure", error="rate_limit")),
+    "ended": ("ended", lambda tale: tale.say("SessionEnd", reason="other")),
+}
+
+
+@pytest.mark.parametrize("state", sorted(SESSION_STATES))
+def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user(state):
+    name, tell = SESSION_STATES[state]
+    assert tell(session_tale())["state"] == state
+    assert state == "quiet" or state in [row[0] for row in cm.STATES]
+    with open(ROOT + "/README.md", encoding="utf-8") as file:
+        table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
+    assert f"| **{name}** |" in table
+
+
+def test_the_table_of_states_has_no_state_that_nobody_reaches():
+    assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
@@ -6476,6 +6501,11 @@ def test_the_parent_session_is_linked_on_both_sides():
         ("Bash", {"command": "cat <<E\nlong\n\ttext\nE"}, "Bash: cat <<E long text E"),
         ("Bash", {"command": "echo a:"}, "Bash: echo a:"),
         ("ListAll", {}, "ListAll"),
+        ("TaskCreate", {"subject": "First task", "description": "Do it"}, "TaskCreate: First task"),
+        ("TaskUpdate", {"taskId": "1", "status": "completed"}, "TaskUpdate: task 1: completed"),
+        ("mcp__demo__echo", {"text": "hello mcp"}, "mcp__demo__echo: hello mcp"),
+        ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
+        ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
     ],
 )
 def test_activity_says_tool_and_target(tool, tool_input, words):
