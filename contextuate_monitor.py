@@ -49,6 +49,7 @@ import logging
 import logging.handlers
 import math
 import mmap
+import operator
 import os
 import py_compile
 import random
@@ -1009,12 +1010,8 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
 # order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
 # below it are the surprises of the real client (CLAUDE_HOOKS "What surprises"), each under its own name.
 #
-# A session's state is derived, in this order:
-#   ended     it ended, its process is gone, or its machine was silent for hours
-#   waiting   some agent of it waits for a person
-#   failed    the last turn ended with an error
-#   working   a turn, an agent or a background task runs (quiet when nothing was heard for quietSeconds)
-#   idle      otherwise
+# A session's state follows from STATES, the first row that holds; `quiet` is `working` after quietSeconds
+# without a word, and comes with time alone.
 # ---------------------------------------------------------------------------
 
 MAIN = ""  # the agent id of a session's main agent
@@ -1035,6 +1032,15 @@ TURN_AFTER = {
     "session_end": "ended",
 }
 
+# State → what holds in it, in words and as a test; the first row that holds is the session's state.
+STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
+    ("ended", "it ended, its process is gone, or its machine is silent", lambda it: it.turn == "ended"),
+    ("waiting", "some agent of it waits for a person", lambda it: bool(it.waits)),
+    ("failed", "the last turn ended with an error", lambda it: it.turn == "failed"),
+    ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
+    ("idle", "nothing of all that", lambda it: True),
+)
+
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
@@ -1049,9 +1055,8 @@ _TARGET_KEYS = (
     "pattern",
     "url",
     "query",
-    "description",
     "subject",
-    "taskId",
+    "description",
     "skill",
     "plan",
     "prompt",
@@ -1089,6 +1094,58 @@ class Reason:
     beside: FrozenSet[str] = frozenset()  # calls that run beside it: their results do not end the wait
 
 
+class Tokens(NamedTuple):
+    """Tokens that were used."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+    cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
+
+    def __add__(self, other: "Tokens") -> "Tokens":  # type: ignore[override]
+        return Tokens(*map(operator.add, tuple(self), tuple(other)))
+
+    def __sub__(self, other: "Tokens") -> "Tokens":
+        return Tokens(*map(operator.sub, tuple(self), tuple(other)))
+
+    def to_json(self) -> JsonObject:
+        """Return them as the API gives them."""
+        return {
+            "totalInput": self.input,
+            "totalOutput": self.output,
+            "totalCacheRead": self.cache_read,
+            "totalCacheCreation": self.cache_creation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelUsage:
+    """What a session used of one model."""
+
+    all: Tokens
+    long_prompts: Tokens  # the part that answered prompts beyond 100,000 tokens: some models cost more there
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionUsage:
+    """What a session used until `time`, by model."""
+
+    time: int
+    models: Dict[str, ModelUsage]
+    model: Optional[str] = None  # that the main agent used last
+    partial: bool = False  # its transcripts could not be read to their end yet
+
+    @property
+    def total(self) -> Tokens:
+        """Return the sum over all models."""
+        return sum((usage.all for usage in self.models.values()), Tokens())
+
+    def to_json(self) -> JsonObject:
+        """Return the totals as the API gives them."""
+        return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1120,6 +1177,10 @@ class Session:
     title: str = ""
     first_prompt: str = ""
     model: Optional[str] = None
+    usage: Optional[SessionUsage] = None
+    agent_usage: Dict[str, Tuple[int, Tokens]] = dataclasses.field(
+        default_factory=dict
+    )  # agent id → (timestamp, tokens)
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1162,6 +1223,7 @@ class Session:
             waits=list(self.waits),
             agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
             launched=dict(self.launched),
+            agent_usage=dict(self.agent_usage),
             last_step=dict(self.last_step),
             open_calls=dict(self.open_calls),
             calls=dict(self.calls),
@@ -1186,6 +1248,15 @@ class Session:
         if self.state == "waiting":
             return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether a turn, an agent or a background task runs."""
+        return (
+            self.turn == "working"
+            or bool(self.background)
+            or any(agent.end is None for agent in self.agents.values())
+        )
 
     @property
     def activity(self) -> str:
@@ -1230,6 +1301,9 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
         return one_line(text_of(questions[0].get("question")))
     if isinstance(tool_input.get("todos"), list):
         return f"{len(tool_input['todos'])} items"
+    if tool_input.get("taskId") not in (None, ""):
+        status = text_of(tool_input.get("status"))
+        return one_line(f"task {text_of(tool_input['taskId'])}" + (f": {status}" if status else ""))
     for key in _TARGET_KEYS:
         value = tool_input.get(key)
         if value not in (None, ""):
@@ -1237,7 +1311,11 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
             if directory and text.startswith(directory.rstrip("/") + "/"):
                 text = text[len(directory.rstrip("/")) + 1 :]
             return one_line(text)
-    return one_line(text_of(tool_input)) if tool_input else ""
+    # Tools of MCP servers name their input as they like.
+    named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
+    if len(named) == 1:
+        return one_line(named[0][1])
+    return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
 def task_notification(event: JsonObject) -> Optional[str]:
@@ -1283,18 +1361,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
 
 def _derive(session: Session, time_ms: int, restart: bool = False) -> None:
     """Set the state from its parts, and since when; `restart`: it was quiet until now."""
-    if session.turn == "ended":
-        state = "ended"
-    elif session.waits:
-        state = "waiting"
-    elif session.turn == "failed":
-        state = "failed"
-    elif (
-        session.turn == "working" or session.background or any(a.end is None for a in session.agents.values())
-    ):
-        state = "working"
-    else:
-        state = "idle"
+    state = next(state for state, _, holds in STATES if holds(session))
     if state != session.state or (restart and state == "working"):
         session.state, session.state_since = state, time_ms
 
@@ -1324,11 +1391,163 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if isinstance(model, str) and model and by_main:
         session.model = model
+    if isinstance(data.get("usage"), dict):
+        _learn_usage(session, data["usage"], event["timestamp"])
     if _is_persons_prompt(event, kind):
         session.prompts += 1
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     if _begins_process(event, kind):
         session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
+
+
+# Tokens and cost
+
+
+def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
+    """Take the totals that the reader of the transcripts put on an event; the newest are the whole truth.
+
+    What other programs call `usage` has another form and says nothing of a session's totals.
+    """
+    models, agents = usage.get("models"), usage.get("agents")
+    if not isinstance(models, dict) or not isinstance(agents, dict):
+        return
+    model = usage.get("model")
+    told = SessionUsage(
+        time_ms,
+        {text_of(name): _model_usage(counts) for name, counts in models.items()},
+        model if isinstance(model, str) else None,
+        usage.get("partial") is True,
+    )
+    if session.usage is None or (time_ms, told.total) >= (session.usage.time, session.usage.total):
+        session.usage = told
+    for agent_id, by_model in agents.items():
+        if not isinstance(by_model, dict):
+            continue
+        total = sum((_model_usage(counts).all for counts in by_model.values()), Tokens())
+        session.agent_usage[agent_id] = max(
+            (time_ms, total), session.agent_usage.get(agent_id, (0, Tokens()))
+        )
+
+
+def _model_usage(counts: Any) -> ModelUsage:
+    over = counts.get("over100k") if isinstance(counts, dict) else None
+    return ModelUsage(_tokens_of(counts), _tokens_of(over))
+
+
+def _tokens_of(counts: Any) -> Tokens:
+    if not isinstance(counts, dict):
+        return Tokens()
+    values = (counts.get(name) for name in emit_event.COUNT_NAMES)
+    return Tokens(*(value if type(value) is int and 0 <= value < 1 << 53 else 0 for value in values))
+
+
+class Price(NamedTuple):
+    """USD for a million tokens."""
+
+    input: float
+    output: float
+    cache_read: float
+    cache_write_5m: float
+    cache_write_1h: float
+
+    def cost(self, used: Tokens) -> float:
+        """Return what tokens cost, in USD."""
+        for_an_hour = used.cache_creation_1h
+        return (
+            used.input * self.input
+            + used.output * self.output
+            + used.cache_read * self.cache_read
+            + (used.cache_creation - for_an_hour) * self.cache_write_5m
+            + for_an_hour * self.cache_write_1h
+        ) / 1_000_000
+
+
+# List prices of https://platform.claude.com/docs/en/about-claude/pricing, as of 2026-10-24. Fast mode, web
+# searches, batches and regions are left out: what comes of it is an estimate. The configured `prices` win.
+PRICES = {
+    "fable-5-1": Price(10, 50, 0.25, 12.5, 20),
+    "fable-5": Price(10, 50, 1, 12.5, 20),
+    "mythos-5-1": Price(10, 50, 0.25, 12.5, 20),
+    "mythos-5": Price(10, 50, 1, 12.5, 20),
+    "opus-5-5": Price(4, 20, 0.2, 5, 8),
+    "opus-5": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-8": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-7": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-6": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-5": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-1": Price(15, 75, 1.5, 18.75, 30),
+    "opus-4": Price(15, 75, 1.5, 18.75, 30),
+    "opus-3": Price(15, 75, 1.5, 18.75, 30),
+    "sonnet-5-5": Price(2, 10, 0.1, 2.5, 4),
+    "sonnet-5": Price(2, 10, 0.2, 2.5, 4),
+    "sonnet-4-6": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-4-5": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-4": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3-7": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3-5": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3": Price(3, 15, 0.3, 3.75, 6),
+    "haiku-5-5": Price(0.1, 0.5, 0.01, 0.125, 0.2),
+    "haiku-4-5": Price(1, 5, 0.1, 1.25, 2),
+    "haiku-3-5": Price(0.8, 4, 0.08, 1, 1.6),
+    "haiku-3": Price(0.25, 1.25, 0.03, 0.3, 0.5),
+}
+# The same for prompts beyond 100,000 tokens, where they differ.
+LONG_PROMPT_PRICES = {"haiku-5-5": Price(0.5, 2.5, 0.05, 0.625, 1)}
+
+_MODEL_KIND = r"(opus|sonnet|haiku|fable|mythos)"
+_NEW_MODEL = re.compile(_MODEL_KIND + r"-(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)")  # claude-opus-4-5-20251101
+_OLD_MODEL = re.compile(r"claude-(\d)(?:[-.](\d))?-" + _MODEL_KIND)  # claude-3-5-haiku-20241022
+
+
+def model_family(model: str) -> str:
+    """Return a model's family, such as "opus-4-5", whichever cloud names it; "" for one of no known kind."""
+    new, old = _NEW_MODEL.search(model), _OLD_MODEL.search(model)
+    if old:
+        major, minor, kind = old.groups()
+    elif new:
+        kind, major, minor = new.groups()
+    else:
+        return ""
+    return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+class PriceList:
+    """What models cost: our table, and before it the configuration's `prices`.
+
+    Those are named by model, by family ("opus-4-5") or by kind ("opus").
+    """
+
+    def __init__(self, configured: Optional[Dict[str, Dict[str, float]]] = None) -> None:
+        self._own = {name: _configured_price(given) for name, given in (configured or {}).items()}
+
+    def estimate(self, usage: SessionUsage) -> Optional[float]:
+        """Return what a session cost, in USD; None when a model is not known: half a sum would mislead."""
+        costs = [self._cost(model, used) for model, used in usage.models.items()]
+        known = [cost for cost in costs if cost is not None]
+        return round(sum(known), 6) if len(known) == len(costs) else None
+
+    def _cost(self, model: str, used: ModelUsage) -> Optional[float]:
+        family = model_family(model)
+        for name in (model, family, family.partition("-")[0]):
+            if name in self._own:
+                return self._own[name].cost(used.all)
+        if family not in PRICES:
+            return 0.0 if used.all == Tokens() else None
+        price = PRICES[family]
+        long_price = LONG_PROMPT_PRICES.get(family, price)
+        return price.cost(used.all - used.long_prompts) + long_price.cost(used.long_prompts)
+
+
+def _configured_price(given: Dict[str, float]) -> Price:
+    """Return a price; what was left out follows from the price of input as it does for most models."""
+    base = given["input"]
+    return Price(
+        base,
+        given["output"],
+        given.get("cacheRead", base * 0.1),
+        given.get("cacheWrite5m", base * 1.25),
+        given.get("cacheWrite1h", base * 2),
+    )
 
 
 # Agents
@@ -1762,13 +1981,18 @@ class SessionBook:
     """
 
     def __init__(
-        self, quiet_ms: int = 120_000, ended_ms: int = 12 * 3_600_000, own_machine: str = ""
+        self,
+        quiet_ms: int = 120_000,
+        ended_ms: int = 12 * 3_600_000,
+        own_machine: str = "",
+        prices: Optional[PriceList] = None,
     ) -> None:
         self.sessions: Dict[str, Session] = {}
         self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
+        self._prices = prices or PriceList()
         # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
@@ -1907,7 +2131,7 @@ class SessionBook:
             "workingDirectory": session.directory,
             "label": label,
             "labelSource": source,
-            "model": session.model,
+            "model": session.model or (session.usage and session.usage.model),
             "startTime": session.start,
             "lastEventTime": session.last_event,
             "endTime": session.end,
@@ -1937,8 +2161,8 @@ class SessionBook:
                 "interrupted": session.interrupted,
                 "prompts": session.prompts,
             },
-            "tokenUsage": None,
-            "estimatedCostUsd": None,
+            "tokenUsage": session.usage and session.usage.to_json(),
+            "estimatedCostUsd": session.usage and self._prices.estimate(session.usage),
             "stuck": [],
             "isPinned": session.pinned,
             "hidden": session.hidden,
@@ -2007,7 +2231,9 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "endTime": agent.end,
         "activity": own[-1].words if own else "",
         "counts": {"events": agent.events, "toolCalls": agent.tool_calls, "toolErrors": agent.tool_errors},
-        "tokenUsage": None,
+        "tokenUsage": session.agent_usage[agent.agent_id][1].to_json()
+        if agent.agent_id in session.agent_usage
+        else None,
     }
 
 
@@ -4006,6 +4232,8 @@ class Monitor:
         self.duplicates = 0
         self._machines: Dict[str, Machine] = {}
         self._privacy = settings.privacy
+        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
+        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
         self._seen = SeenIds()
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
@@ -4103,6 +4331,7 @@ class Monitor:
         for connection in list(self._connections):
             connection.close()
         self.store.close()
+        self._usage.close()
         self._unlink_socket()
         self.loop.close()
         for fd in self._locks:
@@ -4251,10 +4480,12 @@ class Monitor:
         remote = incoming.via in (Via.CHANNEL, Via.STREAM)
         try:
             given = emit_event.parse_event_line(incoming.line)
-            event = emit_event.build_event(
-                given, received_ms, "unknown" if remote else self.settings.machine_id
-            )
-            return emit_event.protect(without_authority(event) if remote else event, self._privacy)
+            if remote:
+                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
+            else:
+                event = emit_event.build_event(given, received_ms, self.settings.machine_id)
+                self._usage.add_usage(event)  # of a remote event the publisher has read the transcripts
+            return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
             self.quarantine.add(incoming.line, str(error))
         except Exception:  # no event may stop the stream; the log tells what nobody foresaw
@@ -4725,6 +4956,7 @@ def session_book(settings: Settings) -> SessionBook:
         settings["sessions.quietSeconds"] * 1000,
         settings["sessions.endedHours"] * 3_600_000,
         settings.machine_id,
+        PriceList(settings["prices"]),
     )
 
 

@@ -10,7 +10,8 @@ With many machines (mode "redis") the event goes to the spool at once, and a pub
 takes it from there to Redis: this same file, started by a hook that finds none running, gone after 60 s of
 quiet.
 
-As a module it is what hook and monitor share: configuration, event model, redaction, spool and publisher.
+As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
+publisher.
 
 The interpreter compiles a script anew at each start, so the hot path comes first and needs none of the rest:
 `contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
@@ -373,12 +374,14 @@ import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
@@ -485,6 +488,25 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
+
+
+def _prices(value: Any) -> bool:
+    return isinstance(value, dict) and all(_text(name) and _price(price) for name, price in value.items())
+
+
+def _price(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"input", "output"} <= set(value) <= set(PRICE_NAMES)
+        and all(_amount(amount) for amount in value.values())
+    )
+
+
+def _amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
+
+
 KEYS: "Dict[str, Key]" = {
     "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
     "socketPath": Key(
@@ -534,6 +556,12 @@ KEYS: "Dict[str, Key]" = {
     "sessions.endedHours": Key(12, "an integer from 1 to 720", _integer(1, 720)),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
+    "prices": Key(
+        {},
+        'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, "output": 25}},'
+        ' each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+        _prices,
+    ),
 }
 
 # Never shown: not in errors, logs, /api/config or on a command line.
@@ -541,7 +569,7 @@ SECRET_KEYS = ("redis.password", "redis.url")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
 # Known from the documentation of other versions: no spelling mistakes, but nothing here reads them.
-UNUSED_SECTIONS = ("retention", "prices")
+UNUSED_SECTIONS = ("retention",)
 
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
@@ -1177,6 +1205,423 @@ def _named_in_data(cuts: "Dict[str, int]") -> "Dict[str, int]":
 
 
 # ---------------------------------------------------------------------------
+# Token usage from transcripts: what each session and agent has used so far
+#
+# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db, which knows how far
+# each transcript was read and what was counted. A message counts once, by its id, whichever lines and files
+# repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# ---------------------------------------------------------------------------
+
+USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
+SYNTHETIC_MODEL = "<synthetic>"  # what the client itself wrote, such as the words of an API error
+LONG_PROMPT_TOKENS = 100_000  # some models cost more for prompts beyond it
+TRANSCRIPT_LIMIT_BYTES = 64 << 20  # read for one event at most
+TRANSCRIPT_CHUNK_BYTES = 256 << 10
+TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
+COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago go
+AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
+USAGE_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MessageUsage:
+    """What one message of a model used, in tokens; `agent_id` "" is the main agent."""
+
+    message_id: str
+    agent_id: str
+    model: str
+    input: int
+    output: int
+    cache_read: int
+    cache_creation: int
+    cache_creation_1h: int  # the part of cache_creation that is kept for an hour
+
+    @property
+    def counts(self) -> "Tuple[int, int, int, int, int]":
+        """Return the five numbers."""
+        return self.input, self.output, self.cache_read, self.cache_creation, self.cache_creation_1h
+
+
+class TranscriptParser:
+    """Find the usage in a transcript that is fed in pieces of any size; a line counts once its end has come.
+
+    `consumed` says how many of the bytes fed so far are done with: whoever goes on later begins there.
+    """
+
+    def __init__(self, agent_id: str = "") -> None:
+        self.consumed = 0
+        self._agent_id = agent_id
+        self._begun: "List[bytes]" = []  # of a line whose end has not come yet
+
+    def feed(self, data: bytes) -> "List[MessageUsage]":
+        """Take the next bytes; return the usage in the lines that they complete, one entry a line."""
+        head, newline, rest = data.partition(b"\n")
+        self._begun.append(head)
+        if not newline:
+            return []
+        whole_lines, newline, rest = rest.rpartition(b"\n")
+        lines = [b"".join(self._begun), *(whole_lines.split(b"\n") if newline else ())]
+        self.consumed += sum(len(line) + 1 for line in lines)
+        self._begun = [rest]
+        found = (self._usage_of(line) for line in lines)
+        return [usage for usage in found if usage is not None]
+
+    def give_up_line(self) -> None:
+        """Be done with a line that is too long to wait for; what is left of it is no JSON object."""
+        self.consumed += sum(len(piece) for piece in self._begun)
+        self._begun = []
+
+    def _usage_of(self, line: bytes) -> "MessageUsage | None":
+        if b'"assistant"' not in line or b'"usage"' not in line:
+            return None  # most of a transcript is what tools gave back
+        try:
+            entry = parse_event_line(line)
+        except MalformedEvent:
+            return None
+        message = entry.get("message")
+        if entry.get("type") != "assistant" or not isinstance(message, dict):
+            return None
+        message_id, model, usage = message.get("id"), message.get("model"), message.get("usage")
+        if not _is_id(message_id) or not _is_id(model) or not isinstance(usage, dict):
+            return None
+        if model == SYNTHETIC_MODEL:
+            return None
+        agent_id = entry.get("agentId")
+        by_lifetime = usage.get("cache_creation")
+        created = _tokens(usage.get("cache_creation_input_tokens"))
+        for_an_hour = by_lifetime.get("ephemeral_1h_input_tokens") if isinstance(by_lifetime, dict) else 0
+        return MessageUsage(
+            message_id,  # type: ignore[arg-type]  # checked by _is_id
+            agent_id if _is_id(agent_id) else self._agent_id,  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type]
+            _tokens(usage.get("input_tokens")),
+            _tokens(usage.get("output_tokens")),
+            _tokens(usage.get("cache_read_input_tokens")),
+            created,
+            min(created, _tokens(for_an_hour)),
+        )
+
+
+def _tokens(value: Any) -> int:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
+    return value if good else 0
+
+
+class UsageReader:
+    """Put `data.usage` on the events that end a turn, an agent or a session of this machine.
+
+    `usage` holds totals of the session so far, so an event that is lost, repeated or late does no harm:
+    `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main agent's last,
+    "partial": true when not everything could be read yet}`, and `counts` `{"input", "output", "cacheRead",
+    "cacheCreation", "cacheCreation1h"?, "over100k"?: the same for prompts beyond 100,000 tokens}`.
+
+    It reads for `limit_s` seconds and TRANSCRIPT_LIMIT_BYTES at most a call and goes on at the next. It is to
+    be used by one thread; a second process is kept out by SQLite's own lock.
+    """
+
+    def __init__(self, home: str, machine_id: str, limit_s: float = 2.0) -> None:
+        self._home = home
+        self._machine_id = machine_id
+        self._limit_s = limit_s
+        self._database: Any = None  # sqlite3.Connection, once it is needed
+        self._complaint = ""
+
+    def add_usage(self, event: JsonObject) -> None:
+        """Read what the transcripts of the event's session have to add, and tell the totals on the event."""
+        data = event["data"]
+        if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
+            return
+        try:
+            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+            usage = self._read(event["sessionId"], files) if files else None
+        except Exception as error:  # whatever is wrong with a transcript, the event itself goes its way
+            self._recover(error)
+            return
+        if usage is not None:
+            given = data.pop("usage", None)
+            data["usage"] = usage
+            if given is not None:
+                _keep(data, "usage", given)
+
+    def close(self) -> None:
+        """Close the file; it is opened again when it is needed."""
+        database, self._database = self._database, None
+        if database is not None:
+            database.close()
+
+    def _recover(self, error: Exception) -> None:
+        """Log what went wrong, once, and begin a new file when the old one is damaged."""
+        if f"{error!r}" != self._complaint:
+            self._complaint = f"{error!r}"
+            with contextlib.suppress(OSError):
+                log_failure(f"token usage could not be read: {error!r}")
+        with contextlib.suppress(Exception):  # e.g. a damaged file cannot be closed in order either
+            self.close()
+        if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: it is no database
+            for suffix in ("", "-journal"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._home}/usage.db{suffix}")
+
+    def _open(self) -> Any:
+        """Return the open database, made when there is none, made anew when another version wrote it."""
+        import sqlite3
+
+        if self._database is not None:
+            return self._database
+        make_private_directory(self._home)
+        path = self._home + "/usage.db"
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        database = sqlite3.connect(path, timeout=0.1)
+        # Nothing waits for the disk: after a loss of power everything can be read again.
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("PRAGMA journal_mode = TRUNCATE")
+        with database:
+            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+                for statement in _USAGE_TABLES.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {USAGE_SCHEMA}")
+        self._database = database
+        return database
+
+    def _read(self, session_id: str, files: "List[Tuple[str, str]]") -> "JsonObject | None":
+        """Read what is new in the files of one session; return its totals, None when there are none."""
+        database = self._open()
+        budget = ReadingBudget(TRANSCRIPT_LIMIT_BYTES, self._limit_s)
+        with database:
+            session = _session_number(database, session_id)
+            complete = _make_room(database, session)
+            for path, agent_id in files if complete else ():
+                at_end = not budget.is_spent and _read_transcript(database, session, path, agent_id, budget)
+                complete = complete and at_end
+            usage = _session_usage(database, session)
+        if usage and not complete:
+            usage["partial"] = True
+        return usage
+
+
+class ReadingBudget:
+    """How much may still be read for one event."""
+
+    def __init__(self, limit_bytes: int, limit_s: float) -> None:
+        self.left_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
+        self._deadline = time.monotonic() + limit_s
+
+    @property
+    def is_spent(self) -> bool:
+        """Tell whether it is time to stop; something was read in any case."""
+        return self.left_bytes <= 0 or (
+            self.left_bytes < self._limit_bytes and time.monotonic() >= self._deadline
+        )
+
+
+_USAGE_TABLES = """
+DROP TABLE IF EXISTS sessions;
+DROP TABLE IF EXISTS files;
+DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, device INTEGER, inode INTEGER, position INTEGER,
+                    mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT, input INTEGER,
+                       output INTEGER, cache_read INTEGER, cache_creation INTEGER, cache_creation_1h INTEGER);
+CREATE INDEX messages_of_session ON messages (session);
+CREATE INDEX files_of_session ON files (session)
+"""
+
+
+def transcripts_of(main_path: Any, agent_path: Any = None) -> "List[Tuple[str, str]]":
+    """List a session's transcripts as (path, agent id): the main one, then those of its subagents.
+
+    Subagents write beside the session in older clients, and into `<session>/subagents/` in newer ones.
+    """
+    if not _is_transcript_path(main_path):
+        return []
+    found = {main_path: ""}
+    folder = main_path[: -len(".jsonl")] + "/subagents"
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in itertools.islice(entries, TRANSCRIPTS_LIMIT))
+    except (OSError, ValueError):
+        names = []
+    paths = [f"{folder}/{name}" for name in names if name.startswith("agent-") and name.endswith(".jsonl")]
+    if _is_transcript_path(agent_path):
+        paths.append(agent_path)
+    for path in paths:
+        name = path.rpartition("/")[2]
+        found.setdefault(path, name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else "")
+    return list(found.items())
+
+
+def _is_transcript_path(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl") and len(path) <= 4096
+
+
+def _stat_transcript(path: str) -> "os.stat_result | None":
+    """Look at a transcript; None unless it is a regular file of this user: its path is what a client said."""
+    try:
+        about = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return about if _may_be_read(about) else None
+
+
+def _may_be_read(about: os.stat_result) -> bool:
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
+
+
+def _read_transcript(database: Any, session: int, path: str, agent_id: str, budget: ReadingBudget) -> bool:
+    """Count what is new in one transcript; return whether its end was reached."""
+    seen = _stat_transcript(path)
+    if seen is None:
+        return True
+    row = database.execute(
+        "SELECT device, inode, position, mark FROM files WHERE path = ?", (path,)
+    ).fetchone()
+    if row and row[:3] == (seen.st_dev, seen.st_ino, seen.st_size):
+        return True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return True  # gone, or not for us
+    try:
+        about = os.fstat(fd)
+        if not _may_be_read(about):  # it was something else a moment ago
+            return True
+        start = _position(row, fd, about)
+        parser = TranscriptParser(agent_id)
+        at_end = _count_part(database, session, parser, fd, range(start, about.st_size), budget)
+        if parser.consumed or not start:
+            position = start + parser.consumed
+            database.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                (path, session, about.st_dev, about.st_ino, position, _mark(fd, position)),
+            )
+        return at_end
+    finally:
+        os.close(fd)
+
+
+def _position(row: Any, fd: int, about: os.stat_result) -> int:
+    """Return how far a transcript was read; 0 for a new one and for one that replaced another."""
+    if row is None or row[:2] != (about.st_dev, about.st_ino) or row[2] > about.st_size:
+        return 0
+    return int(row[2]) if row[3] == _mark(fd, row[2]) else 0
+
+
+def _count_part(
+    database: Any, session: int, parser: TranscriptParser, fd: int, part: range, budget: ReadingBudget
+) -> bool:
+    """Count the messages in a part of a transcript while the budget lasts; return whether all was read."""
+    place = part.start
+    while place < part.stop and not budget.is_spent:
+        chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, part.stop - place), place)
+        if not chunk:
+            return True  # it has become shorter
+        place += len(chunk)
+        budget.left_bytes -= len(chunk)
+        _count_messages(database, session, parser.feed(chunk))
+    if place < part.stop and not parser.consumed:
+        parser.give_up_line()  # else it would be read over and over again
+    return place >= part.stop
+
+
+def _mark(fd: int, position: int) -> bytes:
+    """Return what tells whether a file still has the same bytes before `position`."""
+    length = min(position, 256)
+    return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
+
+
+def _session_number(database: Any, session_id: str) -> int:
+    row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
+    now_ms = time.time_ns() // 1_000_000
+    if row is None:
+        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms))
+        return int(made.lastrowid)
+    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms, row[0]))
+    return int(row[0])
+
+
+def _make_room(database: Any, session: int) -> bool:
+    """Forget the sessions that were read longest ago while there are too many messages.
+
+    A forgotten session is read again from its start when it goes on. Returns whether there is room.
+    """
+    count = database.execute("SELECT COUNT(*) FROM messages").fetchone()[0]
+    while count >= COUNTED_MESSAGES_LIMIT:
+        oldest = database.execute(
+            "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1", (session,)
+        ).fetchone()
+        if oldest is None:
+            return False
+        count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
+        database.execute("DELETE FROM files WHERE session = ?", oldest)
+        database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+    return True
+
+
+def _count_messages(database: Any, session: int, messages: "List[MessageUsage]") -> None:
+    """Count each message once; of several lines of one message the largest numbers are true."""
+    for message in {(each.message_id, each.counts): each for each in messages}.values():
+        key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        row = database.execute(
+            "SELECT input, output, cache_read, cache_creation, cache_creation_1h FROM messages WHERE id = ?",
+            (key,),
+        ).fetchone()
+        if row is None:
+            text = (_storable(message.agent_id), _storable(message.model))
+            database.execute(
+                "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, session, *text, *message.counts),
+            )
+            if not message.agent_id:
+                database.execute("UPDATE sessions SET model = ? WHERE number = ?", (text[1], session))
+        elif any(new > old for new, old in zip(message.counts, row)):
+            database.execute(
+                "UPDATE messages SET input = ?, output = ?, cache_read = ?, cache_creation = ?,"
+                " cache_creation_1h = ? WHERE id = ?",
+                (*map(max, message.counts, row), key),
+            )
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # SQLite takes no half of a surrogate pair
+
+
+def _session_usage(database: Any, session: int) -> "JsonObject | None":
+    """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
+    rows = database.execute(
+        "SELECT agent, model, input + cache_read + cache_creation > ?, SUM(input), SUM(output),"
+        " SUM(cache_read), SUM(cache_creation), SUM(cache_creation_1h), MAX(rowid)"
+        " FROM messages WHERE session = ? GROUP BY 1, 2, 3",
+        (LONG_PROMPT_TOKENS, session),
+    ).fetchall()
+    if not rows:
+        return None
+    models: "Dict[str, JsonObject]" = {}
+    agents: "Dict[str, Dict[str, JsonObject]]" = {}
+    newest: "Dict[str, int]" = {}
+    for agent, model, is_long, *counts, last in rows:
+        newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
+        for by_model in (models, agents.setdefault(agent, {})):
+            _add_counts(by_model.setdefault(model, {}), counts)
+            if is_long:
+                _add_counts(by_model[model].setdefault("over100k", {}), counts)
+    named = sorted(newest, key=lambda agent: -newest[agent])[:AGENTS_IN_USAGE]
+    usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
+    model = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()[0]
+    return {**usage, "model": model} if model else usage
+
+
+COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
+
+
+def _add_counts(totals: JsonObject, counts: "List[int]") -> None:
+    for name, count in zip(COUNT_NAMES, counts):
+        if count or name != "cacheCreation1h":
+            totals[name] = totals.get(name, 0) + count
+
+
+# ---------------------------------------------------------------------------
 # Spool: the drainer's side (the writer's side is in the hot path)
 #
 # Owns: spool/, segments named <start in ms>-<random>.jsonl, taken ones .taken, and dropped.jsonl.
@@ -1525,6 +1970,7 @@ class Publisher:
         self._values: "Dict[str, Any]" = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
+        self._usage = UsageReader(home, this_machine(), limit_s=0.5)
         self._segment: Any = None  # the file that is being read
         self._batch: "List[Outgoing]" = []  # read, not delivered yet
         self._failures = 0  # in a row
@@ -1645,7 +2091,9 @@ class Publisher:
     def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
         """Build and protect one event; what is none goes to the quarantine."""
         try:
-            event = protect(build_event(parse_event_line(line), _now_ms(), this_machine()), privacy)
+            event = build_event(parse_event_line(line), _now_ms(), this_machine())
+            self._usage.add_usage(event)
+            event = protect(event, privacy)
             return Outgoing(event["id"], encode_json(event))
         except Exception as error:  # no line may stop those after it
             reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {error!r}"

@@ -1184,6 +1184,19 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
+    "prices": (
+        [
+            7,
+            None,
+            {"opus": 7},
+            {"opus": {"input": 1}},
+            {"opus": {"input": -1, "output": 1}},
+            {"opus": {"input": 1, "output": True}},
+            {"opus": {"input": 1, "output": 1, "cache": 1}},
+            {"": {"input": 1, "output": 1}},
+        ],
+        {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
+    ),
 }
 
 
@@ -1208,8 +1221,8 @@ def test_fields_are_cut_shorter_where_every_event_crosses_a_network(tmp_path):
 
 def test_a_password_that_others_can_read_is_warned_about(tmp_path):
     path = tmp_path / "c.json"
-    for given in ('{"redis": {"password": "p"}}', '{"redis": {"url": "redis://u:p@h"}}'):
-        path.write_text(given)
+    for text in ('{"redis": {"password": "p"}}', '{"redis": {"url": "redis://u:p@h"}}'):
+        path.write_text(text)
         path.chmod(0o644)
         assert ee.load_config(str(path))[1] == [
             f"{path}: holds a password that others can read; run: chmod 600 {path}"
@@ -6412,6 +6425,31 @@ def test_what_was_overtaken_by_the_end_does_not_wake_the_session():
         assert tale.say(hook, at=before, tool_name="Bash", tool_use_id="t1")["state"] == "ended", hook
 
 
+# State → a tale that ends in it, and what the README says of it.
+SESSION_STATES = {
+    "waiting": ("needs you", lambda tale: tale.ask("Bash", command="rm -rf build")),
+    "working": ("working", lambda tale: tale.call("Bash", "t1", command="make")),
+    "quiet": ("quiet", lambda tale: tale.wait(120_000)),
+    "idle": ("idle", lambda tale: tale.stop()),
+    "failed": ("failed", lambda tale: tale.say("StopFailure", error="rate_limit")),
+    "ended": ("ended", lambda tale: tale.say("SessionEnd", reason="other")),
+}
+
+
+@pytest.mark.parametrize("state", sorted(SESSION_STATES))
+def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user(state):
+    name, tell = SESSION_STATES[state]
+    assert tell(session_tale())["state"] == state
+    assert state == "quiet" or state in [row[0] for row in cm.STATES]
+    with open(ROOT + "/README.md", encoding="utf-8") as file:
+        table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
+    assert f"| **{name}** |" in table
+
+
+def test_the_table_of_states_has_no_state_that_nobody_reaches():
+    assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
@@ -6508,6 +6546,11 @@ def test_the_parent_session_is_linked_on_both_sides():
         ("Bash", {"command": "cat <<E\nlong\n\ttext\nE"}, "Bash: cat <<E long text E"),
         ("Bash", {"command": "echo a:"}, "Bash: echo a:"),
         ("ListAll", {}, "ListAll"),
+        ("TaskCreate", {"subject": "First task", "description": "Do it"}, "TaskCreate: First task"),
+        ("TaskUpdate", {"taskId": "1", "status": "completed"}, "TaskUpdate: task 1: completed"),
+        ("mcp__demo__echo", {"text": "hello mcp"}, "mcp__demo__echo: hello mcp"),
+        ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
+        ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
     ],
 )
 def test_activity_says_tool_and_target(tool, tool_input, words):
@@ -6803,6 +6846,571 @@ def test_a_deleted_session_is_forgotten():
     assert tale.prompt("new words")["counts"] == {
         "events": 1, "toolCalls": 0, "toolErrors": 0, "interrupted": 0, "prompts": 1
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
+# Token usage: what transcripts say, read once, and what it costs
+#
+# The recorded transcripts end with the client's own sums (`cost-state`): ours must be the same, to the token and
+# to the cent.
+# ---------------------------------------------------------------------------
+
+USAGE_MACHINE = "box"
+USAGE_OF_MAIN = ("simple", "failing", "thinking")
+USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
+USAGE_RECORDINGS = USAGE_OF_MAIN + USAGE_WITH_AGENTS
+
+
+def usage_transcript(name: str) -> str:
+    """Return the path of a recording's transcript."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    return path
+
+
+def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> "dict[str, Any]":
+    """Return the event of one hook that names a transcript."""
+    return ee.build_event(
+        {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
+    )
+
+
+def usage_read(reader: "ee.UsageReader", path: str, session: str = "s1", **fields: Any) -> Any:
+    """Return what the reader tells on an event about a transcript; None when it tells nothing."""
+    event = usage_event(path, session, **fields)
+    reader.add_usage(event)
+    assert event["sessionId"] == session and event["hookType"]
+    return event["data"].get("usage")
+
+
+def usage_reader(home: object) -> "ee.UsageReader":
+    """Return a reader with its own directory."""
+    return ee.UsageReader(str(home), USAGE_MACHINE)
+
+
+def usage_line(message_id: str, output: int, model: str = "claude-opus-4-5-20251101", **more: int) -> bytes:
+    """Return one assistant line of a transcript."""
+    usage = {"input_tokens": 1, "output_tokens": output, **more}
+    message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
+    return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
+
+
+def usage_output(usage: Any) -> int:
+    """Return the output tokens of all models."""
+    return sum(counts["output"] for counts in usage["models"].values())
+
+
+def usage_cost_state(name: str) -> "dict[str, Any]":
+    """Return the client's own sums at the end of a recorded transcript."""
+    with open(usage_transcript(name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file if '"cost-state"' in line][-1]
+
+
+@pytest.mark.parametrize("name", USAGE_RECORDINGS)
+def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    own = usage_cost_state(name)
+    assert {
+        model: (
+            told["inputTokens"], told["outputTokens"], told["cacheReadInputTokens"],
+            told["cacheCreationInputTokens"], told["cacheCreationEphemeral1hInputTokens"],
+        )
+        for model, told in own["modelUsage"].items()
+    } == {model: tuple(counts[name] for name in ee.COUNT_NAMES) for model, counts in usage["models"].items()}  # fmt: skip
+    tale = session_tale()
+    told = tale.say("SessionEnd", reason="other", usage=usage)
+    assert told["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
+
+
+def test_a_message_of_several_lines_counts_once(tmp_path):
+    path = usage_transcript("simple")
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    naive = sum(line["message"]["usage"]["output_tokens"] for line in lines if line["type"] == "assistant")
+    assert (naive, usage_output(usage_read(usage_reader(tmp_path), path))) == (250, 210)
+
+
+@pytest.mark.parametrize("name", USAGE_WITH_AGENTS)
+def test_the_tokens_of_agents_add_up_to_those_of_the_session(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
+    assert set(usage["agents"]) == {"", *agents}
+    by_agent = [counts for by_model in usage["agents"].values() for counts in by_model.values()]
+    for count in ee.COUNT_NAMES:
+        assert sum(counts[count] for counts in by_agent) == sum(
+            counts[count] for counts in usage["models"].values()
+        )
+
+
+def test_an_old_clients_agent_transcript_beside_the_session_counts_for_its_agent(tmp_path):
+    main, agent = tmp_path / "s1.jsonl", tmp_path / "agent-a94648d.jsonl"
+    main.write_bytes(usage_line("m1", 5))
+    agent.write_bytes(usage_line("m2", 7))
+    told = usage_read(
+        usage_reader(tmp_path), str(main), hook="SubagentStop", agent_transcript_path=str(agent)
+    )
+    assert {name: usage_output({"models": used}) for name, used in told["agents"].items()} == {
+        "": 5, "a94648d": 7,
+    }  # fmt: skip
+
+
+def test_a_fork_counts_only_what_is_its_own(tmp_path):
+    reader, old, fork = usage_reader(tmp_path), tmp_path / "old.jsonl", tmp_path / "fork.jsonl"
+    old.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+    fork.write_bytes(old.read_bytes())
+    assert usage_read(reader, str(fork), "fork") is None
+    fork.write_bytes(old.read_bytes() + usage_line("m3", 7))
+    assert usage_output(usage_read(reader, str(fork), "fork")) == 7
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+
+
+def test_what_the_client_wrote_itself_is_no_model(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 3, "<synthetic>"))
+    assert usage_read(usage_reader(tmp_path), str(path)) is None
+
+
+def test_a_last_line_without_its_end_waits_for_it(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    line = usage_line("m2", 7)
+    path.write_bytes(usage_line("m1", 5) + line[:-20])
+    assert usage_output(usage_read(reader, str(path))) == 5
+    with path.open("ab") as file:
+        file.write(line[-20:])
+    assert usage_output(usage_read(reader, str(path))) == 12
+
+
+def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
+    path, read = tmp_path / "s1.jsonl", []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(5000)))
+    real = os.pread
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, str(path))) == 5000
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: (read.append(length), real(fd, length, at))[1])
+    assert usage_output(usage_read(reader, str(path))) == 5000 and read == []
+    with path.open("ab") as file:
+        file.write(usage_line("more", 1))
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == 5001  # also by another process
+    assert sum(read) < 2000
+
+
+@pytest.mark.parametrize("how", ["another file", "rewritten in place", "shortened"])
+def test_a_replaced_transcript_is_read_from_its_start(tmp_path, how):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(path))) == 11
+    content = usage_line("m9", 100) + (b"" if how == "shortened" else usage_line("m2", 6) * 3)
+    if how == "another file":
+        (tmp_path / "new").write_bytes(content)
+        os.replace(tmp_path / "new", path)
+    else:
+        path.write_bytes(content)
+    assert usage_output(usage_read(reader, str(path))) == 111
+
+
+def test_of_several_lines_of_one_message_the_largest_numbers_count(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    for output, expected in ((1, 1), (40, 40), (7, 40)):
+        with path.open("ab") as file:
+            file.write(usage_line("m1", output))
+        assert usage_output(usage_read(reader, str(path))) == expected
+
+
+@given(
+    outputs=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 999), st.integers(0, 3)), max_size=30),
+    cuts=st.lists(st.integers(0, 8000), max_size=8),
+    forget=st.integers(0, 8),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
+    noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
+    whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
+    expected = sum(
+        max(given_output for key, given_output, _ in outputs if key == each)
+        for each in {key for key, *_ in outputs}
+    )
+    with tempfile.TemporaryDirectory() as home:
+        path, usage, place = home + "/s1.jsonl", None, 0
+        reader = usage_reader(home)
+        for number, cut in enumerate([*sorted(min(cut, len(whole)) for cut in cuts), len(whole)]):
+            with open(path, "ab") as file:
+                file.write(whole[place:cut])
+            place = cut
+            if number == forget:
+                reader.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(home + "/usage.db")
+            usage = usage_read(reader, path)
+        reader.close()
+    assert (usage_output(usage) if usage else 0) == expected
+
+
+@given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
+    data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
+    whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
+    found = []
+    for size in itertools.cycle(sizes):
+        found += pieces.feed(data[place : place + size])
+        place += size
+        if place >= len(data):
+            break
+    assert found == whole.feed(data) and pieces.consumed == whole.consumed == len(data)
+    assert found[-1].message_id == "m2"
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
+def test_odd_numbers_of_tokens_count_as_none(tmp_path, value):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", value, cache_creation=value) + usage_line("m2", 4, cache_creation_input_tokens=9)
+    )
+    assert usage_read(usage_reader(tmp_path), str(path))["models"] == {
+        "claude-opus-4-5-20251101": {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["fifo", "link", "directory", "device", "missing", "another users", "relative", "text"]
+)
+def test_only_a_regular_file_of_this_user_is_read(tmp_path, what):
+    path = str(tmp_path / "s1.jsonl")
+    content = usage_line("m1", 3)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "link":
+        (tmp_path / "target").write_bytes(content)
+        os.symlink(tmp_path / "target", path)
+    elif what == "directory":
+        os.mkdir(path)
+    elif what == "device":
+        path = "/dev/zero"
+    elif what == "another users":
+        if os.geteuid():
+            pytest.skip("only root can give files away")
+        (tmp_path / "s1.jsonl").write_bytes(content)
+        os.chown(path, 12345, -1)
+    elif what == "relative":
+        path = os.path.relpath(usage_transcript("simple"))
+    elif what == "text":
+        path = str(tmp_path / "s1.txt")
+        (tmp_path / "s1.txt").write_bytes(content)
+    before = time.monotonic()
+    assert usage_read(usage_reader(tmp_path), path) is None
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    "path", [None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl", "/" + "x" * 9000 + ".jsonl"]
+)
+def test_an_odd_transcript_path_is_no_failure(tmp_path, path):
+    reader = usage_reader(tmp_path)
+    assert usage_read(reader, path) is None
+    agent = usage_read(reader, usage_transcript("simple"), hook="SubagentStop", agent_transcript_path=path)
+    assert usage_output(agent) == 210 and not (tmp_path / "emit.log").exists()
+
+
+def test_only_events_that_end_something_on_this_machine_are_given_usage(tmp_path):
+    reader, path = usage_reader(tmp_path), usage_transcript("simple")
+    told = {hook for hook in ee.EVENT_TYPES if usage_read(reader, path, hook=hook)}
+    assert told == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
+    foreign = {**usage_event(path), "machineId": "elsewhere"}
+    reader.add_usage(foreign)
+    assert "usage" not in foreign["data"]
+
+
+def test_a_large_transcript_is_read_in_parts_and_the_totals_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+    path, reader, told = tmp_path / "s1.jsonl", usage_reader(tmp_path), []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(500)))
+    for _ in range(100):
+        told.append(usage_read(reader, str(path)))
+        if "partial" not in told[-1]:
+            break
+    assert 3 < len(told) < 20 and usage_output(told[-1]) == 500
+    assert [usage_output(each) for each in told] == sorted({usage_output(each) for each in told})
+
+
+def test_a_line_larger_than_what_is_read_at_once_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 4000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", usage_reader(tmp_path)
+    huge = b'{"type":"user","message":"' + b"x" * 30_000 + b'"}\n'
+    path.write_bytes(usage_line("m1", 5) + huge + usage_line("m2", 6))
+    told = [usage_read(reader, str(path)) for _ in range(20)]
+    assert usage_output(told[-1]) == 11 and "partial" not in told[-1]
+
+
+def test_a_reader_that_is_out_of_time_goes_on_at_the_next_event(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", ee.UsageReader(str(tmp_path), USAGE_MACHINE, limit_s=0.0)
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(50)))
+    told = [usage_output(usage_read(reader, str(path))) for _ in range(20)]
+    assert told == sorted(told) and told[0] < 10 and told[-1] == 50
+
+
+def test_the_file_of_what_was_counted_is_private_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
+    reader = usage_reader(tmp_path)
+    for number in range(10):
+        path = tmp_path / f"s{number}.jsonl"
+        path.write_bytes(b"".join(usage_line(f"{number}-{each}", 1) for each in range(40)))
+        assert usage_output(usage_read(reader, str(path), f"s{number}")) == 40
+    for name in os.listdir(tmp_path):
+        if name.startswith("usage.db"):
+            assert hook_mode_of(tmp_path / name) == 0o600
+    rows = reader._open().execute("SELECT COUNT(*) FROM messages").fetchone()[0]
+    assert rows <= 140
+    with (tmp_path / "s0.jsonl").open("ab") as file:
+        file.write(usage_line("0-more", 1))
+    assert usage_output(usage_read(reader, str(tmp_path / "s0.jsonl"), "s0")) == 41  # forgotten, read again
+
+
+@pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
+def test_a_damaged_file_of_what_was_counted_is_made_anew(tmp_path, damage):
+    path = usage_transcript("simple")
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, path)) == 210
+    reader.close()
+    content = (tmp_path / "usage.db").read_bytes()
+    spoilt = content[:100] + b"\xff" * (len(content) - 100) if damage is None else damage
+    (tmp_path / "usage.db").write_bytes(spoilt)
+    told = [usage_read(usage_reader(tmp_path), path) for _ in range(2)]
+    assert usage_output(told[-1]) == 210
+
+
+def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert usage_read(usage_reader(tmp_path / "file" / "home"), usage_transcript("simple")) is None
+
+
+def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
+    path, script = tmp_path / "s1.jsonl", tmp_path / "read.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "import emit_event as ee\n"
+        f"reader = ee.UsageReader({str(tmp_path)!r}, {USAGE_MACHINE!r})\n"
+        f"event = ee.build_event({{'hook_event_name': 'Stop', 'session_id': 's1', 'transcript_path': {str(path)!r}}}, 1,"
+        f" {USAGE_MACHINE!r})\n"
+        "print(flush=True)\n"
+        "while True:\n"
+        "    reader.add_usage({**event, 'data': dict(event['data'])})\n"
+    )
+    chance, count = random.Random(7), 0
+    for _ in range(8):
+        reading = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+        assert reading.stdout is not None
+        reading.stdout.read(1)
+        for _ in range(20):
+            with path.open("ab") as file:
+                file.write(b"".join(usage_line(f"m{count + each}", 1) for each in range(50)))
+            count += 50
+            time.sleep(chance.random() * 0.01)
+        reading.kill()
+        reading.wait()
+        reading.stdout.close()
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == count
+
+
+# In sessions ----------------------------------------------------------------
+
+
+def usage_told(output: int, model: str = "claude-opus-4-5", **more: Any) -> "dict[str, Any]":
+    """Return `data.usage` with one model."""
+    counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
+    return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
+
+
+def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival():
+    for order in itertools.permutations((5, 9, 30)):
+        tale = session_tale()
+        start = tale.time
+        for output in order:
+            told = tale.say("Stop", at=start + output * 1000, usage=usage_told(output))
+        assert told["tokenUsage"] == {
+            "totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0,
+        }  # fmt: skip
+        assert told["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
+
+
+def test_a_session_learns_its_model_from_its_transcript_when_nobody_said_it():
+    tale = SessionTale()
+    assert tale.prompt()["model"] is None
+    assert tale.say("Stop", usage=usage_told(5))["model"] == "claude-opus-4-5"
+    assert tale.say("SessionStart", source="startup", model="claude-fable-5")["model"] == "claude-fable-5"
+    assert tale.say("Stop", usage=usage_told(6))["model"] == "claude-fable-5"
+
+
+def test_each_agent_has_its_own_tokens(tmp_path):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript("parallel"))
+    (last,) = [told for event, told in session_steps("parallel") if event["hookType"] == "SessionEnd"]
+    assert [agent["tokenUsage"] for agent in last["agents"]] == [None, None]  # nobody read anything
+    tale = SessionTale(session=recorded("parallel")[0]["session_id"])
+    for given_payload in recorded("parallel"):
+        more = {"usage": usage} if given_payload["hook_event_name"] == "SessionEnd" else {}
+        told = tale.tell({**given_payload, **more})
+    outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in told["agents"])
+    assert outputs == [123, 166] and told["tokenUsage"]["totalOutput"] == 370
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
+    ],
+)  # fmt: skip
+def test_what_other_programs_call_usage_is_left_alone(usage):
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage)
+    assert (told["state"], told["tokenUsage"], told["estimatedCostUsd"]) == ("idle", None, None)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"models": {"m": 7}, "agents": {"": 7}},
+        {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
+        {"models": {"": {}}, "agents": {}, "model": 9, "partial": "yes"},
+    ],
+)  # fmt: skip
+def test_odd_usage_counts_as_nothing(usage):
+    told = session_tale().say("Stop", usage=usage)
+    assert set(told["tokenUsage"].values()) == {0} and told["estimatedCostUsd"] == 0
+
+
+def test_usage_that_is_not_whole_yet_says_so():
+    tale = session_tale()
+    assert tale.say("Stop", usage=usage_told(5, partial=True))["tokenUsage"]["partial"] is True
+    assert "partial" not in tale.say("Stop", usage=usage_told(6))["tokenUsage"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("claude-opus-5-5", "opus-5-5"),
+        ("claude-opus-4-5-20251101", "opus-4-5"),
+        ("claude-opus-4-20250514", "opus-4"),
+        ("claude-opus-4-0", "opus-4"),
+        ("claude-sonnet-4-5@20250929", "sonnet-4-5"),
+        ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", "sonnet-4-5"),
+        ("anthropic/claude-sonnet-5.5", "sonnet-5-5"),
+        ("claude-opus-4-6[1m]", "opus-4-6"),
+        ("claude-3-7-sonnet-20250219", "sonnet-3-7"),
+        ("claude-3-5-haiku-latest", "haiku-3-5"),
+        ("claude-3-opus-20240229", "opus-3"),
+        ("gpt-6", ""),
+        ("", ""),
+    ],
+)
+def test_the_family_of_a_model_is_found_in_any_clouds_spelling(model, family):
+    assert cm.model_family(model) == family
+
+
+def usage_cost(model: str, prices: "dict[str, Any] | None" = None, **counts: int) -> Any:
+    """Return the estimate for a million tokens of each named kind."""
+    usage = cm.SessionUsage(1, {model: cm.ModelUsage(cm.Tokens(**counts), cm.Tokens())})
+    return cm.PriceList(prices).estimate(usage)
+
+
+def test_every_price_follows_the_rules_of_the_price_list():
+    assert all(family == cm.model_family("claude-" + family) or family[-1] == "3" for family in cm.PRICES)
+    for family, price in {**cm.PRICES, **cm.LONG_PROMPT_PRICES}.items():
+        assert price.output == pytest.approx(5 * price.input), family
+        assert price.cache_write_5m == pytest.approx(1.25 * price.input, rel=0.05), family
+        assert price.cache_write_1h == pytest.approx(2 * price.input), family
+        assert 0.02 * price.input < price.cache_read < 0.13 * price.input, family
+
+
+def test_each_kind_of_token_has_its_price():
+    million, model = 1_000_000, "claude-opus-4-1-20250805"
+    assert usage_cost(model, input=million) == 15
+    assert usage_cost(model, output=million) == 75
+    assert usage_cost(model, cache_read=million) == 1.5
+    assert usage_cost(model, cache_creation=million) == 18.75
+    assert usage_cost(model, cache_creation=million, cache_creation_1h=million) == 30
+
+
+def test_prompts_beyond_100000_tokens_have_their_own_price_where_the_model_has_one(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", 1000, "claude-haiku-5-5", cache_read_input_tokens=99_999)
+        + usage_line("m2", 1000, "claude-haiku-5-5", cache_read_input_tokens=100_000)
+        + usage_line("m3", 1000, "claude-opus-5-5", cache_read_input_tokens=500_000)
+    )
+    usage = usage_read(usage_reader(tmp_path), str(path))
+    expected = (
+        (0.1 + 1000 * 0.5 + 99_999 * 0.01)
+        + (0.5 + 1000 * 2.5 + 100_000 * 0.05)
+        + (4 + 1000 * 20 + 500_000 * 0.2)
+    ) / 1e6
+    assert session_tale().say("Stop", usage=usage)["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage_told(7, "some-model"))
+    assert (told["tokenUsage"]["totalOutput"], told["estimatedCostUsd"]) == (7, None)
+    both = usage_told(7, "some-model")
+    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
+    assert tale.say("Stop", usage=both)["estimatedCostUsd"] is None
+
+
+def test_configured_prices_win_by_model_by_family_and_by_kind():
+    price = {"input": 100, "output": 200}
+    for name in ("claude-opus-4-5-20251101", "opus-4-5", "opus"):
+        assert usage_cost("claude-opus-4-5-20251101", {name: price}, input=10_000) == 1
+    assert usage_cost("claude-sonnet-4-5", {"opus": price}, input=10_000) == 0.03
+    assert usage_cost("my-model", {"my-model": price}, output=10_000) == 2
+    assert usage_cost("my-model", {"my-model": price}, cache_read=10_000) == 0.1
+    exact = {**price, "cacheRead": 7, "cacheWrite5m": 8, "cacheWrite1h": 9}
+    million = 1_000_000
+    assert (
+        usage_cost(
+            "m", {"m": exact}, cache_read=million, cache_creation=2 * million, cache_creation_1h=million
+        )
+        == 24
+    )
+
+
+def test_tokens_and_cost_arrive_through_real_hooks_and_survive_a_restart(hook_installed, monitor):
+    monitor.write_config(
+        {"prices": {"opus-5-5": {"input": 40, "output": 200}}, "privacy": {"level": "metadata"}}
+    )
+    monitor.start()
+    shutil.copytree(os.path.dirname(usage_transcript("subagent")), monitor.home + "/transcripts")
+    (path,) = glob.glob(monitor.home + "/transcripts/*.jsonl")
+    session = os.path.basename(path)[: -len(".jsonl")]
+    with open(path, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    for part in (lines[:5], lines):
+        with open(path, "wb") as file:
+            file.write(b"".join(part))
+        hook_call(
+            hook_installed.command, {**payload("Stop", session), "transcript_path": path}, monitor.environment
+        )
+    told = monitor.sessions()[session]
+    assert told["tokenUsage"] == {
+        "totalInput": 88, "totalOutput": 333, "totalCacheRead": 26664, "totalCacheCreation": 1776,
+    }  # fmt: skip
+    assert told["model"] == "claude-opus-5-5"
+    expected = (88 * 40 + 333 * 200 + 26664 * 4 + 1600 * 50 + 176 * 80) / 1e6
+    assert told["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+    first, second = [event["data"]["usage"] for event in monitor.stored_events()]
+    assert usage_output(first) < usage_output(second) == 333
+    monitor.stop()
+    monitor.start()
+    again = monitor.sessions()[session]
+    assert again["tokenUsage"] == told["tokenUsage"] and again["estimatedCostUsd"] == told["estimatedCostUsd"]
+
+
+def test_a_fifo_for_a_transcript_holds_neither_monitor_nor_hook(hook_installed, running):
+    os.mkfifo(running.home + "/t.jsonl")
+    given_payload = {**payload("Stop", "fifo"), "transcript_path": running.home + "/t.jsonl"}
+    hook_call(hook_installed.command, given_payload, running.environment)
+    told = eventually(lambda: running.sessions().get("fifo"))
+    assert told["tokenUsage"] is None and told["state"] == "idle"
 
 
 # ---------------------------------------------------------------------------
