@@ -7765,6 +7765,78 @@ def test_nothing_that_an_event_says_can_act(running: RunningMonitor, open_tab: A
     assert any("<script>" in row.inner_text() for row in tab.rows()) or "<script>" in tab.text("rail")
 
 
+def browser_told(tab: BrowserTab, **status: Any) -> None:
+    """Let the page hear a status of the monitor with some fields different."""
+    tab.page.evaluate(
+        "(fields) => contextuate.store.apply({ ...contextuate.store.status, type: 'status', ...fields })",
+        status,
+    )
+
+
+@needs_browser
+def test_the_status_view_tells_what_the_monitor_tells(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running, "#status")
+    tab.shows("status", "local, this machine")
+    for words in (cm.__version__, str(running.pid), running.home + "/events", "1 event", "testbox"):
+        tab.shows("status", words)
+    running.emit(payload("UserPromptSubmit", prompt="second"), payload("Stop"))
+    tab.shows("status", "3 events")
+    assert "Redis" not in tab.text("status") and tab.text("banner") == ""
+    tab.page.keyboard.press("Escape")
+    tab.row_with("second")
+    assert tab.text("status") == "" and tab.page.evaluate("location.hash") == ""
+    tab.page.keyboard.press(str(1 + [view["id"] for view in browser_views(tab)].index("status")))
+    tab.shows("status", "Machines")
+    assert tab.page.evaluate("location.hash") == "#status"
+    tab.page.click("[data-testid=counter-idle]")
+    tab.row_with("first")
+
+
+def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
+    """Return the views that the page offers, in their order."""
+    return list(tab.page.evaluate(
+        "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
+    ))  # fmt: skip
+
+
+REDIS_AWAY = {
+    "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
+    "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
+    "since": NOW_MS, "nextAttemptAt": NOW_MS, "lastHeardAt": NOW_MS, "position": "1-0", "streamState": "ok",
+    "streamReason": None, "gaps": 0, "received": 7, "fromStream": 2,
+}  # fmt: skip
+
+
+@needs_browser
+def test_what_is_wrong_with_redis_is_said_in_words(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    assert tab.text("banner") == "" and tab.text("loss") == ""
+    sent: list[str] = []
+    tab.page.on("websocket", lambda channel: channel.on("framesent", lambda text: sent.append(text)))
+    tab.page.reload()
+    tab.row_with("first")
+    browser_told(tab, mode="redis", redis=REDIS_AWAY)
+    tab.shows("banner", "Redis does not answer (attempt 3 of 10): connection refused.")
+    tab.shows("banner", "this machine\u2019s store")
+    tab.page.click("[data-testid=banner] >> text=Reconnect")
+    eventually(lambda: any('"reconnect_redis"' in text for text in sent))
+    browser_told(tab, redis={**REDIS_AWAY, "state": "given_up", "attempt": 10})
+    tab.shows("banner", "Redis did not answer 10 times")
+    browser_told(
+        tab, redis={**REDIS_AWAY, "state": "connected", "attempt": 0, "reason": None, "streamState": "refused",
+                    "streamReason": "NOPERM", "gaps": 2},
+        publisher={"running": True, "state": "waiting", "reason": "password refused"},
+        spool={"segments": 1, "bytes": 10, "dropped": 5},
+    )  # fmt: skip
+    tab.shows("banner", "Redis refuses the stream: NOPERM")
+    tab.shows("banner", "wait in the spool, Redis does not take them: password refused")
+    tab.shows("loss", "5 events lost, 2 gaps")
+    assert "does not answer" not in tab.text("banner")
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1024, 1440])
