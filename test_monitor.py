@@ -8356,6 +8356,164 @@ def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     tab.said.clear()
 
 
+def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
+    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there."""
+    return dict(tab.page.evaluate(
+        """(target) => {
+          const { timeline, store } = contextuate;
+          const row = store.rows.find((row) => row.target === target);
+          const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
+          const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
+          const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
+          const end = row.outcome ? row.time + row.duration : Date.now();
+          const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const y = 24 + 2 + index * 20 + 13 - timeline.top;
+          const canvas = document.querySelector('#timeline-canvas');
+          const box = canvas.getBoundingClientRect();
+          const scale = canvas.width / box.width;
+          const copy = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
+          const pen = copy.getContext('2d', { willReadFrequently: true });
+          pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
+          const pixel = pen.getImageData(0, 0, 1, 1).data;
+          return { x: box.x + x, y: box.y + y, index, colour: [...pixel.slice(0, 3)] };
+        }""", target
+    ))  # fmt: skip
+
+
+def browser_colour(tab: BrowserTab, name: str) -> "list[int]":
+    """Return one colour of the page's palette as red, green, blue."""
+    words = tab.page.evaluate(
+        f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')"
+    ).strip()
+    return [int(words[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+@needs_browser
+def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    agent = {"agent_id": "a1", "agent_type": "explorer"}
+    long = {"tool_response": "", "duration_ms": 40_000}
+    running.emit(
+        payload("UserPromptSubmit", prompt="go"),
+        *({**event, **(long if "tool_response" in event else {})} for event in browser_call(1, tool_response="")),
+        payload("SubagentStart", **agent),
+        *({**event, **agent} for event in browser_call(2)),
+        {**browser_call(2)[0], **agent, "hook_event_name": "PostToolUseFailure", "error": "no",
+         "duration_ms": 20_000},
+        *({**event, **agent} for event in browser_call(3)),
+        payload("UserPromptSubmit", "other", prompt="else"),
+        *page_ask("other", "rm -rf build")[:2],
+    )  # fmt: skip
+    tab = open_tab(running)
+    eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 3)
+    tab.page.focus("#timeline-canvas")
+    for _ in range(4):
+        tab.page.keyboard.press("+")
+    told = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
+    assert tab.page.evaluate(told) == [
+        ["other", "", 0, "else"], ["s1", "", 0, "go"], ["s1", "a1", 1, "explorer"],
+    ]  # fmt: skip
+    eventually(lambda: browser_bar(tab, "make step-1")["colour"] == browser_colour(tab, "bar"))
+    eventually(lambda: browser_bar(tab, "make step-2")["colour"] == browser_colour(tab, "red"))
+    eventually(lambda: browser_bar(tab, "rm -rf build")["colour"] == browser_colour(tab, "amber"))
+    place = browser_bar(tab, "make step-2")
+    tab.page.mouse.move(place["x"], place["y"])
+    for words in ("Bash", "make step-2", "failed", "20 s", "go \u203a explorer"):
+        tab.shows("tip", words)
+    tab.page.mouse.click(place["x"], place["y"])
+    tab.shows("drawer", "make step-2")
+    tab.page.keyboard.press("Escape")
+    name = tab.page.query_selector("#timeline-canvas").bounding_box()
+    tab.page.mouse.click(name["x"] + 40, name["y"] + 24 + 2 + 20 * 2 + 10)
+    eventually(lambda: "a=a1" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_a_brushed_part_of_the_timeline_filters_the_table(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    tab.page.focus("#timeline-canvas")
+    for _ in range(4):
+        tab.page.keyboard.press("+")
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+
+    def brush(start: float, end: float) -> None:
+        tab.page.mouse.move(box["x"] + box["width"] * start, box["y"] + 8)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + box["width"] * (start + end) / 2, box["y"] + 8)
+        tab.page.mouse.move(box["x"] + box["width"] * end, box["y"] + 8)
+        tab.page.mouse.up()
+
+    brush(0.3, 0.5)
+    tab.shows("range", "\u2013")
+    eventually(lambda: not tab.rows(), 15, "rows of that time only")
+    link = tab.page.evaluate("location.hash")
+    assert re.fullmatch(r"#t=\d+-\d+", link)
+    other = open_tab(running, link)
+    other.shows("range", "\u2013")
+    assert not other.rows()
+    tab.page.click("[data-testid=range]")
+    tab.row_with("make step-1")
+    brush(0.6, 0.999)
+    tab.shows("range", "\u2013")
+    tab.row_with("make step-1")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("range") == "")
+
+
+@needs_browser
+def test_the_timeline_is_moved_and_zoomed_by_wheel_drag_keys_and_buttons(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+
+    def span() -> float:
+        return float(tab.page.evaluate("contextuate.timeline.span"))
+
+    assert span() == 15 * 60_000
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+    tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60)
+    tab.page.mouse.wheel(0, 200)
+    eventually(lambda: span() > 15 * 60_000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    eventually(lambda: span() == 60_000, 15, "no shorter than a minute")
+    tab.page.focus("#time-out")
+    for _ in range(11):
+        tab.page.keyboard.press("Enter")
+    eventually(lambda: span() == 24 * 3_600_000 and tab.page.is_disabled("#time-out"))
+    tab.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 60, steps=4)
+    tab.page.mouse.up()
+    eventually(lambda: tab.page.is_visible("#time-now"))
+    tab.page.click("#time-now")
+    eventually(lambda: not tab.page.is_visible("#time-now"))
+    tab.page.keyboard.press("t")
+    eventually(lambda: tab.text("timeline") == "")
+    tab.page.reload()
+    tab.row_with("make step-1")
+    assert tab.text("timeline") == "", "it stays away"
+    tab.page.keyboard.press("t")
+    eventually(lambda: tab.text("timeline"))
+
+
+def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
+    """Return a call of Bash that waits for a permission, and its result."""
+    call = {"tool_name": "Bash", "tool_input": {"command": command}}
+    return [
+        payload("PreToolUse", session, tool_use_id=use, **call),
+        payload("PermissionRequest", session, **call),
+        payload("PostToolUse", session, tool_use_id=use, tool_response="", duration_ms=7, **call),
+    ]
+
+
 HOSTILE = [
     "<script>window.acted = 1</script>",
     "<img src=x onerror='window.acted = 1'>",
@@ -8416,6 +8574,78 @@ def test_nothing_that_an_event_says_can_act(running: RunningMonitor, open_tab: A
     assert tab.page.query_selector_all("img, iframe, object, script[src], a[href^='javascript']") == []
     assert len(tab.page.query_selector_all("script")) == 1
     assert any("<script>" in row.inner_text() for row in tab.rows()) or "<script>" in tab.text("rail")
+
+
+def browser_told(tab: BrowserTab, **status: Any) -> None:
+    """Let the page hear a status of the monitor with some fields different."""
+    tab.page.evaluate(
+        "(fields) => contextuate.store.apply({ ...contextuate.store.status, type: 'status', ...fields })",
+        status,
+    )
+
+
+@needs_browser
+def test_the_status_view_tells_what_the_monitor_tells(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running, "#status")
+    tab.shows("status", "local, this machine")
+    for words in (cm.__version__, str(running.pid), running.home + "/events", "1 event", "testbox"):
+        tab.shows("status", words)
+    running.emit(payload("UserPromptSubmit", prompt="second"), payload("Stop"))
+    tab.shows("status", "3 events")
+    assert "Redis" not in tab.text("status") and tab.text("banner") == ""
+    tab.page.keyboard.press("Escape")
+    tab.row_with("second")
+    assert tab.text("status") == "" and tab.page.evaluate("location.hash") == ""
+    tab.page.keyboard.press(str(1 + [view["id"] for view in browser_views(tab)].index("status")))
+    tab.shows("status", "Machines")
+    assert tab.page.evaluate("location.hash") == "#status"
+    tab.page.click("[data-testid=counter-idle]")
+    tab.row_with("first")
+
+
+def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
+    """Return the views that the page offers, in their order."""
+    return list(tab.page.evaluate(
+        "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
+    ))  # fmt: skip
+
+
+REDIS_AWAY = {
+    "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
+    "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
+    "since": NOW_MS, "nextAttemptAt": NOW_MS, "lastHeardAt": NOW_MS, "position": "1-0", "streamState": "ok",
+    "streamReason": None, "gaps": 0, "received": 7, "fromStream": 2,
+}  # fmt: skip
+
+
+@needs_browser
+def test_what_is_wrong_with_redis_is_said_in_words(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    assert tab.text("banner") == "" and tab.text("loss") == ""
+    sent: list[str] = []
+    tab.page.on("websocket", lambda channel: channel.on("framesent", lambda text: sent.append(text)))
+    tab.page.reload()
+    tab.row_with("first")
+    browser_told(tab, mode="redis", redis=REDIS_AWAY)
+    tab.shows("banner", "Redis does not answer (attempt 3 of 10): connection refused.")
+    tab.shows("banner", "this machine\u2019s store")
+    tab.page.click("[data-testid=banner] >> text=Reconnect")
+    eventually(lambda: any('"reconnect_redis"' in text for text in sent))
+    browser_told(tab, redis={**REDIS_AWAY, "state": "given_up", "attempt": 10})
+    tab.shows("banner", "Redis did not answer 10 times")
+    browser_told(
+        tab, redis={**REDIS_AWAY, "state": "connected", "attempt": 0, "reason": None, "streamState": "refused",
+                    "streamReason": "NOPERM", "gaps": 2},
+        publisher={"running": True, "state": "waiting", "reason": "password refused"},
+        spool={"segments": 1, "bytes": 10, "dropped": 5},
+    )  # fmt: skip
+    tab.shows("banner", "Redis refuses the stream: NOPERM")
+    tab.shows("banner", "wait in the spool, Redis does not take them: password refused")
+    tab.shows("loss", "5 events lost, 2 gaps")
+    assert "does not answer" not in tab.text("banner")
 
 
 @needs_browser
