@@ -488,6 +488,21 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _redis_url(value: Any) -> bool:
+    """Tell whether an address means what it looks like; a "/" or "#" in a password would end it early."""
+    if not _text(value):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(value)
+        port_is_good = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    if parts.scheme == "unix":
+        return parts.path.startswith("/") and not parts.fragment
+    path_is_good = re.fullmatch(r"(?:/\d{0,5})?", parts.path) is not None
+    return parts.scheme in ("redis", "rediss") and port_is_good and path_is_good and not parts.fragment
+
+
 PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
 
 
@@ -521,8 +536,9 @@ KEYS: "Dict[str, Key]" = {
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
     "redis.url": Key(
         None,
-        "null or an address that begins with redis://, rediss:// or unix://",
-        _optional(lambda value: _text(value) and value.startswith(("redis://", "rediss://", "unix://"))),
+        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters in "
+        "a password percent-encoded",
+        _optional(_redis_url),
     ),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
     "redis.port": Key(6379, "an integer from 1 to 65535", _integer(1, 65535)),
@@ -1754,6 +1770,7 @@ BACKOFF_LAST_S = 30.0
 BATCH_LIMIT_EVENTS = 200
 BATCH_LIMIT_BYTES = 256 << 10
 STATE_INTERVAL_S = 0.25
+WRITER_PATIENCE_S = 1.0
 RECENT_OUTCOMES = 50
 
 
@@ -1831,11 +1848,9 @@ def redis_place(values: "Dict[str, Any]") -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "unix":
         return urllib.parse.unquote(parts.path)
-    try:
-        port = parts.port or 6379
-    except ValueError:  # not a number: redis-py will refuse it
-        port = 6379
-    return f"{parts.hostname or 'localhost'}:{port}/{parts.path.strip('/') or values['redis.db']}"
+    return (
+        f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{parts.path.strip('/') or values['redis.db']}"
+    )
 
 
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
@@ -1972,6 +1987,7 @@ class Publisher:
         self._client: Any = None
         self._usage = UsageReader(home, this_machine(), limit_s=0.5)
         self._segment: Any = None  # the file that is being read
+        self._blocked_since: "Optional[float]" = None  # time.monotonic; a writer holds the oldest segment
         self._batch: "List[Outgoing]" = []  # read, not delivered yet
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
@@ -2011,7 +2027,7 @@ class Publisher:
                 self._enter("idle", None)
                 time.sleep(IDLE_POLL_S)
             elif self._leave():
-                break
+                return
             else:
                 last_event = now
         if self._segment:
@@ -2026,6 +2042,8 @@ class Publisher:
         append came before our release, so the look after the release sees it; if not, it starts the next
         publisher.
         """
+        self._enter("stopped", None)
+        self._tell(now=True)  # before the next publisher may tell of itself
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if not spool_segments(self._spool):
             return True
@@ -2033,6 +2051,7 @@ class Publisher:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True  # a hook was faster: the next publisher runs
+        self._enter("idle", None)
         return False
 
     def _follow_config(self) -> None:
@@ -2081,11 +2100,23 @@ class Publisher:
         return True
 
     def _open_segment(self) -> bool:
+        """Open the oldest segment; tell if there is one that can be read now."""
+        blocked = False
         for path, _ in spool_segments(self._spool):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            try:
                 self._segment = open(take_segment(path), "rb")  # noqa: SIM115 - read over many rounds
-                self._report_dropped()
-                return True
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                blocked, now = True, time.monotonic()
+                self._blocked_since = self._blocked_since or now
+                if now - self._blocked_since < WRITER_PATIENCE_S:
+                    return False  # a writer is at it: what comes after it waits, to keep the order
+                continue
+            if not blocked:
+                self._blocked_since = None
+            self._report_dropped()
+            return True
         return False
 
     def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
