@@ -5630,6 +5630,362 @@ def _write_backup(path: str, content: bytes) -> str:
 
 
 # ---------------------------------------------------------------------------
+# Doctor: the whole chain, link by link, from the configuration to an event that arrives
+#
+# Each check yields findings; a check that fails does not keep the next from looking. Changes nothing but that
+# a test event is sent, as `test-event` does.
+# ---------------------------------------------------------------------------
+
+PROBE_DEADLINE_S = 15.0
+LOW_DISK_BYTES = 200 << 20
+RECENT_FAILURE_S = 24 * 3600
+
+
+class Finding(NamedTuple):
+    """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
+
+    check: str
+    level: str
+    words: str
+    advice: str = ""
+
+
+class Doctor:
+    """Examine what one configuration describes."""
+
+    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
+        self._settings = settings
+        self._warnings = warnings
+        self._about = running_monitor(settings)
+        self._client: Any = None  # redis-py's, once connected
+
+    def examine(self) -> Iterator[Finding]:
+        """Yield the findings of every check, in the order in which an event travels."""
+        checks = [
+            self._config,
+            self._home,
+            self._claude,
+            self._hook,
+            self._registration,
+            self._spool,
+            self._monitor,
+        ]
+        if self._settings["mode"] == "redis":
+            checks += [self._redis_package, self._redis, self._redis_rights, self._publisher]
+        checks.append(self._probe)
+        for check in checks:
+            try:
+                yield from check()
+            except Exception as error:  # one check must not keep the others from looking
+                name = check.__name__.strip("_")
+                yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+
+    @property
+    def _only_shows(self) -> bool:
+        """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
+        has_hook = os.path.exists(hook_script(self._settings.home))
+        return self._settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+
+    def _config(self) -> Iterator[Finding]:
+        path = self._settings.config_path
+        where = path if os.path.exists(path) else f"no {path}, so defaults"
+        yield Finding(
+            "config", "ok", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}"
+        )
+        for warning in self._warnings:
+            yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+
+    def _home(self) -> Iterator[Finding]:
+        home = self._settings.home
+        if not os.path.isdir(home):
+            yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
+            return
+        about = os.stat(home)
+        if about.st_uid != os.getuid():
+            yield Finding(
+                "files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own"
+            )
+        elif not os.access(home, os.W_OK):
+            yield Finding(
+                "files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}"
+            )
+        elif about.st_mode & 0o077:
+            advice = f"run: chmod 700 {shlex.quote(home)}"
+            yield Finding("files", "warn", f"{home} is open to other users", advice)
+        else:
+            yield Finding("files", "ok", f"{home}, for this user only")
+        disk = os.statvfs(home)
+        free = disk.f_bavail * disk.f_frsize
+        if free < LOW_DISK_BYTES:
+            yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+
+    def _claude(self) -> Iterator[Finding]:
+        if self._only_shows:
+            return
+        version = claude_version()
+        if version is None:
+            advice = (
+                "install it, or put it on the PATH; without its version only the oldest events are registered"
+            )
+            yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
+        else:
+            yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
+
+    def _hook(self) -> Iterator[Finding]:
+        script = hook_script(self._settings.home)
+        advice = "run: python3 contextuate_monitor.py install"
+        if self._only_shows:
+            yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+            return
+        if not os.path.exists(script):
+            yield Finding("hook", "fail", f"no hook at {script}", advice)
+            return
+        with open(os.path.abspath(emit_event.__file__), "rb") as file:
+            current = file.read()
+        try:
+            with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
+                installed = file.read()
+        except OSError as error:
+            yield Finding("hook", "fail", f"the hook is not whole: {error}", advice)
+            return
+        if installed != current:
+            yield Finding("hook", "warn", f"{script} is of another version than the monitor", advice)
+        else:
+            yield Finding("hook", "ok", script)
+        yield from self._recent_failures()
+
+    def _recent_failures(self) -> Iterator[Finding]:
+        path = self._settings.path("emit.log")
+        try:
+            if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
+                return
+            with open(path, "rb") as file:
+                file.seek(max(0, os.path.getsize(path) - 4096))
+                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        except OSError:
+            return
+        yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
+
+    def _registration(self) -> Iterator[Finding]:
+        if self._only_shows:
+            return
+        plan = plan_install(self._settings.home, None, claude_version())
+        _, claude_settings = read_settings(plan.path)
+        advice = "run: python3 contextuate_monitor.py install; then start Claude Code again"
+        if claude_settings.get("disableAllHooks"):
+            words = f"{plan.path} has disableAllHooks, so no hook runs"
+            yield Finding("registered", "fail", words, "take disableAllHooks out of it")
+        if plan.new_text == plan.old_text:
+            yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
+        elif remove_hooks(claude_settings) == claude_settings:
+            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+        else:
+            yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+    def _spool(self) -> Iterator[Finding]:
+        segments = emit_event.spool_segments(self._settings.path("spool"))
+        size = sum(size for _, size in segments)
+        if not size:
+            yield Finding("spool", "ok", "empty: no event waits on this machine")
+            return
+        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
+        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+        yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
+
+    def _monitor(self) -> Iterator[Finding]:
+        if self._about is None:
+            yield from self._no_monitor()
+            return
+        status = ask_monitor(self._settings, self._about, "/api/status")
+        page = page_links(self._settings, self._about, False)[0]
+        yield Finding("monitor", "ok", f"pid {self._about['pid']}, version {status['version']}, {page}")
+        if status["version"] != __version__ or status["mode"] != self._settings["mode"]:
+            words = f"it runs version {status['version']} in mode {status['mode']}"
+            advice = "run: python3 contextuate_monitor.py restart"
+            yield Finding(
+                "monitor", "warn", f"{words}, not {__version__} in mode {self._settings['mode']}", advice
+            )
+        if not status["store"]["ok"]:
+            yield Finding(
+                "store", "fail", f"events cannot be written: {status['store']['error']}", "make room"
+            )
+        if status["spool"]["dropped"]:
+            words = f"{status['spool']['dropped']} events were dropped by full spools"
+            yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
+        path = self._about["socketPath"]
+        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+            yield Finding(
+                "socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own"
+            )
+        else:
+            yield Finding("socket", "ok", path)
+
+    def _no_monitor(self) -> Iterator[Finding]:
+        advice = "run: python3 contextuate_monitor.py start"
+        if self._settings["mode"] == "local":
+            yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
+        else:
+            yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
+            return
+        for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
+            try:
+                bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
+            except StartError as error:
+                yield Finding("ports", "fail", str(error))
+
+    # Redis
+
+    def _redis_package(self) -> Iterator[Finding]:
+        python = emit_event.publisher_python(self._settings.home)
+        check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+        try:
+            answer = subprocess.run(
+                check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False
+            )
+        except OSError as error:
+            yield Finding(
+                "redis-py", "fail", f"{python}: {error}", "run: python3 contextuate_monitor.py install"
+            )
+            return
+        if answer.returncode:
+            advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+            yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
+        else:
+            yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+
+    def _redis(self) -> Iterator[Finding]:
+        values = self._settings.values
+        started = time.monotonic()
+        try:
+            client = emit_event.redis_client(values)
+            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+            took_ms = (time.monotonic() - started) * 1000
+        except Exception as error:
+            yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
+            return
+        self._client = client
+        yield Finding(
+            "redis", "ok", f"{emit_event.redis_place(values)} answers ({took_ms:.0f} ms to connect and ask)"
+        )
+        yield from self._redis_clock(client)
+
+    def _redis_clock(self, client: Any) -> Iterator[Finding]:
+        try:
+            before = time.time()
+            seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
+        except Exception:
+            return  # TIME is no right that anybody needs
+        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+        if abs(off_s) > 2:
+            side = "ahead of" if off_s > 0 else "behind"
+            words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
+            yield Finding("clock", "warn", words, "let a time service set both")
+        else:
+            yield Finding("clock", "ok", "this machine and Redis agree")
+
+    def _redis_rights(self) -> Iterator[Finding]:
+        """Try what a monitor needs; what an emitter needs the probe shows."""
+        if self._client is None:
+            return
+        channel = self._settings["redis.channel"]
+        stream = f"{channel}:stream"
+        for what, attempt in (
+            ("channel", lambda: self._subscribe(channel).close()),
+            ("stream", lambda: self._client.xrevrange(stream, "+", "-", 1)),
+        ):
+            if what == "stream" and not self._settings["redis.streamMaxLength"]:
+                yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
+                continue
+            try:
+                emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
+            except Exception as error:
+                level = "fail" if self._about else "warn"
+                words = emit_event.redis_trouble(error, self._settings.values)
+                yield Finding(
+                    what, level, words, "only a monitor needs to read it" if level == "warn" else ""
+                )
+            else:
+                yield Finding(what, "ok", channel if what == "channel" else stream)
+
+    def _subscribe(self, channel: str) -> Any:
+        """Return a confirmed subscription of our own."""
+        pubsub = self._client.pubsub()
+        pubsub.subscribe(channel)
+        if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+            raise emit_event.Overrun("no whole answer")
+        return pubsub
+
+    def _publisher(self) -> Iterator[Finding]:
+        state = emit_event.publisher_state(self._settings.home)
+        if not state["running"]:
+            yield Finding(
+                "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
+            )
+        elif state.get("reason"):
+            yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+        else:
+            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+        for name in ("channelReason", "streamReason"):
+            if state.get(name) and state[name] != state.get("reason"):
+                yield Finding("publisher", "warn", f"refused: {state[name]}")
+
+    # The probe
+
+    def _probe(self) -> Iterator[Finding]:
+        """Send one event as Claude Code would, and look for it at the other end."""
+        token = f"doctor {uuid.uuid4()}"
+        started = time.monotonic()
+        heard = None
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # the check before this one has told why
+                heard = self._subscribe(self._settings["redis.channel"])
+        words = send_through_hook(self._settings, {"message": token, "notification_type": "test"})
+        if not was_delivered(words):
+            last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+            yield Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
+            return
+        if heard is not None and not self._hears(heard, token):
+            yield Finding(
+                "probe", "warn", "the event is in Redis, but the channel did not bring it to a subscriber"
+            )
+        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
+        if self._about is None:
+            yield Finding("probe", "ok", f"an event sent by the hook is {where} ({_ms_since(started)})")
+        elif self._monitor_shows(token):
+            yield Finding(
+                "probe", "ok", f"an event sent by the hook has reached the monitor ({_ms_since(started)})"
+            )
+        else:
+            advice = "look at `status` for what the monitor says of Redis"
+            yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
+
+    @staticmethod
+    def _hears(pubsub: Any, token: str) -> bool:
+        deadline = time.monotonic() + PROBE_DEADLINE_S
+        while time.monotonic() < deadline:
+            message = pubsub.get_message(timeout=1.0)
+            if message is not None and token.encode() in (
+                message["data"] if message["type"] == "message" else b""
+            ):
+                return True
+        return False
+
+    def _monitor_shows(self, token: str) -> bool:
+        deadline = time.monotonic() + PROBE_DEADLINE_S
+        while time.monotonic() < deadline:
+            answer = ask_monitor(self._settings, self._about or {}, "/api/events?limit=200")
+            if any(event["data"].get("message") == token for event in answer["events"]):
+                return True
+            time.sleep(0.05)
+        return False
+
+
+def _ms_since(started: float) -> str:
+    return f"{(time.monotonic() - started) * 1000:.0f} ms"
+
+
+# ---------------------------------------------------------------------------
 # Demo: a working day of a small team, made up, marked as a demo
 #
 # Owns: the story, told in wrapped payloads of the shapes the real client sends.
@@ -6689,23 +7045,23 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_test_event(args: argparse.Namespace) -> int:
-    """Send one event the way every hook's event goes, and tell what happened."""
-    settings = settings_of(args)
+def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
     script = hook_script(settings.home)
     if not os.path.exists(script):
         script = os.path.abspath(emit_event.__file__)
-    event = test_event(settings.machine_id)
     payload = {
-        "session_id": event["sessionId"],
-        "hook_event_name": event["hookType"],
+        "session_id": "contextuate-test",
+        "hook_event_name": "Notification",
         "cwd": os.getcwd(),
-        "message": event["data"]["message"],
-        "notification_type": event["data"]["notificationType"],
+        **fields,
     }
-    environment = {**os.environ, "CONTEXTUATE_DEBUG": "1"}
-    if args.config:
-        environment["CONTEXTUATE_CONFIG"] = settings.config_path
+    environment = {
+        **os.environ,
+        "CONTEXTUATE_DEBUG": "1",
+        "CONTEXTUATE_HOME": settings.home,
+        "CONTEXTUATE_CONFIG": settings.config_path,
+    }
     process = subprocess.run(
         [base_interpreter(), "-I", "-S", script],
         input=encode_json(payload),
@@ -6714,11 +7070,49 @@ def command_test_event(args: argparse.Namespace) -> int:
         timeout=30,
         check=False,
     )
-    words = process.stderr.decode("utf-8", "replace")
+    return process.stderr.decode("utf-8", "replace")
+
+
+def was_delivered(words: str) -> bool:
+    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+
+
+def command_test_event(args: argparse.Namespace) -> int:
+    """Send one event the way every hook's event goes, and tell what happened."""
+    settings = settings_of(args)
+    data = test_event(settings.machine_id)["data"]
+    fields = {"message": data["message"], "notification_type": data["notificationType"]}
+    words = send_through_hook(settings, fields)
     sys.stdout.write(words)
-    if "has stored" in words:
+    if was_delivered(words):
         return 0
-    raise CommandError("the event did not reach a monitor; it waits in the spool until one is started")
+    goal = "a monitor" if settings["mode"] == "local" else "Redis"
+    raise CommandError(f"the event did not reach {goal}; it waits in the spool. `doctor` looks for the cause")
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
+    try:
+        settings, warnings = load_settings(args.config)
+        findings: Iterable[Finding] = Doctor(settings, warnings).examine()
+    except ConfigError as error:
+        findings = [Finding("config", "fail", str(error), "correct the file")]
+    told = []
+    for finding in findings:
+        told.append(finding)
+        if not args.json:
+            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}", flush=True)
+            if finding.advice and finding.level != "ok":
+                print(f"{'':16}→ {finding.advice}", flush=True)
+    broken = sum(finding.level == "fail" for finding in told)
+    if args.json:
+        print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
+    elif broken:
+        print(f"\n{broken} broken: begin with the first")
+    else:
+        print("\nEverything that was examined works.")
+    return 1 if broken else 0
 
 
 # Looking
@@ -6986,6 +7380,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
+        "--json", action="store_true"
+    )
     add("test-event", command_test_event, "send one event through the hook and tell what happened")
     command = add("demo", command_demo, "play a made-up working day into the running monitor")
     command.add_argument(

@@ -536,8 +536,8 @@ KEYS: "Dict[str, Key]" = {
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
     "redis.url": Key(
         None,
-        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters in "
-        "a password percent-encoded",
+        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters "
+        "of a password percent-encoded",
         _optional(_redis_url),
     ),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
