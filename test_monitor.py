@@ -8687,6 +8687,555 @@ def shared_demo() -> "Iterator[RunningMonitor]":
     clean_up(made)
 
 
+def page_rail(tab: BrowserTab) -> "list[tuple[str, str]]":
+    """Return the sessions of the rail, from the top: id and state."""
+    found = tab.page.evaluate(
+        "[...document.querySelectorAll('[data-testid=session]')]"
+        ".map((el) => [el.dataset.sessionId, el.dataset.state])"
+    )
+    return [(session, state) for session, state in found]
+
+
+def page_counts(tab: BrowserTab) -> "dict[str, int]":
+    """Return the numbers of the counters in the top bar, -1 where it says "?"."""
+    found = tab.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.counter')].map((el) => "
+        "[el.dataset.testid.slice(8), Number(el.querySelector('b').textContent.replace('?', '-1'))]))"
+    )
+    return {name: int(number) for name, number in found.items()}
+
+
+@needs_browser
+def test_the_title_and_the_rail_tell_who_waits_the_longest_wait_first(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", session, prompt=session) for session in ("a", "b", "c")))
+    tab = open_tab(running)
+    eventually(lambda: page_counts(tab)["working"] == 3)
+    assert tab.page.title() == "Contextuate Monitor"
+    for number, session in enumerate(("c", "a"), 1):
+        since = {name: value["stateSince"] for name, value in running.sessions().items()}
+        eventually(lambda since=since: cm.now_ms() > max(since.values()) + 1)  # two waits, two times
+        running.emit(*page_ask(session, f"rm {session}")[:2])
+        eventually(lambda number=number: tab.page.title() == f"({number}) Contextuate Monitor")
+    eventually(lambda: page_rail(tab) == [("c", "waiting"), ("a", "waiting"), ("b", "working")])
+    assert "Allow Bash: rm c" in tab.page.inner_text("[data-session-id=c]")
+    assert "Needs you" in tab.text("rail") and tab.text("rail").index("Needs you") < tab.text("rail").index(
+        "Working"
+    )
+    tab.page.click("[data-testid=counter-waiting]")
+    eventually(lambda: [session for session, _ in page_rail(tab)] == ["c", "a"])
+    tab.page.click("[data-testid=counter-waiting]")
+    eventually(lambda: len(page_rail(tab)) == 3)
+    running.emit(page_ask("c", "rm c")[2])
+    eventually(lambda: page_rail(tab)[0] == ("a", "waiting") and ("c", "working") in page_rail(tab))
+    assert tab.page.title() == "(1) Contextuate Monitor"
+    running.emit(page_ask("a", "rm a")[2])
+    eventually(lambda: tab.page.title() == "Contextuate Monitor" and page_counts(tab)["waiting"] == 0)
+
+
+@needs_browser
+def test_counters_tell_what_the_monitor_tells_and_filters_can_be_taken_back(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    for session, last in {"w": None, "i": "Stop", "f": "StopFailure", "e": "SessionEnd"}.items():
+        running.emit(payload("UserPromptSubmit", session, prompt=f"work of {session}"))
+        if last:
+            running.emit(payload(last, session, error="server_error", reason="logout"))
+    running.emit(*page_ask("n", "rm x")[:2])
+    told = collections.Counter(session["state"] for session in running.sessions().values())
+    assert told == {"working": 1, "idle": 1, "failed": 1, "ended": 1, "waiting": 1}
+    tab = open_tab(running)
+    eventually(lambda: page_counts(tab) == {**dict.fromkeys(page_counts(tab), 0), **told})
+    for state, session in {"working": "w", "idle": "i", "failed": "f", "ended": "e"}.items():
+        tab.page.click(f"[data-testid=counter-{state}]")
+        eventually(lambda session=session: [name for name, _ in page_rail(tab)] == [session])
+        tab.row_with(f"work of {session}")
+        assert {row.query_selector(".c-session").inner_text() for row in tab.rows()} == {f"work of {session}"}
+        tab.page.keyboard.press("Escape")
+        eventually(lambda: len(page_rail(tab)) == 5)
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("no such words")
+    eventually(lambda: "No loaded row has \u201cno such words\u201d" in tab.page.inner_text("#tablenote"))
+    again = open_tab(running, tab.page.evaluate("location.hash"))
+    eventually(lambda: "no such words" in again.page.inner_text("#tablenote"), 15, "the link keeps the words")
+    tab.page.keyboard.press("Escape")
+    tab.row_with("work of w")
+
+
+@needs_browser
+def test_what_one_tab_does_every_tab_shows(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("one", "two")))
+    acting, watching = open_tab(running), open_tab(running)
+    eventually(lambda: len(page_rail(watching)) == 2)
+    watching.page.click("[data-session-id=one]")
+    for words, key in (("Rename", "named elsewhere"), ("Pin", None), ("Delete", None)):
+        acting.page.click("[data-session-id=one]", button="right")
+        acting.page.click(f"[data-testid=menu] >> text={words}")
+        if key:
+            acting.page.fill("dialog input", key)
+            acting.page.keyboard.press("Enter")
+            watching.shows("rail", key)
+            eventually(lambda: "named elsewhere" in watching.page.title())
+        elif words == "Pin":
+            eventually(lambda: page_rail(watching)[0][0] == "one")
+        else:
+            acting.page.click("dialog button.danger")
+    eventually(lambda: [session for session, _ in page_rail(watching)] == ["two"])
+    eventually(lambda: watching.page.evaluate("location.hash") == "", 15, "the deleted session is left")
+    watching.row_with("work of two")
+    assert "one" not in running.sessions()
+
+
+@needs_browser
+def test_a_parent_is_set_in_the_menu_and_the_child_stands_below_it(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("top", "below")))
+    tab = open_tab(running)
+    for chosen, parent in (("top", "top"), ("", None)):
+        tab.page.click("[data-session-id=below]", button="right")
+        tab.page.click("[data-testid=menu] >> text=Set parent")
+        options = tab.page.evaluate("[...document.querySelectorAll('dialog option')].map((el) => el.value)")
+        assert options == ["", "top"], "not itself"
+        tab.page.select_option("dialog select", chosen)
+        tab.page.click("dialog button.first")
+        eventually(lambda parent=parent: running.sessions()["below"]["parentSessionId"] == parent)
+        child = "[data-session-id=below].child"
+        eventually(lambda child=child, parent=parent: bool(tab.page.query_selector(child)) == bool(parent))
+        if parent:
+            assert [session for session, _ in page_rail(tab)] == ["top", "below"]
+
+
+def browser_store(tab: BrowserTab, expression: str) -> Any:
+    """Look something up in what the page keeps."""
+    return tab.page.evaluate(f"(() => {{ const store = window.contextuate.store; return {expression}; }})()")
+
+
+def browser_fits(tab: BrowserTab) -> bool:
+    """Tell whether nothing sticks out at the right of the page or of a pane."""
+    return bool(
+        tab.page.evaluate(
+            """() => [document.documentElement, document.body, ...document.querySelectorAll(
+            '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
+            )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
+        )
+    )
+
+
+BROWSER_DRAWERS = [
+    ("simple", "Bash", "echo hello", ["Say hello", "echo hello", "Output\nCopy\nhello", "24 ms"]),
+    ("simple", "Write", "note.txt", ["note.txt", "1\nline one\n2\nline two"]),
+    ("simple", "Read", "note.txt", ["note.txt", "1\nline one\n2\nline two"]),
+    ("simple", "Edit", "note.txt", ["note.txt", "+1 \u22121", "\u2212\nline two", "+\nline 2"]),
+    ("simple", "Prompt", "do it", ["[[scn:simple]] please do it"]),
+    ("failing", "Bash", "exit 3", ["A failing command", "Exit code 3", "out\nerr", "failed"]),
+    ("failing", "Bash", "sleep 5", ["Exit code 143", "Command timed out after 1s", "1.0 s"]),
+    ("failing", "Read", "does-not-exist.txt", ["File does not exist"]),
+    ("tasks", "TaskCreate", "", ["Task 1", "First task", "Do the first thing"]),
+    ("tasks", "TaskUpdate", "", ["Task 1", "in_progress \u2192 completed"]),
+    ("mcp", "demo \u203a echo", "", ["hello mcp", "echo: hello mcp"]),
+    ("mcp", "demo \u203a fail", "", ["boom", "fail: boom", "failed"]),
+    ("mcp", "Question", "Your name?", ["Your name?", "demo"]),
+    ("i-misc", "AskUserQuestion", "", ["Color", "Red or blue?", "Red", "Blue"]),
+    ("i-misc", "Permission asked", "", ["AskUserQuestion", "Red or blue?"]),
+    ("subagent", "Agent", "inner job", ["general-purpose", "do the inner job", "Inner result: 42", "Totals"]),
+    ("v2.0.77-subagent", "Task", "", ["do it", "Inner result: 42", "3,608"]),
+    ("bgbash", "Bash", "bg-finished", ["Runs in the background as bpqoxp5ye"]),
+    ("p-perm", "Write", "perm.txt", ["you haven't granted it yet"]),
+    ("apierror529", "Turn failed", "", ["server_error", "529 fake: Overloaded"]),
+    ("large", "Bash", "print('x'*1000000)", ["1 MB of output", "xxxxxxxx", "The whole output is in"]),
+    ("large", "Read", "lines.txt", ["lines.txt", "Show 500 more of"]),
+]
+
+
+def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
+    """Return the last row of one tool, or of one kind of event, with these words."""
+
+    def found() -> Any:
+        rows = [
+            row
+            for row in tab.rows()
+            if row.query_selector(".c-tool").inner_text() == tool and words in row.inner_text()
+        ]
+        return max(rows, key=lambda row: int(row.get_attribute("aria-rowindex")), default=None)
+
+    return eventually(found, 10, f"a row {tool} {words}")
+
+
+@pytest.fixture(scope="module")
+def browser_recordings() -> "Iterator[RunningMonitor]":
+    """A running monitor into which one of each recording that the drawer is shown for was played."""
+    made = RunningMonitor(new_home()).start()
+    for name in dict.fromkeys(name for name, *_ in BROWSER_DRAWERS):
+        made.emit(*({**event, "session_id": name.replace(".", "-")} for event in recorded(name)))
+    yield made
+    clean_up(made)
+
+
+@needs_browser
+def test_the_drawer_shows_of_every_kind_what_a_person_wants(
+    browser_recordings: RunningMonitor, open_tab: Any
+) -> None:
+    tab = open_tab(browser_recordings)
+    for name, tool, words, wanted in BROWSER_DRAWERS:
+        tab.page.evaluate(f"location.hash = 's={name.replace('.', '-')}'")
+        browser_row_of(tab, tool, words).click()
+        for each in wanted:
+            eventually(
+                lambda each=each: each in tab.text("drawer"), 10, f"{name}: {each!r} for {tool} {words}"
+            )
+        tab.page.keyboard.press("Escape")
+    browser_row_of(tab, "Read", "lines.txt").click()
+    assert "\n777\n" not in tab.text("drawer")
+    tab.page.click(".showmore >> nth=0")
+    eventually(lambda: "\n777\n" in tab.text("drawer"))
+
+
+@needs_browser
+def test_colours_of_a_terminal_are_colours_and_no_text(running: RunningMonitor, open_tab: Any) -> None:
+    words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
+    words += " \x1b]0;title\x07end\x1b[2J"
+    running.emit(*browser_call(1, tool_response={"stdout": words, "stderr": ""}))
+    tab = open_tab(running)
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "red green orange plain end")
+    found = tab.page.evaluate(
+        "[...document.querySelectorAll('.drawer .block span')]"
+        ".map((el) => [el.textContent, getComputedStyle(el).color])"
+    )
+    assert [text for text, _ in found] == ["red", "green", "orange"]
+    assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
+
+
+@needs_browser
+def test_rows_stay_where_they_are_while_others_come_above_and_below(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*[event for number in range(1200) for event in browser_call(number, tool_response="")])
+    tab = open_tab(running)
+    tab.row_with("make step-1199")
+    oldest = browser_store(tab, "store.rows[0].seq")
+    tab.page.hover("[data-testid=table]")
+    tab.page.mouse.wheel(0, -100_000)
+    eventually(lambda: browser_store(tab, "store.rows[0].seq") < oldest, 15, "an older page")
+    eventually(lambda: not browser_store(tab, "store.loadingOlder"))
+
+    def at_top() -> "list[str]":
+        return sorted(
+            row.inner_text()
+            for row in tab.rows()
+            if row.bounding_box()["y"] < 400 and "step" in row.inner_text()
+        )
+
+    tab.page.mouse.wheel(0, 1300)
+    tab.page.wait_for_timeout(200)
+    before = at_top()
+    assert before and not any("step-1199" in text for text in before)
+    running.emit(*browser_call(5000), *browser_call(5001))
+    tab.shows("new-count", "2 new")
+    assert at_top() == before
+    tab.page.click("[data-testid=new-count]")
+    tab.row_with("make step-5001")
+    assert tab.text("new-count") == ""
+
+
+@needs_browser
+def test_the_keyboard_reaches_sessions_menus_and_who_waits(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "busy", prompt="busy work"),
+        payload("UserPromptSubmit", "asks", prompt="clean up"),
+        payload("PreToolUse", "asks", **BROWSER_ASK),
+        payload("PermissionRequest", "asks", tool_name="Bash", tool_input=BROWSER_ASK["tool_input"]),
+    )
+    tab = open_tab(running)
+    eventually(lambda: tab.page.query_selector("[data-session-id=asks][data-state=waiting]"))
+    tab.page.keyboard.press("n")
+    eventually(lambda: "asks" in tab.page.evaluate("location.hash"))
+    eventually(lambda: not any("busy work" in row.inner_text() for row in tab.rows()))
+    tab.page.keyboard.press("m")
+    tab.shows("menu", "Rename")
+    tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("By keys")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: running.sessions()["asks"]["label"] == "By keys")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.page.evaluate("location.hash") == "")
+    tab.page.focus("[data-testid=rail]")
+    for key in ("Home", "ArrowDown", "ArrowDown", "Enter"):
+        tab.page.keyboard.press(key)
+    eventually(lambda: "s=asks" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_a_phone_shows_one_pane_at_a_time_and_everything_fits(
+    shared_demo: RunningMonitor, open_tab: Any
+) -> None:
+    tab = open_tab(shared_demo, width=360)
+    tab.shows("banner", "demo --remove")
+    assert tab.page.query_selector("[data-testid=banner]").bounding_box()["height"] < 40, "one line"
+    tab.page.click("text=Got it")
+    eventually(lambda: tab.text("banner") == "")
+    tab.page.reload()
+    eventually(lambda: tab.page.query_selector("[data-testid=session]"))
+    eventually(lambda: browser_store(tab, "store.status !== null"))
+    assert tab.text("banner") == "" and browser_fits(tab)
+    tab.page.click("[data-testid=session]")
+    eventually(tab.rows)
+    assert tab.text("rail") == "" and browser_fits(tab)
+    for name in ("Edit", "Bash", "Prompt"):
+        next(row for row in tab.rows() if name in row.inner_text()).click()
+        tab.shows("drawer", name)
+        eventually(lambda: "Loading" not in tab.text("drawer"))
+        assert browser_fits(tab), name
+        tab.page.click("[aria-label='Close (Esc)']")
+        eventually(lambda: tab.text("drawer") == "")
+    tab.page.click("[aria-label='Back to the sessions']")
+    eventually(lambda: tab.text("rail"))
+    assert not tab.rows()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1024, 1440])
+def test_nothing_sticks_out_with_the_drawer_open(
+    shared_demo: RunningMonitor, open_tab: Any, width: int
+) -> None:
+    tab = open_tab(shared_demo, width=width)
+    eventually(lambda: len(tab.rows()) > 5)
+    tab.rows()[-2].click()
+    eventually(lambda: tab.text("drawer") and "Loading" not in tab.text("drawer"))
+    assert browser_fits(tab)
+
+
+BROWSER_ASK = {"tool_name": "Bash", "tool_input": {"command": "rm -rf build"}, "tool_use_id": "asked"}
+
+
+BROWSER_WATCH = """
+window.violations = [];
+document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
+window.strange = new Set();
+const known = new Set(`HTML HEAD BODY META TITLE LINK STYLE SCRIPT HEADER MAIN ASIDE SECTION DIV SPAN LABEL
+  INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
+  OPTION KBD HR PROGRESS NAV TABLE THEAD TBODY TR TH TD H4 BLOCKQUOTE STRONG EM S`.split(/\\s+/));
+function look(node) {
+  if (node.nodeType !== 1) return;
+  for (const el of [node, ...node.querySelectorAll('*')]) {
+    if (!known.has(el.tagName)) strange.add(el.tagName);
+    for (const { name } of el.attributes)
+      if (/^(on|href|src|action|formaction)/i.test(name) && el.tagName !== 'LINK') strange.add(name);
+  }
+}
+const seen = new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach(look)));
+seen.observe(document, { childList: true, subtree: true });
+"""
+
+
+@needs_browser
+def test_names_that_come_from_events_and_people_are_only_ever_text(
+    running: RunningMonitor, open_tab: Any, chromium: Any
+) -> None:
+    deep = {
+        "__proto__": {"acted": 1},
+        "constructor": {"prototype": {"acted": 1}},
+        "toString": "x",
+        "hasOwnProperty": 1,
+    }
+    sessions = {f"evil-{number}{words}": words for number, words in enumerate(HOSTILE)}
+    for session, words in sessions.items():
+        each = {
+            "cwd": words,
+            "transcript_path": words,
+            "model": words,
+            "agent_id": words,
+            "agent_type": words,
+        }
+        call = {
+            "tool_name": words,
+            "tool_input": {**deep, words: {words: [words, deep]}},
+            "tool_use_id": words,
+            **each,
+        }
+        question = {
+            "question": words,
+            "header": words,
+            "options": [{"label": words, "description": words}, deep],
+        }
+        ask = {
+            "tool_name": "AskUserQuestion",
+            "tool_use_id": "q",
+            "tool_input": {"questions": [question, words]},
+        }
+        items = [
+            {"content": words, "status": words},
+            {"content": words, "status": "constructor"},
+            words,
+            None,
+            1,
+        ]
+        todos = {"todos": items}
+        edit = {"file_path": words, "old_string": words}
+        patch = {"tool_response": {"structuredPatch": [{"lines": [words, "+" + words, 7]}, words, None]}}
+        running.emit(
+            payload("SessionStart", session, source=words, **each),
+            payload("UserPromptSubmit", session, prompt=words, cwd=words),
+            payload("PreToolUse", session, **call),
+            payload("PostToolUse", session, **call, tool_response=[deep, words], usage=deep, __proto__=deep),
+            payload("PreToolUse", session, **ask),
+            payload("PermissionRequest", session, **ask, permission_suggestions=[deep, words]),
+            payload("PreToolUse", session, tool_name="TodoWrite", tool_use_id="t", tool_input=todos),
+            payload("PostToolUse", session, tool_name="Edit", tool_use_id="e", tool_input=edit, **patch),
+            payload("Stop", session, last_assistant_message=f"# {words}\n- {words}\n[{words}]({words})"),
+            payload("StopFailure", session, error=words, error_details=words),
+            payload("__proto__", session, **{"__proto__": words, words: deep}),
+            payload("constructor", session, message=deep),
+        )  # fmt: skip
+    client = running.websocket("rows")
+    for session, words in sessions.items():
+        client.send(type="rename_session", sessionId=session, label=words)
+    eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
+    client.close()
+    context = chromium.new_context(viewport={"width": 1440, "height": 900})
+    context.add_init_script(BROWSER_WATCH)
+    tab = BrowserTab(context.new_page(), running.url)
+    tab.page.on("console", lambda message: tab.said.append(message.text))
+    tab.page.on("pageerror", lambda error: tab.said.append(f"error: {error}"))
+    tab.page.on("dialog", lambda dialog: tab.said.append(f"dialog: {dialog.message}"))
+    try:
+        tab.page.goto(running.url.replace("127.0.0.1", "localhost"))
+        eventually(lambda: len(tab.rows()) > 20)
+        rail = tab.text("rail")
+        assert "<script>window.acted = 1</script>" in rail and "{{constructor.constructor" in rail
+        assert "\u202e" not in tab.page.inner_text("body") and "\x1b" not in tab.page.inner_text("body")
+        for item in tab.page.query_selector_all("[data-testid=session]")[: len(HOSTILE)]:
+            item.click()
+            tab.page.focus("[data-testid=table]")
+            tab.page.keyboard.press("g")
+            for _ in range(10):
+                tab.page.keyboard.press("Enter")
+                eventually(lambda: tab.text("drawer") and "Loading" not in tab.text("drawer"))
+                assert "unusual form" not in tab.text("drawer")
+                tab.page.keyboard.press("j")
+            assert "\u202e" not in tab.page.inner_text("body")
+            tab.page.keyboard.press("m")
+            tab.page.click("[data-testid=menu] >> text=Delete")
+            tab.page.click("dialog >> text=Cancel")
+            tab.page.keyboard.press("m")
+            tab.page.click("[data-testid=menu] >> text=Set parent")
+            tab.page.click("dialog >> text=Cancel")
+        assert tab.page.evaluate("[window.acted ?? null, ({}).acted ?? null, [...strange], violations]") == [
+            None, None, [], [],
+        ]  # fmt: skip
+        assert tab.said == []
+    finally:
+        context.close()
+
+
+MARKDOWN = """# What I did
+
+Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
+
+- first
+  - nested *one*
+1. step
+
+> quoted
+
+| file | lines |
+|---|---|
+| a.ts | 3 |
+
+```ts
+const a = '<b>not bold</b>';
+```
+"""
+
+
+@needs_browser
+def test_an_answer_is_formatted_text_and_nothing_to_click(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), payload("Stop", last_assistant_message=MARKDOWN))
+    tab = open_tab(running)
+    tab.row_with("What I did").click()
+    tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
+    found = tab.page.evaluate(
+        """Object.fromEntries(['h4', 'strong', 'p code', 'ul li', 'ul ul em', 'ol li', 'blockquote', 'td', '.block']
+          .map((name) => [name, (document.querySelector('.drawer .md ' + name) || {}).textContent]))"""
+    )
+    assert found == {
+        "h4": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
+        "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
+    }  # fmt: skip
+    assert tab.page.query_selector_all(".drawer :is(a, b, img)") == []
+    assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
+
+
+@needs_browser
+def test_a_call_that_started_an_agent_leads_to_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*recorded("subagent"))
+    tab = open_tab(running)
+    browser_row_of(tab, "Agent", "inner job").click()
+    tab.page.click("[data-testid=jump]")
+    eventually(lambda: "a=" in tab.page.evaluate("location.hash"))
+    agents = {row.query_selector(".c-session").inner_text() for row in tab.rows()}
+    assert len(agents) == 1
+
+
+@needs_browser
+def test_keys_act_on_the_session_that_is_shown(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("one", "two")))
+    tab = open_tab(running, "#s=one")
+    tab.row_with("work of one")
+    tab.page.keyboard.press("P")
+    eventually(lambda: running.sessions()["one"]["isPinned"])
+    tab.page.keyboard.press("R")
+    tab.page.fill("dialog input", "named")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: running.sessions()["one"]["label"] == "named")
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.page.keyboard.press("C")
+    eventually(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "claude --resume one")
+    tab.page.keyboard.press("H")
+    eventually(lambda: running.sessions()["one"]["hidden"])
+    assert not running.sessions()["two"]["hidden"]
+
+
+WATCH_ALERTS = """
+window.told = [];
+window.Notification = class extends Notification {
+  constructor(title, options) { super(title, options); told.push([title, options.body]); }
+};
+document.hasFocus = () => false;
+const make = AudioContext.prototype.createOscillator;
+AudioContext.prototype.createOscillator = function () { told.push('tone'); return make.call(this); };
+"""
+
+
+@needs_browser
+def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wanted(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", "quiet", prompt="quiet work"), *page_ask("quiet", "rm a")[:2])
+    tab = open_tab(running)
+    tab.page.context.grant_permissions(["notifications"])
+    tab.page.add_init_script(WATCH_ALERTS)
+    tab.page.reload()
+    tab.row_with("rm a")
+    running.emit(payload("UserPromptSubmit", "first", prompt="first work"), *page_ask("first", "rm b")[:2])
+    eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
+    assert tab.page.evaluate("told") == [], "nobody asked for alerts"
+    tab.page.click("[data-testid=alerts]")
+    tab.page.click("[data-testid=menu] >> text=Notify")
+    tab.page.click("[data-testid=menu] >> text=Sound")
+    eventually(lambda: tab.page.evaluate("told") == ["tone", "tone"], 15, "the sound is tried out")
+    tab.page.keyboard.press("Escape")
+    running.emit(payload("UserPromptSubmit", "next", prompt="next work"), *page_ask("next", "rm -rf c")[:2])
+    wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
+    eventually(lambda: wanted in tab.page.evaluate("told"))
+    running.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
+    tab.row_with("still")
+    assert tab.page.evaluate("told") == ["tone", "tone", "tone", "tone", wanted], "each is told once"
+
+
 @needs_browser
 def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any) -> None:
     folder = new_home()
