@@ -6405,6 +6405,199 @@ def test_the_table_of_states_has_no_state_that_nobody_reaches():
     assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
 
 
+# Stuck ---------------------------------------------------------------------
+
+
+def session_fail(
+    tale: SessionTale, number: int, error: str = "no match", tool: str = "Edit", **more: Any
+) -> Any:
+    """Let one call fail; return the signals."""
+    tale.call(tool, f"f{number}", more.get("agent_id", ""), file_path="a.py")
+    return tale.say(
+        "PostToolUseFailure", tool_name=tool, tool_use_id=f"f{number}", error=error, tool_input={}, **more
+    )["stuck"]
+
+
+def session_turn(tale: SessionTale, number: int, tool: "str | None", **tool_input: Any) -> "list[str]":
+    """Let a turn with one call pass; return the kinds of signals."""
+    tale.prompt()
+    if tool:
+        tale.call(tool, f"c{number}", **tool_input)
+        tale.result(tool, f"c{number}", **tool_input)
+    return [signal["kind"] for signal in tale.stop()["stuck"]]
+
+
+def test_stuck_when_the_same_tool_fails_the_same_way_5_times_in_a_row():
+    tale = session_tale()
+    first = tale.time + 2000
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        tale.call("Read", f"r{number}")
+        tale.result("Read", f"r{number}")
+    (signal,) = session_fail(tale, 4)
+    assert signal == {
+        "kind": "failing",
+        "since": first,
+        "detail": "Edit failed 5 times the same way: no match",
+    }
+    assert session_fail(tale, 5)[0]["detail"].startswith("Edit failed 6 times")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda tale: tale.result("Edit", "ok"),
+        lambda tale: tale.prompt("try something else"),
+        lambda tale: tale.say("SessionEnd", reason="other"),
+        lambda tale: session_fail(tale, 99, "another error") or tale.now(),
+    ],
+)
+def test_a_tool_that_is_no_longer_failing_the_same_way_is_no_signal(end):
+    tale = session_tale()
+    told = [session_fail(tale, number) for number in range(5)]
+    assert told[-1] and end(tale)["stuck"] == []
+
+
+def test_failures_that_differ_or_belong_to_different_agents_are_no_signal():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        assert session_fail(tale, number + 100, agent_id="a1") == []
+        assert session_fail(tale, number + 200, f"error {number}", "Grep") == []
+
+
+def test_an_agents_failures_are_a_signal_until_it_ends():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    told = [session_fail(tale, number, agent_id="a1") for number in range(5)]
+    assert [signal["kind"] for signal in told[-1]] == ["failing"]
+    assert tale.say("SubagentStop", agent="a1")["stuck"] == []
+
+
+def test_what_only_the_round_shows_as_failed_counts_and_a_second_delivery_does_not():
+    tale = session_tale()
+    for number in range(5):
+        told = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert [signal["kind"] for signal in told["stuck"]] == (["failing"] if number == 4 else [])
+        again = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert again["stuck"] == told["stuck"]
+
+
+def test_an_interruption_is_no_failure_of_the_tool():
+    tale = session_tale()
+    for number in range(6):
+        assert session_fail(tale, number, "Interrupted by user", "Bash", is_interrupt=True) == []
+
+
+def test_stuck_after_3_turns_without_any_change_in_files():
+    tale = SessionTale()
+    start = tale.time + 1000
+    for number in range(3):
+        kinds = session_turn(tale, number, "Read", file_path="a.py")
+        assert kinds == (["unchanged"] if number == 2 else [])
+    (signal,) = tale.now()["stuck"]
+    assert signal == {"kind": "unchanged", "since": start, "detail": "3 turns without a change in files"}
+    tale.prompt()
+    assert tale.call("Edit", "e", file_path="a.py")["stuck"] == [signal]
+    assert tale.result("Edit", "e", file_path="a.py")["stuck"] == []
+    assert tale.stop()["stuck"] == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "tool_input", "changes"),
+    [
+        ("Write", {"file_path": "a"}, True),
+        ("NotebookEdit", {"notebook_path": "a"}, True),
+        ("Read", {"file_path": "a"}, False),
+        ("Bash", {"command": "npm test 2>&1 | tail"}, False),
+        ("Bash", {"command": "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"}, False),
+        ("Bash", {"command": "git status && git diff && git log"}, False),
+        ("Bash", {"command": "echo x > a.txt"}, True),
+        ("Bash", {"command": "cat <<E >> a.txt\nx\nE"}, True),
+        ("Bash", {"command": "sed -i s/a/b/ a.txt"}, True),
+        ("Bash", {"command": "cd x && mv a b"}, True),
+        ("Bash", {"command": "git commit -am x"}, True),
+        ("mcp__files__write_file", {"path": "a"}, True),
+        ("mcp__files__list", {"path": "a"}, False),
+    ],
+)
+def test_what_counts_as_a_change_in_files(tool, tool_input, changes):
+    tale = SessionTale()
+    told = [session_turn(tale, number, tool, **tool_input) for number in range(3)]
+    assert told == [[], [], [] if changes else ["unchanged"]]
+
+
+def test_turns_without_tools_and_commands_with_an_exclamation_mark_are_no_signal():
+    tale = SessionTale()
+    assert [session_turn(tale, number, None) for number in range(5)] == [[]] * 5
+    assert [tale.stop()["stuck"] for _ in range(5)] == [[]] * 5
+
+
+def test_turns_that_esc_ended_count_too():
+    tale = SessionTale()
+    for number in range(3):
+        tale.prompt()
+        tale.call("Read", f"c{number}")
+    assert [signal["kind"] for signal in tale.prompt()["stuck"]] == ["unchanged"]
+
+
+def test_a_change_by_a_subagent_is_a_change():
+    tale = SessionTale()
+    told = []
+    for number in range(3):
+        tale.prompt()
+        tale.launch(f"a{number}", f"t{number}")
+        tale.result("Edit", f"e{number}", f"a{number}", file_path="a.py")
+        told.append(tale.stop()["stuck"])
+    assert told == [[], [], []]
+
+
+def test_stuck_when_a_turn_takes_longer_than_2_hours():
+    tale = session_tale()
+    start = tale.time
+    for _ in range(119):
+        tale.time += 59_000
+        assert tale.say("PreToolUse", tool_name="Bash", tool_input={}, tool_use_id="t")["stuck"] == []
+    told = tale.wait(61_000)
+    assert told["stuck"] == [
+        {"kind": "long", "since": start, "detail": "busy for more than 2 hours without an end"}
+    ]
+    assert tale.stop()["stuck"] == []
+    tale.prompt()
+    assert tale.call("Bash", "t2", command="ls")["stuck"] == []
+
+
+def test_time_alone_makes_a_session_stuck_and_tells_so():
+    tale = session_tale()
+    tale.wait(130_000)
+    assert tale.book.tick(tale.time + 7_000_000) == []
+    assert [session.session_id for session in tale.book.tick(tale.time + 7_200_000)] == ["s1"]
+    assert [signal["kind"] for signal in tale.now()["stuck"]] == ["long"]
+
+
+def test_who_waits_for_a_person_or_rests_is_not_stuck_however_long():
+    tale = session_tale(pid=1)
+    tale.ask("Bash", command="ls")
+    assert tale.wait(9 * 3_600_000)["stuck"] == []
+    idle = session_tale()
+    idle.stop()
+    assert idle.wait(9 * 3_600_000)["stuck"] == []
+
+
+def test_an_agent_that_runs_longer_than_2_hours_after_its_turn_is_a_signal():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert [signal["kind"] for signal in tale.wait(7_300_000)["stuck"]] == ["long"]
+    assert tale.task_ended("a1")["stuck"] == []
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_no_recorded_session_is_stuck_at_its_end(name):
+    assert [told["stuck"] for told in session_replay(session_events(name))] == [[]] * len(SESSION_ENDS[name])
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
