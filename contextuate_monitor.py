@@ -1049,6 +1049,7 @@ TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each la
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # a turn or an agent runs for longer
+SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice at the same time
 LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
 
 _TARGET_KEYS = (
@@ -1168,6 +1169,7 @@ class Agent:
     label: str = ""
     parent_id: str = MAIN
     background: bool = False  # it outlives the turn that launched it
+    is_told: bool = False  # label and parent come from the client's own note on it
     end: Optional[int] = None
     events: int = 0
     tool_calls: int = 0
@@ -1188,6 +1190,7 @@ class Session:
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
+    last_prompt: Optional[Tuple[int, str, str]] = None  # (timestamp, prompt id, its beginning)
     model: Optional[str] = None
     usage: Optional[SessionUsage] = None
     agent_usage: Dict[str, Tuple[int, Tokens]] = dataclasses.field(
@@ -1417,10 +1420,26 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     if isinstance(data.get("usage"), dict):
         _learn_usage(session, data["usage"], event["timestamp"])
     if _is_persons_prompt(event, kind):
-        session.prompts += 1
+        session.prompts += not _is_second_delivery(session, event)
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     if _begins_process(event, kind):
         session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
+
+
+def _is_second_delivery(session: Session, event: JsonObject) -> bool:
+    """Tell whether a prompt is the last one again: a plugin's hook delivers what that of the settings did."""
+    data = event["data"]
+    prompt_id = text_of(data.get("prompt_id"))
+    before, session.last_prompt = (
+        session.last_prompt,
+        (event["timestamp"], prompt_id, text_of(data.get("message"))[:200]),
+    )
+    within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
+    return (
+        before is not None
+        and before[1:] == session.last_prompt[1:]
+        and event["timestamp"] - before[0] <= within_ms
+    )
 
 
 # Tokens and cost
@@ -1590,6 +1609,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
         agent = _new_agent(session, event)
     agent.events += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
+    _learn_origin(agent, event["data"])
     if kind == "subagent_stop":
         _end_agents(session, {agent_id}, event["timestamp"])
     elif session.turn != "ended" and kind in TURN_AFTER and event["timestamp"] > (agent.end or 0):
@@ -1609,6 +1629,18 @@ def _new_agent(session: Session, event: JsonObject) -> Agent:
     return agent
 
 
+def _learn_origin(agent: Agent, data: JsonObject) -> None:
+    """Take an agent's parent and label from the client's note on it, the only sure word on nested agents."""
+    note = data.get("agentMeta")
+    if not isinstance(note, dict):
+        return
+    parent_id = note.get("parentAgentId")
+    agent.is_told = True
+    agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent.agent_id else MAIN
+    agent.background = agent.background or note.get("requestShape") == "background"
+    agent.label = one_line(text_of(data.get("agentDescription"))) or agent.label
+
+
 def _note_launch(session: Session, event: JsonObject) -> None:
     """Take an agent's label, parent and kind from the result of the call that launched it."""
     data = event["data"]
@@ -1624,7 +1656,8 @@ def _note_launch(session: Session, event: JsonObject) -> None:
     agent = session.agents.get(agent_id)
     if agent is None:
         return
-    agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
+    if not agent.is_told:
+        agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
     agent.background = background
     if output.get("status") == "completed":
         _end_agents(session, {agent_id}, event["timestamp"])
@@ -2365,7 +2398,7 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "agentId": agent.agent_id,
         "agentType": agent.agent_type,
         "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id or None,
+        "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
@@ -3861,6 +3894,7 @@ class Monitor:
         self._privacy = settings.privacy
         # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
         self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
         self._seen = SeenIds()
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
@@ -4070,6 +4104,7 @@ class Monitor:
             event = emit_event.build_event(given, received_ms, self.settings.machine_id)
             if self.settings["mode"] == "local":  # else who published it has read the transcripts
                 self._usage.add_usage(event)
+                self._agent_notes.add_note(event)
             return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
             self.quarantine.add(line, str(error))

@@ -6846,7 +6846,8 @@ def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
     return [
         (
             each["sessionId"], each["state"], each["reason"] and (each["reason"]["kind"], each["reason"]["detail"]),
-            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"],
+            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"], each["stuck"],
+            each["label"], each["model"], each["tokenUsage"], each["isPinned"],
             sorted((agent["agentId"], agent["state"]) for agent in each["agents"]),
         )
         for each in sorted(told, key=lambda each: str(each["sessionId"]))
@@ -6888,6 +6889,37 @@ def test_the_order_of_arrival_does_not_change_what_is_open_or_who_is_needed(data
     arrived = session_arrivals(events[: data.draw(st.integers(1, len(events)))], gaps, delays)
     in_order = sorted(arrived, key=lambda event: event["timestamp"])
     assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
+    st.lists(st.integers(0, 40), min_size=40, max_size=40),
+)  # fmt: skip
+def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, gaps, delays, later):
+    once = sorted(session_arrivals(session_events(name), gaps, delays), key=lambda event: event["timestamp"])
+    doubled = list(once)
+    for event, delay, after in zip(once, reversed(delays), later):
+        if after:
+            time_ms = event["timestamp"] + after
+            doubled.append(
+                {**event, "id": event["id"] + "b", "timestamp": time_ms, "received": time_ms + delay}
+            )
+    doubled.sort(key=lambda event: event["received"])
+    ends = session_replay(once), session_replay(doubled)
+    for told in itertools.chain(*ends):
+        del told["counts"]["events"]
+    assert session_essence(ends[0]) == session_essence(ends[1])
+
+
+def test_the_same_words_again_are_a_prompt_of_their_own_unless_they_come_at_once():
+    tale = SessionTale()
+    tale.prompt("yes")
+    assert tale.say("UserPromptSubmit", at=tale.time + 300, prompt="yes")["counts"]["prompts"] == 1
+    assert tale.prompt("yes")["counts"]["prompts"] == 2
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p2")["counts"]["prompts"] == 4
 
 
 # Rows ----------------------------------------------------------------------
@@ -7360,6 +7392,128 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
         reading.wait()
         reading.stdout.close()
     assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == count
+
+
+# Where subagents come from ---------------------------------------------------
+
+
+def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
+    """Copy a recording's transcripts; return its payloads with their paths in the copy."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    shutil.copytree(os.path.dirname(path), f"{directory}/{name}")
+    return [
+        {**told, "transcript_path": f"{directory}/{name}/{os.path.basename(path)}"} for told in recorded(name)
+    ]
+
+
+def usage_noted(told: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+    """Return the events of these payloads with the client's notes on them."""
+    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number, each in enumerate(told):
+        events.append(
+            ee.build_event({"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}, 1, USAGE_MACHINE)
+        )
+        reader.add_note(events[-1])
+    return events
+
+
+def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
+    events = usage_noted(usage_copied("nested", tmp_path))
+    noted = [event for event in events if "agentMeta" in event["data"]]
+    assert [(event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"]) for event in noted] == [
+        (None, "outer job"), ("a8bdf82a3b7eac1f1", "inner job"),
+    ]  # fmt: skip
+    assert [event["agentId"] for event in noted] == ["a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"]
+    assert noted[1]["data"]["agentMeta"] == {
+        "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
+        "parentAgentId": "a8bdf82a3b7eac1f1", "requestShape": "foreground", "spawnDepth": 2,
+    }  # fmt: skip
+
+
+def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
+    copied = usage_copied("subagent", tmp_path)
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    os.rename(note, note + ".later")
+    mine = [told for told in copied if "agent_id" in told]
+    reader = ee.AgentNoteReader(USAGE_MACHINE)
+    for number, told in enumerate(mine[:4]):
+        if number == 1:
+            with open(note, "w") as file:
+                file.write('{"half": ')
+        elif number == 2:
+            os.replace(note + ".later", note)
+        event = ee.build_event(told, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        assert ("agentMeta" in event["data"]) == (number == 2)
+
+
+def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
+    book = cm.SessionBook(own_machine=USAGE_MACHINE)
+    for event in usage_noted(usage_copied("parallel", tmp_path)):
+        told = book.to_json(book.apply(event))
+        if event["hookType"] == "PostToolUse" and event["data"]["toolName"] == "Agent":
+            break  # until here the calls are open, and either could have started either
+        noted = [agent["label"] for agent in told["agents"]]
+    assert sorted(noted) == ["left job", "right job"]
+
+
+def test_the_clients_note_wins_over_every_guess():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="a guess")
+    tale.say("SubagentStart", agent="a1")
+    tale.say("SubagentStart", agent="a2")
+    told = tale.say("PreToolUse", agent="a2", tool_name="Read", tool_use_id="r", tool_input={},
+        agentMeta={"parentAgentId": "a1", "requestShape": "background"}, agentDescription="the truth")  # fmt: skip
+    assert [(agent["label"], agent["parentAgentId"]) for agent in told["agents"]] == [
+        ("a guess", None), ("the truth", "a1"),
+    ]  # fmt: skip
+    told = tale.result(
+        "Agent", "t1", response={"agentId": "a2", "status": "completed"}, description="a guess"
+    )
+    assert (told["agents"][1]["label"], told["agents"][1]["parentAgentId"]) == ("the truth", "a1")
+
+
+@pytest.mark.parametrize(
+    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
+)
+def test_an_odd_note_makes_no_odd_agent(note):
+    tale = session_tale()
+    told = tale.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    (agent,) = told["agents"]
+    assert agent["parentAgentId"] is None and agent["state"] == "working"
+    json.dumps(tale.stop("a1"))
+
+
+@pytest.mark.parametrize("agent", ["../../x", "a/b", "", "x" * 200, "\ud800", "a\0b"])
+def test_no_agent_id_leads_to_another_file(tmp_path, agent):
+    copied = usage_copied("subagent", tmp_path)[0]
+    event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
+    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    assert "agentMeta" not in event["data"]
+
+
+def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
+    events = [
+        ee.protect(event, ee.Privacy(metadata_only=True))
+        for event in usage_noted(usage_copied("nested", tmp_path))
+    ]
+    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
+    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    assert "inner job" not in json.dumps(events)
+
+
+def test_nested_agents_know_their_parents_through_real_hooks_and_after_a_restart(hook_installed, running):
+    for told in usage_copied("nested", running.home):
+        if told["hook_event_name"] == "PostToolUse" and told.get("tool_name") == "Agent":
+            break
+        hook_call(hook_installed.command, told, running.environment)
+    (session,) = running.sessions().values()
+    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
+    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
+    running.stop()
+    running.start()
+    (again,) = running.sessions().values()
+    assert again["agents"] == session["agents"]
 
 
 # In sessions ----------------------------------------------------------------
