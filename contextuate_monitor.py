@@ -1046,6 +1046,10 @@ QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
+STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
+STUCK_TURNS = 3  # so many turns used tools and changed no file
+STUCK_MS = 2 * 3_600_000  # a turn or an agent runs for longer
+SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice at the same time
 LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
 
 _TARGET_KEYS = (
@@ -1147,6 +1151,14 @@ class SessionUsage:
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
 
 
+class Streak(NamedTuple):
+    """Failures of one tool, in a row and the same way."""
+
+    error: str
+    times: int
+    since: int
+
+
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1157,6 +1169,7 @@ class Agent:
     label: str = ""
     parent_id: str = MAIN
     background: bool = False  # it outlives the turn that launched it
+    is_told: bool = False  # label and parent come from the client's own note on it
     end: Optional[int] = None
     events: int = 0
     tool_calls: int = 0
@@ -1177,6 +1190,7 @@ class Session:
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
+    last_prompt: Optional[Tuple[int, str, str]] = None  # (timestamp, prompt id, its beginning)
     model: Optional[str] = None
     usage: Optional[SessionUsage] = None
     agent_usage: Dict[str, Tuple[int, Tokens]] = dataclasses.field(
@@ -1191,6 +1205,15 @@ class Session:
     )  # agent id → timestamp of the last event that moved it
     background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
     failure: Optional[Reason] = None
+    streaks: Dict[Tuple[str, str], Streak] = dataclasses.field(
+        default_factory=dict
+    )  # (agent id, tool) → its last failures
+    clock: int = 0  # the time it is on its machine, as far as known
+    turn_start: int = 0  # when the running turn began
+    turn_calls: int = 0  # tools used since then
+    turn_changed: bool = False  # a file was changed since then
+    idle_turns: int = 0  # the last turns in a row that used tools and changed no file
+    idle_since: int = 0  # when the first of them began
     end: Optional[int] = None
     end_reason: str = ""
     end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
@@ -1225,6 +1248,7 @@ class Session:
             agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
             launched=dict(self.launched),
             agent_usage=dict(self.agent_usage),
+            streaks=dict(self.streaks),
             last_step=dict(self.last_step),
             open_calls=dict(self.open_calls),
             calls=dict(self.calls),
@@ -1347,6 +1371,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
     quiet_before = event["timestamp"] - session.last_event >= quiet_ms
     session.events += 1
     session.last_event = max(session.last_event, event["timestamp"])
+    session.clock = max(session.clock, event["timestamp"])
     if session.end_presumed and not late:
         session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
     _learn(session, event, kind)
@@ -1395,10 +1420,26 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     if isinstance(data.get("usage"), dict):
         _learn_usage(session, data["usage"], event["timestamp"])
     if _is_persons_prompt(event, kind):
-        session.prompts += 1
+        session.prompts += not _is_second_delivery(session, event)
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     if _begins_process(event, kind):
         session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
+
+
+def _is_second_delivery(session: Session, event: JsonObject) -> bool:
+    """Tell whether a prompt is the last one again: a plugin's hook delivers what that of the settings did."""
+    data = event["data"]
+    prompt_id = text_of(data.get("prompt_id"))
+    before, session.last_prompt = (
+        session.last_prompt,
+        (event["timestamp"], prompt_id, text_of(data.get("message"))[:200]),
+    )
+    within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
+    return (
+        before is not None
+        and before[1:] == session.last_prompt[1:]
+        and event["timestamp"] - before[0] <= within_ms
+    )
 
 
 # Tokens and cost
@@ -1568,6 +1609,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
         agent = _new_agent(session, event)
     agent.events += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
+    _learn_origin(agent, event["data"])
     if kind == "subagent_stop":
         _end_agents(session, {agent_id}, event["timestamp"])
     elif session.turn != "ended" and kind in TURN_AFTER and event["timestamp"] > (agent.end or 0):
@@ -1587,6 +1629,18 @@ def _new_agent(session: Session, event: JsonObject) -> Agent:
     return agent
 
 
+def _learn_origin(agent: Agent, data: JsonObject) -> None:
+    """Take an agent's parent and label from the client's note on it, the only sure word on nested agents."""
+    note = data.get("agentMeta")
+    if not isinstance(note, dict):
+        return
+    parent_id = note.get("parentAgentId")
+    agent.is_told = True
+    agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent.agent_id else MAIN
+    agent.background = agent.background or note.get("requestShape") == "background"
+    agent.label = one_line(text_of(data.get("agentDescription"))) or agent.label
+
+
 def _note_launch(session: Session, event: JsonObject) -> None:
     """Take an agent's label, parent and kind from the result of the call that launched it."""
     data = event["data"]
@@ -1602,7 +1656,8 @@ def _note_launch(session: Session, event: JsonObject) -> None:
     agent = session.agents.get(agent_id)
     if agent is None:
         return
-    agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
+    if not agent.is_told:
+        agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
     agent.background = background
     if output.get("status") == "completed":
         _end_agents(session, {agent_id}, event["timestamp"])
@@ -1641,6 +1696,7 @@ def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     for agent_id in gone:
         agent = session.agents[agent_id]
         agent.end = time_ms if agent.end is None else agent.end
+    session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
     session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
     _interrupt(session, gone)
 
@@ -1675,9 +1731,13 @@ def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str
         closed = _close_call(session, event, agent_id, "failed" if kind == "tool_error" else "ok")
     elif event["hookType"] == "PostToolBatch":
         for call in _batch_calls(event):
-            if isinstance(call.get("tool_use_id"), str):
-                # What only its round closes never ran: an unknown tool, bad input, a denial.
-                _settle(session, call["tool_use_id"], agent_id, "failed")
+            call_id = call.get("tool_use_id")
+            # What only its round closes never ran: an unknown tool, bad input, a denial.
+            if isinstance(call_id, str) and _settle(session, call_id, agent_id, "failed"):
+                error = text_of(call.get("tool_response"))
+                _note_failure(session, agent_id, text_of(call.get("tool_name")), error, time_ms)
+    elif kind == "permission_denied" and event["data"].get("toolUseId"):
+        closed = _close_call(session, event, agent_id, "failed")  # it will not run
     elif kind in ("session_end", "session_start"):
         if kind == "session_end" or _begins_process(event, kind):
             _interrupt(session, None)
@@ -1741,34 +1801,46 @@ def _open_call(session: Session, event: JsonObject, agent_id: str) -> None:
 def _count_call(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
     session.calls[tool_use_id] = outcome
     session.tool_calls += 1
+    session.turn_calls += 1
     if agent_id in session.agents:
         session.agents[agent_id].tool_calls += 1
 
 
 def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> Optional[str]:
     """Close the call that a result belongs to; return its id, None when it is not known."""
-    tool_use_id = event["data"].get("toolUseId")
-    if not isinstance(tool_use_id, str) or not tool_use_id:
-        name = text_of(event["data"].get("toolName"))
-        same = [
-            call
-            for call in session.open_calls.values()
-            if (call.tool_name, call.agent_id) == (name, agent_id)
-        ]
-        if not same:
-            if outcome == "failed":
-                session.tool_errors += 1
-            return None
-        tool_use_id = same[-1].tool_use_id
-    _settle(session, tool_use_id, agent_id, outcome)
+    data, tool = event["data"], text_of(event["data"].get("toolName"))
+    named = data.get("toolUseId")
+    tool_use_id = named if isinstance(named, str) and named else _newest_call(session, agent_id, tool)
+    if tool_use_id is None:
+        session.tool_errors += outcome == "failed"
+    elif not _settle(session, tool_use_id, agent_id, outcome):
+        return tool_use_id
+    if outcome == "failed":
+        error = text_of(data.get("error") or data.get("reason"))
+        if data.get("is_interrupt") is not True:
+            _note_failure(session, agent_id, tool, error, event["timestamp"])
+    else:
+        _note_success(session, agent_id, tool, data.get("toolInput"))
     return tool_use_id
 
 
-def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
-    """Record how a call ended, once: its own result says more than its round, an interruption least."""
+def _newest_call(session: Session, agent_id: str, tool: str) -> Optional[str]:
+    same = [
+        call.tool_use_id
+        for call in session.open_calls.values()
+        if (call.tool_name, call.agent_id) == (tool, agent_id)
+    ]
+    return same[-1] if same else None
+
+
+def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> bool:
+    """Record how a call ended, once: its own result says more than its round, an interruption least.
+
+    Returns whether that was news.
+    """
     before = session.calls.get(tool_use_id)
     if before in ("ok", "failed"):
-        return
+        return False
     if before is None:
         _count_call(session, tool_use_id, agent_id, outcome)
     elif before == "interrupted":
@@ -1779,6 +1851,7 @@ def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> 
         session.tool_errors += 1
         if agent_id in session.agents:
             session.agents[agent_id].tool_errors += 1
+    return True
 
 
 def _interrupt(session: Session, agent_ids: Optional[Set[str]]) -> None:
@@ -1797,6 +1870,95 @@ def _batch_calls(event: JsonObject) -> List[JsonObject]:
 
 def _is_running(task: JsonObject) -> bool:
     return bool(task.get("status") == "running")
+
+
+# Stuck
+
+
+_EDITING_TOOLS = ("Edit", "MultiEdit", "NotebookEdit", "Write")
+# A command that writes, as far as one can tell by its look; what tests and reads files does not.
+_EDITING_COMMAND = re.compile(
+    r"(?<![<>&\d=-])>>?(?!\s*(?:/dev/|[&>]))|\bsed\s+-\w*i"
+    r"|(?:^|[;&|(]\s*|\bsudo\s+)(?:tee|mv|cp|rm|mkdir|touch|patch|ln|install|unzip|tar\s+-?x)\s"
+    r"|\bgit\s+(?:apply|am|add|commit|checkout|switch|merge|rebase|cherry-pick|restore|revert|reset|stash|mv|rm|pull|clone)\b"
+)
+_EDITING_SERVER_TOOL = re.compile(
+    r"write|edit|create|update|insert|replace|delete|move|rename|apply|patch", re.I
+)
+_STREAKS_LIMIT = 64
+
+
+def _note_failure(session: Session, agent_id: str, tool: str, error: str, time_ms: int) -> None:
+    """Count failures of a tool that are the same and in a row; other tools may run in between."""
+    words = one_line(error)
+    before = session.streaks.pop((agent_id, tool), None)
+    if before is not None and before.error == words:
+        session.streaks[agent_id, tool] = before._replace(times=before.times + 1)
+        return
+    if len(session.streaks) >= _STREAKS_LIMIT:
+        del session.streaks[next(iter(session.streaks))]
+    session.streaks[agent_id, tool] = Streak(words, 1, time_ms)
+
+
+def _note_success(session: Session, agent_id: str, tool: str, tool_input: Any) -> None:
+    session.streaks.pop((agent_id, tool), None)
+    if tool == "Bash":
+        command = text_of(tool_input.get("command")) if isinstance(tool_input, dict) else ""
+        changes = _EDITING_COMMAND.search(command[:10_000]) is not None
+    elif tool.startswith("mcp__"):
+        changes = _EDITING_SERVER_TOOL.search(tool.rpartition("__")[2]) is not None
+    else:
+        changes = tool in _EDITING_TOOLS
+    if changes:
+        session.turn_changed, session.idle_turns = True, 0
+
+
+def _begin_turn(session: Session, time_ms: int) -> None:
+    _finish_turn(session)  # one that Esc ended has told nobody so far
+    session.turn_start = time_ms
+
+
+def _finish_turn(session: Session) -> None:
+    """Count the turn that is over if it used tools and changed nothing."""
+    if session.turn_calls and not session.turn_changed:
+        session.idle_since = session.idle_since if session.idle_turns else session.turn_start
+        session.idle_turns += 1
+    session.turn_calls, session.turn_changed = 0, False
+
+
+def _busy_since(session: Session) -> Optional[int]:
+    """Return since when a turn or an agent runs without an end, None when none does."""
+    starts = [agent.start for agent in session.agents.values() if agent.end is None]
+    if session.turn == "working":
+        starts.append(session.turn_start)
+    return min(starts) if starts and session.state in ("working", "quiet") else None
+
+
+def _runs_too_long(session: Session) -> bool:
+    busy_since = _busy_since(session)
+    return busy_since is not None and session.clock - busy_since >= STUCK_MS
+
+
+def stuck_signals(session: Session) -> List[JsonObject]:
+    """Return what makes one think that a session goes in circles: signs, no verdict."""
+    if session.state == "ended":
+        return []
+    signals = [
+        {
+            "kind": "failing",
+            "since": streak.since,
+            "detail": f"{tool} failed {streak.times} times the same way: {streak.error}",
+        }
+        for (_, tool), streak in session.streaks.items()
+        if streak.times >= STUCK_FAILURES
+    ]
+    if session.idle_turns >= STUCK_TURNS:
+        words = f"{session.idle_turns} turns without a change in files"
+        signals.append({"kind": "unchanged", "since": session.idle_since, "detail": words})
+    if _runs_too_long(session):
+        words = f"busy for more than {STUCK_MS // 3_600_000} hours without an end"
+        signals.append({"kind": "long", "since": _busy_since(session), "detail": words})
+    return signals
 
 
 # Waits
@@ -1922,6 +2084,12 @@ def _apply_turn(session: Session, event: JsonObject, kind: str) -> None:
     data = event["data"]
     if turn is None or "agentId" in event or (turn == "idle" and not _ends_or_begins(event, kind)):
         return  # a subagent's events do not move the main agent's turn, nor does compaction
+    if turn == "working" and (session.turn != "working" or _is_persons_prompt(event, kind)):
+        _begin_turn(session, event["timestamp"])
+    elif kind in ("turn_end", "turn_error"):
+        _finish_turn(session)
+    if turn == "ended" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
+        session.streaks = {}  # a person is there, or nobody
     session.turn, session.turn_since = turn, event["timestamp"]
     session.background = []
     if turn == "ended":
@@ -2057,6 +2225,8 @@ class SessionBook:
             if session.state == "ended":
                 continue
             silence = self._silence(session.last_event, session.machine_id, time_ms)
+            ran_too_long = _runs_too_long(session)
+            session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
                 self._tracks.pop(session.session_id, None)  # nothing will come between any more
             machine_silence = self._silence(
@@ -2071,6 +2241,8 @@ class SessionBook:
                 changed.append(session)
             elif session.state == "working" and silence >= self._quiet_ms:
                 session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                changed.append(session)
+            elif _runs_too_long(session) != ran_too_long:
                 changed.append(session)
         return changed
 
@@ -2164,7 +2336,7 @@ class SessionBook:
             },
             "tokenUsage": session.usage and session.usage.to_json(),
             "estimatedCostUsd": session.usage and self._prices.estimate(session.usage),
-            "stuck": [],
+            "stuck": stuck_signals(session),
             "isPinned": session.pinned,
             "hidden": session.hidden,
             "isImported": False,
@@ -2226,7 +2398,7 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "agentId": agent.agent_id,
         "agentType": agent.agent_type,
         "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id or None,
+        "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
@@ -4235,6 +4407,7 @@ class Monitor:
         self._privacy = settings.privacy
         # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
         self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
         self._seen = SeenIds()
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
@@ -4483,9 +4656,10 @@ class Monitor:
             given = emit_event.parse_event_line(incoming.line)
             if remote:
                 event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
-            else:
+            else:  # of a remote event the publisher has read the transcripts
                 event = emit_event.build_event(given, received_ms, self.settings.machine_id)
-                self._usage.add_usage(event)  # of a remote event the publisher has read the transcripts
+                self._usage.add_usage(event)
+                self._agent_notes.add_note(event)
             return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
             self.quarantine.add(incoming.line, str(error))

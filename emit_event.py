@@ -1066,6 +1066,7 @@ _METADATA_KEYS = frozenset(
         "notificationType",
         "model",
         "usage",
+        "agentMeta",
         "truncated",
         "agent_type",
         "is_interrupt",
@@ -1226,6 +1227,7 @@ def _named_in_data(cuts: "Dict[str, int]") -> "Dict[str, int]":
 # TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db, which knows how far
 # each transcript was read and what was counted. A message counts once, by its id, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
@@ -1237,6 +1239,7 @@ TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
 COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago go
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 USAGE_SCHEMA = 1
+_READ_QUIETLY = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1431,6 +1434,65 @@ class ReadingBudget:
         )
 
 
+AGENTS_REMEMBERED = 4096
+AGENT_NOTE_LIMIT_BYTES = 64 << 10
+_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_AGENT_NOTE_FIELDS = ("agentType", "toolUseId", "parentAgentId", "requestShape")
+
+
+class AgentNoteReader:
+    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+
+    `agentMeta` holds of `agentType`, `toolUseId`, `parentAgentId`, `spawnDepth` and `requestShape` what the
+    note has, `data.agentDescription` the words that the launching agent chose. The note is not there yet when
+    the subagent starts, but at its first tool call; of nested agents nothing else tells the parent.
+    """
+
+    def __init__(self, machine_id: str) -> None:
+        self._machine_id = machine_id
+        self._told: "Dict[Tuple[str, str], None]" = {}  # (session, agent) whose note an event has carried
+
+    def add_note(self, event: JsonObject) -> None:
+        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
+        agent_id, data = event.get("agentId"), event["data"]
+        path = data.get("transcriptPath")
+        if (
+            agent_id is None
+            or event["machineId"] != self._machine_id
+            or (event["sessionId"], agent_id) in self._told
+            or not _is_transcript_path(path)
+            or not _AGENT_ID.fullmatch(agent_id)
+        ):
+            return
+        note = _read_note(f"{path[: -len('.jsonl')]}/subagents/agent-{agent_id}.meta.json")
+        if note is None:
+            return
+        if len(self._told) >= AGENTS_REMEMBERED:
+            del self._told[next(iter(self._told))]
+        self._told[event["sessionId"], agent_id] = None
+        kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
+        if type(note.get("spawnDepth")) is int:
+            kept["spawnDepth"] = note["spawnDepth"]
+        _keep(data, "agentMeta", kept)
+        if isinstance(note.get("description"), str):
+            _keep(data, "agentDescription", note["description"])
+
+
+def _read_note(path: str) -> "JsonObject | None":
+    about = _stat_transcript(path)
+    if about is None or about.st_size > AGENT_NOTE_LIMIT_BYTES:
+        return None
+    try:
+        fd = os.open(path, _READ_QUIETLY)
+        try:
+            content = os.read(fd, AGENT_NOTE_LIMIT_BYTES) if _may_be_read(os.fstat(fd)) else b""
+        finally:
+            os.close(fd)
+        return parse_event_line(content)
+    except (OSError, MalformedEvent):
+        return None  # gone, or only half written
+
+
 _USAGE_TABLES = """
 DROP TABLE IF EXISTS sessions;
 DROP TABLE IF EXISTS files;
@@ -1496,7 +1558,7 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
     if row and row[:3] == (seen.st_dev, seen.st_ino, seen.st_size):
         return True
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(path, _READ_QUIETLY)
     except OSError:
         return True  # gone, or not for us
     try:
@@ -1986,6 +2048,7 @@ class Publisher:
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
         self._usage = UsageReader(home, this_machine(), limit_s=0.5)
+        self._agent_notes = AgentNoteReader(this_machine())
         self._segment: Any = None  # the file that is being read
         self._blocked_since: "Optional[float]" = None  # time.monotonic; a writer holds the oldest segment
         self._batch: "List[Outgoing]" = []  # read, not delivered yet
@@ -2124,6 +2187,7 @@ class Publisher:
         try:
             event = build_event(parse_event_line(line), _now_ms(), this_machine())
             self._usage.add_usage(event)
+            self._agent_notes.add_note(event)
             event = protect(event, privacy)
             return Outgoing(event["id"], encode_json(event))
         except Exception as error:  # no line may stop those after it

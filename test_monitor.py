@@ -6462,6 +6462,199 @@ def test_the_table_of_states_has_no_state_that_nobody_reaches():
     assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
 
 
+# Stuck ---------------------------------------------------------------------
+
+
+def session_fail(
+    tale: SessionTale, number: int, error: str = "no match", tool: str = "Edit", **more: Any
+) -> Any:
+    """Let one call fail; return the signals."""
+    tale.call(tool, f"f{number}", more.get("agent_id", ""), file_path="a.py")
+    return tale.say(
+        "PostToolUseFailure", tool_name=tool, tool_use_id=f"f{number}", error=error, tool_input={}, **more
+    )["stuck"]
+
+
+def session_turn(tale: SessionTale, number: int, tool: "str | None", **tool_input: Any) -> "list[str]":
+    """Let a turn with one call pass; return the kinds of signals."""
+    tale.prompt()
+    if tool:
+        tale.call(tool, f"c{number}", **tool_input)
+        tale.result(tool, f"c{number}", **tool_input)
+    return [signal["kind"] for signal in tale.stop()["stuck"]]
+
+
+def test_stuck_when_the_same_tool_fails_the_same_way_5_times_in_a_row():
+    tale = session_tale()
+    first = tale.time + 2000
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        tale.call("Read", f"r{number}")
+        tale.result("Read", f"r{number}")
+    (signal,) = session_fail(tale, 4)
+    assert signal == {
+        "kind": "failing",
+        "since": first,
+        "detail": "Edit failed 5 times the same way: no match",
+    }
+    assert session_fail(tale, 5)[0]["detail"].startswith("Edit failed 6 times")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda tale: tale.result("Edit", "ok"),
+        lambda tale: tale.prompt("try something else"),
+        lambda tale: tale.say("SessionEnd", reason="other"),
+        lambda tale: session_fail(tale, 99, "another error") or tale.now(),
+    ],
+)
+def test_a_tool_that_is_no_longer_failing_the_same_way_is_no_signal(end):
+    tale = session_tale()
+    told = [session_fail(tale, number) for number in range(5)]
+    assert told[-1] and end(tale)["stuck"] == []
+
+
+def test_failures_that_differ_or_belong_to_different_agents_are_no_signal():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        assert session_fail(tale, number + 100, agent_id="a1") == []
+        assert session_fail(tale, number + 200, f"error {number}", "Grep") == []
+
+
+def test_an_agents_failures_are_a_signal_until_it_ends():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    told = [session_fail(tale, number, agent_id="a1") for number in range(5)]
+    assert [signal["kind"] for signal in told[-1]] == ["failing"]
+    assert tale.say("SubagentStop", agent="a1")["stuck"] == []
+
+
+def test_what_only_the_round_shows_as_failed_counts_and_a_second_delivery_does_not():
+    tale = session_tale()
+    for number in range(5):
+        told = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert [signal["kind"] for signal in told["stuck"]] == (["failing"] if number == 4 else [])
+        again = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert again["stuck"] == told["stuck"]
+
+
+def test_an_interruption_is_no_failure_of_the_tool():
+    tale = session_tale()
+    for number in range(6):
+        assert session_fail(tale, number, "Interrupted by user", "Bash", is_interrupt=True) == []
+
+
+def test_stuck_after_3_turns_without_any_change_in_files():
+    tale = SessionTale()
+    start = tale.time + 1000
+    for number in range(3):
+        kinds = session_turn(tale, number, "Read", file_path="a.py")
+        assert kinds == (["unchanged"] if number == 2 else [])
+    (signal,) = tale.now()["stuck"]
+    assert signal == {"kind": "unchanged", "since": start, "detail": "3 turns without a change in files"}
+    tale.prompt()
+    assert tale.call("Edit", "e", file_path="a.py")["stuck"] == [signal]
+    assert tale.result("Edit", "e", file_path="a.py")["stuck"] == []
+    assert tale.stop()["stuck"] == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "tool_input", "changes"),
+    [
+        ("Write", {"file_path": "a"}, True),
+        ("NotebookEdit", {"notebook_path": "a"}, True),
+        ("Read", {"file_path": "a"}, False),
+        ("Bash", {"command": "npm test 2>&1 | tail"}, False),
+        ("Bash", {"command": "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"}, False),
+        ("Bash", {"command": "git status && git diff && git log"}, False),
+        ("Bash", {"command": "echo x > a.txt"}, True),
+        ("Bash", {"command": "cat <<E >> a.txt\nx\nE"}, True),
+        ("Bash", {"command": "sed -i s/a/b/ a.txt"}, True),
+        ("Bash", {"command": "cd x && mv a b"}, True),
+        ("Bash", {"command": "git commit -am x"}, True),
+        ("mcp__files__write_file", {"path": "a"}, True),
+        ("mcp__files__list", {"path": "a"}, False),
+    ],
+)
+def test_what_counts_as_a_change_in_files(tool, tool_input, changes):
+    tale = SessionTale()
+    told = [session_turn(tale, number, tool, **tool_input) for number in range(3)]
+    assert told == [[], [], [] if changes else ["unchanged"]]
+
+
+def test_turns_without_tools_and_commands_with_an_exclamation_mark_are_no_signal():
+    tale = SessionTale()
+    assert [session_turn(tale, number, None) for number in range(5)] == [[]] * 5
+    assert [tale.stop()["stuck"] for _ in range(5)] == [[]] * 5
+
+
+def test_turns_that_esc_ended_count_too():
+    tale = SessionTale()
+    for number in range(3):
+        tale.prompt()
+        tale.call("Read", f"c{number}")
+    assert [signal["kind"] for signal in tale.prompt()["stuck"]] == ["unchanged"]
+
+
+def test_a_change_by_a_subagent_is_a_change():
+    tale = SessionTale()
+    told = []
+    for number in range(3):
+        tale.prompt()
+        tale.launch(f"a{number}", f"t{number}")
+        tale.result("Edit", f"e{number}", f"a{number}", file_path="a.py")
+        told.append(tale.stop()["stuck"])
+    assert told == [[], [], []]
+
+
+def test_stuck_when_a_turn_takes_longer_than_2_hours():
+    tale = session_tale()
+    start = tale.time
+    for _ in range(119):
+        tale.time += 59_000
+        assert tale.say("PreToolUse", tool_name="Bash", tool_input={}, tool_use_id="t")["stuck"] == []
+    told = tale.wait(61_000)
+    assert told["stuck"] == [
+        {"kind": "long", "since": start, "detail": "busy for more than 2 hours without an end"}
+    ]
+    assert tale.stop()["stuck"] == []
+    tale.prompt()
+    assert tale.call("Bash", "t2", command="ls")["stuck"] == []
+
+
+def test_time_alone_makes_a_session_stuck_and_tells_so():
+    tale = session_tale()
+    tale.wait(130_000)
+    assert tale.book.tick(tale.time + 7_000_000) == []
+    assert [session.session_id for session in tale.book.tick(tale.time + 7_200_000)] == ["s1"]
+    assert [signal["kind"] for signal in tale.now()["stuck"]] == ["long"]
+
+
+def test_who_waits_for_a_person_or_rests_is_not_stuck_however_long():
+    tale = session_tale(pid=1)
+    tale.ask("Bash", command="ls")
+    assert tale.wait(9 * 3_600_000)["stuck"] == []
+    idle = session_tale()
+    idle.stop()
+    assert idle.wait(9 * 3_600_000)["stuck"] == []
+
+
+def test_an_agent_that_runs_longer_than_2_hours_after_its_turn_is_a_signal():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert [signal["kind"] for signal in tale.wait(7_300_000)["stuck"]] == ["long"]
+    assert tale.task_ended("a1")["stuck"] == []
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_no_recorded_session_is_stuck_at_its_end(name):
+    assert [told["stuck"] for told in session_replay(session_events(name))] == [[]] * len(SESSION_ENDS[name])
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
@@ -6710,7 +6903,8 @@ def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
     return [
         (
             each["sessionId"], each["state"], each["reason"] and (each["reason"]["kind"], each["reason"]["detail"]),
-            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"],
+            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"], each["stuck"],
+            each["label"], each["model"], each["tokenUsage"], each["isPinned"],
             sorted((agent["agentId"], agent["state"]) for agent in each["agents"]),
         )
         for each in sorted(told, key=lambda each: str(each["sessionId"]))
@@ -6752,6 +6946,37 @@ def test_the_order_of_arrival_does_not_change_what_is_open_or_who_is_needed(data
     arrived = session_arrivals(events[: data.draw(st.integers(1, len(events)))], gaps, delays)
     in_order = sorted(arrived, key=lambda event: event["timestamp"])
     assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
+    st.lists(st.integers(0, 40), min_size=40, max_size=40),
+)  # fmt: skip
+def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, gaps, delays, later):
+    once = sorted(session_arrivals(session_events(name), gaps, delays), key=lambda event: event["timestamp"])
+    doubled = list(once)
+    for event, delay, after in zip(once, reversed(delays), later):
+        if after:
+            time_ms = event["timestamp"] + after
+            doubled.append(
+                {**event, "id": event["id"] + "b", "timestamp": time_ms, "received": time_ms + delay}
+            )
+    doubled.sort(key=lambda event: event["received"])
+    ends = session_replay(once), session_replay(doubled)
+    for told in itertools.chain(*ends):
+        del told["counts"]["events"]
+    assert session_essence(ends[0]) == session_essence(ends[1])
+
+
+def test_the_same_words_again_are_a_prompt_of_their_own_unless_they_come_at_once():
+    tale = SessionTale()
+    tale.prompt("yes")
+    assert tale.say("UserPromptSubmit", at=tale.time + 300, prompt="yes")["counts"]["prompts"] == 1
+    assert tale.prompt("yes")["counts"]["prompts"] == 2
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p2")["counts"]["prompts"] == 4
 
 
 # Rows ----------------------------------------------------------------------
@@ -7224,6 +7449,128 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
         reading.wait()
         reading.stdout.close()
     assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == count
+
+
+# Where subagents come from ---------------------------------------------------
+
+
+def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
+    """Copy a recording's transcripts; return its payloads with their paths in the copy."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    shutil.copytree(os.path.dirname(path), f"{directory}/{name}")
+    return [
+        {**told, "transcript_path": f"{directory}/{name}/{os.path.basename(path)}"} for told in recorded(name)
+    ]
+
+
+def usage_noted(told: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+    """Return the events of these payloads with the client's notes on them."""
+    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number, each in enumerate(told):
+        events.append(
+            ee.build_event({"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}, 1, USAGE_MACHINE)
+        )
+        reader.add_note(events[-1])
+    return events
+
+
+def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
+    events = usage_noted(usage_copied("nested", tmp_path))
+    noted = [event for event in events if "agentMeta" in event["data"]]
+    assert [(event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"]) for event in noted] == [
+        (None, "outer job"), ("a8bdf82a3b7eac1f1", "inner job"),
+    ]  # fmt: skip
+    assert [event["agentId"] for event in noted] == ["a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"]
+    assert noted[1]["data"]["agentMeta"] == {
+        "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
+        "parentAgentId": "a8bdf82a3b7eac1f1", "requestShape": "foreground", "spawnDepth": 2,
+    }  # fmt: skip
+
+
+def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
+    copied = usage_copied("subagent", tmp_path)
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    os.rename(note, note + ".later")
+    mine = [told for told in copied if "agent_id" in told]
+    reader = ee.AgentNoteReader(USAGE_MACHINE)
+    for number, told in enumerate(mine[:4]):
+        if number == 1:
+            with open(note, "w") as file:
+                file.write('{"half": ')
+        elif number == 2:
+            os.replace(note + ".later", note)
+        event = ee.build_event(told, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        assert ("agentMeta" in event["data"]) == (number == 2)
+
+
+def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
+    book = cm.SessionBook(own_machine=USAGE_MACHINE)
+    for event in usage_noted(usage_copied("parallel", tmp_path)):
+        told = book.to_json(book.apply(event))
+        if event["hookType"] == "PostToolUse" and event["data"]["toolName"] == "Agent":
+            break  # until here the calls are open, and either could have started either
+        noted = [agent["label"] for agent in told["agents"]]
+    assert sorted(noted) == ["left job", "right job"]
+
+
+def test_the_clients_note_wins_over_every_guess():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="a guess")
+    tale.say("SubagentStart", agent="a1")
+    tale.say("SubagentStart", agent="a2")
+    told = tale.say("PreToolUse", agent="a2", tool_name="Read", tool_use_id="r", tool_input={},
+        agentMeta={"parentAgentId": "a1", "requestShape": "background"}, agentDescription="the truth")  # fmt: skip
+    assert [(agent["label"], agent["parentAgentId"]) for agent in told["agents"]] == [
+        ("a guess", None), ("the truth", "a1"),
+    ]  # fmt: skip
+    told = tale.result(
+        "Agent", "t1", response={"agentId": "a2", "status": "completed"}, description="a guess"
+    )
+    assert (told["agents"][1]["label"], told["agents"][1]["parentAgentId"]) == ("the truth", "a1")
+
+
+@pytest.mark.parametrize(
+    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
+)
+def test_an_odd_note_makes_no_odd_agent(note):
+    tale = session_tale()
+    told = tale.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    (agent,) = told["agents"]
+    assert agent["parentAgentId"] is None and agent["state"] == "working"
+    json.dumps(tale.stop("a1"))
+
+
+@pytest.mark.parametrize("agent", ["../../x", "a/b", "", "x" * 200, "\ud800", "a\0b"])
+def test_no_agent_id_leads_to_another_file(tmp_path, agent):
+    copied = usage_copied("subagent", tmp_path)[0]
+    event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
+    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    assert "agentMeta" not in event["data"]
+
+
+def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
+    events = [
+        ee.protect(event, ee.Privacy(metadata_only=True))
+        for event in usage_noted(usage_copied("nested", tmp_path))
+    ]
+    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
+    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    assert "inner job" not in json.dumps(events)
+
+
+def test_nested_agents_know_their_parents_through_real_hooks_and_after_a_restart(hook_installed, running):
+    for told in usage_copied("nested", running.home):
+        if told["hook_event_name"] == "PostToolUse" and told.get("tool_name") == "Agent":
+            break
+        hook_call(hook_installed.command, told, running.environment)
+    (session,) = running.sessions().values()
+    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
+    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
+    running.stop()
+    running.start()
+    (again,) = running.sessions().values()
+    assert again["agents"] == session["agents"]
 
 
 # In sessions ----------------------------------------------------------------
