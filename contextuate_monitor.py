@@ -3403,13 +3403,13 @@ class RedisLink:
             return
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
         if time.monotonic() - subscription.heard > deadline_s:
-            self._fail(emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+            self._fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
 
-    def _fail(self, error: BaseException) -> None:
-        """Count a failed attempt; try again in a while or give up."""
+    def _fail(self, subscription: Subscription, error: BaseException) -> None:
+        """Count a failed attempt or a lost connection; try again in a while or give up."""
         self._drop_subscription()
         self._failures += 1
-        reason = emit_event.redis_trouble(error, self.values)
+        reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
         most = self.values["redis.maxRetries"]
         if most is not None and self._failures >= most:
             self._enter("given_up", reason)
@@ -3464,7 +3464,7 @@ class RedisLink:
 
     def _note_end(self, subscription: Subscription, error: BaseException) -> None:
         if subscription is self._subscription:
-            self._fail(error)
+            self._fail(subscription, error)
 
     def _take_some(self) -> None:
         """Store the first lines of the inbox; what cannot be stored stays there and is tried again."""

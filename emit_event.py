@@ -1979,18 +1979,20 @@ _REDIS_TROUBLES = (
 )
 
 
-def redis_trouble(error: BaseException, values: "Dict[str, Any]") -> str:
-    """Say in one sentence what is wrong with Redis and what to do about it."""
+def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: bool = False) -> str:
+    """Say in one sentence what is wrong with Redis and what to do about it.
+
+    `connected` tells that this configuration has worked before, so that the connection's end has other causes.
+    """
     text = " ".join(str(error).split())[:300]
     tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
+    tls_hint = " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
     facts = {
         "text": text,
         "place": redis_place(values),
         "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
         "python": sys.executable,
-        "tls_hint": " (is a client certificate asked for?)"
-        if tls
-        else " (if that is a TLS port, set redis.tls)",
+        "tls_hint": "" if connected else tls_hint,
     }
     for signs, words in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
@@ -2220,7 +2222,7 @@ class Publisher:
             self._client = client = self._client or redis_client(self._values)
             replies = within(deadline_s, lambda: self._send(client, batch, stream))
         except Exception as error:  # whatever it is, the events stay in the spool
-            self._fail(redis_trouble(error, self._values))
+            self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
             return
         self._settle(batch, replies, stream)
 
