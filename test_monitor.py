@@ -4106,8 +4106,10 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId="tree-a")
     protocol_update(other, "tree-b", parentSessionId="tree-a")
+    protocol_update(mine, "tree-a", childSessionIds=["tree-b"])
     mine.send(type="set_parent", sessionId="tree-c", parentSessionId="tree-b")
     protocol_update(other, "tree-c", parentSessionId="tree-b")
+    protocol_update(mine, "tree-b", childSessionIds=["tree-c"])
     sessions = spoken.sessions()
     assert sessions["tree-a"]["childSessionIds"] == ["tree-b"]
     assert sessions["tree-b"]["childSessionIds"] == ["tree-c"]
@@ -4120,9 +4122,25 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     assert spoken.sessions()["tree-a"]["parentSessionId"] is None
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId=None)
     protocol_update(other, "tree-b", parentSessionId=None)
+    protocol_update(mine, "tree-a", childSessionIds=[])
     mine.send(type="set_parent", sessionId="tree-a", parentSessionId="tree-c")
     protocol_update(other, "tree-a", parentSessionId="tree-c")
+    protocol_update(mine, "tree-c", childSessionIds=["tree-a"])
+    mine.send(type="delete_session", sessionId="tree-a")
+    protocol_update(other, "tree-c", childSessionIds=[])
     mine.close(), other.close()
+
+
+def test_a_session_that_is_linked_to_another_only_later_is_told_to_the_clients(
+    running: RunningMonitor,
+) -> None:
+    client = running.websocket("rows")
+    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
+    running.emit(payload("SessionStart", "new", source="clear"))
+    protocol_update(client, "new", continuedFrom=None)
+    running.emit(payload("SessionEnd", "old", reason="clear"))
+    protocol_update(client, "new", continuedFrom="old")
+    client.close()
 
 
 def test_a_deleted_session_is_gone_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
@@ -8188,6 +8206,27 @@ def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> N
     assert running.sessions()[session_id]["state"] == "ended"
 
 
+def test_a_client_that_was_killed_while_nobody_looked_ended_with_its_last_event(
+    running: RunningMonitor,
+) -> None:
+    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+    command = running.installed_command()
+    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+    run_hook(command, line, {**running.environment, "CLAUDE_PID": str(client.pid)})
+    told = running.sessions()["gone"]
+    assert told["state"] == "working"
+    running.stop()
+    client.kill()
+    client.wait()
+    time.sleep(0.5)  # what passes before anybody looks is no part of the session
+    (offline,) = json.loads(running.command("sessions", "--json", "--all").stdout)
+    running.start()
+    again = running.sessions()["gone"]
+    assert again["state"] == offline["state"] == "ended"
+    assert again["endTime"] == offline["endTime"] == again["stateSince"] == told["lastEventTime"]
+    assert again["reason"]["detail"] == "its process is gone"
+
+
 # The command line
 
 
@@ -8294,6 +8333,14 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert "5 events" in running.command("export", "--output", target).stdout
     with open(target, encoding="utf-8") as file:
         assert file.read().splitlines() == exported
+    for number in range(5):
+        running.emit(
+            payload(
+                "PostToolUseFailure", "stuck", tool_name="Edit", tool_use_id=f"t{number}", error="no match"
+            )
+        )
+    assert "Edit failed 5 times the same way: no match" in running.command("sessions").stdout
+    as_json = json.loads(running.command("sessions", "--json", "--all").stdout)
     running.stop()
     offline = running.command("sessions", "--json", "--all")
     assert "files" in offline.stderr
