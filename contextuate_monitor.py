@@ -1976,21 +1976,27 @@ def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, clo
     """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
     data = event["data"]
     same_agent = wait.agent_id == event.get("agentId", MAIN)
+    tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
+    is_its_call = wait.kind != "input" and (wait.tool, wait.detail) == (tool, target)
     if kind in ("tool_result", "tool_error"):
-        tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
-        if wait.kind != "input" and (wait.tool, wait.detail) == (tool, target):
+        if is_its_call:
             return closed is None or closed not in wait.beside
         return same_agent and (wait.kind == "input" or closed not in wait.beside)
     if not same_agent:
         return False
+    if kind == "permission_denied":
+        return is_its_call or not tool or wait.kind == "input"
     if kind == "tool_call":
         # Calls of one round begin together, so only a later one shows that this one is decided.
         return wait.kind == "input" or event["timestamp"] - wait.since > TOGETHER_MS
     if kind == "elicitation_result":
-        return wait.kind in ("question", "input")
+        server = text_of(data.get("mcp_server_name"))
+        return wait.kind == "input" or (
+            wait.kind == "question" and (not server or wait.tool in (None, server))
+        )
     if kind in ("permission_request", "elicitation", "user_prompt"):
         return wait.kind == "input"
-    return kind in ("permission_denied", "turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
+    return kind in ("turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
