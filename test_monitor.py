@@ -6525,7 +6525,7 @@ def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user
     assert state == "quiet" or state in [row[0] for row in cm.STATES]
     with open(ROOT + "/README.md", encoding="utf-8") as file:
         table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
-    assert f"| **{name}** |" in table
+    assert f"| **{name}**" in table
 
 
 def test_the_table_of_states_has_no_state_that_nobody_reaches():
