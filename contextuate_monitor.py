@@ -1976,21 +1976,27 @@ def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, clo
     """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
     data = event["data"]
     same_agent = wait.agent_id == event.get("agentId", MAIN)
+    tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
+    is_its_call = wait.kind != "input" and (wait.tool, wait.detail) == (tool, target)
     if kind in ("tool_result", "tool_error"):
-        tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
-        if wait.kind != "input" and (wait.tool, wait.detail) == (tool, target):
+        if is_its_call:
             return closed is None or closed not in wait.beside
         return same_agent and (wait.kind == "input" or closed not in wait.beside)
     if not same_agent:
         return False
+    if kind == "permission_denied":
+        return is_its_call or not tool or wait.kind == "input"
     if kind == "tool_call":
         # Calls of one round begin together, so only a later one shows that this one is decided.
         return wait.kind == "input" or event["timestamp"] - wait.since > TOGETHER_MS
     if kind == "elicitation_result":
-        return wait.kind in ("question", "input")
+        server = text_of(data.get("mcp_server_name"))
+        return wait.kind == "input" or (
+            wait.kind == "question" and (not server or wait.tool in (None, server))
+        )
     if kind in ("permission_request", "elicitation", "user_prompt"):
         return wait.kind == "input"
-    return kind in ("permission_denied", "turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
+    return kind in ("turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
@@ -2166,6 +2172,7 @@ class SessionBook:
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._numbers = itertools.count()
+        self._linked: Set[str] = set()  # ids of sessions that changed because of another one
 
     # What happens
 
@@ -2177,16 +2184,29 @@ class SessionBook:
             self.sessions[session_id] = Session(
                 session_id, machine, event["workingDirectory"], timestamp, timestamp, timestamp
             )
+        parent_before = self.sessions[session_id].parent_id
         if kind == "session_meta":
             for session in self._versions(session_id):
                 _apply_user_action(session, event["data"])
-            return self.sessions[session_id]
+        else:
+            self._apply_hook(event, kind)
+        session = self.sessions[session_id]
+        if session.parent_id != parent_before:
+            self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
+        return session
+
+    def linked_changes(self) -> List[Session]:
+        """Return, once, the sessions that changed because of another one: its parents, those it continues."""
+        linked, self._linked = self._linked, set()
+        return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
+
+    def _apply_hook(self, event: JsonObject, kind: str) -> None:
+        machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
         delay = received_time(event) - timestamp
         self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
-        return self.sessions[session_id]
 
     def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
         """Tell a session an event at its place among those of the last seconds."""
@@ -2260,7 +2280,10 @@ class SessionBook:
     def delete(self, session_id: str) -> bool:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
-        return self.sessions.pop(session_id, None) is not None
+        gone = self.sessions.pop(session_id, None)
+        if gone is not None and gone.parent_id:
+            self._linked.add(gone.parent_id)
+        return gone is not None
 
     # What links sessions
 
@@ -2282,6 +2305,7 @@ class SessionBook:
                 self._continue(min(after, key=lambda other: other.source_time), session)
 
     def _continue(self, session: Session, before: Session) -> None:
+        self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         for version in self._versions(session.session_id):
             version.continued_from = before.session_id
             version.user_label = version.user_label or before.user_label
@@ -4413,6 +4437,7 @@ class Monitor:
         self._connections: Set[IngestConnection] = set()
         self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
         self._updates_due = False
+        self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
@@ -4697,8 +4722,13 @@ class Monitor:
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
+        self._note_linked_changes()
         self.clients.broadcast_events(stored)
         self._send_updates_soon()
+
+    def _note_linked_changes(self) -> None:
+        for session in self.book.linked_changes():
+            self._changed[session.session_id] = session
 
     def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
         """Note what comes from where; the log tells a machine's first event, when debugging each."""
@@ -4759,18 +4789,7 @@ class Monitor:
         self._send_status_if_changed()
 
     def _end_sessions_whose_process_is_gone(self) -> List[Session]:
-        """End the sessions of this machine whose client is no longer there: a kill fires no hook."""
-        gone = []
-        for session in list(self.book.sessions.values()):
-            if (
-                session.pid is None
-                or session.state == "ended"
-                or session.machine_id != self.settings.machine_id
-            ):
-                continue
-            if not process_ran_at(session.pid, session.last_event):
-                gone.append(self.book.end_gone(session.session_id, now_ms()))
-        return gone
+        return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
@@ -5095,8 +5114,11 @@ class Monitor:
         freed = self.store.delete_session(session.session_id)
         self.book.delete(session.session_id)
         self._changed.pop(session.session_id, None)
+        self._alive_ms.pop(session.session_id, None)
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self.clients.broadcast_json({"type": "session_deleted", "sessionId": session.session_id})
+        self._note_linked_changes()
+        self._send_updates_soon()
 
     def _send_session_list(self) -> None:
         for with_hidden in (False, True):
@@ -5133,6 +5155,26 @@ def session_book(settings: Settings) -> SessionBook:
         settings.machine_id,
         PriceList(settings["prices"]),
     )
+
+
+def end_sessions_without_process(
+    book: SessionBook, machine_id: str, alive_ms: Dict[str, int]
+) -> List[Session]:
+    """End the sessions of this machine whose client is no longer there: a kill fires no hook.
+
+    `alive_ms` is kept here: session → when its process was last seen. A process may have gone long before
+    anybody looked, so its session ends when it was last seen, or with its last event.
+    """
+    gone = []
+    for session in list(book.sessions.values()):
+        if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
+            continue
+        if process_ran_at(session.pid, session.last_event):
+            alive_ms[session.session_id] = now_ms()
+        else:
+            seen_ms = alive_ms.pop(session.session_id, session.last_event)
+            gone.append(book.end_gone(session.session_id, max(seen_ms, session.last_event)))
+    return gone
 
 
 class MessageError(Exception):
@@ -7330,6 +7372,7 @@ def command_sessions(args: argparse.Namespace) -> int:
         for line in EventStore(settings.path("events")).all_lines():
             book.apply(parse_stored(line))
         book.tick(now_ms())
+        end_sessions_without_process(book, settings.machine_id, {})
         sessions = book.all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
@@ -7343,7 +7386,8 @@ def command_sessions(args: argparse.Namespace) -> int:
     for session in sessions:
         since = human_duration(now_ms() - session["stateSince"])
         reason = session["reason"]
-        detail = f"{reason['kind']}: {reason['detail']}" if reason else session["activity"]
+        stuck = session["stuck"][0]["detail"] if session["stuck"] and session["state"] == "working" else ""
+        detail = f"{reason['kind']}: {reason['detail']}" if reason else stuck or session["activity"]
         label, machine = session["label"], session["machineId"]
         print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
     return 0

@@ -1982,7 +1982,7 @@ _REDIS_TROUBLES = (
 def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: bool = False) -> str:
     """Say in one sentence what is wrong with Redis and what to do about it.
 
-    `connected` tells that this configuration has worked before, so that the connection's end has other causes.
+    `connected` tells that this configuration has worked before: a connection that ends has other causes then.
     """
     text = " ".join(str(error).split())[:300]
     tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")

@@ -4163,8 +4163,10 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId="tree-a")
     protocol_update(other, "tree-b", parentSessionId="tree-a")
+    protocol_update(mine, "tree-a", childSessionIds=["tree-b"])
     mine.send(type="set_parent", sessionId="tree-c", parentSessionId="tree-b")
     protocol_update(other, "tree-c", parentSessionId="tree-b")
+    protocol_update(mine, "tree-b", childSessionIds=["tree-c"])
     sessions = spoken.sessions()
     assert sessions["tree-a"]["childSessionIds"] == ["tree-b"]
     assert sessions["tree-b"]["childSessionIds"] == ["tree-c"]
@@ -4177,9 +4179,25 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     assert spoken.sessions()["tree-a"]["parentSessionId"] is None
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId=None)
     protocol_update(other, "tree-b", parentSessionId=None)
+    protocol_update(mine, "tree-a", childSessionIds=[])
     mine.send(type="set_parent", sessionId="tree-a", parentSessionId="tree-c")
     protocol_update(other, "tree-a", parentSessionId="tree-c")
+    protocol_update(mine, "tree-c", childSessionIds=["tree-a"])
+    mine.send(type="delete_session", sessionId="tree-a")
+    protocol_update(other, "tree-c", childSessionIds=[])
     mine.close(), other.close()
+
+
+def test_a_session_that_is_linked_to_another_only_later_is_told_to_the_clients(
+    running: RunningMonitor,
+) -> None:
+    client = running.websocket("rows")
+    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
+    running.emit(payload("SessionStart", "new", source="clear"))
+    protocol_update(client, "new", continuedFrom=None)
+    running.emit(payload("SessionEnd", "old", reason="clear"))
+    protocol_update(client, "new", continuedFrom="old")
+    client.close()
 
 
 def test_a_deleted_session_is_gone_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
@@ -5611,6 +5629,115 @@ def test_a_parallel_calls_result_does_not_end_a_question():
     assert tale.result("AskUserQuestion", "t4")["state"] == "working"
 
 
+def test_of_two_servers_questions_each_is_ended_by_its_own_answer():
+    tale = session_tale()
+    tale.call("mcp__one__ask", "t1", text="x")
+    tale.call("mcp__two__ask", "t2", text="y")
+    tale.say("Elicitation", mcp_server_name="one", message="Your name?", mode="form")
+    tale.say("Elicitation", mcp_server_name="two", message="Your colour?", mode="form")
+    told = tale.say("ElicitationResult", mcp_server_name="one", action="decline")
+    assert (told["state"], told["reason"]["tool"], told["reason"]["detail"]) == (
+        "waiting",
+        "two",
+        "Your colour?",
+    )
+    assert tale.say("ElicitationResult", mcp_server_name="two", action="accept")["state"] == "working"
+
+
+def test_a_question_of_a_subagents_server_is_not_ended_by_the_main_agents_progress():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    told = tale.say("Elicitation", agent="a1", mcp_server_name="demo", message="Open this page?", mode="url")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "Open this page?")
+    assert session_agent(told, "a1")["state"] == "waiting"
+    tale.call("Read", "t2", file_path="x")
+    assert tale.result("Read", "t2", file_path="x")["state"] == "waiting"
+    told = tale.say("ElicitationResult", agent="a1", mcp_server_name="demo", action="cancel")
+    assert (told["state"], session_agent(told, "a1")["state"]) == ("working", "working")
+
+
+def test_a_server_that_asks_while_nobody_answers_is_over_with_its_turn():
+    tale = session_tale()
+    tale.call("mcp__demo__ask", "t1", text="x")
+    tale.say("Elicitation", mcp_server_name="demo", message="Your name?", mode="form")
+    assert tale.stop()["state"] == "idle"
+
+
+@pytest.mark.parametrize("sign", ["UserPromptSubmit", "idle_prompt", "Stop"])
+def test_a_plan_that_was_not_approved_needs_nobody_after_the_next_sign(sign):
+    tale = session_tale()
+    tale.call("ExitPlanMode", "t1", plan="Add a cart")
+    assert tale.ask("ExitPlanMode", plan="Add a cart")["reason"]["kind"] == "question"
+    if sign == "idle_prompt":
+        told = tale.notify("idle_prompt")
+        assert told["reason"]["kind"] == "input"
+    else:
+        told = tale.prompt("another way") if sign == "UserPromptSubmit" else tale.stop()
+        assert told["reason"] is None
+    assert told["openCalls"] == []
+
+
+def test_a_denied_permission_closes_its_call_as_failed_and_says_why():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="rm -rf /")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf /"}, tool_use_id="t1",
+        reason="destructive")  # fmt: skip
+    assert (told["state"], told["openCalls"], told["counts"]["toolErrors"]) == ("working", [], 1)
+    again = tale.batch(("Bash", "t1", "denied"))
+    assert again["counts"]["toolErrors"] == 1, "its round says the same once more"
+
+
+def test_a_denial_leaves_the_other_permission_that_is_asked_for():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    tale.call("Bash", "t2", command="rm -rf build")
+    tale.ask("Bash", command="make")
+    tale.ask("Bash", command="rm -rf build")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "make"}, tool_use_id="t1")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "rm -rf build")
+    told = tale.say(
+        "PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf build"}, tool_use_id="t2"
+    )
+    assert (told["state"], told["openCalls"]) == ("working", [])
+
+
+def test_an_idle_teammate_needs_nobody_and_moves_nothing():
+    for before in ("working", "waiting", "idle"):
+        tale = session_tale()
+        if before == "waiting":
+            tale.ask("Bash", command="ls")
+        elif before == "idle":
+            tale.stop()
+        state, since = tale.now()["state"], tale.now()["stateSince"]
+        told = tale.say("TeammateIdle", teammate_name="reviewer", team_name="shop")
+        assert (told["state"], told["stateSince"], told["agents"]) == (state, since, []) and state == before
+
+
+def test_a_teammates_tasks_are_no_prompts_and_no_agents():
+    tale = session_tale()
+    tale.say("TaskCreated", task_id="1", task_subject="Review", teammate_name="reviewer")
+    told = tale.say("TaskCompleted", task_id="1", task_subject="Review", teammate_name="reviewer")
+    assert (told["state"], told["agents"], told["counts"]["prompts"]) == ("working", [], 1)
+
+
+def test_the_main_thread_of_an_agent_session_is_no_subagent():
+    tale = SessionTale()
+    tale.say("SessionStart", source="startup", agent_type="reviewer")
+    tale.say("UserPromptSubmit", prompt="review it", agent_type="reviewer")
+    told = tale.say(
+        "PreToolUse", tool_name="Read", tool_use_id="t1", tool_input={"file_path": "a"}, agent_type="reviewer"
+    )
+    assert (told["state"], told["agents"], told["openCalls"][0]["agentId"]) == ("working", [], None)
+    assert tale.say("Stop", agent_type="reviewer")["state"] == "idle"
+
+
+def test_an_agent_in_a_worktree_does_not_move_its_session_there():
+    directories = {event["cwd"] for event in recorded("worktree")}
+    assert len(directories) == 2
+    for event, told in session_steps("worktree"):
+        assert told["workingDirectory"] == "/home/dev/acme-shop", event
+
+
 # Idle prompt, Esc and rejections -------------------------------------------
 
 
@@ -6455,7 +6582,7 @@ def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user
     assert state == "quiet" or state in [row[0] for row in cm.STATES]
     with open(ROOT + "/README.md", encoding="utf-8") as file:
         table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
-    assert f"| **{name}** |" in table
+    assert f"| **{name}**" in table
 
 
 def test_the_table_of_states_has_no_state_that_nobody_reaches():
@@ -8245,6 +8372,27 @@ def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> N
     assert running.sessions()[session_id]["state"] == "ended"
 
 
+def test_a_client_that_was_killed_while_nobody_looked_ended_with_its_last_event(
+    running: RunningMonitor,
+) -> None:
+    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+    command = running.installed_command()
+    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+    run_hook(command, line, {**running.environment, "CLAUDE_PID": str(client.pid)})
+    told = running.sessions()["gone"]
+    assert told["state"] == "working"
+    running.stop()
+    client.kill()
+    client.wait()
+    time.sleep(0.5)  # what passes before anybody looks is no part of the session
+    (offline,) = json.loads(running.command("sessions", "--json", "--all").stdout)
+    running.start()
+    again = running.sessions()["gone"]
+    assert again["state"] == offline["state"] == "ended"
+    assert again["endTime"] == offline["endTime"] == again["stateSince"] == told["lastEventTime"]
+    assert again["reason"]["detail"] == "its process is gone"
+
+
 # The command line
 
 
@@ -8351,6 +8499,14 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert "5 events" in running.command("export", "--output", target).stdout
     with open(target, encoding="utf-8") as file:
         assert file.read().splitlines() == exported
+    for number in range(5):
+        running.emit(
+            payload(
+                "PostToolUseFailure", "stuck", tool_name="Edit", tool_use_id=f"t{number}", error="no match"
+            )
+        )
+    assert "Edit failed 5 times the same way: no match" in running.command("sessions").stdout
+    as_json = json.loads(running.command("sessions", "--json", "--all").stdout)
     running.stop()
     offline = running.command("sessions", "--json", "--all")
     assert "files" in offline.stderr
