@@ -8535,6 +8535,98 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
 
 
 # ---------------------------------------------------------------------------
+# Doctor: each broken link is named, with what to do
+# ---------------------------------------------------------------------------
+
+
+def examine(monitor: RunningMonitor) -> "tuple[int, dict[str, list[dict[str, str]]]]":
+    """Run `doctor --json`; return its exit status and the findings by the name of their check."""
+    done = monitor.command("doctor", "--json", check=False)
+    answer = json.loads(done.stdout)
+    findings: dict[str, list[dict[str, str]]] = {}
+    for finding in answer["findings"]:
+        findings.setdefault(finding["check"], []).append(finding)
+    assert answer["ok"] == (done.returncode == 0)
+    return done.returncode, findings
+
+
+def levels(findings: "dict[str, list[dict[str, str]]]", check: str) -> "list[str]":
+    return [finding["level"] for finding in findings[check]]
+
+
+def test_doctor_finds_nothing_wrong_where_nothing_is(running):
+    running.command("install")
+    status, findings = examine(running)
+    assert status == 0, findings
+    for check in ("config", "files", "hook", "registered", "spool", "monitor", "socket", "probe"):
+        assert levels(findings, check) == ["ok"], findings[check]
+    assert "reached the monitor" in findings["probe"][0]["words"]
+    events = running.get("/api/events?limit=10")["events"]
+    assert [event["data"]["message"].startswith("doctor ") for event in events] == [True]
+    words = running.command("doctor").stdout
+    assert words.startswith("ok   config") and words.endswith("Everything that was examined works.\n")
+
+
+def test_doctor_says_that_the_monitor_does_not_run_and_loses_no_event(monitor):
+    monitor.start().command("install")
+    monitor.command("stop")
+    status, findings = examine(monitor)
+    assert status == 1
+    assert levels(findings, "monitor") == levels(findings, "probe") == ["fail"]
+    assert findings["monitor"][0]["advice"] == "run: python3 contextuate_monitor.py start"
+    assert levels(examine(monitor)[1], "spool") == ["warn"]  # the first probe waits there
+    monitor.start()
+    eventually(lambda: len(monitor.get("/api/events?limit=10")["events"]) == 2)
+    assert examine(monitor)[0] == 0
+
+
+def test_doctor_says_that_the_hook_is_missing_not_registered_or_of_another_version(running):
+    status, findings = examine(running)
+    assert status == 1 and levels(findings, "hook") == levels(findings, "registered") == ["fail"]
+    assert "install" in findings["hook"][0]["advice"]
+    running.command("install")
+    with open(running.home + "/hooks/lib/emit_event.py", "a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    status, findings = examine(running)
+    assert status == 0 and levels(findings, "hook") == ["warn"]
+    os.unlink(running.home + "/hooks/lib/emit_event.py")
+    assert levels(examine(running)[1], "hook")[0] == "fail"
+
+
+def test_doctor_sees_that_claude_code_runs_no_hooks(running):
+    running.command("install")
+    path = running.claude_home + "/settings.json"
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**settings, "disableAllHooks": True}, file)
+    status, findings = examine(running)
+    assert status == 1 and findings["registered"][0]["level"] == "fail"
+    assert "disableAllHooks" in findings["registered"][0]["words"]
+
+
+def test_doctor_names_what_is_wrong_in_the_configuration(monitor):
+    monitor.write_config({"server": {"port": "many"}})
+    status, findings = examine(monitor)
+    assert status == 1 and list(findings) == ["config"]
+    assert "server.port: expected an integer" in findings["config"][0]["words"]
+    monitor.write_config({"sever": {"port": 1}})
+    assert levels(examine(monitor)[1], "config") == ["ok", "warn"]
+
+
+def test_doctor_sees_files_that_are_open_to_others_and_that_a_port_is_taken(monitor):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monitor.write_config({"server": {"port": port, "wsPort": 0}})
+        os.chmod(monitor.home, 0o755)
+        status, findings = examine(monitor)
+    assert status == 1 and levels(findings, "files") == ["warn"]
+    assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
+
+
+# ---------------------------------------------------------------------------
 # Browser: the page in headless Chromium against a real monitor
 # ---------------------------------------------------------------------------
 
