@@ -572,7 +572,7 @@ def handshake_response(request: Request) -> bytes:
 # A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON.
 # ---------------------------------------------------------------------------
 
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
