@@ -4478,6 +4478,9 @@ class Monitor:
     def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
         """Parse, build and redact one event; what is none goes to the quarantine."""
         remote = incoming.via in (Via.CHANNEL, Via.STREAM)
+        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
+            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            return None
         try:
             given = emit_event.parse_event_line(incoming.line)
             if remote:
