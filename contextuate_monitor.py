@@ -573,7 +573,7 @@ def handshake_response(request: Request) -> bytes:
 # A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON.
 # ---------------------------------------------------------------------------
 
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
@@ -4677,6 +4677,9 @@ class Monitor:
     def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
         """Parse, build and redact one event; what is none goes to the quarantine."""
         remote = incoming.via in (Via.CHANNEL, Via.STREAM)
+        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
+            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            return None
         try:
             given = emit_event.parse_event_line(incoming.line)
             if remote:

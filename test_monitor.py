@@ -2377,7 +2377,7 @@ def test_a_file_that_is_nothing_but_a_torn_line_is_begun_anew(tmp_path):
 STORE_ODD_IDS = [
     "../../x", "/etc/passwd", "..", ".", "a/b", "a\0b", "\n", "", " ", "x" * 65, "x" * 10_000, "é",
     "\ud83d", "a\\b",
-    "con:1", "*", "s1\n", "~",
+    "con:1", "*", "s1\n", "~", ".hidden", "-rf",
 ]  # fmt: skip
 
 
@@ -2388,8 +2388,8 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
     (entry,) = store.append([{**store_event(1, "s"), "sessionId": session}], NOW_MS)
     (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert path.parent == root / cm.day_of(NOW_MS) and re.fullmatch(r"[A-Za-z0-9._-]{1,70}\.jsonl", path.name)
-    assert store.session_lines(session, 5) == [entry.line]
-    plain = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", session) is not None and not session.endswith("\n")
+    assert store.session_lines(session, 5) == store.recent_lines(5) == list(store.all_lines()) == [entry.line]
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", session) is not None and session[-1] != "\n"
     assert (path.name == session + ".jsonl") == plain
     store.close()
 
