@@ -3090,7 +3090,7 @@ CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmati
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_INTERVAL_S = 5.0
 STREAM_HURRY_S = 0.5  # while the channel leaves events out
-STREAM_PAGE_EVENTS = 200
+STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
 INBOX_LIMIT_BYTES = 16 << 20
 INBOX_LINES_A_TURN = 200
 STREAM_START = "0-0"
@@ -3286,7 +3286,9 @@ class Subscription(threading.Thread):
         """Hand over what the stream holds up to `last` and the channel left out; tell if there is any."""
         found = False
         while not self.abandoned:
-            page = self._client.xrange(stream, after_position(self._position), last, STREAM_PAGE_EVENTS)
+            count = self._link.page_events
+            page = self._client.xrange(stream, after_position(self._position), last, count)
+            self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
             self.heard = time.monotonic()
             for raw_id, fields in page:
                 self._position = raw_id.decode("ascii")
@@ -3296,7 +3298,7 @@ class Subscription(threading.Thread):
                     self._hand_over(RemoteLine(line, self._position))
             if page:
                 self._hand_over(RemoteLine(b"", self._position))
-            if len(page) < STREAM_PAGE_EVENTS:
+            if len(page) < count:
                 break
         return found
 
@@ -3344,6 +3346,7 @@ class RedisLink:
         changed: Callable[[], None],
     ) -> None:
         self.values = settings.values
+        self.page_events = STREAM_PAGE_EVENTS  # how many the subscription asks for at once
         self.stream = f"{settings['redis.channel']}:stream" if settings["redis.streamMaxLength"] else None
         self._loop = loop
         self._take = take
@@ -3433,6 +3436,9 @@ class RedisLink:
         """Count a failed attempt or a lost connection; try again in a while or give up."""
         self._drop_subscription()
         self._failures += 1
+        self.page_events = max(
+            1, self.page_events // 4
+        )  # perhaps it was too much for the link to bring in time
         reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
         most = self.values["redis.maxRetries"]
         if most is not None and self._failures >= most:
@@ -4285,6 +4291,30 @@ class Quarantine:
             log.warning("the quarantine could not be written: %s", error)
 
 
+class StoredIds:
+    """The ids in sessions' files, to tell a second delivery of which SeenIds may no longer know.
+
+    What was read is kept for a while: what is stored in the meantime SeenIds knows.
+    """
+
+    LIMIT = 100_000  # ids
+
+    def __init__(self, store: Union[EventStore, MemoryStore]) -> None:
+        self._store = store
+        self._known: Dict[str, Set[str]] = {}  # session → ids
+        self._read_seq = 0  # the store's number when the first of them was read
+
+    def has(self, session_id: str, event_id: str) -> bool:
+        """Tell whether a session's files hold an event."""
+        count = sum(map(len, self._known.values()))
+        if self._store.seq - self._read_seq > REMEMBERED_IDS // 4 or count > self.LIMIT:
+            self._known = {}
+            self._read_seq = self._store.seq
+        if session_id not in self._known:
+            self._known[session_id] = self._store.ids(session_id)
+        return event_id in self._known[session_id]
+
+
 class Via(enum.Enum):
     """How an event came: what follows from it for trust, doubles and clocks."""
 
@@ -4433,6 +4463,7 @@ class Monitor:
         self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
         self._seen = SeenIds()
+        self._stored_ids = StoredIds(self.store)
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
         self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
@@ -4650,14 +4681,13 @@ class Monitor:
         events: List[JsonObject] = []
         sources: List[Incoming] = []  # for each event the line that it came in
         places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
-        known: Dict[str, Set[str]] = {}  # session → the ids in its files, for what may be a second delivery
         batch_ids: Set[str] = set()
         for incoming in lines:
             self.received += 1
             event = self._event_of(incoming, received_ms)
             if event is None:
                 places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, incoming, known):
+            elif event["id"] in batch_ids or self._is_stored(event, incoming):
                 self.duplicates += 1
                 places.append(None)
             else:
@@ -4696,16 +4726,13 @@ class Monitor:
             self.quarantine.add(incoming.line, "could not be built")
         return None
 
-    def _is_stored(self, event: JsonObject, incoming: Incoming, known: Dict[str, Set[str]]) -> bool:
-        """Tell whether the event is a second delivery; `known` keeps what was read from files for it."""
+    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether the event is a second delivery."""
         if event["id"] in self._seen:
             return True
         if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
             return False
-        session_id = event["sessionId"]
-        if session_id not in known:
-            known[session_id] = self.store.ids(session_id)
-        return event["id"] in known[session_id]
+        return self._stored_ids.has(event["sessionId"], event["id"])
 
     def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
         """Tell whether an event has waited so long that its first delivery may be forgotten."""
