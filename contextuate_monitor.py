@@ -4770,7 +4770,7 @@ class Monitor:
             machine = self._machines[name] = Machine()
         machine.events += 1
         machine.last_seen = received_ms
-        if incoming.sent_ms is not None:
+        if incoming.sent_ms is not None and not event.get("demo"):
             machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
