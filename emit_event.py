@@ -1964,17 +1964,17 @@ _REDIS_TROUBLES = (
         "Protocol Error|InvalidResponse",
         "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true",
     ),
-    ("No such file or directory", "a file or socket named in the Redis configuration is missing: {text}"),
+    ("No such file or directory", "{missing} is not there: check the paths in the Redis configuration"),
     (
         "Name or service not known|nodename nor servname|name resolution|No address",
         "{host} is not a known host name: check redis.host",
     ),
     ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
     (
-        "Connection closed by server|Connection reset|Broken pipe",
-        "Redis at {place} closed the connection{tls_hint}",
+        "Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
+        "Redis at {place} closed the connection{closed_hint}",
     ),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time"),
+    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
     ("unreachable|No route", "{place} cannot be reached from this machine"),
 )
 
@@ -1985,19 +1985,33 @@ def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: boo
     `connected` tells that this configuration has worked before: a connection that ends has other causes then.
     """
     text = " ".join(str(error).split())[:300]
+    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
-    tls_hint = " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    closed_hint = (
+        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    )
+    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
     facts = {
         "text": text,
         "place": redis_place(values),
         "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
+        "missing": ", ".join(_missing_redis_files(values)) or "a file",
         "python": sys.executable,
-        "tls_hint": "" if connected else tls_hint,
+        "closed_hint": "" if connected else closed_hint,
+        "silence_hint": "" if connected else silence_hint,
     }
     for signs, words in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return words.format(**facts)
     return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
+
+
+def _missing_redis_files(values: "Dict[str, Any]") -> "List[str]":
+    """Return which of the files and sockets that the configuration names do not exist."""
+    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
+    if (values["redis.url"] or "").startswith("unix:"):
+        named.append(redis_place(values))
+    return [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
 
 
 def privacy_of(values: "Dict[str, Any]") -> Privacy:
