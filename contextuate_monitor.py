@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import codecs
 import collections
 import concurrent.futures
@@ -2172,6 +2173,10 @@ class SessionBook:
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._numbers = itertools.count()
+        # Sorted (time, session id): who made way for another session, and who began after such a one.
+        self._ends: List[Tuple[int, str]] = []
+        self._starts: List[Tuple[int, str]] = []
+        self._continued_by: Dict[str, str] = {}
         self._linked: Set[str] = set()  # ids of sessions that changed because of another one
 
     # What happens
@@ -2289,22 +2294,31 @@ class SessionBook:
 
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
-        if kind == "session_start" and session.start_source in _MADE_WAY and not session.continued_from:
-            before = [other for other in self.sessions.values() if _makes_way(other, session)]
-            taken = {other.continued_from for other in self.sessions.values()}
-            before = [other for other in before if other.session_id not in taken]
-            if before:
-                self._continue(session, max(before, key=lambda other: other.end or 0))
-        elif kind == "session_end":
-            after = [
-                other
-                for other in self.sessions.values()
-                if not other.continued_from and _makes_way(session, other)
+        if kind == "session_start" and session.start_source in _MADE_WAY:
+            bisect.insort(self._starts, (session.source_time, session.session_id))
+            before = [
+                other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
             ]
+            before = [
+                other for other in before if self._continued_by.get(other.session_id) not in self.sessions
+            ]
+            if before and not session.continued_from:
+                self._continue(session, max(before, key=lambda other: other.end or 0))
+        elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
+            bisect.insort(self._ends, (session.end, session.session_id))
+            after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
+            after = [other for other in after if not other.continued_from]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
 
+    def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
+        """Return the sessions that began, or ended, about that time."""
+        first = bisect.bisect_left(times, (time_ms - LINK_MS, ""))
+        last = bisect.bisect_left(times, (time_ms + LINK_MS + 1, ""))
+        return [self.sessions[each] for _, each in times[first:last] if each in self.sessions]
+
     def _continue(self, session: Session, before: Session) -> None:
+        self._continued_by[before.session_id] = session.session_id
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         for version in self._versions(session.session_id):
             version.continued_from = before.session_id

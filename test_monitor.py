@@ -6333,6 +6333,20 @@ def test_clear_in_one_of_two_terminals_links_the_right_session():
         assert tale.say("SessionStart", session=name, source="clear")["continuedFrom"] == before
 
 
+def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
+    compared, real = itertools.count(), cm._makes_way
+    monkeypatch.setattr(cm, "_makes_way", lambda *given: (next(compared), real(*given))[1])
+    tale = SessionTale()
+    for number in range(300):
+        tale.time += 120_000
+        tale.say("SessionStart", session=f"a{number}", source="startup")
+        tale.say("SessionEnd", session=f"a{number}", reason="clear" if number % 2 else "other")
+        if number % 2:
+            told = tale.say("SessionStart", session=f"b{number}", source="clear")
+            assert told["continuedFrom"] == f"a{number}"
+    assert next(compared) <= 600
+
+
 def test_a_plain_start_in_the_same_directory_is_a_stranger():
     tale = session_tale()
     tale.say("SessionEnd", reason="clear")
