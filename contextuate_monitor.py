@@ -1445,6 +1445,9 @@ def _is_second_delivery(session: Session, event: JsonObject) -> bool:
 
 # Tokens and cost
 
+MODELS_LIMIT = 50  # what a foreign event says beyond these is not kept
+AGENTS_LIMIT = 5000
+
 
 def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
     """Take the totals that the reader of the transcripts put on an event; the newest are the whole truth.
@@ -1457,14 +1460,17 @@ def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
     model = usage.get("model")
     told = SessionUsage(
         time_ms,
-        {text_of(name): _model_usage(counts) for name, counts in models.items()},
+        {
+            text_of(name): _model_usage(counts)
+            for name, counts in itertools.islice(models.items(), MODELS_LIMIT)
+        },
         model if isinstance(model, str) else None,
         usage.get("partial") is True,
     )
     if session.usage is None or (time_ms, told.total) >= (session.usage.time, session.usage.total):
         session.usage = told
-    for agent_id, by_model in agents.items():
-        if not isinstance(by_model, dict):
+    for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
+        if not isinstance(by_model, dict) or len(session.agent_usage) >= AGENTS_LIMIT:
             continue
         total = sum((_model_usage(counts).all for counts in by_model.values()), Tokens())
         session.agent_usage[agent_id] = max(
