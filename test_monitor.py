@@ -7588,6 +7588,17 @@ def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
         assert ("agentMeta" in event["data"]) == (number == 2)
 
 
+def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+    copied = [told for told in usage_copied("subagent", tmp_path) if "agent_id" in told]
+    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number in (0, 0, 1):
+        given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
+        event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        noted.append("agentMeta" in event["data"])
+    assert noted == [True, True, False]
+
+
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
     book = cm.SessionBook(own_machine=USAGE_MACHINE)
     for event in usage_noted(usage_copied("parallel", tmp_path)):
