@@ -1213,8 +1213,8 @@ class Session:
     turn_start: int = 0  # when the running turn began
     turn_calls: int = 0  # tools used since then
     turn_changed: bool = False  # a file was changed since then
-    idle_turns: int = 0  # the last turns in a row that used tools and changed no file
-    idle_since: int = 0  # when the first of them began
+    unchanged_turns: int = 0  # the last turns in a row that used tools and changed no file
+    unchanged_since: int = 0  # when the first of them began
     end: Optional[int] = None
     end_reason: str = ""
     end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
@@ -1917,7 +1917,7 @@ def _note_success(session: Session, agent_id: str, tool: str, tool_input: Any) -
     else:
         changes = tool in _EDITING_TOOLS
     if changes:
-        session.turn_changed, session.idle_turns = True, 0
+        session.turn_changed, session.unchanged_turns = True, 0
 
 
 def _begin_turn(session: Session, time_ms: int) -> None:
@@ -1928,8 +1928,8 @@ def _begin_turn(session: Session, time_ms: int) -> None:
 def _finish_turn(session: Session) -> None:
     """Count the turn that is over if it used tools and changed nothing."""
     if session.turn_calls and not session.turn_changed:
-        session.idle_since = session.idle_since if session.idle_turns else session.turn_start
-        session.idle_turns += 1
+        session.unchanged_since = session.unchanged_since if session.unchanged_turns else session.turn_start
+        session.unchanged_turns += 1
     session.turn_calls, session.turn_changed = 0, False
 
 
@@ -1959,9 +1959,9 @@ def stuck_signals(session: Session) -> List[JsonObject]:
         for (_, tool), streak in session.streaks.items()
         if streak.times >= STUCK_FAILURES
     ]
-    if session.idle_turns >= STUCK_TURNS:
-        words = f"{session.idle_turns} turns without a change in files"
-        signals.append({"kind": "unchanged", "since": session.idle_since, "detail": words})
+    if session.unchanged_turns >= STUCK_TURNS:
+        words = f"{session.unchanged_turns} turns without a change in files"
+        signals.append({"kind": "unchanged", "since": session.unchanged_since, "detail": words})
     if _runs_too_long(session):
         words = f"busy for more than {STUCK_MS // 3_600_000} hours without an end"
         signals.append({"kind": "long", "since": _busy_since(session), "detail": words})
