@@ -3767,7 +3767,7 @@ def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
 
 def read_token(path: str) -> str:
     """Return the token in our 0600 file, 192 random bits; make it when there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
         token = file.read().strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)

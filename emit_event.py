@@ -47,7 +47,8 @@ def run_hook() -> None:
         import _signal
 
         # A hook of StopFailure is told to stop 40 ms after its start (CLAUDE_HOOKS: print mode).
-        _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+            _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
         if payload:
             deliver(payload, notes)

@@ -10688,7 +10688,8 @@ def safe_disk(monitor: RunningMonitor, size: str) -> "Iterator[Any]":
         if about:
             os.kill(about["pid"], signal.SIGKILL)
             eventually(lambda: not alive(about["pid"]))
-        subprocess.run(["umount", monitor.home], check=True)
+        # the threads of a killed process may hold its files a moment longer than the process
+        eventually(lambda: not subprocess.run(["umount", monitor.home], check=False).returncode)
 
 
 @needs_root
@@ -10814,13 +10815,14 @@ def test_a_hook_that_is_killed_at_any_moment_spoils_no_other_event(
             hook.stdin.close()
         time.sleep(rng.random() * 0.05)
         hook.send_signal(number)
-        ended_well += hook.wait(30) == 0
+        # A SIGINT before the hook's first line ends it with 0, like every other fault: it must not block Claude.
+        ended_well += hook.wait(30) == 0 and number != signal.SIGINT
     run_hook(shlex.join(command), line, monitor.environment)
     eventually(lambda: not hook_spooled(monitor.home), 30, "an empty spool")
     events = monitor.stored_events()
     assert len(events) >= ended_well + 1
     assert {event["data"].get("message") for event in events} == {"x" * 20_000}
-    assert not os.path.exists(monitor.home + "/quarantine.log") or number != 0
+    assert not os.path.exists(monitor.home + "/quarantine.log")
 
 
 def test_a_stuck_tab_among_fifty_holds_up_nobody(running: RunningMonitor) -> None:
@@ -10925,7 +10927,7 @@ def test_a_configuration_that_became_nonsense_stops_nobody_who_runs(running: Run
         assert running.get("/health")["status"] == "ok"
         if nonsense not in ("", "{}"):
             refused = running.command("restart", "--no-open", check=False)
-            assert refused.returncode == 1 and config in refused.stderr
+            assert refused.returncode in (1, 2) and config in refused.stderr
             assert alive(running.pid)
     with open(config, "w", encoding="utf-8") as file:
         file.write(good)
