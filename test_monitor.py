@@ -9490,8 +9490,8 @@ def redis_complaints() -> "Iterator[dict[str, RedisComplaint]]":
 
         def complain(name: str) -> RedisComplaint:
             machine = machines[name]
-            machine.start()
-            machine.say("kept")
+            machine.spool("kept")
+            machine.start()  # and that starts a publisher for what lies in the spool
 
             def publishers_words() -> str:
                 told = machine.publisher()
