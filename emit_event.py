@@ -1450,16 +1450,17 @@ class AgentNoteReader:
 
     def __init__(self, machine_id: str) -> None:
         self._machine_id = machine_id
-        self._told: "Dict[Tuple[str, str], None]" = {}  # (session, agent) whose note an event has carried
+        # (session, agent) → id of the event that carried the note on the agent
+        self._told: "Dict[Tuple[str, str], str]" = {}
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
-        agent_id, data = event.get("agentId"), event["data"]
-        path = data.get("transcriptPath")
+        agent_id, data = event.get("agentId", ""), event["data"]
+        path, key = data.get("transcriptPath"), (event["sessionId"], agent_id)
         if (
-            agent_id is None
+            not agent_id
             or event["machineId"] != self._machine_id
-            or (event["sessionId"], agent_id) in self._told
+            or self._told.get(key, event["id"]) != event["id"]  # the same event again was not kept before
             or not _is_transcript_path(path)
             or not _AGENT_ID.fullmatch(agent_id)
         ):
@@ -1469,7 +1470,7 @@ class AgentNoteReader:
             return
         if len(self._told) >= AGENTS_REMEMBERED:
             del self._told[next(iter(self._told))]
-        self._told[event["sessionId"], agent_id] = None
+        self._told[key] = event["id"]
         kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
         if type(note.get("spawnDepth")) is int:
             kept["spawnDepth"] = note["spawnDepth"]
@@ -1555,7 +1556,7 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
     row = database.execute(
         "SELECT device, inode, position, mark FROM files WHERE path = ?", (path,)
     ).fetchone()
-    if row and row[:3] == (seen.st_dev, seen.st_ino, seen.st_size):
+    if row and row[:3] == (*_identity(seen), seen.st_size):
         return True
     try:
         fd = os.open(path, _READ_QUIETLY)
@@ -1572,16 +1573,21 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
             position = start + parser.consumed
             database.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                (path, session, about.st_dev, about.st_ino, position, _mark(fd, position)),
+                (path, session, *_identity(about), position, _mark(fd, position)),
             )
         return at_end
     finally:
         os.close(fd)
 
 
+def _identity(about: os.stat_result) -> "Tuple[int, int]":
+    """Return device and inode as SQLite can hold them: some file systems use all 64 bits."""
+    return int(about.st_dev) & (1 << 63) - 1, int(about.st_ino) & (1 << 63) - 1
+
+
 def _position(row: Any, fd: int, about: os.stat_result) -> int:
     """Return how far a transcript was read; 0 for a new one and for one that replaced another."""
-    if row is None or row[:2] != (about.st_dev, about.st_ino) or row[2] > about.st_size:
+    if row is None or row[:2] != _identity(about) or row[2] > about.st_size:
         return 0
     return int(row[2]) if row[3] == _mark(fd, row[2]) else 0
 

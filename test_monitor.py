@@ -6402,6 +6402,20 @@ def test_clear_in_one_of_two_terminals_links_the_right_session():
         assert tale.say("SessionStart", session=name, source="clear")["continuedFrom"] == before
 
 
+def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
+    compared, real = itertools.count(), cm._makes_way
+    monkeypatch.setattr(cm, "_makes_way", lambda *given: (next(compared), real(*given))[1])
+    tale = SessionTale()
+    for number in range(300):
+        tale.time += 120_000
+        tale.say("SessionStart", session=f"a{number}", source="startup")
+        tale.say("SessionEnd", session=f"a{number}", reason="clear" if number % 2 else "other")
+        if number % 2:
+            told = tale.say("SessionStart", session=f"b{number}", source="clear")
+            assert told["continuedFrom"] == f"a{number}"
+    assert next(compared) <= 600
+
+
 def test_a_plain_start_in_the_same_directory_is_a_stranger():
     tale = session_tale()
     tale.say("SessionEnd", reason="clear")
@@ -7641,6 +7655,17 @@ def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
         event = ee.build_event(told, NOW_MS, USAGE_MACHINE)
         reader.add_note(event)
         assert ("agentMeta" in event["data"]) == (number == 2)
+
+
+def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+    copied = [told for told in usage_copied("subagent", tmp_path) if "agent_id" in told]
+    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number in (0, 0, 1):
+        given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
+        event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        noted.append("agentMeta" in event["data"])
+    assert noted == [True, True, False]
 
 
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
