@@ -3,7 +3,7 @@
 
     python3 test_monitor.py --setup           get everything the tests need, then run them all
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
-    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook
+    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency
 
 The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
@@ -45,6 +45,7 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 # Program → the names any of which will do, and its package for each package manager.
 SYSTEM_PROGRAMS = {
     "redis-server": (("redis-server",), {"apt-get": "redis-server", "dnf": "redis", "brew": "redis"}),
+    "openssl": (("openssl",), {"apt-get": "openssl", "dnf": "openssl", "brew": "openssl"}),
     "chromium": (CHROMIUM_NAMES, {"apt-get": "chromium", "dnf": "chromium", "brew": "chromium"}),
 }
 
@@ -126,7 +127,11 @@ def parse_command_line() -> "tuple[argparse.Namespace, list[str]]":
         "--setup", action="store_true", help="get everything the tests need, then run them all"
     )
     parser.add_argument(
-        "--bench", nargs="?", const="all", metavar="NAME", help="run the benchmarks, or one: hook"
+        "--bench",
+        nargs="?",
+        const="all",
+        metavar="NAME",
+        help="run the benchmarks, or one: hook, hook-redis, latency",
     )
     return parser.parse_known_args()
 
@@ -1162,6 +1167,32 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "server.wsPort": ([-1, 65536, "3848", 1.5, False, None], 65535),
     "server.allowedHosts": (["a", [1], [""], {"a": 1}, None], ["a", "b"]),
     "server.auth": (["none", True, None, "AUTO"], "token"),
+    "redis.url": (
+        [
+            "",
+            "http://a",
+            "localhost:6379",
+            1,
+            "redis://:a/b@h:1/0",
+            "redis://:a#b@h:1",
+            "redis://h:0",
+            "unix:x",
+        ],
+        "rediss://u:p@redis.example.org:6380/2",
+    ),
+    "redis.host": (["", 1, None], "redis.example.org"),
+    "redis.port": ([0, 65536, "6379", True, None], 6380),
+    "redis.username": (["", 1, True], "monitor"),
+    "redis.password": (["", 1, True, ["a"]], None),
+    "redis.db": ([-1, "0", None, 65536], 3),
+    "redis.channel": (["", None, 5, "x" * 201], "team:events"),
+    "redis.tls": ([1, "true", None], True),
+    "redis.verify": ([0, "false", None], False),
+    "redis.caFile": (["", 1, False], None),
+    "redis.certFile": (["", 1, False], None),
+    "redis.keyFile": (["", 1, False], None),
+    "redis.streamMaxLength": ([-1, 10_000_001, "1", None, True], 0),
+    "redis.maxRetries": ([0, -1, "10", False, 1.5], None),
     "persistence.enabled": ([1, 0, "true", None], False),
     "persistence.type": (["sqlite", "redis", "", None], "file"),
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
@@ -1171,6 +1202,19 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
+    "prices": (
+        [
+            7,
+            None,
+            {"opus": 7},
+            {"opus": {"input": 1}},
+            {"opus": {"input": -1, "output": 1}},
+            {"opus": {"input": 1, "output": True}},
+            {"opus": {"input": 1, "output": 1, "cache": 1}},
+            {"": {"input": 1, "output": 1}},
+        ],
+        {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
+    ),
 }
 
 
@@ -1182,6 +1226,36 @@ def hook_write_config(path: object, key: str, value: Any) -> None:
 
 def test_every_key_has_its_wrong_values_here():
     assert set(HOOK_WRONG_VALUES) == set(ee.KEYS)
+
+
+def test_fields_are_cut_shorter_where_every_event_crosses_a_network(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"mode": "redis"}')
+    values, warnings = ee.load_config(str(path))
+    assert (values["mode"], values["limits.fieldBytes"], warnings) == ("redis", 64 << 10, [])
+    path.write_text('{"mode": "redis", "limits": {"fieldBytes": 2048}}')
+    assert ee.load_config(str(path))[0]["limits.fieldBytes"] == 2048
+
+
+def test_a_password_that_others_can_read_is_warned_about(tmp_path):
+    path = tmp_path / "c.json"
+    for text in ('{"redis": {"password": "p"}}', '{"redis": {"url": "redis://u:p@h"}}'):
+        path.write_text(text)
+        path.chmod(0o644)
+        assert ee.load_config(str(path))[1] == [
+            f"{path}: holds a password that others can read; run: chmod 600 {path}"
+        ]
+        path.chmod(0o600)
+        assert ee.load_config(str(path))[1] == []
+
+
+def test_a_wrong_password_is_not_shown(tmp_path):
+    path = tmp_path / "c.json"
+    for key, value in (("password", 12345678), ("url", "http://u:12345678@h")):
+        hook_write_config(path, f"redis.{key}", value)
+        with pytest.raises(ee.ConfigError) as caught:
+            ee.load_config(str(path))
+        assert key in str(caught.value) and "12345678" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", sorted(HOOK_WRONG_VALUES))
@@ -1197,12 +1271,20 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
             words.startswith(f"{path}: {key}: expected {ee.KEYS[key].expected}, got ") and "\n" not in words
         )
     hook_write_config(path, key, right)
+    path.chmod(0o600)
     values, warnings = ee.load_config(str(path))
     assert values[key] == right and warnings == []
     assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
 
 
-@pytest.mark.parametrize("section", ["server", "persistence", "limits", "sessions", "privacy"])
+def test_certificates_without_tls_are_warned_about(tmp_path):
+    for name in ("caFile", "certFile", "keyFile"):
+        hook_write_config(tmp_path / "c.json", "redis." + name, "/some.pem")
+        (warning,) = ee.load_config(str(tmp_path / "c.json"))[1]
+        assert "redis.tls" in warning
+
+
+@pytest.mark.parametrize("section", ["server", "redis", "persistence", "limits", "sessions", "privacy"])
 def test_a_section_that_is_no_object_is_refused(tmp_path, section):
     for value in (1, "x", [], None):
         hook_write_config(tmp_path / "c.json", section, value)
@@ -2308,7 +2390,7 @@ def test_a_file_that_is_nothing_but_a_torn_line_is_begun_anew(tmp_path):
 STORE_ODD_IDS = [
     "../../x", "/etc/passwd", "..", ".", "a/b", "a\0b", "\n", "", " ", "x" * 65, "x" * 10_000, "é",
     "\ud83d", "a\\b",
-    "con:1", "*", "s1\n", "~",
+    "con:1", "*", "s1\n", "~", ".hidden", "-rf",
 ]  # fmt: skip
 
 
@@ -2319,8 +2401,8 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
     (entry,) = store.append([{**store_event(1, "s"), "sessionId": session}], NOW_MS)
     (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert path.parent == root / cm.day_of(NOW_MS) and re.fullmatch(r"[A-Za-z0-9._-]{1,70}\.jsonl", path.name)
-    assert store.session_lines(session, 5) == [entry.line]
-    plain = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", session) is not None and not session.endswith("\n")
+    assert store.session_lines(session, 5) == store.recent_lines(5) == list(store.all_lines()) == [entry.line]
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", session) is not None and session[-1] != "\n"
     assert (path.name == session + ".jsonl") == plain
     store.close()
 
@@ -4094,8 +4176,10 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId="tree-a")
     protocol_update(other, "tree-b", parentSessionId="tree-a")
+    protocol_update(mine, "tree-a", childSessionIds=["tree-b"])
     mine.send(type="set_parent", sessionId="tree-c", parentSessionId="tree-b")
     protocol_update(other, "tree-c", parentSessionId="tree-b")
+    protocol_update(mine, "tree-b", childSessionIds=["tree-c"])
     sessions = spoken.sessions()
     assert sessions["tree-a"]["childSessionIds"] == ["tree-b"]
     assert sessions["tree-b"]["childSessionIds"] == ["tree-c"]
@@ -4108,9 +4192,25 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     assert spoken.sessions()["tree-a"]["parentSessionId"] is None
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId=None)
     protocol_update(other, "tree-b", parentSessionId=None)
+    protocol_update(mine, "tree-a", childSessionIds=[])
     mine.send(type="set_parent", sessionId="tree-a", parentSessionId="tree-c")
     protocol_update(other, "tree-a", parentSessionId="tree-c")
+    protocol_update(mine, "tree-c", childSessionIds=["tree-a"])
+    mine.send(type="delete_session", sessionId="tree-a")
+    protocol_update(other, "tree-c", childSessionIds=[])
     mine.close(), other.close()
+
+
+def test_a_session_that_is_linked_to_another_only_later_is_told_to_the_clients(
+    running: RunningMonitor,
+) -> None:
+    client = running.websocket("rows")
+    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
+    running.emit(payload("SessionStart", "new", source="clear"))
+    protocol_update(client, "new", continuedFrom=None)
+    running.emit(payload("SessionEnd", "old", reason="clear"))
+    protocol_update(client, "new", continuedFrom="old")
+    client.close()
 
 
 def test_a_deleted_session_is_gone_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
@@ -5542,6 +5642,115 @@ def test_a_parallel_calls_result_does_not_end_a_question():
     assert tale.result("AskUserQuestion", "t4")["state"] == "working"
 
 
+def test_of_two_servers_questions_each_is_ended_by_its_own_answer():
+    tale = session_tale()
+    tale.call("mcp__one__ask", "t1", text="x")
+    tale.call("mcp__two__ask", "t2", text="y")
+    tale.say("Elicitation", mcp_server_name="one", message="Your name?", mode="form")
+    tale.say("Elicitation", mcp_server_name="two", message="Your colour?", mode="form")
+    told = tale.say("ElicitationResult", mcp_server_name="one", action="decline")
+    assert (told["state"], told["reason"]["tool"], told["reason"]["detail"]) == (
+        "waiting",
+        "two",
+        "Your colour?",
+    )
+    assert tale.say("ElicitationResult", mcp_server_name="two", action="accept")["state"] == "working"
+
+
+def test_a_question_of_a_subagents_server_is_not_ended_by_the_main_agents_progress():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    told = tale.say("Elicitation", agent="a1", mcp_server_name="demo", message="Open this page?", mode="url")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "Open this page?")
+    assert session_agent(told, "a1")["state"] == "waiting"
+    tale.call("Read", "t2", file_path="x")
+    assert tale.result("Read", "t2", file_path="x")["state"] == "waiting"
+    told = tale.say("ElicitationResult", agent="a1", mcp_server_name="demo", action="cancel")
+    assert (told["state"], session_agent(told, "a1")["state"]) == ("working", "working")
+
+
+def test_a_server_that_asks_while_nobody_answers_is_over_with_its_turn():
+    tale = session_tale()
+    tale.call("mcp__demo__ask", "t1", text="x")
+    tale.say("Elicitation", mcp_server_name="demo", message="Your name?", mode="form")
+    assert tale.stop()["state"] == "idle"
+
+
+@pytest.mark.parametrize("sign", ["UserPromptSubmit", "idle_prompt", "Stop"])
+def test_a_plan_that_was_not_approved_needs_nobody_after_the_next_sign(sign):
+    tale = session_tale()
+    tale.call("ExitPlanMode", "t1", plan="Add a cart")
+    assert tale.ask("ExitPlanMode", plan="Add a cart")["reason"]["kind"] == "question"
+    if sign == "idle_prompt":
+        told = tale.notify("idle_prompt")
+        assert told["reason"]["kind"] == "input"
+    else:
+        told = tale.prompt("another way") if sign == "UserPromptSubmit" else tale.stop()
+        assert told["reason"] is None
+    assert told["openCalls"] == []
+
+
+def test_a_denied_permission_closes_its_call_as_failed_and_says_why():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="rm -rf /")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf /"}, tool_use_id="t1",
+        reason="destructive")  # fmt: skip
+    assert (told["state"], told["openCalls"], told["counts"]["toolErrors"]) == ("working", [], 1)
+    again = tale.batch(("Bash", "t1", "denied"))
+    assert again["counts"]["toolErrors"] == 1, "its round says the same once more"
+
+
+def test_a_denial_leaves_the_other_permission_that_is_asked_for():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    tale.call("Bash", "t2", command="rm -rf build")
+    tale.ask("Bash", command="make")
+    tale.ask("Bash", command="rm -rf build")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "make"}, tool_use_id="t1")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "rm -rf build")
+    told = tale.say(
+        "PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf build"}, tool_use_id="t2"
+    )
+    assert (told["state"], told["openCalls"]) == ("working", [])
+
+
+def test_an_idle_teammate_needs_nobody_and_moves_nothing():
+    for before in ("working", "waiting", "idle"):
+        tale = session_tale()
+        if before == "waiting":
+            tale.ask("Bash", command="ls")
+        elif before == "idle":
+            tale.stop()
+        state, since = tale.now()["state"], tale.now()["stateSince"]
+        told = tale.say("TeammateIdle", teammate_name="reviewer", team_name="shop")
+        assert (told["state"], told["stateSince"], told["agents"]) == (state, since, []) and state == before
+
+
+def test_a_teammates_tasks_are_no_prompts_and_no_agents():
+    tale = session_tale()
+    tale.say("TaskCreated", task_id="1", task_subject="Review", teammate_name="reviewer")
+    told = tale.say("TaskCompleted", task_id="1", task_subject="Review", teammate_name="reviewer")
+    assert (told["state"], told["agents"], told["counts"]["prompts"]) == ("working", [], 1)
+
+
+def test_the_main_thread_of_an_agent_session_is_no_subagent():
+    tale = SessionTale()
+    tale.say("SessionStart", source="startup", agent_type="reviewer")
+    tale.say("UserPromptSubmit", prompt="review it", agent_type="reviewer")
+    told = tale.say(
+        "PreToolUse", tool_name="Read", tool_use_id="t1", tool_input={"file_path": "a"}, agent_type="reviewer"
+    )
+    assert (told["state"], told["agents"], told["openCalls"][0]["agentId"]) == ("working", [], None)
+    assert tale.say("Stop", agent_type="reviewer")["state"] == "idle"
+
+
+def test_an_agent_in_a_worktree_does_not_move_its_session_there():
+    directories = {event["cwd"] for event in recorded("worktree")}
+    assert len(directories) == 2
+    for event, told in session_steps("worktree"):
+        assert told["workingDirectory"] == "/home/dev/acme-shop", event
+
+
 # Idle prompt, Esc and rejections -------------------------------------------
 
 
@@ -6194,6 +6403,20 @@ def test_clear_in_one_of_two_terminals_links_the_right_session():
         assert tale.say("SessionStart", session=name, source="clear")["continuedFrom"] == before
 
 
+def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
+    compared, real = itertools.count(), cm._makes_way
+    monkeypatch.setattr(cm, "_makes_way", lambda *given: (next(compared), real(*given))[1])
+    tale = SessionTale()
+    for number in range(300):
+        tale.time += 120_000
+        tale.say("SessionStart", session=f"a{number}", source="startup")
+        tale.say("SessionEnd", session=f"a{number}", reason="clear" if number % 2 else "other")
+        if number % 2:
+            told = tale.say("SessionStart", session=f"b{number}", source="clear")
+            assert told["continuedFrom"] == f"a{number}"
+    assert next(compared) <= 600
+
+
 def test_a_plain_start_in_the_same_directory_is_a_stranger():
     tale = session_tale()
     tale.say("SessionEnd", reason="clear")
@@ -6368,6 +6591,224 @@ def test_what_was_overtaken_by_the_end_does_not_wake_the_session():
         assert tale.say(hook, at=before, tool_name="Bash", tool_use_id="t1")["state"] == "ended", hook
 
 
+# State → a tale that ends in it, and what the README says of it.
+SESSION_STATES = {
+    "waiting": ("needs you", lambda tale: tale.ask("Bash", command="rm -rf build")),
+    "working": ("working", lambda tale: tale.call("Bash", "t1", command="make")),
+    "quiet": ("quiet", lambda tale: tale.wait(120_000)),
+    "idle": ("idle", lambda tale: tale.stop()),
+    "failed": ("failed", lambda tale: tale.say("StopFailure", error="rate_limit")),
+    "ended": ("ended", lambda tale: tale.say("SessionEnd", reason="other")),
+}
+
+
+@pytest.mark.parametrize("state", sorted(SESSION_STATES))
+def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user(state):
+    name, tell = SESSION_STATES[state]
+    assert tell(session_tale())["state"] == state
+    assert state == "quiet" or state in [row[0] for row in cm.STATES]
+    with open(ROOT + "/README.md", encoding="utf-8") as file:
+        table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
+    assert f"| **{name}**" in table
+
+
+def test_the_table_of_states_has_no_state_that_nobody_reaches():
+    assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
+
+
+# Stuck ---------------------------------------------------------------------
+
+
+def session_fail(
+    tale: SessionTale, number: int, error: str = "no match", tool: str = "Edit", **more: Any
+) -> Any:
+    """Let one call fail; return the signals."""
+    tale.call(tool, f"f{number}", more.get("agent_id", ""), file_path="a.py")
+    return tale.say(
+        "PostToolUseFailure", tool_name=tool, tool_use_id=f"f{number}", error=error, tool_input={}, **more
+    )["stuck"]
+
+
+def session_turn(tale: SessionTale, number: int, tool: "str | None", **tool_input: Any) -> "list[str]":
+    """Let a turn with one call pass; return the kinds of signals."""
+    tale.prompt()
+    if tool:
+        tale.call(tool, f"c{number}", **tool_input)
+        tale.result(tool, f"c{number}", **tool_input)
+    return [signal["kind"] for signal in tale.stop()["stuck"]]
+
+
+def test_stuck_when_the_same_tool_fails_the_same_way_5_times_in_a_row():
+    tale = session_tale()
+    first = tale.time + 2000
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        tale.call("Read", f"r{number}")
+        tale.result("Read", f"r{number}")
+    (signal,) = session_fail(tale, 4)
+    assert signal == {
+        "kind": "failing",
+        "since": first,
+        "detail": "Edit failed 5 times the same way: no match",
+    }
+    assert session_fail(tale, 5)[0]["detail"].startswith("Edit failed 6 times")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda tale: tale.result("Edit", "ok"),
+        lambda tale: tale.prompt("try something else"),
+        lambda tale: tale.say("SessionEnd", reason="other"),
+        lambda tale: session_fail(tale, 99, "another error") or tale.now(),
+    ],
+)
+def test_a_tool_that_is_no_longer_failing_the_same_way_is_no_signal(end):
+    tale = session_tale()
+    told = [session_fail(tale, number) for number in range(5)]
+    assert told[-1] and end(tale)["stuck"] == []
+
+
+def test_failures_that_differ_or_belong_to_different_agents_are_no_signal():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        assert session_fail(tale, number + 100, agent_id="a1") == []
+        assert session_fail(tale, number + 200, f"error {number}", "Grep") == []
+
+
+def test_an_agents_failures_are_a_signal_until_it_ends():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    told = [session_fail(tale, number, agent_id="a1") for number in range(5)]
+    assert [signal["kind"] for signal in told[-1]] == ["failing"]
+    assert tale.say("SubagentStop", agent="a1")["stuck"] == []
+
+
+def test_what_only_the_round_shows_as_failed_counts_and_a_second_delivery_does_not():
+    tale = session_tale()
+    for number in range(5):
+        told = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert [signal["kind"] for signal in told["stuck"]] == (["failing"] if number == 4 else [])
+        again = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert again["stuck"] == told["stuck"]
+
+
+def test_an_interruption_is_no_failure_of_the_tool():
+    tale = session_tale()
+    for number in range(6):
+        assert session_fail(tale, number, "Interrupted by user", "Bash", is_interrupt=True) == []
+
+
+def test_stuck_after_3_turns_without_any_change_in_files():
+    tale = SessionTale()
+    start = tale.time + 1000
+    for number in range(3):
+        kinds = session_turn(tale, number, "Read", file_path="a.py")
+        assert kinds == (["unchanged"] if number == 2 else [])
+    (signal,) = tale.now()["stuck"]
+    assert signal == {"kind": "unchanged", "since": start, "detail": "3 turns without a change in files"}
+    tale.prompt()
+    assert tale.call("Edit", "e", file_path="a.py")["stuck"] == [signal]
+    assert tale.result("Edit", "e", file_path="a.py")["stuck"] == []
+    assert tale.stop()["stuck"] == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "tool_input", "changes"),
+    [
+        ("Write", {"file_path": "a"}, True),
+        ("NotebookEdit", {"notebook_path": "a"}, True),
+        ("Read", {"file_path": "a"}, False),
+        ("Bash", {"command": "npm test 2>&1 | tail"}, False),
+        ("Bash", {"command": "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"}, False),
+        ("Bash", {"command": "git status && git diff && git log"}, False),
+        ("Bash", {"command": "echo x > a.txt"}, True),
+        ("Bash", {"command": "cat <<E >> a.txt\nx\nE"}, True),
+        ("Bash", {"command": "sed -i s/a/b/ a.txt"}, True),
+        ("Bash", {"command": "cd x && mv a b"}, True),
+        ("Bash", {"command": "git commit -am x"}, True),
+        ("mcp__files__write_file", {"path": "a"}, True),
+        ("mcp__files__list", {"path": "a"}, False),
+    ],
+)
+def test_what_counts_as_a_change_in_files(tool, tool_input, changes):
+    tale = SessionTale()
+    told = [session_turn(tale, number, tool, **tool_input) for number in range(3)]
+    assert told == [[], [], [] if changes else ["unchanged"]]
+
+
+def test_turns_without_tools_and_commands_with_an_exclamation_mark_are_no_signal():
+    tale = SessionTale()
+    assert [session_turn(tale, number, None) for number in range(5)] == [[]] * 5
+    assert [tale.stop()["stuck"] for _ in range(5)] == [[]] * 5
+
+
+def test_turns_that_esc_ended_count_too():
+    tale = SessionTale()
+    for number in range(3):
+        tale.prompt()
+        tale.call("Read", f"c{number}")
+    assert [signal["kind"] for signal in tale.prompt()["stuck"]] == ["unchanged"]
+
+
+def test_a_change_by_a_subagent_is_a_change():
+    tale = SessionTale()
+    told = []
+    for number in range(3):
+        tale.prompt()
+        tale.launch(f"a{number}", f"t{number}")
+        tale.result("Edit", f"e{number}", f"a{number}", file_path="a.py")
+        told.append(tale.stop()["stuck"])
+    assert told == [[], [], []]
+
+
+def test_stuck_when_a_turn_takes_longer_than_2_hours():
+    tale = session_tale()
+    start = tale.time
+    for _ in range(119):
+        tale.time += 59_000
+        assert tale.say("PreToolUse", tool_name="Bash", tool_input={}, tool_use_id="t")["stuck"] == []
+    told = tale.wait(61_000)
+    assert told["stuck"] == [
+        {"kind": "long", "since": start, "detail": "busy for more than 2 hours without an end"}
+    ]
+    assert tale.stop()["stuck"] == []
+    tale.prompt()
+    assert tale.call("Bash", "t2", command="ls")["stuck"] == []
+
+
+def test_time_alone_makes_a_session_stuck_and_tells_so():
+    tale = session_tale()
+    tale.wait(130_000)
+    assert tale.book.tick(tale.time + 7_000_000) == []
+    assert [session.session_id for session in tale.book.tick(tale.time + 7_200_000)] == ["s1"]
+    assert [signal["kind"] for signal in tale.now()["stuck"]] == ["long"]
+
+
+def test_who_waits_for_a_person_or_rests_is_not_stuck_however_long():
+    tale = session_tale(pid=1)
+    tale.ask("Bash", command="ls")
+    assert tale.wait(9 * 3_600_000)["stuck"] == []
+    idle = session_tale()
+    idle.stop()
+    assert idle.wait(9 * 3_600_000)["stuck"] == []
+
+
+def test_an_agent_that_runs_longer_than_2_hours_after_its_turn_is_a_signal():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert [signal["kind"] for signal in tale.wait(7_300_000)["stuck"]] == ["long"]
+    assert tale.task_ended("a1")["stuck"] == []
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_no_recorded_session_is_stuck_at_its_end(name):
+    assert [told["stuck"] for told in session_replay(session_events(name))] == [[]] * len(SESSION_ENDS[name])
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
@@ -6464,6 +6905,11 @@ def test_the_parent_session_is_linked_on_both_sides():
         ("Bash", {"command": "cat <<E\nlong\n\ttext\nE"}, "Bash: cat <<E long text E"),
         ("Bash", {"command": "echo a:"}, "Bash: echo a:"),
         ("ListAll", {}, "ListAll"),
+        ("TaskCreate", {"subject": "First task", "description": "Do it"}, "TaskCreate: First task"),
+        ("TaskUpdate", {"taskId": "1", "status": "completed"}, "TaskUpdate: task 1: completed"),
+        ("mcp__demo__echo", {"text": "hello mcp"}, "mcp__demo__echo: hello mcp"),
+        ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
+        ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
     ],
 )
 def test_activity_says_tool_and_target(tool, tool_input, words):
@@ -6611,7 +7057,8 @@ def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
     return [
         (
             each["sessionId"], each["state"], each["reason"] and (each["reason"]["kind"], each["reason"]["detail"]),
-            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"],
+            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"], each["stuck"],
+            each["label"], each["model"], each["tokenUsage"], each["isPinned"],
             sorted((agent["agentId"], agent["state"]) for agent in each["agents"]),
         )
         for each in sorted(told, key=lambda each: str(each["sessionId"]))
@@ -6653,6 +7100,37 @@ def test_the_order_of_arrival_does_not_change_what_is_open_or_who_is_needed(data
     arrived = session_arrivals(events[: data.draw(st.integers(1, len(events)))], gaps, delays)
     in_order = sorted(arrived, key=lambda event: event["timestamp"])
     assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
+    st.lists(st.integers(0, 40), min_size=40, max_size=40),
+)  # fmt: skip
+def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, gaps, delays, later):
+    once = sorted(session_arrivals(session_events(name), gaps, delays), key=lambda event: event["timestamp"])
+    doubled = list(once)
+    for event, delay, after in zip(once, reversed(delays), later):
+        if after:
+            time_ms = event["timestamp"] + after
+            doubled.append(
+                {**event, "id": event["id"] + "b", "timestamp": time_ms, "received": time_ms + delay}
+            )
+    doubled.sort(key=lambda event: event["received"])
+    ends = session_replay(once), session_replay(doubled)
+    for told in itertools.chain(*ends):
+        del told["counts"]["events"]
+    assert session_essence(ends[0]) == session_essence(ends[1])
+
+
+def test_the_same_words_again_are_a_prompt_of_their_own_unless_they_come_at_once():
+    tale = SessionTale()
+    tale.prompt("yes")
+    assert tale.say("UserPromptSubmit", at=tale.time + 300, prompt="yes")["counts"]["prompts"] == 1
+    assert tale.prompt("yes")["counts"]["prompts"] == 2
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p2")["counts"]["prompts"] == 4
 
 
 # Rows ----------------------------------------------------------------------
@@ -6759,6 +7237,704 @@ def test_a_deleted_session_is_forgotten():
     assert tale.prompt("new words")["counts"] == {
         "events": 1, "toolCalls": 0, "toolErrors": 0, "interrupted": 0, "prompts": 1
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
+# Token usage: what transcripts say, read once, and what it costs
+#
+# The recorded transcripts end with the client's own sums (`cost-state`): ours must be the same, to the token and
+# to the cent.
+# ---------------------------------------------------------------------------
+
+USAGE_MACHINE = "box"
+USAGE_OF_MAIN = ("simple", "failing", "thinking")
+USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
+USAGE_RECORDINGS = USAGE_OF_MAIN + USAGE_WITH_AGENTS
+
+
+def usage_transcript(name: str) -> str:
+    """Return the path of a recording's transcript."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    return path
+
+
+def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> "dict[str, Any]":
+    """Return the event of one hook that names a transcript."""
+    return ee.build_event(
+        {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
+    )
+
+
+def usage_read(reader: "ee.UsageReader", path: str, session: str = "s1", **fields: Any) -> Any:
+    """Return what the reader tells on an event about a transcript; None when it tells nothing."""
+    event = usage_event(path, session, **fields)
+    reader.add_usage(event)
+    assert event["sessionId"] == session and event["hookType"]
+    return event["data"].get("usage")
+
+
+def usage_reader(home: object) -> "ee.UsageReader":
+    """Return a reader with its own directory."""
+    return ee.UsageReader(str(home), USAGE_MACHINE)
+
+
+def usage_line(message_id: str, output: int, model: str = "claude-opus-4-5-20251101", **more: int) -> bytes:
+    """Return one assistant line of a transcript."""
+    usage = {"input_tokens": 1, "output_tokens": output, **more}
+    message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
+    return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
+
+
+def usage_output(usage: Any) -> int:
+    """Return the output tokens of all models."""
+    return sum(counts["output"] for counts in usage["models"].values())
+
+
+def usage_cost_state(name: str) -> "dict[str, Any]":
+    """Return the client's own sums at the end of a recorded transcript."""
+    with open(usage_transcript(name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file if '"cost-state"' in line][-1]
+
+
+@pytest.mark.parametrize("name", USAGE_RECORDINGS)
+def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    own = usage_cost_state(name)
+    assert {
+        model: (
+            told["inputTokens"], told["outputTokens"], told["cacheReadInputTokens"],
+            told["cacheCreationInputTokens"], told["cacheCreationEphemeral1hInputTokens"],
+        )
+        for model, told in own["modelUsage"].items()
+    } == {model: tuple(counts[name] for name in ee.COUNT_NAMES) for model, counts in usage["models"].items()}  # fmt: skip
+    tale = session_tale()
+    told = tale.say("SessionEnd", reason="other", usage=usage)
+    assert told["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
+
+
+def test_a_message_of_several_lines_counts_once(tmp_path):
+    path = usage_transcript("simple")
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    naive = sum(line["message"]["usage"]["output_tokens"] for line in lines if line["type"] == "assistant")
+    assert (naive, usage_output(usage_read(usage_reader(tmp_path), path))) == (250, 210)
+
+
+@pytest.mark.parametrize("name", USAGE_WITH_AGENTS)
+def test_the_tokens_of_agents_add_up_to_those_of_the_session(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
+    assert set(usage["agents"]) == {"", *agents}
+    by_agent = [counts for by_model in usage["agents"].values() for counts in by_model.values()]
+    for count in ee.COUNT_NAMES:
+        assert sum(counts[count] for counts in by_agent) == sum(
+            counts[count] for counts in usage["models"].values()
+        )
+
+
+def test_an_old_clients_agent_transcript_beside_the_session_counts_for_its_agent(tmp_path):
+    main, agent = tmp_path / "s1.jsonl", tmp_path / "agent-a94648d.jsonl"
+    main.write_bytes(usage_line("m1", 5))
+    agent.write_bytes(usage_line("m2", 7))
+    told = usage_read(
+        usage_reader(tmp_path), str(main), hook="SubagentStop", agent_transcript_path=str(agent)
+    )
+    assert {name: usage_output({"models": used}) for name, used in told["agents"].items()} == {
+        "": 5, "a94648d": 7,
+    }  # fmt: skip
+
+
+def test_a_fork_counts_only_what_is_its_own(tmp_path):
+    reader, old, fork = usage_reader(tmp_path), tmp_path / "old.jsonl", tmp_path / "fork.jsonl"
+    old.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+    fork.write_bytes(old.read_bytes())
+    assert usage_read(reader, str(fork), "fork") is None
+    fork.write_bytes(old.read_bytes() + usage_line("m3", 7))
+    assert usage_output(usage_read(reader, str(fork), "fork")) == 7
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+
+
+def test_what_the_client_wrote_itself_is_no_model(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 3, "<synthetic>"))
+    assert usage_read(usage_reader(tmp_path), str(path)) is None
+
+
+def test_a_last_line_without_its_end_waits_for_it(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    line = usage_line("m2", 7)
+    path.write_bytes(usage_line("m1", 5) + line[:-20])
+    assert usage_output(usage_read(reader, str(path))) == 5
+    with path.open("ab") as file:
+        file.write(line[-20:])
+    assert usage_output(usage_read(reader, str(path))) == 12
+
+
+def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
+    path, read = tmp_path / "s1.jsonl", []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(5000)))
+    real = os.pread
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, str(path))) == 5000
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: (read.append(length), real(fd, length, at))[1])
+    assert usage_output(usage_read(reader, str(path))) == 5000 and read == []
+    with path.open("ab") as file:
+        file.write(usage_line("more", 1))
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == 5001  # also by another process
+    assert sum(read) < 2000
+
+
+@pytest.mark.parametrize("how", ["another file", "rewritten in place", "shortened"])
+def test_a_replaced_transcript_is_read_from_its_start(tmp_path, how):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(path))) == 11
+    content = usage_line("m9", 100) + (b"" if how == "shortened" else usage_line("m2", 6) * 3)
+    if how == "another file":
+        (tmp_path / "new").write_bytes(content)
+        os.replace(tmp_path / "new", path)
+    else:
+        path.write_bytes(content)
+    assert usage_output(usage_read(reader, str(path))) == 111
+
+
+def test_of_several_lines_of_one_message_the_largest_numbers_count(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    for output, expected in ((1, 1), (40, 40), (7, 40)):
+        with path.open("ab") as file:
+            file.write(usage_line("m1", output))
+        assert usage_output(usage_read(reader, str(path))) == expected
+
+
+@given(
+    outputs=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 999), st.integers(0, 3)), max_size=30),
+    cuts=st.lists(st.integers(0, 8000), max_size=8),
+    forget=st.integers(0, 8),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
+    noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
+    whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
+    expected = sum(
+        max(given_output for key, given_output, _ in outputs if key == each)
+        for each in {key for key, *_ in outputs}
+    )
+    with tempfile.TemporaryDirectory() as home:
+        path, usage, place = home + "/s1.jsonl", None, 0
+        reader = usage_reader(home)
+        for number, cut in enumerate([*sorted(min(cut, len(whole)) for cut in cuts), len(whole)]):
+            with open(path, "ab") as file:
+                file.write(whole[place:cut])
+            place = cut
+            if number == forget:
+                reader.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(home + "/usage.db")
+            usage = usage_read(reader, path)
+        reader.close()
+    assert (usage_output(usage) if usage else 0) == expected
+
+
+@given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
+    data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
+    whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
+    found = []
+    for size in itertools.cycle(sizes):
+        found += pieces.feed(data[place : place + size])
+        place += size
+        if place >= len(data):
+            break
+    assert found == whole.feed(data) and pieces.consumed == whole.consumed == len(data)
+    assert found[-1].message_id == "m2"
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
+def test_odd_numbers_of_tokens_count_as_none(tmp_path, value):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", value, cache_creation=value) + usage_line("m2", 4, cache_creation_input_tokens=9)
+    )
+    assert usage_read(usage_reader(tmp_path), str(path))["models"] == {
+        "claude-opus-4-5-20251101": {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["fifo", "link", "directory", "device", "missing", "another users", "relative", "text"]
+)
+def test_only_a_regular_file_of_this_user_is_read(tmp_path, what):
+    path = str(tmp_path / "s1.jsonl")
+    content = usage_line("m1", 3)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "link":
+        (tmp_path / "target").write_bytes(content)
+        os.symlink(tmp_path / "target", path)
+    elif what == "directory":
+        os.mkdir(path)
+    elif what == "device":
+        path = "/dev/zero"
+    elif what == "another users":
+        if os.geteuid():
+            pytest.skip("only root can give files away")
+        (tmp_path / "s1.jsonl").write_bytes(content)
+        os.chown(path, 12345, -1)
+    elif what == "relative":
+        path = os.path.relpath(usage_transcript("simple"))
+    elif what == "text":
+        path = str(tmp_path / "s1.txt")
+        (tmp_path / "s1.txt").write_bytes(content)
+    before = time.monotonic()
+    assert usage_read(usage_reader(tmp_path), path) is None
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    "path", [None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl", "/" + "x" * 9000 + ".jsonl"]
+)
+def test_an_odd_transcript_path_is_no_failure(tmp_path, path):
+    reader = usage_reader(tmp_path)
+    assert usage_read(reader, path) is None
+    agent = usage_read(reader, usage_transcript("simple"), hook="SubagentStop", agent_transcript_path=path)
+    assert usage_output(agent) == 210 and not (tmp_path / "emit.log").exists()
+
+
+def test_only_events_that_end_something_on_this_machine_are_given_usage(tmp_path):
+    reader, path = usage_reader(tmp_path), usage_transcript("simple")
+    told = {hook for hook in ee.EVENT_TYPES if usage_read(reader, path, hook=hook)}
+    assert told == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
+    foreign = {**usage_event(path), "machineId": "elsewhere"}
+    reader.add_usage(foreign)
+    assert "usage" not in foreign["data"]
+
+
+def test_a_large_transcript_is_read_in_parts_and_the_totals_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+    path, reader, told = tmp_path / "s1.jsonl", usage_reader(tmp_path), []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(500)))
+    for _ in range(100):
+        told.append(usage_read(reader, str(path)))
+        if "partial" not in told[-1]:
+            break
+    assert 3 < len(told) < 20 and usage_output(told[-1]) == 500
+    assert [usage_output(each) for each in told] == sorted({usage_output(each) for each in told})
+
+
+def test_a_line_larger_than_what_is_read_at_once_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 4000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", usage_reader(tmp_path)
+    huge = b'{"type":"user","message":"' + b"x" * 30_000 + b'"}\n'
+    path.write_bytes(usage_line("m1", 5) + huge + usage_line("m2", 6))
+    told = [usage_read(reader, str(path)) for _ in range(20)]
+    assert usage_output(told[-1]) == 11 and "partial" not in told[-1]
+
+
+def test_a_reader_that_is_out_of_time_goes_on_at_the_next_event(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", ee.UsageReader(str(tmp_path), USAGE_MACHINE, limit_s=0.0)
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(50)))
+    told = [usage_output(usage_read(reader, str(path))) for _ in range(20)]
+    assert told == sorted(told) and told[0] < 10 and told[-1] == 50
+
+
+def test_the_file_of_what_was_counted_is_private_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
+    reader = usage_reader(tmp_path)
+    for number in range(10):
+        path = tmp_path / f"s{number}.jsonl"
+        path.write_bytes(b"".join(usage_line(f"{number}-{each}", 1) for each in range(40)))
+        assert usage_output(usage_read(reader, str(path), f"s{number}")) == 40
+    for name in os.listdir(tmp_path):
+        if name.startswith("usage.db"):
+            assert hook_mode_of(tmp_path / name) == 0o600
+    rows = reader._open().execute("SELECT COUNT(*) FROM messages").fetchone()[0]
+    assert rows <= 140
+    with (tmp_path / "s0.jsonl").open("ab") as file:
+        file.write(usage_line("0-more", 1))
+    assert usage_output(usage_read(reader, str(tmp_path / "s0.jsonl"), "s0")) == 41  # forgotten, read again
+
+
+@pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
+def test_a_damaged_file_of_what_was_counted_is_made_anew(tmp_path, damage):
+    path = usage_transcript("simple")
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, path)) == 210
+    reader.close()
+    content = (tmp_path / "usage.db").read_bytes()
+    spoilt = content[:100] + b"\xff" * (len(content) - 100) if damage is None else damage
+    (tmp_path / "usage.db").write_bytes(spoilt)
+    told = [usage_read(usage_reader(tmp_path), path) for _ in range(2)]
+    assert usage_output(told[-1]) == 210
+
+
+def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert usage_read(usage_reader(tmp_path / "file" / "home"), usage_transcript("simple")) is None
+
+
+def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
+    path, script = tmp_path / "s1.jsonl", tmp_path / "read.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "import emit_event as ee\n"
+        f"reader = ee.UsageReader({str(tmp_path)!r}, {USAGE_MACHINE!r})\n"
+        f"event = ee.build_event({{'hook_event_name': 'Stop', 'session_id': 's1', 'transcript_path': {str(path)!r}}}, 1,"
+        f" {USAGE_MACHINE!r})\n"
+        "print(flush=True)\n"
+        "while True:\n"
+        "    reader.add_usage({**event, 'data': dict(event['data'])})\n"
+    )
+    chance, count = random.Random(7), 0
+    for _ in range(8):
+        reading = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+        assert reading.stdout is not None
+        reading.stdout.read(1)
+        for _ in range(20):
+            with path.open("ab") as file:
+                file.write(b"".join(usage_line(f"m{count + each}", 1) for each in range(50)))
+            count += 50
+            time.sleep(chance.random() * 0.01)
+        reading.kill()
+        reading.wait()
+        reading.stdout.close()
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == count
+
+
+# Where subagents come from ---------------------------------------------------
+
+
+def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
+    """Copy a recording's transcripts; return its payloads with their paths in the copy."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    shutil.copytree(os.path.dirname(path), f"{directory}/{name}")
+    return [
+        {**told, "transcript_path": f"{directory}/{name}/{os.path.basename(path)}"} for told in recorded(name)
+    ]
+
+
+def usage_noted(told: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+    """Return the events of these payloads with the client's notes on them."""
+    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number, each in enumerate(told):
+        events.append(
+            ee.build_event({"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}, 1, USAGE_MACHINE)
+        )
+        reader.add_note(events[-1])
+    return events
+
+
+def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
+    events = usage_noted(usage_copied("nested", tmp_path))
+    noted = [event for event in events if "agentMeta" in event["data"]]
+    assert [(event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"]) for event in noted] == [
+        (None, "outer job"), ("a8bdf82a3b7eac1f1", "inner job"),
+    ]  # fmt: skip
+    assert [event["agentId"] for event in noted] == ["a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"]
+    assert noted[1]["data"]["agentMeta"] == {
+        "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
+        "parentAgentId": "a8bdf82a3b7eac1f1", "requestShape": "foreground", "spawnDepth": 2,
+    }  # fmt: skip
+
+
+def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
+    copied = usage_copied("subagent", tmp_path)
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    os.rename(note, note + ".later")
+    mine = [told for told in copied if "agent_id" in told]
+    reader = ee.AgentNoteReader(USAGE_MACHINE)
+    for number, told in enumerate(mine[:4]):
+        if number == 1:
+            with open(note, "w") as file:
+                file.write('{"half": ')
+        elif number == 2:
+            os.replace(note + ".later", note)
+        event = ee.build_event(told, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        assert ("agentMeta" in event["data"]) == (number == 2)
+
+
+def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+    copied = [told for told in usage_copied("subagent", tmp_path) if "agent_id" in told]
+    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number in (0, 0, 1):
+        given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
+        event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        noted.append("agentMeta" in event["data"])
+    assert noted == [True, True, False]
+
+
+def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
+    book = cm.SessionBook(own_machine=USAGE_MACHINE)
+    for event in usage_noted(usage_copied("parallel", tmp_path)):
+        told = book.to_json(book.apply(event))
+        if event["hookType"] == "PostToolUse" and event["data"]["toolName"] == "Agent":
+            break  # until here the calls are open, and either could have started either
+        noted = [agent["label"] for agent in told["agents"]]
+    assert sorted(noted) == ["left job", "right job"]
+
+
+def test_the_clients_note_wins_over_every_guess():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="a guess")
+    tale.say("SubagentStart", agent="a1")
+    tale.say("SubagentStart", agent="a2")
+    told = tale.say("PreToolUse", agent="a2", tool_name="Read", tool_use_id="r", tool_input={},
+        agentMeta={"parentAgentId": "a1", "requestShape": "background"}, agentDescription="the truth")  # fmt: skip
+    assert [(agent["label"], agent["parentAgentId"]) for agent in told["agents"]] == [
+        ("a guess", None), ("the truth", "a1"),
+    ]  # fmt: skip
+    told = tale.result(
+        "Agent", "t1", response={"agentId": "a2", "status": "completed"}, description="a guess"
+    )
+    assert (told["agents"][1]["label"], told["agents"][1]["parentAgentId"]) == ("the truth", "a1")
+
+
+@pytest.mark.parametrize(
+    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
+)
+def test_an_odd_note_makes_no_odd_agent(note):
+    tale = session_tale()
+    told = tale.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    (agent,) = told["agents"]
+    assert agent["parentAgentId"] is None and agent["state"] == "working"
+    json.dumps(tale.stop("a1"))
+
+
+@pytest.mark.parametrize("agent", ["../../x", "a/b", "", "x" * 200, "\ud800", "a\0b"])
+def test_no_agent_id_leads_to_another_file(tmp_path, agent):
+    copied = usage_copied("subagent", tmp_path)[0]
+    event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
+    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    assert "agentMeta" not in event["data"]
+
+
+def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
+    events = [
+        ee.protect(event, ee.Privacy(metadata_only=True))
+        for event in usage_noted(usage_copied("nested", tmp_path))
+    ]
+    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
+    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    assert "inner job" not in json.dumps(events)
+
+
+def test_nested_agents_know_their_parents_through_real_hooks_and_after_a_restart(hook_installed, running):
+    for told in usage_copied("nested", running.home):
+        if told["hook_event_name"] == "PostToolUse" and told.get("tool_name") == "Agent":
+            break
+        hook_call(hook_installed.command, told, running.environment)
+    (session,) = running.sessions().values()
+    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
+    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
+    running.stop()
+    running.start()
+    (again,) = running.sessions().values()
+    assert again["agents"] == session["agents"]
+
+
+# In sessions ----------------------------------------------------------------
+
+
+def usage_told(output: int, model: str = "claude-opus-4-5", **more: Any) -> "dict[str, Any]":
+    """Return `data.usage` with one model."""
+    counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
+    return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
+
+
+def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival():
+    for order in itertools.permutations((5, 9, 30)):
+        tale = session_tale()
+        start = tale.time
+        for output in order:
+            told = tale.say("Stop", at=start + output * 1000, usage=usage_told(output))
+        assert told["tokenUsage"] == {
+            "totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0,
+        }  # fmt: skip
+        assert told["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
+
+
+def test_a_session_learns_its_model_from_its_transcript_when_nobody_said_it():
+    tale = SessionTale()
+    assert tale.prompt()["model"] is None
+    assert tale.say("Stop", usage=usage_told(5))["model"] == "claude-opus-4-5"
+    assert tale.say("SessionStart", source="startup", model="claude-fable-5")["model"] == "claude-fable-5"
+    assert tale.say("Stop", usage=usage_told(6))["model"] == "claude-fable-5"
+
+
+def test_each_agent_has_its_own_tokens(tmp_path):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript("parallel"))
+    (last,) = [told for event, told in session_steps("parallel") if event["hookType"] == "SessionEnd"]
+    assert [agent["tokenUsage"] for agent in last["agents"]] == [None, None]  # nobody read anything
+    tale = SessionTale(session=recorded("parallel")[0]["session_id"])
+    for given_payload in recorded("parallel"):
+        more = {"usage": usage} if given_payload["hook_event_name"] == "SessionEnd" else {}
+        told = tale.tell({**given_payload, **more})
+    outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in told["agents"])
+    assert outputs == [123, 166] and told["tokenUsage"]["totalOutput"] == 370
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
+    ],
+)  # fmt: skip
+def test_what_other_programs_call_usage_is_left_alone(usage):
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage)
+    assert (told["state"], told["tokenUsage"], told["estimatedCostUsd"]) == ("idle", None, None)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"models": {"m": 7}, "agents": {"": 7}},
+        {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
+        {"models": {"": {}}, "agents": {}, "model": 9, "partial": "yes"},
+    ],
+)  # fmt: skip
+def test_odd_usage_counts_as_nothing(usage):
+    told = session_tale().say("Stop", usage=usage)
+    assert set(told["tokenUsage"].values()) == {0} and told["estimatedCostUsd"] == 0
+
+
+def test_usage_that_is_not_whole_yet_says_so():
+    tale = session_tale()
+    assert tale.say("Stop", usage=usage_told(5, partial=True))["tokenUsage"]["partial"] is True
+    assert "partial" not in tale.say("Stop", usage=usage_told(6))["tokenUsage"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("claude-opus-5-5", "opus-5-5"),
+        ("claude-opus-4-5-20251101", "opus-4-5"),
+        ("claude-opus-4-20250514", "opus-4"),
+        ("claude-opus-4-0", "opus-4"),
+        ("claude-sonnet-4-5@20250929", "sonnet-4-5"),
+        ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", "sonnet-4-5"),
+        ("anthropic/claude-sonnet-5.5", "sonnet-5-5"),
+        ("claude-opus-4-6[1m]", "opus-4-6"),
+        ("claude-3-7-sonnet-20250219", "sonnet-3-7"),
+        ("claude-3-5-haiku-latest", "haiku-3-5"),
+        ("claude-3-opus-20240229", "opus-3"),
+        ("gpt-6", ""),
+        ("", ""),
+    ],
+)
+def test_the_family_of_a_model_is_found_in_any_clouds_spelling(model, family):
+    assert cm.model_family(model) == family
+
+
+def usage_cost(model: str, prices: "dict[str, Any] | None" = None, **counts: int) -> Any:
+    """Return the estimate for a million tokens of each named kind."""
+    usage = cm.SessionUsage(1, {model: cm.ModelUsage(cm.Tokens(**counts), cm.Tokens())})
+    return cm.PriceList(prices).estimate(usage)
+
+
+def test_every_price_follows_the_rules_of_the_price_list():
+    assert all(family == cm.model_family("claude-" + family) or family[-1] == "3" for family in cm.PRICES)
+    for family, price in {**cm.PRICES, **cm.LONG_PROMPT_PRICES}.items():
+        assert price.output == pytest.approx(5 * price.input), family
+        assert price.cache_write_5m == pytest.approx(1.25 * price.input, rel=0.05), family
+        assert price.cache_write_1h == pytest.approx(2 * price.input), family
+        assert 0.02 * price.input < price.cache_read < 0.13 * price.input, family
+
+
+def test_each_kind_of_token_has_its_price():
+    million, model = 1_000_000, "claude-opus-4-1-20250805"
+    assert usage_cost(model, input=million) == 15
+    assert usage_cost(model, output=million) == 75
+    assert usage_cost(model, cache_read=million) == 1.5
+    assert usage_cost(model, cache_creation=million) == 18.75
+    assert usage_cost(model, cache_creation=million, cache_creation_1h=million) == 30
+
+
+def test_prompts_beyond_100000_tokens_have_their_own_price_where_the_model_has_one(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", 1000, "claude-haiku-5-5", cache_read_input_tokens=99_999)
+        + usage_line("m2", 1000, "claude-haiku-5-5", cache_read_input_tokens=100_000)
+        + usage_line("m3", 1000, "claude-opus-5-5", cache_read_input_tokens=500_000)
+    )
+    usage = usage_read(usage_reader(tmp_path), str(path))
+    expected = (
+        (0.1 + 1000 * 0.5 + 99_999 * 0.01)
+        + (0.5 + 1000 * 2.5 + 100_000 * 0.05)
+        + (4 + 1000 * 20 + 500_000 * 0.2)
+    ) / 1e6
+    assert session_tale().say("Stop", usage=usage)["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage_told(7, "some-model"))
+    assert (told["tokenUsage"]["totalOutput"], told["estimatedCostUsd"]) == (7, None)
+    both = usage_told(7, "some-model")
+    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
+    assert tale.say("Stop", usage=both)["estimatedCostUsd"] is None
+
+
+def test_configured_prices_win_by_model_by_family_and_by_kind():
+    price = {"input": 100, "output": 200}
+    for name in ("claude-opus-4-5-20251101", "opus-4-5", "opus"):
+        assert usage_cost("claude-opus-4-5-20251101", {name: price}, input=10_000) == 1
+    assert usage_cost("claude-sonnet-4-5", {"opus": price}, input=10_000) == 0.03
+    assert usage_cost("my-model", {"my-model": price}, output=10_000) == 2
+    assert usage_cost("my-model", {"my-model": price}, cache_read=10_000) == 0.1
+    exact = {**price, "cacheRead": 7, "cacheWrite5m": 8, "cacheWrite1h": 9}
+    million = 1_000_000
+    assert (
+        usage_cost(
+            "m", {"m": exact}, cache_read=million, cache_creation=2 * million, cache_creation_1h=million
+        )
+        == 24
+    )
+
+
+def test_tokens_and_cost_arrive_through_real_hooks_and_survive_a_restart(hook_installed, monitor):
+    monitor.write_config(
+        {"prices": {"opus-5-5": {"input": 40, "output": 200}}, "privacy": {"level": "metadata"}}
+    )
+    monitor.start()
+    shutil.copytree(os.path.dirname(usage_transcript("subagent")), monitor.home + "/transcripts")
+    (path,) = glob.glob(monitor.home + "/transcripts/*.jsonl")
+    session = os.path.basename(path)[: -len(".jsonl")]
+    with open(path, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    for part in (lines[:5], lines):
+        with open(path, "wb") as file:
+            file.write(b"".join(part))
+        hook_call(
+            hook_installed.command, {**payload("Stop", session), "transcript_path": path}, monitor.environment
+        )
+    told = monitor.sessions()[session]
+    assert told["tokenUsage"] == {
+        "totalInput": 88, "totalOutput": 333, "totalCacheRead": 26664, "totalCacheCreation": 1776,
+    }  # fmt: skip
+    assert told["model"] == "claude-opus-5-5"
+    expected = (88 * 40 + 333 * 200 + 26664 * 4 + 1600 * 50 + 176 * 80) / 1e6
+    assert told["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+    first, second = [event["data"]["usage"] for event in monitor.stored_events()]
+    assert usage_output(first) < usage_output(second) == 333
+    monitor.stop()
+    monitor.start()
+    again = monitor.sessions()[session]
+    assert again["tokenUsage"] == told["tokenUsage"] and again["estimatedCostUsd"] == told["estimatedCostUsd"]
+
+
+def test_a_fifo_for_a_transcript_holds_neither_monitor_nor_hook(hook_installed, running):
+    os.mkfifo(running.home + "/t.jsonl")
+    given_payload = {**payload("Stop", "fifo"), "transcript_path": running.home + "/t.jsonl"}
+    hook_call(hook_installed.command, given_payload, running.environment)
+    told = eventually(lambda: running.sessions().get("fifo"))
+    assert told["tokenUsage"] is None and told["state"] == "idle"
 
 
 # ---------------------------------------------------------------------------
@@ -7234,6 +8410,27 @@ def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> N
     assert running.sessions()[session_id]["state"] == "ended"
 
 
+def test_a_client_that_was_killed_while_nobody_looked_ended_with_its_last_event(
+    running: RunningMonitor,
+) -> None:
+    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+    command = running.installed_command()
+    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+    run_hook(command, line, {**running.environment, "CLAUDE_PID": str(client.pid)})
+    told = running.sessions()["gone"]
+    assert told["state"] == "working"
+    running.stop()
+    client.kill()
+    client.wait()
+    time.sleep(0.5)  # what passes before anybody looks is no part of the session
+    (offline,) = json.loads(running.command("sessions", "--json", "--all").stdout)
+    running.start()
+    again = running.sessions()["gone"]
+    assert again["state"] == offline["state"] == "ended"
+    assert again["endTime"] == offline["endTime"] == again["stateSince"] == told["lastEventTime"]
+    assert again["reason"]["detail"] == "its process is gone"
+
+
 # The command line
 
 
@@ -7340,6 +8537,14 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert "5 events" in running.command("export", "--output", target).stdout
     with open(target, encoding="utf-8") as file:
         assert file.read().splitlines() == exported
+    for number in range(5):
+        running.emit(
+            payload(
+                "PostToolUseFailure", "stuck", tool_name="Edit", tool_use_id=f"t{number}", error="no match"
+            )
+        )
+    assert "Edit failed 5 times the same way: no match" in running.command("sessions").stdout
+    as_json = json.loads(running.command("sessions", "--json", "--all").stdout)
     running.stop()
     offline = running.command("sessions", "--json", "--all")
     assert "files" in offline.stderr
@@ -7365,6 +8570,1434 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
     command = running.installed_command()
     assert run_hook(command, json.dumps(payload("Stop")).encode(), environment).returncode == 0
     assert [event["hookType"] for event in running.stored_events()] == ["Stop"]
+
+
+# ---------------------------------------------------------------------------
+# Doctor: each broken link is named, with what to do
+# ---------------------------------------------------------------------------
+
+
+def examine(monitor: RunningMonitor) -> "tuple[int, dict[str, list[dict[str, str]]]]":
+    """Run `doctor --json`; return its exit status and the findings by the name of their check."""
+    done = monitor.command("doctor", "--json", check=False)
+    answer = json.loads(done.stdout)
+    findings: dict[str, list[dict[str, str]]] = {}
+    for finding in answer["findings"]:
+        findings.setdefault(finding["check"], []).append(finding)
+    assert answer["ok"] == (done.returncode == 0)
+    return done.returncode, findings
+
+
+def levels(findings: "dict[str, list[dict[str, str]]]", check: str) -> "list[str]":
+    return [finding["level"] for finding in findings[check]]
+
+
+def test_doctor_finds_nothing_wrong_where_nothing_is(running):
+    running.command("install")
+    status, findings = examine(running)
+    assert status == 0, findings
+    for check in ("config", "files", "hook", "registered", "spool", "monitor", "socket", "probe"):
+        assert levels(findings, check) == ["ok"], findings[check]
+    assert "reached the monitor" in findings["probe"][0]["words"]
+    events = running.get("/api/events?limit=10")["events"]
+    assert [event["data"]["message"].startswith("doctor ") for event in events] == [True]
+    words = running.command("doctor").stdout
+    assert words.startswith("ok   config") and words.endswith("Everything that was examined works.\n")
+
+
+def test_doctor_says_that_the_monitor_does_not_run_and_loses_no_event(monitor):
+    monitor.start().command("install")
+    monitor.command("stop")
+    status, findings = examine(monitor)
+    assert status == 1
+    assert levels(findings, "monitor") == levels(findings, "probe") == ["fail"]
+    assert findings["monitor"][0]["advice"] == "run: python3 contextuate_monitor.py start"
+    assert levels(examine(monitor)[1], "spool") == ["warn"]  # the first probe waits there
+    monitor.start()
+    eventually(lambda: len(monitor.get("/api/events?limit=10")["events"]) == 2)
+    assert examine(monitor)[0] == 0
+
+
+def test_doctor_says_that_the_hook_is_missing_not_registered_or_of_another_version(running):
+    status, findings = examine(running)
+    assert status == 1 and levels(findings, "hook") == levels(findings, "registered") == ["fail"]
+    assert "install" in findings["hook"][0]["advice"]
+    running.command("install")
+    with open(running.home + "/hooks/lib/emit_event.py", "a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    status, findings = examine(running)
+    assert status == 0 and levels(findings, "hook") == ["warn"]
+    os.unlink(running.home + "/hooks/lib/emit_event.py")
+    assert levels(examine(running)[1], "hook")[0] == "fail"
+
+
+def test_doctor_sees_that_claude_code_runs_no_hooks(running):
+    running.command("install")
+    path = running.claude_home + "/settings.json"
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**settings, "disableAllHooks": True}, file)
+    status, findings = examine(running)
+    assert status == 1 and findings["registered"][0]["level"] == "fail"
+    assert "disableAllHooks" in findings["registered"][0]["words"]
+
+
+def test_doctor_names_what_is_wrong_in_the_configuration(monitor):
+    monitor.write_config({"server": {"port": "many"}})
+    status, findings = examine(monitor)
+    assert status == 1 and list(findings) == ["config"]
+    assert "server.port: expected an integer" in findings["config"][0]["words"]
+    monitor.write_config({"sever": {"port": 1}})
+    assert levels(examine(monitor)[1], "config") == ["ok", "warn"]
+
+
+def test_doctor_sees_files_that_are_open_to_others_and_that_a_port_is_taken(monitor):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monitor.write_config({"server": {"port": port, "wsPort": 0}})
+        os.chmod(monitor.home, 0o755)
+        status, findings = examine(monitor)
+    assert status == 1 and levels(findings, "files") == ["warn"]
+    assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
+
+
+# ---------------------------------------------------------------------------
+# Redis mode: many machines, several monitors, and a Redis that misbehaves
+#
+# Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
+# ---------------------------------------------------------------------------
+
+REDIS_OUTAGE_S = 20.0  # the long one; the others last as long as what is tested in them
+REDIS_CHANNEL = "contextuate:events"
+REDIS_STREAM = "contextuate:events:stream"
+
+
+def redis_free_port() -> int:
+    """Return a free port that no outgoing connection is given while its server is down."""
+    dice = random.Random()
+    while True:
+        port = dice.randrange(20_000, 30_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisCertificates:
+    """A certificate authority, and what it gave to a server and to a client, as PEM files."""
+
+    directory: str
+
+    @classmethod
+    def make(cls, directory: str, names: str = "DNS:localhost,IP:127.0.0.1") -> "RedisCertificates":
+        """Make them with openssl; `names` is what the server's certificate is for."""
+        made = cls(directory)
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        made.openssl(
+            "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test authority",
+            "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
+        )  # fmt: skip
+        for who, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+            with open(f"{directory}/{who}.ext", "w", encoding="ascii") as file:
+                file.write(
+                    f"basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={names}\n"
+                    "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=digitalSignature\n"
+                )
+            made.openssl("req", *key, "-keyout", f"{who}.key", "-out", f"{who}.csr", "-subj", f"/CN={who}")
+            made.openssl(
+                "x509", "-req", "-in", f"{who}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
+                "-out", f"{who}.crt", "-days", "2", "-extfile", f"{who}.ext",
+            )  # fmt: skip
+        return made
+
+    def openssl(self, *arguments: str) -> None:
+        """Run one openssl command in the directory."""
+        subprocess.run(["openssl", *arguments], cwd=self.directory, check=True, capture_output=True)
+
+    def path(self, name: str) -> str:
+        """Return a file's path: "ca.crt", "server.crt", "server.key", "client.crt", "client.key"."""
+        return f"{self.directory}/{name}"
+
+
+class RedisServer:
+    """A redis-server process with a directory and a port of its own; both stay when it is started again.
+
+    `lines` go into its configuration. What it had is kept over `stop` and `start`.
+    """
+
+    def __init__(
+        self, *lines: str, password: str = "", certificates: "RedisCertificates | None" = None, port: int = 0
+    ) -> None:
+        self.directory = new_home()
+        self.socket_path = self.directory + "/redis.sock"
+        self.port = port or redis_free_port()
+        self.password = password
+        self.certificates = certificates
+        ports = [f"port {self.port}"]
+        if certificates is not None:
+            ports = [
+                "port 0",
+                f"tls-port {self.port}",
+                f"tls-cert-file {certificates.path('server.crt')}",
+                f"tls-key-file {certificates.path('server.key')}",
+                f"tls-ca-cert-file {certificates.path('ca.crt')}",
+                "tls-auth-clients no",
+            ]
+        secret = [f"requirepass {password}"] if password else []
+        common = [
+            "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
+            "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
+        ]  # fmt: skip
+        with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
+            file.write("\n".join((*ports, *common, *secret, *lines)) + "\n")
+        self.process: "subprocess.Popen[bytes] | None" = None
+        self.start()
+
+    def start(self) -> "RedisServer":
+        """Start it, on the same port, with what it had, and wait until it answers."""
+        command = ["redis-server", self.directory + "/redis.conf"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
+        return self
+
+    def stop(self) -> None:
+        """Stop it in order; what it had is kept."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+            self.process = None
+
+    def freeze(self) -> None:
+        """Stop it in its tracks: connections stay open, nobody answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def remove(self) -> None:
+        """End it and remove its directory."""
+        self.thaw()
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def cli(self, *arguments: str, check: bool = True, given: "bytes | None" = None) -> str:
+        """Run redis-cli and return what it says; bytes given on standard input are the last argument."""
+        done = subprocess.run(
+            ["redis-cli", "-s", self.socket_path, *(["-x"] if given is not None else []), *arguments],
+            input=given, env={**os.environ, "REDISCLI_AUTH": self.password}, capture_output=True, timeout=20,
+            check=False,
+        )  # fmt: skip
+        said = done.stdout.decode("utf-8", "replace").rstrip("\n")
+        if check and (done.returncode or said.startswith(("ERR", "NOPERM", "NOAUTH", "WRONG", "OOM"))):
+            raise AssertionError(f"redis-cli {arguments}: {said}{done.stderr.decode()}")
+        return said
+
+    def publish(self, message: bytes) -> None:
+        """Publish any bytes on the channel."""
+        self.cli("PUBLISH", REDIS_CHANNEL, given=message)
+
+    def streamed(self) -> "list[str]":
+        """Return every event in the stream, as text, oldest first."""
+        said = self.cli("--json", "XRANGE", REDIS_STREAM, "-", "+")
+        return [dict(zip(fields[::2], fields[1::2]))["event"] for _, fields in json.loads(said)]
+
+    def clients(self, kind: str) -> int:
+        """Count its connections of one type: "normal" (ours included) or "pubsub"."""
+        return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
+
+    def cut_connections(self) -> None:
+        """Close every connection but our own."""
+        for kind in ("normal", "pubsub"):
+            self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+
+    def settings(self, **more: Any) -> "dict[str, Any]":
+        """Return the configuration of a machine that uses it."""
+        redis = {"host": "127.0.0.1", "port": self.port, **more}
+        if self.certificates is not None:
+            redis = {"tls": True, "caFile": self.certificates.path("ca.crt"), **redis}
+        return {"mode": "redis", "redis": redis}
+
+
+@dataclasses.dataclass
+class RedisMachine(RunningMonitor):
+    """One machine in Redis mode: its hook, its spool, its publisher, and a monitor if one is started."""
+
+    machine_id: str = "testbox"
+    more_environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+
+    @property
+    def environment(self) -> "dict[str, str]":
+        """The environment of every process of this machine."""
+        return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
+
+    @functools.cached_property
+    def hook(self) -> str:
+        """The installed hook's command."""
+        return self.installed_command()
+
+    def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
+        """Run one real hook with an event that `marker` tells from others; it must end in order."""
+        hook_call(self.hook, payload("PreToolUse", session, tool_use_id=marker, **fields), self.environment)
+
+    def spool(self, marker: str, session: str = "s1", **fields: Any) -> None:
+        """Put one event into the spool as a hook does, without starting a process."""
+        given_payload = payload("PreToolUse", session, tool_use_id=marker, **fields)
+        environment = {name.encode(): value.encode() for name, value in self.environment.items()}
+        ee.append_to_spool(self.home + "/spool", ee.wrap(json.dumps(given_payload).encode(), environment))
+
+    def spooled(self) -> int:
+        """Count the bytes in the spool."""
+        return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
+
+    def redis(self) -> "dict[str, Any]":
+        """Return what the monitor says about its Redis."""
+        return dict(self.get("/api/status")["redis"])
+
+    def publisher(self) -> "dict[str, Any]":
+        """Return what the publisher has told about itself; nothing before it has begun."""
+        try:
+            with open(self.home + "/publisher.json", encoding="utf-8") as file:
+                return dict(json.load(file))
+        except FileNotFoundError:
+            return {}
+
+    def wait_until(self, state: str, timeout_s: float = 60.0) -> "dict[str, Any]":
+        """Wait until the monitor's Redis is in a state; return what it says then."""
+        return dict(
+            eventually(
+                lambda: (about := self.redis())["state"] == state and about,
+                timeout_s, f"{self.machine_id}: {state}",
+            )
+        )  # fmt: skip
+
+    def arrivals(self, session: str = "s1") -> "dict[str, list[str]]":
+        """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
+        found: "dict[str, list[str]]" = {}
+        for event in self.stored_events():
+            if event["sessionId"] == session:
+                found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
+        return found
+
+    def has(self, session: str, count: int) -> bool:
+        """Tell whether the monitor shows at least so many events of a session."""
+        return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
+
+    def publishers(self) -> "list[int]":
+        """List the process ids of this machine's publishers."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as arguments:
+                if b"--publish" not in arguments.read().split(b"\0"):
+                    continue
+                with open(f"/proc/{name}/environ", "rb") as environ:
+                    if f"CONTEXTUATE_HOME={self.home}".encode() in environ.read().split(b"\0"):
+                        found.append(int(name))
+        return found
+
+    def end_publisher(self) -> None:
+        """End this machine's publisher, if one runs, with SIGKILL."""
+        for pid in self.publishers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
+
+    def remove(self) -> None:
+        """End everything of this machine and remove its directory."""
+        if self.about and alive(self.pid):
+            self.kill()
+        self.end_publisher()
+        clean_up(self)
+
+
+def at_once(*jobs: Any) -> "list[Any]":
+    """Call all of some functions at the same time; return what they returned, in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+
+@contextlib.contextmanager
+def redis_parts() -> "Iterator[Any]":
+    """Give a function that makes servers and machines (by class and arguments); remove them all at the end."""
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server is missing")
+    made: "list[Any]" = []
+
+    def make(kind: Any, *arguments: Any, **options: Any) -> Any:
+        if kind is RedisMachine:
+            options = {"home": new_home(), **options}
+        made.append(kind(*arguments, **options))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for part in reversed(made):
+            part.remove()
+
+
+@pytest.fixture
+def make() -> "Iterator[Any]":
+    """Make servers and machines for one test."""
+    with redis_parts() as maker:
+        yield maker
+
+
+@dataclasses.dataclass
+class RedisTeam:
+    """Three machines that emit, two that only watch, one Redis."""
+
+    server: RedisServer
+    emitters: "list[RedisMachine]"
+    monitors: "list[RedisMachine]"
+
+    def mend(self) -> None:
+        """Undo whatever a test has done to it."""
+        self.server.thaw()
+        if self.server.process is None:
+            self.server.start()
+        self.server.cli("CONFIG", "SET", "maxmemory", "0")
+        self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
+        self.server.cli("ACL", "SETUSER", "default", "allcommands", "allkeys", "allchannels")
+        for monitor in self.monitors:
+            if not alive(monitor.pid):
+                monitor.start()
+            os.kill(monitor.pid, signal.SIGCONT)
+            monitor.wait_until("connected")
+
+
+@pytest.fixture(scope="module")
+def redis_team() -> "Iterator[RedisTeam]":
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        made = RedisTeam(
+            server,
+            [maker(RedisMachine, config=server.settings(), machine_id=f"box{n}") for n in range(3)],
+            [maker(RedisMachine, config=server.settings(), machine_id=f"watcher{n}") for n in range(2)],
+        )
+        at_once(*[lambda machine=machine: machine.hook for machine in made.emitters])
+        at_once(*[monitor.start for monitor in made.monitors])
+        yield made
+
+
+@pytest.fixture
+def team(redis_team: RedisTeam) -> "Iterator[RedisTeam]":
+    """The team in good order: every monitor is connected, and each test leaves it so."""
+    redis_team.mend()
+    yield redis_team
+    redis_team.mend()
+
+
+class RedisFlow:
+    """Events of one session, said on every machine of a team in turn, and the check that all arrived."""
+
+    def __init__(self, team: RedisTeam, session: str) -> None:
+        self.team = team
+        self.session = session
+        self.said: "dict[str, list[str]]" = {machine.machine_id: [] for machine in team.emitters}
+
+    def hooks(self, count: int) -> None:
+        """Run so many real hooks, on all machines at once; every one has returned when this returns."""
+        shares = self._shares(count)
+
+        def run(machine: RedisMachine) -> None:
+            for marker in shares[machine.machine_id]:
+                machine.say(marker, self.session)
+
+        at_once(*[functools.partial(run, machine) for machine in self.team.emitters])
+
+    def bulk(self, count: int, **fields: Any) -> None:
+        """Put so many events into the machines' spools, and let one hook each find its publisher."""
+        shares = self._shares(count)
+        for machine in self.team.emitters:
+            *first, last = shares[machine.machine_id]
+            for marker in first:
+                machine.spool(marker, self.session, **fields)
+            machine.say(last, self.session, **fields)
+
+    def _shares(self, count: int) -> "dict[str, list[str]]":
+        machines = self.team.emitters
+        shares: "dict[str, list[str]]" = {machine.machine_id: [] for machine in machines}
+        for number in range(count):
+            name = machines[number % len(machines)].machine_id
+            shares[name].append(f"{name}-{len(self.said[name])}")
+            self.said[name].append(shares[name][-1])
+        return shares
+
+    def check(self, timeout_s: float = 90.0) -> None:
+        """Both monitors get every event once, each machine's in its order; no spool keeps any."""
+        count = sum(map(len, self.said.values()))
+        for monitor in self.team.monitors:
+            eventually(
+                lambda monitor=monitor: monitor.has(self.session, count), timeout_s,
+                f"{count} events at {monitor.machine_id}",
+            )  # fmt: skip
+        for machine in self.team.emitters:
+            eventually(lambda machine=machine: not machine.spooled(), timeout_s, "an empty spool")
+        for monitor in self.team.monitors:
+            assert monitor.arrivals(self.session) == self.said
+
+
+def without_arrival(event: "dict[str, Any]") -> "dict[str, Any]":
+    """Return an event without what each monitor adds for itself."""
+    return {name: value for name, value in event.items() if name not in ("seq", "received")}
+
+
+def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTeam) -> None:
+    clients = [monitor.websocket("full") for monitor in team.monitors]
+    flow = RedisFlow(team, "three-machines")
+    flow.hooks(60)
+    flow.bulk(60, tool_name="Bash", tool_input={"command": "ls"})
+    flow.check()
+    first, second = (
+        {e["id"]: without_arrival(e) for e in monitor.stored_events() if e["sessionId"] == flow.session}
+        for monitor in team.monitors
+    )
+    assert first == second and len(first) == 120
+    for client, monitor in zip(clients, team.monitors):
+        shown = [event for event in client.events(120) if event["sessionId"] == flow.session]
+        assert {event["id"]: without_arrival(event) for event in shown} == first
+        client.close()
+        about = {machine["machineId"]: machine for machine in monitor.get("/api/status")["machines"]}
+        for machine in team.emitters:
+            assert about[machine.machine_id]["events"] >= 40
+            assert abs(about[machine.machine_id]["lastSeen"] - time.time() * 1000) < 300_000
+    for machine in team.emitters:
+        eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
+        assert machine.publisher()["subscribers"] == 2
+        assert len(machine.publishers()) == 1
+    assert {json.dumps(json.loads(line)) for line in team.server.streamed()} >= {
+        json.dumps(event) for event in first.values()
+    }
+
+
+def redis_outage(team: RedisTeam, session: str, begin: Any, end: Any, least_s: float) -> RedisFlow:
+    """Say 1,000 events by real hooks; Redis is away for the 400 in the middle, however long they take.
+
+    A hook that waited for Redis could never return, as Redis comes back only after all of them have.
+    """
+    flow = RedisFlow(team, session)
+    flow.hooks(300)
+    begin()
+    began = time.monotonic()
+    flow.hooks(400)
+    for machine in team.emitters:
+        assert machine.spooled() > 0
+    time.sleep(max(0.0, began + least_s - time.monotonic()))
+    assert not any(monitor.has(session, 301 + 300) for monitor in team.monitors)
+    end()
+    flow.hooks(300)
+    return flow
+
+
+def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
+    flow = redis_outage(team, "outage", team.server.stop, team.server.start, REDIS_OUTAGE_S)
+    flow.check()
+    for monitor in team.monitors:
+        about = monitor.wait_until("connected")
+        assert (about["attempt"], about["reason"]) == (0, None)
+
+
+def test_a_redis_that_was_frozen_costs_no_event(team: RedisTeam) -> None:
+    flow = redis_outage(team, "frozen", team.server.freeze, team.server.thaw, 0)
+    flow.check()
+
+
+def test_a_redis_that_was_killed_costs_no_event(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "killed")
+    flow.bulk(150)
+    team.server.kill()
+    flow.bulk(150)
+    team.server.start()
+    flow.bulk(150)
+    flow.check()
+
+
+def test_fifty_cut_connections_cost_no_event(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "cut")
+    dice = random.Random(50)
+    for _ in range(50):
+        flow.bulk(dice.randrange(12, 24))
+        time.sleep(dice.random() * 0.05)
+        team.server.cut_connections()
+    flow.bulk(60)
+    flow.check()
+    assert sum(map(len, flow.said.values())) > 600
+
+
+def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam) -> None:
+    team.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 1000000 1000000 1")
+    fast, slow = team.monitors
+    os.kill(slow.pid, signal.SIGSTOP)
+    flow = RedisFlow(team, "slow")
+    flow.bulk(999, tool_name="Write", tool_input={"file_path": "/a", "content": "words " * 5000})
+    eventually(lambda: fast.has(flow.session, 999), 60, "999 events at the fast one")
+    eventually(lambda: team.server.clients("pubsub") == 1, 30, "the slow one's connection cut")
+    assert not slow.arrivals(flow.session)
+    os.kill(slow.pid, signal.SIGCONT)
+    flow.check()
+
+
+def test_a_monitor_that_was_down_catches_up(team: RedisTeam) -> None:
+    down = team.monitors[1]
+    flow = RedisFlow(team, "down")
+    flow.bulk(150)
+    down.kill()
+    flow.bulk(150)
+    down.start()
+    flow.bulk(150)
+    for _ in range(3):
+        down.kill()
+        flow.bulk(30)
+        down.start()
+    flow.check()
+
+
+def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any) -> None:
+    flow = RedisFlow(team, "before")
+    flow.bulk(30)
+    flow.check()
+    late = make(RedisMachine, config=team.server.settings(), machine_id="late").start()
+    eventually(lambda: late.has(flow.session, 30), 30, "the events of before it was there")
+    assert late.arrivals(flow.session) == flow.said
+
+
+@pytest.mark.parametrize(
+    ("refuse", "words"),
+    [
+        (["ACL", "SETUSER", "default", "-xadd"], "xadd"),
+        (["ACL", "SETUSER", "default", "resetkeys", "~other"], "key"),
+        (["CONFIG", "SET", "maxmemory", "1"], "memory"),
+        (["SET", REDIS_STREAM, "no stream"], "wrong kind|not a stream|WRONGTYPE"),
+    ],
+    ids=["no right to XADD", "no right to the key", "out of memory", "no stream under its name"],
+)
+def test_a_refused_xadd_does_not_stop_the_publish(team: RedisTeam, refuse: "list[str]", words: str) -> None:
+    stream_before = team.server.streamed()
+    if refuse[0] == "SET":
+        team.server.cli("RENAME", REDIS_STREAM, "aside")
+    team.server.cli(*refuse)
+    flow = RedisFlow(team, "refused-" + hashlib.sha256(refuse[-1].encode()).hexdigest()[:4])
+    try:
+        flow.bulk(90)
+        flow.check()
+        for machine in team.emitters:
+            about = eventually(
+                lambda machine=machine: (p := machine.publisher())["stream"] == "refused" and p
+            )
+            assert re.search(words, about["streamReason"], re.I), about
+            assert about["channelState"] == "ok"
+    finally:
+        if refuse[0] == "SET":
+            team.server.cli("RENAME", "aside", REDIS_STREAM)
+    team.mend()
+    assert team.server.streamed() == stream_before
+    flow.bulk(30)
+    flow.check()
+    assert len(team.server.streamed()) == len(stream_before) + 30
+    for machine in team.emitters:
+        eventually(
+            lambda machine=machine: machine.publisher()["stream"] == "ok", what="the stream's recovery"
+        )
+
+
+def test_a_refused_publish_does_not_stop_the_xadd(team: RedisTeam) -> None:
+    team.server.cli("ACL", "SETUSER", "default", "-publish")
+    flow = RedisFlow(team, "no-publish")
+    flow.bulk(90)
+    flow.check()
+    for machine in team.emitters:
+        about = eventually(
+            lambda machine=machine: (p := machine.publisher())["channelState"] == "refused" and p
+        )
+        assert "publish" in about["channelReason"].lower()
+        assert about["stream"] == "ok"
+
+
+def test_anything_published_by_redis_cli_is_shown(team: RedisTeam) -> None:
+    clients = [monitor.websocket("full") for monitor in team.monitors]
+    assert team.server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') == "2"
+    for client, monitor in zip(clients, team.monitors):
+        (event,) = client.events(1)
+        assert (event["sessionId"], event["eventType"], event["data"]) == (
+            "unknown",
+            "message",
+            {"test": "message"},
+        )
+        shown = monitor.get("/api/events?limit=1")["events"]
+        assert [shown_event["id"] for shown_event in shown] == [event["id"]]
+        client.close()
+
+
+def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
+    with subprocess.Popen(
+        ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL], stdout=subprocess.PIPE
+    ) as watching:
+        assert watching.stdout is not None
+        try:
+            assert [watching.stdout.readline() for _ in range(3)][0] == b"subscribe\n"
+            team.emitters[0].say("plain", "plain", tool_name="Bash", tool_input={"command": "é \U0001f600\n"})
+            kind, channel, line = (watching.stdout.readline().rstrip(b"\n") for _ in range(3))
+        finally:
+            watching.kill()
+    assert (kind, channel) == (b"message", REDIS_CHANNEL.encode())
+    event = json.loads(line)
+    assert ee.is_whole_event(event) and "hook" not in event and line.isascii()
+    assert (event["machineId"], event["sessionId"], event["hookType"]) == ("box0", "plain", "PreToolUse")
+    assert event["data"]["toolInput"] == {"command": "é \U0001f600\n"}
+    hook_check_form(event)
+
+
+def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: RedisTeam) -> None:
+    garbage = [
+        bytes(range(256)), b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
+        b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
+        b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
+    ]  # fmt: skip
+    odd = [
+        b'{"eventType":"message","sessionId":"odd","data":{"n":NaN,"f":1e999,"s":"\\ud83d","latin":"caf\xe9"}}',
+        b'{"eventType":"message","sessionId":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
+        *(
+            json.dumps({"eventType": "message", "sessionId": "odd", field: value}).encode()
+            for field in ("timestamp", "machineId", "workingDirectory", "hookType", "data", "pid", "agentId")
+            for value in WRONG_TYPES
+        ),
+    ]
+    before = [monitor.get("/api/status")["events"] for monitor in team.monitors]
+    flow = RedisFlow(team, "among-garbage")
+    for message in garbage:
+        team.server.publish(message)
+    for message in odd:
+        team.server.publish(message)
+    team.server.cli("XADD", REDIS_STREAM, "*", "nothing", "of ours")
+    team.server.cli("XADD", REDIS_STREAM, "*", "event", given=bytes(range(256)))
+    flow.bulk(30)
+    flow.check()
+    for monitor, events in zip(team.monitors, before):
+        now = eventually(
+            lambda monitor=monitor, events=events: (
+                (told := monitor.get("/api/status")["events"])["quarantined"]
+                >= events["quarantined"] + len(garbage)
+                and told
+            )
+        )
+        assert now["quarantined"] <= events["quarantined"] + len(garbage) + 2
+        assert len(monitor.arrivals("odd").popitem()[1]) > 0
+        assert sum(map(len, monitor.arrivals("odd").values())) == len(odd) or len(monitor.arrivals("odd")) > 1
+        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
+            assert "Traceback" not in file.read()
+        os.path.getsize(monitor.home + "/quarantine.log")
+
+
+HOSTILE_NAMES = (
+    "../../../../tmp/ctx-hostile", "/tmp/ctx-hostile", "..", ".", "a/b", "a\\b", "a\0b", "x" * 5000, "-rf", "~root",
+    "$(touch /tmp/ctx-hostile)", "\n", "\u202e", "CON", "events", "\ud83d", "%2e%2e%2f",
+)  # fmt: skip
+
+
+def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
+    def places(monitor: RedisMachine) -> "set[str]":
+        return {
+            os.path.relpath(os.path.join(folder, name), monitor.home)
+            for folder, _, names in os.walk(monitor.home)
+            for name in names
+        }
+
+    before = [places(monitor) for monitor in team.monitors]
+    markers = []
+    for name in HOSTILE_NAMES:
+        for fields in ({"machineId": name}, {"sessionId": name}, {"machineId": name, "sessionId": name}):
+            markers.append(f"hostile-{len(markers)}")
+            event = {
+                "eventType": "message",
+                "sessionId": "hostile",
+                **fields,
+                "data": {"toolUseId": markers[-1]},
+            }
+            team.server.publish(json.dumps(event).encode())
+    for monitor, known in zip(team.monitors, before):
+        eventually(
+            lambda monitor=monitor: (
+                {event["data"].get("toolUseId") for event in monitor.get("/api/events?limit=1000")["events"]}
+                >= set(markers)
+            ),
+            what="the hostile events",
+        )
+        new = places(monitor) - known
+        assert all(
+            re.fullmatch(r"events/\d{4}-\d\d-\d\d/[A-Za-z0-9._-]{1,80}\.jsonl", path) for path in new
+        ), new
+    assert not glob.glob("/tmp/ctx-hostile*")
+
+
+def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
+    secret = hook_token("ghp_", 36)
+    machine = team.emitters[0]
+    machine.say(
+        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
+    )
+    machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("secret", 2))
+    eventually(lambda: not machine.spooled(), what="an empty spool")
+    places = [machine.home, team.server.directory, *(monitor.home for monitor in team.monitors)]
+    found = subprocess.run(["grep", "-rlF", secret, *places], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+    events = {event["data"]["toolUseId"]: event for event in team.monitors[0].stored_events()
+              if event["sessionId"] == "secret"}  # fmt: skip
+    assert events["secret"]["data"]["toolInput"]["token"].startswith("[redacted:")
+    cut = events["long"]["data"]
+    assert cut["truncated"] == {"toolInput.content": 100_000} and cut["toolInput"]["rest"] == "kept"
+    assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
+
+
+def test_the_clock_of_another_machine_is_measured(team: RedisTeam) -> None:
+    behind = team.emitters[2]
+    hour_ms = 3_600_000
+    line = json.dumps(
+        {
+            "id": str(uuid.uuid4()), "timestamp": int(time.time() * 1000) - hour_ms, "machineId": "slow-clock",
+            "hook": payload("Stop", "skewed"),
+        }
+    ).encode() + b"\n"  # fmt: skip
+    ee.append_to_spool(behind.home + "/spool", line)
+    behind.say("now", "skewed")
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("skewed", 2))
+        about = {told["machineId"]: told for told in monitor.get("/api/status")["machines"]}
+        assert abs(about["slow-clock"]["clockSkewMs"] - hour_ms) < 60_000
+        assert abs(about["box2"]["clockSkewMs"]) < 60_000
+
+
+def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
+    machine = team.emitters[1]
+    machine.end_publisher()
+    flow = RedisFlow(team, "one-publisher")
+    seen: "set[int]" = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.update(machine.publishers())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        shares = [f"box1-{number}" for number in range(80)]
+        flow.said["box1"] = sorted(shares)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda marker: machine.say(marker, flow.session), shares))
+        eventually(lambda: not machine.spooled(), what="an empty spool")
+    finally:
+        stop.set()
+        watching.join()
+    assert len(seen) == 1
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has(flow.session, 80))
+        assert sorted(monitor.arrivals(flow.session)["box1"]) == flow.said["box1"]
+
+
+def test_a_publisher_that_was_killed_in_the_flow_loses_and_doubles_nothing(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "killed-publisher")
+    for _ in range(8):
+        flow.bulk(150)
+        at_once(*[machine.end_publisher for machine in team.emitters])
+    flow.hooks(6)
+    flow.check()
+
+
+def test_the_monitor_starts_a_publisher_for_what_lies_in_the_spool(team: RedisTeam) -> None:
+    watcher = team.monitors[0]
+    watcher.end_publisher()
+    watcher.spool("left", "left-over")
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("left-over", 1), 30, "what was left over")
+    assert watcher.arrivals("left-over") == {"watcher0": ["left"]}
+    assert watcher.get("/api/status")["publisher"]["running"] is True
+
+
+# Reasons ----------------------------------------------------------------------------------------------------------
+#
+# One machine for each thing that can be wrong, all started at once; the tests below look at what each of them says.
+
+REDIS_PASSWORD = "correct-horse-battery-9217"
+REDIS_WRONG_PASSWORD = "wrong-staple-4711"
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisFault:
+    """What is wrong, as a machine's configuration, and the words that its reason must and must not have."""
+
+    words: str
+    config: "dict[str, Any]"
+
+
+def redis_faults(make: Any) -> "dict[str, RedisFault]":
+    """Make the servers; return name → fault."""
+    certificates, strange, elsewhere = (
+        RedisCertificates.make(make(Folder).path),
+        RedisCertificates.make(make(Folder).path),
+        RedisCertificates.make(make(Folder).path, "DNS:redis.example"),
+    )
+    plain, locked = make(RedisServer), make(RedisServer, password=REDIS_PASSWORD)
+    ruled = make(
+        RedisServer,
+        "user default on nopass ~* &* +@all",
+        f"user nothing on >{REDIS_PASSWORD} resetchannels +ping",
+        f"user elsewhere on >{REDIS_PASSWORD} ~other &other +@all",
+    )
+    tls = make(RedisServer, certificates=certificates)
+    tls_elsewhere = make(RedisServer, certificates=elsewhere)
+    tls_asking = make(RedisServer, "tls-auth-clients yes", certificates=certificates)
+    replica = make(RedisServer, f"replicaof 127.0.0.1 {plain.port}")
+
+    def with_password(server: RedisServer, **more: Any) -> "dict[str, Any]":
+        return server.settings(password=REDIS_PASSWORD, **more)
+
+    return {
+        "wrong password": RedisFault("password", locked.settings(password=REDIS_WRONG_PASSWORD)),
+        "no password": RedisFault("password", locked.settings()),
+        "wrong user": RedisFault("user|password", with_password(ruled, username="nobody")),
+        "no rights": RedisFault("right|permission|NOPERM", with_password(ruled, username="nothing")),
+        "another channel": RedisFault("channel|NOPERM", with_password(ruled, username="elsewhere")),
+        "nobody listens": RedisFault(
+            "nothing answers", {"mode": "redis", "redis": {"port": redis_free_port()}}
+        ),
+        "no such host": RedisFault("host|name", plain.settings(host="no-such-host.invalid")),
+        "no such socket": RedisFault("/nowhere/redis.sock", plain.settings(url="unix:///nowhere/redis.sock")),
+        "TLS to a plain port": RedisFault("TLS", plain.settings(tls=True)),
+        "plain to a TLS port": RedisFault("TLS", tls.settings(tls=False)),
+        "unknown authority": RedisFault("certificate|caFile", tls.settings(caFile=strange.path("ca.crt"))),
+        "another host's certificate": RedisFault("certificate|host name", tls_elsewhere.settings()),
+        "no client certificate": RedisFault("certFile|client certificate", tls_asking.settings()),
+        "no CA file": RedisFault("/nowhere/ca.crt", tls.settings(caFile="/nowhere/ca.crt")),
+        "read-only replica": RedisFault("replica|read-only", replica.settings()),
+        "no such database": RedisFault("db|database", plain.settings(db=99)),
+    }
+
+
+@dataclasses.dataclass
+class Folder:
+    """A directory that is removed at the end."""
+
+    path: str = dataclasses.field(default_factory=new_home)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisComplaint:
+    """What one machine with a fault says; `words`: "monitor" or "publisher" → its sentence."""
+
+    machine: RedisMachine
+    fault: RedisFault
+    words: "dict[str, str]"
+
+
+@pytest.fixture(scope="module")
+def redis_complaints() -> "Iterator[dict[str, RedisComplaint]]":
+    """Let every fault happen, all at the same time."""
+    with redis_parts() as maker:
+        faults = redis_faults(maker)
+        machines = {name: maker(RedisMachine, config=fault.config) for name, fault in faults.items()}
+
+        def complain(name: str) -> RedisComplaint:
+            machine = machines[name]
+            machine.start()
+            machine.say("kept")
+
+            def publishers_words() -> str:
+                told = machine.publisher()
+                return str(told.get("reason") or told.get("streamReason") or "")
+
+            words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
+            if name != "read-only replica":  # one can listen to it
+                words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
+                assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
+            return RedisComplaint(machine, faults[name], words)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            yield dict(zip(machines, pool.map(complain, machines)))
+
+
+REDIS_FAULT_NAMES = [
+    "wrong password", "no password", "wrong user", "no rights", "another channel", "nobody listens", "no such host",
+    "no such socket", "TLS to a plain port", "plain to a TLS port", "unknown authority",
+    "another host's certificate", "no client certificate", "no CA file", "read-only replica", "no such database",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDIS_FAULT_NAMES)
+def test_every_fault_has_its_own_clear_sentence(
+    redis_complaints: "dict[str, RedisComplaint]", name: str
+) -> None:
+    assert set(redis_complaints) == set(REDIS_FAULT_NAMES)
+    complaint = redis_complaints[name]
+    for who, sentence in complaint.words.items():
+        assert re.search(complaint.fault.words, sentence, re.I), (who, sentence)
+        assert len(sentence) < 300 and "\n" not in sentence
+        assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (who, sentence)
+        others = {other: told.words.get(who) for other, told in redis_complaints.items() if other != name}
+        assert sentence not in others.values(), (who, sentence)
+
+
+def test_no_password_is_told_anywhere(redis_complaints: "dict[str, RedisComplaint]") -> None:
+    machines = [
+        told.machine for told in redis_complaints.values() if "password" in told.machine.config["redis"]
+    ]
+    assert len(machines) == 4
+    for machine in machines:
+        said = [
+            json.dumps(machine.get("/api/config")), json.dumps(machine.get("/api/status")),
+            machine.command("status", check=False).stdout, json.dumps(machine.sessions()),
+        ]  # fmt: skip
+        for folder, _, names in os.walk(machine.home):
+            for name in names:
+                path = os.path.join(folder, name)
+                if name != "monitor.config.json" and stat.S_ISREG(os.lstat(path).st_mode):
+                    with open(path, "rb") as file:
+                        said.append(file.read().decode("utf-8", "replace"))
+        for pid in [machine.pid, *machine.publishers()]:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                said.append(file.read().decode())
+        for text in said:
+            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text
+    assert any(machine.publishers() for machine in machines)
+
+
+def test_an_event_that_redis_does_not_take_stays_in_the_spool(
+    redis_complaints: "dict[str, RedisComplaint]",
+) -> None:
+    for name, complaint in redis_complaints.items():
+        if name == "read-only replica":  # its monitor has got it by the channel
+            assert complaint.machine.arrivals() == {"testbox": ["kept"]}
+            continue
+        (kept,) = hook_spooled(complaint.machine.home)
+        assert kept["hook"]["tool_use_id"] == "kept"
+
+
+# Ways to a Redis --------------------------------------------------------------------------------------------------
+
+
+def redis_round_trip(machine: RedisMachine, server: RedisServer) -> "dict[str, Any]":
+    """Send an event from hook to monitor through Redis; return what the monitor says of the connection."""
+    machine.start()
+    about = machine.wait_until("connected")
+    machine.say("there")
+    eventually(lambda: machine.has("s1", 1), 30, f"the event through {about['server']}")
+    assert machine.arrivals() == {machine.machine_id: ["there"]}
+    assert server.clients("pubsub") == 1
+    return about
+
+
+REDIS_WAYS = ("TLS", "TLS unverified", "client certificate", "user", "url", "url with TLS", "url of a socket",
+              "environment", "db", "channel", "no stream")  # fmt: skip
+
+
+@pytest.mark.parametrize("way", REDIS_WAYS)
+def test_every_way_to_a_redis_works(make: Any, redis_certificates: "RedisCertificates", way: str) -> None:
+    certificates = redis_certificates if "TLS" in way or way == "client certificate" else None
+    lines = {
+        "client certificate": ("tls-auth-clients yes",),
+        "user": (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default off"),
+    }.get(way, ())
+    if way == "user":
+        lines = (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default on nopass +ping +client")
+    server = make(
+        RedisServer, *lines, certificates=certificates,
+        password=REDIS_PASSWORD if way in ("url", "url with TLS", "environment", "TLS") else "",
+    )  # fmt: skip
+    port = server.port
+    config: "dict[str, dict[str, Any]]" = {
+        "TLS": server.settings(host="localhost", password=REDIS_PASSWORD),
+        "TLS unverified": server.settings(caFile=None, verify=False),
+        "client certificate": server.settings(
+            certFile=redis_certificates.path("client.crt"), keyFile=redis_certificates.path("client.key")
+        ),
+        "user": server.settings(username="team", password=REDIS_PASSWORD),
+        "url": {"mode": "redis", "redis": {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{port}/3"}},
+        "url with TLS": {
+            "mode": "redis",
+            "redis": {
+                "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{port}/0",
+                "caFile": redis_certificates.path("ca.crt"),
+            },
+        },
+        "url of a socket": {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}},
+        "environment": server.settings(password="not this one"),
+        "db": server.settings(db=5),
+        "channel": server.settings(channel="another:channel"),
+        "no stream": server.settings(streamMaxLength=0),
+    }
+    machine = make(
+        RedisMachine, config=config[way],
+        more_environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if way == "environment" else {},
+    )  # fmt: skip
+    about = redis_round_trip(machine, server)
+    assert about["tls"] is ("TLS" in way or way == "client certificate")
+    databases = re.findall(r"^db(\d+):", server.cli("INFO", "keyspace"), re.M) if way != "user" else ["0"]
+    assert databases == {"url": ["3"], "db": ["5"], "no stream": []}.get(way, ["0"])
+    if way == "no stream":
+        assert (about["stream"], about["streamState"]) == (None, "off")
+    if way == "channel":
+        assert server.cli("EXISTS", "another:channel:stream") == "1"
+    assert REDIS_PASSWORD not in json.dumps(machine.get("/api/config")) + json.dumps(
+        machine.get("/api/status")
+    )
+
+
+@pytest.fixture(scope="module")
+def redis_certificates() -> "Iterator[RedisCertificates]":
+    folder = Folder()
+    yield RedisCertificates.make(folder.path)
+    folder.remove()
+
+
+# What an emitter and a monitor need, as the README lists it.
+REDIS_RIGHTS = {
+    "emitter": "resetchannels ~contextuate:events:stream &contextuate:events +publish +xadd",
+    "monitor": "resetchannels ~contextuate:events:stream &contextuate:events +subscribe +unsubscribe +ping +xread +xrange",
+}
+
+
+def test_the_documented_rights_are_enough_for_each_side(make: Any) -> None:
+    server = make(
+        RedisServer, *[f"user {name} on >{REDIS_PASSWORD} {rights}" for name, rights in REDIS_RIGHTS.items()]
+    )
+    emitter, watcher = (
+        make(
+            RedisMachine, machine_id=name, config=server.settings(username=name, password=REDIS_PASSWORD)
+        )
+        for name in ("emitter", "monitor")
+    )  # fmt: skip
+    emitter.say("before")
+    watcher.start().wait_until("connected")
+    emitter.say("after")
+    eventually(lambda: watcher.has("s1", 2), 30, "both events")
+    assert watcher.arrivals() == {"emitter": ["before", "after"]}
+    about = watcher.redis()
+    assert (about["streamState"], about["streamReason"]) == ("ok", None)
+    assert (emitter.publisher()["stream"], emitter.publisher()["channelState"]) == ("ok", "ok")
+
+
+# A Redis that is no Redis -----------------------------------------------------------------------------------------
+
+
+class StubbornServer:
+    """A TCP server that accepts and never answers as Redis would.
+
+    `manner`: "silent" says nothing, "drip" sends a byte of an endless answer now and then, "half" begins the
+    first answer and stops, "deaf" does not even accept: its queue is full, so that further SYNs are dropped.
+    """
+
+    def __init__(self, manner: str) -> None:
+        self.manner = manner
+        self.port = redis_free_port()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+        self.listener.listen(0 if manner == "deaf" else 16)
+        self.connections: "list[socket.socket]" = []
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._fill if manner == "deaf" else self._serve)
+        self.thread.start()
+
+    def _fill(self) -> None:
+        while not self.stopping.wait(0.05):  # until nothing more fits, and again when one has timed out
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", self.port))
+            self.connections.append(sock)
+            if len(self.connections) > 40:
+                self.stopping.wait()
+
+    def _serve(self) -> None:
+        self.listener.settimeout(0.1)
+        while not self.stopping.is_set():
+            with contextlib.suppress(OSError):
+                self.connections.append(self.listener.accept()[0])
+                if self.manner != "silent":
+                    self.connections[-1].sendall({"drip": b"$100000\r\n", "half": b"+O"}[self.manner])
+            if self.manner == "drip":
+                for sock in self.connections:
+                    with contextlib.suppress(OSError):
+                        sock.send(b"x")
+
+    def remove(self) -> None:
+        """Close everything; the port is free afterwards."""
+        self.stopping.set()
+        self.thread.join()
+        for sock in (self.listener, *self.connections):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+
+def test_a_server_that_never_answers_holds_nobody_and_costs_no_event(make: Any) -> None:
+    def suffer(manner: str) -> "tuple[str, list[str]]":
+        stubborn = make(StubbornServer, manner)
+        config = {
+            "mode": "redis",
+            "redis": {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None},
+        }
+        machine = make(RedisMachine, config=config, machine_id=manner)
+        machine.start()
+        machine.say("first")
+        eventually(
+            lambda: machine.redis()["attempt"] >= 1 and machine.redis()["reason"],
+            40,
+            manner + ": the monitor notices",
+        )
+        eventually(lambda: machine.publisher().get("reason"), 40, manner + ": the publisher notices")
+        assert machine.publisher()["state"] in ("waiting", "connecting")
+        reasons = [machine.redis()["reason"], machine.publisher()["reason"]]
+        machine.say("second")
+        os.kill(machine.pid, signal.SIGTERM)
+        eventually(lambda: not alive(machine.pid), 10, manner + ": SIGTERM ends the monitor")
+        machine.start()
+        stubborn.remove()
+        make(RedisServer, password="p", port=stubborn.port)
+        machine.command("tail", "--help")
+        os.kill(machine.pid, signal.SIGHUP)
+        eventually(lambda: machine.has("s1", 2), 60, manner + ": both events once there is a Redis")
+        assert machine.arrivals() == {manner: ["first", "second"]}
+        return manner, reasons
+
+    told = dict(
+        at_once(*[functools.partial(suffer, manner) for manner in ("silent", "drip", "half", "deaf")])
+    )
+    for manner, reasons in told.items():
+        for reason in reasons:
+            assert re.search(r"answer|time|reach", reason), (manner, reason)
+
+
+def test_a_connection_that_went_silent_is_found_and_replaced(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings()).start()
+    machine.wait_until("connected")
+    server.freeze()
+    told = eventually(
+        lambda: (about := machine.redis())["state"] != "connected" and about, 40, "the silence noticed"
+    )
+    assert told["reason"]
+    server.thaw()
+    machine.wait_until("connected")
+    machine.say("after")
+    eventually(lambda: machine.has("s1", 1), 30)
+
+
+# Giving up, and coming back ---------------------------------------------------------------------------------------
+
+
+def test_after_its_attempts_the_monitor_gives_up_until_somebody_asks(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings(maxRetries=2))
+    machine.start().wait_until("connected")
+    client = machine.websocket("rows")
+
+    def ask() -> None:
+        assert client.ask("status", type="reconnect_redis")["redis"]["state"] in ("connecting", "connected")
+
+    def hang_up() -> None:
+        os.kill(machine.pid, signal.SIGHUP)
+
+    def restart() -> None:
+        client.close()
+        machine.command("restart", "--no-open")
+        with open(machine.home + "/monitor.run.json", encoding="utf-8") as file:
+            machine.about = json.load(file)
+
+    for number, come_back in enumerate((ask, hang_up, restart)):
+        server.stop()
+        told = machine.wait_until("given_up")
+        assert (told["maxRetries"], told["nextAttemptAt"]) == (2, None) and told["attempt"] >= 2
+        assert told["reason"]
+        assert machine.request("/health")[0] == 200
+        machine.say(f"away-{number}")
+        server.start()
+        assert machine.redis()["state"] == "given_up"
+        come_back()
+        machine.wait_until("connected")
+        eventually(lambda number=number: machine.has("s1", number + 1), 60, "the events of meanwhile")
+    assert machine.arrivals() == {"testbox": ["away-0", "away-1", "away-2"]}
+    with open(machine.home + "/monitor.log", encoding="utf-8") as file:
+        log = file.read()
+    assert re.search(r"gives? up|gave up|given up", log)
+
+
+def test_asking_for_redis_in_local_mode_is_an_error(running: RunningMonitor) -> None:
+    client = running.websocket("rows")
+    assert "redis" in json.dumps(client.ask("error", type="reconnect_redis")).lower()
+    client.close()
+    status = running.get("/api/status")
+    assert (status["redis"], status["publisher"]) == (None, None)
+
+
+def test_a_monitor_starts_though_redis_is_down_and_connects_when_it_comes(make: Any) -> None:
+    server = make(RedisServer)
+    server.stop()
+    machine = make(RedisMachine, config=server.settings()).start()
+    machine.say("early")
+    eventually(lambda: machine.redis()["attempt"] >= 2 and machine.redis()["nextAttemptAt"])
+    server.start()
+    machine.wait_until("connected")
+    eventually(lambda: machine.has("s1", 1), 60)
+    assert machine.arrivals() == {"testbox": ["early"]}
+
+
+def test_back_in_local_mode_the_monitor_takes_what_was_not_published(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.start().wait_until("connected")
+    machine.say("published")
+    eventually(lambda: machine.has("s1", 1))
+    server.stop()
+    for number in range(20):
+        machine.say(f"kept-{number}")
+    machine.stop()
+    machine.config = {"mode": "local"}
+    machine.write_config({})
+    machine.start()
+    machine.say("local")
+    eventually(lambda: machine.has("s1", 22), 60, "all of them")
+    server.start()
+    eventually(lambda: not machine.publishers() or machine.spooled() == 0)
+    markers = machine.arrivals()["testbox"]
+    assert sorted(markers) == sorted(["published", "local", *(f"kept-{number}" for number in range(20))])
+    assert [marker for marker in markers if marker.startswith("kept")] == [
+        f"kept-{number}" for number in range(20)
+    ]
+    machine.stop()
+    machine.config = server.settings()
+    machine.write_config({})
+    machine.start().wait_until("connected")
+    machine.say("again")
+    eventually(lambda: machine.has("s1", 23), 60)
+    assert sorted(machine.arrivals()["testbox"]) == sorted([*markers, "again"])
+
+
+def test_the_monitor_remembers_its_place_in_the_stream(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.start().wait_until("connected")
+    for number in range(5):
+        machine.spool(str(number))
+    machine.say("5")
+    eventually(lambda: machine.has("s1", 6))
+    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    machine.stop()
+    machine.spool("6")
+    machine.say("7")
+    eventually(lambda: not machine.spooled())
+    machine.start()
+    eventually(lambda: machine.has("s1", 8))
+    about = machine.wait_until("connected")
+    assert about["fromStream"] <= 3 and about["gaps"] == 0
+    assert machine.get("/api/status")["events"]["duplicates"] <= 1
+
+
+def test_what_the_stream_no_longer_has_is_told_as_a_gap(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
+    machine.start().wait_until("connected")
+    machine.say("before")
+    eventually(lambda: machine.has("s1", 1))
+    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    machine.stop()
+    for number in range(600):
+        machine.spool(f"n{number}")
+    machine.say("last")
+    eventually(lambda: not machine.spooled(), 30)
+    kept = len(server.streamed())
+    assert 100 <= kept < 601
+    machine.start()
+    eventually(lambda: machine.has("s1", 1 + kept), 30)
+    assert machine.wait_until("connected")["gaps"] == 1
+    assert machine.arrivals()["testbox"][-1] == "last"
+
+
+def test_debug_tells_how_many_monitors_got_it(team: RedisTeam) -> None:
+    machine = team.emitters[0]
+    told = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+    assert "mode redis" in told and re.search(r"\b2 (subscribers|monitors)", told), told
+
+
+# The publisher's exit ---------------------------------------------------------------------------------------------
+
+# Emits at moments around the exit of the publisher that the event before had started. A new publisher is a fork of
+# this process, which has imported redis-py already: 2,000 new interpreters would take minutes.
+REDIS_RACER = """
+import os, posix, random, signal, sys, time
+root, home, rounds, seed = sys.argv[1:]
+sys.path.insert(0, root)
+import redis
+import emit_event as ee
+ee.PUBLISHER_QUIET_S, ee.BUSY_S, ee.IDLE_POLL_S = 0.005, 0.0, 0.001
+
+class Forking:
+    def __getattr__(self, name):
+        return getattr(posix, name)
+
+    def posix_spawn(self, python, arguments, environment, **_):
+        pid = os.fork()
+        if pid == 0:
+            ee.run_publisher(int(arguments[-1]))
+        return pid
+
+ee.posix = Forking()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+dice = random.Random(seed)
+started, wait_s = 0, ee.PUBLISHER_QUIET_S
+for number in range(int(rounds)):
+    line = b'{"id":"%s-%d","timestamp":1,"machineId":"m","hook":{"hook_event_name":"Stop"}}\\n' % (seed.encode(), number)
+    ee.append_to_spool(home + "/spool", line)
+    found_none = ee.ensure_publisher(home).startswith("publisher started")
+    started += found_none
+    wait_s = max(0.0, wait_s + (-0.0005 if found_none else 0.0005))  # the exit is met whatever the machine's speed
+    deadline = time.monotonic() + 20
+    while ee.spool_segments(home + "/spool"):
+        if time.monotonic() > deadline:
+            sys.exit(f"event {number} of {seed} was left in the spool")
+        time.sleep(0.0005)
+    time.sleep(wait_s + dice.uniform(0.0, 0.001))
+print(started)
+"""
+
+
+def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
+    server = make(RedisServer)
+    workers, rounds = 6, 350
+    config = {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}}
+    machines = [make(RedisMachine, config=config) for _ in range(workers)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", REDIS_RACER, ROOT, machine.home, str(rounds), f"racer{number}"],
+            env=machine.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number, machine in enumerate(machines)
+    ]  # fmt: skip
+    outcomes = [(*racer.communicate(timeout=300), racer.returncode) for racer in racers]
+    assert [(errors, code) for _, errors, code in outcomes] == [("", 0)] * workers
+    started = sum(int(out) for out, _, _ in outcomes)
+    total = workers * rounds
+    assert total >= 2000 and total * 0.2 < started < total * 0.8, (
+        started
+    )  # it was met before and after its exit
+    found = [json.loads(line)["id"] for line in server.streamed()]
+    assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
 
 
 # ---------------------------------------------------------------------------
@@ -8729,17 +11362,51 @@ def bench_hook(pairs: int = 60) -> "list[tuple[str, float, float, float]]":
         clean_up(monitor)
 
 
+def bench_hook_redis(pairs: int = 60) -> "list[tuple[str, float, float, float]]":
+    """Time the part of Redis mode that Claude Code waits for, against a bare interpreter, in turn."""
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        machine = maker(RedisMachine, config=server.settings())
+        command, environment = shlex.split(machine.hook)[:4], machine.environment
+        line = recorded_lines("simple")[4] + b"\n"
+        machine.say("the publisher starts")
+        eventually(lambda: machine.publisher().get("published"))
+        results = [
+            ("hook, Redis mode, a publisher runs", *paired_times(command, line, environment, pairs)),
+            (
+                "the first of a burst starts one",
+                *paired_times(command, line, environment, pairs // 3, before_each=machine.end_publisher),
+            ),
+        ]
+        machine.say("a publisher that stays")
+        expected = 2 + pairs + 3 + pairs // 3 + 3
+        eventually(lambda: len(server.streamed()) == expected, 30, f"{expected} events in Redis")
+        server.stop()
+        eventually(
+            lambda: machine.say("away") or machine.publisher()["state"] == "waiting",
+            what="a publisher that waits",
+        )
+        results.append(("the same while Redis is away", *paired_times(command, line, environment, pairs)))
+        return results
+
+
 def paired_times(
-    ours: "list[str]", line: bytes, environment: "dict[str, str]", pairs: int
+    ours: "list[str]", line: bytes, environment: "dict[str, str]", pairs: int, before_each: Any = None
 ) -> "tuple[float, float, float]":
-    """Run our command and a bare interpreter in turn.
+    """Run our command and a bare interpreter in turn, each after `before_each()` where it is given.
 
     Return their median ms and the median ratio of the pairs.
     """
     bare = [ours[0], "-I", "-S", "-c", "pass"]
+
+    def timed(command: "list[str]") -> float:
+        if before_each is not None:
+            before_each()
+        return timed_run(command, line, environment)
+
     for _ in range(3):
-        timed_run(ours, line, environment), timed_run(bare, line, environment)
-    times = [(timed_run(ours, line, environment), timed_run(bare, line, environment)) for _ in range(pairs)]
+        timed(ours), timed(bare)
+    times = [(timed(ours), timed(bare)) for _ in range(pairs)]
     return (
         statistics.median(mine for mine, _ in times) * 1000,
         statistics.median(limit for _, limit in times) * 1000,
@@ -8763,18 +11430,113 @@ def timed_run(command: "list[str]", line: bytes, environment: "dict[str, str]") 
     return seconds
 
 
-BENCHMARKS = {"hook": bench_hook}
+# Says events at a steady rate, as hook processes or by the hook's own code in this one process; each event holds the
+# time when its hook started.
+LATENCY_LOAD = """
+import json, os, sys, time
+job = json.loads(sys.argv[1])
+sys.path.insert(0, job["root"])
+import emit_event as ee
+environment = os.environb
+begin = time.monotonic()
+for number in range(job["count"]):
+    time.sleep(max(0.0, begin + number / job["rate"] - time.monotonic()))
+    payload = job["payload"].replace("@start", str(time.time_ns())).encode()
+    if job["command"]:
+        reader, writer = os.pipe()
+        os.write(writer, payload + b"\\n")
+        os.close(writer)
+        os.posix_spawn(
+            job["command"][0], job["command"], environment, file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)]
+        )
+        os.close(reader)
+    elif job["mode"] == "local":
+        refused = ee.send(job["socket"], ee.wrap(payload, environment), time.monotonic() + 5)
+        if refused:
+            sys.exit(refused)
+    else:
+        ee.append_to_spool(job["spool"], ee.wrap(payload, environment))
+        ee.ensure_publisher(os.environ["CONTEXTUATE_HOME"])
+print(job["count"] / (time.monotonic() - begin))
+"""
+# Events a second, for how many seconds, and whether each is a hook process (at higher rates the processes themselves
+# would fill a small machine, and their start is what `--bench hook` measures).
+LATENCY_RATES = ((1, 10, True), (20, 5, True), (100, 4, False), (1000, 4, False))
+
+
+def bench_latency() -> "Iterator[str]":
+    """Measure from the start of the hook to the WebSocket client, on one machine, in both modes."""
+    yield f"{'hook start to WebSocket client':<52}{'p50':>10}{'p99':>10}{'largest':>10}{'events':>8}"
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        for config in ({"mode": "local"}, server.settings()):
+            machine = maker(RedisMachine, config=config).start()
+            command = shlex.split(machine.hook)[:4]
+            if config["mode"] == "redis":
+                machine.wait_until("connected")
+            client = machine.websocket("rows")
+            machine.say("begin")  # the publisher has started, the caches are warm
+            client.events(1)
+            for rate, seconds, with_processes in LATENCY_RATES:
+                said = latencies(machine, client, rate, rate * seconds, command if with_processes else [])
+                how = "hook processes" if with_processes else "the hook's code, one process"
+                name = f"{config['mode']}, {rate:>4} a second ({how})"
+                yield latency_line(name, said)
+            client.close()
+            machine.stop()
+
+
+def latencies(
+    machine: RedisMachine, client: TestClient, rate: int, count: int, command: "list[str]"
+) -> "list[float]":
+    """Say `count` events at a rate; return the seconds that each took to the client, sorted."""
+    job = {
+        "root": ROOT, "mode": machine.config["mode"], "socket": machine.socket_path, "spool": machine.home + "/spool",
+        "rate": rate, "count": count, "command": command,
+        "payload": json.dumps(payload("PreToolUse", tool_name="Bash", tool_use_id="@start", tool_input={"command": "ls"})),
+    }  # fmt: skip
+    taken = []
+    with subprocess.Popen(
+        [sys.executable, "-c", LATENCY_LOAD, json.dumps(job)], env=machine.environment, stdout=subprocess.PIPE
+    ) as load:
+        assert load.stdout is not None
+        while len(taken) < count:
+            message = client.connection.recv(timeout=30)
+            now_ns = time.time_ns()
+            event = json.loads(message).get("event")
+            if event:
+                taken.append((now_ns - int(event["data"]["toolUseId"])) / 1e9)
+        real_rate = float(load.stdout.read())
+    if load.returncode or real_rate < 0.9 * rate:
+        sys.exit(
+            f"bench: {real_rate:.0f} events a second were said instead of {rate}: the times mean nothing"
+        )
+    return sorted(taken)
+
+
+def latency_line(name: str, seconds: "list[float]") -> str:
+    """Say one row: median, 99th percentile and the largest, in ms."""
+    chosen = [seconds[len(seconds) // 2], seconds[-(-len(seconds) * 99 // 100) - 1], seconds[-1]]
+    return f"{name:<52}" + "".join(f"{value * 1000:>7.1f} ms" for value in chosen) + f"{len(seconds):>8}"
+
+
+BENCHMARKS: "dict[str, Any]" = {"hook": bench_hook, "hook-redis": bench_hook_redis, "latency": bench_latency}
 
 
 def run_benchmarks(name: str) -> int:
-    """Run the chosen benchmarks and print one table."""
+    """Run the chosen benchmarks and print their tables: rows of ratios, or lines of a table of its own."""
     chosen = BENCHMARKS if name == "all" else {key: run for key, run in BENCHMARKS.items() if key == name}
     if not chosen:
         print(f"no benchmark is called {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    print(f"{'figure':<36}{'ours':>10}{'limit':>10}{'ratio':>8}")
+    if any(key != "latency" for key in chosen):
+        print(f"{'figure':<36}{'ours':>10}{'limit':>10}{'ratio':>8}")
     for run in chosen.values():
-        for figure, ours_ms, limit_ms, ratio in run():
+        for row in run():
+            if isinstance(row, str):
+                print(row, flush=True)
+                continue
+            figure, ours_ms, limit_ms, ratio = row
             print(f"{figure:<36}{ours_ms:>7.2f} ms{limit_ms:>7.2f} ms{ratio:>8.2f}", flush=True)
     return 0
 
