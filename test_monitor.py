@@ -32,6 +32,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = os.path.join(ROOT, ".venv")
 ENVIRONMENT_PYTHON = os.path.join(ENVIRONMENT, "bin", "python")
 PACKAGES = (
+    "axe-playwright-python==0.1.8",
     "hypothesis==6.170.15",
     "mypy==2.4.1",
     "playwright==1.65.2",
@@ -10371,7 +10372,7 @@ def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
           const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
           const end = row.outcome ? row.time + row.duration : Date.now();
           const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
-          const y = 24 + 2 + index * 20 + 13 - timeline.top;
+          const y = 24 + 2 + index * 20 + 5 - timeline.top;
           const canvas = document.querySelector('#timeline-canvas');
           const box = canvas.getBoundingClientRect();
           const scale = canvas.width / box.width;
@@ -10405,7 +10406,6 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
         *({**event, **agent} for event in browser_call(2)),
         {**browser_call(2)[0], **agent, "hook_event_name": "PostToolUseFailure", "error": "no",
          "duration_ms": 20_000},
-        *({**event, **agent} for event in browser_call(3)),
         payload("UserPromptSubmit", "other", prompt="else"),
         *page_ask("other", "rm -rf build")[:2],
     )  # fmt: skip
@@ -10613,6 +10613,76 @@ def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
     return list(tab.page.evaluate(
         "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
     ))  # fmt: skip
+
+
+@needs_browser
+def test_views_are_reached_by_key_click_and_link(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    views = [view["id"] for view in browser_views(tab)]
+    assert views == ["live", "history", "stats", "status"]
+    for number, view in enumerate(views[1:], 2):
+        tab.page.keyboard.press(str(number))
+        eventually(lambda view=view: tab.page.evaluate("location.hash").startswith(f"#{view}"))
+        heading = tab.page.inner_text("[data-testid=sheet] h2")
+        assert heading == {"history": "History", "stats": "Statistics", "status": "Status"}[view]
+        assert tab.page.evaluate("document.querySelectorAll('.views [aria-current]').length") == 1
+        link = open_tab(running, tab.page.evaluate("location.hash"))
+        eventually(lambda link=link, heading=heading: heading in link.text("sheet"))
+        tab.page.keyboard.press("1")
+        tab.row_with("first")
+    tab.page.click("[data-testid=view-history]")
+    eventually(lambda: "History" in tab.text("sheet"))
+    tab.page.keyboard.press("Escape")
+    tab.row_with("first")
+
+
+REPLAY_STEP_S = 30
+
+
+@needs_browser
+def test_a_session_is_replayed_as_it_went(running: RunningMonitor, open_tab: Any) -> None:
+    start = cm.now_ms() - 3_600_000
+    steps = []
+    for number in range(6):
+        call, result = browser_call(number, tool_response="")
+        at = start + number * REPLAY_STEP_S * 1000
+        steps += [
+            {"hook": call, "id": str(uuid.uuid4()), "timestamp": at, "machineId": "testbox"},
+            {"hook": {**result, "duration_ms": 20_000}, "id": str(uuid.uuid4()), "timestamp": at + 20_000,
+             "machineId": "testbox"},
+        ]  # fmt: skip
+    running.emit(*steps)
+    tab = open_tab(running, "#s=s1")
+    tab.row_with("make step-5")
+    tab.page.keyboard.press("y")
+    tab.shows("replay", " of 2 min 50 s")
+    eventually(
+        lambda: tab.rows(status="running") and not any("step-3" in row.inner_text() for row in tab.rows())
+    )
+    tab.page.keyboard.press(" ")
+    eventually(lambda: tab.page.get_attribute("[data-testid=replay-play]", "aria-label") == "Play")
+    assert tab.page.evaluate("location.hash").startswith("#s=s1&replay=")
+
+    def seek(offset_ms: int) -> None:
+        tab.page.evaluate(
+            """(to) => { const range = document.querySelector('[data-testid=replay] input[type=range]');
+              range.value = to; range.dispatchEvent(new Event('input')); }""", offset_ms
+        )  # fmt: skip
+
+    seek(70_000)
+    eventually(lambda: [row.get_attribute("data-status") for row in sorted(
+        tab.rows(), key=lambda row: int(row.get_attribute("aria-rowindex")))] == ["done", "done", "running"])  # fmt: skip
+    assert "10 s" in tab.row_with("make step-2").inner_text()
+    link = open_tab(running, f"#s=s1&replay={start + 70_000}")
+    eventually(lambda: len(link.rows()) == 3 and len(link.rows(status="running")) == 1)
+    tab.page.select_option("[data-testid=replay] select", "60")
+    seek(0)
+    tab.page.keyboard.press(" ")
+    eventually(lambda: len(tab.rows(status="done")) == 6, 20, "played to its end")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("replay") == "" and tab.page.evaluate("location.hash") == "#s=s1")
 
 
 REDIS_AWAY = {
@@ -11226,6 +11296,44 @@ def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wan
     running.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
     tab.row_with("still")
     assert tab.page.evaluate("told") == ["tone", "tone", "tone", "tone", wanted], "each is told once"
+
+
+# What a person has done before the page is checked: a link, then clicks and keys.
+CHECKED_SCREENS: "dict[str, tuple[str, list[str]]]" = {
+    "live": ("", []),
+    "call": ("", ["click [data-testid=session]", "click [data-testid=row]"]),
+    "replay": ("", ["click [data-testid=session][data-state=idle]", "press y"]),
+    "menu": ("", ["click [data-testid=session]", "press m"]),
+    "alerts": ("", ["click [data-testid=alerts]"]),
+    "help": ("", ["press ?"]),
+    "history": ("#history", []),
+    "statistics": ("#stats", []),
+    "status": ("#status", []),
+}
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 360), ("dark", 360)]
+)
+def test_axe_finds_nothing_to_complain_about(
+    shared_demo: RunningMonitor, open_tab: Any, scheme: str, width: int
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
+
+    for name, (link, acts) in CHECKED_SCREENS.items():
+        tab = open_tab(shared_demo, link, width=width, scheme=scheme)
+        eventually(lambda tab=tab: browser_store(tab, "store.loaded && store.status"))
+        for act in acts:
+            verb, _, what = act.partition(" ")
+            if verb == "click":
+                tab.page.click(what)
+            else:
+                tab.page.keyboard.press(what)
+        report = Axe().run(tab.page, options={"resultTypes": ["violations"]})
+        found = [(each["id"], each["nodes"][0]["html"]) for each in report.response["violations"]]
+        assert found == [], name
+        tab.page.close()
 
 
 @needs_browser
