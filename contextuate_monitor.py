@@ -5,17 +5,19 @@
     python3 contextuate_monitor.py install    register the hook in Claude Code's settings
     python3 contextuate_monitor.py --help     everything else
 
-Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket. The monitor writes each
-event to a file before it acknowledges it, keeps the state of every session, and sends both to the dashboard
-(`index.html`) over WebSocket. The README describes events, files and protocol.
+Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket, or over Redis from any
+number of machines. The monitor writes each event to a file before it acknowledges it, keeps the state of
+every session, and sends both to the dashboard (`index.html`) over WebSocket. The README describes events,
+files and protocol.
 
 Threads, and who owns what:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the event store.
 - HTTP threads (one a request) and the reader thread (history for WebSocket clients) read event files, which
   only ever grow, and ask the loop thread for anything else through `EventLoop.call`.
-Nothing is shared but the queue and the wake-up socket of the loop.
+- The Redis subscriber thread owns its connections; it puts lines into an inbox that the loop empties.
+Nothing else is shared but the queue and the wake-up socket of the loop.
 
-Not here: TLS (put a reverse proxy in front) and several machines in one monitor.
+Not here: TLS for the page (put a reverse proxy in front).
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ import difflib
 import enum
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import heapq
 import hmac
 import http.client
 import http.server
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -46,6 +50,7 @@ import logging
 import logging.handlers
 import math
 import mmap
+import operator
 import os
 import py_compile
 import random
@@ -138,11 +143,7 @@ class Settings:
     @property
     def privacy(self) -> Privacy:
         """Return what may be stored."""
-        return Privacy(
-            redact=self["privacy.redact"],
-            metadata_only=self["privacy.level"] == "metadata",
-            field_limit_bytes=self["limits.fieldBytes"],
-        )
+        return emit_event.privacy_of(self.values)
 
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
@@ -574,7 +575,7 @@ def handshake_response(request: Request) -> bytes:
 # A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON.
 # ---------------------------------------------------------------------------
 
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
+_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
@@ -1012,12 +1013,8 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
 # order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
 # below it are the surprises of the real client (CLAUDE_HOOKS "What surprises"), each under its own name.
 #
-# A session's state is derived, in this order:
-#   ended     it ended, its process is gone, or its machine was silent for hours
-#   waiting   some agent of it waits for a person
-#   failed    the last turn ended with an error
-#   working   a turn, an agent or a background task runs (quiet when nothing was heard for quietSeconds)
-#   idle      otherwise
+# A session's state follows from STATES, the first row that holds; `quiet` is `working` after quietSeconds
+# without a word, and comes with time alone.
 # ---------------------------------------------------------------------------
 
 MAIN = ""  # the agent id of a session's main agent
@@ -1038,10 +1035,23 @@ TURN_AFTER = {
     "session_end": "ended",
 }
 
+# State → what holds in it, in words and as a test; the first row that holds is the session's state.
+STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
+    ("ended", "it ended, its process is gone, or its machine is silent", lambda it: it.turn == "ended"),
+    ("waiting", "some agent of it waits for a person", lambda it: bool(it.waits)),
+    ("failed", "the last turn ended with an error", lambda it: it.turn == "failed"),
+    ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
+    ("idle", "nothing of all that", lambda it: True),
+)
+
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
+STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
+STUCK_TURNS = 3  # so many turns used tools and changed no file
+STUCK_MS = 2 * 3_600_000  # a turn or an agent runs for longer
+SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice at the same time
 LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
 
 _TARGET_KEYS = (
@@ -1052,9 +1062,8 @@ _TARGET_KEYS = (
     "pattern",
     "url",
     "query",
-    "description",
     "subject",
-    "taskId",
+    "description",
     "skill",
     "plan",
     "prompt",
@@ -1092,6 +1101,66 @@ class Reason:
     beside: FrozenSet[str] = frozenset()  # calls that run beside it: their results do not end the wait
 
 
+class Tokens(NamedTuple):
+    """Tokens that were used."""
+
+    input: int = 0
+    output: int = 0
+    cache_read: int = 0
+    cache_creation: int = 0
+    cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
+
+    def __add__(self, other: "Tokens") -> "Tokens":  # type: ignore[override]
+        return Tokens(*map(operator.add, tuple(self), tuple(other)))
+
+    def __sub__(self, other: "Tokens") -> "Tokens":
+        return Tokens(*map(operator.sub, tuple(self), tuple(other)))
+
+    def to_json(self) -> JsonObject:
+        """Return them as the API gives them."""
+        return {
+            "totalInput": self.input,
+            "totalOutput": self.output,
+            "totalCacheRead": self.cache_read,
+            "totalCacheCreation": self.cache_creation,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelUsage:
+    """What a session used of one model."""
+
+    all: Tokens
+    long_prompts: Tokens  # the part that answered prompts beyond 100,000 tokens: some models cost more there
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionUsage:
+    """What a session used until `time`, by model."""
+
+    time: int
+    models: Dict[str, ModelUsage]
+    model: Optional[str] = None  # that the main agent used last
+    partial: bool = False  # its transcripts could not be read to their end yet
+
+    @property
+    def total(self) -> Tokens:
+        """Return the sum over all models."""
+        return sum((usage.all for usage in self.models.values()), Tokens())
+
+    def to_json(self) -> JsonObject:
+        """Return the totals as the API gives them."""
+        return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
+class Streak(NamedTuple):
+    """Failures of one tool, in a row and the same way."""
+
+    error: str
+    times: int
+    since: int
+
+
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1102,6 +1171,7 @@ class Agent:
     label: str = ""
     parent_id: str = MAIN
     background: bool = False  # it outlives the turn that launched it
+    is_told: bool = False  # label and parent come from the client's own note on it
     end: Optional[int] = None
     events: int = 0
     tool_calls: int = 0
@@ -1122,7 +1192,12 @@ class Session:
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
+    last_prompt: Optional[Tuple[int, str, str]] = None  # (timestamp, prompt id, its beginning)
     model: Optional[str] = None
+    usage: Optional[SessionUsage] = None
+    agent_usage: Dict[str, Tuple[int, Tokens]] = dataclasses.field(
+        default_factory=dict
+    )  # agent id → (timestamp, tokens)
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1132,6 +1207,15 @@ class Session:
     )  # agent id → timestamp of the last event that moved it
     background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
     failure: Optional[Reason] = None
+    streaks: Dict[Tuple[str, str], Streak] = dataclasses.field(
+        default_factory=dict
+    )  # (agent id, tool) → its last failures
+    clock: int = 0  # the time it is on its machine, as far as known
+    turn_start: int = 0  # when the running turn began
+    turn_calls: int = 0  # tools used since then
+    turn_changed: bool = False  # a file was changed since then
+    idle_turns: int = 0  # the last turns in a row that used tools and changed no file
+    idle_since: int = 0  # when the first of them began
     end: Optional[int] = None
     end_reason: str = ""
     end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
@@ -1165,6 +1249,8 @@ class Session:
             waits=list(self.waits),
             agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
             launched=dict(self.launched),
+            agent_usage=dict(self.agent_usage),
+            streaks=dict(self.streaks),
             last_step=dict(self.last_step),
             open_calls=dict(self.open_calls),
             calls=dict(self.calls),
@@ -1189,6 +1275,15 @@ class Session:
         if self.state == "waiting":
             return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
+
+    @property
+    def is_running(self) -> bool:
+        """Tell whether a turn, an agent or a background task runs."""
+        return (
+            self.turn == "working"
+            or bool(self.background)
+            or any(agent.end is None for agent in self.agents.values())
+        )
 
     @property
     def activity(self) -> str:
@@ -1233,6 +1328,9 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
         return one_line(text_of(questions[0].get("question")))
     if isinstance(tool_input.get("todos"), list):
         return f"{len(tool_input['todos'])} items"
+    if tool_input.get("taskId") not in (None, ""):
+        status = text_of(tool_input.get("status"))
+        return one_line(f"task {text_of(tool_input['taskId'])}" + (f": {status}" if status else ""))
     for key in _TARGET_KEYS:
         value = tool_input.get(key)
         if value not in (None, ""):
@@ -1240,7 +1338,11 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
             if directory and text.startswith(directory.rstrip("/") + "/"):
                 text = text[len(directory.rstrip("/")) + 1 :]
             return one_line(text)
-    return one_line(text_of(tool_input)) if tool_input else ""
+    # Tools of MCP servers name their input as they like.
+    named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
+    if len(named) == 1:
+        return one_line(named[0][1])
+    return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
 def task_notification(event: JsonObject) -> Optional[str]:
@@ -1271,6 +1373,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
     quiet_before = event["timestamp"] - session.last_event >= quiet_ms
     session.events += 1
     session.last_event = max(session.last_event, event["timestamp"])
+    session.clock = max(session.clock, event["timestamp"])
     if session.end_presumed and not late:
         session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
     _learn(session, event, kind)
@@ -1286,18 +1389,7 @@ def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, l
 
 def _derive(session: Session, time_ms: int, restart: bool = False) -> None:
     """Set the state from its parts, and since when; `restart`: it was quiet until now."""
-    if session.turn == "ended":
-        state = "ended"
-    elif session.waits:
-        state = "waiting"
-    elif session.turn == "failed":
-        state = "failed"
-    elif (
-        session.turn == "working" or session.background or any(a.end is None for a in session.agents.values())
-    ):
-        state = "working"
-    else:
-        state = "idle"
+    state = next(state for state, _, holds in STATES if holds(session))
     if state != session.state or (restart and state == "working"):
         session.state, session.state_since = state, time_ms
 
@@ -1327,11 +1419,179 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if isinstance(model, str) and model and by_main:
         session.model = model
+    if isinstance(data.get("usage"), dict):
+        _learn_usage(session, data["usage"], event["timestamp"])
     if _is_persons_prompt(event, kind):
-        session.prompts += 1
+        session.prompts += not _is_second_delivery(session, event)
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     if _begins_process(event, kind):
         session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
+
+
+def _is_second_delivery(session: Session, event: JsonObject) -> bool:
+    """Tell whether a prompt is the last one again: a plugin's hook delivers what that of the settings did."""
+    data = event["data"]
+    prompt_id = text_of(data.get("prompt_id"))
+    before, session.last_prompt = (
+        session.last_prompt,
+        (event["timestamp"], prompt_id, text_of(data.get("message"))[:200]),
+    )
+    within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
+    return (
+        before is not None
+        and before[1:] == session.last_prompt[1:]
+        and event["timestamp"] - before[0] <= within_ms
+    )
+
+
+# Tokens and cost
+
+
+def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
+    """Take the totals that the reader of the transcripts put on an event; the newest are the whole truth.
+
+    What other programs call `usage` has another form and says nothing of a session's totals.
+    """
+    models, agents = usage.get("models"), usage.get("agents")
+    if not isinstance(models, dict) or not isinstance(agents, dict):
+        return
+    model = usage.get("model")
+    told = SessionUsage(
+        time_ms,
+        {text_of(name): _model_usage(counts) for name, counts in models.items()},
+        model if isinstance(model, str) else None,
+        usage.get("partial") is True,
+    )
+    if session.usage is None or (time_ms, told.total) >= (session.usage.time, session.usage.total):
+        session.usage = told
+    for agent_id, by_model in agents.items():
+        if not isinstance(by_model, dict):
+            continue
+        total = sum((_model_usage(counts).all for counts in by_model.values()), Tokens())
+        session.agent_usage[agent_id] = max(
+            (time_ms, total), session.agent_usage.get(agent_id, (0, Tokens()))
+        )
+
+
+def _model_usage(counts: Any) -> ModelUsage:
+    over = counts.get("over100k") if isinstance(counts, dict) else None
+    return ModelUsage(_tokens_of(counts), _tokens_of(over))
+
+
+def _tokens_of(counts: Any) -> Tokens:
+    if not isinstance(counts, dict):
+        return Tokens()
+    values = (counts.get(name) for name in emit_event.COUNT_NAMES)
+    return Tokens(*(value if type(value) is int and 0 <= value < 1 << 53 else 0 for value in values))
+
+
+class Price(NamedTuple):
+    """USD for a million tokens."""
+
+    input: float
+    output: float
+    cache_read: float
+    cache_write_5m: float
+    cache_write_1h: float
+
+    def cost(self, used: Tokens) -> float:
+        """Return what tokens cost, in USD."""
+        for_an_hour = used.cache_creation_1h
+        return (
+            used.input * self.input
+            + used.output * self.output
+            + used.cache_read * self.cache_read
+            + (used.cache_creation - for_an_hour) * self.cache_write_5m
+            + for_an_hour * self.cache_write_1h
+        ) / 1_000_000
+
+
+# List prices of https://platform.claude.com/docs/en/about-claude/pricing, as of 2026-10-24. Fast mode, web
+# searches, batches and regions are left out: what comes of it is an estimate. The configured `prices` win.
+PRICES = {
+    "fable-5-1": Price(10, 50, 0.25, 12.5, 20),
+    "fable-5": Price(10, 50, 1, 12.5, 20),
+    "mythos-5-1": Price(10, 50, 0.25, 12.5, 20),
+    "mythos-5": Price(10, 50, 1, 12.5, 20),
+    "opus-5-5": Price(4, 20, 0.2, 5, 8),
+    "opus-5": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-8": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-7": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-6": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-5": Price(5, 25, 0.5, 6.25, 10),
+    "opus-4-1": Price(15, 75, 1.5, 18.75, 30),
+    "opus-4": Price(15, 75, 1.5, 18.75, 30),
+    "opus-3": Price(15, 75, 1.5, 18.75, 30),
+    "sonnet-5-5": Price(2, 10, 0.1, 2.5, 4),
+    "sonnet-5": Price(2, 10, 0.2, 2.5, 4),
+    "sonnet-4-6": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-4-5": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-4": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3-7": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3-5": Price(3, 15, 0.3, 3.75, 6),
+    "sonnet-3": Price(3, 15, 0.3, 3.75, 6),
+    "haiku-5-5": Price(0.1, 0.5, 0.01, 0.125, 0.2),
+    "haiku-4-5": Price(1, 5, 0.1, 1.25, 2),
+    "haiku-3-5": Price(0.8, 4, 0.08, 1, 1.6),
+    "haiku-3": Price(0.25, 1.25, 0.03, 0.3, 0.5),
+}
+# The same for prompts beyond 100,000 tokens, where they differ.
+LONG_PROMPT_PRICES = {"haiku-5-5": Price(0.5, 2.5, 0.05, 0.625, 1)}
+
+_MODEL_KIND = r"(opus|sonnet|haiku|fable|mythos)"
+_NEW_MODEL = re.compile(_MODEL_KIND + r"-(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)")  # claude-opus-4-5-20251101
+_OLD_MODEL = re.compile(r"claude-(\d)(?:[-.](\d))?-" + _MODEL_KIND)  # claude-3-5-haiku-20241022
+
+
+def model_family(model: str) -> str:
+    """Return a model's family, such as "opus-4-5", whichever cloud names it; "" for one of no known kind."""
+    new, old = _NEW_MODEL.search(model), _OLD_MODEL.search(model)
+    if old:
+        major, minor, kind = old.groups()
+    elif new:
+        kind, major, minor = new.groups()
+    else:
+        return ""
+    return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+class PriceList:
+    """What models cost: our table, and before it the configuration's `prices`.
+
+    Those are named by model, by family ("opus-4-5") or by kind ("opus").
+    """
+
+    def __init__(self, configured: Optional[Dict[str, Dict[str, float]]] = None) -> None:
+        self._own = {name: _configured_price(given) for name, given in (configured or {}).items()}
+
+    def estimate(self, usage: SessionUsage) -> Optional[float]:
+        """Return what a session cost, in USD; None when a model is not known: half a sum would mislead."""
+        costs = [self._cost(model, used) for model, used in usage.models.items()]
+        known = [cost for cost in costs if cost is not None]
+        return round(sum(known), 6) if len(known) == len(costs) else None
+
+    def _cost(self, model: str, used: ModelUsage) -> Optional[float]:
+        family = model_family(model)
+        for name in (model, family, family.partition("-")[0]):
+            if name in self._own:
+                return self._own[name].cost(used.all)
+        if family not in PRICES:
+            return 0.0 if used.all == Tokens() else None
+        price = PRICES[family]
+        long_price = LONG_PROMPT_PRICES.get(family, price)
+        return price.cost(used.all - used.long_prompts) + long_price.cost(used.long_prompts)
+
+
+def _configured_price(given: Dict[str, float]) -> Price:
+    """Return a price; what was left out follows from the price of input as it does for most models."""
+    base = given["input"]
+    return Price(
+        base,
+        given["output"],
+        given.get("cacheRead", base * 0.1),
+        given.get("cacheWrite5m", base * 1.25),
+        given.get("cacheWrite1h", base * 2),
+    )
 
 
 # Agents
@@ -1351,6 +1611,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
         agent = _new_agent(session, event)
     agent.events += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
+    _learn_origin(agent, event["data"])
     if kind == "subagent_stop":
         _end_agents(session, {agent_id}, event["timestamp"])
     elif session.turn != "ended" and kind in TURN_AFTER and event["timestamp"] > (agent.end or 0):
@@ -1370,6 +1631,18 @@ def _new_agent(session: Session, event: JsonObject) -> Agent:
     return agent
 
 
+def _learn_origin(agent: Agent, data: JsonObject) -> None:
+    """Take an agent's parent and label from the client's note on it, the only sure word on nested agents."""
+    note = data.get("agentMeta")
+    if not isinstance(note, dict):
+        return
+    parent_id = note.get("parentAgentId")
+    agent.is_told = True
+    agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent.agent_id else MAIN
+    agent.background = agent.background or note.get("requestShape") == "background"
+    agent.label = one_line(text_of(data.get("agentDescription"))) or agent.label
+
+
 def _note_launch(session: Session, event: JsonObject) -> None:
     """Take an agent's label, parent and kind from the result of the call that launched it."""
     data = event["data"]
@@ -1385,7 +1658,8 @@ def _note_launch(session: Session, event: JsonObject) -> None:
     agent = session.agents.get(agent_id)
     if agent is None:
         return
-    agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
+    if not agent.is_told:
+        agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
     agent.background = background
     if output.get("status") == "completed":
         _end_agents(session, {agent_id}, event["timestamp"])
@@ -1424,6 +1698,7 @@ def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     for agent_id in gone:
         agent = session.agents[agent_id]
         agent.end = time_ms if agent.end is None else agent.end
+    session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
     session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
     _interrupt(session, gone)
 
@@ -1458,9 +1733,13 @@ def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str
         closed = _close_call(session, event, agent_id, "failed" if kind == "tool_error" else "ok")
     elif event["hookType"] == "PostToolBatch":
         for call in _batch_calls(event):
-            if isinstance(call.get("tool_use_id"), str):
-                # What only its round closes never ran: an unknown tool, bad input, a denial.
-                _settle(session, call["tool_use_id"], agent_id, "failed")
+            call_id = call.get("tool_use_id")
+            # What only its round closes never ran: an unknown tool, bad input, a denial.
+            if isinstance(call_id, str) and _settle(session, call_id, agent_id, "failed"):
+                error = text_of(call.get("tool_response"))
+                _note_failure(session, agent_id, text_of(call.get("tool_name")), error, time_ms)
+    elif kind == "permission_denied" and event["data"].get("toolUseId"):
+        closed = _close_call(session, event, agent_id, "failed")  # it will not run
     elif kind in ("session_end", "session_start"):
         if kind == "session_end" or _begins_process(event, kind):
             _interrupt(session, None)
@@ -1524,34 +1803,46 @@ def _open_call(session: Session, event: JsonObject, agent_id: str) -> None:
 def _count_call(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
     session.calls[tool_use_id] = outcome
     session.tool_calls += 1
+    session.turn_calls += 1
     if agent_id in session.agents:
         session.agents[agent_id].tool_calls += 1
 
 
 def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> Optional[str]:
     """Close the call that a result belongs to; return its id, None when it is not known."""
-    tool_use_id = event["data"].get("toolUseId")
-    if not isinstance(tool_use_id, str) or not tool_use_id:
-        name = text_of(event["data"].get("toolName"))
-        same = [
-            call
-            for call in session.open_calls.values()
-            if (call.tool_name, call.agent_id) == (name, agent_id)
-        ]
-        if not same:
-            if outcome == "failed":
-                session.tool_errors += 1
-            return None
-        tool_use_id = same[-1].tool_use_id
-    _settle(session, tool_use_id, agent_id, outcome)
+    data, tool = event["data"], text_of(event["data"].get("toolName"))
+    named = data.get("toolUseId")
+    tool_use_id = named if isinstance(named, str) and named else _newest_call(session, agent_id, tool)
+    if tool_use_id is None:
+        session.tool_errors += outcome == "failed"
+    elif not _settle(session, tool_use_id, agent_id, outcome):
+        return tool_use_id
+    if outcome == "failed":
+        error = text_of(data.get("error") or data.get("reason"))
+        if data.get("is_interrupt") is not True:
+            _note_failure(session, agent_id, tool, error, event["timestamp"])
+    else:
+        _note_success(session, agent_id, tool, data.get("toolInput"))
     return tool_use_id
 
 
-def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
-    """Record how a call ended, once: its own result says more than its round, an interruption least."""
+def _newest_call(session: Session, agent_id: str, tool: str) -> Optional[str]:
+    same = [
+        call.tool_use_id
+        for call in session.open_calls.values()
+        if (call.tool_name, call.agent_id) == (tool, agent_id)
+    ]
+    return same[-1] if same else None
+
+
+def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> bool:
+    """Record how a call ended, once: its own result says more than its round, an interruption least.
+
+    Returns whether that was news.
+    """
     before = session.calls.get(tool_use_id)
     if before in ("ok", "failed"):
-        return
+        return False
     if before is None:
         _count_call(session, tool_use_id, agent_id, outcome)
     elif before == "interrupted":
@@ -1562,6 +1853,7 @@ def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> 
         session.tool_errors += 1
         if agent_id in session.agents:
             session.agents[agent_id].tool_errors += 1
+    return True
 
 
 def _interrupt(session: Session, agent_ids: Optional[Set[str]]) -> None:
@@ -1582,6 +1874,95 @@ def _is_running(task: JsonObject) -> bool:
     return bool(task.get("status") == "running")
 
 
+# Stuck
+
+
+_EDITING_TOOLS = ("Edit", "MultiEdit", "NotebookEdit", "Write")
+# A command that writes, as far as one can tell by its look; what tests and reads files does not.
+_EDITING_COMMAND = re.compile(
+    r"(?<![<>&\d=-])>>?(?!\s*(?:/dev/|[&>]))|\bsed\s+-\w*i"
+    r"|(?:^|[;&|(]\s*|\bsudo\s+)(?:tee|mv|cp|rm|mkdir|touch|patch|ln|install|unzip|tar\s+-?x)\s"
+    r"|\bgit\s+(?:apply|am|add|commit|checkout|switch|merge|rebase|cherry-pick|restore|revert|reset|stash|mv|rm|pull|clone)\b"
+)
+_EDITING_SERVER_TOOL = re.compile(
+    r"write|edit|create|update|insert|replace|delete|move|rename|apply|patch", re.I
+)
+_STREAKS_LIMIT = 64
+
+
+def _note_failure(session: Session, agent_id: str, tool: str, error: str, time_ms: int) -> None:
+    """Count failures of a tool that are the same and in a row; other tools may run in between."""
+    words = one_line(error)
+    before = session.streaks.pop((agent_id, tool), None)
+    if before is not None and before.error == words:
+        session.streaks[agent_id, tool] = before._replace(times=before.times + 1)
+        return
+    if len(session.streaks) >= _STREAKS_LIMIT:
+        del session.streaks[next(iter(session.streaks))]
+    session.streaks[agent_id, tool] = Streak(words, 1, time_ms)
+
+
+def _note_success(session: Session, agent_id: str, tool: str, tool_input: Any) -> None:
+    session.streaks.pop((agent_id, tool), None)
+    if tool == "Bash":
+        command = text_of(tool_input.get("command")) if isinstance(tool_input, dict) else ""
+        changes = _EDITING_COMMAND.search(command[:10_000]) is not None
+    elif tool.startswith("mcp__"):
+        changes = _EDITING_SERVER_TOOL.search(tool.rpartition("__")[2]) is not None
+    else:
+        changes = tool in _EDITING_TOOLS
+    if changes:
+        session.turn_changed, session.idle_turns = True, 0
+
+
+def _begin_turn(session: Session, time_ms: int) -> None:
+    _finish_turn(session)  # one that Esc ended has told nobody so far
+    session.turn_start = time_ms
+
+
+def _finish_turn(session: Session) -> None:
+    """Count the turn that is over if it used tools and changed nothing."""
+    if session.turn_calls and not session.turn_changed:
+        session.idle_since = session.idle_since if session.idle_turns else session.turn_start
+        session.idle_turns += 1
+    session.turn_calls, session.turn_changed = 0, False
+
+
+def _busy_since(session: Session) -> Optional[int]:
+    """Return since when a turn or an agent runs without an end, None when none does."""
+    starts = [agent.start for agent in session.agents.values() if agent.end is None]
+    if session.turn == "working":
+        starts.append(session.turn_start)
+    return min(starts) if starts and session.state in ("working", "quiet") else None
+
+
+def _runs_too_long(session: Session) -> bool:
+    busy_since = _busy_since(session)
+    return busy_since is not None and session.clock - busy_since >= STUCK_MS
+
+
+def stuck_signals(session: Session) -> List[JsonObject]:
+    """Return what makes one think that a session goes in circles: signs, no verdict."""
+    if session.state == "ended":
+        return []
+    signals = [
+        {
+            "kind": "failing",
+            "since": streak.since,
+            "detail": f"{tool} failed {streak.times} times the same way: {streak.error}",
+        }
+        for (_, tool), streak in session.streaks.items()
+        if streak.times >= STUCK_FAILURES
+    ]
+    if session.idle_turns >= STUCK_TURNS:
+        words = f"{session.idle_turns} turns without a change in files"
+        signals.append({"kind": "unchanged", "since": session.idle_since, "detail": words})
+    if _runs_too_long(session):
+        words = f"busy for more than {STUCK_MS // 3_600_000} hours without an end"
+        signals.append({"kind": "long", "since": _busy_since(session), "detail": words})
+    return signals
+
+
 # Waits
 
 
@@ -1597,21 +1978,27 @@ def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, clo
     """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
     data = event["data"]
     same_agent = wait.agent_id == event.get("agentId", MAIN)
+    tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
+    is_its_call = wait.kind != "input" and (wait.tool, wait.detail) == (tool, target)
     if kind in ("tool_result", "tool_error"):
-        tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
-        if wait.kind != "input" and (wait.tool, wait.detail) == (tool, target):
+        if is_its_call:
             return closed is None or closed not in wait.beside
         return same_agent and (wait.kind == "input" or closed not in wait.beside)
     if not same_agent:
         return False
+    if kind == "permission_denied":
+        return is_its_call or not tool or wait.kind == "input"
     if kind == "tool_call":
         # Calls of one round begin together, so only a later one shows that this one is decided.
         return wait.kind == "input" or event["timestamp"] - wait.since > TOGETHER_MS
     if kind == "elicitation_result":
-        return wait.kind in ("question", "input")
+        server = text_of(data.get("mcp_server_name"))
+        return wait.kind == "input" or (
+            wait.kind == "question" and (not server or wait.tool in (None, server))
+        )
     if kind in ("permission_request", "elicitation", "user_prompt"):
         return wait.kind == "input"
-    return kind in ("permission_denied", "turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
+    return kind in ("turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
@@ -1705,6 +2092,12 @@ def _apply_turn(session: Session, event: JsonObject, kind: str) -> None:
     data = event["data"]
     if turn is None or "agentId" in event or (turn == "idle" and not _ends_or_begins(event, kind)):
         return  # a subagent's events do not move the main agent's turn, nor does compaction
+    if turn == "working" and (session.turn != "working" or _is_persons_prompt(event, kind)):
+        _begin_turn(session, event["timestamp"])
+    elif kind in ("turn_end", "turn_error"):
+        _finish_turn(session)
+    if turn == "ended" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
+        session.streaks = {}  # a person is there, or nobody
     session.turn, session.turn_since = turn, event["timestamp"]
     session.background = []
     if turn == "ended":
@@ -1765,17 +2158,23 @@ class SessionBook:
     """
 
     def __init__(
-        self, quiet_ms: int = 120_000, ended_ms: int = 12 * 3_600_000, own_machine: str = ""
+        self,
+        quiet_ms: int = 120_000,
+        ended_ms: int = 12 * 3_600_000,
+        own_machine: str = "",
+        prices: Optional[PriceList] = None,
     ) -> None:
         self.sessions: Dict[str, Session] = {}
         self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
+        self._prices = prices or PriceList()
         # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._numbers = itertools.count()
+        self._linked: Set[str] = set()  # ids of sessions that changed because of another one
 
     # What happens
 
@@ -1787,16 +2186,29 @@ class SessionBook:
             self.sessions[session_id] = Session(
                 session_id, machine, event["workingDirectory"], timestamp, timestamp, timestamp
             )
+        parent_before = self.sessions[session_id].parent_id
         if kind == "session_meta":
             for session in self._versions(session_id):
                 _apply_user_action(session, event["data"])
-            return self.sessions[session_id]
+        else:
+            self._apply_hook(event, kind)
+        session = self.sessions[session_id]
+        if session.parent_id != parent_before:
+            self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
+        return session
+
+    def linked_changes(self) -> List[Session]:
+        """Return, once, the sessions that changed because of another one: its parents, those it continues."""
+        linked, self._linked = self._linked, set()
+        return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
+
+    def _apply_hook(self, event: JsonObject, kind: str) -> None:
+        machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
         delay = received_time(event) - timestamp
         self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
-        return self.sessions[session_id]
 
     def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
         """Tell a session an event at its place among those of the last seconds."""
@@ -1835,6 +2247,8 @@ class SessionBook:
             if session.state == "ended":
                 continue
             silence = self._silence(session.last_event, session.machine_id, time_ms)
+            ran_too_long = _runs_too_long(session)
+            session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
                 self._tracks.pop(session.session_id, None)  # nothing will come between any more
             machine_silence = self._silence(
@@ -1849,6 +2263,8 @@ class SessionBook:
                 changed.append(session)
             elif session.state == "working" and silence >= self._quiet_ms:
                 session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                changed.append(session)
+            elif _runs_too_long(session) != ran_too_long:
                 changed.append(session)
         return changed
 
@@ -1866,7 +2282,10 @@ class SessionBook:
     def delete(self, session_id: str) -> bool:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
-        return self.sessions.pop(session_id, None) is not None
+        gone = self.sessions.pop(session_id, None)
+        if gone is not None and gone.parent_id:
+            self._linked.add(gone.parent_id)
+        return gone is not None
 
     # What links sessions
 
@@ -1888,6 +2307,7 @@ class SessionBook:
                 self._continue(min(after, key=lambda other: other.source_time), session)
 
     def _continue(self, session: Session, before: Session) -> None:
+        self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         for version in self._versions(session.session_id):
             version.continued_from = before.session_id
             version.user_label = version.user_label or before.user_label
@@ -1910,7 +2330,7 @@ class SessionBook:
             "workingDirectory": session.directory,
             "label": label,
             "labelSource": source,
-            "model": session.model,
+            "model": session.model or (session.usage and session.usage.model),
             "startTime": session.start,
             "lastEventTime": session.last_event,
             "endTime": session.end,
@@ -1940,9 +2360,9 @@ class SessionBook:
                 "interrupted": session.interrupted,
                 "prompts": session.prompts,
             },
-            "tokenUsage": None,
-            "estimatedCostUsd": None,
-            "stuck": [],
+            "tokenUsage": session.usage and session.usage.to_json(),
+            "estimatedCostUsd": session.usage and self._prices.estimate(session.usage),
+            "stuck": stuck_signals(session),
             "isPinned": session.pinned,
             "hidden": session.hidden,
             "isImported": False,
@@ -2004,13 +2424,15 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "agentId": agent.agent_id,
         "agentType": agent.agent_type,
         "label": agent.label or agent.agent_type or "agent",
-        "parentAgentId": agent.parent_id or None,
+        "parentAgentId": agent.parent_id if agent.parent_id in session.agents else None,
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
         "activity": own[-1].words if own else "",
         "counts": {"events": agent.events, "toolCalls": agent.tool_calls, "toolErrors": agent.tool_errors},
-        "tokenUsage": None,
+        "tokenUsage": session.agent_usage[agent.agent_id][1].to_json()
+        if agent.agent_id in session.agent_usage
+        else None,
     }
 
 
@@ -2093,6 +2515,7 @@ SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
 COMPARED_SESSIONS = 200
+MODELS_LIMIT = 50  # of which one event may tell what was used
 
 _INDEX_SCHEMA = """
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
@@ -2103,6 +2526,10 @@ CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, inode INTEGER
 CREATE TABLE events(id INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER);
 CREATE TABLE activity(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
   last INTEGER, PRIMARY KEY(file, quarter)) WITHOUT ROWID;
+CREATE TABLE usage(file INTEGER, model INTEGER, quarter INTEGER,
+  c0 INTEGER, c1 INTEGER, c2 INTEGER, c3 INTEGER, c4 INTEGER,
+  l0 INTEGER, l1 INTEGER, l2 INTEGER, l3 INTEGER, l4 INTEGER,
+  PRIMARY KEY(file, model, quarter)) WITHOUT ROWID;
 CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool INTEGER, target INTEGER,
   begun INTEGER, quarter INTEGER, finish INTEGER, duration INTEGER, outcome INTEGER, event INTEGER);
 CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
@@ -2381,6 +2808,11 @@ def lines_newest_first(store: Union[EventStore, MemoryStore], before: Optional[i
 # What an event contributes
 
 
+def fit_name(name: str) -> str:
+    """Return a name as SQLite can keep it: a lone surrogate becomes its escape."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
 class CallFact(NamedTuple):
     """What one event says about one tool call; times in ms."""
 
@@ -2404,6 +2836,7 @@ class Document(NamedTuple):
     counts: bool  # False for what the user did to a session: it is no event of it
     is_prompt: bool
     calls: Tuple[CallFact, ...]
+    usage: Tuple[Tuple[str, ModelUsage], ...]  # (model, what the session has used of it until now)
 
 
 def stable_hash(*parts: str) -> int:
@@ -2457,6 +2890,18 @@ def _call_fact(
     )
 
 
+def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
+    """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
+    usage = event["data"].get("usage")
+    models = usage.get("models") if isinstance(usage, dict) else None
+    if not isinstance(models, dict):
+        return ()
+    return tuple(
+        (model[:200], _model_usage(counts))
+        for model, counts in itertools.islice(models.items(), MODELS_LIMIT)
+    )
+
+
 # The file
 
 
@@ -2483,6 +2928,25 @@ class IndexFile:
           events = events + excluded.events, prompts = prompts + excluded.prompts,
           first = min(first, excluded.first), last = max(last, excluded.last)
         """
+
+    _COUNTS = (
+        "c0",
+        "c1",
+        "c2",
+        "c3",
+        "c4",
+        "l0",
+        "l1",
+        "l2",
+        "l3",
+        "l4",
+    )  # of Tokens: all, and of long prompts
+    _ADD_USAGE = (
+        f"INSERT INTO usage(file, model, quarter, {', '.join(_COUNTS)}) "
+        f"VALUES({', '.join('?' * 13)}) "
+        "ON CONFLICT(file, model, quarter) DO UPDATE SET "
+        + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
+    )
 
     def __init__(self, path: str) -> None:
         """Open the file; begin a new one when there is none, or one of another version."""
@@ -2539,6 +3003,7 @@ class IndexFile:
 
     def name_id(self, kind: str, name: str) -> int:
         """Return the number that stands for a name, a new one when it is new."""
+        name = fit_name(name)
         number = self._names.get((kind, name))
         if number is None:
             found = self.db.execute(
@@ -2610,6 +3075,7 @@ class IndexFile:
         sessions = dict(self.db.execute("SELECT id, session FROM files WHERE day = ?", (day_id,)))
         self.db.executemany(self._ADD_CALL, list(self._call_rows(numbered, sessions)))
         self.db.executemany(self._ADD_ACTIVITY, activity_rows(documents))
+        self.db.executemany(self._ADD_USAGE, list(self._usage_rows(documents)))
         self.db.executemany(
             "UPDATE files SET position = ? WHERE id = ?", [(at, file) for file, at in positions.items()]
         )
@@ -2649,11 +3115,17 @@ class IndexFile:
                     number,
                 )
 
+    def _usage_rows(self, documents: Sequence[Document]) -> Iterator[Tuple[int, ...]]:
+        for document in documents:
+            for model, used in document.usage:
+                quarter = document.timestamp // QUARTER_MS
+                yield (document.file_id, self.name_id("model", model), quarter, *used.all, *used.long_prompts)
+
     def forget_file(self, file_id: int) -> None:
         """Take out everything that came from one file, and its day with its last file."""
         day_id = self.db.execute("SELECT day FROM files WHERE id = ?", (file_id,)).fetchone()[0]
         removed = self.db.execute("DELETE FROM events WHERE file = ?", (file_id,)).rowcount
-        for table in ("calls", "activity"):
+        for table in ("calls", "activity", "usage"):
             self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
         self.db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self.db.execute("UPDATE days SET removed = removed + ? WHERE id = ?", (removed, day_id))
@@ -2663,7 +3135,7 @@ class IndexFile:
     def forget_day(self, day_id: int) -> None:
         """Take out a whole day."""
         for (file_id,) in self.db.execute("SELECT id FROM files WHERE day = ?", (day_id,)).fetchall():
-            for table in ("events", "calls", "activity"):
+            for table in ("events", "calls", "activity", "usage"):
                 self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
         self.db.execute("DELETE FROM files WHERE day = ?", (day_id,))
         self.db.execute("DELETE FROM days WHERE id = ?", (day_id,))
@@ -2958,7 +3430,7 @@ class Indexer:
         marks = [
             ("session", event["sessionId"]),
             ("machine", event["machineId"]),
-            ("kind", f"{kind} {event['hookType']}"),
+            ("kind", f"{kind}\n{event['hookType']}"),
         ]
         if isinstance(event["data"].get("toolName"), str):
             marks.append(("tool", event["data"]["toolName"]))
@@ -2972,6 +3444,7 @@ class Indexer:
             kind != "session_meta",
             _is_persons_prompt(event, kind),
             calls,
+            usage_facts(event),
         )
 
     def _paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
@@ -3110,11 +3583,11 @@ class IndexReader:
                 raise
 
     def statistics(
-        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int
+        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int, prices: PriceList
     ) -> JsonObject:
         """Return the figures of [from_ms, to_ms) in whole quarters of an hour, as /api/stats gives them."""
         with self._reading(60.0) as db, LineReader(db, self._root) as lines:
-            return Statistics(db, lines, from_ms, to_ms, session_id, offset_minutes).to_json()
+            return Statistics(db, lines, from_ms, to_ms, session_id, offset_minutes, prices).to_json()
 
 
 class LineReader:
@@ -3196,7 +3669,7 @@ def _word_candidates(
             " AND id IN (SELECT day FROM files WHERE session IN "
             "(SELECT id FROM names WHERE kind = 'session' AND name = ?))"
         )
-        parameters += query.session_ids
+        parameters += map(fit_name, query.session_ids)
     waiting: Deque[Tuple[int, int]] = collections.deque(db.execute(sql + " ORDER BY high DESC", parameters))
     heads: List[Tuple[int, int, Iterator[Tuple[int]]]] = []  # (minus the next number, day, what follows)
     while waiting or heads:
@@ -3228,20 +3701,21 @@ def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
-    wanted: List[Tuple[str, str, Iterable[str]]] = []
-    if query.session_ids is not None:
-        wanted.append(("session", "name = ?", query.session_ids))
-    if query.machine is not None:
-        wanted.append(("machine", "name = ?", [query.machine]))
-    if query.tool is not None:
-        wanted.append(("tool", "name = ?", [query.tool]))
-    if query.kind is not None:
-        wanted.append(("kind", "' ' || name || ' ' LIKE '% ' || replace(?, '%', '') || ' %'", [query.kind]))
-    for kind, test, names in wanted:
+    for kind, wanted in (
+        ("session", query.session_ids),
+        ("machine", query.machine and {query.machine}),
+        ("tool", query.tool and {query.tool}),
+        ("kind", query.kind and {query.kind}),
+    ):
+        if wanted is None:
+            continue
+        fitting = {fit_name(name) for name in wanted}
+        names = db.execute("SELECT id, name FROM names WHERE kind = ?", (kind,))
+        # A kind has two names: ours, and that of the hook.
         numbers = [
             number
-            for name in names
-            for (number,) in db.execute(f"SELECT id FROM names WHERE kind = ? AND {test}", (kind, name))
+            for number, name in names
+            if not fitting.isdisjoint(name.split("\n") if kind == "kind" else (name,))
         ]
         if not numbers:
             return None
@@ -3260,9 +3734,11 @@ class Statistics:
         to_ms: int,
         session_id: Optional[str],
         offset_minutes: int,
+        prices: PriceList,
     ) -> None:
         self._db = db
         self._lines = lines
+        self._prices = prices
         self._session_id = session_id
         self._offset_minutes = offset_minutes
         first, last = db.execute("SELECT min(quarter), max(quarter) FROM activity").fetchone()
@@ -3275,7 +3751,7 @@ class Statistics:
         if session_id is not None:
             self._where += " AND session = ?"
             found = db.execute(
-                "SELECT id FROM names WHERE kind = 'session' AND name = ?", (session_id,)
+                "SELECT id FROM names WHERE kind = 'session' AND name = ?", (fit_name(session_id),)
             ).fetchone()
             self._bounds += (found[0] if found else -1,)
 
@@ -3390,6 +3866,13 @@ class Statistics:
                 places[session] = self._place_of(session)
             for sums in (by_session[session], by_quarter[quarter]):
                 sums.add_calls(session, calls, failures)
+        models: Dict[int, ModelUsage] = {}
+        for session, model, quarter, used in self._usage():
+            models[model] = add_usage(models.get(model), used)
+            if session not in places:
+                places[session] = self._place_of(session)
+            for sums in (by_session[session], by_quarter[quarter]):
+                sums.add_usage(session, self._names[model], used)
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
@@ -3400,7 +3883,43 @@ class Statistics:
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
-        return self._sums_json({**groups, "session": by_session}, places)
+        by_model = sorted(models.items(), key=lambda item: (-sum(item[1].all), item[0]))
+        return {
+            "models": [
+                {"model": self._names[key], **self._tokens_json({self._names[key]: used})}
+                for key, used in by_model
+            ],
+            **self._sums_json({**groups, "session": by_session}, places),
+        }
+
+    def _usage(self) -> Iterator[Tuple[int, int, int, ModelUsage]]:
+        """Yield (session, model, quarter, used in it): what the totals grew by that sessions tell."""
+        where = "quarter < ?" + (" AND session = ?" if self._session_id is not None else "")
+        rows = self._db.execute(
+            f"""SELECT session, model, quarter, {", ".join(f"max({name})" for name in IndexFile._COUNTS)}
+            FROM usage JOIN files ON files.id = file WHERE {where}
+            GROUP BY session, model, quarter ORDER BY session, model, quarter""",
+            self._bounds[1:],
+        )
+        of: Optional[Tuple[int, int]] = None
+        before: List[int] = []
+        for session, model, quarter, *counts in rows:
+            if (session, model) != of:
+                of, before = (session, model), [0] * len(counts)
+            grown = [max(0, now - then) for now, then in zip(counts, before)]
+            before = [max(now, then) for now, then in zip(counts, before)]
+            if quarter >= self._from:
+                yield session, model, quarter, ModelUsage(Tokens(*grown[:5]), Tokens(*grown[5:]))
+
+    def _tokens_json(self, usage: Dict[str, ModelUsage]) -> JsonObject:
+        told = SessionUsage(0, usage)
+        return {
+            "tokenUsage": told.to_json() if usage else None,
+            "estimatedCostUsd": self._prices.estimate(told) if usage else None,
+        }
+
+    def _group_json(self, sums: "Sums") -> JsonObject:
+        return {**sums.to_json(), **self._tokens_json(sums.usage)}
 
     def _sums_json(
         self, groups: Mapping[str, Mapping[Any, "Sums"]], places: Mapping[int, Tuple[int, int]]
@@ -3414,13 +3933,15 @@ class Statistics:
         ]
         hours, times = groups.get("hour", {}), groups.get("time", {})
         return {
-            "totals": groups.get("all", {}).get(None, Sums()).to_json(),
-            "projects": [{"project": self._names[key], **sums.to_json()} for key, sums in by_size["project"]],
+            "totals": self._group_json(groups.get("all", {}).get(None, Sums())),
+            "projects": [
+                {"project": self._names[key], **self._group_json(sums)} for key, sums in by_size["project"]
+            ],
             "machines": [
-                {"machineId": self._names[key], **sums.to_json()} for key, sums in by_size["machine"]
+                {"machineId": self._names[key], **self._group_json(sums)} for key, sums in by_size["machine"]
             ],
             "days": [
-                {"day": day_of(day * 86_400_000), **sums.to_json()}
+                {"day": day_of(day * 86_400_000), **self._group_json(sums)}
                 for day, sums in sorted(groups.get("day", {}).items())
             ],
             "hours": [{"hour": hour, **hours.get(hour, Sums()).of_hour()} for hour in range(24)],
@@ -3433,7 +3954,7 @@ class Statistics:
                     "project": self._names[places[session][1]],
                     "start": sums.first,
                     "end": sums.last,
-                    **{name: value for name, value in sums.to_json().items() if name != "sessions"},
+                    **{name: value for name, value in self._group_json(sums).items() if name != "sessions"},
                 }
                 for session, sums in latest
             ],
@@ -3470,6 +3991,11 @@ def _example(event: JsonObject) -> JsonObject:
     }
 
 
+def add_usage(one: Optional[ModelUsage], other: ModelUsage) -> ModelUsage:
+    """Add two amounts of one model's tokens."""
+    return other if one is None else ModelUsage(one.all + other.all, one.long_prompts + other.long_prompts)
+
+
 class Sums:
     """What is added up for a group: a day, a project, a session …"""
 
@@ -3478,6 +4004,12 @@ class Sums:
         self.events = self.prompts = self.calls = self.failures = 0
         self.first: Optional[int] = None
         self.last = 0
+        self.usage: Dict[str, ModelUsage] = {}
+
+    def add_usage(self, session: int, model: str, used: ModelUsage) -> None:
+        """Add what one session used of one model in one quarter of an hour."""
+        self.sessions.add(session)
+        self.usage[model] = add_usage(self.usage.get(model), used)
 
     def add_activity(self, session: int, events: int, prompts: int, first: int, last: int) -> None:
         """Add what happened in one quarter of an hour of one session."""
@@ -3500,6 +4032,8 @@ class Sums:
         self.prompts += other.prompts
         self.calls += other.calls
         self.failures += other.failures
+        for model, used in other.usage.items():
+            self.usage[model] = add_usage(self.usage.get(model), used)
         if other.first is not None:
             self.first = other.first if self.first is None else min(self.first, other.first)
         self.last = max(self.last, other.last)
@@ -3516,16 +4050,17 @@ class Sums:
             "prompts": self.prompts,
             "toolCalls": self.calls,
             "failures": self.failures,
-            "tokenUsage": None,
-            "estimatedCostUsd": None,
         }
 
 
 class History:
     """Search and statistics, for any thread: from the index, or from the events when there is none."""
 
-    def __init__(self, store: Union[EventStore, MemoryStore], path: str) -> None:
+    def __init__(
+        self, store: Union[EventStore, MemoryStore], path: str, prices: Optional[PriceList] = None
+    ) -> None:
         self._store = store
+        self._prices = prices or PriceList()
         self._indexer = Indexer(store, path) if isinstance(store, EventStore) else None
         self._searcher = IndexReader(path, store.root)
         self._counter = IndexReader(path, store.root)
@@ -3582,7 +4117,7 @@ class History:
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")
         try:
-            counted = self._counter.statistics(from_ms, to_ms, session_id, offset_minutes)
+            counted = self._counter.statistics(from_ms, to_ms, session_id, offset_minutes, self._prices)
         except sqlite3.Error as error:
             self._complain(error)
             raise NoStatistics(f"the index cannot be read just now: {error}") from None
@@ -4190,6 +4725,492 @@ def refusal(error: RequestError) -> bytes:
         "X-Content-Type-Options: nosniff",
     ]
     return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+
+
+# ---------------------------------------------------------------------------
+# Redis subscriber thread: events from many machines
+#
+# Owns: one thread at a time with two connections, and the position in the stream. The channel brings an event
+# at once, the stream tells which ones there were: it is read from the last position after each confirmation
+# of the subscription (redis-py subscribes again without a word) and every few seconds, so whatever the
+# channel did not bring is found. The thread receives, parses and hands over; the loop stores.
+# ---------------------------------------------------------------------------
+
+SUBSCRIBER_DEADLINE_S = 15.0  # without a sign of life the connection counts as dead
+CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
+REDIS_PING_INTERVAL_S = 5.0
+STREAM_INTERVAL_S = 5.0
+STREAM_HURRY_S = 0.5  # while the channel leaves events out
+STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
+INBOX_LIMIT_BYTES = 16 << 20
+INBOX_LINES_A_TURN = 200
+STREAM_START = "0-0"
+REMEMBERED_IDS = 64 << 10
+_POSITION = re.compile(r"\d{1,20}-\d{1,20}")
+_ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
+
+
+class RemoteLine(NamedTuple):
+    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel."""
+
+    line: bytes
+    position: Optional[str]
+
+
+def stream_time(position: str) -> int:
+    """Return the time in a stream id, in ms of the clock of Redis."""
+    return int(position.partition("-")[0])
+
+
+def after_position(position: str) -> str:
+    """Return the smallest stream id behind `position` (Redis before 6.2 has no exclusive ranges)."""
+    time_part, _, number = position.partition("-")
+    return f"{time_part}-{int(number or 0) + 1}"
+
+
+def position_key(position: str) -> Tuple[int, int]:
+    """Return what stream ids are ordered by."""
+    time_part, _, number = position.partition("-")
+    return int(time_part), int(number or 0)
+
+
+class Inbox:
+    """What one thread hands to the loop, in order and bounded in bytes; safe for one thread on each side."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._items: Deque[RemoteLine] = collections.deque()
+        self._size = 0
+        self._awaited = True  # the loop has seen it empty and wants to be woken
+
+    def put(self, item: RemoteLine, wake: Callable[[], None]) -> bool:
+        """Add one item and wake the loop if it waits; False while there is no room."""
+        with self._lock:
+            if self._size > self._limit_bytes:
+                return False
+            self._items.append(item)
+            self._size += len(item.line)
+            awaited, self._awaited = self._awaited, False
+        if awaited:
+            wake()
+        return True
+
+    def head(self, count: int) -> List[RemoteLine]:
+        """Return the first items; after an empty list `put` wakes the loop again."""
+        with self._lock:
+            self._awaited = not self._items
+            return list(itertools.islice(self._items, count))
+
+    def drop(self, count: int) -> None:
+        """Forget the first items."""
+        with self._lock:
+            for _ in range(count):
+                self._size -= len(self._items.popleft().line)
+
+
+class Subscription(threading.Thread):
+    """One attempt to follow the channel, from connecting to the first error.
+
+    It fills the link's inbox; `heard` is the time (monotonic) of the last sign of life. After a confirmation
+    it reads the stream before it reads on from the channel, so that events stay in their order. Later looks
+    go up to what the stream held at the look before: by then the channel must have brought it.
+    """
+
+    def __init__(self, link: RedisLink, position: str) -> None:
+        super().__init__(name="redis subscriber", daemon=True)
+        self.heard = time.monotonic()
+        self.confirmed = False
+        self.abandoned = False
+        self._position = position  # of the stream; handed over up to here
+        self._horizon = position  # the newest id at the last look
+        self._link = link
+        self._client: Any = None
+        self._seen = SeenIds()  # by the channel
+        self._next_ping = 0.0
+        self._next_look = 0.0
+
+    def run(self) -> None:
+        """Follow the channel until something goes wrong, and tell the link what it was."""
+        try:
+            self._follow()
+        except Exception as error:  # the link puts it into words
+            self._link.attempt_ended(self, error)
+        finally:
+            self._disconnect()
+
+    def abandon(self) -> None:
+        """Let go of it, whatever it is doing; for the loop thread."""
+        self.abandoned = True
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # another thread may be using it at this moment
+                self._client.connection_pool.disconnect(inuse_connections=True)
+
+    def _follow(self) -> None:
+        values = self._link.values
+        self._client = emit_event.redis_client(values)
+        pubsub = self._client.pubsub()
+        pubsub.subscribe(values["redis.channel"])
+        while not self.abandoned:
+            if pubsub.connection.can_read(timeout=0.5):
+                # Only now: get_message with a short timeout would give up in the middle of a long message.
+                message = pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S)
+                self.heard = time.monotonic()
+                if message is not None:
+                    self._take(message)
+            now = time.monotonic()
+            if self.confirmed and now >= self._next_ping:
+                self._next_ping = now + REDIS_PING_INTERVAL_S
+                pubsub.ping()
+            if self.confirmed and now >= self._next_look:
+                self._look_into_stream()
+
+    def _take(self, message: Dict[str, Any]) -> None:
+        if message["type"] == "subscribe":
+            self._link.subscribed(self)
+            self._catch_up()
+            self.confirmed = True
+        elif message["type"] == "message":
+            line = message["data"]
+            self._seen.add(event_key(line))
+            self._hand_over(RemoteLine(line, None))
+
+    def _catch_up(self) -> None:
+        """Read everything behind the position, for we cannot know what the channel has left out."""
+        if self._link.stream is None:
+            return
+        with self._reading_stream():
+            self._check_position(self._link.stream)
+            self._read_stream(self._link.stream, "+")
+        self._horizon = self._position
+        self._next_look = time.monotonic() + STREAM_INTERVAL_S
+
+    def _look_into_stream(self) -> None:
+        """Compare the stream with what the channel has brought; soon again while it leaves things out."""
+        if self._link.stream is None:
+            self._next_look = math.inf
+            return
+        found = False
+        with self._reading_stream():
+            if self._horizon != self._position:
+                found = self._read_stream(self._link.stream, self._horizon)
+            newest = self._client.xrevrange(self._link.stream, "+", "-", 1)
+            self._horizon = newest[0][0].decode("ascii") if newest else self._position
+        self._next_look = time.monotonic() + (STREAM_HURRY_S if found else STREAM_INTERVAL_S)
+
+    @contextlib.contextmanager
+    def _reading_stream(self) -> Iterator[None]:
+        """Tell the link how reading the stream went; a refusal leaves the channel to go on alone."""
+        import redis
+
+        try:
+            yield
+        except redis.ResponseError as error:
+            self._link.stream_read(self, error)
+        else:
+            self._link.stream_read(self, None)
+        self.heard = time.monotonic()
+
+    def _read_stream(self, stream: str, last: str) -> bool:
+        """Hand over what the stream holds up to `last` and the channel left out; tell if there is any."""
+        found = False
+        while not self.abandoned:
+            count = self._link.page_events
+            page = self._client.xrange(stream, after_position(self._position), last, count)
+            self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
+            self.heard = time.monotonic()
+            for raw_id, fields in page:
+                self._position = raw_id.decode("ascii")
+                line = fields.get(b"event", b"")
+                if line and event_key(line) not in self._seen:
+                    found = True
+                    self._hand_over(RemoteLine(line, self._position))
+            if page:
+                self._hand_over(RemoteLine(b"", self._position))
+            if len(page) < count:
+                break
+        return found
+
+    def _check_position(self, stream: str) -> None:
+        """Begin anew when the stream did, and tell when it was cut before we had read it."""
+        if self._position == STREAM_START:
+            return
+        newest = self._client.xrevrange(stream, "+", "-", 1)
+        oldest = self._client.xrange(stream, "-", "+", 1)
+        if newest and position_key(newest[0][0].decode("ascii")) < position_key(self._position):
+            log.warning(
+                "Redis: the stream has begun anew since this monitor last read it; it is read from its start"
+            )
+            self._position = STREAM_START
+        elif oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
+            self._link.gap_found(self)
+
+    def _hand_over(self, remote: RemoteLine) -> None:
+        """Give one line to the loop; waits while the loop has enough, which is no silence of Redis."""
+        while not self.abandoned and not self._link.offer(remote):
+            self.heard = time.monotonic()
+            time.sleep(0.01)
+
+
+def event_key(line: bytes) -> str:
+    """Return what tells unparsed events apart: the id, or a digest if a line begins with none."""
+    match = _ID_AT_START.match(line)
+    return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
+
+
+class RedisLink:
+    """Keep one Subscription alive, hand what it brings to `take`, and know how things stand.
+
+    `take` stores a batch and returns whether it is safe; until it is, the batch is offered again and the
+    position stays. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`. `changed`
+    is called when the state did. All but `offer`, `subscribed`, `stream_read`, `gap_found` and
+    `attempt_ended`, which are for the subscription's thread, belongs to the loop thread.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        settings: Settings,
+        take: Callable[[Sequence[RemoteLine]], bool],
+        changed: Callable[[], None],
+    ) -> None:
+        self.values = settings.values
+        self.page_events = STREAM_PAGE_EVENTS  # how many the subscription asks for at once
+        self.stream = f"{settings['redis.channel']}:stream" if settings["redis.streamMaxLength"] else None
+        self._loop = loop
+        self._take = take
+        self._changed = changed
+        self._position_path = settings.path("redis-position.json")
+        self._position = self._load_position()  # stored up to here
+        self._saved_position = self._position
+        self._inbox = Inbox(INBOX_LIMIT_BYTES)
+        self._subscription: Optional[Subscription] = None
+        self._failures = 0  # in a row
+        self._retry: Optional[Timer] = None
+        self._retry_at: Optional[int] = None  # ms
+        self._state = "connecting"
+        self._reason: Optional[str] = None
+        self._since = now_ms()
+        self._stream_reason: Optional[str] = None
+        self._heard_ms: Optional[int] = None
+        self._gaps = 0
+        self._by_channel = 0
+        self._by_stream = 0
+        loop.call_soon(self.reconnect)
+        loop.call_every(0.5, self._supervise)
+        loop.call_every(1.0, self._save_position)
+
+    # For the loop thread
+
+    def reconnect(self) -> None:
+        """Connect at once, with all attempts before us again."""
+        self._failures = 0
+        self._begin_attempt()
+
+    def close(self) -> None:
+        """Let go of the connection and note the position."""
+        self._drop_subscription()
+        self._save_position()
+
+    def status(self) -> JsonObject:
+        """Return how things stand, for /api/status; never a password."""
+        url = self.values["redis.url"] or ""
+        if self._subscription is not None and self._state == "connected":
+            self._heard_ms = now_ms() - int((time.monotonic() - self._subscription.heard) * 1000)
+        return {
+            "state": self._state,
+            "server": emit_event.redis_place(self.values),
+            "tls": self.values["redis.tls"] or url.startswith("rediss:"),
+            "channel": self.values["redis.channel"],
+            "stream": self.stream,
+            "attempt": self._failures,
+            "maxRetries": self.values["redis.maxRetries"],
+            "reason": self._reason,
+            "since": self._since,
+            "nextAttemptAt": self._retry_at,
+            "lastHeardAt": self._heard_ms,
+            "position": None if self._position == STREAM_START else self._position,
+            "streamState": "off" if self.stream is None else "refused" if self._stream_reason else "ok",
+            "streamReason": self._stream_reason,
+            "gaps": self._gaps,
+            "received": self._by_channel,
+            "fromStream": self._by_stream,
+        }
+
+    def _begin_attempt(self) -> None:
+        self._drop_subscription()
+        self._enter("connecting", self._reason)
+        self._subscription = Subscription(self, self._position)
+        self._subscription.start()
+
+    def _drop_subscription(self) -> None:
+        """Leave the thread behind; what it has handed over stays in the inbox."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            subscription.abandon()
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = self._retry_at = None
+
+    def _supervise(self) -> None:
+        """End an attempt that shows no sign of life."""
+        subscription = self._subscription
+        if subscription is None:
+            return
+        deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
+        if time.monotonic() - subscription.heard > deadline_s:
+            self._fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+
+    def _fail(self, subscription: Subscription, error: BaseException) -> None:
+        """Count a failed attempt or a lost connection; try again in a while or give up."""
+        self._drop_subscription()
+        self._failures += 1
+        self.page_events = max(
+            1, self.page_events // 4
+        )  # perhaps it was too much for the link to bring in time
+        reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
+        most = self.values["redis.maxRetries"]
+        if most is not None and self._failures >= most:
+            self._enter("given_up", reason)
+            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", most, reason)
+            return
+        delay_s = emit_event.backoff_s(self._failures)
+        self._retry = self._loop.call_later(delay_s, self._begin_attempt)
+        self._retry_at = now_ms() + int(delay_s * 1000)
+        of = "" if most is None else f" of {most}"
+        log.warning("Redis: attempt %d%s: %s; next in %.1f s", self._failures, of, reason, delay_s)
+        self._enter("waiting", reason)
+
+    def _enter(self, state: str, reason: Optional[str]) -> None:
+        if state != self._state:
+            self._since = now_ms()
+        self._state, self._reason = state, reason
+        self._changed()
+
+    def _note_subscribed(self, subscription: Subscription) -> None:
+        if subscription is not self._subscription:
+            return
+        self._failures = 0
+        log.info(
+            "Redis: connected to %s, channel %s",
+            emit_event.redis_place(self.values),
+            self.values["redis.channel"],
+        )
+        self._enter("connected", None)
+
+    def _note_stream(self, subscription: Subscription, reason: Optional[str]) -> None:
+        if subscription is not self._subscription or reason == self._stream_reason:
+            return
+        self._stream_reason = reason
+        if reason:
+            log.warning(
+                "Redis: the stream cannot be read, so what the channel leaves out is lost: %s", reason
+            )
+        else:
+            log.info("Redis: the stream can be read again")
+        self._changed()
+
+    def _note_gap(self, subscription: Subscription) -> None:
+        if subscription is not self._subscription:
+            return
+        self._gaps += 1
+        log.warning(
+            "Redis: the stream no longer reaches back to %s: events from while this monitor was away may be "
+            "missing; a larger redis.streamMaxLength keeps more",
+            self._position,
+        )
+        self._changed()
+
+    def _note_end(self, subscription: Subscription, error: BaseException) -> None:
+        if subscription is self._subscription:
+            self._fail(subscription, error)
+
+    def _take_some(self) -> None:
+        """Store the first lines of the inbox; what cannot be stored stays there and is tried again."""
+        batch = self._inbox.head(INBOX_LINES_A_TURN)
+        if not batch:
+            return
+        if not self._take([remote for remote in batch if remote.line]):
+            self._loop.call_later(1.0, self._take_some)
+            return
+        self._inbox.drop(len(batch))
+        for remote in batch:
+            self._position = remote.position or self._position
+            if remote.line and remote.position:
+                self._by_stream += 1
+            elif remote.line:
+                self._by_channel += 1
+        self._loop.call_soon(self._take_some)
+
+    def _load_position(self) -> str:
+        """Return how far the stream of this very Redis and channel was read."""
+        with contextlib.suppress(OSError, MalformedEvent), open(self._position_path, "rb") as file:
+            saved = emit_event.parse_event_line(file.read(4096))
+            position = saved.get("position")
+            if (
+                saved.get("of") == self._stream_name()
+                and isinstance(position, str)
+                and _POSITION.fullmatch(position)
+            ):
+                return position
+        return STREAM_START
+
+    def _save_position(self) -> None:
+        if self._position == self._saved_position:
+            return
+        content = {"of": self._stream_name(), "position": self._position}
+        with contextlib.suppress(OSError):  # full disk: an older position only means reading more again
+            emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
+            self._saved_position = self._position
+
+    def _stream_name(self) -> str:
+        return f"{emit_event.redis_place(self.values)} {self.stream}"
+
+    # For the subscription's thread
+
+    def offer(self, remote: RemoteLine) -> bool:
+        """Take one line for the loop; False while there is no room."""
+        return self._inbox.put(remote, lambda: self._loop.call_soon(self._take_some))
+
+    def subscribed(self, subscription: Subscription) -> None:
+        """Note a confirmation of the subscription."""
+        self._loop.call_soon(lambda: self._note_subscribed(subscription))
+
+    def stream_read(self, subscription: Subscription, error: Optional[BaseException]) -> None:
+        """Note that the stream was read, or why not."""
+        reason = emit_event.redis_trouble(error, self.values) if error else None
+        if reason != self._stream_reason:
+            self._loop.call_soon(lambda: self._note_stream(subscription, reason))
+
+    def gap_found(self, subscription: Subscription) -> None:
+        """Note that the stream was cut beyond our position."""
+        self._loop.call_soon(lambda: self._note_gap(subscription))
+
+    def attempt_ended(self, subscription: Subscription, error: BaseException) -> None:
+        """Note why the subscription's thread has ended."""
+        self._loop.call_soon(lambda: self._note_end(subscription, error))
 
 
 # ---------------------------------------------------------------------------
@@ -4923,9 +5944,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # hook → ingest → event → store → session state → clients, one batch a turn of the loop.
 # ---------------------------------------------------------------------------
 
-QUARANTINE_LIMIT_BYTES = 4 << 20
-QUARANTINED_HEAD_BYTES = 4096
-REMEMBERED_IDS = 64 << 10
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 SPOOL_INTERVAL_S = 1.0
@@ -4934,36 +5952,15 @@ CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
+FRESH_MS = 30_000
 
 
 class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
-
-    def add(self, event_id: str) -> None:
-        """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
-
-    def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
-
-
 class Quarantine:
-    """Keep what was not one JSON object, for a person to look at.
-
-    The file is bounded and has one predecessor.
-    """
+    """Keep what was not one JSON object, for a person to look at."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -4973,16 +5970,96 @@ class Quarantine:
         """Count and keep the beginning of one line."""
         self.count += 1
         log.warning("not an event (%s): %r", reason, line[:200])
-        record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
-        record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
         try:
-            if os.path.exists(self._path) and os.path.getsize(self._path) > QUARANTINE_LIMIT_BYTES:
-                os.replace(self._path, self._path + ".1")
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            with os.fdopen(os.open(self._path, flags, 0o600), "wb") as file:
-                file.write(encode_json(record) + b"\n")
+            emit_event.keep_in_quarantine(self._path, line, reason)
         except OSError as error:
             log.warning("the quarantine could not be written: %s", error)
+
+
+class StoredIds:
+    """The ids in sessions' files, to tell a second delivery of which SeenIds may no longer know.
+
+    What was read is kept for a while: what is stored in the meantime SeenIds knows.
+    """
+
+    LIMIT = 100_000  # ids
+
+    def __init__(self, store: Union[EventStore, MemoryStore]) -> None:
+        self._store = store
+        self._known: Dict[str, Set[str]] = {}  # session → ids
+        self._read_seq = 0  # the store's number when the first of them was read
+
+    def has(self, session_id: str, event_id: str) -> bool:
+        """Tell whether a session's files hold an event."""
+        count = sum(map(len, self._known.values()))
+        if self._store.seq - self._read_seq > REMEMBERED_IDS // 4 or count > self.LIMIT:
+            self._known = {}
+            self._read_seq = self._store.seq
+        if session_id not in self._known:
+            self._known[session_id] = self._store.ids(session_id)
+        return event_id in self._known[session_id]
+
+
+class Via(enum.Enum):
+    """How an event came: what follows from it for trust, doubles and clocks."""
+
+    LOCAL = "local"  # the socket or POST /api/hooks: our own user, at once
+    SPOOL = "spool"  # our own user, late, and perhaps for the second time
+    CHANNEL = "channel"  # whoever may publish
+    STREAM = "stream"  # the same, perhaps late and for the second time
+
+
+class Incoming(NamedTuple):
+    """One line that wants to be an event; `sent_ms` is when it was sent on, None if long before."""
+
+    line: bytes
+    via: Via
+    sent_ms: Optional[int]
+
+
+class ClockSkew:
+    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
+
+    What the network and a busy machine add only makes the difference larger.
+    """
+
+    WINDOW_MS = 300_000
+
+    def __init__(self) -> None:
+        self._since = 0
+        self._least: Optional[int] = None  # of the window that is under way
+        self._before: Optional[int] = None  # of the one before
+
+    def add(self, difference_ms: int, time_ms: int) -> None:
+        """Take one event into account."""
+        if time_ms - self._since > self.WINDOW_MS:
+            self._since, self._before, self._least = time_ms, self._least, None
+        if self._least is None or difference_ms < self._least:
+            self._least = difference_ms
+
+    @property
+    def value_ms(self) -> Optional[int]:
+        """Return the skew in ms; None before the first event."""
+        known = [least for least in (self._least, self._before) if least is not None]
+        return min(known) if known else None
+
+
+@dataclasses.dataclass
+class Machine:
+    """What is known of one machine."""
+
+    events: int = 0  # since the start
+    last_seen: int = 0  # ms, our clock
+    dropped: int = 0  # events that its spool had no room for
+    skew: ClockSkew = dataclasses.field(default_factory=ClockSkew)
+
+
+def without_authority(event: JsonObject) -> JsonObject:
+    """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
+    event.pop("demo", None)
+    if event["eventType"] == "session_meta":
+        event["eventType"] = "message"
+    return event
 
 
 class Arrival(NamedTuple):
@@ -4999,9 +6076,10 @@ class SpoolDrain:
     ids tell what is stored already.
     """
 
-    def __init__(self, loop: EventLoop, directory: str, take: Callable[[Sequence[bytes]], bool]) -> None:
-        self.directory = directory
+    def __init__(self, loop: EventLoop, home: str, take: Callable[[Sequence[bytes]], bool]) -> None:
+        self.directory = os.path.join(home, "spool")
         self.dropped = 0  # events that the spool had to drop because nobody drained it
+        self._home = home
         self._loop = loop
         self._take = take
         self._draining = False
@@ -5012,6 +6090,8 @@ class SpoolDrain:
         """Begin to drain when there is something."""
         if self._draining:
             return
+        if emit_event.lock_is_held(self._home + "/publisher.lock"):
+            return  # the mode was changed a moment ago: the publisher sees that and leaves
         try:
             events, _ = emit_event.take_dropped(self.directory)
             if events:
@@ -5062,19 +6142,22 @@ class Monitor:
         self.received = 0
         self.stored = 0
         self.duplicates = 0
-        self._by_machine: Dict[str, int] = collections.defaultdict(
-            int
-        )  # machine → events stored since the start
+        self._machines: Dict[str, Machine] = {}
         self._privacy = settings.privacy
+        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
+        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
         self._seen = SeenIds()
+        self._stored_ids = StoredIds(self.store)
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
         self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
         self._updates_due = False
+        self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self.history = History(self.store, settings.path("index.db"))
+        self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self._stopping = False
 
     # Start and stop
@@ -5117,10 +6200,20 @@ class Monitor:
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
         self.loop.turn_end = self._handle_arrivals
-        self.spool = SpoolDrain(self.loop, self.settings.path("spool"), self._take_spooled)
+        self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
+
+    def _connect_sources(self) -> None:
+        """Read our own spool, or, with Redis, what everybody's publishers send there."""
+        self.spool: Optional[SpoolDrain] = None
+        self.redis: Optional[RedisLink] = None
+        if self.settings["mode"] == "local":
+            self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
+            return
+        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status_if_changed)
+        self.loop.call_every(SPOOL_INTERVAL_S, self._keep_publisher)
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
@@ -5145,8 +6238,10 @@ class Monitor:
 
     def _close(self) -> None:
         self._handle_arrivals()
-        for machine, count in sorted(self._by_machine.items()):
-            log.info("%d events from machine %s since the start", count, machine)
+        if self.redis:
+            self.redis.close()
+        for name, machine in sorted(self._machines.items()):
+            log.info("%d events from machine %s since the start", machine.events, name)
         self.http.shutdown()
         self.http.server_close()
         self._reader.shutdown(wait=True)
@@ -5154,6 +6249,7 @@ class Monitor:
         for connection in list(self._connections):
             connection.close()
         self.store.close()
+        self._usage.close()
         self._unlink_socket()
         self.loop.close()
         for fd in self._locks:
@@ -5217,7 +6313,8 @@ class Monitor:
         arrivals, self._arrivals = self._arrivals, []
         if not arrivals:
             return
-        safe = self._store_lines([arrival.line for arrival in arrivals], from_spool=False)
+        received_ms = now_ms()
+        safe = self._store_lines([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
         counts: Dict[IngestConnection, int] = {}
         failed: Set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
@@ -5234,69 +6331,104 @@ class Monitor:
             connection.close()  # its sender spools at once instead of waiting
 
     def _take_spooled(self, lines: Sequence[bytes]) -> bool:
-        return all(self._store_lines(lines, from_spool=True))
+        return all(self._store_lines([Incoming(line, Via.SPOOL, None) for line in lines]))
+
+    def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
+        received_ms = now_ms()
+        return all(
+            self._store_lines(
+                [
+                    Incoming(remote.line, Via.STREAM, stream_time(remote.position))
+                    if remote.position
+                    else Incoming(remote.line, Via.CHANNEL, received_ms)
+                    for remote in lines
+                ]
+            )
+        )
 
     def take_now(self, line: bytes) -> bool:
-        """Store one line at once, for POST /api/hooks; return whether it is safe."""
-        return self._store_lines([line.replace(b"\n", b" ")], from_spool=False)[0]
+        """Store one line at once, without a connection that waits for it; return whether it is safe."""
+        return self._store_lines([Incoming(line.replace(b"\n", b" "), Via.LOCAL, now_ms())])[0]
 
-    def _store_lines(self, lines: Sequence[bytes], from_spool: bool) -> List[bool]:
+    def _keep_publisher(self) -> None:
+        """See to it that nothing waits in this machine's spool while nobody publishes."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)  # a publisher that we started and that has left
+        if emit_event.spool_segments(self.settings.path("spool")):
+            try:
+                emit_event.ensure_publisher(self.settings.home)
+            except OSError as error:
+                log.warning("the publisher cannot be started: %s", error)
+
+    def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store the events of a batch of lines.
 
         Return for each line whether nothing more need be done about it.
         """
         received_ms = now_ms()
         events: List[JsonObject] = []
-        places: List[
-            Optional[int]
-        ] = []  # for each line its place in events; None when there is nothing to store
-        known: Dict[str, Set[str]] = {}  # session → the ids in its files, read for events out of the spool
+        sources: List[Incoming] = []  # for each event the line that it came in
+        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
         batch_ids: Set[str] = set()
-        for line in lines:
+        for incoming in lines:
             self.received += 1
-            event = self._event_of(line, received_ms)
+            event = self._event_of(incoming, received_ms)
             if event is None:
                 places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, known if from_spool else None):
+            elif event["id"] in batch_ids or self._is_stored(event, incoming):
                 self.duplicates += 1
                 places.append(None)
             else:
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
+                sources.append(incoming)
         stored = self.store.append(events, received_ms)
         self._note_store_error()
         good = [entry for entry in stored if entry is not None]
+        for entry, incoming in zip(stored, sources):
+            if entry is not None:
+                self._note_arrival(entry, incoming, received_ms)
         self._show(good)
         return [place is None or stored[place] is not None for place in places]
 
-    def _event_of(self, line: bytes, received_ms: int) -> Optional[JsonObject]:
+    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
         """Parse, build and redact one event; what is none goes to the quarantine."""
+        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
+        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
+            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            return None
         try:
-            given = emit_event.parse_event_line(line)
-            return emit_event.protect(
-                emit_event.build_event(given, received_ms, self.settings.machine_id), self._privacy
-            )
+            given = emit_event.parse_event_line(incoming.line)
+            if remote:
+                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
+            else:  # of a remote event the publisher has read the transcripts
+                event = emit_event.build_event(given, received_ms, self.settings.machine_id)
+                self._usage.add_usage(event)
+                self._agent_notes.add_note(event)
+            return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
-            self.quarantine.add(line, str(error))
+            self.quarantine.add(incoming.line, str(error))
         except Exception:  # no event may stop the stream; the log tells what nobody foresaw
             log.exception("an event could not be built")
-            self.quarantine.add(line, "could not be built")
+            self.quarantine.add(incoming.line, "could not be built")
         return None
 
-    def _is_stored(self, event: JsonObject, known: Optional[Dict[str, Set[str]]]) -> bool:
-        """Tell whether the event is a second delivery.
-
-        `known` (for the spool) makes it exact over all files.
-        """
+    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether the event is a second delivery."""
         if event["id"] in self._seen:
             return True
-        if known is None:
+        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
             return False
-        session_id = event["sessionId"]
-        if session_id not in known:
-            known[session_id] = self.store.ids(session_id)
-        return event["id"] in known[session_id]
+        return self._stored_ids.has(event["sessionId"], event["id"])
+
+    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether an event has waited so long that its first delivery may be forgotten."""
+        machine = self._machines.get(event["machineId"])
+        skew_ms = machine.skew.value_ms if machine else None
+        if skew_ms is None or incoming.sent_ms is None:
+            return True
+        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
@@ -5305,27 +6437,38 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
-            self._note_arrival(entry)
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
+        self._note_linked_changes()
         self.clients.broadcast_events(stored)
         self.history.grown(stored)
         self._send_updates_soon()
 
-    def _note_arrival(self, entry: StoredEvent) -> None:
-        """Log what comes from which machine: its first event, and with CONTEXTUATE_DEBUG=1 every one."""
+    def _note_linked_changes(self) -> None:
+        for session in self.book.linked_changes():
+            self._changed[session.session_id] = session
+
+    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
+        """Note what comes from where; the log tells a machine's first event, when debugging each."""
         event = entry.event
-        machine = event["machineId"]
-        if machine not in self._by_machine:
-            log.info("first event from machine %s", machine)
-        self._by_machine[machine] += 1
+        name = event["machineId"]
+        machine = self._machines.get(name)
+        if machine is None:
+            log.info("first event from machine %s", name)
+            machine = self._machines[name] = Machine()
+        machine.events += 1
+        machine.last_seen = received_ms
+        if incoming.sent_ms is not None and not event.get("demo"):
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+        dropped = event["data"].get("spoolDropped")
+        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
+            machine.dropped += dropped
+            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
         if log.isEnabledFor(logging.DEBUG):
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
-            log.debug(
-                "event %d from %s, session %s: %s %s", entry.seq, machine, event["sessionId"], what, tool
-            )
+            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
@@ -5365,18 +6508,7 @@ class Monitor:
         self._send_status_if_changed()
 
     def _end_sessions_whose_process_is_gone(self) -> List[Session]:
-        """End the sessions of this machine whose client is no longer there: a kill fires no hook."""
-        gone = []
-        for session in list(self.book.sessions.values()):
-            if (
-                session.pid is None
-                or session.state == "ended"
-                or session.machine_id != self.settings.machine_id
-            ):
-                continue
-            if not process_ran_at(session.pid, session.last_event):
-                gone.append(self.book.end_gone(session.session_id, now_ms()))
-        return gone
+        return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
@@ -5435,9 +6567,21 @@ class Monitor:
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": self.spool.dropped,
+                "dropped": self._dropped(),
             },
             "index": self.history.status(),
+            "machines": [
+                {
+                    "machineId": name,
+                    "events": machine.events,
+                    "lastSeen": machine.last_seen,
+                    "clockSkewMs": machine.skew.value_ms,
+                    "dropped": machine.dropped,
+                }
+                for name, machine in sorted(self._machines.items())
+            ],
+            "redis": self.redis.status() if self.redis else None,
+            "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
             "loading": None,
             "demo": any(session.demo for session in self.book.sessions.values()),
         }
@@ -5452,6 +6596,11 @@ class Monitor:
         """Return the label of every session."""
         return {session.session_id: session.label[0] for session in self.book.sessions.values()}
 
+    def _dropped(self) -> int:
+        """Return how many events full spools had to drop, as far as this monitor was told."""
+        own = self.spool.dropped if self.spool else 0
+        return own + sum(machine.dropped for machine in self._machines.values())
+
     def config(self) -> JsonObject:
         """Return the configuration in force; there is no secret in it."""
         nested: JsonObject = {
@@ -5461,6 +6610,8 @@ class Monitor:
         }
         for key, value in self.settings.values.items():
             section, dot, name = key.partition(".")
+            if key in emit_event.SECRET_KEYS and value is not None:
+                value = "(not shown)"
             if dot:
                 nested.setdefault(section, {})[name] = value
             else:
@@ -5484,6 +6635,14 @@ class Monitor:
             100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
         )
         steady["index"] = (index["state"], index["error"], percent)
+        if self.redis:
+            steady["redis"] = [
+                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
+            ]
+            steady["publisher"] = [
+                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
+            ]
+            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
         if steady != self._last_status:
             self._last_status = steady
             self.clients.broadcast_json({"type": "status", **status})
@@ -5666,8 +6825,19 @@ class Monitor:
         client.show_hidden = message.get("showHidden") is True
         self._on_get_sessions(client, message)
 
+    def reconnect_redis(self) -> None:
+        """Connect to Redis at once, also after it was given up; for any thread."""
+        if self.redis:
+            self.loop.call_soon(self.redis.reconnect)
+
+    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
+        if not self.redis:
+            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+        self.redis.reconnect()
+        self._reply(client, message, {"type": "status", **self.status()})
+
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self._store_lines([encode_json(test_event(self.settings.machine_id))], from_spool=False)
+        self.take_now(encode_json(test_event(self.settings.machine_id)))
 
     def _known_session(self, message: JsonObject) -> Session:
         session = self.book.sessions.get(_text_field(message, "sessionId"))
@@ -5685,7 +6855,7 @@ class Monitor:
             "workingDirectory": session.directory,
             "data": data,
         }
-        if not self._store_lines([encode_json(event)], from_spool=False)[0]:
+        if not self.take_now(encode_json(event)):
             raise MessageError(f"it could not be stored: {self.store.error}")
 
     def _delete(self, session: Session) -> None:
@@ -5696,8 +6866,11 @@ class Monitor:
         self.history.look_again()
         self.book.delete(session.session_id)
         self._changed.pop(session.session_id, None)
+        self._alive_ms.pop(session.session_id, None)
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self.clients.broadcast_json({"type": "session_deleted", "sessionId": session.session_id})
+        self._note_linked_changes()
+        self._send_updates_soon()
 
     def _send_session_list(self) -> None:
         for with_hidden in (False, True):
@@ -5721,6 +6894,7 @@ class Monitor:
         "delete_all_sessions": _on_delete_all_sessions,
         "set_show_hidden": _on_set_show_hidden,
         "set_parent": _on_set_parent,
+        "reconnect_redis": _on_reconnect_redis,
         "send_test_event": _on_send_test_event,
     }
 
@@ -5731,7 +6905,28 @@ def session_book(settings: Settings) -> SessionBook:
         settings["sessions.quietSeconds"] * 1000,
         settings["sessions.endedHours"] * 3_600_000,
         settings.machine_id,
+        PriceList(settings["prices"]),
     )
+
+
+def end_sessions_without_process(
+    book: SessionBook, machine_id: str, alive_ms: Dict[str, int]
+) -> List[Session]:
+    """End the sessions of this machine whose client is no longer there: a kill fires no hook.
+
+    `alive_ms` is kept here: session → when its process was last seen. A process may have gone long before
+    anybody looked, so its session ends when it was last seen, or with its last event.
+    """
+    gone = []
+    for session in list(book.sessions.values()):
+        if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
+            continue
+        if process_ran_at(session.pid, session.last_event):
+            alive_ms[session.session_id] = now_ms()
+        else:
+            seen_ms = alive_ms.pop(session.session_id, session.last_event)
+            gone.append(book.end_gone(session.session_id, max(seen_ms, session.last_event)))
+    return gone
 
 
 class MessageError(Exception):
@@ -6121,6 +7316,23 @@ def install_hook_files(home: str) -> str:
     return script
 
 
+def record_publisher_python(home: str) -> bool:
+    """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
+    check = [
+        sys.executable,
+        "-E",
+        "-c",
+        "import redis",
+    ]  # as the publisher is started: PYTHONPATH does not count
+    if subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
+        return False
+    emit_event.make_private_directory(os.path.join(home, "hooks"))
+    emit_event.write_atomically(
+        os.path.join(home, "hooks", "publisher-python"), os.fsencode(sys.executable) + b"\n"
+    )
+    return True
+
+
 def _refuse(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
@@ -6384,6 +7596,385 @@ def _write_backup(path: str, content: bytes) -> str:
         backup = f"{first_choice}-{number}"
     emit_event.write_atomically(backup, content)
     return backup
+
+
+# ---------------------------------------------------------------------------
+# Doctor: the whole chain, link by link, from the configuration to an event that arrives
+#
+# Each check yields findings; a check that fails does not keep the next from looking. Changes nothing but that
+# a test event is sent, as `test-event` does.
+# ---------------------------------------------------------------------------
+
+PROBE_DEADLINE_S = 15.0
+LOW_DISK_BYTES = 200 << 20
+RECENT_FAILURE_S = 24 * 3600
+
+
+class Finding(NamedTuple):
+    """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
+
+    check: str
+    level: str
+    words: str
+    advice: str = ""
+
+
+class Doctor:
+    """Examine what one configuration describes."""
+
+    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
+        self._settings = settings
+        self._warnings = warnings
+        self._about = running_monitor(settings)
+        self._client: Any = None  # redis-py's, once connected
+
+    def examine(self) -> Iterator[Finding]:
+        """Yield the findings of every check, in the order in which an event travels."""
+        checks = [
+            self._config,
+            self._home,
+            self._claude,
+            self._hook,
+            self._registration,
+            self._spool,
+            self._monitor,
+        ]
+        if self._settings["mode"] == "redis":
+            checks += [self._redis_package, self._redis, self._redis_rights, self._publisher]
+        checks.append(self._probe)
+        for check in checks:
+            try:
+                yield from check()
+            except Exception as error:  # one check must not keep the others from looking
+                name = check.__name__.strip("_")
+                yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+
+    @property
+    def _only_shows(self) -> bool:
+        """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
+        has_hook = os.path.exists(hook_script(self._settings.home))
+        return self._settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+
+    def _config(self) -> Iterator[Finding]:
+        path = self._settings.config_path
+        where = path if os.path.exists(path) else f"no {path}, so defaults"
+        yield Finding(
+            "config", "ok", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}"
+        )
+        for warning in self._warnings:
+            yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+
+    def _home(self) -> Iterator[Finding]:
+        home = self._settings.home
+        if not os.path.isdir(home):
+            yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
+            return
+        about = os.stat(home)
+        if about.st_uid != os.getuid():
+            yield Finding(
+                "files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own"
+            )
+        elif not os.access(home, os.W_OK):
+            yield Finding(
+                "files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}"
+            )
+        elif about.st_mode & 0o077:
+            advice = f"run: chmod 700 {shlex.quote(home)}"
+            yield Finding("files", "warn", f"{home} is open to other users", advice)
+        else:
+            yield Finding("files", "ok", f"{home}, for this user only")
+        disk = os.statvfs(home)
+        free = disk.f_bavail * disk.f_frsize
+        if free < LOW_DISK_BYTES:
+            yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+
+    def _claude(self) -> Iterator[Finding]:
+        if self._only_shows:
+            return
+        version = claude_version()
+        if version is None:
+            advice = (
+                "install it, or put it on the PATH; without its version only the oldest events are registered"
+            )
+            yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
+        else:
+            yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
+
+    def _hook(self) -> Iterator[Finding]:
+        script = hook_script(self._settings.home)
+        advice = "run: python3 contextuate_monitor.py install"
+        if self._only_shows:
+            yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+            return
+        if not os.path.exists(script):
+            yield Finding("hook", "fail", f"no hook at {script}", advice)
+            return
+        with open(os.path.abspath(emit_event.__file__), "rb") as file:
+            current = file.read()
+        try:
+            with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
+                installed = file.read()
+        except OSError as error:
+            yield Finding("hook", "fail", f"the hook is not whole: {error}", advice)
+            return
+        if installed != current:
+            yield Finding("hook", "warn", f"{script} is of another version than the monitor", advice)
+        else:
+            yield Finding("hook", "ok", script)
+        yield from self._recent_failures()
+
+    def _recent_failures(self) -> Iterator[Finding]:
+        path = self._settings.path("emit.log")
+        try:
+            if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
+                return
+            with open(path, "rb") as file:
+                file.seek(max(0, os.path.getsize(path) - 4096))
+                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        except OSError:
+            return
+        yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
+
+    def _registration(self) -> Iterator[Finding]:
+        if self._only_shows:
+            return
+        plan = plan_install(self._settings.home, None, claude_version())
+        _, claude_settings = read_settings(plan.path)
+        advice = "run: python3 contextuate_monitor.py install; then start Claude Code again"
+        if claude_settings.get("disableAllHooks"):
+            words = f"{plan.path} has disableAllHooks, so no hook runs"
+            yield Finding("registered", "fail", words, "take disableAllHooks out of it")
+        if plan.new_text == plan.old_text:
+            yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
+        elif remove_hooks(claude_settings) == claude_settings:
+            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+        else:
+            yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+    def _spool(self) -> Iterator[Finding]:
+        segments = emit_event.spool_segments(self._settings.path("spool"))
+        size = sum(size for _, size in segments)
+        if not size:
+            yield Finding("spool", "ok", "empty: no event waits on this machine")
+            return
+        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
+        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+        yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
+
+    def _monitor(self) -> Iterator[Finding]:
+        if self._about is None:
+            yield from self._no_monitor()
+            return
+        status = ask_monitor(self._settings, self._about, "/api/status")
+        page = page_links(self._settings, self._about, False)[0]
+        yield Finding("monitor", "ok", f"pid {self._about['pid']}, version {status['version']}, {page}")
+        if status["version"] != __version__ or status["mode"] != self._settings["mode"]:
+            words = f"it runs version {status['version']} in mode {status['mode']}"
+            advice = "run: python3 contextuate_monitor.py restart"
+            yield Finding(
+                "monitor", "warn", f"{words}, not {__version__} in mode {self._settings['mode']}", advice
+            )
+        if not status["store"]["ok"]:
+            yield Finding(
+                "store", "fail", f"events cannot be written: {status['store']['error']}", "make room"
+            )
+        if status["spool"]["dropped"]:
+            words = f"{status['spool']['dropped']} events were dropped by full spools"
+            yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
+        path = self._about["socketPath"]
+        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+            yield Finding(
+                "socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own"
+            )
+        else:
+            yield Finding("socket", "ok", path)
+
+    def _no_monitor(self) -> Iterator[Finding]:
+        advice = "run: python3 contextuate_monitor.py start"
+        if self._settings["mode"] == "local":
+            yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
+        else:
+            yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
+            return
+        for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
+            try:
+                bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
+            except StartError as error:
+                yield Finding("ports", "fail", str(error))
+
+    # Redis
+
+    def _redis_package(self) -> Iterator[Finding]:
+        python = emit_event.publisher_python(self._settings.home)
+        check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+        try:
+            answer = subprocess.run(
+                check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False
+            )
+        except OSError as error:
+            yield Finding(
+                "redis-py", "fail", f"{python}: {error}", "run: python3 contextuate_monitor.py install"
+            )
+            return
+        if answer.returncode:
+            advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+            yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
+        else:
+            yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+
+    def _redis(self) -> Iterator[Finding]:
+        values = self._settings.values
+        started = time.monotonic()
+        try:
+            client = emit_event.redis_client(values)
+            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+        except Exception as error:
+            if not lacks_right(error):  # else it has let us in, which is all that is asked here
+                yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
+                return
+        self._client = client
+        yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+        yield from self._redis_clock(client)
+
+    def _redis_clock(self, client: Any) -> Iterator[Finding]:
+        try:
+            before = time.time()
+            seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
+        except Exception:
+            return  # TIME is no right that anybody needs
+        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+        if abs(off_s) > 2:
+            side = "ahead of" if off_s > 0 else "behind"
+            words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
+            yield Finding("clock", "warn", words, "let a time service set both")
+        else:
+            yield Finding("clock", "ok", "this machine and Redis agree")
+
+    def _redis_rights(self) -> Iterator[Finding]:
+        """Try what a monitor needs; what an emitter needs the probe shows."""
+        if self._client is None:
+            return
+        channel = self._settings["redis.channel"]
+        stream = f"{channel}:stream"
+        for what, attempt in (
+            ("channel", lambda: self._subscribe(channel).close()),
+            ("stream", lambda: self._client.xrevrange(stream, "+", "-", 1)),
+        ):
+            if what == "stream" and not self._settings["redis.streamMaxLength"]:
+                yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
+                continue
+            try:
+                emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
+            except Exception as error:
+                if self._about is None and lacks_right(error):
+                    yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
+                else:
+                    yield Finding(what, "fail", emit_event.redis_trouble(error, self._settings.values))
+            else:
+                yield Finding(what, "ok", channel if what == "channel" else stream)
+
+    def _subscribe(self, channel: str) -> Any:
+        """Return a confirmed subscription of our own."""
+        pubsub = self._client.pubsub()
+        pubsub.subscribe(channel)
+        if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+            raise emit_event.Overrun("no whole answer")
+        return pubsub
+
+    def _publisher(self) -> Iterator[Finding]:
+        state = emit_event.publisher_state(self._settings.home)
+        if not state["running"]:
+            yield Finding(
+                "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
+            )
+        elif state.get("reason"):
+            yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+        else:
+            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+            for name in ("channelReason", "streamReason"):
+                if state.get(name):
+                    yield Finding("publisher", "warn", f"refused: {state[name]}")
+
+    # The probe
+
+    def _probe(self) -> Iterator[Finding]:
+        """Send one event as Claude Code would, and look for it at the other end."""
+        token = f"doctor {uuid.uuid4()}"
+        started = time.monotonic()
+        heard = None
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # the check before this one has told why
+                heard = self._subscribe(self._settings["redis.channel"])
+        trouble = self._send_to_redis(token) if self._only_shows else self._send_by_hook(token)
+        if trouble is not None:
+            yield trouble
+            return
+        if heard is not None and not self._hears(heard, token):
+            words = "the event is in Redis, but the channel did not bring it to a subscriber"
+            yield Finding("probe", "warn", words)
+        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
+        if self._about is None:
+            yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
+        elif self._monitor_shows(token):
+            yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
+        else:
+            advice = "look at `status` for what the monitor says of Redis"
+            yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
+
+    def _send_by_hook(self, token: str) -> Optional[Finding]:
+        """Send the probe through the hook; return what went wrong."""
+        words = send_through_hook(self._settings, {"message": token, "notification_type": "test"})
+        if was_delivered(words):
+            return None
+        last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+        return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
+
+    def _send_to_redis(self, token: str) -> Optional[Finding]:
+        """Publish the probe ourselves, where there is no hook; return what kept us from it."""
+        if self._client is None:
+            return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
+        event = test_event(self._settings.machine_id)
+        event["data"]["message"] = token
+        send = functools.partial(self._client.publish, self._settings["redis.channel"], encode_json(event))
+        try:
+            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
+        except Exception as error:
+            if lacks_right(error):
+                words = "not sent: this user may not publish, which only a machine with a hook needs"
+                return Finding("probe", "ok", words)
+            words = emit_event.redis_trouble(error, self._settings.values)
+            return Finding("probe", "fail", f"an event could not be published: {words}")
+        return None
+
+    @staticmethod
+    def _hears(pubsub: Any, token: str) -> bool:
+        deadline = time.monotonic() + PROBE_DEADLINE_S
+        while time.monotonic() < deadline:
+            message = pubsub.get_message(timeout=1.0)
+            if message is not None and token.encode() in (
+                message["data"] if message["type"] == "message" else b""
+            ):
+                return True
+        return False
+
+    def _monitor_shows(self, token: str) -> bool:
+        deadline = time.monotonic() + PROBE_DEADLINE_S
+        while time.monotonic() < deadline:
+            answer = ask_monitor(self._settings, self._about or {}, "/api/events?limit=200")
+            if any(event["data"].get("message") == token for event in answer["events"]):
+                return True
+            time.sleep(0.05)
+        return False
+
+
+def lacks_right(error: BaseException) -> bool:
+    """Tell whether Redis refused a command to this user (redis-py's NoPermissionError)."""
+    return type(error).__name__ == "NoPermissionError"
+
+
+def _ms_since(started: float) -> str:
+    return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
 # ---------------------------------------------------------------------------
@@ -6940,6 +8531,11 @@ START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 
 
+def redis_py_advice() -> str:
+    """Return what to type where this interpreter lacks redis-py."""
+    return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
+
+
 class CommandError(Exception):
     """A command that cannot be carried out; the message says what to do."""
 
@@ -7112,6 +8708,8 @@ class MonitorConnection:
 def command_start(args: argparse.Namespace) -> int:
     """Start the monitor, in the background unless --foreground."""
     settings = settings_of(args)
+    if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
+        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice()}')
     about = running_monitor(settings)
     if about is not None and args.report_fd is None:
         print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
@@ -7181,6 +8779,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     report = Reporter(args.report_fd)
     set_up_log(settings, to_stderr=args.report_fd is None)
     allow_many_files()
+    if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
+        record_publisher_python(settings.home)
     monitor = Monitor(settings)
     try:
         monitor.open(report.progress)
@@ -7201,7 +8801,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: log.info("SIGHUP: nothing to connect again in local mode"))
+    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
     log.info(
         "version %s serves http://%s:%d/, hooks on %s",
         __version__,
@@ -7344,7 +8944,46 @@ def command_status(args: argparse.Namespace) -> int:
     print(f"sessions {status['sessions']}")
     print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
     print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
+    for line in redis_lines(status):
+        print(line)
     return 0
+
+
+def redis_lines(status: JsonObject) -> List[str]:
+    """Say how Redis, this machine's publisher and every machine are doing; nothing in local mode."""
+    link, publisher = status["redis"], status["publisher"]
+    if link is None:
+        return []
+    words = link["state"].replace("_", " ")
+    if link["state"] != "connected":
+        most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
+        words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+    stream = link["streamReason"] or {
+        "off": "off",
+        "ok": f"read up to {link['position'] or 'its start'}",
+    }.get(link["streamState"])
+    lines = [f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}", f"stream   {stream}"]
+    if link["gaps"]:
+        lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
+    about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
+    lines.append(
+        f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
+    )
+    for machine in status["machines"]:
+        skew, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+        clock = (
+            f", clock {human_duration(abs(skew))} {'behind' if skew > 0 else 'ahead'}"
+            if _is_skewed(skew)
+            else ""
+        )
+        lines.append(
+            f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
+        )
+    return lines
+
+
+def _is_skewed(skew_ms: Optional[int]) -> bool:
+    return skew_ms is not None and abs(skew_ms) > 2000
 
 
 def command_url(args: argparse.Namespace) -> int:
@@ -7374,6 +9013,8 @@ def command_install(args: argparse.Namespace) -> int:
     if plan.new_text != plan.old_text:
         backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if settings["mode"] == "redis" and not record_publisher_python(settings.home):
+        tell(f"redis-py is missing, so no event can leave this machine: {redis_py_advice()}")
     if backup:
         print(f"backup   {backup}")
     print("Sessions of Claude Code that are open now pick the hook up when they are started again.")
@@ -7396,23 +9037,23 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
-def command_test_event(args: argparse.Namespace) -> int:
-    """Send one event the way every hook's event goes, and tell what happened."""
-    settings = settings_of(args)
+def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
     script = hook_script(settings.home)
     if not os.path.exists(script):
         script = os.path.abspath(emit_event.__file__)
-    event = test_event(settings.machine_id)
     payload = {
-        "session_id": event["sessionId"],
-        "hook_event_name": event["hookType"],
+        "session_id": "contextuate-test",
+        "hook_event_name": "Notification",
         "cwd": os.getcwd(),
-        "message": event["data"]["message"],
-        "notification_type": event["data"]["notificationType"],
+        **fields,
     }
-    environment = {**os.environ, "CONTEXTUATE_DEBUG": "1"}
-    if args.config:
-        environment["CONTEXTUATE_CONFIG"] = settings.config_path
+    environment = {
+        **os.environ,
+        "CONTEXTUATE_DEBUG": "1",
+        "CONTEXTUATE_HOME": settings.home,
+        "CONTEXTUATE_CONFIG": settings.config_path,
+    }
     process = subprocess.run(
         [base_interpreter(), "-I", "-S", script],
         input=encode_json(payload),
@@ -7421,11 +9062,49 @@ def command_test_event(args: argparse.Namespace) -> int:
         timeout=30,
         check=False,
     )
-    words = process.stderr.decode("utf-8", "replace")
+    return process.stderr.decode("utf-8", "replace")
+
+
+def was_delivered(words: str) -> bool:
+    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+
+
+def command_test_event(args: argparse.Namespace) -> int:
+    """Send one event the way every hook's event goes, and tell what happened."""
+    settings = settings_of(args)
+    data = test_event(settings.machine_id)["data"]
+    fields = {"message": data["message"], "notification_type": data["notificationType"]}
+    words = send_through_hook(settings, fields)
     sys.stdout.write(words)
-    if "has stored" in words:
+    if was_delivered(words):
         return 0
-    raise CommandError("the event did not reach a monitor; it waits in the spool until one is started")
+    goal = "a monitor" if settings["mode"] == "local" else "Redis"
+    raise CommandError(f"the event did not reach {goal}; it waits in the spool. `doctor` looks for the cause")
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
+    try:
+        settings, warnings = load_settings(args.config)
+        findings: Iterable[Finding] = Doctor(settings, warnings).examine()
+    except ConfigError as error:
+        findings = [Finding("config", "fail", str(error), "correct the file")]
+    told = []
+    for finding in findings:
+        told.append(finding)
+        if not args.json:
+            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}", flush=True)
+            if finding.advice and finding.level != "ok":
+                print(f"{'':16}→ {finding.advice}", flush=True)
+    broken = sum(finding.level == "fail" for finding in told)
+    if args.json:
+        print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
+    elif broken:
+        print(f"\n{broken} broken: begin with the first")
+    else:
+        print("\nEverything that was examined works.")
+    return 1 if broken else 0
 
 
 # Looking
@@ -7445,6 +9124,7 @@ def command_sessions(args: argparse.Namespace) -> int:
         for line in EventStore(settings.path("events")).all_lines():
             book.apply(parse_stored(line))
         book.tick(now_ms())
+        end_sessions_without_process(book, settings.machine_id, {})
         sessions = book.all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
@@ -7458,7 +9138,8 @@ def command_sessions(args: argparse.Namespace) -> int:
     for session in sessions:
         since = human_duration(now_ms() - session["stateSince"])
         reason = session["reason"]
-        detail = f"{reason['kind']}: {reason['detail']}" if reason else session["activity"]
+        stuck = session["stuck"][0]["detail"] if session["stuck"] and session["state"] == "working" else ""
+        detail = f"{reason['kind']}: {reason['detail']}" if reason else stuck or session["activity"]
         label, machine = session["label"], session["machineId"]
         print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
     return 0
@@ -7535,6 +9216,77 @@ def human_size(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
+
+
+def command_search(args: argparse.Namespace) -> int:
+    """Find stored events; without a running monitor their files are read."""
+    settings = settings_of(args)
+    wanted: Dict[str, Any] = {
+        "q": " ".join(args.words),
+        "session": args.session,
+        "machine": args.machine,
+        "tool": args.tool,
+        "type": args.type,
+        "state": args.state,
+        "from": parse_time(args.start, 0) or None,
+        "to": parse_time(args.end, 0) or None,
+        "limit": min(args.limit, SEARCH_LIMIT),
+    }
+    ask = page_source(settings, wanted)
+    left, cursor = args.limit, None
+    while left > 0:
+        page = ask({**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor})
+        for result in page["results"]:
+            print(json.dumps(result) if args.json else search_line(result, sys.stdout.isatty()), flush=True)
+        left, cursor = left - len(page["results"]), page["next"]
+        if cursor is None:
+            break
+    if left == args.limit and not args.json:
+        tell("nothing was found")
+    elif left <= 0 and cursor is not None:
+        tell(f"there is more; --limit {args.limit * 4} shows it")
+    if page["index"]["state"] == "building":
+        tell("the index is still being made, so there may be more")
+    return 0 if left < args.limit else 1
+
+
+def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
+    """Return what answers for one page of a search: the running monitor, or the event files."""
+    about = running_monitor(settings)
+    if about is None:
+        if wanted["state"]:
+            raise CommandError("--state needs the running monitor: only it knows what sessions do now")
+        tell("the monitor is not running; the event files are read, which takes longer")
+        store = EventStore(settings.path("events"))
+        nothing = {"index": {"state": "off"}}
+
+        def scan(parameters: JsonObject) -> JsonObject:
+            query = search_query(parameters)
+            return {**search_page(query, scan_candidates(store, query)), **nothing}
+
+        return scan
+    running = about
+
+    def ask(parameters: JsonObject) -> JsonObject:
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return ask_monitor(settings, running, "/api/search?" + urllib.parse.urlencode(given))
+
+    return ask
+
+
+def search_line(result: JsonObject, colours: bool) -> str:
+    """Return one line for one result, what was found in bold on a terminal."""
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["timestamp"] / 1000))
+    what = result["hookType"] or result["eventType"]
+    who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
+    tool = safe_line(text_of(result["data"].get("toolName")))
+    head = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10} "
+    pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
+    words = []
+    for piece in pieces:
+        text = "".join(char if char.isprintable() else " " for char in piece["text"])
+        words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
+    return (head + " " + "".join(words)).rstrip()
 
 
 def command_export(args: argparse.Namespace) -> int:
@@ -7688,11 +9440,29 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("sessions", command_sessions, "list sessions, those that need you first")
     command.add_argument("--all", action="store_true", help="ended and hidden ones too")
     command.add_argument("--json", action="store_true")
+    command = add("search", command_search, "find stored events, newest first")
+    command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
+    command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+    command.add_argument(
+        "--state",
+        choices=("waiting", "working", "idle", "failed", "quiet", "ended"),
+        help="only sessions that are so now",
+    )
+    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
+    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
+    command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
     command = add("export", command_export, "write stored events as NDJSON")
     command.add_argument("--session", metavar="ID", help="only this session")
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
+        "--json", action="store_true"
+    )
     add("test-event", command_test_event, "send one event through the hook and tell what happened")
     command = add("demo", command_demo, "play a made-up working day into the running monitor")
     command.add_argument(
@@ -7702,7 +9472,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, ConnectionError, TimeoutError)
+OUR_ERRORS = (
+    ConfigError,
+    StartError,
+    CommandError,
+    InstallError,
+    SearchError,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -6,7 +6,12 @@ It exits with 0 whatever happens, writes nothing to standard output, and waits f
 acknowledgement for at most 250 ms; an event that nobody acknowledged goes to the spool, where the monitor
 finds it. `CONTEXTUATE_DEBUG=1` makes it tell on standard error what it did.
 
-As a module it is what hook and monitor share: configuration, event model, redaction and spool.
+With many machines (mode "redis") the event goes to the spool at once, and a publisher, one for each user,
+takes it from there to Redis: this same file, started by a hook that finds none running, gone after 60 s of
+quiet.
+
+As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
+publisher.
 
 The interpreter compiles a script anew at each start, so the hot path comes first and needs none of the rest:
 `contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
@@ -55,12 +60,17 @@ def run_hook() -> None:
             whole().log_failure(repr(error))
         except BaseException as second:  # e.g. a full disk: there is no place left to tell it
             notes.append(f"and could not log it: {second!r}")
-    if posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0"):
+    if debugging():
         try:
             posix.write(2, "".join(f"contextuate: {note}\n" for note in notes).encode("utf-8", "replace"))
         except OSError:
             pass
     posix._exit(0)
+
+
+def debugging() -> bool:
+    """Tell whether CONTEXTUATE_DEBUG asks for words on standard error."""
+    return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
@@ -113,6 +123,10 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
             return
         notes.append(f"the monitor did not take it: {outcome}")
     notes.append("kept in the spool: " + append_to_spool(home + "/spool", line))
+    if mode == "redis":
+        notes.append(ensure_publisher(home))
+        if debugging():
+            notes.extend(whole().publisher_outcome(home, line))
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
@@ -290,6 +304,51 @@ def current_segment(directory: str) -> str:
     return f"{directory}/{now_ms:013d}-{posix.urandom(4).hex()}.jsonl"
 
 
+def ensure_publisher(home: str) -> str:
+    """Start a publisher unless one runs for `home`; return in words what was done. After an append only.
+
+    Whoever holds the lock on publisher.lock publishes. The new publisher inherits the locked file, so there
+    is no moment in which a second hook could start another.
+    """
+    import fcntl
+
+    fd = posix.open(
+        home + "/publisher.lock", posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600
+    )
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        posix.set_inheritable(fd, True)
+        python = publisher_python(home)
+        pid = posix.posix_spawn(
+            python,
+            [python, "-E", (__file__.rpartition("/")[0] or ".") + "/emit_event.py", "--publish", str(fd)],
+            posix.environ,
+            file_actions=[
+                (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
+                (posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0),
+                (posix.POSIX_SPAWN_OPEN, 2, "/dev/null", posix.O_WRONLY, 0),
+            ],
+            setsid=True,
+        )
+        return f"publisher started, process {pid}"
+    except BlockingIOError:
+        return "a publisher runs already"
+    finally:
+        posix.close(fd)
+
+
+def publisher_python(home: str) -> str:
+    """Return the interpreter that `install` or `start` found to have redis-py; without one the hook's own."""
+    try:
+        fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC)
+    except OSError:
+        return sys.executable
+    try:
+        return posix.read(fd, 4096).decode("utf-8", "surrogateescape").partition("\n")[0] or sys.executable
+    finally:
+        posix.close(fd)
+
+
 def whole() -> "Any":
     """Import the whole of this file, for what is too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
@@ -301,22 +360,32 @@ def whole() -> "Any":
 
 
 if __name__ == "__main__":
-    run_hook()
+    if sys.argv[1:2] == ["--publish"]:
+        whole().run_publisher(int(sys.argv[2]))
+    else:
+        run_hook()
 
 # --- end of the hot path ---
 
-import contextlib  # noqa: E402 - the hot path above must not pay for these
+import collections  # noqa: E402 - the hot path above must not pay for these
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import difflib  # noqa: E402
+import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
+import stat  # noqa: E402
+import threading  # noqa: E402
+import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Dict, Iterator, List, Tuple  # noqa: E402
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple  # noqa: E402
 
 JsonObject = Dict[str, Any]
 
@@ -415,8 +484,46 @@ def _names(value: Any) -> bool:
     return isinstance(value, list) and all(_text(name) for name in value)
 
 
+def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _redis_url(value: Any) -> bool:
+    """Tell whether an address means what it looks like; a "/" or "#" in a password would end it early."""
+    if not _text(value):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(value)
+        port_is_good = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    if parts.scheme == "unix":
+        return parts.path.startswith("/") and not parts.fragment
+    path_is_good = re.fullmatch(r"(?:/\d{0,5})?", parts.path) is not None
+    return parts.scheme in ("redis", "rediss") and port_is_good and path_is_good and not parts.fragment
+
+
+PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
+
+
+def _prices(value: Any) -> bool:
+    return isinstance(value, dict) and all(_text(name) and _price(price) for name, price in value.items())
+
+
+def _price(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and {"input", "output"} <= set(value) <= set(PRICE_NAMES)
+        and all(_amount(amount) for amount in value.values())
+    )
+
+
+def _amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
+
+
 KEYS: "Dict[str, Key]" = {
-    "mode": Key("local", '"local"', _one_of("local")),
+    "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
     "socketPath": Key(
         DEFAULT_SOCKET_PATH,
         "an absolute path of at most 100 bytes",
@@ -427,6 +534,33 @@ KEYS: "Dict[str, Key]" = {
     "server.wsPort": Key(3848, "an integer from 0 (any free port) to 65535", _integer(0, 65535)),
     "server.allowedHosts": Key([], "a list of host names", _names),
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
+    "redis.url": Key(
+        None,
+        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters "
+        "of a password percent-encoded",
+        _optional(_redis_url),
+    ),
+    "redis.host": Key("localhost", "a host name or an IP address", _text),
+    "redis.port": Key(6379, "an integer from 1 to 65535", _integer(1, 65535)),
+    "redis.username": Key(None, "null or a user name", _optional(_text)),
+    "redis.password": Key(None, "null or a string", _optional(_text)),
+    "redis.db": Key(0, "an integer from 0 to 65535", _integer(0, 65535)),
+    "redis.channel": Key(
+        "contextuate:events",
+        "a name of at most 200 characters",
+        lambda value: _text(value) and len(value) <= 200,
+    ),
+    "redis.tls": Key(False, "true or false", _flag),
+    "redis.verify": Key(True, "true or false", _flag),
+    "redis.caFile": Key(None, "null or a path", _optional(_text)),
+    "redis.certFile": Key(None, "null or a path", _optional(_text)),
+    "redis.keyFile": Key(None, "null or a path", _optional(_text)),
+    "redis.streamMaxLength": Key(
+        10_000, "an integer from 0 (no stream) to 10000000", _integer(0, 10_000_000)
+    ),
+    "redis.maxRetries": Key(
+        10, "an integer from 1 to 1000000, or null (for ever)", _optional(_integer(1, 1_000_000))
+    ),
     "persistence.enabled": Key(True, "true or false", _flag),
     "persistence.type": Key(
         "file", '"file" (events are kept in plain files; nothing else is offered)', _one_of("file")
@@ -438,10 +572,20 @@ KEYS: "Dict[str, Key]" = {
     "sessions.endedHours": Key(12, "an integer from 1 to 720", _integer(1, 720)),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
+    "prices": Key(
+        {},
+        'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, "output": 25}},'
+        ' each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+        _prices,
+    ),
 }
 
+# Never shown: not in errors, logs, /api/config or on a command line.
+SECRET_KEYS = ("redis.password", "redis.url")
+REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
+
 # Known from the documentation of other versions: no spelling mistakes, but nothing here reads them.
-UNUSED_SECTIONS = ("redis", "retention", "prices")
+UNUSED_SECTIONS = ("retention",)
 
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
@@ -470,6 +614,7 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
+            readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
     except FileNotFoundError:
         return values, []
     except (OSError, UnicodeDecodeError) as error:
@@ -481,10 +626,12 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
     warnings = []
-    for name, value in _flatten(given, path):
+    told = dict(_flatten(given, path))
+    for name, value in told.items():
         if name in KEYS:
             if not KEYS[name].accepts(value):
-                raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {_shown(value)}")
+                shown = "something else" if name in SECRET_KEYS else _shown(value)
+                raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
             values[name] = value
         elif name.partition(".")[0] in UNUSED_SECTIONS:
             warnings.append(f"{path}: {name}: this version does not use it")
@@ -492,6 +639,12 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
             near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
+    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
+        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
+    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
+    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
+        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     return values, warnings
 
 
@@ -913,6 +1066,7 @@ _METADATA_KEYS = frozenset(
         "notificationType",
         "model",
         "usage",
+        "agentMeta",
         "truncated",
         "agent_type",
         "is_interrupt",
@@ -1068,6 +1222,484 @@ def _named_in_data(cuts: "Dict[str, int]") -> "Dict[str, int]":
 
 
 # ---------------------------------------------------------------------------
+# Token usage from transcripts: what each session and agent has used so far
+#
+# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db, which knows how far
+# each transcript was read and what was counted. A message counts once, by its id, whichever lines and files
+# repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
+# ---------------------------------------------------------------------------
+
+USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
+SYNTHETIC_MODEL = "<synthetic>"  # what the client itself wrote, such as the words of an API error
+LONG_PROMPT_TOKENS = 100_000  # some models cost more for prompts beyond it
+TRANSCRIPT_LIMIT_BYTES = 64 << 20  # read for one event at most
+TRANSCRIPT_CHUNK_BYTES = 256 << 10
+TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
+COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago go
+AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
+USAGE_SCHEMA = 1
+_READ_QUIETLY = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+
+
+@dataclasses.dataclass(frozen=True)
+class MessageUsage:
+    """What one message of a model used, in tokens; `agent_id` "" is the main agent."""
+
+    message_id: str
+    agent_id: str
+    model: str
+    input: int
+    output: int
+    cache_read: int
+    cache_creation: int
+    cache_creation_1h: int  # the part of cache_creation that is kept for an hour
+
+    @property
+    def counts(self) -> "Tuple[int, int, int, int, int]":
+        """Return the five numbers."""
+        return self.input, self.output, self.cache_read, self.cache_creation, self.cache_creation_1h
+
+
+class TranscriptParser:
+    """Find the usage in a transcript that is fed in pieces of any size; a line counts once its end has come.
+
+    `consumed` says how many of the bytes fed so far are done with: whoever goes on later begins there.
+    """
+
+    def __init__(self, agent_id: str = "") -> None:
+        self.consumed = 0
+        self._agent_id = agent_id
+        self._begun: "List[bytes]" = []  # of a line whose end has not come yet
+
+    def feed(self, data: bytes) -> "List[MessageUsage]":
+        """Take the next bytes; return the usage in the lines that they complete, one entry a line."""
+        head, newline, rest = data.partition(b"\n")
+        self._begun.append(head)
+        if not newline:
+            return []
+        whole_lines, newline, rest = rest.rpartition(b"\n")
+        lines = [b"".join(self._begun), *(whole_lines.split(b"\n") if newline else ())]
+        self.consumed += sum(len(line) + 1 for line in lines)
+        self._begun = [rest]
+        found = (self._usage_of(line) for line in lines)
+        return [usage for usage in found if usage is not None]
+
+    def give_up_line(self) -> None:
+        """Be done with a line that is too long to wait for; what is left of it is no JSON object."""
+        self.consumed += sum(len(piece) for piece in self._begun)
+        self._begun = []
+
+    def _usage_of(self, line: bytes) -> "MessageUsage | None":
+        if b'"assistant"' not in line or b'"usage"' not in line:
+            return None  # most of a transcript is what tools gave back
+        try:
+            entry = parse_event_line(line)
+        except MalformedEvent:
+            return None
+        message = entry.get("message")
+        if entry.get("type") != "assistant" or not isinstance(message, dict):
+            return None
+        message_id, model, usage = message.get("id"), message.get("model"), message.get("usage")
+        if not _is_id(message_id) or not _is_id(model) or not isinstance(usage, dict):
+            return None
+        if model == SYNTHETIC_MODEL:
+            return None
+        agent_id = entry.get("agentId")
+        by_lifetime = usage.get("cache_creation")
+        created = _tokens(usage.get("cache_creation_input_tokens"))
+        for_an_hour = by_lifetime.get("ephemeral_1h_input_tokens") if isinstance(by_lifetime, dict) else 0
+        return MessageUsage(
+            message_id,  # type: ignore[arg-type]  # checked by _is_id
+            agent_id if _is_id(agent_id) else self._agent_id,  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type]
+            _tokens(usage.get("input_tokens")),
+            _tokens(usage.get("output_tokens")),
+            _tokens(usage.get("cache_read_input_tokens")),
+            created,
+            min(created, _tokens(for_an_hour)),
+        )
+
+
+def _tokens(value: Any) -> int:
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
+    return value if good else 0
+
+
+class UsageReader:
+    """Put `data.usage` on the events that end a turn, an agent or a session of this machine.
+
+    `usage` holds totals of the session so far, so an event that is lost, repeated or late does no harm:
+    `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main agent's last,
+    "partial": true when not everything could be read yet}`, and `counts` `{"input", "output", "cacheRead",
+    "cacheCreation", "cacheCreation1h"?, "over100k"?: the same for prompts beyond 100,000 tokens}`.
+
+    It reads for `limit_s` seconds and TRANSCRIPT_LIMIT_BYTES at most a call and goes on at the next. It is to
+    be used by one thread; a second process is kept out by SQLite's own lock.
+    """
+
+    def __init__(self, home: str, machine_id: str, limit_s: float = 2.0) -> None:
+        self._home = home
+        self._machine_id = machine_id
+        self._limit_s = limit_s
+        self._database: Any = None  # sqlite3.Connection, once it is needed
+        self._complaint = ""
+
+    def add_usage(self, event: JsonObject) -> None:
+        """Read what the transcripts of the event's session have to add, and tell the totals on the event."""
+        data = event["data"]
+        if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
+            return
+        try:
+            files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
+            usage = self._read(event["sessionId"], files) if files else None
+        except Exception as error:  # whatever is wrong with a transcript, the event itself goes its way
+            self._recover(error)
+            return
+        if usage is not None:
+            given = data.pop("usage", None)
+            data["usage"] = usage
+            if given is not None:
+                _keep(data, "usage", given)
+
+    def close(self) -> None:
+        """Close the file; it is opened again when it is needed."""
+        database, self._database = self._database, None
+        if database is not None:
+            database.close()
+
+    def _recover(self, error: Exception) -> None:
+        """Log what went wrong, once, and begin a new file when the old one is damaged."""
+        if f"{error!r}" != self._complaint:
+            self._complaint = f"{error!r}"
+            with contextlib.suppress(OSError):
+                log_failure(f"token usage could not be read: {error!r}")
+        with contextlib.suppress(Exception):  # e.g. a damaged file cannot be closed in order either
+            self.close()
+        if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: it is no database
+            for suffix in ("", "-journal"):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._home}/usage.db{suffix}")
+
+    def _open(self) -> Any:
+        """Return the open database, made when there is none, made anew when another version wrote it."""
+        import sqlite3
+
+        if self._database is not None:
+            return self._database
+        make_private_directory(self._home)
+        path = self._home + "/usage.db"
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        database = sqlite3.connect(path, timeout=0.1)
+        # Nothing waits for the disk: after a loss of power everything can be read again.
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("PRAGMA journal_mode = TRUNCATE")
+        with database:
+            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+                for statement in _USAGE_TABLES.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {USAGE_SCHEMA}")
+        self._database = database
+        return database
+
+    def _read(self, session_id: str, files: "List[Tuple[str, str]]") -> "JsonObject | None":
+        """Read what is new in the files of one session; return its totals, None when there are none."""
+        database = self._open()
+        budget = ReadingBudget(TRANSCRIPT_LIMIT_BYTES, self._limit_s)
+        with database:
+            session = _session_number(database, session_id)
+            complete = _make_room(database, session)
+            for path, agent_id in files if complete else ():
+                at_end = not budget.is_spent and _read_transcript(database, session, path, agent_id, budget)
+                complete = complete and at_end
+            usage = _session_usage(database, session)
+        if usage and not complete:
+            usage["partial"] = True
+        return usage
+
+
+class ReadingBudget:
+    """How much may still be read for one event."""
+
+    def __init__(self, limit_bytes: int, limit_s: float) -> None:
+        self.left_bytes = limit_bytes
+        self._limit_bytes = limit_bytes
+        self._deadline = time.monotonic() + limit_s
+
+    @property
+    def is_spent(self) -> bool:
+        """Tell whether it is time to stop; something was read in any case."""
+        return self.left_bytes <= 0 or (
+            self.left_bytes < self._limit_bytes and time.monotonic() >= self._deadline
+        )
+
+
+AGENTS_REMEMBERED = 4096
+AGENT_NOTE_LIMIT_BYTES = 64 << 10
+_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_AGENT_NOTE_FIELDS = ("agentType", "toolUseId", "parentAgentId", "requestShape")
+
+
+class AgentNoteReader:
+    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+
+    `agentMeta` holds of `agentType`, `toolUseId`, `parentAgentId`, `spawnDepth` and `requestShape` what the
+    note has, `data.agentDescription` the words that the launching agent chose. The note is not there yet when
+    the subagent starts, but at its first tool call; of nested agents nothing else tells the parent.
+    """
+
+    def __init__(self, machine_id: str) -> None:
+        self._machine_id = machine_id
+        self._told: "Dict[Tuple[str, str], None]" = {}  # (session, agent) whose note an event has carried
+
+    def add_note(self, event: JsonObject) -> None:
+        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
+        agent_id, data = event.get("agentId"), event["data"]
+        path = data.get("transcriptPath")
+        if (
+            agent_id is None
+            or event["machineId"] != self._machine_id
+            or (event["sessionId"], agent_id) in self._told
+            or not _is_transcript_path(path)
+            or not _AGENT_ID.fullmatch(agent_id)
+        ):
+            return
+        note = _read_note(f"{path[: -len('.jsonl')]}/subagents/agent-{agent_id}.meta.json")
+        if note is None:
+            return
+        if len(self._told) >= AGENTS_REMEMBERED:
+            del self._told[next(iter(self._told))]
+        self._told[event["sessionId"], agent_id] = None
+        kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
+        if type(note.get("spawnDepth")) is int:
+            kept["spawnDepth"] = note["spawnDepth"]
+        _keep(data, "agentMeta", kept)
+        if isinstance(note.get("description"), str):
+            _keep(data, "agentDescription", note["description"])
+
+
+def _read_note(path: str) -> "JsonObject | None":
+    about = _stat_transcript(path)
+    if about is None or about.st_size > AGENT_NOTE_LIMIT_BYTES:
+        return None
+    try:
+        fd = os.open(path, _READ_QUIETLY)
+        try:
+            content = os.read(fd, AGENT_NOTE_LIMIT_BYTES) if _may_be_read(os.fstat(fd)) else b""
+        finally:
+            os.close(fd)
+        return parse_event_line(content)
+    except (OSError, MalformedEvent):
+        return None  # gone, or only half written
+
+
+_USAGE_TABLES = """
+DROP TABLE IF EXISTS sessions;
+DROP TABLE IF EXISTS files;
+DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, device INTEGER, inode INTEGER, position INTEGER,
+                    mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT, input INTEGER,
+                       output INTEGER, cache_read INTEGER, cache_creation INTEGER, cache_creation_1h INTEGER);
+CREATE INDEX messages_of_session ON messages (session);
+CREATE INDEX files_of_session ON files (session)
+"""
+
+
+def transcripts_of(main_path: Any, agent_path: Any = None) -> "List[Tuple[str, str]]":
+    """List a session's transcripts as (path, agent id): the main one, then those of its subagents.
+
+    Subagents write beside the session in older clients, and into `<session>/subagents/` in newer ones.
+    """
+    if not _is_transcript_path(main_path):
+        return []
+    found = {main_path: ""}
+    folder = main_path[: -len(".jsonl")] + "/subagents"
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in itertools.islice(entries, TRANSCRIPTS_LIMIT))
+    except (OSError, ValueError):
+        names = []
+    paths = [f"{folder}/{name}" for name in names if name.startswith("agent-") and name.endswith(".jsonl")]
+    if _is_transcript_path(agent_path):
+        paths.append(agent_path)
+    for path in paths:
+        name = path.rpartition("/")[2]
+        found.setdefault(path, name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else "")
+    return list(found.items())
+
+
+def _is_transcript_path(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl") and len(path) <= 4096
+
+
+def _stat_transcript(path: str) -> "os.stat_result | None":
+    """Look at a transcript; None unless it is a regular file of this user: its path is what a client said."""
+    try:
+        about = os.lstat(path)
+    except (OSError, ValueError):
+        return None
+    return about if _may_be_read(about) else None
+
+
+def _may_be_read(about: os.stat_result) -> bool:
+    return stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
+
+
+def _read_transcript(database: Any, session: int, path: str, agent_id: str, budget: ReadingBudget) -> bool:
+    """Count what is new in one transcript; return whether its end was reached."""
+    seen = _stat_transcript(path)
+    if seen is None:
+        return True
+    row = database.execute(
+        "SELECT device, inode, position, mark FROM files WHERE path = ?", (path,)
+    ).fetchone()
+    if row and row[:3] == (seen.st_dev, seen.st_ino, seen.st_size):
+        return True
+    try:
+        fd = os.open(path, _READ_QUIETLY)
+    except OSError:
+        return True  # gone, or not for us
+    try:
+        about = os.fstat(fd)
+        if not _may_be_read(about):  # it was something else a moment ago
+            return True
+        start = _position(row, fd, about)
+        parser = TranscriptParser(agent_id)
+        at_end = _count_part(database, session, parser, fd, range(start, about.st_size), budget)
+        if parser.consumed or not start:
+            position = start + parser.consumed
+            database.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                (path, session, about.st_dev, about.st_ino, position, _mark(fd, position)),
+            )
+        return at_end
+    finally:
+        os.close(fd)
+
+
+def _position(row: Any, fd: int, about: os.stat_result) -> int:
+    """Return how far a transcript was read; 0 for a new one and for one that replaced another."""
+    if row is None or row[:2] != (about.st_dev, about.st_ino) or row[2] > about.st_size:
+        return 0
+    return int(row[2]) if row[3] == _mark(fd, row[2]) else 0
+
+
+def _count_part(
+    database: Any, session: int, parser: TranscriptParser, fd: int, part: range, budget: ReadingBudget
+) -> bool:
+    """Count the messages in a part of a transcript while the budget lasts; return whether all was read."""
+    place = part.start
+    while place < part.stop and not budget.is_spent:
+        chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, part.stop - place), place)
+        if not chunk:
+            return True  # it has become shorter
+        place += len(chunk)
+        budget.left_bytes -= len(chunk)
+        _count_messages(database, session, parser.feed(chunk))
+    if place < part.stop and not parser.consumed:
+        parser.give_up_line()  # else it would be read over and over again
+    return place >= part.stop
+
+
+def _mark(fd: int, position: int) -> bytes:
+    """Return what tells whether a file still has the same bytes before `position`."""
+    length = min(position, 256)
+    return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
+
+
+def _session_number(database: Any, session_id: str) -> int:
+    row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
+    now_ms = time.time_ns() // 1_000_000
+    if row is None:
+        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms))
+        return int(made.lastrowid)
+    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms, row[0]))
+    return int(row[0])
+
+
+def _make_room(database: Any, session: int) -> bool:
+    """Forget the sessions that were read longest ago while there are too many messages.
+
+    A forgotten session is read again from its start when it goes on. Returns whether there is room.
+    """
+    count = database.execute("SELECT COUNT(*) FROM messages").fetchone()[0]
+    while count >= COUNTED_MESSAGES_LIMIT:
+        oldest = database.execute(
+            "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1", (session,)
+        ).fetchone()
+        if oldest is None:
+            return False
+        count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
+        database.execute("DELETE FROM files WHERE session = ?", oldest)
+        database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+    return True
+
+
+def _count_messages(database: Any, session: int, messages: "List[MessageUsage]") -> None:
+    """Count each message once; of several lines of one message the largest numbers are true."""
+    for message in {(each.message_id, each.counts): each for each in messages}.values():
+        key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        row = database.execute(
+            "SELECT input, output, cache_read, cache_creation, cache_creation_1h FROM messages WHERE id = ?",
+            (key,),
+        ).fetchone()
+        if row is None:
+            text = (_storable(message.agent_id), _storable(message.model))
+            database.execute(
+                "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key, session, *text, *message.counts),
+            )
+            if not message.agent_id:
+                database.execute("UPDATE sessions SET model = ? WHERE number = ?", (text[1], session))
+        elif any(new > old for new, old in zip(message.counts, row)):
+            database.execute(
+                "UPDATE messages SET input = ?, output = ?, cache_read = ?, cache_creation = ?,"
+                " cache_creation_1h = ? WHERE id = ?",
+                (*map(max, message.counts, row), key),
+            )
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")  # SQLite takes no half of a surrogate pair
+
+
+def _session_usage(database: Any, session: int) -> "JsonObject | None":
+    """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
+    rows = database.execute(
+        "SELECT agent, model, input + cache_read + cache_creation > ?, SUM(input), SUM(output),"
+        " SUM(cache_read), SUM(cache_creation), SUM(cache_creation_1h), MAX(rowid)"
+        " FROM messages WHERE session = ? GROUP BY 1, 2, 3",
+        (LONG_PROMPT_TOKENS, session),
+    ).fetchall()
+    if not rows:
+        return None
+    models: "Dict[str, JsonObject]" = {}
+    agents: "Dict[str, Dict[str, JsonObject]]" = {}
+    newest: "Dict[str, int]" = {}
+    for agent, model, is_long, *counts, last in rows:
+        newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
+        for by_model in (models, agents.setdefault(agent, {})):
+            _add_counts(by_model.setdefault(model, {}), counts)
+            if is_long:
+                _add_counts(by_model[model].setdefault("over100k", {}), counts)
+    named = sorted(newest, key=lambda agent: -newest[agent])[:AGENTS_IN_USAGE]
+    usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
+    model = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()[0]
+    return {**usage, "model": model} if model else usage
+
+
+COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
+
+
+def _add_counts(totals: JsonObject, counts: "List[int]") -> None:
+    for name, count in zip(COUNT_NAMES, counts):
+        if count or name != "cacheCreation1h":
+            totals[name] = totals.get(name, 0) + count
+
+
+# ---------------------------------------------------------------------------
 # Spool: the drainer's side (the writer's side is in the hot path)
 #
 # Owns: spool/, segments named <start in ms>-<random>.jsonl, taken ones .taken, and dropped.jsonl.
@@ -1131,8 +1763,6 @@ def take_segment(path: str) -> str:
 
     Raises BlockingIOError while a writer that opened it under its old name is not done: try again later.
     """
-    import fcntl
-
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
         os.rename(path, taken)
@@ -1163,3 +1793,587 @@ def take_dropped(directory: str) -> "Tuple[int, int]":
     except FileNotFoundError:
         pass
     return events, size
+
+
+QUARANTINE_LIMIT_BYTES = 4 << 20
+QUARANTINED_HEAD_BYTES = 4096
+
+
+def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
+    """Keep the beginning of what was not one JSON object, for a person to look at.
+
+    At 4 MiB the file is moved aside once, so two exist at most. Raises OSError.
+    """
+    record = {"received": time.time_ns() // 1_000_000, "reason": reason, "bytes": len(line)}
+    record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
+    if os.path.exists(path) and os.path.getsize(path) > QUARANTINE_LIMIT_BYTES:
+        os.replace(path, path + ".1")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
+        file.write(encode_json(record) + b"\n")
+
+
+# ---------------------------------------------------------------------------
+# Redis publisher: from the spool to Redis
+#
+# Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
+# redis-py's timeouts count from one recv to the next and not at all while a name is looked up, so a server
+# that drips bytes holds it for ever: each exchange runs in a thread that is left behind at its deadline.
+# ---------------------------------------------------------------------------
+
+PUBLISHER_QUIET_S = 60.0
+BUSY_S = 2.0  # after an event
+BUSY_POLL_S = 0.005  # between two looks at the spool
+IDLE_POLL_S = 0.02
+EXCHANGE_DEADLINE_S = 5.0
+SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
+BACKOFF_FIRST_S = 0.1
+BACKOFF_LAST_S = 30.0
+BATCH_LIMIT_EVENTS = 200
+BATCH_LIMIT_BYTES = 256 << 10
+STATE_INTERVAL_S = 0.25
+WRITER_PATIENCE_S = 1.0
+RECENT_OUTCOMES = 50
+
+
+class Overrun(Exception):
+    """An exchange with Redis did not end by its deadline."""
+
+
+def within(deadline_s: float, work: Callable[[], Any]) -> Any:
+    """Run `work` in a thread of its own and return its result; leave it at the deadline and raise Overrun."""
+    outcome: "List[Tuple[Any, Any]]" = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:  # belongs to the caller
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name="redis exchange", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if not outcome:
+        raise Overrun(f"no whole answer within {deadline_s:.0f} s")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def backoff_s(failures: int) -> float:
+    """Return how long to wait after so many failures in a row: 0.1 s, doubled each time, at most 30 s."""
+    return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 20)))
+
+
+def redis_client(values: "Dict[str, Any]") -> Any:
+    """Return a redis-py client for a configuration; it has not connected yet.
+
+    Raises ModuleNotFoundError without redis-py and ValueError for a url that it cannot use. Off are its
+    retries, which reconnect without a word, and what it says of itself at each connection (HELLO, CLIENT
+    SETINFO), which an access list would have to allow.
+    """
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    options: "Dict[str, Any]" = {"host": values["redis.host"], "port": values["redis.port"]}
+    kind: Any = redis.connection.SSLConnection if values["redis.tls"] else redis.connection.Connection
+    if values["redis.url"]:
+        options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
+        kind = options.pop("connection_class", kind)
+    options.setdefault("db", values["redis.db"])
+    password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or values["redis.password"]
+    for name, value in (("username", values["redis.username"]), ("password", password)):
+        if value:
+            options[name] = value
+    if issubclass(kind, redis.connection.SSLConnection):
+        options.update(
+            ssl_ca_certs=values["redis.caFile"] and os.path.expanduser(values["redis.caFile"]),
+            ssl_certfile=values["redis.certFile"] and os.path.expanduser(values["redis.certFile"]),
+            ssl_keyfile=values["redis.keyFile"] and os.path.expanduser(values["redis.keyFile"]),
+            ssl_cert_reqs="required" if values["redis.verify"] else "none",
+            ssl_check_hostname=values["redis.verify"],
+        )
+    options.update(
+        socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+    )
+    options.update(protocol=2, lib_name=None, lib_version=None)
+    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+
+def redis_place(values: "Dict[str, Any]") -> str:
+    """Return where Redis is, for people: "host:port/db" or a socket's path, never a password."""
+    url = values["redis.url"]
+    if not url:
+        return f"{values['redis.host']}:{values['redis.port']}/{values['redis.db']}"
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "unix":
+        return urllib.parse.unquote(parts.path)
+    return (
+        f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{parts.path.strip('/') or values['redis.db']}"
+    )
+
+
+# What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
+_REDIS_TROUBLES = (
+    ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
+    (
+        "Authentication required|NOAUTH",
+        "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
+        "for hooks and monitor",
+    ),
+    (
+        "invalid username-password|WRONGPASS|invalid password|without any password configured",
+        "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
+        "(or CONTEXTUATE_REDIS_PASSWORD)",
+    ),
+    (
+        "NOPERM|has no permissions|No permissions to access",
+        "the Redis user lacks a right (NOPERM: {text}): the README lists the ACL rules",
+    ),
+    (
+        "READONLY|read only replica|read-only replica",
+        "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary",
+    ),
+    (
+        "OOM|used memory",
+        "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength",
+    ),
+    ("MISCONF", "Redis at {place} cannot save to its disk and refuses writes (MISCONF): look into its log"),
+    ("LOADING|is loading the dataset", "Redis at {place} is still loading its data (LOADING)"),
+    ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
+    (
+        "Hostname mismatch|IP address mismatch|doesn't match",
+        "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})",
+    ),
+    ("certificate has expired", "the certificate of Redis has expired: renew it on the server"),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "the certificate of Redis cannot be verified: set redis.caFile to its authority's file ({text})",
+    ),
+    (
+        "certificate required|CERTIFICATE_REQUIRED|peer did not return a certificate",
+        "Redis at {place} asks for a client certificate: set redis.certFile and redis.keyFile",
+    ),
+    (
+        "WRONG_VERSION_NUMBER|wrong version number|record layer failure|UNEXPECTED_MESSAGE|UNEXPECTED_EOF",
+        "{place} does not speak TLS: set redis.tls to false, or redis.port to the server's TLS port",
+    ),
+    (
+        "Protocol Error|InvalidResponse",
+        "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true",
+    ),
+    ("No such file or directory", "a file or socket named in the Redis configuration is missing: {text}"),
+    (
+        "Name or service not known|nodename nor servname|name resolution|No address",
+        "{host} is not a known host name: check redis.host",
+    ),
+    ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
+    (
+        "Connection closed by server|Connection reset|Broken pipe",
+        "Redis at {place} closed the connection{tls_hint}",
+    ),
+    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time"),
+    ("unreachable|No route", "{place} cannot be reached from this machine"),
+)
+
+
+def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: bool = False) -> str:
+    """Say in one sentence what is wrong with Redis and what to do about it.
+
+    `connected` tells that this configuration has worked before: a connection that ends has other causes then.
+    """
+    text = " ".join(str(error).split())[:300]
+    tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
+    tls_hint = " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    facts = {
+        "text": text,
+        "place": redis_place(values),
+        "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
+        "python": sys.executable,
+        "tls_hint": "" if connected else tls_hint,
+    }
+    for signs, words in _REDIS_TROUBLES:
+        if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
+            return words.format(**facts)
+    return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
+
+
+def privacy_of(values: "Dict[str, Any]") -> Privacy:
+    """Return what a configuration lets out."""
+    return Privacy(
+        redact=values["privacy.redact"],
+        metadata_only=values["privacy.level"] == "metadata",
+        field_limit_bytes=values["limits.fieldBytes"],
+    )
+
+
+def run_publisher(lock_fd: int) -> None:
+    """Be the publisher until the spool has been quiet for 60 s (the program with --publish).
+
+    `lock_fd` is publisher.lock, locked and handed down by the hook that started this process.
+    """
+    home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
+    try:
+        os.umask(0o077)
+        os.chdir("/")  # the project's directory may be removed or unmounted meanwhile
+        os.closerange(3, lock_fd)  # whatever else was handed down is not ours to hold open
+        os.closerange(lock_fd + 1, 256)
+        os.set_inheritable(lock_fd, False)
+        publisher = Publisher(home, config_path, lock_fd)
+        signal.signal(signal.SIGTERM, lambda *_: publisher.stop())
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        publisher.run()
+    except BaseException as error:  # nobody sees a traceback; the next hook starts another publisher
+        with contextlib.suppress(OSError):
+            log_failure(f"the publisher stopped: {error!r}")
+    os._exit(0)  # an exchange that was left behind may still hold its thread
+
+
+class Outgoing(NamedTuple):
+    """One event on its way to Redis."""
+
+    event_id: str
+    line: bytes  # JSON
+
+
+class Publisher:
+    """Send what is in the spool to Redis, in its order, and follow it until it has been quiet for a while."""
+
+    def __init__(self, home: str, config_path: str, lock_fd: int) -> None:
+        self._home = home
+        self._spool = home + "/spool"
+        self._config_path = config_path
+        self._lock_fd = lock_fd
+        self._values: "Dict[str, Any]" = {}
+        self._config_key: Any = None  # what the configuration file was when `_values` was read
+        self._client: Any = None
+        self._usage = UsageReader(home, this_machine(), limit_s=0.5)
+        self._agent_notes = AgentNoteReader(this_machine())
+        self._segment: Any = None  # the file that is being read
+        self._blocked_since: "Optional[float]" = None  # time.monotonic; a writer holds the oldest segment
+        self._batch: "List[Outgoing]" = []  # read, not delivered yet
+        self._failures = 0  # in a row
+        self._next_attempt = 0.0  # time.monotonic
+        self._stopping = False
+        self._outcomes: "Deque[List[Any]]" = collections.deque(maxlen=RECENT_OUTCOMES)
+        self._state: JsonObject = {
+            "pid": os.getpid(), "state": "connecting", "reason": None, "since": _now_ms(), "server": None,
+            "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
+            "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
+        }  # fmt: skip
+        self._told: JsonObject = {}  # the state as it is in publisher.json
+        self._told_at = 0.0
+
+    def stop(self) -> None:
+        """Let `run` return after the exchange that is under way; what is not delivered stays in the spool."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
+        last_event = time.monotonic()
+        while not self._stopping:
+            now = time.monotonic()
+            self._follow_config()
+            if self._values["mode"] != "redis":
+                break
+            if now >= self._next_attempt and (self._batch or self._read_batch()):
+                self._publish()
+                last_event = now
+                if not self._failures:
+                    continue
+            self._tell()
+            if self._batch:
+                time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
+            elif now - last_event < BUSY_S:
+                time.sleep(BUSY_POLL_S)
+            elif now - last_event < PUBLISHER_QUIET_S:
+                self._enter("idle", None)
+                time.sleep(IDLE_POLL_S)
+            elif self._leave():
+                return
+            else:
+                last_event = now
+        if self._segment:
+            self._segment.close()
+        self._enter("stopped", None)
+        self._tell(now=True)
+
+    def _leave(self) -> bool:
+        """Give up the lock, unless there is something in the spool again.
+
+        No event is left behind: a hook appends first and asks for the lock then. If it was refused, its
+        append came before our release, so the look after the release sees it; if not, it starts the next
+        publisher.
+        """
+        self._enter("stopped", None)
+        self._tell(now=True)  # before the next publisher may tell of itself
+        fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+        if not spool_segments(self._spool):
+            return True
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True  # a hook was faster: the next publisher runs
+        self._enter("idle", None)
+        return False
+
+    def _follow_config(self) -> None:
+        """Read the configuration if it has changed; one that cannot be used leaves the last one in force."""
+        try:
+            about = os.stat(self._config_path)
+            key: Any = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        except OSError:
+            key = "none"
+        if key == self._config_key:
+            return
+        self._config_key = key
+        try:
+            self._values = load_config(self._config_path)[0]
+        except ConfigError as error:
+            log_failure(f"the publisher goes on as before: {error}")
+            self._values = self._values or {
+                **{name: rule.default for name, rule in KEYS.items()},
+                "mode": "local",
+            }
+        self._state["server"] = redis_place(self._values)
+        self._drop_client()
+        self._failures, self._next_attempt = 0, 0.0
+
+    # Reading the spool
+
+    def _read_batch(self) -> bool:
+        """Read the next events of one segment; a segment that is read and delivered is removed."""
+        if self._segment is None and not self._open_segment():
+            return False
+        size = 0
+        privacy = privacy_of(self._values)
+        while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
+            line = self._segment.readline()
+            if not line:
+                break
+            event = self._build(line.strip(), privacy) if line.strip() else None
+            if event:
+                self._batch.append(event)
+                size += len(event.line)
+        if not self._batch:
+            self._segment.close()
+            os.unlink(self._segment.name)
+            self._segment = None
+            return self._read_batch()
+        return True
+
+    def _open_segment(self) -> bool:
+        """Open the oldest segment; tell if there is one that can be read now."""
+        blocked = False
+        for path, _ in spool_segments(self._spool):
+            try:
+                self._segment = open(take_segment(path), "rb")  # noqa: SIM115 - read over many rounds
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                blocked, now = True, time.monotonic()
+                self._blocked_since = self._blocked_since or now
+                if now - self._blocked_since < WRITER_PATIENCE_S:
+                    return False  # a writer is at it: what comes after it waits, to keep the order
+                continue
+            if not blocked:
+                self._blocked_since = None
+            self._report_dropped()
+            return True
+        return False
+
+    def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
+        """Build and protect one event; what is none goes to the quarantine."""
+        try:
+            event = build_event(parse_event_line(line), _now_ms(), this_machine())
+            self._usage.add_usage(event)
+            self._agent_notes.add_note(event)
+            event = protect(event, privacy)
+            return Outgoing(event["id"], encode_json(event))
+        except Exception as error:  # no line may stop those after it
+            reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {error!r}"
+        self._state["quarantined"] += 1
+        with contextlib.suppress(OSError):
+            log_failure(f"not an event ({reason}): {line[:200]!r}")
+            keep_in_quarantine(self._home + "/quarantine.log", line, reason)
+        return None
+
+    def _report_dropped(self) -> None:
+        """Tell the monitors what the spool has had to drop on this machine: an event like any other."""
+        events, size = take_dropped(self._spool)
+        if not events:
+            return
+        self._state["dropped"] += events
+        words = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
+        report = {"eventType": "message", "data": {"message": words, "spoolDropped": events}}
+        event = build_event(report, _now_ms(), this_machine())
+        self._batch.append(Outgoing(event["id"], encode_json(event)))
+
+    # Sending
+
+    def _publish(self) -> None:
+        """Send the batch once; after a failure only its first event, to see whether it is over."""
+        batch = self._batch[: 1 if self._failures else None]
+        stream = f"{self._values['redis.channel']}:stream" if self._values["redis.streamMaxLength"] else None
+        deadline_s = EXCHANGE_DEADLINE_S + sum(len(event.line) for event in batch) / SLOW_LINK_BYTES_A_S
+        try:
+            self._client = client = self._client or redis_client(self._values)
+            replies = within(deadline_s, lambda: self._send(client, batch, stream))
+        except Exception as error:  # whatever it is, the events stay in the spool
+            self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
+            return
+        self._settle(batch, replies, stream)
+
+    def _send(self, client: Any, batch: "List[Outgoing]", stream: "Optional[str]") -> "List[Any]":
+        """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
+        pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
+        for event in batch:
+            pipeline.publish(self._values["redis.channel"], event.line)
+            if stream:
+                limit = self._values["redis.streamMaxLength"]
+                pipeline.xadd(stream, {"event": event.line}, maxlen=limit, approximate=True)
+        return list(pipeline.execute(raise_on_error=False))
+
+    def _settle(self, batch: "List[Outgoing]", replies: "List[Any]", stream: "Optional[str]") -> None:
+        """Forget what has arrived, keep the rest.
+
+        An event has arrived when it is in the stream, or, where there is none, when a subscriber got it.
+        """
+        step = 2 if stream else 1
+        kept = []
+        for event, at in zip(batch, range(0, len(replies), step)):
+            subscribers = replies[at]
+            streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
+            self._outcomes.append(
+                [event.event_id, subscribers if isinstance(subscribers, int) else None, streamed]
+            )
+            if not streamed and (isinstance(subscribers, Exception) or subscribers == 0):
+                kept.append(event)
+        self._note_replies(replies[-step], replies[-1] if stream else None)
+        self._state["published"] += len(batch) - len(kept)
+        self._batch = kept + self._batch[len(batch) :]
+        if not kept:
+            self._failures = 0
+            self._enter("publishing", None)
+            return
+        reasons = [self._state["channelReason"], self._state["streamReason"]]
+        nobody = f"nobody is subscribed to {self._values['redis.channel']}"
+        self._fail("; ".join(reason for reason in reasons if reason) or nobody)
+
+    def _note_replies(self, published: Any, added: Any) -> None:
+        """Keep for publisher.json how the last event fared on the channel and in the stream."""
+        refused = isinstance(published, Exception)
+        self._state["channelState"] = "refused" if refused else "ok"
+        self._state["channelReason"] = redis_trouble(published, self._values) if refused else None
+        self._state["subscribers"] = None if refused else published
+        refused = isinstance(added, Exception)
+        self._state["stream"] = "refused" if refused else "off" if added is None else "ok"
+        self._state["streamReason"] = redis_trouble(added, self._values) if refused else None
+
+    def _fail(self, reason: str) -> None:
+        self._failures += 1
+        delay_s = backoff_s(self._failures)
+        self._next_attempt = time.monotonic() + delay_s
+        self._drop_client()
+        self._enter("waiting", reason)
+        self._state["nextAttemptAt"] = _now_ms() + int(delay_s * 1000)
+        drop_old_segments(self._spool)
+
+    def _drop_client(self) -> None:
+        """Close the connection, also under the hands of an exchange that was left behind."""
+        client, self._client = self._client, None
+        if client is not None:
+            with contextlib.suppress(Exception):
+                client.connection_pool.disconnect(inuse_connections=True)
+
+    # publisher.json
+
+    def _enter(self, state: str, reason: "Optional[str]") -> None:
+        if (state, reason) != (self._state["state"], self._state["reason"]):
+            self._state.update(state=state, reason=reason, since=_now_ms())
+            if reason:
+                with contextlib.suppress(OSError):
+                    log_failure(f"publisher: {reason}")
+        self._state["nextAttemptAt"] = None
+
+    def _tell(self, now: bool = False) -> None:
+        """Write publisher.json when something is new, a few times a second at most."""
+        if self._state == self._told or (not now and time.monotonic() - self._told_at < STATE_INTERVAL_S):
+            return
+        self._told_at = time.monotonic()
+        content = {**self._state, "updatedAt": _now_ms(), "recent": list(self._outcomes)}
+        with contextlib.suppress(OSError):
+            write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
+            self._told = dict(self._state)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def publisher_state(home: str) -> JsonObject:
+    """Return what publisher.json says, and whether that process runs (`running`)."""
+    try:
+        with open(home + "/publisher.json", "rb") as file:
+            state = parse_event_line(file.read(1 << 20))
+    except (OSError, MalformedEvent):
+        return {"state": "stopped", "running": False}
+    running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
+    state.pop("recent", None)
+    return {**state, "running": running} if running else {**state, "state": "stopped", "running": False}
+
+
+def _is_publisher(pid: int) -> bool:
+    """Tell whether the process of this number is a publisher; without /proc, whether there is one of ours."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"\0--publish\0" in file.read(65536)
+    except FileNotFoundError:
+        if os.path.exists("/proc/self/cmdline"):
+            return False
+    except OSError:
+        return False
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def lock_is_held(path: str) -> bool:
+    """Tell whether somebody holds the lock on a file.
+
+    Only where nobody takes "it is held" for "somebody works": the look itself holds it for a moment.
+    """
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "List[str]":
+    """Wait for the publisher to tell what became of one wrapped line; return it in words, for debugging."""
+    event_id = parse_event_line(line)["id"]
+    deadline = time.monotonic() + deadline_s
+    state: JsonObject = {}
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, MalformedEvent), open(home + "/publisher.json", "rb") as file:
+            state = parse_event_line(file.read(1 << 20))
+        for known, subscribers, streamed in state.get("recent", []):
+            if known == event_id:
+                heard = (
+                    "the channel was refused" if subscribers is None else f"{subscribers} subscribers got it"
+                )
+                kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
+                return [f"Redis at {state.get('server')}: {heard}, {kept}"]
+        time.sleep(0.02)
+    return [f"Redis at {state.get('server')}: nothing known after {deadline_s:.0f} s: {state.get('reason')}"]

@@ -1161,6 +1161,32 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "server.wsPort": ([-1, 65536, "3848", 1.5, False, None], 65535),
     "server.allowedHosts": (["a", [1], [""], {"a": 1}, None], ["a", "b"]),
     "server.auth": (["none", True, None, "AUTO"], "token"),
+    "redis.url": (
+        [
+            "",
+            "http://a",
+            "localhost:6379",
+            1,
+            "redis://:a/b@h:1/0",
+            "redis://:a#b@h:1",
+            "redis://h:0",
+            "unix:x",
+        ],
+        "rediss://u:p@redis.example.org:6380/2",
+    ),
+    "redis.host": (["", 1, None], "redis.example.org"),
+    "redis.port": ([0, 65536, "6379", True, None], 6380),
+    "redis.username": (["", 1, True], "monitor"),
+    "redis.password": (["", 1, True, ["a"]], None),
+    "redis.db": ([-1, "0", None, 65536], 3),
+    "redis.channel": (["", None, 5, "x" * 201], "team:events"),
+    "redis.tls": ([1, "true", None], True),
+    "redis.verify": ([0, "false", None], False),
+    "redis.caFile": (["", 1, False], None),
+    "redis.certFile": (["", 1, False], None),
+    "redis.keyFile": (["", 1, False], None),
+    "redis.streamMaxLength": ([-1, 10_000_001, "1", None, True], 0),
+    "redis.maxRetries": ([0, -1, "10", False, 1.5], None),
     "persistence.enabled": ([1, 0, "true", None], False),
     "persistence.type": (["sqlite", "redis", "", None], "file"),
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
@@ -1170,6 +1196,19 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
+    "prices": (
+        [
+            7,
+            None,
+            {"opus": 7},
+            {"opus": {"input": 1}},
+            {"opus": {"input": -1, "output": 1}},
+            {"opus": {"input": 1, "output": True}},
+            {"opus": {"input": 1, "output": 1, "cache": 1}},
+            {"": {"input": 1, "output": 1}},
+        ],
+        {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
+    ),
 }
 
 
@@ -1181,6 +1220,36 @@ def hook_write_config(path: object, key: str, value: Any) -> None:
 
 def test_every_key_has_its_wrong_values_here():
     assert set(HOOK_WRONG_VALUES) == set(ee.KEYS)
+
+
+def test_fields_are_cut_shorter_where_every_event_crosses_a_network(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"mode": "redis"}')
+    values, warnings = ee.load_config(str(path))
+    assert (values["mode"], values["limits.fieldBytes"], warnings) == ("redis", 64 << 10, [])
+    path.write_text('{"mode": "redis", "limits": {"fieldBytes": 2048}}')
+    assert ee.load_config(str(path))[0]["limits.fieldBytes"] == 2048
+
+
+def test_a_password_that_others_can_read_is_warned_about(tmp_path):
+    path = tmp_path / "c.json"
+    for text in ('{"redis": {"password": "p"}}', '{"redis": {"url": "redis://u:p@h"}}'):
+        path.write_text(text)
+        path.chmod(0o644)
+        assert ee.load_config(str(path))[1] == [
+            f"{path}: holds a password that others can read; run: chmod 600 {path}"
+        ]
+        path.chmod(0o600)
+        assert ee.load_config(str(path))[1] == []
+
+
+def test_a_wrong_password_is_not_shown(tmp_path):
+    path = tmp_path / "c.json"
+    for key, value in (("password", 12345678), ("url", "http://u:12345678@h")):
+        hook_write_config(path, f"redis.{key}", value)
+        with pytest.raises(ee.ConfigError) as caught:
+            ee.load_config(str(path))
+        assert key in str(caught.value) and "12345678" not in str(caught.value)
 
 
 @pytest.mark.parametrize("key", sorted(HOOK_WRONG_VALUES))
@@ -1196,6 +1265,7 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
             words.startswith(f"{path}: {key}: expected {ee.KEYS[key].expected}, got ") and "\n" not in words
         )
     hook_write_config(path, key, right)
+    path.chmod(0o600)
     values, warnings = ee.load_config(str(path))
     assert values[key] == right and warnings == []
     assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
@@ -2307,7 +2377,7 @@ def test_a_file_that_is_nothing_but_a_torn_line_is_begun_anew(tmp_path):
 STORE_ODD_IDS = [
     "../../x", "/etc/passwd", "..", ".", "a/b", "a\0b", "\n", "", " ", "x" * 65, "x" * 10_000, "é",
     "\ud83d", "a\\b",
-    "con:1", "*", "s1\n", "~",
+    "con:1", "*", "s1\n", "~", ".hidden", "-rf",
 ]  # fmt: skip
 
 
@@ -2318,8 +2388,8 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
     (entry,) = store.append([{**store_event(1, "s"), "sessionId": session}], NOW_MS)
     (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert path.parent == root / cm.day_of(NOW_MS) and re.fullmatch(r"[A-Za-z0-9._-]{1,70}\.jsonl", path.name)
-    assert store.session_lines(session, 5) == [entry.line]
-    plain = re.fullmatch(r"[A-Za-z0-9._-]{1,64}", session) is not None and not session.endswith("\n")
+    assert store.session_lines(session, 5) == store.recent_lines(5) == list(store.all_lines()) == [entry.line]
+    plain = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", session) is not None and session[-1] != "\n"
     assert (path.name == session + ".jsonl") == plain
     store.close()
 
@@ -4093,8 +4163,10 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId="tree-a")
     protocol_update(other, "tree-b", parentSessionId="tree-a")
+    protocol_update(mine, "tree-a", childSessionIds=["tree-b"])
     mine.send(type="set_parent", sessionId="tree-c", parentSessionId="tree-b")
     protocol_update(other, "tree-c", parentSessionId="tree-b")
+    protocol_update(mine, "tree-b", childSessionIds=["tree-c"])
     sessions = spoken.sessions()
     assert sessions["tree-a"]["childSessionIds"] == ["tree-b"]
     assert sessions["tree-b"]["childSessionIds"] == ["tree-c"]
@@ -4107,9 +4179,25 @@ def test_a_parent_is_set_and_removed_and_cycles_are_refused(spoken: RunningMonit
     assert spoken.sessions()["tree-a"]["parentSessionId"] is None
     mine.send(type="set_parent", sessionId="tree-b", parentSessionId=None)
     protocol_update(other, "tree-b", parentSessionId=None)
+    protocol_update(mine, "tree-a", childSessionIds=[])
     mine.send(type="set_parent", sessionId="tree-a", parentSessionId="tree-c")
     protocol_update(other, "tree-a", parentSessionId="tree-c")
+    protocol_update(mine, "tree-c", childSessionIds=["tree-a"])
+    mine.send(type="delete_session", sessionId="tree-a")
+    protocol_update(other, "tree-c", childSessionIds=[])
     mine.close(), other.close()
+
+
+def test_a_session_that_is_linked_to_another_only_later_is_told_to_the_clients(
+    running: RunningMonitor,
+) -> None:
+    client = running.websocket("rows")
+    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
+    running.emit(payload("SessionStart", "new", source="clear"))
+    protocol_update(client, "new", continuedFrom=None)
+    running.emit(payload("SessionEnd", "old", reason="clear"))
+    protocol_update(client, "new", continuedFrom="old")
+    client.close()
 
 
 def test_a_deleted_session_is_gone_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
@@ -5541,6 +5629,115 @@ def test_a_parallel_calls_result_does_not_end_a_question():
     assert tale.result("AskUserQuestion", "t4")["state"] == "working"
 
 
+def test_of_two_servers_questions_each_is_ended_by_its_own_answer():
+    tale = session_tale()
+    tale.call("mcp__one__ask", "t1", text="x")
+    tale.call("mcp__two__ask", "t2", text="y")
+    tale.say("Elicitation", mcp_server_name="one", message="Your name?", mode="form")
+    tale.say("Elicitation", mcp_server_name="two", message="Your colour?", mode="form")
+    told = tale.say("ElicitationResult", mcp_server_name="one", action="decline")
+    assert (told["state"], told["reason"]["tool"], told["reason"]["detail"]) == (
+        "waiting",
+        "two",
+        "Your colour?",
+    )
+    assert tale.say("ElicitationResult", mcp_server_name="two", action="accept")["state"] == "working"
+
+
+def test_a_question_of_a_subagents_server_is_not_ended_by_the_main_agents_progress():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    told = tale.say("Elicitation", agent="a1", mcp_server_name="demo", message="Open this page?", mode="url")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "Open this page?")
+    assert session_agent(told, "a1")["state"] == "waiting"
+    tale.call("Read", "t2", file_path="x")
+    assert tale.result("Read", "t2", file_path="x")["state"] == "waiting"
+    told = tale.say("ElicitationResult", agent="a1", mcp_server_name="demo", action="cancel")
+    assert (told["state"], session_agent(told, "a1")["state"]) == ("working", "working")
+
+
+def test_a_server_that_asks_while_nobody_answers_is_over_with_its_turn():
+    tale = session_tale()
+    tale.call("mcp__demo__ask", "t1", text="x")
+    tale.say("Elicitation", mcp_server_name="demo", message="Your name?", mode="form")
+    assert tale.stop()["state"] == "idle"
+
+
+@pytest.mark.parametrize("sign", ["UserPromptSubmit", "idle_prompt", "Stop"])
+def test_a_plan_that_was_not_approved_needs_nobody_after_the_next_sign(sign):
+    tale = session_tale()
+    tale.call("ExitPlanMode", "t1", plan="Add a cart")
+    assert tale.ask("ExitPlanMode", plan="Add a cart")["reason"]["kind"] == "question"
+    if sign == "idle_prompt":
+        told = tale.notify("idle_prompt")
+        assert told["reason"]["kind"] == "input"
+    else:
+        told = tale.prompt("another way") if sign == "UserPromptSubmit" else tale.stop()
+        assert told["reason"] is None
+    assert told["openCalls"] == []
+
+
+def test_a_denied_permission_closes_its_call_as_failed_and_says_why():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="rm -rf /")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf /"}, tool_use_id="t1",
+        reason="destructive")  # fmt: skip
+    assert (told["state"], told["openCalls"], told["counts"]["toolErrors"]) == ("working", [], 1)
+    again = tale.batch(("Bash", "t1", "denied"))
+    assert again["counts"]["toolErrors"] == 1, "its round says the same once more"
+
+
+def test_a_denial_leaves_the_other_permission_that_is_asked_for():
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    tale.call("Bash", "t2", command="rm -rf build")
+    tale.ask("Bash", command="make")
+    tale.ask("Bash", command="rm -rf build")
+    told = tale.say("PermissionDenied", tool_name="Bash", tool_input={"command": "make"}, tool_use_id="t1")
+    assert (told["state"], told["reason"]["detail"]) == ("waiting", "rm -rf build")
+    told = tale.say(
+        "PermissionDenied", tool_name="Bash", tool_input={"command": "rm -rf build"}, tool_use_id="t2"
+    )
+    assert (told["state"], told["openCalls"]) == ("working", [])
+
+
+def test_an_idle_teammate_needs_nobody_and_moves_nothing():
+    for before in ("working", "waiting", "idle"):
+        tale = session_tale()
+        if before == "waiting":
+            tale.ask("Bash", command="ls")
+        elif before == "idle":
+            tale.stop()
+        state, since = tale.now()["state"], tale.now()["stateSince"]
+        told = tale.say("TeammateIdle", teammate_name="reviewer", team_name="shop")
+        assert (told["state"], told["stateSince"], told["agents"]) == (state, since, []) and state == before
+
+
+def test_a_teammates_tasks_are_no_prompts_and_no_agents():
+    tale = session_tale()
+    tale.say("TaskCreated", task_id="1", task_subject="Review", teammate_name="reviewer")
+    told = tale.say("TaskCompleted", task_id="1", task_subject="Review", teammate_name="reviewer")
+    assert (told["state"], told["agents"], told["counts"]["prompts"]) == ("working", [], 1)
+
+
+def test_the_main_thread_of_an_agent_session_is_no_subagent():
+    tale = SessionTale()
+    tale.say("SessionStart", source="startup", agent_type="reviewer")
+    tale.say("UserPromptSubmit", prompt="review it", agent_type="reviewer")
+    told = tale.say(
+        "PreToolUse", tool_name="Read", tool_use_id="t1", tool_input={"file_path": "a"}, agent_type="reviewer"
+    )
+    assert (told["state"], told["agents"], told["openCalls"][0]["agentId"]) == ("working", [], None)
+    assert tale.say("Stop", agent_type="reviewer")["state"] == "idle"
+
+
+def test_an_agent_in_a_worktree_does_not_move_its_session_there():
+    directories = {event["cwd"] for event in recorded("worktree")}
+    assert len(directories) == 2
+    for event, told in session_steps("worktree"):
+        assert told["workingDirectory"] == "/home/dev/acme-shop", event
+
+
 # Idle prompt, Esc and rejections -------------------------------------------
 
 
@@ -6367,6 +6564,224 @@ def test_what_was_overtaken_by_the_end_does_not_wake_the_session():
         assert tale.say(hook, at=before, tool_name="Bash", tool_use_id="t1")["state"] == "ended", hook
 
 
+# State → a tale that ends in it, and what the README says of it.
+SESSION_STATES = {
+    "waiting": ("needs you", lambda tale: tale.ask("Bash", command="rm -rf build")),
+    "working": ("working", lambda tale: tale.call("Bash", "t1", command="make")),
+    "quiet": ("quiet", lambda tale: tale.wait(120_000)),
+    "idle": ("idle", lambda tale: tale.stop()),
+    "failed": ("failed", lambda tale: tale.say("StopFailure", error="rate_limit")),
+    "ended": ("ended", lambda tale: tale.say("SessionEnd", reason="other")),
+}
+
+
+@pytest.mark.parametrize("state", sorted(SESSION_STATES))
+def test_every_state_is_reached_stands_in_the_table_and_is_explained_to_the_user(state):
+    name, tell = SESSION_STATES[state]
+    assert tell(session_tale())["state"] == state
+    assert state == "quiet" or state in [row[0] for row in cm.STATES]
+    with open(ROOT + "/README.md", encoding="utf-8") as file:
+        table = file.read().partition("### What each state means")[2].partition("\n## ")[0]
+    assert f"| **{name}**" in table
+
+
+def test_the_table_of_states_has_no_state_that_nobody_reaches():
+    assert {row[0] for row in cm.STATES} | {"quiet"} == set(SESSION_STATES)
+
+
+# Stuck ---------------------------------------------------------------------
+
+
+def session_fail(
+    tale: SessionTale, number: int, error: str = "no match", tool: str = "Edit", **more: Any
+) -> Any:
+    """Let one call fail; return the signals."""
+    tale.call(tool, f"f{number}", more.get("agent_id", ""), file_path="a.py")
+    return tale.say(
+        "PostToolUseFailure", tool_name=tool, tool_use_id=f"f{number}", error=error, tool_input={}, **more
+    )["stuck"]
+
+
+def session_turn(tale: SessionTale, number: int, tool: "str | None", **tool_input: Any) -> "list[str]":
+    """Let a turn with one call pass; return the kinds of signals."""
+    tale.prompt()
+    if tool:
+        tale.call(tool, f"c{number}", **tool_input)
+        tale.result(tool, f"c{number}", **tool_input)
+    return [signal["kind"] for signal in tale.stop()["stuck"]]
+
+
+def test_stuck_when_the_same_tool_fails_the_same_way_5_times_in_a_row():
+    tale = session_tale()
+    first = tale.time + 2000
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        tale.call("Read", f"r{number}")
+        tale.result("Read", f"r{number}")
+    (signal,) = session_fail(tale, 4)
+    assert signal == {
+        "kind": "failing",
+        "since": first,
+        "detail": "Edit failed 5 times the same way: no match",
+    }
+    assert session_fail(tale, 5)[0]["detail"].startswith("Edit failed 6 times")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda tale: tale.result("Edit", "ok"),
+        lambda tale: tale.prompt("try something else"),
+        lambda tale: tale.say("SessionEnd", reason="other"),
+        lambda tale: session_fail(tale, 99, "another error") or tale.now(),
+    ],
+)
+def test_a_tool_that_is_no_longer_failing_the_same_way_is_no_signal(end):
+    tale = session_tale()
+    told = [session_fail(tale, number) for number in range(5)]
+    assert told[-1] and end(tale)["stuck"] == []
+
+
+def test_failures_that_differ_or_belong_to_different_agents_are_no_signal():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    for number in range(4):
+        assert session_fail(tale, number) == []
+        assert session_fail(tale, number + 100, agent_id="a1") == []
+        assert session_fail(tale, number + 200, f"error {number}", "Grep") == []
+
+
+def test_an_agents_failures_are_a_signal_until_it_ends():
+    tale = session_tale()
+    tale.say("SubagentStart", agent="a1")
+    told = [session_fail(tale, number, agent_id="a1") for number in range(5)]
+    assert [signal["kind"] for signal in told[-1]] == ["failing"]
+    assert tale.say("SubagentStop", agent="a1")["stuck"] == []
+
+
+def test_what_only_the_round_shows_as_failed_counts_and_a_second_delivery_does_not():
+    tale = session_tale()
+    for number in range(5):
+        told = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert [signal["kind"] for signal in told["stuck"]] == (["failing"] if number == 4 else [])
+        again = tale.batch(("NoSuchTool", f"n{number}", "No such tool available"))
+        assert again["stuck"] == told["stuck"]
+
+
+def test_an_interruption_is_no_failure_of_the_tool():
+    tale = session_tale()
+    for number in range(6):
+        assert session_fail(tale, number, "Interrupted by user", "Bash", is_interrupt=True) == []
+
+
+def test_stuck_after_3_turns_without_any_change_in_files():
+    tale = SessionTale()
+    start = tale.time + 1000
+    for number in range(3):
+        kinds = session_turn(tale, number, "Read", file_path="a.py")
+        assert kinds == (["unchanged"] if number == 2 else [])
+    (signal,) = tale.now()["stuck"]
+    assert signal == {"kind": "unchanged", "since": start, "detail": "3 turns without a change in files"}
+    tale.prompt()
+    assert tale.call("Edit", "e", file_path="a.py")["stuck"] == [signal]
+    assert tale.result("Edit", "e", file_path="a.py")["stuck"] == []
+    assert tale.stop()["stuck"] == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "tool_input", "changes"),
+    [
+        ("Write", {"file_path": "a"}, True),
+        ("NotebookEdit", {"notebook_path": "a"}, True),
+        ("Read", {"file_path": "a"}, False),
+        ("Bash", {"command": "npm test 2>&1 | tail"}, False),
+        ("Bash", {"command": "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"}, False),
+        ("Bash", {"command": "git status && git diff && git log"}, False),
+        ("Bash", {"command": "echo x > a.txt"}, True),
+        ("Bash", {"command": "cat <<E >> a.txt\nx\nE"}, True),
+        ("Bash", {"command": "sed -i s/a/b/ a.txt"}, True),
+        ("Bash", {"command": "cd x && mv a b"}, True),
+        ("Bash", {"command": "git commit -am x"}, True),
+        ("mcp__files__write_file", {"path": "a"}, True),
+        ("mcp__files__list", {"path": "a"}, False),
+    ],
+)
+def test_what_counts_as_a_change_in_files(tool, tool_input, changes):
+    tale = SessionTale()
+    told = [session_turn(tale, number, tool, **tool_input) for number in range(3)]
+    assert told == [[], [], [] if changes else ["unchanged"]]
+
+
+def test_turns_without_tools_and_commands_with_an_exclamation_mark_are_no_signal():
+    tale = SessionTale()
+    assert [session_turn(tale, number, None) for number in range(5)] == [[]] * 5
+    assert [tale.stop()["stuck"] for _ in range(5)] == [[]] * 5
+
+
+def test_turns_that_esc_ended_count_too():
+    tale = SessionTale()
+    for number in range(3):
+        tale.prompt()
+        tale.call("Read", f"c{number}")
+    assert [signal["kind"] for signal in tale.prompt()["stuck"]] == ["unchanged"]
+
+
+def test_a_change_by_a_subagent_is_a_change():
+    tale = SessionTale()
+    told = []
+    for number in range(3):
+        tale.prompt()
+        tale.launch(f"a{number}", f"t{number}")
+        tale.result("Edit", f"e{number}", f"a{number}", file_path="a.py")
+        told.append(tale.stop()["stuck"])
+    assert told == [[], [], []]
+
+
+def test_stuck_when_a_turn_takes_longer_than_2_hours():
+    tale = session_tale()
+    start = tale.time
+    for _ in range(119):
+        tale.time += 59_000
+        assert tale.say("PreToolUse", tool_name="Bash", tool_input={}, tool_use_id="t")["stuck"] == []
+    told = tale.wait(61_000)
+    assert told["stuck"] == [
+        {"kind": "long", "since": start, "detail": "busy for more than 2 hours without an end"}
+    ]
+    assert tale.stop()["stuck"] == []
+    tale.prompt()
+    assert tale.call("Bash", "t2", command="ls")["stuck"] == []
+
+
+def test_time_alone_makes_a_session_stuck_and_tells_so():
+    tale = session_tale()
+    tale.wait(130_000)
+    assert tale.book.tick(tale.time + 7_000_000) == []
+    assert [session.session_id for session in tale.book.tick(tale.time + 7_200_000)] == ["s1"]
+    assert [signal["kind"] for signal in tale.now()["stuck"]] == ["long"]
+
+
+def test_who_waits_for_a_person_or_rests_is_not_stuck_however_long():
+    tale = session_tale(pid=1)
+    tale.ask("Bash", command="ls")
+    assert tale.wait(9 * 3_600_000)["stuck"] == []
+    idle = session_tale()
+    idle.stop()
+    assert idle.wait(9 * 3_600_000)["stuck"] == []
+
+
+def test_an_agent_that_runs_longer_than_2_hours_after_its_turn_is_a_signal():
+    tale = session_tale()
+    tale.launch("a1", "t1")
+    tale.stop("a1")
+    assert [signal["kind"] for signal in tale.wait(7_300_000)["stuck"]] == ["long"]
+    assert tale.task_ended("a1")["stuck"] == []
+
+
+@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+def test_no_recorded_session_is_stuck_at_its_end(name):
+    assert [told["stuck"] for told in session_replay(session_events(name))] == [[]] * len(SESSION_ENDS[name])
+
+
 # Labels, activity, the user ------------------------------------------------
 
 
@@ -6463,6 +6878,11 @@ def test_the_parent_session_is_linked_on_both_sides():
         ("Bash", {"command": "cat <<E\nlong\n\ttext\nE"}, "Bash: cat <<E long text E"),
         ("Bash", {"command": "echo a:"}, "Bash: echo a:"),
         ("ListAll", {}, "ListAll"),
+        ("TaskCreate", {"subject": "First task", "description": "Do it"}, "TaskCreate: First task"),
+        ("TaskUpdate", {"taskId": "1", "status": "completed"}, "TaskUpdate: task 1: completed"),
+        ("mcp__demo__echo", {"text": "hello mcp"}, "mcp__demo__echo: hello mcp"),
+        ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
+        ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
     ],
 )
 def test_activity_says_tool_and_target(tool, tool_input, words):
@@ -6610,7 +7030,8 @@ def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
     return [
         (
             each["sessionId"], each["state"], each["reason"] and (each["reason"]["kind"], each["reason"]["detail"]),
-            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"],
+            sorted(call["toolUseId"] for call in each["openCalls"]), each["counts"], each["stuck"],
+            each["label"], each["model"], each["tokenUsage"], each["isPinned"],
             sorted((agent["agentId"], agent["state"]) for agent in each["agents"]),
         )
         for each in sorted(told, key=lambda each: str(each["sessionId"]))
@@ -6652,6 +7073,37 @@ def test_the_order_of_arrival_does_not_change_what_is_open_or_who_is_needed(data
     arrived = session_arrivals(events[: data.draw(st.integers(1, len(events)))], gaps, delays)
     in_order = sorted(arrived, key=lambda event: event["timestamp"])
     assert session_essence(session_replay(arrived)) == session_essence(session_replay(in_order))
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
+    st.lists(st.integers(0, 40), min_size=40, max_size=40),
+)  # fmt: skip
+def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, gaps, delays, later):
+    once = sorted(session_arrivals(session_events(name), gaps, delays), key=lambda event: event["timestamp"])
+    doubled = list(once)
+    for event, delay, after in zip(once, reversed(delays), later):
+        if after:
+            time_ms = event["timestamp"] + after
+            doubled.append(
+                {**event, "id": event["id"] + "b", "timestamp": time_ms, "received": time_ms + delay}
+            )
+    doubled.sort(key=lambda event: event["received"])
+    ends = session_replay(once), session_replay(doubled)
+    for told in itertools.chain(*ends):
+        del told["counts"]["events"]
+    assert session_essence(ends[0]) == session_essence(ends[1])
+
+
+def test_the_same_words_again_are_a_prompt_of_their_own_unless_they_come_at_once():
+    tale = SessionTale()
+    tale.prompt("yes")
+    assert tale.say("UserPromptSubmit", at=tale.time + 300, prompt="yes")["counts"]["prompts"] == 1
+    assert tale.prompt("yes")["counts"]["prompts"] == 2
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p1")["counts"]["prompts"] == 3
+    assert tale.say("UserPromptSubmit", prompt="yes", prompt_id="p2")["counts"]["prompts"] == 4
 
 
 # Rows ----------------------------------------------------------------------
@@ -6758,6 +7210,693 @@ def test_a_deleted_session_is_forgotten():
     assert tale.prompt("new words")["counts"] == {
         "events": 1, "toolCalls": 0, "toolErrors": 0, "interrupted": 0, "prompts": 1
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
+# Token usage: what transcripts say, read once, and what it costs
+#
+# The recorded transcripts end with the client's own sums (`cost-state`): ours must be the same, to the token and
+# to the cent.
+# ---------------------------------------------------------------------------
+
+USAGE_MACHINE = "box"
+USAGE_OF_MAIN = ("simple", "failing", "thinking")
+USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
+USAGE_RECORDINGS = USAGE_OF_MAIN + USAGE_WITH_AGENTS
+
+
+def usage_transcript(name: str) -> str:
+    """Return the path of a recording's transcript."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    return path
+
+
+def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> "dict[str, Any]":
+    """Return the event of one hook that names a transcript."""
+    return ee.build_event(
+        {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
+    )
+
+
+def usage_read(reader: "ee.UsageReader", path: str, session: str = "s1", **fields: Any) -> Any:
+    """Return what the reader tells on an event about a transcript; None when it tells nothing."""
+    event = usage_event(path, session, **fields)
+    reader.add_usage(event)
+    assert event["sessionId"] == session and event["hookType"]
+    return event["data"].get("usage")
+
+
+def usage_reader(home: object) -> "ee.UsageReader":
+    """Return a reader with its own directory."""
+    return ee.UsageReader(str(home), USAGE_MACHINE)
+
+
+def usage_line(message_id: str, output: int, model: str = "claude-opus-4-5-20251101", **more: int) -> bytes:
+    """Return one assistant line of a transcript."""
+    usage = {"input_tokens": 1, "output_tokens": output, **more}
+    message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
+    return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
+
+
+def usage_output(usage: Any) -> int:
+    """Return the output tokens of all models."""
+    return sum(counts["output"] for counts in usage["models"].values())
+
+
+def usage_cost_state(name: str) -> "dict[str, Any]":
+    """Return the client's own sums at the end of a recorded transcript."""
+    with open(usage_transcript(name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file if '"cost-state"' in line][-1]
+
+
+@pytest.mark.parametrize("name", USAGE_RECORDINGS)
+def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    own = usage_cost_state(name)
+    assert {
+        model: (
+            told["inputTokens"], told["outputTokens"], told["cacheReadInputTokens"],
+            told["cacheCreationInputTokens"], told["cacheCreationEphemeral1hInputTokens"],
+        )
+        for model, told in own["modelUsage"].items()
+    } == {model: tuple(counts[name] for name in ee.COUNT_NAMES) for model, counts in usage["models"].items()}  # fmt: skip
+    tale = session_tale()
+    told = tale.say("SessionEnd", reason="other", usage=usage)
+    assert told["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
+
+
+def test_a_message_of_several_lines_counts_once(tmp_path):
+    path = usage_transcript("simple")
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    naive = sum(line["message"]["usage"]["output_tokens"] for line in lines if line["type"] == "assistant")
+    assert (naive, usage_output(usage_read(usage_reader(tmp_path), path))) == (250, 210)
+
+
+@pytest.mark.parametrize("name", USAGE_WITH_AGENTS)
+def test_the_tokens_of_agents_add_up_to_those_of_the_session(tmp_path, name):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript(name))
+    agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
+    assert set(usage["agents"]) == {"", *agents}
+    by_agent = [counts for by_model in usage["agents"].values() for counts in by_model.values()]
+    for count in ee.COUNT_NAMES:
+        assert sum(counts[count] for counts in by_agent) == sum(
+            counts[count] for counts in usage["models"].values()
+        )
+
+
+def test_an_old_clients_agent_transcript_beside_the_session_counts_for_its_agent(tmp_path):
+    main, agent = tmp_path / "s1.jsonl", tmp_path / "agent-a94648d.jsonl"
+    main.write_bytes(usage_line("m1", 5))
+    agent.write_bytes(usage_line("m2", 7))
+    told = usage_read(
+        usage_reader(tmp_path), str(main), hook="SubagentStop", agent_transcript_path=str(agent)
+    )
+    assert {name: usage_output({"models": used}) for name, used in told["agents"].items()} == {
+        "": 5, "a94648d": 7,
+    }  # fmt: skip
+
+
+def test_a_fork_counts_only_what_is_its_own(tmp_path):
+    reader, old, fork = usage_reader(tmp_path), tmp_path / "old.jsonl", tmp_path / "fork.jsonl"
+    old.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+    fork.write_bytes(old.read_bytes())
+    assert usage_read(reader, str(fork), "fork") is None
+    fork.write_bytes(old.read_bytes() + usage_line("m3", 7))
+    assert usage_output(usage_read(reader, str(fork), "fork")) == 7
+    assert usage_output(usage_read(reader, str(old), "old")) == 11
+
+
+def test_what_the_client_wrote_itself_is_no_model(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 3, "<synthetic>"))
+    assert usage_read(usage_reader(tmp_path), str(path)) is None
+
+
+def test_a_last_line_without_its_end_waits_for_it(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    line = usage_line("m2", 7)
+    path.write_bytes(usage_line("m1", 5) + line[:-20])
+    assert usage_output(usage_read(reader, str(path))) == 5
+    with path.open("ab") as file:
+        file.write(line[-20:])
+    assert usage_output(usage_read(reader, str(path))) == 12
+
+
+def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
+    path, read = tmp_path / "s1.jsonl", []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(5000)))
+    real = os.pread
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, str(path))) == 5000
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: (read.append(length), real(fd, length, at))[1])
+    assert usage_output(usage_read(reader, str(path))) == 5000 and read == []
+    with path.open("ab") as file:
+        file.write(usage_line("more", 1))
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == 5001  # also by another process
+    assert sum(read) < 2000
+
+
+@pytest.mark.parametrize("how", ["another file", "rewritten in place", "shortened"])
+def test_a_replaced_transcript_is_read_from_its_start(tmp_path, how):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    path.write_bytes(usage_line("m1", 5) + usage_line("m2", 6))
+    assert usage_output(usage_read(reader, str(path))) == 11
+    content = usage_line("m9", 100) + (b"" if how == "shortened" else usage_line("m2", 6) * 3)
+    if how == "another file":
+        (tmp_path / "new").write_bytes(content)
+        os.replace(tmp_path / "new", path)
+    else:
+        path.write_bytes(content)
+    assert usage_output(usage_read(reader, str(path))) == 111
+
+
+def test_of_several_lines_of_one_message_the_largest_numbers_count(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    for output, expected in ((1, 1), (40, 40), (7, 40)):
+        with path.open("ab") as file:
+            file.write(usage_line("m1", output))
+        assert usage_output(usage_read(reader, str(path))) == expected
+
+
+@given(
+    outputs=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 999), st.integers(0, 3)), max_size=30),
+    cuts=st.lists(st.integers(0, 8000), max_size=8),
+    forget=st.integers(0, 8),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
+    noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
+    whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
+    expected = sum(
+        max(given_output for key, given_output, _ in outputs if key == each)
+        for each in {key for key, *_ in outputs}
+    )
+    with tempfile.TemporaryDirectory() as home:
+        path, usage, place = home + "/s1.jsonl", None, 0
+        reader = usage_reader(home)
+        for number, cut in enumerate([*sorted(min(cut, len(whole)) for cut in cuts), len(whole)]):
+            with open(path, "ab") as file:
+                file.write(whole[place:cut])
+            place = cut
+            if number == forget:
+                reader.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(home + "/usage.db")
+            usage = usage_read(reader, path)
+        reader.close()
+    assert (usage_output(usage) if usage else 0) == expected
+
+
+@given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
+    data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
+    whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
+    found = []
+    for size in itertools.cycle(sizes):
+        found += pieces.feed(data[place : place + size])
+        place += size
+        if place >= len(data):
+            break
+    assert found == whole.feed(data) and pieces.consumed == whole.consumed == len(data)
+    assert found[-1].message_id == "m2"
+
+
+@pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
+def test_odd_numbers_of_tokens_count_as_none(tmp_path, value):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", value, cache_creation=value) + usage_line("m2", 4, cache_creation_input_tokens=9)
+    )
+    assert usage_read(usage_reader(tmp_path), str(path))["models"] == {
+        "claude-opus-4-5-20251101": {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
+    }
+
+
+@pytest.mark.parametrize(
+    "what", ["fifo", "link", "directory", "device", "missing", "another users", "relative", "text"]
+)
+def test_only_a_regular_file_of_this_user_is_read(tmp_path, what):
+    path = str(tmp_path / "s1.jsonl")
+    content = usage_line("m1", 3)
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "link":
+        (tmp_path / "target").write_bytes(content)
+        os.symlink(tmp_path / "target", path)
+    elif what == "directory":
+        os.mkdir(path)
+    elif what == "device":
+        path = "/dev/zero"
+    elif what == "another users":
+        if os.geteuid():
+            pytest.skip("only root can give files away")
+        (tmp_path / "s1.jsonl").write_bytes(content)
+        os.chown(path, 12345, -1)
+    elif what == "relative":
+        path = os.path.relpath(usage_transcript("simple"))
+    elif what == "text":
+        path = str(tmp_path / "s1.txt")
+        (tmp_path / "s1.txt").write_bytes(content)
+    before = time.monotonic()
+    assert usage_read(usage_reader(tmp_path), path) is None
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    "path", [None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl", "/" + "x" * 9000 + ".jsonl"]
+)
+def test_an_odd_transcript_path_is_no_failure(tmp_path, path):
+    reader = usage_reader(tmp_path)
+    assert usage_read(reader, path) is None
+    agent = usage_read(reader, usage_transcript("simple"), hook="SubagentStop", agent_transcript_path=path)
+    assert usage_output(agent) == 210 and not (tmp_path / "emit.log").exists()
+
+
+def test_only_events_that_end_something_on_this_machine_are_given_usage(tmp_path):
+    reader, path = usage_reader(tmp_path), usage_transcript("simple")
+    told = {hook for hook in ee.EVENT_TYPES if usage_read(reader, path, hook=hook)}
+    assert told == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
+    foreign = {**usage_event(path), "machineId": "elsewhere"}
+    reader.add_usage(foreign)
+    assert "usage" not in foreign["data"]
+
+
+def test_a_large_transcript_is_read_in_parts_and_the_totals_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+    path, reader, told = tmp_path / "s1.jsonl", usage_reader(tmp_path), []
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(500)))
+    for _ in range(100):
+        told.append(usage_read(reader, str(path)))
+        if "partial" not in told[-1]:
+            break
+    assert 3 < len(told) < 20 and usage_output(told[-1]) == 500
+    assert [usage_output(each) for each in told] == sorted({usage_output(each) for each in told})
+
+
+def test_a_line_larger_than_what_is_read_at_once_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 4000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", usage_reader(tmp_path)
+    huge = b'{"type":"user","message":"' + b"x" * 30_000 + b'"}\n'
+    path.write_bytes(usage_line("m1", 5) + huge + usage_line("m2", 6))
+    told = [usage_read(reader, str(path)) for _ in range(20)]
+    assert usage_output(told[-1]) == 11 and "partial" not in told[-1]
+
+
+def test_a_reader_that_is_out_of_time_goes_on_at_the_next_event(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
+    path, reader = tmp_path / "s1.jsonl", ee.UsageReader(str(tmp_path), USAGE_MACHINE, limit_s=0.0)
+    path.write_bytes(b"".join(usage_line(f"m{number}", 1) for number in range(50)))
+    told = [usage_output(usage_read(reader, str(path))) for _ in range(20)]
+    assert told == sorted(told) and told[0] < 10 and told[-1] == 50
+
+
+def test_the_file_of_what_was_counted_is_private_and_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
+    reader = usage_reader(tmp_path)
+    for number in range(10):
+        path = tmp_path / f"s{number}.jsonl"
+        path.write_bytes(b"".join(usage_line(f"{number}-{each}", 1) for each in range(40)))
+        assert usage_output(usage_read(reader, str(path), f"s{number}")) == 40
+    for name in os.listdir(tmp_path):
+        if name.startswith("usage.db"):
+            assert hook_mode_of(tmp_path / name) == 0o600
+    rows = reader._open().execute("SELECT COUNT(*) FROM messages").fetchone()[0]
+    assert rows <= 140
+    with (tmp_path / "s0.jsonl").open("ab") as file:
+        file.write(usage_line("0-more", 1))
+    assert usage_output(usage_read(reader, str(tmp_path / "s0.jsonl"), "s0")) == 41  # forgotten, read again
+
+
+@pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
+def test_a_damaged_file_of_what_was_counted_is_made_anew(tmp_path, damage):
+    path = usage_transcript("simple")
+    reader = usage_reader(tmp_path)
+    assert usage_output(usage_read(reader, path)) == 210
+    reader.close()
+    content = (tmp_path / "usage.db").read_bytes()
+    spoilt = content[:100] + b"\xff" * (len(content) - 100) if damage is None else damage
+    (tmp_path / "usage.db").write_bytes(spoilt)
+    told = [usage_read(usage_reader(tmp_path), path) for _ in range(2)]
+    assert usage_output(told[-1]) == 210
+
+
+def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert usage_read(usage_reader(tmp_path / "file" / "home"), usage_transcript("simple")) is None
+
+
+def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
+    path, script = tmp_path / "s1.jsonl", tmp_path / "read.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "import emit_event as ee\n"
+        f"reader = ee.UsageReader({str(tmp_path)!r}, {USAGE_MACHINE!r})\n"
+        f"event = ee.build_event({{'hook_event_name': 'Stop', 'session_id': 's1', 'transcript_path': {str(path)!r}}}, 1,"
+        f" {USAGE_MACHINE!r})\n"
+        "print(flush=True)\n"
+        "while True:\n"
+        "    reader.add_usage({**event, 'data': dict(event['data'])})\n"
+    )
+    chance, count = random.Random(7), 0
+    for _ in range(8):
+        reading = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+        assert reading.stdout is not None
+        reading.stdout.read(1)
+        for _ in range(20):
+            with path.open("ab") as file:
+                file.write(b"".join(usage_line(f"m{count + each}", 1) for each in range(50)))
+            count += 50
+            time.sleep(chance.random() * 0.01)
+        reading.kill()
+        reading.wait()
+        reading.stdout.close()
+    assert usage_output(usage_read(usage_reader(tmp_path), str(path))) == count
+
+
+# Where subagents come from ---------------------------------------------------
+
+
+def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
+    """Copy a recording's transcripts; return its payloads with their paths in the copy."""
+    (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
+    shutil.copytree(os.path.dirname(path), f"{directory}/{name}")
+    return [
+        {**told, "transcript_path": f"{directory}/{name}/{os.path.basename(path)}"} for told in recorded(name)
+    ]
+
+
+def usage_noted(told: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+    """Return the events of these payloads with the client's notes on them."""
+    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number, each in enumerate(told):
+        events.append(
+            ee.build_event({"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}, 1, USAGE_MACHINE)
+        )
+        reader.add_note(events[-1])
+    return events
+
+
+def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
+    events = usage_noted(usage_copied("nested", tmp_path))
+    noted = [event for event in events if "agentMeta" in event["data"]]
+    assert [(event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"]) for event in noted] == [
+        (None, "outer job"), ("a8bdf82a3b7eac1f1", "inner job"),
+    ]  # fmt: skip
+    assert [event["agentId"] for event in noted] == ["a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"]
+    assert noted[1]["data"]["agentMeta"] == {
+        "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
+        "parentAgentId": "a8bdf82a3b7eac1f1", "requestShape": "foreground", "spawnDepth": 2,
+    }  # fmt: skip
+
+
+def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
+    copied = usage_copied("subagent", tmp_path)
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    os.rename(note, note + ".later")
+    mine = [told for told in copied if "agent_id" in told]
+    reader = ee.AgentNoteReader(USAGE_MACHINE)
+    for number, told in enumerate(mine[:4]):
+        if number == 1:
+            with open(note, "w") as file:
+                file.write('{"half": ')
+        elif number == 2:
+            os.replace(note + ".later", note)
+        event = ee.build_event(told, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        assert ("agentMeta" in event["data"]) == (number == 2)
+
+
+def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
+    book = cm.SessionBook(own_machine=USAGE_MACHINE)
+    for event in usage_noted(usage_copied("parallel", tmp_path)):
+        told = book.to_json(book.apply(event))
+        if event["hookType"] == "PostToolUse" and event["data"]["toolName"] == "Agent":
+            break  # until here the calls are open, and either could have started either
+        noted = [agent["label"] for agent in told["agents"]]
+    assert sorted(noted) == ["left job", "right job"]
+
+
+def test_the_clients_note_wins_over_every_guess():
+    tale = session_tale()
+    tale.call("Agent", "t1", description="a guess")
+    tale.say("SubagentStart", agent="a1")
+    tale.say("SubagentStart", agent="a2")
+    told = tale.say("PreToolUse", agent="a2", tool_name="Read", tool_use_id="r", tool_input={},
+        agentMeta={"parentAgentId": "a1", "requestShape": "background"}, agentDescription="the truth")  # fmt: skip
+    assert [(agent["label"], agent["parentAgentId"]) for agent in told["agents"]] == [
+        ("a guess", None), ("the truth", "a1"),
+    ]  # fmt: skip
+    told = tale.result(
+        "Agent", "t1", response={"agentId": "a2", "status": "completed"}, description="a guess"
+    )
+    assert (told["agents"][1]["label"], told["agents"][1]["parentAgentId"]) == ("the truth", "a1")
+
+
+@pytest.mark.parametrize(
+    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
+)
+def test_an_odd_note_makes_no_odd_agent(note):
+    tale = session_tale()
+    told = tale.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
+    (agent,) = told["agents"]
+    assert agent["parentAgentId"] is None and agent["state"] == "working"
+    json.dumps(tale.stop("a1"))
+
+
+@pytest.mark.parametrize("agent", ["../../x", "a/b", "", "x" * 200, "\ud800", "a\0b"])
+def test_no_agent_id_leads_to_another_file(tmp_path, agent):
+    copied = usage_copied("subagent", tmp_path)[0]
+    event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
+    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    assert "agentMeta" not in event["data"]
+
+
+def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
+    events = [
+        ee.protect(event, ee.Privacy(metadata_only=True))
+        for event in usage_noted(usage_copied("nested", tmp_path))
+    ]
+    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
+    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    assert "inner job" not in json.dumps(events)
+
+
+def test_nested_agents_know_their_parents_through_real_hooks_and_after_a_restart(hook_installed, running):
+    for told in usage_copied("nested", running.home):
+        if told["hook_event_name"] == "PostToolUse" and told.get("tool_name") == "Agent":
+            break
+        hook_call(hook_installed.command, told, running.environment)
+    (session,) = running.sessions().values()
+    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
+    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
+    running.stop()
+    running.start()
+    (again,) = running.sessions().values()
+    assert again["agents"] == session["agents"]
+
+
+# In sessions ----------------------------------------------------------------
+
+
+def usage_told(output: int, model: str = "claude-opus-4-5", **more: Any) -> "dict[str, Any]":
+    """Return `data.usage` with one model."""
+    counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
+    return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
+
+
+def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival():
+    for order in itertools.permutations((5, 9, 30)):
+        tale = session_tale()
+        start = tale.time
+        for output in order:
+            told = tale.say("Stop", at=start + output * 1000, usage=usage_told(output))
+        assert told["tokenUsage"] == {
+            "totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0,
+        }  # fmt: skip
+        assert told["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
+
+
+def test_a_session_learns_its_model_from_its_transcript_when_nobody_said_it():
+    tale = SessionTale()
+    assert tale.prompt()["model"] is None
+    assert tale.say("Stop", usage=usage_told(5))["model"] == "claude-opus-4-5"
+    assert tale.say("SessionStart", source="startup", model="claude-fable-5")["model"] == "claude-fable-5"
+    assert tale.say("Stop", usage=usage_told(6))["model"] == "claude-fable-5"
+
+
+def test_each_agent_has_its_own_tokens(tmp_path):
+    usage = usage_read(usage_reader(tmp_path), usage_transcript("parallel"))
+    (last,) = [told for event, told in session_steps("parallel") if event["hookType"] == "SessionEnd"]
+    assert [agent["tokenUsage"] for agent in last["agents"]] == [None, None]  # nobody read anything
+    tale = SessionTale(session=recorded("parallel")[0]["session_id"])
+    for given_payload in recorded("parallel"):
+        more = {"usage": usage} if given_payload["hook_event_name"] == "SessionEnd" else {}
+        told = tale.tell({**given_payload, **more})
+    outputs = sorted(agent["tokenUsage"]["totalOutput"] for agent in told["agents"])
+    assert outputs == [123, 166] and told["tokenUsage"]["totalOutput"] == 370
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
+    ],
+)  # fmt: skip
+def test_what_other_programs_call_usage_is_left_alone(usage):
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage)
+    assert (told["state"], told["tokenUsage"], told["estimatedCostUsd"]) == ("idle", None, None)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"models": {"m": 7}, "agents": {"": 7}},
+        {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
+        {"models": {"": {}}, "agents": {}, "model": 9, "partial": "yes"},
+    ],
+)  # fmt: skip
+def test_odd_usage_counts_as_nothing(usage):
+    told = session_tale().say("Stop", usage=usage)
+    assert set(told["tokenUsage"].values()) == {0} and told["estimatedCostUsd"] == 0
+
+
+def test_usage_that_is_not_whole_yet_says_so():
+    tale = session_tale()
+    assert tale.say("Stop", usage=usage_told(5, partial=True))["tokenUsage"]["partial"] is True
+    assert "partial" not in tale.say("Stop", usage=usage_told(6))["tokenUsage"]
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("claude-opus-5-5", "opus-5-5"),
+        ("claude-opus-4-5-20251101", "opus-4-5"),
+        ("claude-opus-4-20250514", "opus-4"),
+        ("claude-opus-4-0", "opus-4"),
+        ("claude-sonnet-4-5@20250929", "sonnet-4-5"),
+        ("us.anthropic.claude-sonnet-4-5-20250929-v1:0", "sonnet-4-5"),
+        ("anthropic/claude-sonnet-5.5", "sonnet-5-5"),
+        ("claude-opus-4-6[1m]", "opus-4-6"),
+        ("claude-3-7-sonnet-20250219", "sonnet-3-7"),
+        ("claude-3-5-haiku-latest", "haiku-3-5"),
+        ("claude-3-opus-20240229", "opus-3"),
+        ("gpt-6", ""),
+        ("", ""),
+    ],
+)
+def test_the_family_of_a_model_is_found_in_any_clouds_spelling(model, family):
+    assert cm.model_family(model) == family
+
+
+def usage_cost(model: str, prices: "dict[str, Any] | None" = None, **counts: int) -> Any:
+    """Return the estimate for a million tokens of each named kind."""
+    usage = cm.SessionUsage(1, {model: cm.ModelUsage(cm.Tokens(**counts), cm.Tokens())})
+    return cm.PriceList(prices).estimate(usage)
+
+
+def test_every_price_follows_the_rules_of_the_price_list():
+    assert all(family == cm.model_family("claude-" + family) or family[-1] == "3" for family in cm.PRICES)
+    for family, price in {**cm.PRICES, **cm.LONG_PROMPT_PRICES}.items():
+        assert price.output == pytest.approx(5 * price.input), family
+        assert price.cache_write_5m == pytest.approx(1.25 * price.input, rel=0.05), family
+        assert price.cache_write_1h == pytest.approx(2 * price.input), family
+        assert 0.02 * price.input < price.cache_read < 0.13 * price.input, family
+
+
+def test_each_kind_of_token_has_its_price():
+    million, model = 1_000_000, "claude-opus-4-1-20250805"
+    assert usage_cost(model, input=million) == 15
+    assert usage_cost(model, output=million) == 75
+    assert usage_cost(model, cache_read=million) == 1.5
+    assert usage_cost(model, cache_creation=million) == 18.75
+    assert usage_cost(model, cache_creation=million, cache_creation_1h=million) == 30
+
+
+def test_prompts_beyond_100000_tokens_have_their_own_price_where_the_model_has_one(tmp_path):
+    path = tmp_path / "s1.jsonl"
+    path.write_bytes(
+        usage_line("m1", 1000, "claude-haiku-5-5", cache_read_input_tokens=99_999)
+        + usage_line("m2", 1000, "claude-haiku-5-5", cache_read_input_tokens=100_000)
+        + usage_line("m3", 1000, "claude-opus-5-5", cache_read_input_tokens=500_000)
+    )
+    usage = usage_read(usage_reader(tmp_path), str(path))
+    expected = (
+        (0.1 + 1000 * 0.5 + 99_999 * 0.01)
+        + (0.5 + 1000 * 2.5 + 100_000 * 0.05)
+        + (4 + 1000 * 20 + 500_000 * 0.2)
+    ) / 1e6
+    assert session_tale().say("Stop", usage=usage)["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
+    tale = session_tale()
+    told = tale.say("Stop", usage=usage_told(7, "some-model"))
+    assert (told["tokenUsage"]["totalOutput"], told["estimatedCostUsd"]) == (7, None)
+    both = usage_told(7, "some-model")
+    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
+    assert tale.say("Stop", usage=both)["estimatedCostUsd"] is None
+
+
+def test_configured_prices_win_by_model_by_family_and_by_kind():
+    price = {"input": 100, "output": 200}
+    for name in ("claude-opus-4-5-20251101", "opus-4-5", "opus"):
+        assert usage_cost("claude-opus-4-5-20251101", {name: price}, input=10_000) == 1
+    assert usage_cost("claude-sonnet-4-5", {"opus": price}, input=10_000) == 0.03
+    assert usage_cost("my-model", {"my-model": price}, output=10_000) == 2
+    assert usage_cost("my-model", {"my-model": price}, cache_read=10_000) == 0.1
+    exact = {**price, "cacheRead": 7, "cacheWrite5m": 8, "cacheWrite1h": 9}
+    million = 1_000_000
+    assert (
+        usage_cost(
+            "m", {"m": exact}, cache_read=million, cache_creation=2 * million, cache_creation_1h=million
+        )
+        == 24
+    )
+
+
+def test_tokens_and_cost_arrive_through_real_hooks_and_survive_a_restart(hook_installed, monitor):
+    monitor.write_config(
+        {"prices": {"opus-5-5": {"input": 40, "output": 200}}, "privacy": {"level": "metadata"}}
+    )
+    monitor.start()
+    shutil.copytree(os.path.dirname(usage_transcript("subagent")), monitor.home + "/transcripts")
+    (path,) = glob.glob(monitor.home + "/transcripts/*.jsonl")
+    session = os.path.basename(path)[: -len(".jsonl")]
+    with open(path, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    for part in (lines[:5], lines):
+        with open(path, "wb") as file:
+            file.write(b"".join(part))
+        hook_call(
+            hook_installed.command, {**payload("Stop", session), "transcript_path": path}, monitor.environment
+        )
+    told = monitor.sessions()[session]
+    assert told["tokenUsage"] == {
+        "totalInput": 88, "totalOutput": 333, "totalCacheRead": 26664, "totalCacheCreation": 1776,
+    }  # fmt: skip
+    assert told["model"] == "claude-opus-5-5"
+    expected = (88 * 40 + 333 * 200 + 26664 * 4 + 1600 * 50 + 176 * 80) / 1e6
+    assert told["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+    first, second = [event["data"]["usage"] for event in monitor.stored_events()]
+    assert usage_output(first) < usage_output(second) == 333
+    monitor.stop()
+    monitor.start()
+    again = monitor.sessions()[session]
+    assert again["tokenUsage"] == told["tokenUsage"] and again["estimatedCostUsd"] == told["estimatedCostUsd"]
+
+
+def test_a_fifo_for_a_transcript_holds_neither_monitor_nor_hook(hook_installed, running):
+    os.mkfifo(running.home + "/t.jsonl")
+    given_payload = {**payload("Stop", "fifo"), "transcript_path": running.home + "/t.jsonl"}
+    hook_call(hook_installed.command, given_payload, running.environment)
+    told = eventually(lambda: running.sessions().get("fifo"))
+    assert told["tokenUsage"] is None and told["state"] == "idle"
 
 
 # ---------------------------------------------------------------------------
@@ -7233,6 +8372,27 @@ def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> N
     assert running.sessions()[session_id]["state"] == "ended"
 
 
+def test_a_client_that_was_killed_while_nobody_looked_ended_with_its_last_event(
+    running: RunningMonitor,
+) -> None:
+    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+    command = running.installed_command()
+    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+    run_hook(command, line, {**running.environment, "CLAUDE_PID": str(client.pid)})
+    told = running.sessions()["gone"]
+    assert told["state"] == "working"
+    running.stop()
+    client.kill()
+    client.wait()
+    time.sleep(0.5)  # what passes before anybody looks is no part of the session
+    (offline,) = json.loads(running.command("sessions", "--json", "--all").stdout)
+    running.start()
+    again = running.sessions()["gone"]
+    assert again["state"] == offline["state"] == "ended"
+    assert again["endTime"] == offline["endTime"] == again["stateSince"] == told["lastEventTime"]
+    assert again["reason"]["detail"] == "its process is gone"
+
+
 # The command line
 
 
@@ -7339,6 +8499,14 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert "5 events" in running.command("export", "--output", target).stdout
     with open(target, encoding="utf-8") as file:
         assert file.read().splitlines() == exported
+    for number in range(5):
+        running.emit(
+            payload(
+                "PostToolUseFailure", "stuck", tool_name="Edit", tool_use_id=f"t{number}", error="no match"
+            )
+        )
+    assert "Edit failed 5 times the same way: no match" in running.command("sessions").stdout
+    as_json = json.loads(running.command("sessions", "--json", "--all").stdout)
     running.stop()
     offline = running.command("sessions", "--json", "--all")
     assert "files" in offline.stderr
@@ -7364,6 +8532,98 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
     command = running.installed_command()
     assert run_hook(command, json.dumps(payload("Stop")).encode(), environment).returncode == 0
     assert [event["hookType"] for event in running.stored_events()] == ["Stop"]
+
+
+# ---------------------------------------------------------------------------
+# Doctor: each broken link is named, with what to do
+# ---------------------------------------------------------------------------
+
+
+def examine(monitor: RunningMonitor) -> "tuple[int, dict[str, list[dict[str, str]]]]":
+    """Run `doctor --json`; return its exit status and the findings by the name of their check."""
+    done = monitor.command("doctor", "--json", check=False)
+    answer = json.loads(done.stdout)
+    findings: dict[str, list[dict[str, str]]] = {}
+    for finding in answer["findings"]:
+        findings.setdefault(finding["check"], []).append(finding)
+    assert answer["ok"] == (done.returncode == 0)
+    return done.returncode, findings
+
+
+def levels(findings: "dict[str, list[dict[str, str]]]", check: str) -> "list[str]":
+    return [finding["level"] for finding in findings[check]]
+
+
+def test_doctor_finds_nothing_wrong_where_nothing_is(running):
+    running.command("install")
+    status, findings = examine(running)
+    assert status == 0, findings
+    for check in ("config", "files", "hook", "registered", "spool", "monitor", "socket", "probe"):
+        assert levels(findings, check) == ["ok"], findings[check]
+    assert "reached the monitor" in findings["probe"][0]["words"]
+    events = running.get("/api/events?limit=10")["events"]
+    assert [event["data"]["message"].startswith("doctor ") for event in events] == [True]
+    words = running.command("doctor").stdout
+    assert words.startswith("ok   config") and words.endswith("Everything that was examined works.\n")
+
+
+def test_doctor_says_that_the_monitor_does_not_run_and_loses_no_event(monitor):
+    monitor.start().command("install")
+    monitor.command("stop")
+    status, findings = examine(monitor)
+    assert status == 1
+    assert levels(findings, "monitor") == levels(findings, "probe") == ["fail"]
+    assert findings["monitor"][0]["advice"] == "run: python3 contextuate_monitor.py start"
+    assert levels(examine(monitor)[1], "spool") == ["warn"]  # the first probe waits there
+    monitor.start()
+    eventually(lambda: len(monitor.get("/api/events?limit=10")["events"]) == 2)
+    assert examine(monitor)[0] == 0
+
+
+def test_doctor_says_that_the_hook_is_missing_not_registered_or_of_another_version(running):
+    status, findings = examine(running)
+    assert status == 1 and levels(findings, "hook") == levels(findings, "registered") == ["fail"]
+    assert "install" in findings["hook"][0]["advice"]
+    running.command("install")
+    with open(running.home + "/hooks/lib/emit_event.py", "a", encoding="utf-8") as file:
+        file.write("# another version\n")
+    status, findings = examine(running)
+    assert status == 0 and levels(findings, "hook") == ["warn"]
+    os.unlink(running.home + "/hooks/lib/emit_event.py")
+    assert levels(examine(running)[1], "hook")[0] == "fail"
+
+
+def test_doctor_sees_that_claude_code_runs_no_hooks(running):
+    running.command("install")
+    path = running.claude_home + "/settings.json"
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**settings, "disableAllHooks": True}, file)
+    status, findings = examine(running)
+    assert status == 1 and findings["registered"][0]["level"] == "fail"
+    assert "disableAllHooks" in findings["registered"][0]["words"]
+
+
+def test_doctor_names_what_is_wrong_in_the_configuration(monitor):
+    monitor.write_config({"server": {"port": "many"}})
+    status, findings = examine(monitor)
+    assert status == 1 and list(findings) == ["config"]
+    assert "server.port: expected an integer" in findings["config"][0]["words"]
+    monitor.write_config({"sever": {"port": 1}})
+    assert levels(examine(monitor)[1], "config") == ["ok", "warn"]
+
+
+def test_doctor_sees_files_that_are_open_to_others_and_that_a_port_is_taken(monitor):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monitor.write_config({"server": {"port": port, "wsPort": 0}})
+        os.chmod(monitor.home, 0o755)
+        status, findings = examine(monitor)
+    assert status == 1 and levels(findings, "files") == ["warn"]
+    assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
 
 
 # ---------------------------------------------------------------------------
@@ -7703,6 +8963,164 @@ def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     tab.said.clear()
 
 
+def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
+    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there."""
+    return dict(tab.page.evaluate(
+        """(target) => {
+          const { timeline, store } = contextuate;
+          const row = store.rows.find((row) => row.target === target);
+          const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
+          const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
+          const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
+          const end = row.outcome ? row.time + row.duration : Date.now();
+          const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const y = 24 + 2 + index * 20 + 13 - timeline.top;
+          const canvas = document.querySelector('#timeline-canvas');
+          const box = canvas.getBoundingClientRect();
+          const scale = canvas.width / box.width;
+          const copy = Object.assign(document.createElement('canvas'), { width: 1, height: 1 });
+          const pen = copy.getContext('2d', { willReadFrequently: true });
+          pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
+          const pixel = pen.getImageData(0, 0, 1, 1).data;
+          return { x: box.x + x, y: box.y + y, index, colour: [...pixel.slice(0, 3)] };
+        }""", target
+    ))  # fmt: skip
+
+
+def browser_colour(tab: BrowserTab, name: str) -> "list[int]":
+    """Return one colour of the page's palette as red, green, blue."""
+    words = tab.page.evaluate(
+        f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')"
+    ).strip()
+    return [int(words[at : at + 2], 16) for at in (1, 3, 5)]
+
+
+@needs_browser
+def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    agent = {"agent_id": "a1", "agent_type": "explorer"}
+    long = {"tool_response": "", "duration_ms": 40_000}
+    running.emit(
+        payload("UserPromptSubmit", prompt="go"),
+        *({**event, **(long if "tool_response" in event else {})} for event in browser_call(1, tool_response="")),
+        payload("SubagentStart", **agent),
+        *({**event, **agent} for event in browser_call(2)),
+        {**browser_call(2)[0], **agent, "hook_event_name": "PostToolUseFailure", "error": "no",
+         "duration_ms": 20_000},
+        *({**event, **agent} for event in browser_call(3)),
+        payload("UserPromptSubmit", "other", prompt="else"),
+        *page_ask("other", "rm -rf build")[:2],
+    )  # fmt: skip
+    tab = open_tab(running)
+    eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 3)
+    tab.page.focus("#timeline-canvas")
+    for _ in range(4):
+        tab.page.keyboard.press("+")
+    told = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
+    assert tab.page.evaluate(told) == [
+        ["other", "", 0, "else"], ["s1", "", 0, "go"], ["s1", "a1", 1, "explorer"],
+    ]  # fmt: skip
+    eventually(lambda: browser_bar(tab, "make step-1")["colour"] == browser_colour(tab, "bar"))
+    eventually(lambda: browser_bar(tab, "make step-2")["colour"] == browser_colour(tab, "red"))
+    eventually(lambda: browser_bar(tab, "rm -rf build")["colour"] == browser_colour(tab, "amber"))
+    place = browser_bar(tab, "make step-2")
+    tab.page.mouse.move(place["x"], place["y"])
+    for words in ("Bash", "make step-2", "failed", "20 s", "go \u203a explorer"):
+        tab.shows("tip", words)
+    tab.page.mouse.click(place["x"], place["y"])
+    tab.shows("drawer", "make step-2")
+    tab.page.keyboard.press("Escape")
+    name = tab.page.query_selector("#timeline-canvas").bounding_box()
+    tab.page.mouse.click(name["x"] + 40, name["y"] + 24 + 2 + 20 * 2 + 10)
+    eventually(lambda: "a=a1" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_a_brushed_part_of_the_timeline_filters_the_table(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    tab.page.focus("#timeline-canvas")
+    for _ in range(4):
+        tab.page.keyboard.press("+")
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+
+    def brush(start: float, end: float) -> None:
+        tab.page.mouse.move(box["x"] + box["width"] * start, box["y"] + 8)
+        tab.page.mouse.down()
+        tab.page.mouse.move(box["x"] + box["width"] * (start + end) / 2, box["y"] + 8)
+        tab.page.mouse.move(box["x"] + box["width"] * end, box["y"] + 8)
+        tab.page.mouse.up()
+
+    brush(0.3, 0.5)
+    tab.shows("range", "\u2013")
+    eventually(lambda: not tab.rows(), 15, "rows of that time only")
+    link = tab.page.evaluate("location.hash")
+    assert re.fullmatch(r"#t=\d+-\d+", link)
+    other = open_tab(running, link)
+    other.shows("range", "\u2013")
+    assert not other.rows()
+    tab.page.click("[data-testid=range]")
+    tab.row_with("make step-1")
+    brush(0.6, 0.999)
+    tab.shows("range", "\u2013")
+    tab.row_with("make step-1")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("range") == "")
+
+
+@needs_browser
+def test_the_timeline_is_moved_and_zoomed_by_wheel_drag_keys_and_buttons(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+
+    def span() -> float:
+        return float(tab.page.evaluate("contextuate.timeline.span"))
+
+    assert span() == 15 * 60_000
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+    tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60)
+    tab.page.mouse.wheel(0, 200)
+    eventually(lambda: span() > 15 * 60_000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    tab.page.mouse.wheel(0, -4000)
+    eventually(lambda: span() == 60_000, 15, "no shorter than a minute")
+    tab.page.focus("#time-out")
+    for _ in range(11):
+        tab.page.keyboard.press("Enter")
+    eventually(lambda: span() == 24 * 3_600_000 and tab.page.is_disabled("#time-out"))
+    tab.page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 60)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 60, steps=4)
+    tab.page.mouse.up()
+    eventually(lambda: tab.page.is_visible("#time-now"))
+    tab.page.click("#time-now")
+    eventually(lambda: not tab.page.is_visible("#time-now"))
+    tab.page.keyboard.press("t")
+    eventually(lambda: tab.text("timeline") == "")
+    tab.page.reload()
+    tab.row_with("make step-1")
+    assert tab.text("timeline") == "", "it stays away"
+    tab.page.keyboard.press("t")
+    eventually(lambda: tab.text("timeline"))
+
+
+def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
+    """Return a call of Bash that waits for a permission, and its result."""
+    call = {"tool_name": "Bash", "tool_input": {"command": command}}
+    return [
+        payload("PreToolUse", session, tool_use_id=use, **call),
+        payload("PermissionRequest", session, **call),
+        payload("PostToolUse", session, tool_use_id=use, tool_response="", duration_ms=7, **call),
+    ]
+
+
 HOSTILE = [
     "<script>window.acted = 1</script>",
     "<img src=x onerror='window.acted = 1'>",
@@ -7765,6 +9183,78 @@ def test_nothing_that_an_event_says_can_act(running: RunningMonitor, open_tab: A
     assert any("<script>" in row.inner_text() for row in tab.rows()) or "<script>" in tab.text("rail")
 
 
+def browser_told(tab: BrowserTab, **status: Any) -> None:
+    """Let the page hear a status of the monitor with some fields different."""
+    tab.page.evaluate(
+        "(fields) => contextuate.store.apply({ ...contextuate.store.status, type: 'status', ...fields })",
+        status,
+    )
+
+
+@needs_browser
+def test_the_status_view_tells_what_the_monitor_tells(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running, "#status")
+    tab.shows("status", "local, this machine")
+    for words in (cm.__version__, str(running.pid), running.home + "/events", "1 event", "testbox"):
+        tab.shows("status", words)
+    running.emit(payload("UserPromptSubmit", prompt="second"), payload("Stop"))
+    tab.shows("status", "3 events")
+    assert "Redis" not in tab.text("status") and tab.text("banner") == ""
+    tab.page.keyboard.press("Escape")
+    tab.row_with("second")
+    assert tab.text("status") == "" and tab.page.evaluate("location.hash") == ""
+    tab.page.keyboard.press(str(1 + [view["id"] for view in browser_views(tab)].index("status")))
+    tab.shows("status", "Machines")
+    assert tab.page.evaluate("location.hash") == "#status"
+    tab.page.click("[data-testid=counter-idle]")
+    tab.row_with("first")
+
+
+def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
+    """Return the views that the page offers, in their order."""
+    return list(tab.page.evaluate(
+        "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
+    ))  # fmt: skip
+
+
+REDIS_AWAY = {
+    "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
+    "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
+    "since": NOW_MS, "nextAttemptAt": NOW_MS, "lastHeardAt": NOW_MS, "position": "1-0", "streamState": "ok",
+    "streamReason": None, "gaps": 0, "received": 7, "fromStream": 2,
+}  # fmt: skip
+
+
+@needs_browser
+def test_what_is_wrong_with_redis_is_said_in_words(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    assert tab.text("banner") == "" and tab.text("loss") == ""
+    sent: list[str] = []
+    tab.page.on("websocket", lambda channel: channel.on("framesent", lambda text: sent.append(text)))
+    tab.page.reload()
+    tab.row_with("first")
+    browser_told(tab, mode="redis", redis=REDIS_AWAY)
+    tab.shows("banner", "Redis does not answer (attempt 3 of 10): connection refused.")
+    tab.shows("banner", "this machine\u2019s store")
+    tab.page.click("[data-testid=banner] >> text=Reconnect")
+    eventually(lambda: any('"reconnect_redis"' in text for text in sent))
+    browser_told(tab, redis={**REDIS_AWAY, "state": "given_up", "attempt": 10})
+    tab.shows("banner", "Redis did not answer 10 times")
+    browser_told(
+        tab, redis={**REDIS_AWAY, "state": "connected", "attempt": 0, "reason": None, "streamState": "refused",
+                    "streamReason": "NOPERM", "gaps": 2},
+        publisher={"running": True, "state": "waiting", "reason": "password refused"},
+        spool={"segments": 1, "bytes": 10, "dropped": 5},
+    )  # fmt: skip
+    tab.shows("banner", "Redis refuses the stream: NOPERM")
+    tab.shows("banner", "wait in the spool, Redis does not take them: password refused")
+    tab.shows("loss", "5 events lost, 2 gaps")
+    assert "does not answer" not in tab.text("banner")
+
+
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1024, 1440])
@@ -7790,6 +9280,555 @@ def shared_demo() -> "Iterator[RunningMonitor]":
     made.command("demo", "--live", "0")
     yield made
     clean_up(made)
+
+
+def page_rail(tab: BrowserTab) -> "list[tuple[str, str]]":
+    """Return the sessions of the rail, from the top: id and state."""
+    found = tab.page.evaluate(
+        "[...document.querySelectorAll('[data-testid=session]')]"
+        ".map((el) => [el.dataset.sessionId, el.dataset.state])"
+    )
+    return [(session, state) for session, state in found]
+
+
+def page_counts(tab: BrowserTab) -> "dict[str, int]":
+    """Return the numbers of the counters in the top bar, -1 where it says "?"."""
+    found = tab.page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.counter')].map((el) => "
+        "[el.dataset.testid.slice(8), Number(el.querySelector('b').textContent.replace('?', '-1'))]))"
+    )
+    return {name: int(number) for name, number in found.items()}
+
+
+@needs_browser
+def test_the_title_and_the_rail_tell_who_waits_the_longest_wait_first(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", session, prompt=session) for session in ("a", "b", "c")))
+    tab = open_tab(running)
+    eventually(lambda: page_counts(tab)["working"] == 3)
+    assert tab.page.title() == "Contextuate Monitor"
+    for number, session in enumerate(("c", "a"), 1):
+        since = {name: value["stateSince"] for name, value in running.sessions().items()}
+        eventually(lambda since=since: cm.now_ms() > max(since.values()) + 1)  # two waits, two times
+        running.emit(*page_ask(session, f"rm {session}")[:2])
+        eventually(lambda number=number: tab.page.title() == f"({number}) Contextuate Monitor")
+    eventually(lambda: page_rail(tab) == [("c", "waiting"), ("a", "waiting"), ("b", "working")])
+    assert "Allow Bash: rm c" in tab.page.inner_text("[data-session-id=c]")
+    assert "Needs you" in tab.text("rail") and tab.text("rail").index("Needs you") < tab.text("rail").index(
+        "Working"
+    )
+    tab.page.click("[data-testid=counter-waiting]")
+    eventually(lambda: [session for session, _ in page_rail(tab)] == ["c", "a"])
+    tab.page.click("[data-testid=counter-waiting]")
+    eventually(lambda: len(page_rail(tab)) == 3)
+    running.emit(page_ask("c", "rm c")[2])
+    eventually(lambda: page_rail(tab)[0] == ("a", "waiting") and ("c", "working") in page_rail(tab))
+    assert tab.page.title() == "(1) Contextuate Monitor"
+    running.emit(page_ask("a", "rm a")[2])
+    eventually(lambda: tab.page.title() == "Contextuate Monitor" and page_counts(tab)["waiting"] == 0)
+
+
+@needs_browser
+def test_counters_tell_what_the_monitor_tells_and_filters_can_be_taken_back(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    for session, last in {"w": None, "i": "Stop", "f": "StopFailure", "e": "SessionEnd"}.items():
+        running.emit(payload("UserPromptSubmit", session, prompt=f"work of {session}"))
+        if last:
+            running.emit(payload(last, session, error="server_error", reason="logout"))
+    running.emit(*page_ask("n", "rm x")[:2])
+    told = collections.Counter(session["state"] for session in running.sessions().values())
+    assert told == {"working": 1, "idle": 1, "failed": 1, "ended": 1, "waiting": 1}
+    tab = open_tab(running)
+    eventually(lambda: page_counts(tab) == {**dict.fromkeys(page_counts(tab), 0), **told})
+    for state, session in {"working": "w", "idle": "i", "failed": "f", "ended": "e"}.items():
+        tab.page.click(f"[data-testid=counter-{state}]")
+        eventually(lambda session=session: [name for name, _ in page_rail(tab)] == [session])
+        tab.row_with(f"work of {session}")
+        assert {row.query_selector(".c-session").inner_text() for row in tab.rows()} == {f"work of {session}"}
+        tab.page.keyboard.press("Escape")
+        eventually(lambda: len(page_rail(tab)) == 5)
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type("no such words")
+    eventually(lambda: "No loaded row has \u201cno such words\u201d" in tab.page.inner_text("#tablenote"))
+    again = open_tab(running, tab.page.evaluate("location.hash"))
+    eventually(lambda: "no such words" in again.page.inner_text("#tablenote"), 15, "the link keeps the words")
+    tab.page.keyboard.press("Escape")
+    tab.row_with("work of w")
+
+
+@needs_browser
+def test_what_one_tab_does_every_tab_shows(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("one", "two")))
+    acting, watching = open_tab(running), open_tab(running)
+    eventually(lambda: len(page_rail(watching)) == 2)
+    watching.page.click("[data-session-id=one]")
+    for words, key in (("Rename", "named elsewhere"), ("Pin", None), ("Delete", None)):
+        acting.page.click("[data-session-id=one]", button="right")
+        acting.page.click(f"[data-testid=menu] >> text={words}")
+        if key:
+            acting.page.fill("dialog input", key)
+            acting.page.keyboard.press("Enter")
+            watching.shows("rail", key)
+            eventually(lambda: "named elsewhere" in watching.page.title())
+        elif words == "Pin":
+            eventually(lambda: page_rail(watching)[0][0] == "one")
+        else:
+            acting.page.click("dialog button.danger")
+    eventually(lambda: [session for session, _ in page_rail(watching)] == ["two"])
+    eventually(lambda: watching.page.evaluate("location.hash") == "", 15, "the deleted session is left")
+    watching.row_with("work of two")
+    assert "one" not in running.sessions()
+
+
+@needs_browser
+def test_a_parent_is_set_in_the_menu_and_the_child_stands_below_it(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("top", "below")))
+    tab = open_tab(running)
+    for chosen, parent in (("top", "top"), ("", None)):
+        tab.page.click("[data-session-id=below]", button="right")
+        tab.page.click("[data-testid=menu] >> text=Set parent")
+        options = tab.page.evaluate("[...document.querySelectorAll('dialog option')].map((el) => el.value)")
+        assert options == ["", "top"], "not itself"
+        tab.page.select_option("dialog select", chosen)
+        tab.page.click("dialog button.first")
+        eventually(lambda parent=parent: running.sessions()["below"]["parentSessionId"] == parent)
+        child = "[data-session-id=below].child"
+        eventually(lambda child=child, parent=parent: bool(tab.page.query_selector(child)) == bool(parent))
+        if parent:
+            assert [session for session, _ in page_rail(tab)] == ["top", "below"]
+
+
+def browser_store(tab: BrowserTab, expression: str) -> Any:
+    """Look something up in what the page keeps."""
+    return tab.page.evaluate(f"(() => {{ const store = window.contextuate.store; return {expression}; }})()")
+
+
+def browser_fits(tab: BrowserTab) -> bool:
+    """Tell whether nothing sticks out at the right of the page or of a pane."""
+    return bool(
+        tab.page.evaluate(
+            """() => [document.documentElement, document.body, ...document.querySelectorAll(
+            '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
+            )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
+        )
+    )
+
+
+BROWSER_DRAWERS = [
+    ("simple", "Bash", "echo hello", ["Say hello", "echo hello", "Output\nCopy\nhello", "24 ms"]),
+    ("simple", "Write", "note.txt", ["note.txt", "1\nline one\n2\nline two"]),
+    ("simple", "Read", "note.txt", ["note.txt", "1\nline one\n2\nline two"]),
+    ("simple", "Edit", "note.txt", ["note.txt", "+1 \u22121", "\u2212\nline two", "+\nline 2"]),
+    ("simple", "Prompt", "do it", ["[[scn:simple]] please do it"]),
+    ("failing", "Bash", "exit 3", ["A failing command", "Exit code 3", "out\nerr", "failed"]),
+    ("failing", "Bash", "sleep 5", ["Exit code 143", "Command timed out after 1s", "1.0 s"]),
+    ("failing", "Read", "does-not-exist.txt", ["File does not exist"]),
+    ("tasks", "TaskCreate", "", ["Task 1", "First task", "Do the first thing"]),
+    ("tasks", "TaskUpdate", "", ["Task 1", "in_progress \u2192 completed"]),
+    ("mcp", "demo \u203a echo", "", ["hello mcp", "echo: hello mcp"]),
+    ("mcp", "demo \u203a fail", "", ["boom", "fail: boom", "failed"]),
+    ("mcp", "Question", "Your name?", ["Your name?", "demo"]),
+    ("i-misc", "AskUserQuestion", "", ["Color", "Red or blue?", "Red", "Blue"]),
+    ("i-misc", "Permission asked", "", ["AskUserQuestion", "Red or blue?"]),
+    ("subagent", "Agent", "inner job", ["general-purpose", "do the inner job", "Inner result: 42", "Totals"]),
+    ("v2.0.77-subagent", "Task", "", ["do it", "Inner result: 42", "3,608"]),
+    ("bgbash", "Bash", "bg-finished", ["Runs in the background as bpqoxp5ye"]),
+    ("p-perm", "Write", "perm.txt", ["you haven't granted it yet"]),
+    ("apierror529", "Turn failed", "", ["server_error", "529 fake: Overloaded"]),
+    ("large", "Bash", "print('x'*1000000)", ["1 MB of output", "xxxxxxxx", "The whole output is in"]),
+    ("large", "Read", "lines.txt", ["lines.txt", "Show 500 more of"]),
+]
+
+
+def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
+    """Return the last row of one tool, or of one kind of event, with these words."""
+
+    def found() -> Any:
+        rows = [
+            row
+            for row in tab.rows()
+            if row.query_selector(".c-tool").inner_text() == tool and words in row.inner_text()
+        ]
+        return max(rows, key=lambda row: int(row.get_attribute("aria-rowindex")), default=None)
+
+    return eventually(found, 10, f"a row {tool} {words}")
+
+
+@pytest.fixture(scope="module")
+def browser_recordings() -> "Iterator[RunningMonitor]":
+    """A running monitor into which one of each recording that the drawer is shown for was played."""
+    made = RunningMonitor(new_home()).start()
+    for name in dict.fromkeys(name for name, *_ in BROWSER_DRAWERS):
+        made.emit(*({**event, "session_id": name.replace(".", "-")} for event in recorded(name)))
+    yield made
+    clean_up(made)
+
+
+@needs_browser
+def test_the_drawer_shows_of_every_kind_what_a_person_wants(
+    browser_recordings: RunningMonitor, open_tab: Any
+) -> None:
+    tab = open_tab(browser_recordings)
+    for name, tool, words, wanted in BROWSER_DRAWERS:
+        tab.page.evaluate(f"location.hash = 's={name.replace('.', '-')}'")
+        browser_row_of(tab, tool, words).click()
+        for each in wanted:
+            eventually(
+                lambda each=each: each in tab.text("drawer"), 10, f"{name}: {each!r} for {tool} {words}"
+            )
+        tab.page.keyboard.press("Escape")
+    browser_row_of(tab, "Read", "lines.txt").click()
+    assert "\n777\n" not in tab.text("drawer")
+    tab.page.click(".showmore >> nth=0")
+    eventually(lambda: "\n777\n" in tab.text("drawer"))
+
+
+@needs_browser
+def test_colours_of_a_terminal_are_colours_and_no_text(running: RunningMonitor, open_tab: Any) -> None:
+    words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
+    words += " \x1b]0;title\x07end\x1b[2J"
+    running.emit(*browser_call(1, tool_response={"stdout": words, "stderr": ""}))
+    tab = open_tab(running)
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "red green orange plain end")
+    found = tab.page.evaluate(
+        "[...document.querySelectorAll('.drawer .block span')]"
+        ".map((el) => [el.textContent, getComputedStyle(el).color])"
+    )
+    assert [text for text, _ in found] == ["red", "green", "orange"]
+    assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
+
+
+@needs_browser
+def test_rows_stay_where_they_are_while_others_come_above_and_below(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*[event for number in range(1200) for event in browser_call(number, tool_response="")])
+    tab = open_tab(running)
+    tab.row_with("make step-1199")
+    oldest = browser_store(tab, "store.rows[0].seq")
+    tab.page.hover("[data-testid=table]")
+    tab.page.mouse.wheel(0, -100_000)
+    eventually(lambda: browser_store(tab, "store.rows[0].seq") < oldest, 15, "an older page")
+    eventually(lambda: not browser_store(tab, "store.loadingOlder"))
+
+    def at_top() -> "list[str]":
+        return sorted(
+            row.inner_text()
+            for row in tab.rows()
+            if row.bounding_box()["y"] < 400 and "step" in row.inner_text()
+        )
+
+    tab.page.mouse.wheel(0, 1300)
+    tab.page.wait_for_timeout(200)
+    before = at_top()
+    assert before and not any("step-1199" in text for text in before)
+    running.emit(*browser_call(5000), *browser_call(5001))
+    tab.shows("new-count", "2 new")
+    assert at_top() == before
+    tab.page.click("[data-testid=new-count]")
+    tab.row_with("make step-5001")
+    assert tab.text("new-count") == ""
+
+
+@needs_browser
+def test_the_keyboard_reaches_sessions_menus_and_who_waits(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "busy", prompt="busy work"),
+        payload("UserPromptSubmit", "asks", prompt="clean up"),
+        payload("PreToolUse", "asks", **BROWSER_ASK),
+        payload("PermissionRequest", "asks", tool_name="Bash", tool_input=BROWSER_ASK["tool_input"]),
+    )
+    tab = open_tab(running)
+    eventually(lambda: tab.page.query_selector("[data-session-id=asks][data-state=waiting]"))
+    tab.page.keyboard.press("n")
+    eventually(lambda: "asks" in tab.page.evaluate("location.hash"))
+    eventually(lambda: not any("busy work" in row.inner_text() for row in tab.rows()))
+    tab.page.keyboard.press("m")
+    tab.shows("menu", "Rename")
+    tab.page.keyboard.press("ArrowDown")
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.type("By keys")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: running.sessions()["asks"]["label"] == "By keys")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.page.evaluate("location.hash") == "")
+    tab.page.focus("[data-testid=rail]")
+    for key in ("Home", "ArrowDown", "ArrowDown", "Enter"):
+        tab.page.keyboard.press(key)
+    eventually(lambda: "s=asks" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_a_phone_shows_one_pane_at_a_time_and_everything_fits(
+    shared_demo: RunningMonitor, open_tab: Any
+) -> None:
+    tab = open_tab(shared_demo, width=360)
+    tab.shows("banner", "demo --remove")
+    assert tab.page.query_selector("[data-testid=banner]").bounding_box()["height"] < 40, "one line"
+    tab.page.click("text=Got it")
+    eventually(lambda: tab.text("banner") == "")
+    tab.page.reload()
+    eventually(lambda: tab.page.query_selector("[data-testid=session]"))
+    eventually(lambda: browser_store(tab, "store.status !== null"))
+    assert tab.text("banner") == "" and browser_fits(tab)
+    tab.page.click("[data-testid=session]")
+    eventually(tab.rows)
+    assert tab.text("rail") == "" and browser_fits(tab)
+    for name in ("Edit", "Bash", "Prompt"):
+        next(row for row in tab.rows() if name in row.inner_text()).click()
+        tab.shows("drawer", name)
+        eventually(lambda: "Loading" not in tab.text("drawer"))
+        assert browser_fits(tab), name
+        tab.page.click("[aria-label='Close (Esc)']")
+        eventually(lambda: tab.text("drawer") == "")
+    tab.page.click("[aria-label='Back to the sessions']")
+    eventually(lambda: tab.text("rail"))
+    assert not tab.rows()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1024, 1440])
+def test_nothing_sticks_out_with_the_drawer_open(
+    shared_demo: RunningMonitor, open_tab: Any, width: int
+) -> None:
+    tab = open_tab(shared_demo, width=width)
+    eventually(lambda: len(tab.rows()) > 5)
+    tab.rows()[-2].click()
+    eventually(lambda: tab.text("drawer") and "Loading" not in tab.text("drawer"))
+    assert browser_fits(tab)
+
+
+BROWSER_ASK = {"tool_name": "Bash", "tool_input": {"command": "rm -rf build"}, "tool_use_id": "asked"}
+
+
+BROWSER_WATCH = """
+window.violations = [];
+document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
+window.strange = new Set();
+const known = new Set(`HTML HEAD BODY META TITLE LINK STYLE SCRIPT HEADER MAIN ASIDE SECTION DIV SPAN LABEL
+  INPUT BUTTON I B H1 H2 H3 P OL UL LI CODE SMALL DL DT DD svg path CANVAS DIALOG SELECT
+  OPTION KBD HR PROGRESS NAV TABLE THEAD TBODY TR TH TD H4 BLOCKQUOTE STRONG EM S`.split(/\\s+/));
+function look(node) {
+  if (node.nodeType !== 1) return;
+  for (const el of [node, ...node.querySelectorAll('*')]) {
+    if (!known.has(el.tagName)) strange.add(el.tagName);
+    for (const { name } of el.attributes)
+      if (/^(on|href|src|action|formaction)/i.test(name) && el.tagName !== 'LINK') strange.add(name);
+  }
+}
+const seen = new MutationObserver((changes) => changes.forEach((change) => change.addedNodes.forEach(look)));
+seen.observe(document, { childList: true, subtree: true });
+"""
+
+
+@needs_browser
+def test_names_that_come_from_events_and_people_are_only_ever_text(
+    running: RunningMonitor, open_tab: Any, chromium: Any
+) -> None:
+    deep = {
+        "__proto__": {"acted": 1},
+        "constructor": {"prototype": {"acted": 1}},
+        "toString": "x",
+        "hasOwnProperty": 1,
+    }
+    sessions = {f"evil-{number}{words}": words for number, words in enumerate(HOSTILE)}
+    for session, words in sessions.items():
+        each = {
+            "cwd": words,
+            "transcript_path": words,
+            "model": words,
+            "agent_id": words,
+            "agent_type": words,
+        }
+        call = {
+            "tool_name": words,
+            "tool_input": {**deep, words: {words: [words, deep]}},
+            "tool_use_id": words,
+            **each,
+        }
+        question = {
+            "question": words,
+            "header": words,
+            "options": [{"label": words, "description": words}, deep],
+        }
+        ask = {
+            "tool_name": "AskUserQuestion",
+            "tool_use_id": "q",
+            "tool_input": {"questions": [question, words]},
+        }
+        items = [
+            {"content": words, "status": words},
+            {"content": words, "status": "constructor"},
+            words,
+            None,
+            1,
+        ]
+        todos = {"todos": items}
+        edit = {"file_path": words, "old_string": words}
+        patch = {"tool_response": {"structuredPatch": [{"lines": [words, "+" + words, 7]}, words, None]}}
+        running.emit(
+            payload("SessionStart", session, source=words, **each),
+            payload("UserPromptSubmit", session, prompt=words, cwd=words),
+            payload("PreToolUse", session, **call),
+            payload("PostToolUse", session, **call, tool_response=[deep, words], usage=deep, __proto__=deep),
+            payload("PreToolUse", session, **ask),
+            payload("PermissionRequest", session, **ask, permission_suggestions=[deep, words]),
+            payload("PreToolUse", session, tool_name="TodoWrite", tool_use_id="t", tool_input=todos),
+            payload("PostToolUse", session, tool_name="Edit", tool_use_id="e", tool_input=edit, **patch),
+            payload("Stop", session, last_assistant_message=f"# {words}\n- {words}\n[{words}]({words})"),
+            payload("StopFailure", session, error=words, error_details=words),
+            payload("__proto__", session, **{"__proto__": words, words: deep}),
+            payload("constructor", session, message=deep),
+        )  # fmt: skip
+    client = running.websocket("rows")
+    for session, words in sessions.items():
+        client.send(type="rename_session", sessionId=session, label=words)
+    eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
+    client.close()
+    context = chromium.new_context(viewport={"width": 1440, "height": 900})
+    context.add_init_script(BROWSER_WATCH)
+    tab = BrowserTab(context.new_page(), running.url)
+    tab.page.on("console", lambda message: tab.said.append(message.text))
+    tab.page.on("pageerror", lambda error: tab.said.append(f"error: {error}"))
+    tab.page.on("dialog", lambda dialog: tab.said.append(f"dialog: {dialog.message}"))
+    try:
+        tab.page.goto(running.url.replace("127.0.0.1", "localhost"))
+        eventually(lambda: len(tab.rows()) > 20)
+        rail = tab.text("rail")
+        assert "<script>window.acted = 1</script>" in rail and "{{constructor.constructor" in rail
+        assert "\u202e" not in tab.page.inner_text("body") and "\x1b" not in tab.page.inner_text("body")
+        for item in tab.page.query_selector_all("[data-testid=session]")[: len(HOSTILE)]:
+            item.click()
+            tab.page.focus("[data-testid=table]")
+            tab.page.keyboard.press("g")
+            for _ in range(10):
+                tab.page.keyboard.press("Enter")
+                eventually(lambda: tab.text("drawer") and "Loading" not in tab.text("drawer"))
+                assert "unusual form" not in tab.text("drawer")
+                tab.page.keyboard.press("j")
+            assert "\u202e" not in tab.page.inner_text("body")
+            tab.page.keyboard.press("m")
+            tab.page.click("[data-testid=menu] >> text=Delete")
+            tab.page.click("dialog >> text=Cancel")
+            tab.page.keyboard.press("m")
+            tab.page.click("[data-testid=menu] >> text=Set parent")
+            tab.page.click("dialog >> text=Cancel")
+        assert tab.page.evaluate("[window.acted ?? null, ({}).acted ?? null, [...strange], violations]") == [
+            None, None, [], [],
+        ]  # fmt: skip
+        assert tab.said == []
+    finally:
+        context.close()
+
+
+MARKDOWN = """# What I did
+
+Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
+
+- first
+  - nested *one*
+1. step
+
+> quoted
+
+| file | lines |
+|---|---|
+| a.ts | 3 |
+
+```ts
+const a = '<b>not bold</b>';
+```
+"""
+
+
+@needs_browser
+def test_an_answer_is_formatted_text_and_nothing_to_click(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), payload("Stop", last_assistant_message=MARKDOWN))
+    tab = open_tab(running)
+    tab.row_with("What I did").click()
+    tab.shows("drawer", "Fixed all of it, see totals.ts and the notes (javascript:alert(1)).")
+    found = tab.page.evaluate(
+        """Object.fromEntries(['h4', 'strong', 'p code', 'ul li', 'ul ul em', 'ol li', 'blockquote', 'td', '.block']
+          .map((name) => [name, (document.querySelector('.drawer .md ' + name) || {}).textContent]))"""
+    )
+    assert found == {
+        "h4": "What I did", "strong": "all", "p code": "totals.ts", "ul li": "firstnested one", "ul ul em": "one",
+        "ol li": "step", "blockquote": "quoted", "td": "a.ts", ".block": "const a = '<b>not bold</b>';",
+    }  # fmt: skip
+    assert tab.page.query_selector_all(".drawer :is(a, b, img)") == []
+    assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
+
+
+@needs_browser
+def test_a_call_that_started_an_agent_leads_to_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*recorded("subagent"))
+    tab = open_tab(running)
+    browser_row_of(tab, "Agent", "inner job").click()
+    tab.page.click("[data-testid=jump]")
+    eventually(lambda: "a=" in tab.page.evaluate("location.hash"))
+    agents = {row.query_selector(".c-session").inner_text() for row in tab.rows()}
+    assert len(agents) == 1
+
+
+@needs_browser
+def test_keys_act_on_the_session_that_is_shown(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", name, prompt=f"work of {name}") for name in ("one", "two")))
+    tab = open_tab(running, "#s=one")
+    tab.row_with("work of one")
+    tab.page.keyboard.press("P")
+    eventually(lambda: running.sessions()["one"]["isPinned"])
+    tab.page.keyboard.press("R")
+    tab.page.fill("dialog input", "named")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: running.sessions()["one"]["label"] == "named")
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.page.keyboard.press("C")
+    eventually(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "claude --resume one")
+    tab.page.keyboard.press("H")
+    eventually(lambda: running.sessions()["one"]["hidden"])
+    assert not running.sessions()["two"]["hidden"]
+
+
+WATCH_ALERTS = """
+window.told = [];
+window.Notification = class extends Notification {
+  constructor(title, options) { super(title, options); told.push([title, options.body]); }
+};
+document.hasFocus = () => false;
+const make = AudioContext.prototype.createOscillator;
+AudioContext.prototype.createOscillator = function () { told.push('tone'); return make.call(this); };
+"""
+
+
+@needs_browser
+def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wanted(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", "quiet", prompt="quiet work"), *page_ask("quiet", "rm a")[:2])
+    tab = open_tab(running)
+    tab.page.context.grant_permissions(["notifications"])
+    tab.page.add_init_script(WATCH_ALERTS)
+    tab.page.reload()
+    tab.row_with("rm a")
+    running.emit(payload("UserPromptSubmit", "first", prompt="first work"), *page_ask("first", "rm b")[:2])
+    eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
+    assert tab.page.evaluate("told") == [], "nobody asked for alerts"
+    tab.page.click("[data-testid=alerts]")
+    tab.page.click("[data-testid=menu] >> text=Notify")
+    tab.page.click("[data-testid=menu] >> text=Sound")
+    eventually(lambda: tab.page.evaluate("told") == ["tone", "tone"], 15, "the sound is tried out")
+    tab.page.keyboard.press("Escape")
+    running.emit(payload("UserPromptSubmit", "next", prompt="next work"), *page_ask("next", "rm -rf c")[:2])
+    wanted = ["next work needs you", "Allow Bash: rm -rf c\ntestbox"]
+    eventually(lambda: wanted in tab.page.evaluate("told"))
+    running.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
+    tab.row_with("still")
+    assert tab.page.evaluate("told") == ["tone", "tone", "tone", "tone", wanted], "each is told once"
 
 
 @needs_browser
@@ -8283,6 +10322,81 @@ def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: 
         check_statistics(indexed.history.statistics(0, 1 << 53, session, offset), count_by_hand(own, offset))
 
 
+def index_usage(number: int, session: str, **models: "tuple[int, int]") -> "dict[str, Any]":
+    """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
+    told = {
+        name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
+        for name, used in models.items()
+    }
+    return {
+        **index_prompt(number, "", session), "eventType": "turn_end", "hookType": "Stop",
+        "data": {"usage": {"models": told, "agents": {}}},
+    }  # fmt: skip
+
+
+def test_tokens_count_on_the_day_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
+    day = 86_400
+    indexed.add(
+        index_usage(0, "a", claude_opus_4_5=(1000, 100)),
+        index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
+        index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
+        index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
+        {**index_usage(30, "b", strange_model=(10, 1)), "workingDirectory": "/home/dev/bank"},
+        {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
+    )
+    figures = indexed.ready().history.statistics(0, 1 << 53, None, 0)
+
+    def tokens(rows: str, name: str) -> "dict[str, Any]":
+        return {row[name]: row["tokenUsage"] and (row["tokenUsage"]["totalInput"], row["tokenUsage"]["totalOutput"])
+                for row in figures[rows]}  # fmt: skip
+
+    first, second = cm.day_of(NOW_MS), cm.day_of(NOW_MS + day * 1000)
+    assert tokens("days", "day") == {first: (5010, 501), second: (1050, 105)}
+    assert tokens("models", "model") == {
+        "claude-opus-4-5": (6000, 600),
+        "claude-haiku-4-5": (50, 5),
+        "strange-model": (10, 1),
+    }
+    assert tokens("projects", "project") == {"/home/dev/shop": (6050, 605), "/home/dev/bank": (10, 1)}
+    assert tokens("sessions", "sessionId") == {"a": (6050, 605), "b": (10, 1), "c": None}
+    assert (
+        figures["totals"]["tokenUsage"]["totalInput"] == 6060
+        and figures["totals"]["estimatedCostUsd"] is None
+    )
+    costs = {row["model"]: row["estimatedCostUsd"] for row in figures["models"]}
+    prices = cm.PriceList()
+    assert costs["strange-model"] is None and costs["claude-opus-4-5"] == prices.estimate(
+        cm.SessionUsage(0, {"claude-opus-4-5": cm.ModelUsage(cm.Tokens(6000, 600, 7), cm.Tokens())}))  # fmt: skip
+    later = indexed.history.statistics(NOW_MS + (day - 3600) * 1000, 1 << 53, "a", 0)
+    assert later["totals"]["tokenUsage"]["totalInput"] == 1050
+
+
+def test_odd_events_of_other_programs_do_not_stop_the_index(indexed: IndexCase) -> None:
+    odd: list[dict[str, Any]] = [
+        {"sessionId": "s\ud800", "machineId": "m\udfff", "workingDirectory": "\ud83d/x", "data": {"toolName": "\ud800"}},
+        {"hookType": "PreToolUse", "data": {"toolName": ["x"], "toolUseId": {}, "toolInput": 7, "durationMs": "soon"}},
+        {"hookType": "PostToolUse", "data": {"toolName": None, "durationMs": 1 << 70, "toolUseId": "\ud800"}},
+        {"hookType": "PostToolUse", "data": {"durationMs": -5}}, {"hookType": "PostToolUse", "data": {"durationMs": True}},
+        {"hookType": "PostToolBatch", "data": {"tool_calls": [1, {}, {"tool_use_id": 5}, {"tool_use_id": "t", "tool_name": {}}]}},
+        {"data": {"usage": {"models": {"\ud800": {"input": 1 << 80, "output": "x"}, "m": 5}, "agents": 3}}},
+        {"timestamp": 1}, {"timestamp": 99_999_999_999_999}, {"data": {"deep": [[[["bottom"]]]] * 3}},
+        {"hookType": "Unheard % of_", "data": {"x" * 5000: "y" * 5000}},
+    ]  # fmt: skip
+    indexed.add(
+        *(
+            {"eventType": "message", "id": f"odd{number}", "timestamp": NOW_MS, **given}
+            for number, given in enumerate(odd)
+        )
+    )
+    indexed.ready()
+    assert indexed.history.status()["error"] is None
+    assert sorted(indexed.ids()) == sorted(f"odd{number}" for number in range(len(odd)))
+    assert indexed.ids("bottom") == ["odd9"]
+    assert indexed.ids(session="s\ud800") == indexed.ids(machine="m\udfff") == ["odd0"]
+    assert len(indexed.ids(type="Unheard % of_")) == 1 and indexed.ids(type="%") == []
+    assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == len(odd)
+
+
 def test_statistics_of_a_stretch_of_time_leave_the_rest_out(indexed: IndexCase) -> None:
     indexed.add(*(index_prompt(number * 60, "hi") for number in range(24 * 60)))
     indexed.ready()
@@ -8426,6 +10540,44 @@ def test_killed_at_any_moment_of_indexing_everything_is_found_again(monitor: Run
         found += [result["id"] for result in page["results"]]
         cursor = page["next"]
     assert found == [f"e{number}" for number in range(11_942, 0, -100)]
+
+
+def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
+    running: RunningMonitor,
+) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "a", prompt="where is the quokka\x1b[31m?"),
+        payload(
+            "PreToolUse",
+            "b",
+            tool_name="Bash",
+            tool_use_id="t1",
+            tool_input={"command": "grep -r quokka src"},
+        ),
+        payload("UserPromptSubmit", "b", prompt="nothing of the kind"),
+    )
+    eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
+    answers = []
+    for _ in range(2):
+        lines = running.command("search", "quok*").stdout.splitlines()
+        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka" in lines[1]
+        assert len(lines) == 2 and "\x1b" not in lines[1]
+        assert "there is more" in running.command("search", "quokka", "--limit", "1").stderr
+        answers.append(
+            [
+                json.loads(line)
+                for line in running.command("search", "--json", "--tool", "Bash").stdout.splitlines()
+            ]
+        )
+        nothing = running.command("search", "wombat", check=False)
+        assert (nothing.returncode, nothing.stdout) == (1, "") and "nothing was found" in nothing.stderr
+        assert running.command("search", "quokka", "--to", "2020-01-01", check=False).returncode == 1
+        refused = running.command("search", "--limit", "0", "--from", "soon", check=False)
+        assert refused.returncode == 1 and "no time" in refused.stderr
+        if not running.command("status", check=False).returncode:
+            running.stop()
+    assert answers[0] == answers[1] and [one["sessionId"] for one in answers[0]] == ["b"]
+    assert "--state" in running.command("search", "--state", "idle", check=False).stderr
 
 
 def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor) -> None:
