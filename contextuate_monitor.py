@@ -4135,6 +4135,99 @@ class NoStatistics(Exception):
 
 
 # ---------------------------------------------------------------------------
+# Retention: whole days of events go, the oldest first, until what is left is young and small enough
+#
+# Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
+# What a kill kept from being done is planned again the next time.
+# ---------------------------------------------------------------------------
+
+RETENTION_INTERVAL_S = 60.0
+
+
+class RetentionPlan(NamedTuple):
+    """What is to be deleted, and what there is; sizes in bytes."""
+
+    paths: Tuple[str, ...]  # event files
+    size: int  # of these files
+    total: int  # of every file of ours
+    events: int  # of all event files
+    oldest_day: Optional[str]  # that stays
+
+    @property
+    def days(self) -> List[str]:
+        """Return the days that lose files."""
+        return sorted({os.path.basename(os.path.dirname(path)) for path in self.paths})
+
+    def to_json(self, dry_run: bool) -> JsonObject:
+        """Return what `prune` tells."""
+        sessions = {os.path.basename(path) for path in self.paths}
+        counts = {"files": len(self.paths), "sessions": len(sessions), "bytes": self.size}
+        return {"days": self.days, **counts, "dryRun": dry_run}
+
+
+def plan_retention(
+    home: str, time_ms: int, days: Optional[int], limit_bytes: Optional[int], kept_names: FrozenSet[str]
+) -> RetentionPlan:
+    """Choose what goes: what is older than `days`, then more, until everything of ours is within the limit.
+
+    Files called like those of pinned sessions (`kept_names`) stay.
+    """
+    store = EventStore(os.path.join(home, "events"))
+    sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
+    events = sum(about.size for files in sizes.values() for about in files.values())
+    total = bytes_below(home)
+    # What a day's events free in the index comes a little later, but it belongs to them.
+    with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
+    first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
+    paths: List[str] = []
+    size, left, oldest = 0, float(total), None
+    for day, files in sizes.items():
+        is_over = limit_bytes is not None and left > limit_bytes
+        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        if day >= day_of(time_ms) or not (day < first_kept or is_over):
+            going = {}
+        if len(going) < len(files):
+            oldest = oldest or day
+        paths += (f"{store.root}/{day}/{name}" for name in going)
+        size += sum(going.values())
+        left -= sum(going.values()) * with_index
+    return RetentionPlan(tuple(paths), size, total, events, oldest)
+
+
+def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
+    """Delete what was planned; return the names of session files of which no day is left."""
+    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    for path in plan.paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    for folder in {os.path.dirname(path) for path in plan.paths}:
+        with contextlib.suppress(OSError):  # a pinned session's file keeps it
+            os.rmdir(folder)
+    names = {os.path.basename(path) for path in plan.paths}
+    root = os.path.join(home, "events")
+    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+
+
+def remember_seq(home: str, seq: int) -> None:
+    """Keep the highest number that goes with its file; given again, it would hide events from clients."""
+    path = os.path.join(home, "last-seq")
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        seq = max(seq, int(file.read(20)))
+    with contextlib.suppress(OSError):
+        emit_event.write_atomically(path, b"%d\n" % seq)
+
+
+def bytes_below(path: str) -> int:
+    """Return the size of every file below a directory."""
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    return size
+
+
+# ---------------------------------------------------------------------------
 # Event loop: ingest, WebSocket clients, timers
 #
 # One thread. Owns: the selector, every socket but HTTP's, and what is queued for clients.
@@ -6157,6 +6250,8 @@ class Monitor:
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
+        self._disk: JsonObject = {}
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self._stopping = False
 
@@ -6204,6 +6299,9 @@ class Monitor:
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
+        if self.settings["persistence.enabled"]:
+            self.loop.call_soon(self._retain)
+            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -6245,6 +6343,7 @@ class Monitor:
         self.http.shutdown()
         self.http.server_close()
         self._reader.shutdown(wait=True)
+        self._keeper.shutdown(wait=True)
         self.history.stop()
         for connection in list(self._connections):
             connection.close()
@@ -6527,6 +6626,55 @@ class Monitor:
             self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
             self._socket_inode = os.stat(path).st_ino
 
+    # Retention: planned and done by a thread of its own
+
+    def _retain(self) -> None:
+        """Delete what the configuration says is too old or too much."""
+        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
+            self._prune(dry_run=False, done=lambda plan: None)
+
+    def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        kept = frozenset(
+            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
+        )
+
+        def work() -> None:
+            try:
+                plan = retention_plan(self.settings, kept)
+                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+            except OSError as error:
+                words = f"old events cannot be deleted: {error}"
+                log.warning("%s", words)
+                self.loop.call_soon(lambda: self._disk.update(error=words))
+                return
+            self.loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
+            self.loop.call_soon(lambda: done(plan))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._keeper.submit(work)
+
+    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
+        """Let go of the sessions that have no events left, and tell about the disk."""
+        limit = self.settings["retention.maxMegabytes"]
+        deleted = 0 if dry_run else plan.size
+        self._disk = {
+            "bytes": plan.total - deleted,
+            "limitBytes": limit and limit << 20,
+            "eventsBytes": plan.events - deleted,
+            "indexBytes": index_bytes(self.settings.path("index.db")),
+            "oldestDay": plan.oldest_day,
+            "error": None,
+        }
+        if dry_run or not plan.paths:
+            return
+        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
+        self.history.look_again()
+        for session in list(self.book.sessions.values()):
+            if session_file_name(session.session_id) in gone:
+                self._forget(session.session_id)
+        self._note_linked_changes()
+        self._send_updates_soon()
+
     def _note_store_error(self) -> None:
         if self.store.error == self._store_error:
             return
@@ -6570,6 +6718,7 @@ class Monitor:
                 "dropped": self._dropped(),
             },
             "index": self.history.status(),
+            "disk": self._disk or None,
             "machines": [
                 {
                     "machineId": name,
@@ -6859,18 +7008,29 @@ class Monitor:
             raise MessageError(f"it could not be stored: {self.store.error}")
 
     def _delete(self, session: Session) -> None:
-        # The highest number may go with the files; given again, it would hide events from whoever was away.
-        with contextlib.suppress(OSError):
-            emit_event.write_atomically(self.settings.path("last-seq"), b"%d\n" % self.store.seq)
+        remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
         self.history.look_again()
-        self.book.delete(session.session_id)
-        self._changed.pop(session.session_id, None)
-        self._alive_ms.pop(session.session_id, None)
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
-        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session.session_id})
+        self._forget(session.session_id)
         self._note_linked_changes()
         self._send_updates_soon()
+
+    def _forget(self, session_id: str) -> None:
+        self.book.delete(session_id)
+        self._changed.pop(session_id, None)
+        self._alive_ms.pop(session_id, None)
+        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+
+    def _on_prune(self, client: Client, message: JsonObject) -> None:
+        dry_run = message.get("dryRun") is True
+        if not self.settings["persistence.enabled"]:
+            raise MessageError("events are kept in memory only, there is nothing to delete")
+        if self.status()["loading"] is not None:
+            raise MessageError("stored sessions are still being read; try again in a moment")
+        self._prune(
+            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
+        )
 
     def _send_session_list(self) -> None:
         for with_hidden in (False, True):
@@ -6896,7 +7056,16 @@ class Monitor:
         "set_parent": _on_set_parent,
         "reconnect_redis": _on_reconnect_redis,
         "send_test_event": _on_send_test_event,
+        "prune": _on_prune,
     }
+
+
+def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
+    """Return what the configuration says is to be deleted now."""
+    limit = settings["retention.maxMegabytes"]
+    return plan_retention(
+        settings.home, now_ms(), settings["retention.days"], limit and limit << 20, kept_names
+    )
 
 
 def session_book(settings: Settings) -> SessionBook:
@@ -9218,6 +9387,37 @@ def human_size(size: int) -> str:
     return f"{size} B"
 
 
+def command_prune(args: argparse.Namespace) -> int:
+    """Delete what the configuration says is too old or too much, now, or only tell what would go."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is not None:
+        connection = MonitorConnection(settings, about)
+        connection.send({"type": "prune", "dryRun": args.dry_run})
+        pruned = connection.wait_for("pruned", 120)
+        connection.close()
+    else:
+        book = session_book(settings)
+        for line in EventStore(settings.path("events")).all_lines():
+            with contextlib.suppress(MalformedEvent):
+                book.apply(parse_stored(line))
+        kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
+        plan = retention_plan(settings, kept)
+        if not args.dry_run:
+            carry_out(settings.home, plan)
+        pruned = plan.to_json(args.dry_run)
+    if not pruned["files"]:
+        print("nothing is too old or too much")
+        return 0
+    verb = "would be deleted" if args.dry_run else "deleted"
+    days = pruned["days"]
+    print(
+        f"{pruned['files']} files of {pruned['sessions']} sessions, {human_size(pruned['bytes'])}, "
+        f"of {days[0]} to {days[-1]} {verb}"
+    )
+    return 0
+
+
 def command_search(args: argparse.Namespace) -> int:
     """Find stored events; without a running monitor their files are read."""
     settings = settings_of(args)
@@ -9440,6 +9640,8 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("sessions", command_sessions, "list sessions, those that need you first")
     command.add_argument("--all", action="store_true", help="ended and hidden ones too")
     command.add_argument("--json", action="store_true")
+    command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
+    command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
     command = add("search", command_search, "find stored events, newest first")
     command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
     command.add_argument("--session", metavar="ID", help="only this session")

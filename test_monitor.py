@@ -1194,6 +1194,8 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
+    "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
+    "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
     "prices": (
@@ -10592,6 +10594,139 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
     assert [page["results"][0]["data"]["text"] for page in (first, rest)] == ["quokka two", "quokka one"]
     assert monitor.request("/api/stats")[0] == 503
     assert not os.path.exists(monitor.home + "/index.db")
+
+
+# ---------------------------------------------------------------------------
+# Retention: whole days of events go, the oldest first
+# ---------------------------------------------------------------------------
+
+
+def retention_days(home: str) -> "list[str]":
+    """List the days that have events."""
+    return sorted(os.listdir(home + "/events"))
+
+
+def retention_fill(
+    home: str, ages: "tuple[int, ...]", size: int = 100, sessions: int = 2
+) -> "dict[int, str]":
+    """Store events that arrived so many days ago; return the name of each day."""
+    store = cm.EventStore(home + "/events")
+    now, made = cm.now_ms(), {}
+    for age in sorted(ages, reverse=True):
+        at = now - age * 86_400_000
+        for number in range(sessions):
+            given = {
+                **index_prompt(0, "x" * size + f" age{age}", f"s{number}-{age}"),
+                "timestamp": at,
+                "id": f"{age}.{number}",
+            }
+            store.append([ee.build_event(given, at, "testbox")], at)
+        made[age] = cm.day_of(at)
+    store.close()
+    return made
+
+
+def test_days_that_are_too_old_go_with_their_sessions_and_pinned_ones_stay(monitor: RunningMonitor) -> None:
+    monitor.config["retention"] = {"days": 5}
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
+    monitor.start()
+    client = monitor.websocket("rows")
+    client.send(type="toggle_pin", sessionId="s1-8")
+    eventually(lambda: monitor.sessions()["s1-8"]["isPinned"])
+    highest = monitor.get("/api/status")["seq"]
+    monitor.stop()
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8)})
+    assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
+    gone = {f"s{n}-{age}" for n, age in ((0, 7), (1, 7), (0, 8), (0, 40), (1, 40))}
+    eventually(lambda: not gone & set(monitor.sessions()))
+    assert "s1-8" in monitor.sessions() and "s0-4" in monitor.sessions()
+    eventually(lambda: len(monitor.get("/api/search?q=age8")["results"]) == 1)
+    assert monitor.get("/api/search?q=age40")["results"] == []
+    assert monitor.get("/api/status")["seq"] >= highest
+    disk = eventually(lambda: monitor.get("/api/status")["disk"])
+    assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
+
+
+def test_numbers_go_on_when_the_latest_events_were_too_old(monitor: RunningMonitor) -> None:
+    retention_fill(monitor.home, (50, 60))
+    monitor.start()
+    eventually(lambda: retention_days(monitor.home) == [])
+    monitor.stop()
+    monitor.start()
+    monitor.emit(payload("UserPromptSubmit", prompt="again"))
+    assert monitor.stored_events()[-1]["seq"] == 5
+
+
+def test_all_our_files_count_and_the_oldest_days_go_first_but_never_today(tmp_path: Any) -> None:
+    home = str(tmp_path)
+    days = retention_fill(home, (0, 1, 2, 3), size=1 << 20, sessions=1)
+    now = cm.now_ms()
+
+    def going(
+        limit_megabytes: "int | None", kept: "frozenset[str]" = frozenset(), keep_days: "int | None" = None
+    ) -> "list[str]":
+        limit = None if limit_megabytes is None else limit_megabytes << 20
+        return cm.plan_retention(home, now, keep_days, limit, kept).days
+
+    assert going(None) == going(5) == []
+    assert going(4) == [days[3]]
+    assert going(2) == [days[3], days[2], days[1]] == going(0)
+    assert going(4, frozenset(["s0-3.jsonl"])) == [days[2]]
+    assert going(None, keep_days=1) == [days[3], days[2]]
+    with open(home + "/quarantine.log", "wb") as file:
+        file.write(b"x" * (3 << 20))
+    assert going(5) == [days[3], days[2], days[1]]
+    plan = cm.plan_retention(home, now, None, 5 << 20, frozenset())
+    assert plan.total == sum(
+        os.path.getsize(f"{folder}/{name}") for folder, _, names in os.walk(home) for name in names
+    )
+    assert cm.carry_out(home, plan) == {"s0-1.jsonl", "s0-2.jsonl", "s0-3.jsonl"}
+    assert retention_days(home) == [days[0]]
+
+
+@pytest.mark.parametrize("running_too", [True, False])
+def test_prune_tells_what_would_go_and_deletes_it(monitor: RunningMonitor, running_too: bool) -> None:
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 3, 20, 30))
+    if running_too:
+        monitor.start()
+        # The running monitor goes by the configuration it was started with.
+        assert "nothing is too old" in monitor.command("prune").stdout
+        monitor.stop()
+    monitor.write_config({"retention": {"days": 10}})
+    told = monitor.command("prune", "--dry-run").stdout
+    assert "4 files of 4 sessions" in told and days[30] in told and days[20] in told and "would be" in told
+    assert len(retention_days(monitor.home)) == 4
+    assert "deleted" in monitor.command("prune").stdout
+    assert retention_days(monitor.home) == sorted([days[0], days[3]])
+    assert "nothing is too old" in monitor.command("prune").stdout
+
+
+def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
+    days = retention_fill(monitor.home, (0, 50))
+    note = f"{monitor.home}/events/{days[50]}/note.txt"
+    with open(note, "w", encoding="ascii") as file:
+        file.write("mine")
+    monitor.start()
+    eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
+
+
+def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
+    retention_fill(monitor.home, tuple(range(300)), sessions=5)
+    rng = random.Random(2)
+    for _ in range(3):
+        monitor.start()
+        time.sleep(rng.random() * 0.2)
+        monitor.kill()
+    monitor.start()
+    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31)
+    index_ready(monitor)
+    stored = len(monitor.stored_events())
+    eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
+    assert len(monitor.get("/api/search?q=age7")["results"]) == 5
 
 
 # ---------------------------------------------------------------------------
