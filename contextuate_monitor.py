@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import bisect
 import codecs
 import collections
 import concurrent.futures
@@ -4228,6 +4229,146 @@ def bytes_below(path: str) -> int:
 
 
 # ---------------------------------------------------------------------------
+# Metrics: what /metrics tells, in the text form of Prometheus
+#
+# Owns: counts since the start. Knows: what an event says; everything else is handed to it when it is asked.
+# ---------------------------------------------------------------------------
+
+DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+LABELS_LIMIT = 500  # of one metric; what other programs make up beyond that counts as "other"
+
+
+class EventCounts:
+    """Counts of events, failures and durations since the start; for the loop thread."""
+
+    def __init__(self) -> None:
+        self.events: Dict[Tuple[str, str], int] = {}  # (machine, our type) → events
+        self.failures: Dict[str, int] = {}  # tool → calls that failed
+        self.durations: Dict[str, List[int]] = {}  # tool → calls in each bucket, the last one without end
+        self.duration_sums_ms: Dict[str, float] = {}
+
+    def note(self, event: JsonObject) -> None:
+        """Count one event."""
+        kind = effective_type(event)
+        key = (event["machineId"], kind)
+        key = key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")
+        self.events[key] = self.events.get(key, 0) + 1
+        if kind not in ("tool_result", "tool_error"):
+            return
+        data = event["data"]
+        tool = text_of(data.get("toolName")) or "?"
+        tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
+        buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
+        if kind == "tool_error":
+            self.failures[tool] = self.failures.get(tool, 0) + 1
+        duration = data.get("durationMs")
+        if isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40:
+            buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
+            self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
+
+
+class MetricsText:
+    """Write metrics one after the other."""
+
+    def __init__(self) -> None:
+        self._lines: List[str] = []
+
+    def add(
+        self, name: str, kind: str, about: str, values: Iterable[Tuple[Mapping[str, str], float]]
+    ) -> None:
+        """Add one metric with its values by labels; one without values is left out."""
+        lines = [_sample(name, labels, value) for labels, value in values]
+        if lines:
+            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *lines]
+
+    def add_histogram(self, name: str, about: str, counts: EventCounts) -> None:
+        """Add the durations of tool calls, in seconds."""
+        if counts.durations:
+            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        for tool, buckets in sorted(counts.durations.items()):
+            reached = 0
+            for limit, count in zip((*map(str, DURATION_BUCKETS_S), "+Inf"), buckets):
+                reached += count
+                self._lines.append(_sample(f"{name}_bucket", {"tool": tool, "le": limit}, reached))
+            seconds = counts.duration_sums_ms.get(tool, 0) / 1000
+            self._lines.append(_sample(f"{name}_sum", {"tool": tool}, seconds))
+            self._lines.append(_sample(f"{name}_count", {"tool": tool}, reached))
+
+    def encode(self) -> bytes:
+        """Return the whole text."""
+        return ("\n".join(self._lines) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    shown = ",".join(f'{label}="{_escaped_label(text)}"' for label, text in labels.items())
+    return f"{name}{{{shown}}} {value}" if shown else f"{name} {value}"
+
+
+def _escaped_label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, int], queued: int) -> bytes:
+    """Return everything that can be measured; `states` are sessions by state, `queued` bytes for clients."""
+    text = MetricsText()
+    about = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
+    text.add("contextuate_build_info", "gauge", "What runs here.", [(about, 1)])
+    for name, kind, words, value in _single_metrics(status, queued):
+        text.add(f"contextuate_{name}", kind, words, [({}, value)])
+    events = [
+        ({"machine": machine, "type": kind}, count)
+        for (machine, kind), count in sorted(counts.events.items())
+    ]
+    text.add("contextuate_events_total", "counter", "Events stored since the start.", events)
+    by_state = [({"state": state}, states.get(state, 0)) for state in SESSION_STATES]
+    text.add("contextuate_sessions", "gauge", "Sessions by state.", by_state)
+    failures = [({"tool": tool}, count) for tool, count in sorted(counts.failures.items())]
+    text.add("contextuate_tool_failures_total", "counter", "Tool calls that failed.", failures)
+    text.add_histogram("contextuate_tool_duration_seconds", "Durations of tool calls.", counts)
+    for name, field, words in (
+        ("last_seen_seconds", "lastSeen", "When a machine was last heard."),
+        ("clock_skew_seconds", "clockSkewMs", "How far a machine's clock is off."),
+    ):
+        values = [
+            ({"machine": machine["machineId"]}, machine[field] / 1000)
+            for machine in status["machines"]
+            if machine[field] is not None
+        ]
+        text.add(f"contextuate_machine_{name}", "gauge", words, values)
+    redis = status["redis"]
+    if redis:
+        connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))]
+        text.add("contextuate_redis_connected", "gauge", "1 when Redis is connected.", connected)
+        text.add(
+            "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
+        )
+    return text.encode()
+
+
+SESSION_STATES = ("waiting", "working", "quiet", "idle", "failed", "ended")
+
+
+def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
+    """Yield (name, kind, words, value) of what has no labels."""
+    events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
+    yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
+    yield "received_total", "counter", "Lines that came in.", events["received"]
+    yield "duplicates_total", "counter", "Events that were delivered twice.", events["duplicates"]
+    yield "quarantined_total", "counter", "Lines that were no events.", events["quarantined"]
+    yield "clients", "gauge", "Subscribed WebSocket clients.", status["clients"]
+    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queued
+    yield "store_ok", "gauge", "1 when events can be written.", int(status["store"]["ok"])
+    yield "spool_bytes", "gauge", "Bytes that wait in the spool.", spool["bytes"]
+    yield "spool_segments", "gauge", "Files that wait in the spool.", spool["segments"]
+    yield "spool_dropped_total", "counter", "Events that full spools dropped.", spool["dropped"]
+    yield "index_ready", "gauge", "1 when the index holds everything.", int(index["state"] == "ready")
+    yield "index_lag_events", "gauge", "Events that are not yet in the index.", index["lagEvents"]
+    yield "index_bytes", "gauge", "Size of the index.", index["bytes"]
+    if disk and "bytes" in disk:
+        yield "disk_bytes", "gauge", "Size of all our files.", disk["bytes"]
+
+
+# ---------------------------------------------------------------------------
 # Event loop: ingest, WebSocket clients, timers
 #
 # One thread. Owns: the selector, every socket but HTTP's, and what is queued for clients.
@@ -5638,8 +5779,8 @@ class Api:
             session["label"] = labels.get(session["sessionId"])
         return json_response(figures)
 
-    def _not_yet(self, _query: Query, _body: bytes) -> Response:
-        raise RequestError(501, "this version does not answer it yet")
+    def _metrics(self, _query: Query, _body: bytes) -> Response:
+        return Response(200, self._ask(self._state.metrics), "text/plain; version=0.0.4; charset=utf-8")
 
     ROUTES: Tuple[Tuple[str, str, Callable[..., Response]], ...] = (
         ("GET", r"/health", _health),
@@ -5653,7 +5794,7 @@ class Api:
         ("GET", r"/api/export", _export),
         ("GET", r"/api/search", _search),
         ("GET", r"/api/stats", _stats),
-        ("GET", r"/metrics", _not_yet),
+        ("GET", r"/metrics", _metrics),
         ("POST", r"/api/hooks", _hooks),
     )
 
@@ -5677,6 +5818,9 @@ class ApiState(Protocol):
 
     def labels(self) -> Dict[str, str]:
         """Return the label of every session."""
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
 
     def take_now(self, line: bytes) -> bool:
         """Store one event at once; return whether it is safe."""
@@ -6252,6 +6396,7 @@ class Monitor:
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
         self._disk: JsonObject = {}
+        self._counts = EventCounts()
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self._stopping = False
 
@@ -6536,6 +6681,7 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
+            self._counts.note(entry.event)
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
@@ -6744,6 +6890,12 @@ class Monitor:
     def labels(self) -> Dict[str, str]:
         """Return the label of every session."""
         return {session.session_id: session.label[0] for session in self.book.sessions.values()}
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
+        states = collections.Counter(session.state for session in self.book.sessions.values())
+        queued = sum(client.queued_bytes for client in self.clients.clients.values())
+        return metrics_text(self.status(), self._counts, states, queued)
 
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""

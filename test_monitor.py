@@ -35,6 +35,7 @@ PACKAGES = (
     "hypothesis==6.170.15",
     "mypy==2.4.1",
     "playwright==1.65.2",
+    "prometheus_client==0.26.0",
     "pytest==9.2.0",
     "redis==8.1.0",
     "ruff==0.17.6",
@@ -191,6 +192,7 @@ from typing import Any  # noqa: E402
 
 sys.path.insert(0, ROOT)
 import playwright.sync_api  # noqa: E402
+import prometheus_client.parser  # noqa: E402
 import pytest  # noqa: E402
 import websockets  # noqa: E402
 import websockets.sync.client  # noqa: E402
@@ -4548,7 +4550,7 @@ def test_every_route_answers_json_with_the_headers_that_protect(spoken: RunningM
         "/health", "/api/status", "/api/config", "/api/sessions", "/api/sessions?hidden=1", "/api/sessions/routes",
         "/api/sessions/routes/events", "/api/events", f"/api/events/{event['id']}",
         f"/api/events/{event['id']}?session=routes&seq={event['seq']}", "/api/events/none?session=routes",
-        "/api/nothing", "/api/search?limit=0", "/api/stats?utcOffset=x", "/metrics", "/api/events?limit=0",
+        "/api/nothing", "/api/search?limit=0", "/api/stats?utcOffset=x", "/api/events?limit=0",
     ):  # fmt: skip
         status, headers, body = spoken.request(path)
         bodies[path] = (status, json.loads(body))
@@ -4568,7 +4570,7 @@ def test_every_route_answers_json_with_the_headers_that_protect(spoken: RunningM
     assert bodies[f"/api/events/{event['id']}"] == (200, event)
     assert bodies[f"/api/events/{event['id']}?session=routes&seq={event['seq']}"] == (200, event)
     for path, status in (("/api/nothing", 404), ("/api/events/none?session=routes", 404), ("/api/search?limit=0", 400),
-                         ("/api/stats?utcOffset=x", 400), ("/metrics", 501)):  # fmt: skip
+                         ("/api/stats?utcOffset=x", 400)):  # fmt: skip
         assert bodies[path][0] == status
         assert bodies[path][1]["error"]
 
@@ -10727,6 +10729,80 @@ def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: R
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# ---------------------------------------------------------------------------
+# Metrics: read by Prometheus' own parser
+# ---------------------------------------------------------------------------
+
+
+def metrics_of(monitor: RunningMonitor) -> "dict[str, dict[tuple[tuple[str, str], ...], float]]":
+    """Return what /metrics tells: sample's name → labels → value."""
+    status, headers, body = monitor.request("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in prometheus_client.parser.text_string_to_metric_families(body.decode()):
+        assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
+        for sample in family.samples:
+            values = found.setdefault(sample.name, {})
+            key = tuple(sorted(sample.labels.items()))
+            assert key not in values, (sample.name, key)
+            values[key] = sample.value
+    return found
+
+
+def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
+    odd = 'odd "box"\\ with\nlines \ud83d é'
+    for number, (hook, more) in enumerate((
+        ("PostToolUse", {"duration_ms": 10}), ("PostToolUse", {"duration_ms": 11}), ("PostToolUse", {"duration_ms": 700_000}),
+        ("PostToolUseFailure", {"duration_ms": 2500, "error": "no"}), ("PostToolUse", {}),
+    )):  # fmt: skip
+        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", tool_input={}, **more))
+    running.emit({"eventType": "message", "machineId": odd, "sessionId": "z", "data": {}},
+                 payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"}))  # fmt: skip
+    running.emit({"eventType": "message", "machineId": odd, "sessionId": "z", "data": {}})
+    measured = metrics_of(running)
+    events = {dict(key)["type"]: value for key, value in measured["contextuate_events_total"].items()}
+    assert events == {"tool_result": 4, "tool_error": 1, "message": 2, "permission_request": 1}
+    machines = {dict(key)["machine"] for key in measured["contextuate_events_total"]}
+    assert machines == {"testbox", 'odd "box"\\ with\nlines \\ud83d é'}
+    buckets = {
+        dict(key)["le"]: value for key, value in measured["contextuate_tool_duration_seconds_bucket"].items()
+    }
+    assert (buckets["0.01"], buckets["0.05"], buckets["2.5"], buckets["600.0"], buckets["+Inf"]) == (
+        1,
+        2,
+        3,
+        3,
+        4,
+    )
+    assert list(measured["contextuate_tool_duration_seconds_count"].values()) == [4]
+    assert list(measured["contextuate_tool_duration_seconds_sum"].values()) == [702.521]
+    assert list(measured["contextuate_tool_failures_total"].values()) == [1]
+    sessions = {dict(key)["state"]: value for key, value in measured["contextuate_sessions"].items()}
+    assert sessions["waiting"] == 1 and sum(sessions.values()) == 3
+    assert list(measured["contextuate_build_info"].values()) == [1]
+    assert measured["contextuate_received_total"][()] == 8 and measured["contextuate_store_ok"][()] == 1
+    index_ready(running)
+    measured = metrics_of(running)
+    assert measured["contextuate_index_ready"][()] == 1 and measured["contextuate_index_lag_events"][()] == 0
+    assert measured["contextuate_index_bytes"][()] > 0
+    eventually(lambda: metrics_of(running)["contextuate_disk_bytes"][()] > 0)
+    names = set(metrics_of(running))
+    assert {
+        "contextuate_spool_bytes",
+        "contextuate_spool_dropped_total",
+        "contextuate_client_queue_bytes",
+    } <= names
+
+
+def test_made_up_names_do_not_make_metrics_endless() -> None:
+    counts = cm.EventCounts()
+    for number in range(3000):
+        counts.note({"machineId": f"m{number}", "hookType": "PostToolUse", "eventType": "x",
+                     "data": {"toolName": f"tool{number}", "durationMs": 5}})  # fmt: skip
+    assert len(counts.events) == len(counts.durations) == cm.LABELS_LIMIT + 1
+    assert sum(counts.events.values()) == sum(sum(buckets) for buckets in counts.durations.values()) == 3000
 
 
 # ---------------------------------------------------------------------------
