@@ -1239,6 +1239,7 @@ class Session:
     prompts: int = 0
     pid: Optional[int] = None
     demo: bool = False
+    imported: bool = False  # some of its history came by `import`
     pinned: bool = False
     hidden: bool = False
 
@@ -1409,6 +1410,7 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     data = event["data"]
     by_main = "agentId" not in event
     session.demo = session.demo or event.get("demo") is True
+    session.imported = session.imported or event.get("imported") is True
     session.pid = event.get("pid", session.pid)
     session.start = min(session.start, event["timestamp"])
     if not session.directory or (kind == "session_start" and by_main):
@@ -2366,7 +2368,7 @@ class SessionBook:
             "stuck": stuck_signals(session),
             "isPinned": session.pinned,
             "hidden": session.hidden,
-            "isImported": False,
+            "isImported": session.imported,
             "demo": session.demo,
             "pid": session.pid,
         }
@@ -2535,6 +2537,7 @@ CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool 
   begun INTEGER, quarter INTEGER, finish INTEGER, duration INTEGER, outcome INTEGER, event INTEGER);
 CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
 CREATE INDEX calls_by_session ON calls(session, quarter, outcome);
+CREATE INDEX calls_by_target ON calls(target, quarter, session);
 CREATE INDEX calls_failed ON calls(tool, target, quarter, session, event) WHERE outcome IN (1, 3);
 """
 
@@ -3548,6 +3551,7 @@ class IndexReader:
                 address = f"file:{urllib.parse.quote(self._path)}?mode=ro"
                 self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
                 self._is_full_text = has_full_text(self._db)
+                self._db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
                 self._inode = inode
             db = self._db
             deadline = time.monotonic() + budget_s
@@ -3759,40 +3763,58 @@ class Statistics:
     def to_json(self) -> JsonObject:
         """Return everything."""
         sums = self._sums()
+        tools = list(self._tools())
         return {
             "from": self._shown[0] * QUARTER_MS,
             "to": self._shown[1] * QUARTER_MS,
             "utcOffset": self._offset_minutes,
             "session": self._session_id,
             **sums,
-            "tools": self._tools(),
-            "slowest": self._slowest(),
+            "tools": [figures for figures, _ in tools],
+            "slowest": self._slowest(call for _, slowest in tools for call in slowest),
             "failing": self._failing(),
         }
 
-    def _tools(self) -> List[JsonObject]:
+    def _tools(self) -> Iterator[Tuple[JsonObject, List[Tuple[int, int, int]]]]:
+        """Yield each tool's figures and its slowest calls (duration, outcome, event), most calls first."""
+        ends: Dict[int, Dict[int, int]] = collections.defaultdict(dict)
+        for tool, outcome, count in self._db.execute(
+            f"""SELECT tool, outcome, count(*) FROM calls INDEXED BY calls_by_tool
+            WHERE outcome <> {Outcome.OK:d} AND {self._where} GROUP BY tool, outcome""",
+            self._bounds,
+        ):
+            ends[tool][outcome] = count
         rows = self._db.execute(
-            f"""SELECT tool, count(*), sum(outcome IN (1, 3)), sum(outcome = 4), sum(outcome = 0),
-            count(duration), max(duration), ifnull(sum(duration), 0)
+            f"""SELECT tool, count(*), count(duration), ifnull(sum(duration), 0)
             FROM calls INDEXED BY calls_by_tool WHERE {self._where} GROUP BY tool""",
             self._bounds,
         ).fetchall()
-        tools = [
-            {
-                "toolName": self._names[tool],
-                "calls": calls,
-                "failures": failures,
-                "interrupted": interrupted,
-                "unfinished": unfinished,
-                "timed": timed,
-                "p50Ms": self._percentile(tool, timed, 50),
-                "p95Ms": self._percentile(tool, timed, 95),
-                "maxMs": longest,
-                "totalMs": total,
-            }
-            for tool, calls, failures, interrupted, unfinished, timed, longest, total in rows
-        ]
-        return sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"]))
+        for tool, calls, timed, total in sorted(rows, key=lambda row: (-row[1], self._names[row[0]])):
+            slowest = self._slowest_of(tool)
+            yield (
+                {
+                    "toolName": self._names[tool],
+                    "calls": calls,
+                    "failures": ends[tool].get(Outcome.FAILED, 0)
+                    + ends[tool].get(Outcome.FAILED_BY_ROUND, 0),
+                    "interrupted": ends[tool].get(Outcome.INTERRUPTED, 0),
+                    "unfinished": ends[tool].get(Outcome.OPEN, 0),
+                    "timed": timed,
+                    "p50Ms": self._percentile(tool, timed, 50),
+                    "p95Ms": self._percentile(tool, timed, 95),
+                    "maxMs": slowest[0][0] if slowest else None,
+                    "totalMs": total,
+                },
+                slowest,
+            )
+
+    def _slowest_of(self, tool: int) -> List[Tuple[int, int, int]]:
+        return self._db.execute(
+            f"""SELECT duration, outcome, event FROM calls INDEXED BY calls_by_tool
+            WHERE tool = ? AND duration IS NOT NULL AND {self._where}
+            ORDER BY duration DESC LIMIT {EXTREMES}""",
+            (tool, *self._bounds),
+        ).fetchall()
 
     def _percentile(self, tool: int, count: int, percent: int) -> Optional[int]:
         """Return the duration that so many percent of the calls do not exceed (the nearest rank)."""
@@ -3805,16 +3827,9 @@ class Statistics:
         ).fetchone()
         return int(row[0])
 
-    def _slowest(self) -> List[JsonObject]:
-        rows = self._db.execute(
-            f"""SELECT duration, outcome, event FROM calls WHERE key IN
-            (SELECT key FROM calls INDEXED BY calls_by_tool WHERE duration IS NOT NULL AND {self._where}
-            ORDER BY duration DESC, key LIMIT {EXTREMES})
-            ORDER BY duration DESC, key""",
-            self._bounds,
-        ).fetchall()
+    def _slowest(self, calls: Iterable[Tuple[int, int, int]]) -> List[JsonObject]:
         found = []
-        for duration, outcome, number in rows:
+        for duration, outcome, number in heapq.nlargest(EXTREMES, calls):
             event = self._event(number)
             if event is not None:
                 failed = outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND)
@@ -3831,7 +3846,7 @@ class Statistics:
         marks = ",".join("?" * len(rows))
         calls = dict(
             self._db.execute(
-                f"""SELECT target, count(*) FROM calls
+                f"""SELECT target, count(*) FROM calls INDEXED BY calls_by_target
                 WHERE target IN ({marks}) AND {self._where} GROUP BY target""",
                 (*(target for target, _, _ in rows), *self._bounds),
             )
@@ -6704,7 +6719,7 @@ class Monitor:
             machine = self._machines[name] = Machine()
         machine.events += 1
         machine.last_seen = received_ms
-        if incoming.sent_ms is not None and not event.get("demo"):
+        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
             machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:

@@ -192,7 +192,6 @@ from typing import Any  # noqa: E402
 
 sys.path.insert(0, ROOT)
 import playwright.sync_api  # noqa: E402
-import prometheus_client.parser  # noqa: E402
 import pytest  # noqa: E402
 import websockets  # noqa: E402
 import websockets.sync.client  # noqa: E402
@@ -10740,8 +10739,10 @@ def metrics_of(monitor: RunningMonitor) -> "dict[str, dict[tuple[tuple[str, str]
     """Return what /metrics tells: sample's name → labels → value."""
     status, headers, body = monitor.request("/metrics")
     assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    from prometheus_client.parser import text_string_to_metric_families
+
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-    for family in prometheus_client.parser.text_string_to_metric_families(body.decode()):
+    for family in text_string_to_metric_families(body.decode()):
         assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
         for sample in family.samples:
             values = found.setdefault(sample.name, {})
