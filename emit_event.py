@@ -386,7 +386,7 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple  # noqa: E402
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple  # noqa: E402
 
 JsonObject = Dict[str, Any]
 
@@ -1903,14 +1903,23 @@ def redis_client(values: "Dict[str, Any]") -> Any:
             ssl_cert_reqs="required" if values["redis.verify"] else "none",
             ssl_check_hostname=values["redis.verify"],
         )
-    options.update(
-        socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
-    )
-    # Not every redis-py says something of itself or knows another protocol, and so has these.
-    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
-    silent = {"protocol": 2, "lib_name": None, "lib_version": None}
+    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
+    # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
+    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    known = _options_of(kind)
     options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+
+def _options_of(kind: type) -> "Set[str]":
+    """Return the names that a class takes, itself or, by **options, the classes that it is made of."""
+    names: "Set[str]" = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def redis_place(values: "Dict[str, Any]") -> str:
