@@ -280,28 +280,35 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str) -> str:
-    """Return the path of the segment to append to; begin a new one when the newest is full or a day old."""
+    """Return the path of the segment to append to; begin a new one when the newest is full or a day old.
+
+    Segments are read in the order of their names, so a new one never has the time of one that is there.
+    """
     now_ms = time.time_ns() // 1_000_000
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith(".jsonl")]
+        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
         whole().make_private_directory(directory)
         names = []
-    if names:
-        newest = max(names)
+    if not names:
+        return new_segment(directory, now_ms)
+    newest = max(names)
+    started = newest.partition("-")[0]
+    age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
+    if newest.endswith(".jsonl"):
         path = f"{directory}/{newest}"
-        started = newest.partition("-")[0]
         try:
-            if (
-                started.isdigit()
-                and 0 <= now_ms - int(started) < SEGMENT_LIMIT_MS
-                and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES
-            ):
+            if -1000 < age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
                 return path
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return f"{directory}/{now_ms:013d}-{posix.urandom(4).hex()}.jsonl"
+    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms)
+
+
+def new_segment(directory: str, start_ms: int) -> str:
+    """Return a new segment's path."""
+    return f"{directory}/{start_ms:013d}-{posix.urandom(4).hex()}.jsonl"
 
 
 def ensure_publisher(home: str) -> str:

@@ -2078,6 +2078,19 @@ def test_a_segment_ends_when_it_is_full_or_a_day_old(tmp_path, monkeypatch):
     assert len(ee.spool_segments(directory)) == 4
 
 
+def test_segments_keep_their_order_also_within_one_millisecond(tmp_path, monkeypatch):
+    directory = str(tmp_path / "spool")
+    monkeypatch.setattr(ee.time, "time_ns", lambda: NOW_MS * 1_000_000)
+    for number in range(20):
+        ee.append_to_spool(directory, b"%d\n" % number)
+        if number % 3 == 0:  # the drainer takes what there is in the middle of it
+            for path, _ in ee.spool_segments(directory):
+                ee.take_segment(path)
+    segments = [path for path, _ in ee.spool_segments(directory)]
+    assert [int(line) for path in segments for line in spool_read(path)] == list(range(20))
+    assert 7 <= len(segments) <= 8
+
+
 def test_directory_and_segments_are_for_their_user_alone(tmp_path):
     mask = os.umask(0)
     try:
