@@ -2025,7 +2025,7 @@ class SessionBook:
         label, source = session.label
         reason = session.reason
         if children is None:
-            children = self._children(session.session_id)
+            children = self.children(session.session_id)
         return {
             "sessionId": session.session_id,
             "machineId": session.machine_id,
@@ -2072,7 +2072,7 @@ class SessionBook:
             "pid": session.pid,
         }
 
-    def _children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+    def children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
         """Return the ids of the sessions below each session, or below one."""
         children: Dict[str, List[str]] = {}
         for session in self.sessions.values():
@@ -2082,7 +2082,7 @@ class SessionBook:
 
     def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
         """Yield every session, newest event first."""
-        children = self._children()
+        children = self.children()
         chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
         chosen.sort(key=lambda session: session.last_event, reverse=True)
         return (self.to_json(session, children) for session in chosen)
@@ -3811,13 +3811,22 @@ class Loader:
             self._together[name] = names
         self._book.take_over(book)
         if len(self._queue) % LINK_EVERY == 0:
-            for group in may_be_linked(self._points):
-                together = frozenset(map(session_file_name, group))
-                if not self._held.keys() & together and self._together.get(min(together)) != together:
-                    self._total += len(together)
-                    self._enqueue(together)
+            self._tell_linked_together()
         self._book.complete = not self._queue
         self._loaded(book.sessions.values())
+
+    def _tell_linked_together(self) -> None:
+        """Enqueue those that may be linked and were not told together: at the end all, before it those whose
+        number has doubled, so that a long row of sessions is not told again for each.
+        """
+        at_end = not self._queue
+        for group in may_be_linked(self._points):
+            names = frozenset(map(session_file_name, group))
+            known = max(len(self._together.get(name, ())) for name in names)
+            is_told = all(self._together.get(name) == names for name in names)
+            if not is_told and not self._held.keys() & names and (at_end or len(names) >= 2 * known):
+                self._total += len(names)
+                self._enqueue(names)
 
 
 def loading_words(progress: JsonObject) -> str:
@@ -4139,9 +4148,10 @@ class Monitor:
 
     def _send_updates(self) -> None:
         changed, self._changed = self._changed, {}
+        children = self.book.children() if len(changed) > 1 else None
         for session in changed.values():
             if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session)}
+                message = {"type": "session_update", "session": self.book.to_json(session, children)}
                 self.clients.broadcast_json(message)
 
     # Time

@@ -8184,6 +8184,20 @@ def test_the_menu_renames_pins_hides_and_deletes(running: RunningMonitor, open_t
 
 
 @needs_browser
+def test_the_page_says_how_far_loading_is_and_fills_without_a_reload(
+    monkeypatch: pytest.MonkeyPatch, open_tab: Any
+) -> None:
+    with loading_held(monkeypatch) as (place, ids, gate):
+        tab = open_tab(place)
+        tab.shows("banner", "Reading history: 0 of 40")
+        assert not tab.page.query_selector("[data-testid=session]")
+        gate.set()
+        eventually(lambda: "Reading history" not in tab.text("banner"))
+        eventually(lambda: "ended" in tab.text("rail").lower())
+        tab.page.close()
+
+
+@needs_browser
 def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     running: RunningMonitor, open_tab: Any
 ) -> None:
