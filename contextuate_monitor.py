@@ -4260,9 +4260,17 @@ class Monitor:
         return nested
 
     def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
-        """Encode a message with the sessions that are known so far, one by one: together they are large."""
-        sessions = b",".join(map(encode_json, self.book.each_json(with_hidden)))
-        return b'%b,"sessions":[%b]}' % (encode_json(message)[:-1], sessions)
+        """Encode a message with the sessions that are known so far.
+
+        All are much (2 kB each), so that they are not held one by one beside the whole.
+        """
+        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+        for session in self.book.each_json(with_hidden):
+            body += encode_json(session) + b","
+        if body.endswith(b","):
+            del body[-1]
+        body += b"]}"
+        return bytes(body)
 
     def sessions_json(self, with_hidden: bool) -> bytes:
         """Return the sessions that are known so far, and how many of the stored ones those are."""
