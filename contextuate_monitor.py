@@ -4148,6 +4148,8 @@ class Monitor:
 
     def _send_updates(self) -> None:
         changed, self._changed = self._changed, {}
+        if not self.clients.clients:
+            return
         children = self.book.children() if len(changed) > 1 else None
         for session in changed.values():
             if session.session_id in self.book.sessions:
