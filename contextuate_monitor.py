@@ -3809,10 +3809,16 @@ class Loader:
         for name in names:
             del self._held[name]
             self._together[name] = names
+        for session_id in list(book.sessions):
+            # Somebody has put its events into another session's file; what its own file tells stands.
+            if session_file_name(session_id) not in names and session_id in self._book.sessions:
+                book.delete(session_id)
         self._book.take_over(book)
         if len(self._queue) % LINK_EVERY == 0:
             self._tell_linked_together()
-        self._book.complete = not self._queue
+        if not self._queue:
+            self._book.complete = True
+            self._points, self._together = set(), {}
         self._loaded(book.sessions.values())
 
     def _tell_linked_together(self) -> None:

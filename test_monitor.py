@@ -7028,6 +7028,21 @@ def test_events_that_come_while_loading_are_told_after_those_before_them(tmp_pat
     loading_check(book, root, NOW_MS)
 
 
+@pytest.mark.parametrize("number", [3, 20])
+def test_lines_in_another_sessions_file_do_not_take_the_place_of_a_sessions_own(tmp_path, number):
+    root = str(tmp_path / "events")
+    ids = write_history(root, 24, 1000, NOW_MS)
+    expected = loading_reference(root).sessions[ids[10]]
+    (source,) = glob.glob(f"{root}/*/{ids[10]}.jsonl")
+    (target,) = glob.glob(f"{root}/*/{ids[number]}.jsonl")
+    with open(source, "rb") as file, open(target, "ab") as other:
+        other.write(file.readline())
+    book, loader = loading_loader(cm.EventStore(root))
+    loader.work(60)
+    assert loader.progress is None and len(book.sessions) == 24
+    assert book.sessions[ids[10]] == expected
+
+
 def test_a_session_that_says_something_is_loaded_next(tmp_path):
     root = str(tmp_path / "events")
     oldest = write_history(root, 30, 1500, NOW_MS)[0]
