@@ -6557,8 +6557,8 @@ class Machine:
 def without_authority(event: JsonObject) -> JsonObject:
     """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
     event.pop("demo", None)
-    if event["eventType"] == "session_meta":
-        event["eventType"] = "message"
+    if "session_meta" in (event["eventType"], effective_type(event)):
+        event.update(eventType="message", hookType="")  # either name would make it the user's word
     return event
 
 

@@ -374,6 +374,7 @@ import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -1912,7 +1913,10 @@ def redis_client(values: "Dict[str, Any]") -> Any:
     options.update(
         socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
     )
-    options.update(protocol=2, lib_name=None, lib_version=None)
+    # Not every redis-py says something of itself or knows another protocol, and so has these.
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    silent = {"protocol": 2, "lib_name": None, "lib_version": None}
+    options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
 
 
@@ -1932,6 +1936,7 @@ def redis_place(values: "Dict[str, Any]") -> str:
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
+    ("No module named 'redis.", "redis-py is too old: run {python} -m pip install --upgrade redis"),
     (
         "Authentication required|NOAUTH",
         "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "

@@ -9871,6 +9871,37 @@ def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTea
     assert not glob.glob("/tmp/ctx-hostile*")
 
 
+def test_nobody_renames_pins_hides_or_moves_a_session_through_redis(team: RedisTeam) -> None:
+    for monitor in team.monitors:
+        monitor.emit(payload("UserPromptSubmit", "ours", prompt="our words"))
+    before = [monitor.sessions()["ours"] for monitor in team.monitors]
+    actions = (
+        {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True}, {"action": "hide", "hidden": True},
+        {"action": "set_parent", "parentSessionId": "theirs"},
+    )  # fmt: skip
+    sent = 0
+    for action in actions:
+        for message in (
+            {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "ours", "data": action},
+            {"eventType": "session_meta", "sessionId": "ours", "data": action},
+            {"eventType": "message", "hookType": "Monitor", "sessionId": "ours", "data": action},
+            {"hook_event_name": "Monitor", "session_id": "ours", **action},
+            {"id": str(uuid.uuid4()), "hook": {"hook_event_name": "Monitor", "session_id": "ours", **action}},
+        ):
+            team.server.publish(json.dumps(message).encode())
+            sent += 1
+    for monitor, session in zip(team.monitors, before):
+        eventually(
+            lambda monitor=monitor: sum(e["sessionId"] == "ours" for e in monitor.stored_events()) == 1 + sent
+        )
+        for _ in ("live", "from the files"):
+            now = monitor.sessions()["ours"]
+            for name in ("label", "isPinned", "hidden", "parentSessionId"):
+                assert now[name] == session[name], name
+            monitor.kill()
+            monitor.start()
+
+
 def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
     secret = hook_token("ghp_", 36)
     machine = team.emitters[0]
