@@ -570,6 +570,12 @@ KEYS: "Dict[str, Key]" = {
     "limits.clientQueueBytes": Key(1 << 20, "an integer from 65536 to 67108864", _integer(1 << 16, 64 << 20)),
     "sessions.quietSeconds": Key(120, "an integer from 5 to 86400", _integer(5, 86_400)),
     "sessions.endedHours": Key(12, "an integer from 1 to 720", _integer(1, 720)),
+    "retention.days": Key(
+        30, "an integer from 1 to 36500, or null (for ever)", _optional(_integer(1, 36_500))
+    ),
+    "retention.maxMegabytes": Key(
+        2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
+    ),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
     "prices": Key(
@@ -583,9 +589,6 @@ KEYS: "Dict[str, Key]" = {
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
-
-# Known from the documentation of other versions: no spelling mistakes, but nothing here reads them.
-UNUSED_SECTIONS = ("retention",)
 
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
@@ -633,8 +636,6 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
                 shown = "something else" if name in SECRET_KEYS else _shown(value)
                 raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
             values[name] = value
-        elif name.partition(".")[0] in UNUSED_SECTIONS:
-            warnings.append(f"{path}: {name}: this version does not use it")
         else:
             near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -3,7 +3,7 @@
 
     python3 test_monitor.py --setup           get everything the tests need, then run them all
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
-    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency
+    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, history
 
 The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
@@ -36,6 +36,7 @@ PACKAGES = (
     "hypothesis==6.170.15",
     "mypy==2.4.1",
     "playwright==1.65.2",
+    "prometheus_client==0.26.0",
     "pytest==9.2.0",
     "redis==8.1.0",
     "ruff==0.17.6",
@@ -131,7 +132,7 @@ def parse_command_line() -> "tuple[argparse.Namespace, list[str]]":
         nargs="?",
         const="all",
         metavar="NAME",
-        help="run the benchmarks, or one: hook, hook-redis, latency",
+        help="run the benchmarks, or one: hook, hook-redis, latency, history",
     )
     return parser.parse_known_args()
 
@@ -184,6 +185,7 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+import ssl  # noqa: E402
 import stat  # noqa: E402
 import statistics  # noqa: E402
 import struct  # noqa: E402
@@ -1200,6 +1202,8 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
+    "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
+    "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
     "prices": (
@@ -3756,7 +3760,7 @@ PROTOCOL_BAD_MESSAGES = [
     ('{"type": "', None),
     ('{"type": ' + "[" * 100_000, None),
     ('{"type": "no such thing", "requestId": 7}', "no such thing"),
-    ('{"type": "search", "q": "x", "requestId": 7}', "search"),
+    ('{"type": "search", "query": 7, "requestId": 7}', "search"),
     ('{"type": "subscribe", "view": "half", "requestId": 7}', "subscribe"),
     ('{"type": "subscribe", "view": 1, "requestId": 7}', "subscribe"),
     ('{"type": "subscribe", "sessionIds": "s1", "requestId": 7}', "subscribe"),
@@ -4559,7 +4563,7 @@ def test_every_route_answers_json_with_the_headers_that_protect(spoken: RunningM
         "/health", "/api/status", "/api/config", "/api/sessions", "/api/sessions?hidden=1", "/api/sessions/routes",
         "/api/sessions/routes/events", "/api/events", f"/api/events/{event['id']}",
         f"/api/events/{event['id']}?session=routes&seq={event['seq']}", "/api/events/none?session=routes",
-        "/api/nothing", "/api/search?q=x", "/api/stats", "/metrics", "/api/events?limit=0",
+        "/api/nothing", "/api/search?limit=0", "/api/stats?utcOffset=x", "/api/events?limit=0",
     ):  # fmt: skip
         status, headers, body = spoken.request(path)
         bodies[path] = (status, json.loads(body))
@@ -4578,8 +4582,8 @@ def test_every_route_answers_json_with_the_headers_that_protect(spoken: RunningM
     assert bodies["/api/sessions/routes"][1]["counts"]["events"] == 2
     assert bodies[f"/api/events/{event['id']}"] == (200, event)
     assert bodies[f"/api/events/{event['id']}?session=routes&seq={event['seq']}"] == (200, event)
-    for path, status in (("/api/nothing", 404), ("/api/events/none?session=routes", 404), ("/api/search?q=x", 501),
-                         ("/api/stats", 501), ("/metrics", 501)):  # fmt: skip
+    for path, status in (("/api/nothing", 404), ("/api/events/none?session=routes", 404), ("/api/search?limit=0", 400),
+                         ("/api/stats?utcOffset=x", 400)):  # fmt: skip
         assert bodies[path][0] == status
         assert bodies[path][1]["error"]
 
@@ -8729,12 +8733,17 @@ class RedisServer:
     """
 
     def __init__(
-        self, *lines: str, password: str = "", certificates: "RedisCertificates | None" = None, port: int = 0
+        self,
+        *lines: str,
+        user: str = "default",
+        password: str = "",
+        certificates: "RedisCertificates | None" = None,
+        port: int = 0,
     ) -> None:
         self.directory = new_home()
         self.socket_path = self.directory + "/redis.sock"
         self.port = port or redis_free_port()
-        self.password = password
+        self.user, self.password = user, password
         self.certificates = certificates
         ports = [f"port {self.port}"]
         if certificates is not None:
@@ -8746,7 +8755,7 @@ class RedisServer:
                 f"tls-ca-cert-file {certificates.path('ca.crt')}",
                 "tls-auth-clients no",
             ]
-        secret = [f"requirepass {password}"] if password else []
+        secret = [f"requirepass {password}"] if password and user == "default" else []
         common = [
             "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
             "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
@@ -8795,8 +8804,9 @@ class RedisServer:
 
     def cli(self, *arguments: str, check: bool = True, given: "bytes | None" = None) -> str:
         """Run redis-cli and return what it says; bytes given on standard input are the last argument."""
+        login = ["--user", self.user] if self.password else []
         done = subprocess.run(
-            ["redis-cli", "-s", self.socket_path, *(["-x"] if given is not None else []), *arguments],
+            ["redis-cli", "-s", self.socket_path, *login, *(["-x"] if given is not None else []), *arguments],
             input=given, env={**os.environ, "REDISCLI_AUTH": self.password}, capture_output=True, timeout=20,
             check=False,
         )  # fmt: skip
@@ -9129,12 +9139,12 @@ def test_fifty_cut_connections_cost_no_event(team: RedisTeam) -> None:
     flow = RedisFlow(team, "cut")
     dice = random.Random(50)
     for _ in range(50):
-        flow.bulk(dice.randrange(12, 24))
+        flow.bulk(dice.randrange(16, 24))
         time.sleep(dice.random() * 0.05)
         team.server.cut_connections()
     flow.bulk(60)
     flow.check()
-    assert sum(map(len, flow.said.values())) > 600
+    assert sum(map(len, flow.said.values())) > 900
 
 
 def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam) -> None:
@@ -9153,14 +9163,14 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
 def test_a_monitor_that_was_down_catches_up(team: RedisTeam) -> None:
     down = team.monitors[1]
     flow = RedisFlow(team, "down")
-    flow.bulk(150)
+    flow.bulk(300)
     down.kill()
-    flow.bulk(150)
+    flow.bulk(300)
     down.start()
-    flow.bulk(150)
+    flow.bulk(300)
     for _ in range(3):
         down.kill()
-        flow.bulk(30)
+        flow.bulk(33)
         down.start()
     flow.check()
 
@@ -9516,8 +9526,8 @@ def redis_complaints() -> "Iterator[dict[str, RedisComplaint]]":
 
         def complain(name: str) -> RedisComplaint:
             machine = machines[name]
-            machine.start()
-            machine.say("kept")
+            machine.spool("kept")
+            machine.start()  # and that starts a publisher for what lies in the spool
 
             def publishers_words() -> str:
                 told = machine.publisher()
@@ -9666,31 +9676,48 @@ def redis_certificates() -> "Iterator[RedisCertificates]":
     folder.remove()
 
 
-# What an emitter and a monitor need, as the README lists it.
-REDIS_RIGHTS = {
-    "emitter": "resetchannels ~contextuate:events:stream &contextuate:events +publish +xadd",
-    "monitor": "resetchannels ~contextuate:events:stream &contextuate:events +subscribe +unsubscribe +ping +xread +xrange",
-}
+def test_the_set_up_of_the_readme_works_as_it_stands(make: Any) -> None:
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", file.read(), re.S | re.M)
+    folder, port = make(Folder).path, redis_free_port()
 
+    def block(words: str) -> str:
+        (found,) = [text for text in blocks if words in text]
+        for theirs, ours in (
+            ("redis.example.org", "localhost"), ("/etc/redis", folder), ("6380", str(port)), ("~/.contextuate", folder)
+        ):  # fmt: skip
+            found = found.replace(theirs, ours)
+        return found
 
-def test_the_documented_rights_are_enough_for_each_side(make: Any) -> None:
-    server = make(
-        RedisServer, *[f"user {name} on >{REDIS_PASSWORD} {rights}" for name, rights in REDIS_RIGHTS.items()]
-    )
-    emitter, watcher = (
-        make(
-            RedisMachine, machine_id=name, config=server.settings(username=name, password=REDIS_PASSWORD)
-        )
-        for name in ("emitter", "monitor")
-    )  # fmt: skip
-    emitter.say("before")
-    watcher.start().wait_until("connected")
-    emitter.say("after")
-    eventually(lambda: watcher.has("s1", 2), 30, "both events")
-    assert watcher.arrivals() == {"emitter": ["before", "after"]}
-    about = watcher.redis()
-    assert (about["streamState"], about["streamReason"]) == ("ok", None)
-    assert (emitter.publisher()["stream"], emitter.publisher()["channelState"]) == ("ok", "ok")
+    subprocess.run(["/bin/sh", "-e", "-c", block("openssl req")], cwd=folder, check=True, capture_output=True)
+    users = block("user emitter on")
+    with open(folder + "/users.acl", "w", encoding="ascii") as file:
+        file.write(users)
+    make(RedisServer, *block("tls-cert-file").splitlines(), port=port, user="both", password="THIRD-PASSWORD")
+    machines = {}
+    for name, password in re.findall(r"^user (\w+) on >(\S+)", users, re.M):
+        config = json.loads(block('"username": "emitter"'))
+        config["redis"].update(username=name, password=password)
+        machines[name] = make(RedisMachine, config=config, machine_id=name)
+    emitter, watcher, both = machines["emitter"], machines["monitor"], machines["both"]
+    emitter.say("early")
+    at_once(watcher.start, both.start)
+    for machine in (watcher, both):
+        machine.wait_until("connected")
+    emitter.say("late")
+    both.say("own")
+    for machine in (watcher, both):
+        eventually(lambda machine=machine: machine.has("s1", 3), 30, "all three events")
+        assert machine.arrivals() == {"emitter": ["early", "late"], "both": ["own"]}
+        about = machine.redis()
+        assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
+    for machine in (emitter, both):
+        told = machine.publisher()
+        assert (told["stream"], told["channelState"]) == ("ok", "ok")
+    strict = ssl.create_default_context(cafile=folder + "/ca.crt")
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
+    with socket.create_connection(("localhost", port)) as sock:
+        strict.wrap_socket(sock, server_hostname="localhost").close()
 
 
 # A Redis that is no Redis -----------------------------------------------------------------------------------------
@@ -11296,6 +11323,116 @@ def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_ta
     other.shows("status", "1 event")
 
 
+@needs_browser
+def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="rename the zebra column"),
+        *browser_call(1, "one", tool_response={"stdout": "zebra crossing"}),
+        *browser_call(2, "two", tool_response={"stdout": "nothing"}),
+        payload("Stop", "one", last_assistant_message="The <b>zebra</b> is renamed"),
+    )
+    eventually(lambda: running.get("/api/search?q=zebra")["results"], what="the index to know it")
+    tab = open_tab(running, "#history&q=zebra")
+
+    def hits() -> "list[str]":
+        return [hit.inner_text() for hit in tab.page.query_selector_all("[data-testid=hit]")]
+
+    eventually(lambda: len(hits()) == 3)
+    assert (
+        tab.page.evaluate("[...document.querySelectorAll('.hit mark')].map((el) => el.textContent)")
+        == ["zebra"] * 3
+    )
+    assert "<b>" in hits()[0], "text stays text"
+    tab.page.select_option("[aria-label=Kind]", "tool_result")
+    eventually(lambda: len(hits()) == 1)
+    tab.page.click("[data-testid=hit]")
+    tab.shows("drawer", "zebra crossing")
+    link = tab.page.evaluate("location.hash")
+    assert "q=zebra" in link and "type=tool_result" in link and "e=" in link
+    other = open_tab(running, link)
+    other.shows("drawer", "zebra crossing")
+    tab.page.select_option("[aria-label=Kind]", "")
+    eventually(lambda: len(hits()) == 3)
+    tab.page.keyboard.press("Escape")
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type(" crossing")
+    eventually(lambda: len(hits()) == 1)
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.press("j")
+    tab.shows("drawer", "zebra crossing")
+    tab.page.keyboard.press("/")
+    tab.page.fill("[data-testid=history-query]", "no such words")
+    tab.shows("sheet", "Nothing stored fits")
+    tab.page.fill("[data-testid=history-query]", "")
+    eventually(lambda: len(hits()) == 4, 15, "no words: everything, a call and its result as one")
+
+
+@needs_browser
+def test_history_goes_on_to_the_oldest(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", f"s{n % 3}", prompt=f"word {n}") for n in range(250)))
+    eventually(lambda: running.get("/api/status")["index"]["lagEvents"] == 0)
+    tab = open_tab(running, "#history&q=word")
+    found = "document.querySelectorAll('[data-testid=hit]').length"
+    eventually(lambda: tab.page.evaluate(found) == 100)
+    for wanted in (200, 250):
+        tab.page.click("[data-testid=sheet] > div > .showmore")
+        eventually(lambda wanted=wanted: tab.page.evaluate(found) == wanted)
+    words = tab.page.evaluate("[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)")
+    assert sorted(words) == sorted(f"word {n}" for n in range(250))
+    assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
+
+
+@needs_browser
+def test_statistics_count_what_happened_and_lead_to_it(running: RunningMonitor, open_tab: Any) -> None:
+    slow = browser_call(1, "one", tool_response={"stdout": "slow output"})
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first work"),
+        slow[0], {**slow[1], "duration_ms": 65_000},
+        *(event for number in range(2, 5) for event in browser_call(number, "one", tool_response="")),
+    )  # fmt: skip
+    for _ in range(2):
+        call = browser_call(9, "two")[0]
+        call["tool_use_id"] = str(uuid.uuid4())
+        running.emit(call, {**call, "hook_event_name": "PostToolUseFailure", "error": "Exit code 2\nboom"})
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] >= 6, what="the index to count them")
+    told = running.get("/api/stats")
+    tab = open_tab(running, "#stats")
+    tab.shows("stats", f"{told['totals']['toolCalls']} calls")
+    tab.shows("stats", "2 failed")
+    for words in ("1 min 05 s", "make step-1", "make step-9", "Exit code 2 boom", "first work", "testbox"):
+        tab.shows("stats", words)
+    tab.page.click("[data-testid=stats] tr.open >> text=make step-1")
+    tab.shows("drawer", "slow output")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("drawer") == "")
+    tab.page.select_option("[aria-label=Time]", "1h")
+    eventually(lambda: tab.page.evaluate("location.hash") == "#stats&when=1h")
+    tab.page.click("[data-testid=stats] table[aria-label=Sessions] tr.open >> text=first work")
+    tab.row_with("make step-1")
+    assert tab.page.evaluate("location.hash") == "#s=one"
+    tab.page.keyboard.press("m")
+    tab.page.click("[data-testid=menu] >> text=Its statistics")
+    eventually(lambda: "session=one" in tab.page.evaluate("location.hash"))
+    tab.shows("stats", "4 calls")
+    assert "step-9" not in tab.text("stats")
+
+
+@needs_browser
+def test_a_monitor_without_an_index_is_searched_and_not_counted(
+    monitor: RunningMonitor, open_tab: Any
+) -> None:
+    os.makedirs(monitor.home + "/index.db/in-the-way")
+    monitor.start().emit(payload("UserPromptSubmit", prompt="find the zebra"))
+    tab = open_tab(monitor, "#history&q=zebra")
+    tab.shows("hits", "find the zebra")
+    tab.shows("sheet", "There is no index")
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "off")
+    tab.page.reload()
+    tab.shows("hits", "find the zebra")
+    tab.page.keyboard.press("3")
+    tab.shows("sheet", "there are no statistics")
+
+
 # What a person has done before the page is checked: a link, then clicks and keys.
 CHECKED_SCREENS: "dict[str, tuple[str, list[str]]]" = {
     "live": ("", []),
@@ -11351,6 +11488,959 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any
     finally:
         clean_up(bare)
         shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------
+# Index: search and statistics over everything stored
+#
+# What the index answers is compared with reading every file, which is slow and plain.
+# ---------------------------------------------------------------------------
+
+
+class IndexCase:
+    """Event files and the history over them, in this process; `store` is written to as the monitor would."""
+
+    def __init__(self, folder: "str | None" = None) -> None:
+        self.home = folder or new_home()
+        self.store = cm.EventStore(self.home + "/events")
+        self.history = cm.History(self.store, self.home + "/index.db")
+        self.started = False
+
+    def add(self, *events: "dict[str, Any]", day_ms: int = NOW_MS) -> None:
+        """Store events as if they arrived at `day_ms`; payloads are made events."""
+        built = [ee.build_event(given, given.get("timestamp", day_ms), "testbox") for given in events]
+        stored = self.store.append(built, day_ms)
+        assert None not in stored
+        if self.started:
+            self.history.grown(stored)
+
+    def ready(self) -> "IndexCase":
+        """Start the index, and wait until it is complete."""
+        if not self.started:
+            self.started = True
+            self.history.start()
+        eventually(self.is_complete, what="a complete index")
+        return self
+
+    def is_complete(self) -> bool:
+        status = self.history.status()
+        stored = sum(os.path.getsize(path) for path in glob.glob(self.home + "/events/*/*.jsonl"))
+        return bool(status["state"] == "ready" and status["done"] == stored)
+
+    def search(self, words: str = "", **wanted: Any) -> "list[dict[str, Any]]":
+        """Return every result, over all pages."""
+        results, cursor = [], None
+        while True:
+            query = cm.search_query({"q": words, "limit": 200, **wanted, "cursor": cursor})
+            try:
+                page = self.history.search(query)
+            except cm.SearchError:  # the index went away between two pages: whoever pages searches anew
+                assert cursor is not None
+                results, cursor = [], None
+                continue
+            results += page["results"]
+            cursor = page["next"]
+            if cursor is None:
+                return results
+
+    def ids(self, words: str = "", **wanted: Any) -> "list[str]":
+        return [result["id"] for result in self.search(words, **wanted)]
+
+    def events(self) -> "list[dict[str, Any]]":
+        """Read every event in the files."""
+        found = []
+        for path in glob.glob(self.home + "/events/*/*.jsonl"):
+            with open(path, "rb") as file:
+                found += [json.loads(line) for line in file]
+        return found
+
+
+@pytest.fixture
+def indexed() -> "Iterator[IndexCase]":
+    """An empty store with a history."""
+    case = IndexCase()
+    yield case
+    case.history.stop()
+    case.store.close()
+    shutil.rmtree(case.home, ignore_errors=True)
+
+
+def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> "dict[str, Any]":
+    """Return a prompt event with a known id, a second after the one with the number before."""
+    return {
+        "eventType": "user_prompt", "hookType": "UserPromptSubmit", "id": f"e{number}", "sessionId": session,
+        "timestamp": NOW_MS + number * 1000, "workingDirectory": "/home/dev/shop", "data": {"message": text}, **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
+        ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
+        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
+        ("日本", [5]), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
+        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
+def test_words_beginnings_and_phrases_are_found_newest_first(
+    indexed: IndexCase, monkeypatch: Any, how: str, typed: str, found: "list[int]"
+) -> None:
+    texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
+             "これは日本語です", "naïve_name \ud83d and more")  # fmt: skip
+    indexed.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
+    if how == "no full text":
+        monkeypatch.setattr(cm, "has_full_text", lambda db: False)
+    if how == "no index":
+        monkeypatch.setattr(indexed.history, "status", lambda: {"state": "off"})
+    else:
+        indexed.ready()
+    assert indexed.ids(typed) == [f"e{number}" for number in found]
+
+
+index_texts = st.lists(
+    st.lists(st.sampled_from(["alpha", "Beta", "gäbe", "x1", "日本", "a", "ab", "über-all", "\u00e9", "e\u0301", "-", "_", "İ", "ß",
+                              "\ud83d", "\U0001f600", "\ue0003", "कि", "한국어", "Ａ", "ﬁ", "ǅ", "\x00", "1½", "²"])
+             | st.text(max_size=6), max_size=6).map(" ".join),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@given(index_texts, st.data())
+def test_the_index_finds_just_what_reading_every_event_finds(texts: "list[str]", data: Any) -> None:
+    case = IndexCase()
+    try:
+        case.add(*(index_prompt(number, text, f"s{number % 2}") for number, text in enumerate(texts)))
+        case.ready()
+        for _ in range(6):
+            source = cm.fold(data.draw(st.sampled_from(texts)))
+            start = data.draw(st.integers(0, len(source)))
+            typed = source[start : start + data.draw(st.integers(1, 8))] + data.draw(
+                st.sampled_from(["", "*"])
+            )
+            if data.draw(st.booleans()):
+                typed = f'"{typed}"'
+            query = cm.search_query({"q": typed})
+            expected = [event["id"] for event in case.events() if query.takes(event)]
+            assert sorted(case.ids(typed)) == sorted(expected), typed
+    finally:
+        case.history.stop()
+        case.store.close()
+        shutil.rmtree(case.home)
+
+
+def test_every_filter_takes_what_it_says(indexed: IndexCase) -> None:
+    for number in range(60):
+        hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
+        indexed.add({
+            "hook": payload(hook, f"s{number % 4}", tool_name=("Bash", "Read")[number % 2], tool_use_id=f"t{number}",
+                            tool_input={"command": f"number {number % 5}"}),
+            "id": f"e{number}", "timestamp": NOW_MS + number * 1000, "machineId": f"box{number % 3}",
+        }, day_ms=NOW_MS + (number // 20) * 86_400_000)  # fmt: skip
+    indexed.ready()
+    every = sorted(indexed.events(), key=lambda event: -event["timestamp"])
+    wanted: list[tuple[dict[str, Any], Any]] = [
+        ({}, lambda event: True),
+        ({"session": "s2"}, lambda event: event["sessionId"] == "s2"),
+        ({"session": "none"}, lambda event: False),
+        ({"machine": "box1"}, lambda event: event["machineId"] == "box1"),
+        ({"tool": "Read"}, lambda event: event["data"]["toolName"] == "Read"),
+        ({"type": "tool_error"}, lambda event: event["eventType"] == "tool_error"),
+        ({"type": "PostToolUse"}, lambda event: event["hookType"] == "PostToolUse"),
+        ({"type": "tool"}, lambda event: False),
+        ({"from": NOW_MS + 7000}, lambda event: event["timestamp"] >= NOW_MS + 7000),
+        ({"to": NOW_MS + 7000}, lambda event: event["timestamp"] < NOW_MS + 7000),
+        ({"from": NOW_MS + 7000, "to": NOW_MS + 7001}, lambda event: event["timestamp"] == NOW_MS + 7000),
+    ]
+    for one, other in itertools.product(wanted, repeat=2):
+        both = {**one[0], **other[0]}
+        if len(both) < len(one[0]) + len(other[0]):
+            continue
+        expected = [event for event in every if one[1](event) and other[1](event)]
+        assert indexed.ids(**both) == [event["id"] for event in expected], both
+        numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
+        assert indexed.ids('"number 3"', **both) == numbered, both
+
+
+def test_pages_follow_each_other_without_gap_or_double_while_events_arrive(indexed: IndexCase) -> None:
+    # Many in one millisecond, over two days of arrival, told in any order.
+    numbers = list(range(500))
+    random.Random(3).shuffle(numbers)
+    for start in range(0, 500, 50):
+        for number in numbers[start : start + 50]:
+            event = index_prompt(number, "word")
+            indexed.add(
+                {**event, "timestamp": NOW_MS + number // 100 * 1000},
+                day_ms=NOW_MS + (start // 250) * 86_400_000,
+            )
+    indexed.ready()
+    seen, cursor = [], None
+    while True:
+        page = indexed.history.search(cm.search_query({"q": "word", "limit": 7, "cursor": cursor}))
+        assert len(page["results"]) <= 7
+        seen += page["results"]
+        cursor = page["next"]
+        if cursor is None:
+            break
+        indexed.add(index_prompt(1000 + len(seen), "word"))
+        indexed.ready()
+    order = [result["timestamp"] // 100 for result in seen]  # in a rush they may stand a little out of order
+    assert order == sorted(order, reverse=True)
+    assert sorted(result["id"] for result in seen) == sorted(f"e{number}" for number in range(500))
+
+
+def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
+    long = "before " * 100 + "the needle in\n   here " + "after " * 100
+    indexed.add(
+        payload("PostToolUse", tool_name="Bash", tool_use_id="t1", tool_input={"command": "find hay"},
+                tool_response={"stdout": long, "stderr": ""}),
+    )  # fmt: skip
+    (result,) = indexed.ready().search('needle "here after"')
+    assert result["field"] == "toolOutput"
+    text = "".join(piece["text"] for piece in result["snippet"])
+    assert text.startswith("…") and text.endswith("…") and len(text) < 260 and "\n" not in text
+    assert [piece["text"] for piece in result["snippet"] if piece.get("hit")] == ["needle", "here after"]
+    assert result["data"]["target"] == "find hay" and result["partial"] is True
+
+
+INDEX_DAMAGE: "dict[str, Any]" = {
+    "deleted": os.unlink,
+    "deleted with its log": cm.remove_index,
+    "truncated": lambda path: os.truncate(path, 5000),
+    "emptied": lambda path: os.truncate(path, 0),
+    "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
+    "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
+    "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
+}
+
+
+def write_at(path: str, offset: int, content: bytes) -> None:
+    """Overwrite a part of a file."""
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+@pytest.mark.parametrize("damage", sorted(INDEX_DAMAGE))
+def test_an_index_that_was_spoilt_while_nobody_used_it_is_made_anew(indexed: IndexCase, damage: str) -> None:
+    indexed.add(*(index_prompt(number, f"word{number % 7} all") for number in range(300)))
+    before = indexed.ready().search("all"), indexed.history.statistics(0, 1 << 53, None, 0)
+    indexed.history.stop()
+    INDEX_DAMAGE[damage](indexed.home + "/index.db")
+    again = IndexCase(indexed.home)
+    try:
+        again.ready()
+        eventually(lambda: again.search("all") == before[0])
+        again.add(index_prompt(5000, "later"))
+        again.ready()
+        eventually(lambda: [result["id"] for result in again.search("later")] == ["e5000"])
+        assert again.ready().history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 301
+    finally:
+        again.history.stop()
+
+
+@pytest.mark.parametrize("damage", sorted(INDEX_DAMAGE))
+def test_an_index_that_is_spoilt_while_it_is_used_misleads_nobody(indexed: IndexCase, damage: str) -> None:
+    indexed.add(*(index_prompt(number, f"word{number % 7} all") for number in range(300)))
+    before = indexed.ready().search("all")
+    INDEX_DAMAGE[damage](indexed.home + "/index.db")
+    for number in range(3):
+        eventually(lambda: indexed.search("all") == before)
+        indexed.add(index_prompt(1000 + number, "later"))
+        eventually(lambda number=number: len(indexed.search("later")) == number + 1)
+
+
+def test_an_index_that_cannot_be_kept_hinders_nothing_and_comes_back(
+    indexed: IndexCase, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.1)
+    os.mkdir(indexed.home + "/index.db")
+    indexed.add(index_prompt(1, "still found"))
+    indexed.history.start()
+    indexed.started = True
+    status = eventually(lambda: indexed.history.status()["state"] == "off" and indexed.history.status())
+    assert status["error"]
+    assert indexed.ids("found") == ["e1"]
+    with pytest.raises(cm.NoStatistics, match="index"):
+        indexed.history.statistics(0, 1 << 53, None, 0)
+    os.rmdir(indexed.home + "/index.db")
+    indexed.ready()
+    assert indexed.ids("found") == ["e1"]
+    assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 1
+
+
+def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) -> None:
+    for day in range(3):
+        indexed.add(
+            *(index_prompt(day * 100 + n, f"day{day} word", f"s{n % 2}") for n in range(10)),
+            day_ms=NOW_MS + day * 86_400_000,
+        )
+    indexed.ready()
+    days = sorted(os.listdir(indexed.home + "/events"))
+    shutil.rmtree(f"{indexed.home}/events/{days[0]}")
+    os.unlink(f"{indexed.home}/events/{days[1]}/s1.jsonl")
+    changed = f"{indexed.home}/events/{days[2]}/s0.jsonl"
+    with open(changed, encoding="ascii") as file:
+        kept = file.read().split("\n")[1:]
+    with open(changed + ".new", "w", encoding="ascii") as file:
+        file.write("\n".join(kept))
+    os.replace(changed + ".new", changed)
+    with open(f"{indexed.home}/events/{days[2]}/s9.jsonl", "wb") as file:
+        file.write(
+            cm.numbered_line(
+                5000, NOW_MS, ee.build_event(index_prompt(999, "word by hand", "s9"), NOW_MS, "m")
+            )
+            + b"\n"
+        )
+        file.write(b"{ this is no event\n")
+    indexed.history.look_again()
+    indexed.ready()
+    expected = sorted(event["id"] for event in (json.loads(line) for path in glob.glob(indexed.home + "/events/*/*.jsonl")
+                                                for line in open(path) if line.startswith('{"')))  # noqa: SIM115  # fmt: skip
+    assert sorted(indexed.ids("word")) == expected and len(expected) == 15
+    assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 15
+
+
+def test_the_space_of_deleted_days_is_given_back(indexed: IndexCase) -> None:
+    rng = random.Random(1)
+    for day in range(4):
+        texts = (" ".join(f"w{rng.randrange(100_000)}" for _ in range(100)) for _ in range(500))
+        indexed.add(
+            *(index_prompt(day * 1000 + n, text) for n, text in enumerate(texts)),
+            day_ms=NOW_MS + day * 86_400_000,
+        )
+    indexed.ready()
+    full = indexed.history.status()["bytes"]
+    for day in sorted(os.listdir(indexed.home + "/events"))[:3]:
+        shutil.rmtree(f"{indexed.home}/events/{day}")
+    indexed.history.look_again()
+    eventually(
+        lambda: indexed.is_complete() and indexed.history.status()["bytes"] < full * 0.5,
+        what="a smaller index",
+    )
+    assert len(indexed.search(limit=200)) == 500
+
+
+# Statistics
+
+
+def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "dict[str, Any]":
+    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
+    events = [event for event in events if event["hookType"] != "Monitor"]
+    calls: dict[Any, dict[str, Any]] = {}
+    for event in sorted(events, key=lambda event: event["seq"]):
+        data, hook = event["data"], event["hookType"]
+        if hook in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
+            call = calls.setdefault(
+                (event["sessionId"], data["toolUseId"]),
+                {"tool": data["toolName"], "start": 1 << 60, "how": ""},
+            )
+            start = event["timestamp"] - (data.get("durationMs", 0) if hook != "PreToolUse" else 0)
+            call["start"] = min(call["start"], start)
+            if hook == "PreToolUse":
+                call["begun"] = start
+            if hook != "PreToolUse":
+                call["how"] = (
+                    "ok" if hook == "PostToolUse" else "interrupted" if data.get("is_interrupt") else "failed"
+                )
+                call["end"], call["told"] = event["timestamp"], data.get("durationMs")
+        elif hook == "PostToolBatch":
+            for one in data["tool_calls"]:
+                call = calls.setdefault((event["sessionId"], one["tool_use_id"]), {
+                    "tool": one["tool_name"], "start": event["timestamp"], "how": ""})  # fmt: skip
+                call["how"] = call["how"] or "failed"
+    tools: dict[str, Any] = {}
+    for call in calls.values():
+        tool = tools.setdefault(call["tool"], {"calls": 0, "failures": 0, "interrupted": 0, "durations": []})
+        tool["calls"] += 1
+        tool["failures"] += call["how"] == "failed"
+        tool["interrupted"] += call["how"] == "interrupted"
+        if call.get("told") is not None:
+            tool["durations"].append(call["told"])
+        elif "end" in call and "begun" in call:
+            tool["durations"].append(call["end"] - call["begun"])
+    for tool in tools.values():
+        ordered = sorted(tool.pop("durations"))
+        tool["timed"], tool["maxMs"], tool["totalMs"] = len(ordered), max(ordered, default=None), sum(ordered)
+        for percent in (50, 95):
+            least = next(
+                (
+                    ms
+                    for ms in ordered
+                    if sum(other <= ms for other in ordered) * 100 >= percent * len(ordered)
+                ),
+                None,
+            )
+            tool[f"p{percent}Ms"] = least
+    days = collections.Counter(
+        time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
+        for event in events
+    )
+    return {
+        "tools": tools,
+        "days": dict(days),
+        "machines": dict(collections.Counter(event["machineId"] for event in events)),
+        "prompts": sum(
+            event["hookType"] == "UserPromptSubmit" and "<task-" not in str(event["data"]["message"])
+            for event in events
+        ),
+        "events": len(events),
+        "sessions": len({event["sessionId"] for event in events}),
+        "failures": sum(call["how"] == "failed" for call in calls.values()),
+        "slowest": max((ms for tool in tools.values() for ms in [tool["maxMs"] or 0]), default=0),
+    }
+
+
+def check_statistics(figures: "dict[str, Any]", by_hand: "dict[str, Any]") -> None:
+    """Compare the statistics with what was counted by hand."""
+    names = ("calls", "failures", "interrupted", "timed", "maxMs", "totalMs", "p50Ms", "p95Ms")
+    assert {tool["toolName"]: {name: tool[name] for name in names} for tool in figures["tools"]} == by_hand[
+        "tools"
+    ]
+    assert {day["day"]: day["events"] for day in figures["days"] if day["events"]} == by_hand["days"]
+    assert {machine["machineId"]: machine["events"] for machine in figures["machines"]} == by_hand["machines"]
+    totals = figures["totals"]
+    assert {name: totals[name] for name in ("events", "prompts", "sessions", "failures")} == {
+        name: by_hand[name] for name in ("events", "prompts", "sessions", "failures")}  # fmt: skip
+    assert totals["toolCalls"] == sum(tool["calls"] for tool in by_hand["tools"].values())
+    for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
+        assert sum(row["events"] for row in figures[group]) == by_hand["events"], group
+        assert sum(row["toolCalls"] for row in figures[group]) == totals["toolCalls"], group
+        assert sum(row["failures"] for row in figures[group]) == totals["failures"], group
+    assert not figures["slowest"] or figures["slowest"][0]["durationMs"] == by_hand["slowest"]
+    durations = [call["durationMs"] for call in figures["slowest"]]
+    assert durations == sorted(durations, reverse=True)
+    assert sum(row["failures"] for row in figures["failing"]) <= totals["failures"]
+
+
+def index_work(rng: random.Random, count: int) -> "list[dict[str, Any]]":
+    """Return made-up work of some sessions on two machines over three days, told out of order."""
+    told = []
+    for number in range(count):
+        session, at = f"s{rng.randrange(6)}", NOW_MS + rng.randrange(3 * 86_400_000)
+        tool, length = rng.choice(["Bash", "Read", "Edit"]), int(rng.lognormvariate(5, 2))
+        about = {
+            "tool_name": tool,
+            "tool_use_id": f"t{number}",
+            "tool_input": {"command": f"run {rng.randrange(5)}"},
+        }
+        hooks = [("PreToolUse", {}, at), rng.choice([
+            ("PostToolUse", {"duration_ms": length}, at + length), ("PostToolUse", {}, at + length),
+            ("PostToolUseFailure", {"duration_ms": length, "error": "no"}, at + length + 1),
+            ("PostToolUseFailure", {"error": "no", "is_interrupt": True}, at + 3), ("UserPromptSubmit", {"prompt": "hi"}, at),
+        ])]  # fmt: skip
+        if number % 9 == 0:
+            hooks = hooks[1:]
+        for place, (hook, more, timestamp) in enumerate(hooks):
+            fields = {**about, **more} if "ToolUse" in hook else more
+            told.append({"hook": payload(hook, session, **fields), "id": f"e{number}.{place}", "timestamp": timestamp,
+                         "machineId": f"box{session[1] in '123'}"})  # fmt: skip
+        if number % 7 == 0:
+            batch = [{key: about[key] for key in ("tool_name", "tool_use_id", "tool_input")},
+                     {"tool_name": "Gone", "tool_use_id": f"gone{number}", "tool_input": {}}]  # fmt: skip
+            told.append({"hook": payload("PostToolBatch", session, tool_calls=batch), "id": f"b{number}", "timestamp": at + length + 5,
+                         "machineId": f"box{session[1] in '123'}"})  # fmt: skip
+    rng.shuffle(told)
+    return told
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("offset", [0, 60, -570])
+def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: int, offset: int) -> None:
+    work = index_work(random.Random(seed), 300)
+    indexed.add(*work[:400])
+    indexed.ready()
+    indexed.add(*work[400:], day_ms=NOW_MS + 86_400_000)
+    indexed.ready()
+    check_statistics(
+        indexed.history.statistics(0, 1 << 53, None, offset), count_by_hand(indexed.events(), offset)
+    )
+    for session in ("s1", "s4"):
+        own = [event for event in indexed.events() if event["sessionId"] == session]
+        check_statistics(indexed.history.statistics(0, 1 << 53, session, offset), count_by_hand(own, offset))
+
+
+def index_usage(number: int, session: str, **models: "tuple[int, int]") -> "dict[str, Any]":
+    """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
+    told = {
+        name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
+        for name, used in models.items()
+    }
+    return {
+        **index_prompt(number, "", session), "eventType": "turn_end", "hookType": "Stop",
+        "data": {"usage": {"models": told, "agents": {}}},
+    }  # fmt: skip
+
+
+def test_tokens_count_on_the_day_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
+    day = 86_400
+    indexed.add(
+        index_usage(0, "a", claude_opus_4_5=(1000, 100)),
+        index_usage(60, "a", claude_opus_4_5=(5000, 500)),  # the totals grow
+        index_usage(day, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),
+        index_usage(day + 3000, "a", claude_opus_4_5=(6000, 600), claude_haiku_4_5=(50, 5)),  # told again
+        {**index_usage(30, "b", strange_model=(10, 1)), "workingDirectory": "/home/dev/bank"},
+        {**index_prompt(40, "", "c"), "data": {"usage": {"input_tokens": 5}}},  # another program's form
+    )
+    figures = indexed.ready().history.statistics(0, 1 << 53, None, 0)
+
+    def tokens(rows: str, name: str) -> "dict[str, Any]":
+        return {row[name]: row["tokenUsage"] and (row["tokenUsage"]["totalInput"], row["tokenUsage"]["totalOutput"])
+                for row in figures[rows]}  # fmt: skip
+
+    first, second = cm.day_of(NOW_MS), cm.day_of(NOW_MS + day * 1000)
+    assert tokens("days", "day") == {first: (5010, 501), second: (1050, 105)}
+    assert tokens("models", "model") == {
+        "claude-opus-4-5": (6000, 600),
+        "claude-haiku-4-5": (50, 5),
+        "strange-model": (10, 1),
+    }
+    assert tokens("projects", "project") == {"/home/dev/shop": (6050, 605), "/home/dev/bank": (10, 1)}
+    assert tokens("sessions", "sessionId") == {"a": (6050, 605), "b": (10, 1), "c": None}
+    assert (
+        figures["totals"]["tokenUsage"]["totalInput"] == 6060
+        and figures["totals"]["estimatedCostUsd"] is None
+    )
+    costs = {row["model"]: row["estimatedCostUsd"] for row in figures["models"]}
+    prices = cm.PriceList()
+    assert costs["strange-model"] is None and costs["claude-opus-4-5"] == prices.estimate(
+        cm.SessionUsage(0, {"claude-opus-4-5": cm.ModelUsage(cm.Tokens(6000, 600, 7), cm.Tokens())}))  # fmt: skip
+    later = indexed.history.statistics(NOW_MS + (day - 3600) * 1000, 1 << 53, "a", 0)
+    assert later["totals"]["tokenUsage"]["totalInput"] == 1050
+
+
+def test_odd_events_of_other_programs_do_not_stop_the_index(indexed: IndexCase) -> None:
+    odd: list[dict[str, Any]] = [
+        {"sessionId": "s\ud800", "machineId": "m\udfff", "workingDirectory": "\ud83d/x", "data": {"toolName": "\ud800"}},
+        {"hookType": "PreToolUse", "data": {"toolName": ["x"], "toolUseId": {}, "toolInput": 7, "durationMs": "soon"}},
+        {"hookType": "PostToolUse", "data": {"toolName": None, "durationMs": 1 << 70, "toolUseId": "\ud800"}},
+        {"hookType": "PostToolUse", "data": {"durationMs": -5}}, {"hookType": "PostToolUse", "data": {"durationMs": True}},
+        {"hookType": "PostToolBatch", "data": {"tool_calls": [1, {}, {"tool_use_id": 5}, {"tool_use_id": "t", "tool_name": {}}]}},
+        {"data": {"usage": {"models": {"\ud800": {"input": 1 << 80, "output": "x"}, "m": 5}, "agents": 3}}},
+        {"timestamp": 1}, {"timestamp": 99_999_999_999_999}, {"data": {"deep": [[[["bottom"]]]] * 3}},
+        {"hookType": "Unheard % of_", "data": {"x" * 5000: "y" * 5000}},
+    ]  # fmt: skip
+    indexed.add(
+        *(
+            {"eventType": "message", "id": f"odd{number}", "timestamp": NOW_MS, **given}
+            for number, given in enumerate(odd)
+        )
+    )
+    indexed.ready()
+    assert indexed.history.status()["error"] is None
+    assert sorted(indexed.ids()) == sorted(f"odd{number}" for number in range(len(odd)))
+    assert indexed.ids("bottom") == ["odd9"]
+    assert indexed.ids(session="s\ud800") == indexed.ids(machine="m\udfff") == ["odd0"]
+    assert len(indexed.ids(type="Unheard % of_")) == 1 and indexed.ids(type="%") == []
+    assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == len(odd)
+
+
+def test_statistics_of_a_stretch_of_time_leave_the_rest_out(indexed: IndexCase) -> None:
+    indexed.add(*(index_prompt(number * 60, "hi") for number in range(24 * 60)))
+    indexed.ready()
+    start, end = NOW_MS + 3 * 3_600_000 + 1, NOW_MS + 5 * 3_600_000
+    figures = indexed.history.statistics(start, end, None, 0)
+    assert (
+        figures["from"] <= start < figures["from"] + 900_000
+        and figures["to"] - 900_000 < end <= figures["to"]
+    )
+    inside = [event for event in indexed.events() if figures["from"] <= event["timestamp"] < figures["to"]]
+    assert figures["totals"]["events"] == figures["totals"]["prompts"] == len(inside)
+    empty = indexed.history.statistics(NOW_MS - 10 * 86_400_000, NOW_MS - 9 * 86_400_000, None, 0)
+    assert empty["totals"]["events"] == 0 and empty["tools"] == empty["days"] == []
+
+
+@pytest.mark.parametrize("name", recording_names())
+def test_a_recorded_session_counts_the_same_in_statistics_and_in_its_state(
+    indexed: IndexCase, name: str
+) -> None:
+    book = cm.SessionBook(own_machine="testbox")
+    indexed.add(*({"hook": given, "id": f"e{number}", "timestamp": NOW_MS + number * 10, "machineId": "testbox"}
+                  for number, given in enumerate(recorded(name))))  # fmt: skip
+    for event in sorted(indexed.events(), key=lambda event: event["seq"]):
+        book.apply(event)
+    indexed.ready()
+    figures = {row["sessionId"]: row for row in indexed.history.statistics(0, 1 << 53, None, 0)["sessions"]}
+    interrupted = sum(
+        tool["interrupted"] for tool in indexed.history.statistics(0, 1 << 53, None, 0)["tools"]
+    )
+    assert set(figures) == set(book.sessions)
+    for session_id, row in figures.items():
+        session = book.sessions[session_id]
+        assert (row["events"], row["prompts"], row["toolCalls"]) == (
+            session.events,
+            session.prompts,
+            session.tool_calls,
+        )
+    assert sum(row["failures"] for row in figures.values()) + interrupted == sum(
+        session.tool_errors for session in book.sessions.values())  # fmt: skip
+
+
+# In the running monitor
+
+
+def index_ready(monitor: RunningMonitor) -> "dict[str, Any]":
+    """Wait until everything that is stored is in the index; return its status."""
+
+    def complete() -> "dict[str, Any] | None":
+        index: dict[str, Any] = monitor.get("/api/status")["index"]
+        return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
+
+    return dict(eventually(complete, 30, "a complete index"))
+
+
+def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningMonitor) -> None:
+    running.emit(payload("UserPromptSubmit", "a", prompt="where is the quokka?"), payload("UserPromptSubmit", "b", prompt="quokka"),
+                 payload("Notification", "b", message="Claude needs your permission", notification_type="permission_prompt"))  # fmt: skip
+    eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
+    page = running.get("/api/search?q=quokka&limit=1")
+    assert (
+        [result["sessionId"] for result in page["results"]] == ["b"]
+        and page["next"]
+        and page["complete"] is True
+    )
+    rest = running.get(f"/api/search?q=quokka&limit=1&cursor={page['next']}")
+    assert [result["sessionId"] for result in rest["results"]] == ["a"]
+    assert [one["sessionId"] for one in running.get("/api/search?q=quokka&state=waiting")["results"]] == ["b"]
+    assert running.get("/api/search?q=quokka&state=failed")["results"] == []
+    client = running.websocket("rows")
+    answer = client.ask(
+        "search_results", type="search", query="quokka", eventType="user_prompt", session="a", requestId=7
+    )
+    assert answer["requestId"] == 7 and [one["sessionId"] for one in answer["results"]] == ["a"]
+    assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
+    client.send(type="search", query="quokka", cursor="nonsense", requestId=8)
+    assert client.next("error")["requestId"] == 8
+    client.send(type="search", limit=100_000)
+    assert "limit" in client.next("error")["message"]
+    figures = running.get("/api/stats")
+    assert figures["totals"]["prompts"] == 2
+    assert {row["sessionId"]: row["label"] for row in figures["sessions"]} == {
+        "a": "where is the quokka?",
+        "b": "quokka",
+    }
+    assert stat.S_IMODE(os.stat(running.home + "/index.db").st_mode) == 0o600
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=x", "from=-1", "cursor=x", "cursor=i", "to=x", "cursor=i99999999999999999999999"],
+)
+def test_a_search_that_makes_no_sense_is_refused_with_the_parameter(
+    shared: RunningMonitor, query: str
+) -> None:
+    status, _, body = shared.request("/api/search?" + query)
+    assert status == 400 and json.loads(body)["field"] == query.partition("=")[0]
+
+
+@pytest.mark.parametrize("query", ["utcOffset=7", "utcOffset=900", "from=x", "to=-5", "utcOffset=%C2%B2"])
+def test_statistics_that_make_no_sense_are_refused_with_the_parameter(
+    shared: RunningMonitor, query: str
+) -> None:
+    status, _, body = shared.request("/api/stats?" + query)
+    assert status == 400 and json.loads(body)["field"] == query.partition("=")[0]
+
+
+def test_a_deleted_session_is_found_no_more(running: RunningMonitor) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "a", prompt="quokka"), payload("UserPromptSubmit", "b", prompt="quokka")
+    )
+    eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
+    client = running.websocket("rows")
+    client.ask("session_deleted", type="delete_session", sessionId="a")
+    eventually(lambda: [one["sessionId"] for one in running.get("/api/search?q=quokka")["results"]] == ["b"])
+    eventually(lambda: running.get("/api/stats")["totals"]["sessions"] == 1)
+    client.close()
+
+
+def test_killed_at_any_moment_of_indexing_everything_is_found_again(monitor: RunningMonitor) -> None:
+    store = cm.EventStore(monitor.home + "/events")
+    events = [index_prompt(number, f"needle word{number % 100} " + "hay " * 200) for number in range(12_000)]
+    for start in range(0, len(events), 500):
+        store.append(
+            [ee.build_event(event, NOW_MS, "m") for event in events[start : start + 500]],
+            NOW_MS + start * 20_000,
+        )
+    store.close()
+    rng = random.Random(4)
+    for _ in range(4):
+        monitor.start()
+        eventually(lambda: monitor.get("/api/status")["index"]["done"] > 0)
+        time.sleep(rng.random() * 0.3)
+        monitor.kill()
+    monitor.start()
+    index_ready(monitor)
+    assert monitor.get("/api/stats")["totals"]["events"] == 12_000
+    found, cursor = [], ""
+    while cursor is not None:
+        page = monitor.get(f"/api/search?q=needle+word42&limit=50&cursor={cursor}")
+        found += [result["id"] for result in page["results"]]
+        cursor = page["next"]
+    assert found == [f"e{number}" for number in range(11_942, 0, -100)]
+
+
+def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
+    running: RunningMonitor,
+) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "a", prompt="where is the quokka\x1b[31m?"),
+        payload(
+            "PreToolUse",
+            "b",
+            tool_name="Bash",
+            tool_use_id="t1",
+            tool_input={"command": "grep -r quokka src"},
+        ),
+        payload("UserPromptSubmit", "b", prompt="nothing of the kind"),
+    )
+    eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
+    answers = []
+    for _ in range(2):
+        lines = running.command("search", "quok*").stdout.splitlines()
+        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka" in lines[1]
+        assert len(lines) == 2 and "\x1b" not in lines[1]
+        assert "there is more" in running.command("search", "quokka", "--limit", "1").stderr
+        answers.append(
+            [
+                json.loads(line)
+                for line in running.command("search", "--json", "--tool", "Bash").stdout.splitlines()
+            ]
+        )
+        nothing = running.command("search", "wombat", check=False)
+        assert (nothing.returncode, nothing.stdout) == (1, "") and "nothing was found" in nothing.stderr
+        assert running.command("search", "quokka", "--to", "2020-01-01", check=False).returncode == 1
+        refused = running.command("search", "--limit", "0", "--from", "soon", check=False)
+        assert refused.returncode == 1 and "no time" in refused.stderr
+        if not running.command("status", check=False).returncode:
+            running.stop()
+    assert answers[0] == answers[1] and [one["sessionId"] for one in answers[0]] == ["b"]
+    assert "--state" in running.command("search", "--state", "idle", check=False).stderr
+
+
+def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor) -> None:
+    monitor.write_config({"persistence": {"enabled": False}})
+    monitor.start()
+    monitor.emit(
+        payload("UserPromptSubmit", "a", prompt="quokka one"),
+        payload("UserPromptSubmit", "a", prompt="quokka two"),
+    )
+    first = monitor.get("/api/search?q=quokka&limit=1")
+    rest = monitor.get(f"/api/search?q=quokka&limit=1&cursor={first['next']}")
+    assert [page["results"][0]["data"]["text"] for page in (first, rest)] == ["quokka two", "quokka one"]
+    assert monitor.request("/api/stats")[0] == 503
+    assert not os.path.exists(monitor.home + "/index.db")
+
+
+# ---------------------------------------------------------------------------
+# Retention: whole days of events go, the oldest first
+# ---------------------------------------------------------------------------
+
+
+def retention_days(home: str) -> "list[str]":
+    """List the days that have events."""
+    return sorted(os.listdir(home + "/events"))
+
+
+def retention_fill(
+    home: str, ages: "tuple[int, ...]", size: int = 100, sessions: int = 2
+) -> "dict[int, str]":
+    """Store events that arrived so many days ago; return the name of each day."""
+    store = cm.EventStore(home + "/events")
+    now, made = cm.now_ms(), {}
+    for age in sorted(ages, reverse=True):
+        at = now - age * 86_400_000
+        for number in range(sessions):
+            given = {
+                **index_prompt(0, "x" * size + f" age{age}", f"s{number}-{age}"),
+                "timestamp": at,
+                "id": f"{age}.{number}",
+            }
+            store.append([ee.build_event(given, at, "testbox")], at)
+        made[age] = cm.day_of(at)
+    store.close()
+    return made
+
+
+def test_days_that_are_too_old_go_with_their_sessions_and_pinned_ones_stay(monitor: RunningMonitor) -> None:
+    monitor.config["retention"] = {"days": 5}
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
+    monitor.start()
+    client = monitor.websocket("rows")
+    client.send(type="toggle_pin", sessionId="s1-8")
+    eventually(lambda: monitor.sessions()["s1-8"]["isPinned"])
+    highest = monitor.get("/api/status")["seq"]
+    monitor.stop()
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8)})
+    assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
+    gone = {f"s{n}-{age}" for n, age in ((0, 7), (1, 7), (0, 8), (0, 40), (1, 40))}
+    eventually(lambda: not gone & set(monitor.sessions()))
+    assert "s1-8" in monitor.sessions() and "s0-4" in monitor.sessions()
+    eventually(lambda: len(monitor.get("/api/search?q=age8")["results"]) == 1)
+    assert monitor.get("/api/search?q=age40")["results"] == []
+    assert monitor.get("/api/status")["seq"] >= highest
+    disk = eventually(lambda: monitor.get("/api/status")["disk"])
+    assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
+
+
+def test_numbers_go_on_when_the_latest_events_were_too_old(monitor: RunningMonitor) -> None:
+    retention_fill(monitor.home, (50, 60))
+    monitor.start()
+    eventually(lambda: retention_days(monitor.home) == [])
+    monitor.stop()
+    monitor.start()
+    monitor.emit(payload("UserPromptSubmit", prompt="again"))
+    assert monitor.stored_events()[-1]["seq"] == 5
+
+
+def test_all_our_files_count_and_the_oldest_days_go_first_but_never_today(tmp_path: Any) -> None:
+    home = str(tmp_path)
+    days = retention_fill(home, (0, 1, 2, 3), size=1 << 20, sessions=1)
+    now = cm.now_ms()
+
+    def going(
+        limit_megabytes: "int | None", kept: "frozenset[str]" = frozenset(), keep_days: "int | None" = None
+    ) -> "list[str]":
+        limit = None if limit_megabytes is None else limit_megabytes << 20
+        return cm.plan_retention(home, now, keep_days, limit, kept).days
+
+    assert going(None) == going(5) == []
+    assert going(4) == [days[3]]
+    assert going(2) == [days[3], days[2], days[1]] == going(0)
+    assert going(4, frozenset(["s0-3.jsonl"])) == [days[2]]
+    assert going(None, keep_days=1) == [days[3], days[2]]
+    with open(home + "/quarantine.log", "wb") as file:
+        file.write(b"x" * (3 << 20))
+    assert going(5) == [days[3], days[2], days[1]]
+    plan = cm.plan_retention(home, now, None, 5 << 20, frozenset())
+    assert plan.total == sum(
+        os.path.getsize(f"{folder}/{name}") for folder, _, names in os.walk(home) for name in names
+    )
+    assert cm.carry_out(home, plan) == {"s0-1.jsonl", "s0-2.jsonl", "s0-3.jsonl"}
+    assert retention_days(home) == [days[0]]
+
+
+@pytest.mark.parametrize("running_too", [True, False])
+def test_prune_tells_what_would_go_and_deletes_it(monitor: RunningMonitor, running_too: bool) -> None:
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 3, 20, 30))
+    if running_too:
+        monitor.start()
+        # The running monitor goes by the configuration it was started with.
+        assert "nothing is too old" in monitor.command("prune").stdout
+        monitor.stop()
+    monitor.write_config({"retention": {"days": 10}})
+    told = monitor.command("prune", "--dry-run").stdout
+    assert "4 files of 4 sessions" in told and days[30] in told and days[20] in told and "would be" in told
+    assert len(retention_days(monitor.home)) == 4
+    assert "deleted" in monitor.command("prune").stdout
+    assert retention_days(monitor.home) == sorted([days[0], days[3]])
+    assert "nothing is too old" in monitor.command("prune").stdout
+
+
+def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
+    days = retention_fill(monitor.home, (0, 50))
+    note = f"{monitor.home}/events/{days[50]}/note.txt"
+    with open(note, "w", encoding="ascii") as file:
+        file.write("mine")
+    monitor.start()
+    eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
+
+
+def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
+    retention_fill(monitor.home, tuple(range(300)), sessions=5)
+    rng = random.Random(2)
+    for _ in range(3):
+        monitor.start()
+        time.sleep(rng.random() * 0.2)
+        monitor.kill()
+    monitor.start()
+    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31)
+    index_ready(monitor)
+    stored = len(monitor.stored_events())
+    eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
+    assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# ---------------------------------------------------------------------------
+# Metrics: read by Prometheus' own parser
+# ---------------------------------------------------------------------------
+
+
+def metrics_of(monitor: RunningMonitor) -> "dict[str, dict[tuple[tuple[str, str], ...], float]]":
+    """Return what /metrics tells: sample's name → labels → value."""
+    status, headers, body = monitor.request("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(body.decode()):
+        assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
+        for sample in family.samples:
+            values = found.setdefault(sample.name, {})
+            key = tuple(sorted(sample.labels.items()))
+            assert key not in values, (sample.name, key)
+            values[key] = sample.value
+    return found
+
+
+def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
+    odd = 'odd "box"\\ with\nlines \ud83d é'
+    for number, (hook, more) in enumerate((
+        ("PostToolUse", {"duration_ms": 10}), ("PostToolUse", {"duration_ms": 11}), ("PostToolUse", {"duration_ms": 700_000}),
+        ("PostToolUseFailure", {"duration_ms": 2500, "error": "no"}), ("PostToolUse", {}),
+    )):  # fmt: skip
+        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", tool_input={}, **more))
+    running.emit({"eventType": "message", "machineId": odd, "sessionId": "z", "data": {}},
+                 payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"}))  # fmt: skip
+    running.emit({"eventType": "message", "machineId": odd, "sessionId": "z", "data": {}})
+    measured = metrics_of(running)
+    events = {dict(key)["type"]: value for key, value in measured["contextuate_events_total"].items()}
+    assert events == {"tool_result": 4, "tool_error": 1, "message": 2, "permission_request": 1}
+    machines = {dict(key)["machine"] for key in measured["contextuate_events_total"]}
+    assert machines == {"testbox", 'odd "box"\\ with\nlines \\ud83d é'}
+    buckets = {
+        dict(key)["le"]: value for key, value in measured["contextuate_tool_duration_seconds_bucket"].items()
+    }
+    assert (buckets["0.01"], buckets["0.05"], buckets["2.5"], buckets["600.0"], buckets["+Inf"]) == (
+        1,
+        2,
+        3,
+        3,
+        4,
+    )
+    assert list(measured["contextuate_tool_duration_seconds_count"].values()) == [4]
+    assert list(measured["contextuate_tool_duration_seconds_sum"].values()) == [702.521]
+    assert list(measured["contextuate_tool_failures_total"].values()) == [1]
+    sessions = {dict(key)["state"]: value for key, value in measured["contextuate_sessions"].items()}
+    assert sessions["waiting"] == 1 and sum(sessions.values()) == 3
+    assert list(measured["contextuate_build_info"].values()) == [1]
+    assert measured["contextuate_received_total"][()] == 8 and measured["contextuate_store_ok"][()] == 1
+    index_ready(running)
+    measured = metrics_of(running)
+    assert measured["contextuate_index_ready"][()] == 1 and measured["contextuate_index_lag_events"][()] == 0
+    assert measured["contextuate_index_bytes"][()] > 0
+    eventually(lambda: metrics_of(running)["contextuate_disk_bytes"][()] > 0)
+    names = set(metrics_of(running))
+    assert {
+        "contextuate_spool_bytes",
+        "contextuate_spool_dropped_total",
+        "contextuate_client_queue_bytes",
+    } <= names
+
+
+def test_made_up_names_do_not_make_metrics_endless() -> None:
+    counts = cm.EventCounts()
+    for number in range(3000):
+        counts.note({"machineId": f"m{number}", "hookType": "PostToolUse", "eventType": "x",
+                     "data": {"toolName": f"tool{number}", "durationMs": 5}})  # fmt: skip
+    assert len(counts.events) == len(counts.durations) == cm.LABELS_LIMIT + 1
+    assert sum(counts.events.values()) == sum(sum(buckets) for buckets in counts.durations.values()) == 3000
 
 
 # ---------------------------------------------------------------------------
@@ -11655,11 +12745,208 @@ def bench_page() -> "Iterator[str]":
             clean_up(made)
 
 
+HISTORY_DAYS = 30
+HISTORY_SESSIONS = 600
+HISTORY_TOOLS = ("Bash", "Read", "Edit", "Write", "Grep", "Glob", "WebFetch", "Agent")
+
+
+class HistoryMaker:
+    """Made-up events of about 2 kB each: words as frequent as in a language, tool calls in pairs."""
+
+    def __init__(self, count: int, seed: int = 5) -> None:
+        self.rng = random.Random(seed)
+        self.count = count
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        self.words = ["".join(self.rng.choices(letters, k=self.rng.randint(3, 10))) for _ in range(40_000)]
+        weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(len(self.words))))
+        self.phrases = [
+            " ".join(self.rng.choices(self.words, cum_weights=weights, k=26)) for _ in range(20_000)
+        ]
+        self.common, self.middle, self.rare = self.words[1], self.words[400], "heliotropium"
+
+    def text(self, phrases: int) -> str:
+        return "\n".join(self.rng.choices(self.phrases, k=phrases))
+
+    def event(self, number: int, timestamp: int, session: str) -> "dict[str, Any]":
+        """Return event `number`: a call, or the result of the call before it."""
+        tool = HISTORY_TOOLS[(number // 2) % len(HISTORY_TOOLS)]
+        call = {
+            "session_id": session, "cwd": f"/home/dev/project{hash(session) % 12}", "tool_name": tool,
+            "tool_use_id": f"toolu_{session}_{number // 2}", "transcript_path": f"/home/dev/.claude/{session}.jsonl",
+            "permission_mode": "default",
+        }  # fmt: skip
+        if number % 2 == 0:
+            call |= {"hook_event_name": "PreToolUse", "tool_input": {"command": self.text(8)}}
+        else:
+            call |= {
+                "hook_event_name": "PostToolUse", "tool_input": {"file_path": f"/src/{self.rng.choice(self.words)}.py"},
+                "tool_response": {"stdout": self.text(8)}, "duration_ms": int(self.rng.lognormvariate(6, 2)),
+            }  # fmt: skip
+            if number % 40 == 1:
+                call |= {"hook_event_name": "PostToolUseFailure", "error": "exit status 1"}
+        if number % 50_000 == 77:
+            call["note"] = self.rare
+        return ee.build_event({**call, "timestamp": timestamp}, timestamp, f"machine{number % 3}")
+
+
+def write_history(root: str, maker: HistoryMaker, now_ms: int) -> int:
+    """Write the events as the store would have, over HISTORY_DAYS days; return their bytes."""
+    step = HISTORY_DAYS * 86_400_000 / maker.count
+    per_session = max(2, maker.count // HISTORY_SESSIONS // 2 * 2)
+    size = 0
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for number in range(maker.count):
+            timestamp = int(now_ms - (maker.count - number) * step)
+            session = f"session-{number // (4 * per_session) * 4 + (number // 2) % 4}"
+            path = f"{root}/{cm.day_of(timestamp)}/{session}.jsonl"
+            if path not in files:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                if len(files) > 200:
+                    stack.close()
+                    files.clear()
+                files[path] = stack.enter_context(open(path, "ab"))
+            line = cm.numbered_line(number + 1, timestamp, maker.event(number, timestamp, session)) + b"\n"
+            files[path].write(line)
+            size += len(line)
+    return size
+
+
+def bench_history(count: int = 0) -> "list[tuple[str, float, float, float]]":
+    """Search and count in CONTEXTUATE_BENCH_EVENTS (1,000,000) events of 2 kB; compare ingest with the index on
+    and off; return (figure, ours, limit, ratio).
+    """
+    count = count or int(os.environ.get("CONTEXTUATE_BENCH_EVENTS", "1000000"))
+    home = new_home()
+    try:
+        maker = HistoryMaker(count)
+        begin = time.monotonic()
+        size = write_history(home + "/events", maker, cm.now_ms())
+        print(
+            f"{count} events of {size / count:.0f} bytes made in {time.monotonic() - begin:.0f} s", flush=True
+        )
+        history = cm.History(cm.EventStore(home + "/events"), home + "/index.db")
+        begin = time.monotonic()
+        history.start()
+        try:
+            eventually(lambda: history.status()["state"] == "ready", 1800, "the index")
+            seconds = time.monotonic() - begin
+            print(f"index made in {seconds:.0f} s, {count / seconds:.0f} events a second", flush=True)
+            figures = history_figures(history, maker, size)
+        finally:
+            history.stop()
+    finally:
+        shutil.rmtree(home)
+    return [*figures, bench_ingest()]
+
+
+def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple[str, float, float, float]]":
+    """Time searches (95th percentile) and statistics (worst), and take the size of the index."""
+    session = "session-8"
+    sought = {
+        "search, rare word": (cm.SearchQuery(cm.parse_terms(maker.rare)), 100),
+        "search, common word": (cm.SearchQuery(cm.parse_terms(maker.common)), 100),
+        "search, middling word": (cm.SearchQuery(cm.parse_terms(maker.middle)), 100),
+        "search, two common words": (cm.SearchQuery(cm.parse_terms(f"{maker.common} {maker.words[3]}")), 100),
+        "search, beginning of a word": (cm.SearchQuery(cm.parse_terms(maker.middle[:3] + "*")), 100),
+        "search, common word of a session": (
+            cm.SearchQuery(cm.parse_terms(maker.common), frozenset([session])), 100),
+        "search, nothing found": (cm.SearchQuery(cm.parse_terms("nowheretobefound")), 100),
+        "one session, first page": (cm.SearchQuery((), frozenset([session])), 30),
+    }  # fmt: skip
+    figures = []
+    for name, (query, limit_ms) in sought.items():
+        found = len(history.search(query)["results"])
+        if not found and "nothing" not in name:
+            sys.exit(f"bench: {name}: nothing was found")
+        ours = percentile_ms(lambda query=query: history.search(query), 40)
+        figures.append((f"{name} ({found}), p95", ours, limit_ms, ours / limit_ms))
+    ours = percentile_ms(lambda: history.statistics(0, 1 << 53, None, 60), 10)
+    figures.append((f"statistics of {HISTORY_DAYS} days, p95", ours, 500, ours / 500))
+    ours = percentile_ms(lambda: history.statistics(0, 1 << 53, session, 60), 10)
+    figures.append(("statistics of one session, p95", ours, 500, ours / 500))
+    share = history.status()["bytes"] / size
+    figures.append(("index / events on disk, percent", share * 100, 60, share / 0.6))
+    return figures
+
+
+def percentile_ms(call: Any, times: int) -> float:
+    """Return the time that 95 of 100 calls do not exceed."""
+    measured = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        measured.append((time.perf_counter() - begin) * 1000)
+    return sorted(measured)[-(-times * 95 // 100) - 1]
+
+
+WITHOUT_INDEX = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import contextuate_monitor as cm
+cm.History.start = cm.History.grown = lambda *_: None
+sys.exit(cm.main(sys.argv[1:]))
+"""
+
+
+def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[str, float, float, float]":
+    """Send events as fast as they are taken, with the index and without, in turn; return the median rates."""
+    maker = HistoryMaker(count)
+    lines = [
+        ee.encode_json(maker.event(number, NOW_MS, f"s{number % 40}")) + b"\n" for number in range(count)
+    ]
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(pairs):
+        for with_index in (True, False):
+            rates[with_index].append(ingest_rate(lines, with_index))
+    medians = {kind: statistics.median(values) for kind, values in rates.items()}
+    ratio = statistics.median(on / off for on, off in zip(rates[True], rates[False], strict=True))
+    return ("ingest with / without index, /s", medians[True], medians[False], ratio)
+
+
+def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
+    """Return the events a second that a new monitor stores and acknowledges."""
+    home = new_home()
+    monitor = RunningMonitor(home)
+    if not with_index:
+        monitor.program = home + "/without_index.py"
+        with open(monitor.program, "w", encoding="utf-8") as file:
+            file.write(WITHOUT_INDEX.replace("sys.argv.pop(1)", repr(ROOT)))
+    process = subprocess.Popen(
+        [sys.executable, monitor.program, "start", "--foreground", "--no-open"],
+        env=monitor.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        eventually(lambda: os.path.exists(monitor.socket_path), what="the monitor's socket")
+        eventually(lambda: os.path.exists(home + "/monitor.run.json"), what="the monitor")
+        begin = time.perf_counter()
+        with monitor.connect() as sock:
+            sender = threading.Thread(
+                target=lambda: [
+                    sock.sendall(b"".join(lines[at : at + 50])) for at in range(0, len(lines), 50)
+                ]
+            )
+            sender.start()
+            taken = 0
+            while taken < len(lines):
+                piece = sock.recv(65536)
+                if not piece:
+                    sys.exit("bench: the monitor closed the connection")
+                taken += len(piece)
+            sender.join()
+        return len(lines) / (time.perf_counter() - begin)
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(home)
+
+
 BENCHMARKS: "dict[str, Any]" = {
     "hook": bench_hook,
     "hook-redis": bench_hook_redis,
     "latency": bench_latency,
     "page": bench_page,
+    "history": bench_history,
 }
 
 
