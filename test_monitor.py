@@ -3,7 +3,7 @@
 
     python3 test_monitor.py --setup           get everything the tests need, then run them all
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
-    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, restart, history
+    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, restart, page, history
 
 The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
@@ -132,7 +132,7 @@ def parse_command_line() -> "tuple[argparse.Namespace, list[str]]":
         nargs="?",
         const="all",
         metavar="NAME",
-        help="run the benchmarks, or one: hook, hook-redis, latency, restart, history",
+        help="run the benchmarks, or one: hook, hook-redis, latency, restart, page, history",
     )
     return parser.parse_known_args()
 
@@ -11865,6 +11865,138 @@ def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wan
     assert tab.page.evaluate("told") == ["tone", "tone", "tone", "tone", wanted], "each is told once"
 
 
+@needs_browser
+def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_tab: Any) -> None:
+    server = make(RedisServer)
+    machine = make(
+        RedisMachine, config={**server.settings(), "redis": {"port": server.port, "maxRetries": 1}}
+    )
+    server.stop()
+    machine.start()
+    machine.wait_until("given_up")
+    tab = open_tab(machine)
+    tab.shows("banner", "Redis did not answer 1 time, the monitor no longer tries: nothing answers at")
+    other = open_tab(machine, "#status")
+    other.shows("status", "given up")
+    server.start()
+    tab.page.click("[data-testid=banner] >> text=Reconnect")
+    eventually(lambda: tab.text("banner") == "")
+    other.shows("status", "connected")
+    machine.say("after", "from-redis")
+    eventually(lambda: tab.page.query_selector("[data-session-id=from-redis]"), 30)
+    other.shows("status", "1 event")
+
+
+@needs_browser
+def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="rename the zebra column"),
+        *browser_call(1, "one", tool_response={"stdout": "zebra crossing"}),
+        *browser_call(2, "two", tool_response={"stdout": "nothing"}),
+        payload("Stop", "one", last_assistant_message="The <b>zebra</b> is renamed"),
+    )
+    eventually(lambda: running.get("/api/search?q=zebra")["results"], what="the index to know it")
+    tab = open_tab(running, "#history&q=zebra")
+
+    def hits() -> "list[str]":
+        return [hit.inner_text() for hit in tab.page.query_selector_all("[data-testid=hit]")]
+
+    eventually(lambda: len(hits()) == 3)
+    assert (
+        tab.page.evaluate("[...document.querySelectorAll('.hit mark')].map((el) => el.textContent)")
+        == ["zebra"] * 3
+    )
+    assert "<b>" in hits()[0], "text stays text"
+    tab.page.select_option("[aria-label=Kind]", "tool_result")
+    eventually(lambda: len(hits()) == 1)
+    tab.page.click("[data-testid=hit]")
+    tab.shows("drawer", "zebra crossing")
+    link = tab.page.evaluate("location.hash")
+    assert "q=zebra" in link and "type=tool_result" in link and "e=" in link
+    other = open_tab(running, link)
+    other.shows("drawer", "zebra crossing")
+    tab.page.select_option("[aria-label=Kind]", "")
+    eventually(lambda: len(hits()) == 3)
+    tab.page.keyboard.press("Escape")
+    tab.page.keyboard.press("/")
+    tab.page.keyboard.type(" crossing")
+    eventually(lambda: len(hits()) == 1)
+    tab.page.keyboard.press("Enter")
+    tab.page.keyboard.press("j")
+    tab.shows("drawer", "zebra crossing")
+    tab.page.keyboard.press("/")
+    tab.page.fill("[data-testid=history-query]", "no such words")
+    tab.shows("sheet", "Nothing stored fits")
+    tab.page.fill("[data-testid=history-query]", "")
+    eventually(lambda: len(hits()) == 4, 15, "no words: everything, a call and its result as one")
+
+
+@needs_browser
+def test_history_goes_on_to_the_oldest(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*(payload("UserPromptSubmit", f"s{n % 3}", prompt=f"word {n}") for n in range(250)))
+    eventually(lambda: running.get("/api/status")["index"]["lagEvents"] == 0)
+    tab = open_tab(running, "#history&q=word")
+    found = "document.querySelectorAll('[data-testid=hit]').length"
+    eventually(lambda: tab.page.evaluate(found) == 100)
+    for wanted in (200, 250):
+        tab.page.click("[data-testid=sheet] > div > .showmore")
+        eventually(lambda wanted=wanted: tab.page.evaluate(found) == wanted)
+    words = tab.page.evaluate("[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)")
+    assert sorted(words) == sorted(f"word {n}" for n in range(250))
+    assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
+
+
+@needs_browser
+def test_statistics_count_what_happened_and_lead_to_it(running: RunningMonitor, open_tab: Any) -> None:
+    slow = browser_call(1, "one", tool_response={"stdout": "slow output"})
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first work"),
+        slow[0], {**slow[1], "duration_ms": 65_000},
+        *(event for number in range(2, 5) for event in browser_call(number, "one", tool_response="")),
+    )  # fmt: skip
+    for _ in range(2):
+        call = browser_call(9, "two")[0]
+        call["tool_use_id"] = str(uuid.uuid4())
+        running.emit(call, {**call, "hook_event_name": "PostToolUseFailure", "error": "Exit code 2\nboom"})
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] >= 6, what="the index to count them")
+    told = running.get("/api/stats")
+    tab = open_tab(running, "#stats")
+    tab.shows("stats", f"{told['totals']['toolCalls']} calls")
+    tab.shows("stats", "2 failed")
+    for words in ("1 min 05 s", "make step-1", "make step-9", "Exit code 2 boom", "first work", "testbox"):
+        tab.shows("stats", words)
+    tab.page.click("[data-testid=stats] tr.open >> text=make step-1")
+    tab.shows("drawer", "slow output")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("drawer") == "")
+    tab.page.select_option("[aria-label=Time]", "1h")
+    eventually(lambda: tab.page.evaluate("location.hash") == "#stats&when=1h")
+    tab.page.click("[data-testid=stats] table[aria-label=Sessions] tr.open >> text=first work")
+    tab.row_with("make step-1")
+    assert tab.page.evaluate("location.hash") == "#s=one"
+    tab.page.keyboard.press("m")
+    tab.page.click("[data-testid=menu] >> text=Its statistics")
+    eventually(lambda: "session=one" in tab.page.evaluate("location.hash"))
+    tab.shows("stats", "4 calls")
+    assert "step-9" not in tab.text("stats")
+
+
+@needs_browser
+def test_a_monitor_without_an_index_is_searched_and_not_counted(
+    monitor: RunningMonitor, open_tab: Any
+) -> None:
+    os.makedirs(monitor.home + "/index.db/in-the-way")
+    monitor.start().emit(payload("UserPromptSubmit", prompt="find the zebra"))
+    tab = open_tab(monitor, "#history&q=zebra")
+    tab.shows("hits", "find the zebra")
+    tab.shows("sheet", "There is no index")
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "off")
+    tab.page.reload()
+    tab.shows("hits", "find the zebra")
+    tab.page.keyboard.press("3")
+    tab.shows("sheet", "there are no statistics")
+
+
 # What a person has done before the page is checked: a link, then clicks and keys.
 CHECKED_SCREENS: "dict[str, tuple[str, list[str]]]" = {
     "live": ("", []),
@@ -13064,6 +13196,119 @@ def latency_line(name: str, seconds: "list[float]") -> str:
     return f"{name:<52}" + "".join(f"{value * 1000:>7.1f} ms" for value in chosen) + f"{len(seconds):>8}"
 
 
+MEASURE_FRAMES = """(ms) => new Promise((done) => {
+  const frames = [], long = [];
+  const seen = new PerformanceObserver((list) => list.getEntries().forEach((entry) => long.push(entry.duration)));
+  seen.observe({ type: 'longtask' });
+  let last = 0;
+  const end = performance.now() + ms;
+  requestAnimationFrame(function next(now) {
+    if (last) frames.push(now - last);
+    last = now;
+    if (now < end) requestAnimationFrame(next); else setTimeout(() => { seen.disconnect(); done({ frames, long }); }, 100);
+  });
+})"""
+USE_THE_PAGE = """(ms) => {
+  const grid = document.querySelector('[data-testid=table]');
+  const canvas = document.querySelector('#timeline-canvas');
+  const box = canvas.getBoundingClientRect();
+  let step = 0;
+  const timer = setInterval(() => {
+    step += 1;
+    grid.scrollTop = grid.scrollHeight * Math.abs(Math.sin(step / 40));
+    canvas.dispatchEvent(new WheelEvent('wheel', { deltaY: step % 80 < 40 ? 60 : -60, clientX: box.x + box.width * 0.6,
+      clientY: box.y + 60, cancelable: true }));
+  }, 16);
+  setTimeout(() => clearInterval(timer), ms);
+}"""
+PAGE_EVENTS_PER_S = 1000
+PAGE_EVENTS_LOADED = 100_000
+
+
+def page_traffic(first: int, count: int) -> "list[dict[str, Any]]":
+    """Return calls and results of 20 sessions, two agents each; some fail, some start a turn."""
+    events = []
+    for number in range(first, first + count // 2):
+        session = f"load-{number % 20}"
+        agent = {"agent_id": f"a{number % 20}", "agent_type": "explorer"} if number % 3 == 0 else {}
+        call, result = browser_call(number, session, tool_response={"stdout": "ok"})
+        failed = {"hook_event_name": "PostToolUseFailure", "error": "Exit code 1"} if number % 23 == 0 else {}
+        events += [{**call, **agent}, {**result, **agent, **failed, "duration_ms": 5 + number % 400}]
+    return events
+
+
+@contextlib.contextmanager
+def page_load(monitor: RunningMonitor, first: int, per_s: int) -> "Iterator[None]":
+    """Send events at a steady rate while the block runs."""
+    ended = threading.Event()
+
+    def send() -> None:
+        number, begin, sent = first, time.monotonic(), 0
+        while not ended.wait(0.02):
+            due = int((time.monotonic() - begin) * per_s) // 2 * 2 - sent
+            if due:
+                monitor.emit(*page_traffic(number, due))
+                number, sent = number + due // 2, sent + due
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    yield
+    ended.set()
+    sender.join()
+
+
+def page_figures(name: str, tab: Any, seconds: float) -> str:
+    """Measure a tab's frames for some seconds; return a line of the table."""
+    found = tab.evaluate(MEASURE_FRAMES, seconds * 1000)
+    frames = sorted(found["frames"])
+    session = tab.context.new_cdp_session(tab)
+    session.send("HeapProfiler.enable")
+    session.send("HeapProfiler.collectGarbage")
+    heap = session.send("Runtime.getHeapUsage")["usedSize"]
+    session.detach()
+    figures = [
+        frames[len(frames) // 2],
+        frames[int(len(frames) * 0.95)],
+        frames[-1],
+        max(found["long"], default=0),
+    ]
+    return f"{name:<44}" + "".join(f"{figure:>7.1f} ms" for figure in figures) + f"{heap / 1e6:>7.1f} MB"
+
+
+def bench_page() -> "Iterator[str]":
+    """Measure frames, long tasks and memory of the page under load, beside an empty page in the same run."""
+    yield f"{'page':<44}{'p50 frame':>10}{'p95':>10}{'longest':>10}{'long task':>10}{'heap':>10}"
+    made = RunningMonitor(new_home())
+    with playwright.sync_api.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=BROWSER, args=BROWSER_OPTIONS)
+        try:
+            made.start().emit(*page_traffic(0, 200))
+            empty = browser.new_page(viewport={"width": 1440, "height": 900})
+            yield page_figures("an empty page", empty, 10)
+            tab = browser.new_page(viewport={"width": 1440, "height": 900})
+            tab.goto(made.url.replace("127.0.0.1", "localhost"))
+            yield page_figures("nothing happens", tab, 5)
+            with page_load(made, 1000, PAGE_EVENTS_PER_S):
+                yield page_figures("1,000 events a second", tab, 30)
+            with page_load(made, 100_000, PAGE_EVENTS_PER_S):
+                empty.bring_to_front()
+                yield page_figures("an empty page meanwhile", empty, 10)
+            tab.bring_to_front()
+            for first in range(200_000, 200_000 + PAGE_EVENTS_LOADED // 2, 1000):
+                made.emit(*page_traffic(first, 2000))
+            last = f"make step-{200_000 + PAGE_EVENTS_LOADED // 2 - 1}"
+            eventually(lambda: tab.evaluate("contextuate.store.rows.at(-1).target") == last, 60)
+            held = tab.evaluate("contextuate.store.rows.length")
+            yield page_figures(f"100,000 events read, {held:,} rows held", tab, 5)
+            with page_load(made, 400_000, PAGE_EVENTS_PER_S):
+                yield page_figures("and 1,000 events a second", tab, 10)
+                tab.evaluate(USE_THE_PAGE, 10_000)
+                yield page_figures("and scrolled and zoomed all the time", tab, 10)
+        finally:
+            browser.close()
+            clean_up(made)
+
+
 HISTORY_DAYS = 30
 HISTORY_SESSIONS = 600
 HISTORY_TOOLS = ("Bash", "Read", "Edit", "Write", "Grep", "Glob", "WebFetch", "Agent")
@@ -13323,6 +13568,7 @@ BENCHMARKS: "dict[str, Any]" = {
     "hook-redis": bench_hook_redis,
     "latency": bench_latency,
     "restart": bench_restart,
+    "page": bench_page,
     "history": bench_history,
 }
 
@@ -13333,7 +13579,7 @@ def run_benchmarks(name: str) -> int:
     if not chosen:
         print(f"no benchmark is called {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    if any(key != "latency" for key in chosen):
+    if any(key not in ("latency", "page") for key in chosen):
         print(f"{'figure':<36}{'ours':>10}{'limit':>10}{'ratio':>8}")
     for run in chosen.values():
         for row in run():
