@@ -31,6 +31,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import enum
@@ -44,6 +45,7 @@ import hmac
 import http.client
 import http.server
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -2894,6 +2896,26 @@ def _call_fact(
     )
 
 
+class UnnamedCalls:
+    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → keys
+
+    def paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
+        """Return the facts of an event, a result with the key of the call that it belongs to."""
+        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
+            return facts
+        fact = facts[0]
+        keys = self._open.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
+        if fact.outcome is Outcome.OPEN:
+            keys.append(fact.key)
+            del keys[:-100]
+        elif keys:
+            return (fact._replace(key=keys.pop()),)
+        return facts
+
+
 def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
     """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
     usage = event["data"].get("usage")
@@ -3217,7 +3239,7 @@ class Indexer:
         self._indexed = 0  # events since the start, for the average length of a line
         self._indexed_bytes = 0
         self._closed_calls = SeenIds()
-        self._unnamed: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → open calls
+        self._unnamed = UnnamedCalls()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
@@ -3416,7 +3438,7 @@ class Indexer:
         self, file: IndexFile, event: JsonObject, file_id: int, offset: int, length: int
     ) -> Document:
         kind = effective_type(event)
-        calls = self._paired(event, call_facts(event, kind))
+        calls = self._unnamed.paired(event, call_facts(event, kind))
         texts: List[str] = []
         for name, value in event["data"].items():
             if name == "tool_calls" and event["hookType"] == "PostToolBatch":
@@ -3450,19 +3472,6 @@ class Indexer:
             calls,
             usage_facts(event),
         )
-
-    def _paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
-        """Give the result of a call without a name the newest open call of its tool and agent."""
-        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
-            return facts
-        fact = facts[0]
-        open_calls = self._unnamed.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
-        if fact.outcome is Outcome.OPEN:
-            open_calls.append(fact.key)
-            del open_calls[:-100]
-        elif open_calls:
-            return (fact._replace(key=open_calls.pop()),)
-        return facts
 
     def _write(self, file: IndexFile, day: str, batch: "IndexBatch") -> None:
         if batch.positions:
@@ -5678,6 +5687,12 @@ class Query:
         return int(text)
 
 
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+
+
 class Api:
     """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
     rest.
@@ -5752,12 +5767,18 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
-        lines = export_lines(
-            self._store, query.text("session"), start or 0, end if end is not None else 1 << 53
+        names = ("session", "machine", "tool", "type", "q")
+        times = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to")}
+        lines = chosen_lines(
+            self._store, search_query({**{name: query.text(name) for name in names}, **times})
         )
-        disposition = ("Content-Disposition", 'attachment; filename="contextuate-events.ndjson"')
-        return Response(200, in_chunks(lines), "application/x-ndjson", (disposition,))
+        form = query.text("format") or "ndjson"
+        if form not in EXPORT_FORMS:
+            raise ParameterError("format", " or ".join(EXPORT_FORMS))
+        content_type, file_name = EXPORT_FORMS[form]
+        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
+        table = call_table(lines) if form == "csv" else lines
+        return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> Response:
         try:
@@ -5855,6 +5876,106 @@ def export_lines(
             return
         after = line_seq(lines[-1])
     yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for line in lines:
+        try:
+            event = parse_stored(line)
+        except MalformedEvent:
+            continue
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            earlier = begun.get(fact.key)
+            if fact.outcome < Outcome.OK:
+                if earlier is None or fact.outcome > earlier[0].outcome:
+                    begun[fact.key] = (
+                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
+                        event,
+                    )
+                continue
+            begun.pop(fact.key, None)
+            ended.add(fact.key)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    data = event["data"]
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call: JsonObject = data
+    for one in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
+            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+            call = {name: one.get(its_name) for name, its_name in names.items()}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
 
 
 def line_timestamp(line: bytes) -> int:
@@ -9657,27 +9778,54 @@ def search_line(result: JsonObject, colours: bool) -> str:
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON."""
+    """Write stored events as NDJSON, or tool calls as CSV."""
     settings = settings_of(args)
     store = EventStore(settings.path("events"))
     start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
-    total = store.size()[1]
-    done, count, told = 0, 0, time.monotonic()
+    wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
+    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end})
+    counter = Progress(store.size()[1], "events", quiet=not args.output)
+    lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
+    if args.format == "csv":
+        lines = call_table(lines)
+    with contextlib.ExitStack() as stack:
+        target: Any = sys.stdout.buffer
+        if args.output:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            target = stack.enter_context(os.fdopen(os.open(args.output, flags, 0o600), "wb"))
+        for chunk in in_chunks(lines):
+            target.write(chunk)
+        target.flush()
     if args.output:
-        target: Any = os.fdopen(os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-    else:
-        target = sys.stdout.buffer
-    for line in export_lines(store, args.session, start, end):
-        target.write(line + b"\n")
-        done, count = done + len(line) + 1, count + 1
-        if args.output and time.monotonic() - told > 1:
-            told = time.monotonic()
-            tell(f"{count} events, {human_size(done)} of at most {human_size(total)}")
-    target.flush()
-    if args.output:
-        target.close()
-        print(f"{count} events written to {args.output}")
+        what = "tool calls of " if args.format == "csv" else ""
+        print(f"{what}{counter.count} events written to {args.output}")
     return 0
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 def parse_time(text: Optional[str], default: int) -> int:
@@ -9824,14 +9972,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON")
+    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
+    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
+    command.add_argument(
+        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
+    )
     command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
-    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
-        "--json", action="store_true"
-    )
     add("test-event", command_test_event, "send one event through the hook and tell what happened")
     command = add("demo", command_demo, "play a made-up working day into the running monitor")
     command.add_argument(

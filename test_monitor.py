@@ -164,6 +164,7 @@ import base64  # noqa: E402
 import collections  # noqa: E402 - the set-up above runs without the packages below
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
+import csv  # noqa: E402
 import dataclasses  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -171,6 +172,7 @@ import glob  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import inspect  # noqa: E402
+import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import pwd  # noqa: E402
@@ -10728,6 +10730,103 @@ def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: R
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# ---------------------------------------------------------------------------
+# Export: events as they are, tool calls as a table
+# ---------------------------------------------------------------------------
+
+
+def export_table(lines: "list[bytes]") -> "list[dict[str, str]]":
+    """Read a table of calls the way a spreadsheet does."""
+    text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_table_has_each_call_once_as_counting_the_files_gives(indexed: IndexCase, seed: int) -> None:
+    work = index_work(random.Random(seed), 300)
+    work.sort(key=lambda event: (float(event["id"][1:]), event["id"][0] == "b"))  # a result after its call
+    indexed.add(*work)
+    by_hand = count_by_hand(indexed.events())["tools"]
+    rows = export_table(list(indexed.store.all_lines()))
+    assert len({(row["sessionId"], row["toolUseId"]) for row in rows}) == len(rows)
+    for tool, counts in by_hand.items():
+        own = [row for row in rows if row["toolName"] == tool]
+        durations = [int(row["durationMs"]) for row in own if row["durationMs"]]
+        assert (len(own), len(durations), sum(durations)) == (
+            counts["calls"],
+            counts["timed"],
+            counts["totalMs"],
+        )
+        assert sum(row["outcome"] == "failed" for row in own) == counts["failures"]
+        assert sum(row["outcome"] == "interrupted" for row in own) == counts["interrupted"]
+
+
+def test_the_table_survives_any_text_and_no_cell_is_a_formula(indexed: IndexCase) -> None:
+    nasty = '=cmd|"calc"!A1, and\nmore \ud83d é'
+    indexed.add(
+        payload("PreToolUse", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty}),
+        payload("PostToolUseFailure", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty},
+                error=nasty, duration_ms=5),
+        payload("PreToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
+        payload("PostToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
+        payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
+    )  # fmt: skip
+    first, second, third = export_table(list(indexed.store.all_lines()))
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    assert [first[name] for name in ("sessionId", "toolName", "outcome", "durationMs")] == [
+        "'+s",
+        "'-Bash",
+        "failed",
+        "5",
+    ]
+    assert first["target"].startswith("'=cmd|")
+    assert (second["target"], second["outcome"], second["durationMs"]) == ("a.txt", "ok", "0")
+    assert third["outcome"] == "ok"
+
+
+def test_export_takes_the_filters_of_search_over_http_and_from_the_command_line(
+    running: RunningMonitor,
+) -> None:
+    for number in range(6):
+        about = {
+            "tool_name": ("Bash", "Read")[number % 2],
+            "tool_use_id": f"t{number}",
+            "tool_input": {"command": f"word{number}"},
+        }
+        running.emit(
+            payload("PreToolUse", f"s{number % 3}", **about),
+            payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
+        )
+    stored = running.stored_events()
+    for parameters, command, chosen in (
+        ("", (), lambda event: True),
+        ("tool=Bash&session=s0", ("--tool", "Bash", "--session", "s0"),
+         lambda event: event["sessionId"] == "s0" and event["data"]["toolName"] == "Bash"),
+        ("type=PostToolUse&machine=testbox", ("--type", "PostToolUse", "--machine", "testbox"),
+         lambda event: event["hookType"] == "PostToolUse"),
+        ("q=word3", ("word3",), lambda event: event["data"]["toolInput"]["command"] == "word3"),
+        ("machine=other", ("--machine", "other"), lambda event: False),
+    ):  # fmt: skip
+        expected = [event["id"] for event in stored if chosen(event)]
+        status, headers, body = running.request(f"/api/export?{parameters}")
+        assert status == 200 and headers["content-type"] == "application/x-ndjson"
+        assert sorted(json.loads(line)["id"] for line in body.splitlines()) == sorted(expected)
+        assert sorted(running.command("export", *command).stdout.splitlines()) == sorted(
+            body.decode().splitlines()
+        )
+    status, headers, body = running.request("/api/export?format=csv&tool=Read")
+    assert headers["content-type"].startswith("text/csv") and "calls.csv" in headers["content-disposition"]
+    rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
+    assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
+    target = running.home + "/calls.csv"
+    assert "12 events" in running.command("export", "--format", "csv", "--output", target).stdout
+    with open(target, newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o600
+    status, _, body = running.request("/api/export?format=xml")
+    assert status == 400 and json.loads(body)["field"] == "format"
 
 
 # ---------------------------------------------------------------------------
