@@ -10830,6 +10830,200 @@ def test_export_takes_the_filters_of_search_over_http_and_from_the_command_line(
 
 
 # ---------------------------------------------------------------------------
+# Import: history from before the monitor was there
+# ---------------------------------------------------------------------------
+
+IMPORT_TRANSCRIPTS = sorted(os.listdir(RECORDED + "/transcripts"))
+
+
+def import_copy(monitor: RunningMonitor, name: str) -> str:
+    """Put a recorded session's transcripts where Claude Code keeps them; return the session's id."""
+    shutil.copytree(f"{RECORDED}/transcripts/{name}", f"{monitor.claude_home}/projects/{name}")
+    return next(iter(glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl"))).rpartition("/")[2][
+        : -len(".jsonl")
+    ]
+
+
+def import_usage(name: str) -> int:
+    """Return the output tokens in a recorded session's transcripts, each message once."""
+    used = {}
+    for path in glob.glob(f"{RECORDED}/transcripts/{name}/**/*.jsonl", recursive=True):
+        with open(path, "rb") as file:
+            for line in file:
+                message = json.loads(line).get("message") or {}
+                if message.get("usage") and message.get("role") == "assistant":
+                    used[message["id"]] = message["usage"]["output_tokens"]
+    return sum(used.values())
+
+
+def test_transcripts_become_the_sessions_that_hooks_would_have_told(running: RunningMonitor) -> None:
+    names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
+    told = running.command("import").stdout
+    assert re.fullmatch(r"\d+ events imported, 0 were known already\n", told)
+    stored = len(running.stored_events())
+    assert told.startswith(f"{stored} events")
+    again = running.command("import", running.claude_home).stdout
+    assert (
+        again == f"0 events imported, {stored} were known already\n"
+        and len(running.stored_events()) == stored
+    )
+    sessions = running.sessions()
+    assert set(sessions) == set(names)
+    index_ready(running)
+    figures = {row["sessionId"]: row for row in running.get("/api/stats")["sessions"]}
+    for session_id, name in names.items():
+        session = sessions[session_id]
+        book = cm.SessionBook(own_machine="testbox")
+        for number, one in enumerate(recorded(name)):
+            book.apply(
+                ee.build_event(
+                    {"hook": one, "id": f"e{number}", "timestamp": NOW_MS + number}, NOW_MS, "testbox"
+                )
+            )
+        by_hooks = book.sessions[session_id]
+        assert session["isImported"] is True and session["state"] == "ended" and session["openCalls"] == []
+        counts = session["counts"]
+        assert (counts["toolCalls"], counts["prompts"]) == (by_hooks.tool_calls, by_hooks.prompts), name
+        assert counts["toolErrors"] == by_hooks.tool_errors, name
+        assert {agent["agentId"] for agent in session["agents"]} == set(by_hooks.agents), name
+        assert session["label"] == by_hooks.label[0] and session["workingDirectory"] == by_hooks.directory
+        assert session["model"] == by_hooks.model or by_hooks.model is None
+        assert (
+            session["tokenUsage"]["totalOutput"]
+            == import_usage(name)
+            == figures[session_id]["tokenUsage"]["totalOutput"]
+        )
+
+
+@pytest.mark.parametrize("name", IMPORT_TRANSCRIPTS)
+def test_what_hooks_have_told_is_not_told_again_by_the_transcript(running: RunningMonitor, name: str) -> None:
+    session_id = import_copy(running, name)
+    start = min(
+        cm.iso_time_ms(json.loads(line)["timestamp"]) or 0
+        for line in open(f"{RECORDED}/transcripts/{name}/{session_id}.jsonl", "rb") if b'"uuid"' in line  # noqa: SIM115
+    )  # fmt: skip
+    given = [{"hook": one, "id": f"h{number}", "timestamp": start + number, "machineId": "testbox"}
+             for number, one in enumerate(recorded(name))]  # fmt: skip
+    running.emit(*given)
+    before = running.sessions()[session_id]["counts"]
+    assert running.command("import").stdout.startswith("0 events imported")
+    assert running.sessions()[session_id]["counts"] == before
+
+
+def test_of_a_session_that_hooks_know_in_part_only_what_was_before_is_imported(
+    running: RunningMonitor,
+) -> None:
+    session_id = import_copy(running, "failing")
+    with open(f"{RECORDED}/transcripts/failing/{session_id}.jsonl", "rb") as file:
+        entries = [json.loads(line) for line in file if b'"tool_use"' in line]
+    late = entries[4]
+    use = late["message"]["content"][0]
+    at = (cm.iso_time_ms(late["timestamp"]) or 0) + 60_000  # its clock may differ: the call's name tells
+    running.emit({"hook": payload("PreToolUse", session_id, tool_name=use["name"], tool_use_id=use["id"], tool_input=use["input"]),
+                  "id": "late", "timestamp": at, "machineId": "testbox"})  # fmt: skip
+    running.command("import")
+    stored = running.stored_events()
+    calls = collections.Counter(
+        event["data"]["toolUseId"] for event in stored if event["hookType"] == "PreToolUse"
+    )
+    assert calls[use["id"]] == 1 and calls[entries[0]["message"]["content"][0]["id"]] == 1
+    assert all(event.get("imported") or event["id"] == "late" for event in stored)
+    assert not any(event["hookType"] == "SessionEnd" for event in stored)
+    assert running.sessions()[session_id]["isImported"] is True
+
+
+def test_exports_of_this_and_of_the_node_monitor_are_taken_in_once(monitor: RunningMonitor) -> None:
+    other = RunningMonitor(new_home())
+    try:
+        other.start().emit(*recorded("simple"), payload("UserPromptSubmit", "x", prompt="hello there"))
+        export = other.home + "/export.ndjson"
+        other.command("export", "--output", export)
+        expected = other.stored_events()
+        node = {"version": 1, "sessions": [{"sessionId": "0123456789abcdef", "events": [
+            {"id": "n1", "timestamp": NOW_MS, "sessionId": "0123456789abcdef", "machineId": "mac", "eventType": "tool_call",
+             "hookType": "PreToolUse", "data": {"toolName": "Bash", "toolInput": {"command": "ls"}}},
+            {"timestamp": NOW_MS + 5, "sessionId": "0123456789abcdef", "machineId": "mac", "eventType": "tool_result",
+             "hookType": "PostToolUse", "data": {"toolName": "Bash", "tool_output": "a b"}},
+        ]}]}  # fmt: skip
+        with open(other.home + "/node.json", "w", encoding="utf-8") as file:
+            json.dump(node, file, indent=1)
+        monitor.start()
+        for count in (len(expected) + 2, 0):
+            told = monitor.command("import", export, other.home + "/node.json").stdout
+            assert told.startswith(f"{count} events imported")
+        stored = {event["id"]: event for event in monitor.stored_events()}
+        for event in expected:
+            kept = stored[event["id"]]
+            assert {**kept, "seq": 0, "received": 0} == {**event, "seq": 0, "received": 0, "imported": True}
+        session = monitor.sessions()["0123456789abcdef"]
+        assert (
+            session["isImported"] is True
+            and session["machineId"] == "mac"
+            and session["counts"]["toolCalls"] == 1
+        )
+        assert len(stored) == len(expected) + 2
+    finally:
+        clean_up(other)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not json\nat all", b"[]", b"{}", b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000]
+)
+def test_a_file_without_history_is_no_reason_to_fail_badly(running: RunningMonitor, content: bytes) -> None:
+    path = running.home + "/odd.jsonl"
+    with open(path, "wb") as file:
+        file.write(content)
+    done = running.command("import", path, check=False)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+    assert running.stored_events() == []
+    assert "error" in running.command("import", running.home + "/missing.json", check=False).stderr
+
+
+def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
+    base = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z"}
+    lines = [
+        b"{ broken",
+        b"[]",
+        b"",
+        json.dumps({**base, "type": "user", "uuid": 7, "message": {"content": "x"}}).encode(),
+        json.dumps({**base, "type": "user", "uuid": "a", "message": {"content": None}}).encode(),
+        json.dumps(
+            {**base, "type": "user", "uuid": "b", "timestamp": "soon", "message": {"content": "x"}}
+        ).encode(),
+        json.dumps(
+            {
+                **base,
+                "type": "user",
+                "uuid": "c",
+                "message": {"content": [1, {"type": "tool_result"}, {"text": 5}]},
+            }
+        ).encode(),
+        json.dumps(
+            {
+                **base,
+                "type": "assistant",
+                "uuid": "d",
+                "message": {"content": [{"type": "tool_use", "id": 5}]},
+            }
+        ).encode(),
+        json.dumps(
+            {**base, "type": "user", "uuid": "e", "isMeta": True, "message": {"content": "meta"}}
+        ).encode(),
+        json.dumps({**base, "type": "user", "uuid": "f", "message": {"content": "hello"}}).encode(),
+        json.dumps({**base, "type": "user", "uuid": "f", "message": {"content": "hello"}}).encode(),
+    ]
+    events = cm.TranscriptReader("s", "m", set()).events(lines)
+    assert [event["hookType"] for event in events] == [
+        "SessionStart",
+        "PostToolUse",
+        "UserPromptSubmit",
+        "SessionEnd",
+    ]
+    assert events[2]["data"] == {"message": "hello"}
+    assert len({event["id"] for event in events}) == 4
+
+
+# ---------------------------------------------------------------------------
 # Metrics: read by Prometheus' own parser
 # ---------------------------------------------------------------------------
 
