@@ -1218,8 +1218,8 @@ class Session:
     turn_start: int = 0  # when the running turn began
     turn_calls: int = 0  # tools used since then
     turn_changed: bool = False  # a file was changed since then
-    idle_turns: int = 0  # the last turns in a row that used tools and changed no file
-    idle_since: int = 0  # when the first of them began
+    unchanged_turns: int = 0  # the last turns in a row that used tools and changed no file
+    unchanged_since: int = 0  # when the first of them began
     end: Optional[int] = None
     end_reason: str = ""
     end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
@@ -1452,6 +1452,9 @@ def _is_second_delivery(session: Session, event: JsonObject) -> bool:
 
 # Tokens and cost
 
+MODELS_LIMIT = 50  # what a foreign event says beyond these is not kept
+AGENTS_LIMIT = 5000
+
 
 def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
     """Take the totals that the reader of the transcripts put on an event; the newest are the whole truth.
@@ -1464,14 +1467,17 @@ def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
     model = usage.get("model")
     told = SessionUsage(
         time_ms,
-        {text_of(name): _model_usage(counts) for name, counts in models.items()},
+        {
+            text_of(name): _model_usage(counts)
+            for name, counts in itertools.islice(models.items(), MODELS_LIMIT)
+        },
         model if isinstance(model, str) else None,
         usage.get("partial") is True,
     )
     if session.usage is None or (time_ms, told.total) >= (session.usage.time, session.usage.total):
         session.usage = told
-    for agent_id, by_model in agents.items():
-        if not isinstance(by_model, dict):
+    for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
+        if not isinstance(by_model, dict) or len(session.agent_usage) >= AGENTS_LIMIT:
             continue
         total = sum((_model_usage(counts).all for counts in by_model.values()), Tokens())
         session.agent_usage[agent_id] = max(
@@ -1918,7 +1924,7 @@ def _note_success(session: Session, agent_id: str, tool: str, tool_input: Any) -
     else:
         changes = tool in _EDITING_TOOLS
     if changes:
-        session.turn_changed, session.idle_turns = True, 0
+        session.turn_changed, session.unchanged_turns = True, 0
 
 
 def _begin_turn(session: Session, time_ms: int) -> None:
@@ -1929,8 +1935,8 @@ def _begin_turn(session: Session, time_ms: int) -> None:
 def _finish_turn(session: Session) -> None:
     """Count the turn that is over if it used tools and changed nothing."""
     if session.turn_calls and not session.turn_changed:
-        session.idle_since = session.idle_since if session.idle_turns else session.turn_start
-        session.idle_turns += 1
+        session.unchanged_since = session.unchanged_since if session.unchanged_turns else session.turn_start
+        session.unchanged_turns += 1
     session.turn_calls, session.turn_changed = 0, False
 
 
@@ -1960,9 +1966,9 @@ def stuck_signals(session: Session) -> List[JsonObject]:
         for (_, tool), streak in session.streaks.items()
         if streak.times >= STUCK_FAILURES
     ]
-    if session.idle_turns >= STUCK_TURNS:
-        words = f"{session.idle_turns} turns without a change in files"
-        signals.append({"kind": "unchanged", "since": session.idle_since, "detail": words})
+    if session.unchanged_turns >= STUCK_TURNS:
+        words = f"{session.unchanged_turns} turns without a change in files"
+        signals.append({"kind": "unchanged", "since": session.unchanged_since, "detail": words})
     if _runs_too_long(session):
         words = f"busy for more than {STUCK_MS // 3_600_000} hours without an end"
         signals.append({"kind": "long", "since": _busy_since(session), "detail": words})
@@ -2180,6 +2186,10 @@ class SessionBook:
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._numbers = itertools.count()
+        # Sorted (time, session id): who made way for another session, and who began after such a one.
+        self._ends: List[Tuple[int, str]] = []
+        self._starts: List[Tuple[int, str]] = []
+        self._continued_by: Dict[str, str] = {}
         self._linked: Set[str] = set()  # ids of sessions that changed because of another one
 
     # What happens
@@ -2297,22 +2307,31 @@ class SessionBook:
 
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
-        if kind == "session_start" and session.start_source in _MADE_WAY and not session.continued_from:
-            before = [other for other in self.sessions.values() if _makes_way(other, session)]
-            taken = {other.continued_from for other in self.sessions.values()}
-            before = [other for other in before if other.session_id not in taken]
-            if before:
-                self._continue(session, max(before, key=lambda other: other.end or 0))
-        elif kind == "session_end":
-            after = [
-                other
-                for other in self.sessions.values()
-                if not other.continued_from and _makes_way(session, other)
+        if kind == "session_start" and session.start_source in _MADE_WAY:
+            bisect.insort(self._starts, (session.source_time, session.session_id))
+            before = [
+                other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
             ]
+            before = [
+                other for other in before if self._continued_by.get(other.session_id) not in self.sessions
+            ]
+            if before and not session.continued_from:
+                self._continue(session, max(before, key=lambda other: other.end or 0))
+        elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
+            bisect.insort(self._ends, (session.end, session.session_id))
+            after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
+            after = [other for other in after if not other.continued_from]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
 
+    def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
+        """Return the sessions that began, or ended, about that time."""
+        first = bisect.bisect_left(times, (time_ms - LINK_MS, ""))
+        last = bisect.bisect_left(times, (time_ms + LINK_MS + 1, ""))
+        return [self.sessions[each] for _, each in times[first:last] if each in self.sessions]
+
     def _continue(self, session: Session, before: Session) -> None:
+        self._continued_by[before.session_id] = session.session_id
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         for version in self._versions(session.session_id):
             version.continued_from = before.session_id

@@ -1451,16 +1451,17 @@ class AgentNoteReader:
 
     def __init__(self, machine_id: str) -> None:
         self._machine_id = machine_id
-        self._told: "Dict[Tuple[str, str], None]" = {}  # (session, agent) whose note an event has carried
+        # (session, agent) → id of the event that carried the note on the agent
+        self._told: "Dict[Tuple[str, str], str]" = {}
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
-        agent_id, data = event.get("agentId"), event["data"]
-        path = data.get("transcriptPath")
+        agent_id, data = event.get("agentId", ""), event["data"]
+        path, key = data.get("transcriptPath"), (event["sessionId"], agent_id)
         if (
-            agent_id is None
+            not agent_id
             or event["machineId"] != self._machine_id
-            or (event["sessionId"], agent_id) in self._told
+            or self._told.get(key, event["id"]) != event["id"]  # the same event again was not kept before
             or not _is_transcript_path(path)
             or not _AGENT_ID.fullmatch(agent_id)
         ):
@@ -1470,7 +1471,7 @@ class AgentNoteReader:
             return
         if len(self._told) >= AGENTS_REMEMBERED:
             del self._told[next(iter(self._told))]
-        self._told[event["sessionId"], agent_id] = None
+        self._told[key] = event["id"]
         kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
         if type(note.get("spawnDepth")) is int:
             kept["spawnDepth"] = note["spawnDepth"]
@@ -1556,7 +1557,7 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
     row = database.execute(
         "SELECT device, inode, position, mark FROM files WHERE path = ?", (path,)
     ).fetchone()
-    if row and row[:3] == (seen.st_dev, seen.st_ino, seen.st_size):
+    if row and row[:3] == (*_identity(seen), seen.st_size):
         return True
     try:
         fd = os.open(path, _READ_QUIETLY)
@@ -1573,16 +1574,21 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
             position = start + parser.consumed
             database.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                (path, session, about.st_dev, about.st_ino, position, _mark(fd, position)),
+                (path, session, *_identity(about), position, _mark(fd, position)),
             )
         return at_end
     finally:
         os.close(fd)
 
 
+def _identity(about: os.stat_result) -> "Tuple[int, int]":
+    """Return device and inode as SQLite can hold them: some file systems use all 64 bits."""
+    return int(about.st_dev) & (1 << 63) - 1, int(about.st_ino) & (1 << 63) - 1
+
+
 def _position(row: Any, fd: int, about: os.stat_result) -> int:
     """Return how far a transcript was read; 0 for a new one and for one that replaced another."""
-    if row is None or row[:2] != (about.st_dev, about.st_ino) or row[2] > about.st_size:
+    if row is None or row[:2] != _identity(about) or row[2] > about.st_size:
         return 0
     return int(row[2]) if row[3] == _mark(fd, row[2]) else 0
 
@@ -1965,17 +1971,17 @@ _REDIS_TROUBLES = (
         "Protocol Error|InvalidResponse",
         "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true",
     ),
-    ("No such file or directory", "a file or socket named in the Redis configuration is missing: {text}"),
+    ("No such file or directory", "{missing} is not there: check the paths in the Redis configuration"),
     (
         "Name or service not known|nodename nor servname|name resolution|No address",
         "{host} is not a known host name: check redis.host",
     ),
     ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
     (
-        "Connection closed by server|Connection reset|Broken pipe",
-        "Redis at {place} closed the connection{tls_hint}",
+        "Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
+        "Redis at {place} closed the connection{closed_hint}",
     ),
-    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time"),
+    ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
     ("unreachable|No route", "{place} cannot be reached from this machine"),
 )
 
@@ -1986,19 +1992,33 @@ def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: boo
     `connected` tells that this configuration has worked before: a connection that ends has other causes then.
     """
     text = " ".join(str(error).split())[:300]
+    text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
-    tls_hint = " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    closed_hint = (
+        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    )
+    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
     facts = {
         "text": text,
         "place": redis_place(values),
         "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
+        "missing": ", ".join(_missing_redis_files(values)) or "a file",
         "python": sys.executable,
-        "tls_hint": "" if connected else tls_hint,
+        "closed_hint": "" if connected else closed_hint,
+        "silence_hint": "" if connected else silence_hint,
     }
     for signs, words in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return words.format(**facts)
     return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
+
+
+def _missing_redis_files(values: "Dict[str, Any]") -> "List[str]":
+    """Return which of the files and sockets that the configuration names do not exist."""
+    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
+    if (values["redis.url"] or "").startswith("unix:"):
+        named.append(redis_place(values))
+    return [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
 
 
 def privacy_of(values: "Dict[str, Any]") -> Privacy:

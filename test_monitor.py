@@ -3,7 +3,7 @@
 
     python3 test_monitor.py --setup           get everything the tests need, then run them all
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
-    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, history
+    python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, history
 
 The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
@@ -32,6 +32,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = os.path.join(ROOT, ".venv")
 ENVIRONMENT_PYTHON = os.path.join(ENVIRONMENT, "bin", "python")
 PACKAGES = (
+    "axe-playwright-python==0.1.8",
     "hypothesis==6.170.15",
     "mypy==2.4.1",
     "playwright==1.65.2",
@@ -45,6 +46,7 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 # Program → the names any of which will do, and its package for each package manager.
 SYSTEM_PROGRAMS = {
     "redis-server": (("redis-server",), {"apt-get": "redis-server", "dnf": "redis", "brew": "redis"}),
+    "openssl": (("openssl",), {"apt-get": "openssl", "dnf": "openssl", "brew": "openssl"}),
     "chromium": (CHROMIUM_NAMES, {"apt-get": "chromium", "dnf": "chromium", "brew": "chromium"}),
 }
 
@@ -126,7 +128,11 @@ def parse_command_line() -> "tuple[argparse.Namespace, list[str]]":
         "--setup", action="store_true", help="get everything the tests need, then run them all"
     )
     parser.add_argument(
-        "--bench", nargs="?", const="all", metavar="NAME", help="run the benchmarks, or one: hook, history"
+        "--bench",
+        nargs="?",
+        const="all",
+        metavar="NAME",
+        help="run the benchmarks, or one: hook, hook-redis, latency, history",
     )
     return parser.parse_known_args()
 
@@ -181,6 +187,7 @@ import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
+import ssl  # noqa: E402
 import stat  # noqa: E402
 import statistics  # noqa: E402
 import struct  # noqa: E402
@@ -1276,7 +1283,14 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     assert {name for name in values if name != key and values[name] != ee.KEYS[name].default} == set()
 
 
-@pytest.mark.parametrize("section", ["server", "persistence", "limits", "sessions", "privacy"])
+def test_certificates_without_tls_are_warned_about(tmp_path):
+    for name in ("caFile", "certFile", "keyFile"):
+        hook_write_config(tmp_path / "c.json", "redis." + name, "/some.pem")
+        (warning,) = ee.load_config(str(tmp_path / "c.json"))[1]
+        assert "redis.tls" in warning
+
+
+@pytest.mark.parametrize("section", ["server", "redis", "persistence", "limits", "sessions", "privacy"])
 def test_a_section_that_is_no_object_is_refused(tmp_path, section):
     for value in (1, "x", [], None):
         hook_write_config(tmp_path / "c.json", section, value)
@@ -6395,6 +6409,20 @@ def test_clear_in_one_of_two_terminals_links_the_right_session():
         assert tale.say("SessionStart", session=name, source="clear")["continuedFrom"] == before
 
 
+def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
+    compared, real = itertools.count(), cm._makes_way
+    monkeypatch.setattr(cm, "_makes_way", lambda *given: (next(compared), real(*given))[1])
+    tale = SessionTale()
+    for number in range(300):
+        tale.time += 120_000
+        tale.say("SessionStart", session=f"a{number}", source="startup")
+        tale.say("SessionEnd", session=f"a{number}", reason="clear" if number % 2 else "other")
+        if number % 2:
+            told = tale.say("SessionStart", session=f"b{number}", source="clear")
+            assert told["continuedFrom"] == f"a{number}"
+    assert next(compared) <= 600
+
+
 def test_a_plain_start_in_the_same_directory_is_a_stranger():
     tale = session_tale()
     tale.say("SessionEnd", reason="clear")
@@ -7636,6 +7664,17 @@ def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
         assert ("agentMeta" in event["data"]) == (number == 2)
 
 
+def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+    copied = [told for told in usage_copied("subagent", tmp_path) if "agent_id" in told]
+    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
+    for number in (0, 0, 1):
+        given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
+        event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
+        reader.add_note(event)
+        noted.append("agentMeta" in event["data"])
+    assert noted == [True, True, False]
+
+
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
     book = cm.SessionBook(own_machine=USAGE_MACHINE)
     for event in usage_noted(usage_copied("parallel", tmp_path)):
@@ -8632,6 +8671,1365 @@ def test_doctor_sees_files_that_are_open_to_others_and_that_a_port_is_taken(moni
 
 
 # ---------------------------------------------------------------------------
+# Redis mode: many machines, several monitors, and a Redis that misbehaves
+#
+# Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
+# ---------------------------------------------------------------------------
+
+REDIS_OUTAGE_S = 20.0  # the long one; the others last as long as what is tested in them
+REDIS_CHANNEL = "contextuate:events"
+REDIS_STREAM = "contextuate:events:stream"
+
+
+def redis_free_port() -> int:
+    """Return a free port that no outgoing connection is given while its server is down."""
+    dice = random.Random()
+    while True:
+        port = dice.randrange(20_000, 30_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisCertificates:
+    """A certificate authority, and what it gave to a server and to a client, as PEM files."""
+
+    directory: str
+
+    @classmethod
+    def make(cls, directory: str, names: str = "DNS:localhost,IP:127.0.0.1") -> "RedisCertificates":
+        """Make them with openssl; `names` is what the server's certificate is for."""
+        made = cls(directory)
+        key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        made.openssl(
+            "req", "-x509", *key, "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test authority",
+            "-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign",
+        )  # fmt: skip
+        for who, usage in (("server", "serverAuth"), ("client", "clientAuth")):
+            with open(f"{directory}/{who}.ext", "w", encoding="ascii") as file:
+                file.write(
+                    f"basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={names}\n"
+                    "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=digitalSignature\n"
+                )
+            made.openssl("req", *key, "-keyout", f"{who}.key", "-out", f"{who}.csr", "-subj", f"/CN={who}")
+            made.openssl(
+                "x509", "-req", "-in", f"{who}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial",
+                "-out", f"{who}.crt", "-days", "2", "-extfile", f"{who}.ext",
+            )  # fmt: skip
+        return made
+
+    def openssl(self, *arguments: str) -> None:
+        """Run one openssl command in the directory."""
+        subprocess.run(["openssl", *arguments], cwd=self.directory, check=True, capture_output=True)
+
+    def path(self, name: str) -> str:
+        """Return a file's path: "ca.crt", "server.crt", "server.key", "client.crt", "client.key"."""
+        return f"{self.directory}/{name}"
+
+
+class RedisServer:
+    """A redis-server process with a directory and a port of its own; both stay when it is started again.
+
+    `lines` go into its configuration. What it had is kept over `stop` and `start`.
+    """
+
+    def __init__(
+        self,
+        *lines: str,
+        user: str = "default",
+        password: str = "",
+        certificates: "RedisCertificates | None" = None,
+        port: int = 0,
+    ) -> None:
+        self.directory = new_home()
+        self.socket_path = self.directory + "/redis.sock"
+        self.port = port or redis_free_port()
+        self.user, self.password = user, password
+        self.certificates = certificates
+        ports = [f"port {self.port}"]
+        if certificates is not None:
+            ports = [
+                "port 0",
+                f"tls-port {self.port}",
+                f"tls-cert-file {certificates.path('server.crt')}",
+                f"tls-key-file {certificates.path('server.key')}",
+                f"tls-ca-cert-file {certificates.path('ca.crt')}",
+                "tls-auth-clients no",
+            ]
+        secret = [f"requirepass {password}"] if password and user == "default" else []
+        common = [
+            "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
+            "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
+        ]  # fmt: skip
+        with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
+            file.write("\n".join((*ports, *common, *secret, *lines)) + "\n")
+        self.process: "subprocess.Popen[bytes] | None" = None
+        self.start()
+
+    def start(self) -> "RedisServer":
+        """Start it, on the same port, with what it had, and wait until it answers."""
+        command = ["redis-server", self.directory + "/redis.conf"]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
+        return self
+
+    def stop(self) -> None:
+        """Stop it in order; what it had is kept."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(30)
+            self.process = None
+
+    def freeze(self) -> None:
+        """Stop it in its tracks: connections stay open, nobody answers."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def remove(self) -> None:
+        """End it and remove its directory."""
+        self.thaw()
+        self.kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def cli(self, *arguments: str, check: bool = True, given: "bytes | None" = None) -> str:
+        """Run redis-cli and return what it says; bytes given on standard input are the last argument."""
+        login = ["--user", self.user] if self.password else []
+        done = subprocess.run(
+            ["redis-cli", "-s", self.socket_path, *login, *(["-x"] if given is not None else []), *arguments],
+            input=given, env={**os.environ, "REDISCLI_AUTH": self.password}, capture_output=True, timeout=20,
+            check=False,
+        )  # fmt: skip
+        said = done.stdout.decode("utf-8", "replace").rstrip("\n")
+        if check and (done.returncode or said.startswith(("ERR", "NOPERM", "NOAUTH", "WRONG", "OOM"))):
+            raise AssertionError(f"redis-cli {arguments}: {said}{done.stderr.decode()}")
+        return said
+
+    def publish(self, message: bytes) -> None:
+        """Publish any bytes on the channel."""
+        self.cli("PUBLISH", REDIS_CHANNEL, given=message)
+
+    def streamed(self) -> "list[str]":
+        """Return every event in the stream, as text, oldest first."""
+        said = self.cli("--json", "XRANGE", REDIS_STREAM, "-", "+")
+        return [dict(zip(fields[::2], fields[1::2]))["event"] for _, fields in json.loads(said)]
+
+    def clients(self, kind: str) -> int:
+        """Count its connections of one type: "normal" (ours included) or "pubsub"."""
+        return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
+
+    def cut_connections(self) -> None:
+        """Close every connection but our own."""
+        for kind in ("normal", "pubsub"):
+            self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+
+    def settings(self, **more: Any) -> "dict[str, Any]":
+        """Return the configuration of a machine that uses it."""
+        redis = {"host": "127.0.0.1", "port": self.port, **more}
+        if self.certificates is not None:
+            redis = {"tls": True, "caFile": self.certificates.path("ca.crt"), **redis}
+        return {"mode": "redis", "redis": redis}
+
+
+@dataclasses.dataclass
+class RedisMachine(RunningMonitor):
+    """One machine in Redis mode: its hook, its spool, its publisher, and a monitor if one is started."""
+
+    machine_id: str = "testbox"
+    more_environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+
+    @property
+    def environment(self) -> "dict[str, str]":
+        """The environment of every process of this machine."""
+        return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
+
+    @functools.cached_property
+    def hook(self) -> str:
+        """The installed hook's command."""
+        return self.installed_command()
+
+    def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
+        """Run one real hook with an event that `marker` tells from others; it must end in order."""
+        hook_call(self.hook, payload("PreToolUse", session, tool_use_id=marker, **fields), self.environment)
+
+    def spool(self, marker: str, session: str = "s1", **fields: Any) -> None:
+        """Put one event into the spool as a hook does, without starting a process."""
+        given_payload = payload("PreToolUse", session, tool_use_id=marker, **fields)
+        environment = {name.encode(): value.encode() for name, value in self.environment.items()}
+        ee.append_to_spool(self.home + "/spool", ee.wrap(json.dumps(given_payload).encode(), environment))
+
+    def spooled(self) -> int:
+        """Count the bytes in the spool."""
+        return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
+
+    def redis(self) -> "dict[str, Any]":
+        """Return what the monitor says about its Redis."""
+        return dict(self.get("/api/status")["redis"])
+
+    def publisher(self) -> "dict[str, Any]":
+        """Return what the publisher has told about itself; nothing before it has begun."""
+        try:
+            with open(self.home + "/publisher.json", encoding="utf-8") as file:
+                return dict(json.load(file))
+        except FileNotFoundError:
+            return {}
+
+    def wait_until(self, state: str, timeout_s: float = 60.0) -> "dict[str, Any]":
+        """Wait until the monitor's Redis is in a state; return what it says then."""
+        return dict(
+            eventually(
+                lambda: (about := self.redis())["state"] == state and about,
+                timeout_s, f"{self.machine_id}: {state}",
+            )
+        )  # fmt: skip
+
+    def arrivals(self, session: str = "s1") -> "dict[str, list[str]]":
+        """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
+        found: "dict[str, list[str]]" = {}
+        for event in self.stored_events():
+            if event["sessionId"] == session:
+                found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
+        return found
+
+    def has(self, session: str, count: int) -> bool:
+        """Tell whether the monitor shows at least so many events of a session."""
+        return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
+
+    def publishers(self) -> "list[int]":
+        """List the process ids of this machine's publishers."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as arguments:
+                if b"--publish" not in arguments.read().split(b"\0"):
+                    continue
+                with open(f"/proc/{name}/environ", "rb") as environ:
+                    if f"CONTEXTUATE_HOME={self.home}".encode() in environ.read().split(b"\0"):
+                        found.append(int(name))
+        return found
+
+    def end_publisher(self) -> None:
+        """End this machine's publisher, if one runs, with SIGKILL."""
+        for pid in self.publishers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
+
+    def remove(self) -> None:
+        """End everything of this machine and remove its directory."""
+        if self.about and alive(self.pid):
+            self.kill()
+        self.end_publisher()
+        clean_up(self)
+
+
+def at_once(*jobs: Any) -> "list[Any]":
+    """Call all of some functions at the same time; return what they returned, in order."""
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        return [job.result() for job in [pool.submit(job) for job in jobs]]
+
+
+@contextlib.contextmanager
+def redis_parts() -> "Iterator[Any]":
+    """Give a function that makes servers and machines (by class and arguments); remove them all at the end."""
+    if not shutil.which("redis-server"):
+        pytest.skip("redis-server is missing")
+    made: "list[Any]" = []
+
+    def make(kind: Any, *arguments: Any, **options: Any) -> Any:
+        if kind is RedisMachine:
+            options = {"home": new_home(), **options}
+        made.append(kind(*arguments, **options))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for part in reversed(made):
+            part.remove()
+
+
+@pytest.fixture
+def make() -> "Iterator[Any]":
+    """Make servers and machines for one test."""
+    with redis_parts() as maker:
+        yield maker
+
+
+@dataclasses.dataclass
+class RedisTeam:
+    """Three machines that emit, two that only watch, one Redis."""
+
+    server: RedisServer
+    emitters: "list[RedisMachine]"
+    monitors: "list[RedisMachine]"
+
+    def mend(self) -> None:
+        """Undo whatever a test has done to it."""
+        self.server.thaw()
+        if self.server.process is None:
+            self.server.start()
+        self.server.cli("CONFIG", "SET", "maxmemory", "0")
+        self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
+        self.server.cli("ACL", "SETUSER", "default", "allcommands", "allkeys", "allchannels")
+        for monitor in self.monitors:
+            if not alive(monitor.pid):
+                monitor.start()
+            os.kill(monitor.pid, signal.SIGCONT)
+            monitor.wait_until("connected")
+
+
+@pytest.fixture(scope="module")
+def redis_team() -> "Iterator[RedisTeam]":
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        made = RedisTeam(
+            server,
+            [maker(RedisMachine, config=server.settings(), machine_id=f"box{n}") for n in range(3)],
+            [maker(RedisMachine, config=server.settings(), machine_id=f"watcher{n}") for n in range(2)],
+        )
+        at_once(*[lambda machine=machine: machine.hook for machine in made.emitters])
+        at_once(*[monitor.start for monitor in made.monitors])
+        yield made
+
+
+@pytest.fixture
+def team(redis_team: RedisTeam) -> "Iterator[RedisTeam]":
+    """The team in good order: every monitor is connected, and each test leaves it so."""
+    redis_team.mend()
+    yield redis_team
+    redis_team.mend()
+
+
+class RedisFlow:
+    """Events of one session, said on every machine of a team in turn, and the check that all arrived."""
+
+    def __init__(self, team: RedisTeam, session: str) -> None:
+        self.team = team
+        self.session = session
+        self.said: "dict[str, list[str]]" = {machine.machine_id: [] for machine in team.emitters}
+
+    def hooks(self, count: int) -> None:
+        """Run so many real hooks, on all machines at once; every one has returned when this returns."""
+        shares = self._shares(count)
+
+        def run(machine: RedisMachine) -> None:
+            for marker in shares[machine.machine_id]:
+                machine.say(marker, self.session)
+
+        at_once(*[functools.partial(run, machine) for machine in self.team.emitters])
+
+    def bulk(self, count: int, **fields: Any) -> None:
+        """Put so many events into the machines' spools, and let one hook each find its publisher."""
+        shares = self._shares(count)
+        for machine in self.team.emitters:
+            *first, last = shares[machine.machine_id]
+            for marker in first:
+                machine.spool(marker, self.session, **fields)
+            machine.say(last, self.session, **fields)
+
+    def _shares(self, count: int) -> "dict[str, list[str]]":
+        machines = self.team.emitters
+        shares: "dict[str, list[str]]" = {machine.machine_id: [] for machine in machines}
+        for number in range(count):
+            name = machines[number % len(machines)].machine_id
+            shares[name].append(f"{name}-{len(self.said[name])}")
+            self.said[name].append(shares[name][-1])
+        return shares
+
+    def check(self, timeout_s: float = 90.0) -> None:
+        """Both monitors get every event once, each machine's in its order; no spool keeps any."""
+        count = sum(map(len, self.said.values()))
+        for monitor in self.team.monitors:
+            eventually(
+                lambda monitor=monitor: monitor.has(self.session, count), timeout_s,
+                f"{count} events at {monitor.machine_id}",
+            )  # fmt: skip
+        for machine in self.team.emitters:
+            eventually(lambda machine=machine: not machine.spooled(), timeout_s, "an empty spool")
+        for monitor in self.team.monitors:
+            assert monitor.arrivals(self.session) == self.said
+
+
+def without_arrival(event: "dict[str, Any]") -> "dict[str, Any]":
+    """Return an event without what each monitor adds for itself."""
+    return {name: value for name, value in event.items() if name not in ("seq", "received")}
+
+
+def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTeam) -> None:
+    clients = [monitor.websocket("full") for monitor in team.monitors]
+    flow = RedisFlow(team, "three-machines")
+    flow.hooks(60)
+    flow.bulk(60, tool_name="Bash", tool_input={"command": "ls"})
+    flow.check()
+    first, second = (
+        {e["id"]: without_arrival(e) for e in monitor.stored_events() if e["sessionId"] == flow.session}
+        for monitor in team.monitors
+    )
+    assert first == second and len(first) == 120
+    for client, monitor in zip(clients, team.monitors):
+        shown = [event for event in client.events(120) if event["sessionId"] == flow.session]
+        assert {event["id"]: without_arrival(event) for event in shown} == first
+        client.close()
+        about = {machine["machineId"]: machine for machine in monitor.get("/api/status")["machines"]}
+        for machine in team.emitters:
+            assert about[machine.machine_id]["events"] >= 40
+            assert abs(about[machine.machine_id]["lastSeen"] - time.time() * 1000) < 300_000
+    for machine in team.emitters:
+        eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
+        assert machine.publisher()["subscribers"] == 2
+        assert len(machine.publishers()) == 1
+    assert {json.dumps(json.loads(line)) for line in team.server.streamed()} >= {
+        json.dumps(event) for event in first.values()
+    }
+
+
+def redis_outage(team: RedisTeam, session: str, begin: Any, end: Any, least_s: float) -> RedisFlow:
+    """Say 1,000 events by real hooks; Redis is away for the 400 in the middle, however long they take.
+
+    A hook that waited for Redis could never return, as Redis comes back only after all of them have.
+    """
+    flow = RedisFlow(team, session)
+    flow.hooks(300)
+    begin()
+    began = time.monotonic()
+    flow.hooks(400)
+    for machine in team.emitters:
+        assert machine.spooled() > 0
+    time.sleep(max(0.0, began + least_s - time.monotonic()))
+    assert not any(monitor.has(session, 301 + 300) for monitor in team.monitors)
+    end()
+    flow.hooks(300)
+    return flow
+
+
+def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
+    flow = redis_outage(team, "outage", team.server.stop, team.server.start, REDIS_OUTAGE_S)
+    flow.check()
+    for monitor in team.monitors:
+        about = monitor.wait_until("connected")
+        assert (about["attempt"], about["reason"]) == (0, None)
+
+
+def test_a_redis_that_was_frozen_costs_no_event(team: RedisTeam) -> None:
+    flow = redis_outage(team, "frozen", team.server.freeze, team.server.thaw, 0)
+    flow.check()
+
+
+def test_a_redis_that_was_killed_costs_no_event(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "killed")
+    flow.bulk(150)
+    team.server.kill()
+    flow.bulk(150)
+    team.server.start()
+    flow.bulk(150)
+    flow.check()
+
+
+def test_fifty_cut_connections_cost_no_event(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "cut")
+    dice = random.Random(50)
+    for _ in range(50):
+        flow.bulk(dice.randrange(16, 24))
+        time.sleep(dice.random() * 0.05)
+        team.server.cut_connections()
+    flow.bulk(60)
+    flow.check()
+    assert sum(map(len, flow.said.values())) > 900
+
+
+def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam) -> None:
+    team.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 1000000 1000000 1")
+    fast, slow = team.monitors
+    os.kill(slow.pid, signal.SIGSTOP)
+    flow = RedisFlow(team, "slow")
+    flow.bulk(999, tool_name="Write", tool_input={"file_path": "/a", "content": "words " * 5000})
+    eventually(lambda: fast.has(flow.session, 999), 60, "999 events at the fast one")
+    eventually(lambda: team.server.clients("pubsub") == 1, 30, "the slow one's connection cut")
+    assert not slow.arrivals(flow.session)
+    os.kill(slow.pid, signal.SIGCONT)
+    flow.check()
+
+
+def test_a_monitor_that_was_down_catches_up(team: RedisTeam) -> None:
+    down = team.monitors[1]
+    flow = RedisFlow(team, "down")
+    flow.bulk(300)
+    down.kill()
+    flow.bulk(300)
+    down.start()
+    flow.bulk(300)
+    for _ in range(3):
+        down.kill()
+        flow.bulk(33)
+        down.start()
+    flow.check()
+
+
+def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any) -> None:
+    flow = RedisFlow(team, "before")
+    flow.bulk(30)
+    flow.check()
+    late = make(RedisMachine, config=team.server.settings(), machine_id="late").start()
+    eventually(lambda: late.has(flow.session, 30), 30, "the events of before it was there")
+    assert late.arrivals(flow.session) == flow.said
+
+
+@pytest.mark.parametrize(
+    ("refuse", "words"),
+    [
+        (["ACL", "SETUSER", "default", "-xadd"], "xadd"),
+        (["ACL", "SETUSER", "default", "resetkeys", "~other"], "key"),
+        (["CONFIG", "SET", "maxmemory", "1"], "memory"),
+        (["SET", REDIS_STREAM, "no stream"], "wrong kind|not a stream|WRONGTYPE"),
+    ],
+    ids=["no right to XADD", "no right to the key", "out of memory", "no stream under its name"],
+)
+def test_a_refused_xadd_does_not_stop_the_publish(team: RedisTeam, refuse: "list[str]", words: str) -> None:
+    stream_before = team.server.streamed()
+    if refuse[0] == "SET":
+        team.server.cli("RENAME", REDIS_STREAM, "aside")
+    team.server.cli(*refuse)
+    flow = RedisFlow(team, "refused-" + hashlib.sha256(refuse[-1].encode()).hexdigest()[:4])
+    try:
+        flow.bulk(90)
+        flow.check()
+        for machine in team.emitters:
+            about = eventually(
+                lambda machine=machine: (p := machine.publisher())["stream"] == "refused" and p
+            )
+            assert re.search(words, about["streamReason"], re.I), about
+            assert about["channelState"] == "ok"
+    finally:
+        if refuse[0] == "SET":
+            team.server.cli("RENAME", "aside", REDIS_STREAM)
+    team.mend()
+    assert team.server.streamed() == stream_before
+    flow.bulk(30)
+    flow.check()
+    assert len(team.server.streamed()) == len(stream_before) + 30
+    for machine in team.emitters:
+        eventually(
+            lambda machine=machine: machine.publisher()["stream"] == "ok", what="the stream's recovery"
+        )
+
+
+def test_a_refused_publish_does_not_stop_the_xadd(team: RedisTeam) -> None:
+    team.server.cli("ACL", "SETUSER", "default", "-publish")
+    flow = RedisFlow(team, "no-publish")
+    flow.bulk(90)
+    flow.check()
+    for machine in team.emitters:
+        about = eventually(
+            lambda machine=machine: (p := machine.publisher())["channelState"] == "refused" and p
+        )
+        assert "publish" in about["channelReason"].lower()
+        assert about["stream"] == "ok"
+
+
+def test_anything_published_by_redis_cli_is_shown(team: RedisTeam) -> None:
+    clients = [monitor.websocket("full") for monitor in team.monitors]
+    assert team.server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') == "2"
+    for client, monitor in zip(clients, team.monitors):
+        (event,) = client.events(1)
+        assert (event["sessionId"], event["eventType"], event["data"]) == (
+            "unknown",
+            "message",
+            {"test": "message"},
+        )
+        shown = monitor.get("/api/events?limit=1")["events"]
+        assert [shown_event["id"] for shown_event in shown] == [event["id"]]
+        client.close()
+
+
+def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
+    with subprocess.Popen(
+        ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL], stdout=subprocess.PIPE
+    ) as watching:
+        assert watching.stdout is not None
+        try:
+            assert [watching.stdout.readline() for _ in range(3)][0] == b"subscribe\n"
+            team.emitters[0].say("plain", "plain", tool_name="Bash", tool_input={"command": "é \U0001f600\n"})
+            kind, channel, line = (watching.stdout.readline().rstrip(b"\n") for _ in range(3))
+        finally:
+            watching.kill()
+    assert (kind, channel) == (b"message", REDIS_CHANNEL.encode())
+    event = json.loads(line)
+    assert ee.is_whole_event(event) and "hook" not in event and line.isascii()
+    assert (event["machineId"], event["sessionId"], event["hookType"]) == ("box0", "plain", "PreToolUse")
+    assert event["data"]["toolInput"] == {"command": "é \U0001f600\n"}
+    hook_check_form(event)
+
+
+def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: RedisTeam) -> None:
+    garbage = [
+        bytes(range(256)), b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
+        b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
+        b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
+    ]  # fmt: skip
+    odd = [
+        b'{"eventType":"message","sessionId":"odd","data":{"n":NaN,"f":1e999,"s":"\\ud83d","latin":"caf\xe9"}}',
+        b'{"eventType":"message","sessionId":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
+        *(
+            json.dumps({"eventType": "message", "sessionId": "odd", field: value}).encode()
+            for field in ("timestamp", "machineId", "workingDirectory", "hookType", "data", "pid", "agentId")
+            for value in WRONG_TYPES
+        ),
+    ]
+    before = [monitor.get("/api/status")["events"] for monitor in team.monitors]
+    flow = RedisFlow(team, "among-garbage")
+    for message in garbage:
+        team.server.publish(message)
+    for message in odd:
+        team.server.publish(message)
+    team.server.cli("XADD", REDIS_STREAM, "*", "nothing", "of ours")
+    team.server.cli("XADD", REDIS_STREAM, "*", "event", given=bytes(range(256)))
+    flow.bulk(30)
+    flow.check()
+    for monitor, events in zip(team.monitors, before):
+        now = eventually(
+            lambda monitor=monitor, events=events: (
+                (told := monitor.get("/api/status")["events"])["quarantined"]
+                >= events["quarantined"] + len(garbage)
+                and told
+            )
+        )
+        assert now["quarantined"] <= events["quarantined"] + len(garbage) + 2
+        assert len(monitor.arrivals("odd").popitem()[1]) > 0
+        assert sum(map(len, monitor.arrivals("odd").values())) == len(odd) or len(monitor.arrivals("odd")) > 1
+        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
+            assert "Traceback" not in file.read()
+        os.path.getsize(monitor.home + "/quarantine.log")
+
+
+HOSTILE_NAMES = (
+    "../../../../tmp/ctx-hostile", "/tmp/ctx-hostile", "..", ".", "a/b", "a\\b", "a\0b", "x" * 5000, "-rf", "~root",
+    "$(touch /tmp/ctx-hostile)", "\n", "\u202e", "CON", "events", "\ud83d", "%2e%2e%2f",
+)  # fmt: skip
+
+
+def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
+    def places(monitor: RedisMachine) -> "set[str]":
+        return {
+            os.path.relpath(os.path.join(folder, name), monitor.home)
+            for folder, _, names in os.walk(monitor.home)
+            for name in names
+        }
+
+    before = [places(monitor) for monitor in team.monitors]
+    markers = []
+    for name in HOSTILE_NAMES:
+        for fields in ({"machineId": name}, {"sessionId": name}, {"machineId": name, "sessionId": name}):
+            markers.append(f"hostile-{len(markers)}")
+            event = {
+                "eventType": "message",
+                "sessionId": "hostile",
+                **fields,
+                "data": {"toolUseId": markers[-1]},
+            }
+            team.server.publish(json.dumps(event).encode())
+    for monitor, known in zip(team.monitors, before):
+        eventually(
+            lambda monitor=monitor: (
+                {event["data"].get("toolUseId") for event in monitor.get("/api/events?limit=1000")["events"]}
+                >= set(markers)
+            ),
+            what="the hostile events",
+        )
+        new = places(monitor) - known
+        assert all(
+            re.fullmatch(r"events/\d{4}-\d\d-\d\d/[A-Za-z0-9._-]{1,80}\.jsonl", path) for path in new
+        ), new
+    assert not glob.glob("/tmp/ctx-hostile*")
+
+
+def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
+    secret = hook_token("ghp_", 36)
+    machine = team.emitters[0]
+    machine.say(
+        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
+    )
+    machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("secret", 2))
+    eventually(lambda: not machine.spooled(), what="an empty spool")
+    places = [machine.home, team.server.directory, *(monitor.home for monitor in team.monitors)]
+    found = subprocess.run(["grep", "-rlF", secret, *places], capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+    events = {event["data"]["toolUseId"]: event for event in team.monitors[0].stored_events()
+              if event["sessionId"] == "secret"}  # fmt: skip
+    assert events["secret"]["data"]["toolInput"]["token"].startswith("[redacted:")
+    cut = events["long"]["data"]
+    assert cut["truncated"] == {"toolInput.content": 100_000} and cut["toolInput"]["rest"] == "kept"
+    assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
+
+
+def test_the_clock_of_another_machine_is_measured(team: RedisTeam) -> None:
+    behind = team.emitters[2]
+    hour_ms = 3_600_000
+    line = json.dumps(
+        {
+            "id": str(uuid.uuid4()), "timestamp": int(time.time() * 1000) - hour_ms, "machineId": "slow-clock",
+            "hook": payload("Stop", "skewed"),
+        }
+    ).encode() + b"\n"  # fmt: skip
+    ee.append_to_spool(behind.home + "/spool", line)
+    behind.say("now", "skewed")
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("skewed", 2))
+        about = {told["machineId"]: told for told in monitor.get("/api/status")["machines"]}
+        assert abs(about["slow-clock"]["clockSkewMs"] - hour_ms) < 60_000
+        assert abs(about["box2"]["clockSkewMs"]) < 60_000
+
+
+def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
+    machine = team.emitters[1]
+    machine.end_publisher()
+    flow = RedisFlow(team, "one-publisher")
+    seen: "set[int]" = set()
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.update(machine.publishers())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        shares = [f"box1-{number}" for number in range(80)]
+        flow.said["box1"] = sorted(shares)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda marker: machine.say(marker, flow.session), shares))
+        eventually(lambda: not machine.spooled(), what="an empty spool")
+    finally:
+        stop.set()
+        watching.join()
+    assert len(seen) == 1
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has(flow.session, 80))
+        assert sorted(monitor.arrivals(flow.session)["box1"]) == flow.said["box1"]
+
+
+def test_a_publisher_that_was_killed_in_the_flow_loses_and_doubles_nothing(team: RedisTeam) -> None:
+    flow = RedisFlow(team, "killed-publisher")
+    for _ in range(8):
+        flow.bulk(150)
+        at_once(*[machine.end_publisher for machine in team.emitters])
+    flow.hooks(6)
+    flow.check()
+
+
+def test_the_monitor_starts_a_publisher_for_what_lies_in_the_spool(team: RedisTeam) -> None:
+    watcher = team.monitors[0]
+    watcher.end_publisher()
+    watcher.spool("left", "left-over")
+    for monitor in team.monitors:
+        eventually(lambda monitor=monitor: monitor.has("left-over", 1), 30, "what was left over")
+    assert watcher.arrivals("left-over") == {"watcher0": ["left"]}
+    assert watcher.get("/api/status")["publisher"]["running"] is True
+
+
+# Reasons ----------------------------------------------------------------------------------------------------------
+#
+# One machine for each thing that can be wrong, all started at once; the tests below look at what each of them says.
+
+REDIS_PASSWORD = "correct-horse-battery-9217"
+REDIS_WRONG_PASSWORD = "wrong-staple-4711"
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisFault:
+    """What is wrong, as a machine's configuration, and the words that its reason must and must not have."""
+
+    words: str
+    config: "dict[str, Any]"
+
+
+def redis_faults(make: Any) -> "dict[str, RedisFault]":
+    """Make the servers; return name → fault."""
+    certificates, strange, elsewhere = (
+        RedisCertificates.make(make(Folder).path),
+        RedisCertificates.make(make(Folder).path),
+        RedisCertificates.make(make(Folder).path, "DNS:redis.example"),
+    )
+    plain, locked = make(RedisServer), make(RedisServer, password=REDIS_PASSWORD)
+    ruled = make(
+        RedisServer,
+        "user default on nopass ~* &* +@all",
+        f"user nothing on >{REDIS_PASSWORD} resetchannels +ping",
+        f"user elsewhere on >{REDIS_PASSWORD} ~other &other +@all",
+    )
+    tls = make(RedisServer, certificates=certificates)
+    tls_elsewhere = make(RedisServer, certificates=elsewhere)
+    tls_asking = make(RedisServer, "tls-auth-clients yes", certificates=certificates)
+    replica = make(RedisServer, f"replicaof 127.0.0.1 {plain.port}")
+
+    def with_password(server: RedisServer, **more: Any) -> "dict[str, Any]":
+        return server.settings(password=REDIS_PASSWORD, **more)
+
+    return {
+        "wrong password": RedisFault("password", locked.settings(password=REDIS_WRONG_PASSWORD)),
+        "no password": RedisFault("password", locked.settings()),
+        "wrong user": RedisFault("user|password", with_password(ruled, username="nobody")),
+        "no rights": RedisFault("right|permission|NOPERM", with_password(ruled, username="nothing")),
+        "another channel": RedisFault("channel|NOPERM", with_password(ruled, username="elsewhere")),
+        "nobody listens": RedisFault(
+            "nothing answers", {"mode": "redis", "redis": {"port": redis_free_port()}}
+        ),
+        "no such host": RedisFault("host|name", plain.settings(host="no-such-host.invalid")),
+        "no such socket": RedisFault("/nowhere/redis.sock", plain.settings(url="unix:///nowhere/redis.sock")),
+        "TLS to a plain port": RedisFault("TLS", plain.settings(tls=True)),
+        "plain to a TLS port": RedisFault("TLS", tls.settings(tls=False)),
+        "unknown authority": RedisFault("certificate|caFile", tls.settings(caFile=strange.path("ca.crt"))),
+        "another host's certificate": RedisFault("certificate|host name", tls_elsewhere.settings()),
+        "no client certificate": RedisFault("certFile|client certificate", tls_asking.settings()),
+        "no CA file": RedisFault("/nowhere/ca.crt", tls.settings(caFile="/nowhere/ca.crt")),
+        "read-only replica": RedisFault("replica|read-only", replica.settings()),
+        "no such database": RedisFault("db|database", plain.settings(db=99)),
+    }
+
+
+@dataclasses.dataclass
+class Folder:
+    """A directory that is removed at the end."""
+
+    path: str = dataclasses.field(default_factory=new_home)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisComplaint:
+    """What one machine with a fault says; `words`: "monitor" or "publisher" → its sentence."""
+
+    machine: RedisMachine
+    fault: RedisFault
+    words: "dict[str, str]"
+
+
+@pytest.fixture(scope="module")
+def redis_complaints() -> "Iterator[dict[str, RedisComplaint]]":
+    """Let every fault happen, all at the same time."""
+    with redis_parts() as maker:
+        faults = redis_faults(maker)
+        machines = {name: maker(RedisMachine, config=fault.config) for name, fault in faults.items()}
+
+        def complain(name: str) -> RedisComplaint:
+            machine = machines[name]
+            machine.spool("kept")
+            machine.start()  # and that starts a publisher for what lies in the spool
+
+            def publishers_words() -> str:
+                told = machine.publisher()
+                return str(told.get("reason") or told.get("streamReason") or "")
+
+            words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
+            if name != "read-only replica":  # one can listen to it
+                words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
+                assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
+            return RedisComplaint(machine, faults[name], words)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            yield dict(zip(machines, pool.map(complain, machines)))
+
+
+REDIS_FAULT_NAMES = [
+    "wrong password", "no password", "wrong user", "no rights", "another channel", "nobody listens", "no such host",
+    "no such socket", "TLS to a plain port", "plain to a TLS port", "unknown authority",
+    "another host's certificate", "no client certificate", "no CA file", "read-only replica", "no such database",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDIS_FAULT_NAMES)
+def test_every_fault_has_its_own_clear_sentence(
+    redis_complaints: "dict[str, RedisComplaint]", name: str
+) -> None:
+    assert set(redis_complaints) == set(REDIS_FAULT_NAMES)
+    complaint = redis_complaints[name]
+    for who, sentence in complaint.words.items():
+        assert re.search(complaint.fault.words, sentence, re.I), (who, sentence)
+        assert len(sentence) < 300 and "\n" not in sentence
+        assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (who, sentence)
+        others = {other: told.words.get(who) for other, told in redis_complaints.items() if other != name}
+        assert sentence not in others.values(), (who, sentence)
+
+
+def test_no_password_is_told_anywhere(redis_complaints: "dict[str, RedisComplaint]") -> None:
+    machines = [
+        told.machine for told in redis_complaints.values() if "password" in told.machine.config["redis"]
+    ]
+    assert len(machines) == 4
+    for machine in machines:
+        said = [
+            json.dumps(machine.get("/api/config")), json.dumps(machine.get("/api/status")),
+            machine.command("status", check=False).stdout, json.dumps(machine.sessions()),
+        ]  # fmt: skip
+        for folder, _, names in os.walk(machine.home):
+            for name in names:
+                path = os.path.join(folder, name)
+                if name != "monitor.config.json" and stat.S_ISREG(os.lstat(path).st_mode):
+                    with open(path, "rb") as file:
+                        said.append(file.read().decode("utf-8", "replace"))
+        for pid in [machine.pid, *machine.publishers()]:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                said.append(file.read().decode())
+        for text in said:
+            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text
+    assert any(machine.publishers() for machine in machines)
+
+
+def test_an_event_that_redis_does_not_take_stays_in_the_spool(
+    redis_complaints: "dict[str, RedisComplaint]",
+) -> None:
+    for name, complaint in redis_complaints.items():
+        if name == "read-only replica":  # its monitor has got it by the channel
+            assert complaint.machine.arrivals() == {"testbox": ["kept"]}
+            continue
+        (kept,) = hook_spooled(complaint.machine.home)
+        assert kept["hook"]["tool_use_id"] == "kept"
+
+
+# Ways to a Redis --------------------------------------------------------------------------------------------------
+
+
+def redis_round_trip(machine: RedisMachine, server: RedisServer) -> "dict[str, Any]":
+    """Send an event from hook to monitor through Redis; return what the monitor says of the connection."""
+    machine.start()
+    about = machine.wait_until("connected")
+    machine.say("there")
+    eventually(lambda: machine.has("s1", 1), 30, f"the event through {about['server']}")
+    assert machine.arrivals() == {machine.machine_id: ["there"]}
+    assert server.clients("pubsub") == 1
+    return about
+
+
+REDIS_WAYS = ("TLS", "TLS unverified", "client certificate", "user", "url", "url with TLS", "url of a socket",
+              "environment", "db", "channel", "no stream")  # fmt: skip
+
+
+@pytest.mark.parametrize("way", REDIS_WAYS)
+def test_every_way_to_a_redis_works(make: Any, redis_certificates: "RedisCertificates", way: str) -> None:
+    certificates = redis_certificates if "TLS" in way or way == "client certificate" else None
+    lines = {
+        "client certificate": ("tls-auth-clients yes",),
+        "user": (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default off"),
+    }.get(way, ())
+    if way == "user":
+        lines = (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default on nopass +ping +client")
+    server = make(
+        RedisServer, *lines, certificates=certificates,
+        password=REDIS_PASSWORD if way in ("url", "url with TLS", "environment", "TLS") else "",
+    )  # fmt: skip
+    port = server.port
+    config: "dict[str, dict[str, Any]]" = {
+        "TLS": server.settings(host="localhost", password=REDIS_PASSWORD),
+        "TLS unverified": server.settings(caFile=None, verify=False),
+        "client certificate": server.settings(
+            certFile=redis_certificates.path("client.crt"), keyFile=redis_certificates.path("client.key")
+        ),
+        "user": server.settings(username="team", password=REDIS_PASSWORD),
+        "url": {"mode": "redis", "redis": {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{port}/3"}},
+        "url with TLS": {
+            "mode": "redis",
+            "redis": {
+                "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{port}/0",
+                "caFile": redis_certificates.path("ca.crt"),
+            },
+        },
+        "url of a socket": {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}},
+        "environment": server.settings(password="not this one"),
+        "db": server.settings(db=5),
+        "channel": server.settings(channel="another:channel"),
+        "no stream": server.settings(streamMaxLength=0),
+    }
+    machine = make(
+        RedisMachine, config=config[way],
+        more_environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if way == "environment" else {},
+    )  # fmt: skip
+    about = redis_round_trip(machine, server)
+    assert about["tls"] is ("TLS" in way or way == "client certificate")
+    databases = re.findall(r"^db(\d+):", server.cli("INFO", "keyspace"), re.M) if way != "user" else ["0"]
+    assert databases == {"url": ["3"], "db": ["5"], "no stream": []}.get(way, ["0"])
+    if way == "no stream":
+        assert (about["stream"], about["streamState"]) == (None, "off")
+    if way == "channel":
+        assert server.cli("EXISTS", "another:channel:stream") == "1"
+    assert REDIS_PASSWORD not in json.dumps(machine.get("/api/config")) + json.dumps(
+        machine.get("/api/status")
+    )
+
+
+@pytest.fixture(scope="module")
+def redis_certificates() -> "Iterator[RedisCertificates]":
+    folder = Folder()
+    yield RedisCertificates.make(folder.path)
+    folder.remove()
+
+
+def test_the_set_up_of_the_readme_works_as_it_stands(make: Any) -> None:
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"^```\w*\n(.*?)^```", file.read(), re.S | re.M)
+    folder, port = make(Folder).path, redis_free_port()
+
+    def block(words: str) -> str:
+        (found,) = [text for text in blocks if words in text]
+        for theirs, ours in (
+            ("redis.example.org", "localhost"), ("/etc/redis", folder), ("6380", str(port)), ("~/.contextuate", folder)
+        ):  # fmt: skip
+            found = found.replace(theirs, ours)
+        return found
+
+    subprocess.run(["/bin/sh", "-e", "-c", block("openssl req")], cwd=folder, check=True, capture_output=True)
+    users = block("user emitter on")
+    with open(folder + "/users.acl", "w", encoding="ascii") as file:
+        file.write(users)
+    make(RedisServer, *block("tls-cert-file").splitlines(), port=port, user="both", password="THIRD-PASSWORD")
+    machines = {}
+    for name, password in re.findall(r"^user (\w+) on >(\S+)", users, re.M):
+        config = json.loads(block('"username": "emitter"'))
+        config["redis"].update(username=name, password=password)
+        machines[name] = make(RedisMachine, config=config, machine_id=name)
+    emitter, watcher, both = machines["emitter"], machines["monitor"], machines["both"]
+    emitter.say("early")
+    at_once(watcher.start, both.start)
+    for machine in (watcher, both):
+        machine.wait_until("connected")
+    emitter.say("late")
+    both.say("own")
+    for machine in (watcher, both):
+        eventually(lambda machine=machine: machine.has("s1", 3), 30, "all three events")
+        assert machine.arrivals() == {"emitter": ["early", "late"], "both": ["own"]}
+        about = machine.redis()
+        assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
+    for machine in (emitter, both):
+        told = machine.publisher()
+        assert (told["stream"], told["channelState"]) == ("ok", "ok")
+    strict = ssl.create_default_context(cafile=folder + "/ca.crt")
+    strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
+    with socket.create_connection(("localhost", port)) as sock:
+        strict.wrap_socket(sock, server_hostname="localhost").close()
+
+
+# A Redis that is no Redis -----------------------------------------------------------------------------------------
+
+
+class StubbornServer:
+    """A TCP server that accepts and never answers as Redis would.
+
+    `manner`: "silent" says nothing, "drip" sends a byte of an endless answer now and then, "half" begins the
+    first answer and stops, "deaf" does not even accept: its queue is full, so that further SYNs are dropped.
+    """
+
+    def __init__(self, manner: str) -> None:
+        self.manner = manner
+        self.port = redis_free_port()
+        self.listener = socket.socket()
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.listener.bind(("127.0.0.1", self.port))
+        self.listener.listen(0 if manner == "deaf" else 16)
+        self.connections: "list[socket.socket]" = []
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self._fill if manner == "deaf" else self._serve)
+        self.thread.start()
+
+    def _fill(self) -> None:
+        while not self.stopping.wait(0.05):  # until nothing more fits, and again when one has timed out
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", self.port))
+            self.connections.append(sock)
+            if len(self.connections) > 40:
+                self.stopping.wait()
+
+    def _serve(self) -> None:
+        self.listener.settimeout(0.1)
+        while not self.stopping.is_set():
+            with contextlib.suppress(OSError):
+                self.connections.append(self.listener.accept()[0])
+                if self.manner != "silent":
+                    self.connections[-1].sendall({"drip": b"$100000\r\n", "half": b"+O"}[self.manner])
+            if self.manner == "drip":
+                for sock in self.connections:
+                    with contextlib.suppress(OSError):
+                        sock.send(b"x")
+
+    def remove(self) -> None:
+        """Close everything; the port is free afterwards."""
+        self.stopping.set()
+        self.thread.join()
+        for sock in (self.listener, *self.connections):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+
+def test_a_server_that_never_answers_holds_nobody_and_costs_no_event(make: Any) -> None:
+    def suffer(manner: str) -> "tuple[str, list[str]]":
+        stubborn = make(StubbornServer, manner)
+        config = {
+            "mode": "redis",
+            "redis": {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None},
+        }
+        machine = make(RedisMachine, config=config, machine_id=manner)
+        machine.start()
+        machine.say("first")
+        eventually(
+            lambda: machine.redis()["attempt"] >= 1 and machine.redis()["reason"],
+            40,
+            manner + ": the monitor notices",
+        )
+        eventually(lambda: machine.publisher().get("reason"), 40, manner + ": the publisher notices")
+        assert machine.publisher()["state"] in ("waiting", "connecting")
+        reasons = [machine.redis()["reason"], machine.publisher()["reason"]]
+        machine.say("second")
+        os.kill(machine.pid, signal.SIGTERM)
+        eventually(lambda: not alive(machine.pid), 10, manner + ": SIGTERM ends the monitor")
+        machine.start()
+        stubborn.remove()
+        make(RedisServer, password="p", port=stubborn.port)
+        machine.command("tail", "--help")
+        os.kill(machine.pid, signal.SIGHUP)
+        eventually(lambda: machine.has("s1", 2), 60, manner + ": both events once there is a Redis")
+        assert machine.arrivals() == {manner: ["first", "second"]}
+        return manner, reasons
+
+    told = dict(
+        at_once(*[functools.partial(suffer, manner) for manner in ("silent", "drip", "half", "deaf")])
+    )
+    for manner, reasons in told.items():
+        for reason in reasons:
+            assert re.search(r"answer|time|reach", reason), (manner, reason)
+
+
+def test_a_connection_that_went_silent_is_found_and_replaced(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings()).start()
+    machine.wait_until("connected")
+    server.freeze()
+    told = eventually(
+        lambda: (about := machine.redis())["state"] != "connected" and about, 40, "the silence noticed"
+    )
+    assert told["reason"]
+    server.thaw()
+    machine.wait_until("connected")
+    machine.say("after")
+    eventually(lambda: machine.has("s1", 1), 30)
+
+
+# Giving up, and coming back ---------------------------------------------------------------------------------------
+
+
+def test_after_its_attempts_the_monitor_gives_up_until_somebody_asks(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings(maxRetries=2))
+    machine.start().wait_until("connected")
+    client = machine.websocket("rows")
+
+    def ask() -> None:
+        assert client.ask("status", type="reconnect_redis")["redis"]["state"] in ("connecting", "connected")
+
+    def hang_up() -> None:
+        os.kill(machine.pid, signal.SIGHUP)
+
+    def restart() -> None:
+        client.close()
+        machine.command("restart", "--no-open")
+        with open(machine.home + "/monitor.run.json", encoding="utf-8") as file:
+            machine.about = json.load(file)
+
+    for number, come_back in enumerate((ask, hang_up, restart)):
+        server.stop()
+        told = machine.wait_until("given_up")
+        assert (told["maxRetries"], told["nextAttemptAt"]) == (2, None) and told["attempt"] >= 2
+        assert told["reason"]
+        assert machine.request("/health")[0] == 200
+        machine.say(f"away-{number}")
+        server.start()
+        assert machine.redis()["state"] == "given_up"
+        come_back()
+        machine.wait_until("connected")
+        eventually(lambda number=number: machine.has("s1", number + 1), 60, "the events of meanwhile")
+    assert machine.arrivals() == {"testbox": ["away-0", "away-1", "away-2"]}
+    with open(machine.home + "/monitor.log", encoding="utf-8") as file:
+        log = file.read()
+    assert re.search(r"gives? up|gave up|given up", log)
+
+
+def test_asking_for_redis_in_local_mode_is_an_error(running: RunningMonitor) -> None:
+    client = running.websocket("rows")
+    assert "redis" in json.dumps(client.ask("error", type="reconnect_redis")).lower()
+    client.close()
+    status = running.get("/api/status")
+    assert (status["redis"], status["publisher"]) == (None, None)
+
+
+def test_a_monitor_starts_though_redis_is_down_and_connects_when_it_comes(make: Any) -> None:
+    server = make(RedisServer)
+    server.stop()
+    machine = make(RedisMachine, config=server.settings()).start()
+    machine.say("early")
+    eventually(lambda: machine.redis()["attempt"] >= 2 and machine.redis()["nextAttemptAt"])
+    server.start()
+    machine.wait_until("connected")
+    eventually(lambda: machine.has("s1", 1), 60)
+    assert machine.arrivals() == {"testbox": ["early"]}
+
+
+def test_back_in_local_mode_the_monitor_takes_what_was_not_published(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.start().wait_until("connected")
+    machine.say("published")
+    eventually(lambda: machine.has("s1", 1))
+    server.stop()
+    for number in range(20):
+        machine.say(f"kept-{number}")
+    machine.stop()
+    machine.config = {"mode": "local"}
+    machine.write_config({})
+    machine.start()
+    machine.say("local")
+    eventually(lambda: machine.has("s1", 22), 60, "all of them")
+    server.start()
+    eventually(lambda: not machine.publishers() or machine.spooled() == 0)
+    markers = machine.arrivals()["testbox"]
+    assert sorted(markers) == sorted(["published", "local", *(f"kept-{number}" for number in range(20))])
+    assert [marker for marker in markers if marker.startswith("kept")] == [
+        f"kept-{number}" for number in range(20)
+    ]
+    machine.stop()
+    machine.config = server.settings()
+    machine.write_config({})
+    machine.start().wait_until("connected")
+    machine.say("again")
+    eventually(lambda: machine.has("s1", 23), 60)
+    assert sorted(machine.arrivals()["testbox"]) == sorted([*markers, "again"])
+
+
+def test_the_monitor_remembers_its_place_in_the_stream(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.start().wait_until("connected")
+    for number in range(5):
+        machine.spool(str(number))
+    machine.say("5")
+    eventually(lambda: machine.has("s1", 6))
+    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    machine.stop()
+    machine.spool("6")
+    machine.say("7")
+    eventually(lambda: not machine.spooled())
+    machine.start()
+    eventually(lambda: machine.has("s1", 8))
+    about = machine.wait_until("connected")
+    assert about["fromStream"] <= 3 and about["gaps"] == 0
+    assert machine.get("/api/status")["events"]["duplicates"] <= 1
+
+
+def test_what_the_stream_no_longer_has_is_told_as_a_gap(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
+    machine.start().wait_until("connected")
+    machine.say("before")
+    eventually(lambda: machine.has("s1", 1))
+    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    machine.stop()
+    for number in range(600):
+        machine.spool(f"n{number}")
+    machine.say("last")
+    eventually(lambda: not machine.spooled(), 30)
+    kept = len(server.streamed())
+    assert 100 <= kept < 601
+    machine.start()
+    eventually(lambda: machine.has("s1", 1 + kept), 30)
+    assert machine.wait_until("connected")["gaps"] == 1
+    assert machine.arrivals()["testbox"][-1] == "last"
+
+
+def test_debug_tells_how_many_monitors_got_it(team: RedisTeam) -> None:
+    machine = team.emitters[0]
+    told = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+    assert "mode redis" in told and re.search(r"\b2 (subscribers|monitors)", told), told
+
+
+# The publisher's exit ---------------------------------------------------------------------------------------------
+
+# Emits at moments around the exit of the publisher that the event before had started. A new publisher is a fork of
+# this process, which has imported redis-py already: 2,000 new interpreters would take minutes.
+REDIS_RACER = """
+import os, posix, random, signal, sys, time
+root, home, rounds, seed = sys.argv[1:]
+sys.path.insert(0, root)
+import redis
+import emit_event as ee
+ee.PUBLISHER_QUIET_S, ee.BUSY_S, ee.IDLE_POLL_S = 0.005, 0.0, 0.001
+
+class Forking:
+    def __getattr__(self, name):
+        return getattr(posix, name)
+
+    def posix_spawn(self, python, arguments, environment, **_):
+        pid = os.fork()
+        if pid == 0:
+            ee.run_publisher(int(arguments[-1]))
+        return pid
+
+ee.posix = Forking()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+dice = random.Random(seed)
+started, wait_s = 0, ee.PUBLISHER_QUIET_S
+for number in range(int(rounds)):
+    line = b'{"id":"%s-%d","timestamp":1,"machineId":"m","hook":{"hook_event_name":"Stop"}}\\n' % (seed.encode(), number)
+    ee.append_to_spool(home + "/spool", line)
+    found_none = ee.ensure_publisher(home).startswith("publisher started")
+    started += found_none
+    wait_s = max(0.0, wait_s + (-0.0005 if found_none else 0.0005))  # the exit is met whatever the machine's speed
+    deadline = time.monotonic() + 20
+    while ee.spool_segments(home + "/spool"):
+        if time.monotonic() > deadline:
+            sys.exit(f"event {number} of {seed} was left in the spool")
+        time.sleep(0.0005)
+    time.sleep(wait_s + dice.uniform(0.0, 0.001))
+print(started)
+"""
+
+
+def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
+    server = make(RedisServer)
+    workers, rounds = 6, 350
+    config = {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}}
+    machines = [make(RedisMachine, config=config) for _ in range(workers)]
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", REDIS_RACER, ROOT, machine.home, str(rounds), f"racer{number}"],
+            env=machine.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number, machine in enumerate(machines)
+    ]  # fmt: skip
+    outcomes = [(*racer.communicate(timeout=300), racer.returncode) for racer in racers]
+    assert [(errors, code) for _, errors, code in outcomes] == [("", 0)] * workers
+    started = sum(int(out) for out, _, _ in outcomes)
+    total = workers * rounds
+    assert total >= 2000 and total * 0.2 < started < total * 0.8, (
+        started
+    )  # it was met before and after its exit
+    found = [json.loads(line)["id"] for line in server.streamed()]
+    assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
+
+
+# ---------------------------------------------------------------------------
 # Browser: the page in headless Chromium against a real monitor
 # ---------------------------------------------------------------------------
 
@@ -8979,7 +10377,7 @@ def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
           const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
           const end = row.outcome ? row.time + row.duration : Date.now();
           const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
-          const y = 24 + 2 + index * 20 + 13 - timeline.top;
+          const y = 24 + 2 + index * 20 + 5 - timeline.top;
           const canvas = document.querySelector('#timeline-canvas');
           const box = canvas.getBoundingClientRect();
           const scale = canvas.width / box.width;
@@ -9013,7 +10411,6 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
         *({**event, **agent} for event in browser_call(2)),
         {**browser_call(2)[0], **agent, "hook_event_name": "PostToolUseFailure", "error": "no",
          "duration_ms": 20_000},
-        *({**event, **agent} for event in browser_call(3)),
         payload("UserPromptSubmit", "other", prompt="else"),
         *page_ask("other", "rm -rf build")[:2],
     )  # fmt: skip
@@ -9221,6 +10618,76 @@ def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
     return list(tab.page.evaluate(
         "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
     ))  # fmt: skip
+
+
+@needs_browser
+def test_views_are_reached_by_key_click_and_link(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    views = [view["id"] for view in browser_views(tab)]
+    assert views == ["live", "history", "stats", "status"]
+    for number, view in enumerate(views[1:], 2):
+        tab.page.keyboard.press(str(number))
+        eventually(lambda view=view: tab.page.evaluate("location.hash").startswith(f"#{view}"))
+        heading = tab.page.inner_text("[data-testid=sheet] h2")
+        assert heading == {"history": "History", "stats": "Statistics", "status": "Status"}[view]
+        assert tab.page.evaluate("document.querySelectorAll('.views [aria-current]').length") == 1
+        link = open_tab(running, tab.page.evaluate("location.hash"))
+        eventually(lambda link=link, heading=heading: heading in link.text("sheet"))
+        tab.page.keyboard.press("1")
+        tab.row_with("first")
+    tab.page.click("[data-testid=view-history]")
+    eventually(lambda: "History" in tab.text("sheet"))
+    tab.page.keyboard.press("Escape")
+    tab.row_with("first")
+
+
+REPLAY_STEP_S = 30
+
+
+@needs_browser
+def test_a_session_is_replayed_as_it_went(running: RunningMonitor, open_tab: Any) -> None:
+    start = cm.now_ms() - 3_600_000
+    steps = []
+    for number in range(6):
+        call, result = browser_call(number, tool_response="")
+        at = start + number * REPLAY_STEP_S * 1000
+        steps += [
+            {"hook": call, "id": str(uuid.uuid4()), "timestamp": at, "machineId": "testbox"},
+            {"hook": {**result, "duration_ms": 20_000}, "id": str(uuid.uuid4()), "timestamp": at + 20_000,
+             "machineId": "testbox"},
+        ]  # fmt: skip
+    running.emit(*steps)
+    tab = open_tab(running, "#s=s1")
+    tab.row_with("make step-5")
+    tab.page.keyboard.press("y")
+    tab.shows("replay", " of 2 min 50 s")
+    eventually(
+        lambda: tab.rows(status="running") and not any("step-3" in row.inner_text() for row in tab.rows())
+    )
+    tab.page.keyboard.press(" ")
+    eventually(lambda: tab.page.get_attribute("[data-testid=replay-play]", "aria-label") == "Play")
+    assert tab.page.evaluate("location.hash").startswith("#s=s1&replay=")
+
+    def seek(offset_ms: int) -> None:
+        tab.page.evaluate(
+            """(to) => { const range = document.querySelector('[data-testid=replay] input[type=range]');
+              range.value = to; range.dispatchEvent(new Event('input')); }""", offset_ms
+        )  # fmt: skip
+
+    seek(70_000)
+    eventually(lambda: [row.get_attribute("data-status") for row in sorted(
+        tab.rows(), key=lambda row: int(row.get_attribute("aria-rowindex")))] == ["done", "done", "running"])  # fmt: skip
+    assert "10 s" in tab.row_with("make step-2").inner_text()
+    link = open_tab(running, f"#s=s1&replay={start + 70_000}")
+    eventually(lambda: len(link.rows()) == 3 and len(link.rows(status="running")) == 1)
+    tab.page.select_option("[data-testid=replay] select", "60")
+    seek(0)
+    tab.page.keyboard.press(" ")
+    eventually(lambda: len(tab.rows(status="done")) == 6, 20, "played to its end")
+    tab.page.keyboard.press("Escape")
+    eventually(lambda: tab.text("replay") == "" and tab.page.evaluate("location.hash") == "#s=s1")
 
 
 REDIS_AWAY = {
@@ -9834,6 +11301,44 @@ def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wan
     running.emit(payload("Notification", "next", message="still", notification_type="permission_prompt"))
     tab.row_with("still")
     assert tab.page.evaluate("told") == ["tone", "tone", "tone", "tone", wanted], "each is told once"
+
+
+# What a person has done before the page is checked: a link, then clicks and keys.
+CHECKED_SCREENS: "dict[str, tuple[str, list[str]]]" = {
+    "live": ("", []),
+    "call": ("", ["click [data-testid=session]", "click [data-testid=row]"]),
+    "replay": ("", ["click [data-testid=session][data-state=idle]", "press y"]),
+    "menu": ("", ["click [data-testid=session]", "press m"]),
+    "alerts": ("", ["click [data-testid=alerts]"]),
+    "help": ("", ["press ?"]),
+    "history": ("#history", []),
+    "statistics": ("#stats", []),
+    "status": ("#status", []),
+}
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 360), ("dark", 360)]
+)
+def test_axe_finds_nothing_to_complain_about(
+    shared_demo: RunningMonitor, open_tab: Any, scheme: str, width: int
+) -> None:
+    from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
+
+    for name, (link, acts) in CHECKED_SCREENS.items():
+        tab = open_tab(shared_demo, link, width=width, scheme=scheme)
+        eventually(lambda tab=tab: browser_store(tab, "store.loaded && store.status"))
+        for act in acts:
+            verb, _, what = act.partition(" ")
+            if verb == "click":
+                tab.page.click(what)
+            else:
+                tab.page.keyboard.press(what)
+        report = Axe().run(tab.page, options={"resultTypes": ["violations"]})
+        found = [(each["id"], each["nodes"][0]["html"]) for each in report.response["violations"]]
+        assert found == [], name
+        tab.page.close()
 
 
 @needs_browser
@@ -11130,17 +12635,51 @@ def bench_hook(pairs: int = 60) -> "list[tuple[str, float, float, float]]":
         clean_up(monitor)
 
 
+def bench_hook_redis(pairs: int = 60) -> "list[tuple[str, float, float, float]]":
+    """Time the part of Redis mode that Claude Code waits for, against a bare interpreter, in turn."""
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        machine = maker(RedisMachine, config=server.settings())
+        command, environment = shlex.split(machine.hook)[:4], machine.environment
+        line = recorded_lines("simple")[4] + b"\n"
+        machine.say("the publisher starts")
+        eventually(lambda: machine.publisher().get("published"))
+        results = [
+            ("hook, Redis mode, a publisher runs", *paired_times(command, line, environment, pairs)),
+            (
+                "the first of a burst starts one",
+                *paired_times(command, line, environment, pairs // 3, before_each=machine.end_publisher),
+            ),
+        ]
+        machine.say("a publisher that stays")
+        expected = 2 + pairs + 3 + pairs // 3 + 3
+        eventually(lambda: len(server.streamed()) == expected, 30, f"{expected} events in Redis")
+        server.stop()
+        eventually(
+            lambda: machine.say("away") or machine.publisher()["state"] == "waiting",
+            what="a publisher that waits",
+        )
+        results.append(("the same while Redis is away", *paired_times(command, line, environment, pairs)))
+        return results
+
+
 def paired_times(
-    ours: "list[str]", line: bytes, environment: "dict[str, str]", pairs: int
+    ours: "list[str]", line: bytes, environment: "dict[str, str]", pairs: int, before_each: Any = None
 ) -> "tuple[float, float, float]":
-    """Run our command and a bare interpreter in turn.
+    """Run our command and a bare interpreter in turn, each after `before_each()` where it is given.
 
     Return their median ms and the median ratio of the pairs.
     """
     bare = [ours[0], "-I", "-S", "-c", "pass"]
+
+    def timed(command: "list[str]") -> float:
+        if before_each is not None:
+            before_each()
+        return timed_run(command, line, environment)
+
     for _ in range(3):
-        timed_run(ours, line, environment), timed_run(bare, line, environment)
-    times = [(timed_run(ours, line, environment), timed_run(bare, line, environment)) for _ in range(pairs)]
+        timed(ours), timed(bare)
+    times = [(timed(ours), timed(bare)) for _ in range(pairs)]
     return (
         statistics.median(mine for mine, _ in times) * 1000,
         statistics.median(limit for _, limit in times) * 1000,
@@ -11162,6 +12701,96 @@ def timed_run(command: "list[str]", line: bytes, environment: "dict[str, str]") 
     if status:
         sys.exit(f"bench: {command} ended with status {status}")
     return seconds
+
+
+# Says events at a steady rate, as hook processes or by the hook's own code in this one process; each event holds the
+# time when its hook started.
+LATENCY_LOAD = """
+import json, os, sys, time
+job = json.loads(sys.argv[1])
+sys.path.insert(0, job["root"])
+import emit_event as ee
+environment = os.environb
+begin = time.monotonic()
+for number in range(job["count"]):
+    time.sleep(max(0.0, begin + number / job["rate"] - time.monotonic()))
+    payload = job["payload"].replace("@start", str(time.time_ns())).encode()
+    if job["command"]:
+        reader, writer = os.pipe()
+        os.write(writer, payload + b"\\n")
+        os.close(writer)
+        os.posix_spawn(
+            job["command"][0], job["command"], environment, file_actions=[(os.POSIX_SPAWN_DUP2, reader, 0)]
+        )
+        os.close(reader)
+    elif job["mode"] == "local":
+        refused = ee.send(job["socket"], ee.wrap(payload, environment), time.monotonic() + 5)
+        if refused:
+            sys.exit(refused)
+    else:
+        ee.append_to_spool(job["spool"], ee.wrap(payload, environment))
+        ee.ensure_publisher(os.environ["CONTEXTUATE_HOME"])
+print(job["count"] / (time.monotonic() - begin))
+"""
+# Events a second, for how many seconds, and whether each is a hook process (at higher rates the processes themselves
+# would fill a small machine, and their start is what `--bench hook` measures).
+LATENCY_RATES = ((1, 10, True), (20, 5, True), (100, 4, False), (1000, 4, False))
+
+
+def bench_latency() -> "Iterator[str]":
+    """Measure from the start of the hook to the WebSocket client, on one machine, in both modes."""
+    yield f"{'hook start to WebSocket client':<52}{'p50':>10}{'p99':>10}{'largest':>10}{'events':>8}"
+    with redis_parts() as maker:
+        server = maker(RedisServer)
+        for config in ({"mode": "local"}, server.settings()):
+            machine = maker(RedisMachine, config=config).start()
+            command = shlex.split(machine.hook)[:4]
+            if config["mode"] == "redis":
+                machine.wait_until("connected")
+            client = machine.websocket("rows")
+            machine.say("begin")  # the publisher has started, the caches are warm
+            client.events(1)
+            for rate, seconds, with_processes in LATENCY_RATES:
+                said = latencies(machine, client, rate, rate * seconds, command if with_processes else [])
+                how = "hook processes" if with_processes else "the hook's code, one process"
+                name = f"{config['mode']}, {rate:>4} a second ({how})"
+                yield latency_line(name, said)
+            client.close()
+            machine.stop()
+
+
+def latencies(
+    machine: RedisMachine, client: TestClient, rate: int, count: int, command: "list[str]"
+) -> "list[float]":
+    """Say `count` events at a rate; return the seconds that each took to the client, sorted."""
+    job = {
+        "root": ROOT, "mode": machine.config["mode"], "socket": machine.socket_path, "spool": machine.home + "/spool",
+        "rate": rate, "count": count, "command": command,
+        "payload": json.dumps(payload("PreToolUse", tool_name="Bash", tool_use_id="@start", tool_input={"command": "ls"})),
+    }  # fmt: skip
+    taken = []
+    with subprocess.Popen(
+        [sys.executable, "-c", LATENCY_LOAD, json.dumps(job)], env=machine.environment, stdout=subprocess.PIPE
+    ) as load:
+        assert load.stdout is not None
+        while len(taken) < count:
+            message = client.connection.recv(timeout=30)
+            now_ns = time.time_ns()
+            event = json.loads(message).get("event")
+            if event:
+                taken.append((now_ns - int(event["data"]["toolUseId"])) / 1e9)
+        real_rate = float(load.stdout.read())
+    if load.returncode or real_rate < 0.9 * rate:
+        sys.exit(
+            f"bench: {real_rate:.0f} events a second were said instead of {rate}: the times mean nothing"
+        )
+    return sorted(taken)
+
+
+def latency_line(name: str, seconds: "list[float]") -> str:
+    """Say one row: median, 99th percentile and the largest, in ms."""
+    chosen = [seconds[len(seconds) // 2], seconds[-(-len(seconds) * 99 // 100) - 1], seconds[-1]]
+    return f"{name:<52}" + "".join(f"{value * 1000:>7.1f} ms" for value in chosen) + f"{len(seconds):>8}"
 
 
 HISTORY_DAYS = 30
@@ -11360,18 +12989,28 @@ def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
         shutil.rmtree(home)
 
 
-BENCHMARKS = {"hook": bench_hook, "history": bench_history}
+BENCHMARKS: "dict[str, Any]" = {
+    "hook": bench_hook,
+    "hook-redis": bench_hook_redis,
+    "latency": bench_latency,
+    "history": bench_history,
+}
 
 
 def run_benchmarks(name: str) -> int:
-    """Run the chosen benchmarks and print one table."""
+    """Run the chosen benchmarks and print their tables: rows of ratios, or lines of a table of its own."""
     chosen = BENCHMARKS if name == "all" else {key: run for key, run in BENCHMARKS.items() if key == name}
     if not chosen:
         print(f"no benchmark is called {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    print(f"{'figure':<36}{'ours':>10}{'limit':>10}{'ratio':>8}")
+    if any(key != "latency" for key in chosen):
+        print(f"{'figure':<36}{'ours':>10}{'limit':>10}{'ratio':>8}")
     for run in chosen.values():
-        for figure, ours_ms, limit_ms, ratio in run():
+        for row in run():
+            if isinstance(row, str):
+                print(row, flush=True)
+                continue
+            figure, ours_ms, limit_ms, ratio = row
             print(f"{figure:<36}{ours_ms:>7.2f} ms{limit_ms:>7.2f} ms{ratio:>8.2f}", flush=True)
     return 0
 
