@@ -26,11 +26,13 @@ import argparse
 import base64
 import binascii
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import enum
@@ -44,6 +46,7 @@ import hmac
 import http.client
 import http.server
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -3138,6 +3141,26 @@ def _call_fact(
     )
 
 
+class UnnamedCalls:
+    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → keys
+
+    def paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
+        """Return the facts of an event, a result with the key of the call that it belongs to."""
+        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
+            return facts
+        fact = facts[0]
+        keys = self._open.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
+        if fact.outcome is Outcome.OPEN:
+            keys.append(fact.key)
+            del keys[:-100]
+        elif keys:
+            return (fact._replace(key=keys.pop()),)
+        return facts
+
+
 def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
     """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
     usage = event["data"].get("usage")
@@ -3461,7 +3484,7 @@ class Indexer:
         self._indexed = 0  # events since the start, for the average length of a line
         self._indexed_bytes = 0
         self._closed_calls = SeenIds()
-        self._unnamed: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → open calls
+        self._unnamed = UnnamedCalls()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
@@ -3660,7 +3683,7 @@ class Indexer:
         self, file: IndexFile, event: JsonObject, file_id: int, offset: int, length: int
     ) -> Document:
         kind = effective_type(event)
-        calls = self._paired(event, call_facts(event, kind))
+        calls = self._unnamed.paired(event, call_facts(event, kind))
         texts: List[str] = []
         for name, value in event["data"].items():
             if name == "tool_calls" and event["hookType"] == "PostToolBatch":
@@ -3694,19 +3717,6 @@ class Indexer:
             calls,
             usage_facts(event),
         )
-
-    def _paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
-        """Give the result of a call without a name the newest open call of its tool and agent."""
-        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
-            return facts
-        fact = facts[0]
-        open_calls = self._unnamed.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
-        if fact.outcome is Outcome.OPEN:
-            open_calls.append(fact.key)
-            del open_calls[:-100]
-        elif open_calls:
-            return (fact._replace(key=open_calls.pop()),)
-        return facts
 
     def _write(self, file: IndexFile, day: str, batch: "IndexBatch") -> None:
         if batch.positions:
@@ -5922,6 +5932,12 @@ class Query:
         return int(text)
 
 
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+
+
 class Api:
     """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
     rest.
@@ -5997,12 +6013,18 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
-        lines = export_lines(
-            self._store, query.text("session"), start or 0, end if end is not None else 1 << 53
+        names = ("session", "machine", "tool", "type", "q")
+        times = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to")}
+        lines = chosen_lines(
+            self._store, search_query({**{name: query.text(name) for name in names}, **times})
         )
-        disposition = ("Content-Disposition", 'attachment; filename="contextuate-events.ndjson"')
-        return Response(200, in_chunks(lines), "application/x-ndjson", (disposition,))
+        form = query.text("format") or "ndjson"
+        if form not in EXPORT_FORMS:
+            raise ParameterError("format", " or ".join(EXPORT_FORMS))
+        content_type, file_name = EXPORT_FORMS[form]
+        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
+        table = call_table(lines) if form == "csv" else lines
+        return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> Response:
         try:
@@ -6101,6 +6123,106 @@ def export_lines(
             return
         after = line_seq(lines[-1])
     yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for line in lines:
+        try:
+            event = parse_stored(line)
+        except MalformedEvent:
+            continue
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            earlier = begun.get(fact.key)
+            if fact.outcome < Outcome.OK:
+                if earlier is None or fact.outcome > earlier[0].outcome:
+                    begun[fact.key] = (
+                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
+                        event,
+                    )
+                continue
+            begun.pop(fact.key, None)
+            ended.add(fact.key)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    data = event["data"]
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call: JsonObject = data
+    for one in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
+            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+            call = {name: one.get(its_name) for name, its_name in names.items()}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
 
 
 def line_timestamp(line: bytes) -> int:
@@ -9323,6 +9445,308 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 
 
 # ---------------------------------------------------------------------------
+# Import: history from before the monitor was there
+#
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
+# of a session is never told again: of such a session only what was before is taken.
+# ---------------------------------------------------------------------------
+
+IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
+
+
+class ImportSession(NamedTuple):
+    """The files that tell of one session: a transcript and those of its subagents."""
+
+    session_id: str
+    paths: Tuple[str, ...]
+
+
+class StoredSession(NamedTuple):
+    """What is stored of a session already."""
+
+    ids: FrozenSet[str]
+    tool_use_ids: FrozenSet[str]
+    first_told_ms: Optional[int]  # of the first event that did not come by import
+
+
+def stored_session(store: EventStore, session_id: str) -> StoredSession:
+    """Read what is stored of a session."""
+    ids: Set[str] = set()
+    tool_use_ids: Set[str] = set()
+    first: Optional[int] = None
+    after = 0
+    while True:
+        lines = store.session_lines(session_id, 1000, after=after)
+        if not lines:
+            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
+        after = line_seq(lines[-1])
+        for event in map(parse_stored, lines):
+            ids.add(event["id"])
+            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+            if not event.get("imported") and event["hookType"] != "Monitor":
+                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+
+
+def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
+    """Yield the events of one session that tell something new."""
+    for event in events:
+        if event["id"] in stored.ids:
+            continue
+        if stored.first_told_ms is not None:
+            is_earlier = event.get("timestamp", 0) < stored.first_told_ms - IMPORT_MARGIN_MS
+            named = event["data"].get("toolUseId") if isinstance(event.get("data"), dict) else None
+            told = named is not None and text_of(named) in stored.tool_use_ids
+            if not is_earlier or told or event.get("hookType") == "SessionEnd":
+                continue
+        yield event
+
+
+def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]]:
+    """Return the transcripts and the exports among some files and directories."""
+    found: List[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += sorted(glob.glob(f"{glob.escape(path)}/**/*.json*", recursive=True))
+        else:
+            found.append(path)
+    transcripts: Dict[str, List[str]] = {}
+    exports = []
+    for path in found:
+        if path.endswith(".meta.json"):
+            continue
+        session_id = transcript_session(first_lines(path))
+        if session_id is not None:
+            transcripts.setdefault(session_id, []).append(path)
+        elif path in paths or path.endswith((".jsonl", ".ndjson")):
+            exports.append(path)
+    return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
+
+
+def first_lines(path: str) -> List[bytes]:
+    """Return a few lines of a file, whole ones of a sane length."""
+    try:
+        with open(path, "rb") as file:
+            return list(itertools.islice(iter(lambda: file.readline(1 << 20), b""), 50))
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+
+
+def transcript_session(lines: Iterable[bytes]) -> Optional[str]:
+    """Return whose transcript these lines begin, None when they are none of Claude Code's."""
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            entry = emit_event.parse_event_line(line)
+            if entry.get("type") in ("user", "assistant") and isinstance(entry.get("message"), dict):
+                session_id = entry.get("sessionId")
+                return session_id if isinstance(session_id, str) and session_id else None
+    return None
+
+
+# Transcripts of Claude Code
+
+
+class TranscriptReader:
+    """Turn a session's transcript, and those of its subagents, into the events that hooks would have told."""
+
+    def __init__(self, session_id: str, machine_id: str, seen: Set[str]) -> None:
+        self._session_id = session_id
+        self._machine_id = machine_id
+        self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
+        self._calls: Dict[str, JsonObject] = {}  # tool use id → its block
+        self._agents: Set[str] = set()
+        self._messages: Dict[Tuple[str, str], emit_event.MessageUsage] = {}
+        self._model: Optional[str] = None
+
+    def events(self, lines: Iterable[bytes]) -> List[JsonObject]:
+        """Return the events in order of time; [] when the lines tell nothing new."""
+        entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
+        entries.sort(key=lambda entry: entry["timestamp_ms"])
+        events = [event for entry in entries for event in self._events_of(entry)]
+        if not events:
+            return []
+        start, end = entries[0], entries[-1]
+        begun: JsonObject = {"source": "import", **({"model": self._model} if self._model else {})}
+        closing = {"reason": "import", **self._usage()}
+        return [
+            self._event({**start, "agentId": None}, "SessionStart", "start", begun),
+            *events,
+            self._event({**end, "agentId": None}, "SessionEnd", "end", closing),
+        ]
+
+    def _entry_of(self, line: bytes) -> Optional[JsonObject]:
+        try:
+            entry = emit_event.parse_event_line(line)
+        except MalformedEvent:
+            return None
+        message, place = entry.get("message"), entry.get("uuid")
+        time_ms = iso_time_ms(entry.get("timestamp"))
+        if entry.get("type") not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
+            return None
+        if not isinstance(place, str) or place in self._seen or entry.get("isMeta") is True:
+            return None
+        self._seen.add(place)
+        return {**entry, "timestamp_ms": time_ms}
+
+    def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
+        agent_id = entry.get("agentId")
+        if isinstance(agent_id, str) and agent_id not in self._agents:
+            self._agents.add(agent_id)
+            yield self._event(entry, "SubagentStart", "begin", {})
+        content = entry["message"].get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        if entry["type"] == "user":
+            yield from self._of_user(entry, blocks)
+        else:
+            yield from self._of_assistant(entry, blocks)
+
+    def _of_user(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        if texts and not results and not isinstance(entry.get("agentId"), str):
+            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": "\n".join(texts)})
+        for number, block in enumerate(results):
+            use_id = text_of(block.get("tool_use_id"))
+            call = self._calls.get(use_id, {})
+            data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
+            told = entry.get("toolUseResult") if len(results) == 1 else None
+            if block.get("is_error") is True:
+                data["error"] = _block_text(block.get("content"))
+                yield self._event(entry, "PostToolUseFailure", f"result{number}", data)
+            else:
+                data["toolOutput"] = told if told is not None else block.get("content")
+                yield self._event(entry, "PostToolUse", f"result{number}", data)
+
+    def _of_assistant(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        message = entry["message"]
+        self._count(entry)
+        for number, block in enumerate(blocks):
+            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
+                self._calls[block["id"]] = block
+                data = {
+                    "toolName": block.get("name"),
+                    "toolInput": block.get("input"),
+                    "toolUseId": block["id"],
+                }
+                yield self._event(entry, "PreToolUse", f"call{number}", data)
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        if texts and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
+            hook = "SubagentStop" if isinstance(entry.get("agentId"), str) else "Stop"
+            yield self._event(entry, hook, "stop", {"assistantResponse": "\n".join(texts), **self._usage()})
+
+    def _count(self, entry: JsonObject) -> None:
+        agent_id = entry.get("agentId")
+        parser = emit_event.TranscriptParser()
+        for used in parser.feed(encode_json(entry) + b"\n"):
+            self._messages["", used.message_id] = used
+            if not isinstance(agent_id, str):
+                self._model = used.model
+
+    def _usage(self) -> JsonObject:
+        """Return `data.usage` with what was used so far: totals, each message once."""
+        models: Dict[str, JsonObject] = {}
+        for used in self._messages.values():
+            counts = models.setdefault(used.model, {})
+            add_counts(counts, used.counts)
+            if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
+                add_counts(counts.setdefault("over100k", {}), used.counts)
+        return {"usage": {"models": models, "agents": {}}} if models else {}
+
+    def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
+        agent_id = entry.get("agentId")
+        directory = entry.get("cwd")
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
+            "timestamp": entry["timestamp_ms"],
+            "sessionId": self._session_id,
+            "machineId": self._machine_id,
+            "workingDirectory": directory if isinstance(directory, str) else "",
+            "hookType": hook,
+            "eventType": emit_event.EVENT_TYPES[hook],
+            "imported": True,
+            **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
+            "data": {name: value for name, value in data.items() if value is not None},
+        }
+
+
+def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
+    """Add the numbers of one message to totals by name."""
+    for name, count in zip(emit_event.COUNT_NAMES, counts):
+        totals[name] = totals.get(name, 0) + count
+
+
+def _block_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(text_of(block.get("text")) for block in content if isinstance(block, dict))
+    return text_of(content)
+
+
+def iso_time_ms(text: Any) -> Optional[int]:
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    match = (
+        re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
+        if isinstance(text, str)
+        else None
+    )
+    if match is None:
+        return None
+    try:
+        seconds = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+    time_ms = seconds * 1000 + int((match.group(2) or "0").ljust(3, "0")[:3])
+    return time_ms if time_ms > 0 else None
+
+
+# Exports of this monitor and of the Node.js one
+
+
+def export_events(path: str) -> Iterator[JsonObject]:
+    """Yield the events of an export: one JSON object a line, or one document that holds lists of events."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip()
+        file.seek(0)
+        is_lines = b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0])
+        if is_lines:
+            for line in file:
+                with contextlib.suppress(MalformedEvent):
+                    yield from _events_in(emit_event.parse_event_line(line))
+            return
+        try:
+            document = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise CommandError(f"{path}: is no export: {error}") from None
+    yield from _events_in(document)
+
+
+def _events_in(value: Any) -> Iterator[JsonObject]:
+    """Yield what looks like an event in a document, at most a few levels down."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _events_in(inner)
+    elif isinstance(value, dict):
+        if isinstance(value.get("eventType"), str) or isinstance(value.get("hook_event_name"), str):
+            yield imported_event(value)
+            return
+        for name in ("events", "sessions", "data"):
+            inner = value.get(name)
+            if isinstance(inner, (list, dict)):
+                yield from _events_in(
+                    list(inner.values()) if name == "sessions" and isinstance(inner, dict) else inner
+                )
+
+
+def imported_event(given: JsonObject) -> JsonObject:
+    """Return an event of an export, marked, with an id that is the same every time."""
+    rest = {name: value for name, value in given.items() if name not in ("seq", "received")}
+    digest = uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii"))
+    if isinstance(given.get("eventType"), str):
+        return {**rest, "id": text_of(given.get("id")) or str(digest), "imported": True}
+    return {"hook": rest, "id": str(digest), "imported": True}
+
+
+# ---------------------------------------------------------------------------
 # Command line
 #
 # Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
@@ -10066,6 +10490,77 @@ def command_prune(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_import(args: argparse.Namespace) -> int:
+    """Take history into the running monitor: transcripts of Claude Code and exports of monitors."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
+    transcripts, exports = import_sources([os.path.abspath(path) for path in paths])
+    sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
+    progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
+    store = EventStore(settings.path("events"))
+    seen: Set[str] = set()
+    known = 0
+    with ImportConnection(about["socketPath"]) as connection:
+        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+            events = transcript_events(source, settings.machine_id, seen)
+            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+            known += len(events) - len(wanted)
+            connection.send(wanted)
+            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
+        for path in exports:
+            by_session: Dict[str, List[JsonObject]] = {}
+            for event in export_events(path):
+                built = emit_event.build_event(event, now_ms(), settings.machine_id)
+                by_session.setdefault(built["sessionId"], []).append(built)
+            for session_id, events in by_session.items():
+                wanted = list(wanted_events(events, stored_session(store, session_id)))
+                known += len(events) - len(wanted)
+                connection.send(wanted)
+                progress.add(len(wanted), 0)
+            progress.add(0, os.path.getsize(path))
+    print(f"{progress.count} events imported, {known} were known already")
+    return 0
+
+
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+class ImportConnection:
+    """Hand events to the running monitor and wait until they are stored."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "ImportConnection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
 def command_search(args: argparse.Namespace) -> int:
     """Find stored events; without a running monitor their files are read."""
     settings = settings_of(args)
@@ -10138,27 +10633,54 @@ def search_line(result: JsonObject, colours: bool) -> str:
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON."""
+    """Write stored events as NDJSON, or tool calls as CSV."""
     settings = settings_of(args)
     store = EventStore(settings.path("events"))
     start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
-    total = store.size()[1]
-    done, count, told = 0, 0, time.monotonic()
+    wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
+    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end})
+    counter = Progress(store.size()[1], "events", quiet=not args.output)
+    lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
+    if args.format == "csv":
+        lines = call_table(lines)
+    with contextlib.ExitStack() as stack:
+        target: Any = sys.stdout.buffer
+        if args.output:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            target = stack.enter_context(os.fdopen(os.open(args.output, flags, 0o600), "wb"))
+        for chunk in in_chunks(lines):
+            target.write(chunk)
+        target.flush()
     if args.output:
-        target: Any = os.fdopen(os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-    else:
-        target = sys.stdout.buffer
-    for line in export_lines(store, args.session, start, end):
-        target.write(line + b"\n")
-        done, count = done + len(line) + 1, count + 1
-        if args.output and time.monotonic() - told > 1:
-            told = time.monotonic()
-            tell(f"{count} events, {human_size(done)} of at most {human_size(total)}")
-    target.flush()
-    if args.output:
-        target.close()
-        print(f"{count} events written to {args.output}")
+        what = "tool calls of " if args.format == "csv" else ""
+        print(f"{what}{counter.count} events written to {args.output}")
     return 0
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 def parse_time(text: Optional[str], default: int) -> int:
@@ -10290,6 +10812,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
     command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
+    command = add(
+        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
+    )
+    command.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files or directories (default: every transcript of Claude Code)",
+    )
     command = add("search", command_search, "find stored events, newest first")
     command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
     command.add_argument("--session", metavar="ID", help="only this session")
@@ -10305,14 +10836,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON")
+    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
+    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
+    command.add_argument(
+        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
+    )
     command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
-    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
-        "--json", action="store_true"
-    )
     add("test-event", command_test_event, "send one event through the hook and tell what happened")
     command = add("demo", command_demo, "play a made-up working day into the running monitor")
     command.add_argument(

@@ -170,6 +170,7 @@ import base64  # noqa: E402
 import collections  # noqa: E402 - the set-up above runs without the packages below
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
+import csv  # noqa: E402
 import dataclasses  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -177,6 +178,7 @@ import glob  # noqa: E402
 import hashlib  # noqa: E402
 import http.client  # noqa: E402
 import inspect  # noqa: E402
+import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import pwd  # noqa: E402
@@ -12929,6 +12931,297 @@ def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: R
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# ---------------------------------------------------------------------------
+# Export: events as they are, tool calls as a table
+# ---------------------------------------------------------------------------
+
+
+def export_table(lines: "list[bytes]") -> "list[dict[str, str]]":
+    """Read a table of calls the way a spreadsheet does."""
+    text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_table_has_each_call_once_as_counting_the_files_gives(indexed: IndexCase, seed: int) -> None:
+    work = index_work(random.Random(seed), 300)
+    work.sort(key=lambda event: (float(event["id"][1:]), event["id"][0] == "b"))  # a result after its call
+    indexed.add(*work)
+    by_hand = count_by_hand(indexed.events())["tools"]
+    rows = export_table(list(indexed.store.all_lines()))
+    assert len({(row["sessionId"], row["toolUseId"]) for row in rows}) == len(rows)
+    for tool, counts in by_hand.items():
+        own = [row for row in rows if row["toolName"] == tool]
+        durations = [int(row["durationMs"]) for row in own if row["durationMs"]]
+        assert (len(own), len(durations), sum(durations)) == (
+            counts["calls"],
+            counts["timed"],
+            counts["totalMs"],
+        )
+        assert sum(row["outcome"] == "failed" for row in own) == counts["failures"]
+        assert sum(row["outcome"] == "interrupted" for row in own) == counts["interrupted"]
+
+
+def test_the_table_survives_any_text_and_no_cell_is_a_formula(indexed: IndexCase) -> None:
+    nasty = '=cmd|"calc"!A1, and\nmore \ud83d é'
+    indexed.add(
+        payload("PreToolUse", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty}),
+        payload("PostToolUseFailure", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty},
+                error=nasty, duration_ms=5),
+        payload("PreToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
+        payload("PostToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
+        payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
+    )  # fmt: skip
+    first, second, third = export_table(list(indexed.store.all_lines()))
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    assert [first[name] for name in ("sessionId", "toolName", "outcome", "durationMs")] == [
+        "'+s",
+        "'-Bash",
+        "failed",
+        "5",
+    ]
+    assert first["target"].startswith("'=cmd|")
+    assert (second["target"], second["outcome"], second["durationMs"]) == ("a.txt", "ok", "0")
+    assert third["outcome"] == "ok"
+
+
+def test_export_takes_the_filters_of_search_over_http_and_from_the_command_line(
+    running: RunningMonitor,
+) -> None:
+    for number in range(6):
+        about = {
+            "tool_name": ("Bash", "Read")[number % 2],
+            "tool_use_id": f"t{number}",
+            "tool_input": {"command": f"word{number}"},
+        }
+        running.emit(
+            payload("PreToolUse", f"s{number % 3}", **about),
+            payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
+        )
+    stored = running.stored_events()
+    for parameters, command, chosen in (
+        ("", (), lambda event: True),
+        ("tool=Bash&session=s0", ("--tool", "Bash", "--session", "s0"),
+         lambda event: event["sessionId"] == "s0" and event["data"]["toolName"] == "Bash"),
+        ("type=PostToolUse&machine=testbox", ("--type", "PostToolUse", "--machine", "testbox"),
+         lambda event: event["hookType"] == "PostToolUse"),
+        ("q=word3", ("word3",), lambda event: event["data"]["toolInput"]["command"] == "word3"),
+        ("machine=other", ("--machine", "other"), lambda event: False),
+    ):  # fmt: skip
+        expected = [event["id"] for event in stored if chosen(event)]
+        status, headers, body = running.request(f"/api/export?{parameters}")
+        assert status == 200 and headers["content-type"] == "application/x-ndjson"
+        assert sorted(json.loads(line)["id"] for line in body.splitlines()) == sorted(expected)
+        assert sorted(running.command("export", *command).stdout.splitlines()) == sorted(
+            body.decode().splitlines()
+        )
+    status, headers, body = running.request("/api/export?format=csv&tool=Read")
+    assert headers["content-type"].startswith("text/csv") and "calls.csv" in headers["content-disposition"]
+    rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
+    assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
+    target = running.home + "/calls.csv"
+    assert "12 events" in running.command("export", "--format", "csv", "--output", target).stdout
+    with open(target, newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert stat.S_IMODE(os.stat(target).st_mode) == 0o600
+    status, _, body = running.request("/api/export?format=xml")
+    assert status == 400 and json.loads(body)["field"] == "format"
+
+
+# ---------------------------------------------------------------------------
+# Import: history from before the monitor was there
+# ---------------------------------------------------------------------------
+
+IMPORT_TRANSCRIPTS = sorted(os.listdir(RECORDED + "/transcripts"))
+
+
+def import_copy(monitor: RunningMonitor, name: str) -> str:
+    """Put a recorded session's transcripts where Claude Code keeps them; return the session's id."""
+    shutil.copytree(f"{RECORDED}/transcripts/{name}", f"{monitor.claude_home}/projects/{name}")
+    return next(iter(glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl"))).rpartition("/")[2][
+        : -len(".jsonl")
+    ]
+
+
+def import_usage(name: str) -> int:
+    """Return the output tokens in a recorded session's transcripts, each message once."""
+    used = {}
+    for path in glob.glob(f"{RECORDED}/transcripts/{name}/**/*.jsonl", recursive=True):
+        with open(path, "rb") as file:
+            for line in file:
+                message = json.loads(line).get("message") or {}
+                if message.get("usage") and message.get("role") == "assistant":
+                    used[message["id"]] = message["usage"]["output_tokens"]
+    return sum(used.values())
+
+
+def test_transcripts_become_the_sessions_that_hooks_would_have_told(running: RunningMonitor) -> None:
+    names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
+    told = running.command("import").stdout
+    assert re.fullmatch(r"\d+ events imported, 0 were known already\n", told)
+    stored = len(running.stored_events())
+    assert told.startswith(f"{stored} events")
+    again = running.command("import", running.claude_home).stdout
+    assert (
+        again == f"0 events imported, {stored} were known already\n"
+        and len(running.stored_events()) == stored
+    )
+    sessions = running.sessions()
+    assert set(sessions) == set(names)
+    index_ready(running)
+    figures = {row["sessionId"]: row for row in running.get("/api/stats")["sessions"]}
+    for session_id, name in names.items():
+        session = sessions[session_id]
+        book = cm.SessionBook(own_machine="testbox")
+        for number, one in enumerate(recorded(name)):
+            book.apply(
+                ee.build_event(
+                    {"hook": one, "id": f"e{number}", "timestamp": NOW_MS + number}, NOW_MS, "testbox"
+                )
+            )
+        by_hooks = book.sessions[session_id]
+        assert session["isImported"] is True and session["state"] == "ended" and session["openCalls"] == []
+        counts = session["counts"]
+        assert (counts["toolCalls"], counts["prompts"]) == (by_hooks.tool_calls, by_hooks.prompts), name
+        assert counts["toolErrors"] == by_hooks.tool_errors, name
+        assert {agent["agentId"] for agent in session["agents"]} == set(by_hooks.agents), name
+        assert session["label"] == by_hooks.label[0] and session["workingDirectory"] == by_hooks.directory
+        assert session["model"] == by_hooks.model or by_hooks.model is None
+        assert (
+            session["tokenUsage"]["totalOutput"]
+            == import_usage(name)
+            == figures[session_id]["tokenUsage"]["totalOutput"]
+        )
+
+
+@pytest.mark.parametrize("name", IMPORT_TRANSCRIPTS)
+def test_what_hooks_have_told_is_not_told_again_by_the_transcript(running: RunningMonitor, name: str) -> None:
+    session_id = import_copy(running, name)
+    start = min(
+        cm.iso_time_ms(json.loads(line)["timestamp"]) or 0
+        for line in open(f"{RECORDED}/transcripts/{name}/{session_id}.jsonl", "rb") if b'"uuid"' in line  # noqa: SIM115
+    )  # fmt: skip
+    given = [{"hook": one, "id": f"h{number}", "timestamp": start + number, "machineId": "testbox"}
+             for number, one in enumerate(recorded(name))]  # fmt: skip
+    running.emit(*given)
+    before = running.sessions()[session_id]["counts"]
+    assert running.command("import").stdout.startswith("0 events imported")
+    assert running.sessions()[session_id]["counts"] == before
+
+
+def test_of_a_session_that_hooks_know_in_part_only_what_was_before_is_imported(
+    running: RunningMonitor,
+) -> None:
+    session_id = import_copy(running, "failing")
+    with open(f"{RECORDED}/transcripts/failing/{session_id}.jsonl", "rb") as file:
+        entries = [json.loads(line) for line in file if b'"tool_use"' in line]
+    late = entries[4]
+    use = late["message"]["content"][0]
+    at = (cm.iso_time_ms(late["timestamp"]) or 0) + 60_000  # its clock may differ: the call's name tells
+    running.emit({"hook": payload("PreToolUse", session_id, tool_name=use["name"], tool_use_id=use["id"], tool_input=use["input"]),
+                  "id": "late", "timestamp": at, "machineId": "testbox"})  # fmt: skip
+    running.command("import")
+    stored = running.stored_events()
+    calls = collections.Counter(
+        event["data"]["toolUseId"] for event in stored if event["hookType"] == "PreToolUse"
+    )
+    assert calls[use["id"]] == 1 and calls[entries[0]["message"]["content"][0]["id"]] == 1
+    assert all(event.get("imported") or event["id"] == "late" for event in stored)
+    assert not any(event["hookType"] == "SessionEnd" for event in stored)
+    assert running.sessions()[session_id]["isImported"] is True
+
+
+def test_exports_of_this_and_of_the_node_monitor_are_taken_in_once(monitor: RunningMonitor) -> None:
+    other = RunningMonitor(new_home())
+    try:
+        other.start().emit(*recorded("simple"), payload("UserPromptSubmit", "x", prompt="hello there"))
+        export = other.home + "/export.ndjson"
+        other.command("export", "--output", export)
+        expected = other.stored_events()
+        node = {"version": 1, "sessions": [{"sessionId": "0123456789abcdef", "events": [
+            {"id": "n1", "timestamp": NOW_MS, "sessionId": "0123456789abcdef", "machineId": "mac", "eventType": "tool_call",
+             "hookType": "PreToolUse", "data": {"toolName": "Bash", "toolInput": {"command": "ls"}}},
+            {"timestamp": NOW_MS + 5, "sessionId": "0123456789abcdef", "machineId": "mac", "eventType": "tool_result",
+             "hookType": "PostToolUse", "data": {"toolName": "Bash", "tool_output": "a b"}},
+        ]}]}  # fmt: skip
+        with open(other.home + "/node.json", "w", encoding="utf-8") as file:
+            json.dump(node, file, indent=1)
+        monitor.start()
+        for count in (len(expected) + 2, 0):
+            told = monitor.command("import", export, other.home + "/node.json").stdout
+            assert told.startswith(f"{count} events imported")
+        stored = {event["id"]: event for event in monitor.stored_events()}
+        for event in expected:
+            kept = stored[event["id"]]
+            assert {**kept, "seq": 0, "received": 0} == {**event, "seq": 0, "received": 0, "imported": True}
+        session = monitor.sessions()["0123456789abcdef"]
+        assert (
+            session["isImported"] is True
+            and session["machineId"] == "mac"
+            and session["counts"]["toolCalls"] == 1
+        )
+        assert len(stored) == len(expected) + 2
+    finally:
+        clean_up(other)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not json\nat all", b"[]", b"{}", b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000]
+)
+def test_a_file_without_history_is_no_reason_to_fail_badly(running: RunningMonitor, content: bytes) -> None:
+    path = running.home + "/odd.jsonl"
+    with open(path, "wb") as file:
+        file.write(content)
+    done = running.command("import", path, check=False)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr
+    assert running.stored_events() == []
+    assert "error" in running.command("import", running.home + "/missing.json", check=False).stderr
+
+
+def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
+    base = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z"}
+    lines = [
+        b"{ broken",
+        b"[]",
+        b"",
+        json.dumps({**base, "type": "user", "uuid": 7, "message": {"content": "x"}}).encode(),
+        json.dumps({**base, "type": "user", "uuid": "a", "message": {"content": None}}).encode(),
+        json.dumps(
+            {**base, "type": "user", "uuid": "b", "timestamp": "soon", "message": {"content": "x"}}
+        ).encode(),
+        json.dumps(
+            {
+                **base,
+                "type": "user",
+                "uuid": "c",
+                "message": {"content": [1, {"type": "tool_result"}, {"text": 5}]},
+            }
+        ).encode(),
+        json.dumps(
+            {
+                **base,
+                "type": "assistant",
+                "uuid": "d",
+                "message": {"content": [{"type": "tool_use", "id": 5}]},
+            }
+        ).encode(),
+        json.dumps(
+            {**base, "type": "user", "uuid": "e", "isMeta": True, "message": {"content": "meta"}}
+        ).encode(),
+        json.dumps({**base, "type": "user", "uuid": "f", "message": {"content": "hello"}}).encode(),
+        json.dumps({**base, "type": "user", "uuid": "f", "message": {"content": "hello"}}).encode(),
+    ]
+    events = cm.TranscriptReader("s", "m", set()).events(lines)
+    assert [event["hookType"] for event in events] == [
+        "SessionStart",
+        "PostToolUse",
+        "UserPromptSubmit",
+        "SessionEnd",
+    ]
+    assert events[2]["data"] == {"message": "hello"}
+    assert len({event["id"] for event in events}) == 4
 
 
 # ---------------------------------------------------------------------------
