@@ -8715,6 +8715,20 @@ class Doctor:
             )
         else:
             yield Finding("socket", "ok", path)
+        yield from self._index(status["index"])
+
+    @staticmethod
+    def _index(index: JsonObject) -> Iterator[Finding]:
+        if index["state"] == "ready":
+            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+        elif index["state"] == "building":
+            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+            yield Finding("index", "ok", words)
+        else:
+            words = f"off, so searches read every file: {index['error']}"
+            yield Finding(
+                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
+            )
 
     def _no_monitor(self) -> Iterator[Finding]:
         advice = "run: python3 contextuate_monitor.py start"
@@ -8817,7 +8831,9 @@ class Doctor:
         elif state.get("reason"):
             yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+            heard = f"the last heard by {state['subscribers']} subscribers"
+            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+            yield Finding("publisher", "ok", words)
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield Finding("publisher", "warn", f"refused: {state[name]}")

@@ -9121,7 +9121,7 @@ def test_doctor_finds_nothing_wrong_where_nothing_is(running):
     running.command("install")
     status, findings = examine(running)
     assert status == 0, findings
-    for check in ("config", "files", "hook", "registered", "spool", "monitor", "socket", "probe"):
+    for check in ("config", "files", "hook", "registered", "spool", "monitor", "socket", "index", "probe"):
         assert levels(findings, check) == ["ok"], findings[check]
     assert "reached the monitor" in findings["probe"][0]["words"]
     events = running.get("/api/events?limit=10")["events"]
