@@ -10864,6 +10864,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
+    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
+        "--json", action="store_true"
+    )
     add("test-event", command_test_event, "send one event through the hook and tell what happened")
     command = add("demo", command_demo, "play a made-up working day into the running monitor")
     command.add_argument(
