@@ -38,6 +38,7 @@ PACKAGES = (
     "playwright==1.65.2",
     "prometheus_client==0.26.0",
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
     "redis==8.1.0",
     "ruff==0.17.6",
     "websockets==17.4",
@@ -159,7 +160,19 @@ if __name__ == "__main__":
     use_environment()
     if OPTIONS.bench is None:
         os.chdir(ROOT)
-        options = ["-q", "-ra", "-p", "no:cacheprovider", *PYTEST_OPTIONS]
+        # Most tests wait for other processes; several workers wait at the same time.
+        workers = str(2 * (os.cpu_count() or 1))
+        options = [
+            "-q",
+            "-ra",
+            "-p",
+            "no:cacheprovider",
+            "-n",
+            workers,
+            "--dist",
+            "worksteal",
+            *PYTEST_OPTIONS,
+        ]
         os.execv(sys.executable, [sys.executable, "-m", "pytest", os.path.abspath(__file__), *options])
 
 # ---------------------------------------------------------------------------
