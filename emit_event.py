@@ -765,6 +765,9 @@ class MalformedEvent(ValueError):
     """What came is not one JSON object."""
 
 
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+
+
 def parse_event_line(line: bytes) -> JsonObject:
     """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
 
@@ -776,7 +779,7 @@ def parse_event_line(line: bytes) -> JsonObject:
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
         try:
-            value = json.loads(text, parse_constant=str)
+            value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
@@ -971,10 +974,14 @@ _REQUIRED_FIELDS = (
 
 def is_whole_event(event: JsonObject) -> bool:
     """Tell whether every field of an event is there and of its type."""
+    for name in _REQUIRED_FIELDS:
+        if event.get(name) is None:
+            return False
+    for name, check in _ENVELOPE_CHECKS.items():
+        if name in event and not check(event[name]):
+            return False
     return (
-        all(event.get(name) is not None for name in _REQUIRED_FIELDS)
-        and all(check(event[name]) for name, check in _ENVELOPE_CHECKS.items() if name in event)
-        and isinstance(event["hookType"], str)
+        isinstance(event["hookType"], str)
         and isinstance(event["eventType"], str)
         and isinstance(event["data"], dict)
     )
