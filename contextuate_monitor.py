@@ -26,11 +26,13 @@ import argparse
 import base64
 import binascii
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import enum
@@ -44,6 +46,7 @@ import hmac
 import http.client
 import http.server
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -63,12 +66,14 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
+import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
@@ -90,6 +95,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -580,6 +586,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+_TAIL_BYTES = 4 << 10
 
 
 class StoredEvent(NamedTuple):
@@ -722,6 +729,27 @@ class EventStore:
         name = session_file_name(session_id)
         return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
 
+    def last_seqs(self) -> Dict[str, int]:
+        """Return the last number of every session by its files' name; reads no more than the files' ends."""
+        found: Dict[str, int] = {}
+        for day in self.days():
+            with contextlib.suppress(OSError), os.scandir(f"{self.root}/{day}") as entries:
+                for entry in entries:
+                    if entry.name.endswith(".jsonl"):
+                        found[entry.name] = max(found.get(entry.name, 0), last_seq(entry.path))
+        return found
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield the lines of sessions, by their files' names, in order of arrival; those after a seq."""
+        days = self.days()
+        streams = []
+        for name in names:
+            paths = [path for path in (f"{self.root}/{day}/{name}" for day in days) if os.path.exists(path)]
+            if paths:
+                lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+                streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
+        return streams[0][1] if len(streams) == 1 else merged(streams)
+
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
@@ -839,6 +867,17 @@ class MemoryStore:
             ]
         return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
 
+    def last_seqs(self) -> Dict[str, int]:
+        """Return nothing: what memory held before this monitor is gone."""
+        return {}
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield lines as EventStore.lines_of does."""
+        wanted = set(names)
+        with self._lock:
+            kept = list(self._lines)
+        return (line for seq, owner, line in kept if seq > after and session_file_name(owner) in wanted)
+
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
@@ -929,6 +968,43 @@ def first_seq(path: str) -> int:
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
         return 0
+
+
+def last_seq(path: str) -> int:
+    """Return the number of the last event in a file, also of one that lacks its newline; 0 for none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        start, tail = os.fstat(fd).st_size, b""
+        while start > 0:
+            size = min(start, len(tail) + _TAIL_BYTES)  # ever longer steps, should the last line be long
+            start -= size
+            tail = os.pread(fd, size, start) + tail
+            numbers = [line_seq(line) for line in tail.split(b"\n")[1 if start else 0 :]]
+            if any(numbers):
+                return max(numbers)
+        return 0
+    finally:
+        os.close(fd)
+
+
+def merged(streams: Sequence[Tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
+    """Merge sorted streams of lines by seq; each comes with its first seq and is not begun before that."""
+    waiting = sorted(streams, key=lambda stream: stream[0], reverse=True)
+    heads: List[Tuple[int, int, bytes, Iterator[bytes]]] = []
+    number = 0
+    while waiting or heads:
+        if waiting and (not heads or waiting[-1][0] <= heads[0][0]):
+            stream = waiting.pop()[1]
+        else:
+            _, _, line, stream = heapq.heappop(heads)
+            yield line
+        following = next(stream, None)
+        if following is not None:
+            number += 1
+            heapq.heappush(heads, (line_seq(following), number, following, stream))
 
 
 def offset_of_seq(file: Any, size: int, seq: int) -> int:
@@ -1082,6 +1158,19 @@ _TARGET_KEYS = (
 )
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def with_slots(cls: _Class) -> _Class:
+    """Make a dataclass over with __slots__, a fourth of the memory; dataclass does so from Python 3.10 on."""
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    kept = {
+        name: value for name, value in vars(cls).items() if name not in (*names, "__dict__", "__weakref__")
+    }
+    return type(cls)(cls.__name__, cls.__bases__, {**kept, "__slots__": names})
+
+
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class OpenCall:
     """A tool call without a result so far."""
@@ -1099,6 +1188,7 @@ class OpenCall:
         return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class Reason:
     """Why a session waits, failed or ended."""
@@ -1172,6 +1262,7 @@ class Streak(NamedTuple):
     since: int
 
 
+@with_slots
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1189,6 +1280,7 @@ class Agent:
     tool_errors: int = 0
 
 
+@with_slots
 @dataclasses.dataclass
 class Session:
     """What is known of one session; times in milliseconds of the emitting machine's clock."""
@@ -1249,6 +1341,7 @@ class Session:
     prompts: int = 0
     pid: Optional[int] = None
     demo: bool = False
+    imported: bool = False  # some of its history came by `import`
     pinned: bool = False
     hidden: bool = False
 
@@ -1419,6 +1512,7 @@ def _learn(session: Session, event: JsonObject, kind: str) -> None:
     data = event["data"]
     by_main = "agentId" not in event
     session.demo = session.demo or event.get("demo") is True
+    session.imported = session.imported or event.get("imported") is True
     session.pid = event.get("pid", session.pid)
     session.start = min(session.start, event["timestamp"])
     if not session.directory or (kind == "session_start" and by_main):
@@ -1702,6 +1796,17 @@ def _lineage(session: Session, agent: Agent) -> List[Agent]:
     return line
 
 
+def _not_settled(session: Session) -> List[Agent]:
+    """Return the agents that run, wait or have open calls, and those above them: ends concern no others."""
+    busy = {call.agent_id for call in session.open_calls.values()}
+    busy.update(wait.agent_id for wait in session.waits)
+    found: Dict[str, Agent] = {}
+    for agent in session.agents.values():
+        if agent.end is None or agent.agent_id in busy:
+            found.update((above.agent_id, above) for above in _lineage(session, agent))
+    return list(found.values())
+
+
 def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """End agents and everything below them.
 
@@ -1709,7 +1814,7 @@ def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """
     gone = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if any(above.agent_id in agent_ids for above in _lineage(session, agent))
     }
     for agent_id in gone:
@@ -1727,7 +1832,7 @@ def _end_foreground(session: Session, time_ms: int) -> None:
     _interrupt(session, {MAIN})
     foreground = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if not any(above.background for above in _lineage(session, agent))
     }
     _end_agents(session, foreground, time_ms)
@@ -1784,7 +1889,7 @@ def _end_turn(session: Session, event: JsonObject) -> None:
         running = {text_of(task.get("id")) for task in tasks if isinstance(task, dict) and _is_running(task)}
         over = {
             agent.agent_id
-            for agent in session.agents.values()
+            for agent in _not_settled(session)
             if not any(above.agent_id in running for above in _lineage(session, agent))
         }
         _end_agents(session, over, event["timestamp"])
@@ -2156,6 +2261,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
 # All sessions
 
 
+@with_slots
 @dataclasses.dataclass
 class Track:
     """What puts a session's events in order: as it was some seconds ago, and what happened since."""
@@ -2182,6 +2288,7 @@ class SessionBook:
         prices: Optional[PriceList] = None,
     ) -> None:
         self.sessions: Dict[str, Session] = {}
+        self.patience = (quiet_ms, ended_ms, own_machine)  # what makes another book like this one
         self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
@@ -2197,6 +2304,7 @@ class SessionBook:
         self._starts: List[Tuple[int, str]] = []
         self._continued_by: Dict[str, str] = {}
         self._linked: Set[str] = set()  # ids of sessions that changed because of another one
+        self.complete = True  # False while stored sessions are still to come: no machine's silence is known
 
     # What happens
 
@@ -2246,22 +2354,31 @@ class SessionBook:
             track = self._tracks[session_id] = Track(session.clone())
         entry = (timestamp, next(self._numbers), event, kind)
         if timestamp < track.base.last_event and track.base.events:
-            for version in (track.base, session):
+            for version in (track.base, self._up_to_date(session_id, track)):
                 apply_event(version, event, kind, self._quiet_ms, late=True)
             return
         in_order = not track.recent or timestamp >= track.recent[-1][0]
         track.recent.append(entry)
         if in_order:
-            apply_event(session, event, kind, self._quiet_ms)
+            self._go_on(session, event, kind)
         else:
             track.recent.sort(key=lambda entry: entry[:2])
-            session = self.sessions[session_id] = track.base.clone()
-            for _, _, earlier, its_kind in track.recent:
-                apply_event(session, earlier, its_kind, self._quiet_ms)
+            self._tell_anew(session_id, track)
         settled = track.recent[-1][0] - TOGETHER_MS
         while track.recent[0][0] < settled or len(track.recent) > TOGETHER_EVENTS:
             _, _, earlier, its_kind = track.recent.pop(0)
             apply_event(track.base, earlier, its_kind, self._quiet_ms)
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        apply_event(session, event, kind, self._quiet_ms)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        session = self.sessions[session_id] = track.base.clone()
+        for _, _, event, kind in track.recent:
+            apply_event(session, event, kind, self._quiet_ms)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        return self.sessions[session_id]
 
     def _versions(self, session_id: str) -> List[Session]:
         track = self._tracks.get(session_id)
@@ -2271,8 +2388,6 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            if session.state == "ended":
-                continue
             silence = self._silence(session.last_event, session.machine_id, time_ms)
             if silence < -CLOCK_STEP_MS:
                 self._set_clock_back(session, session.last_event + silence)
@@ -2281,11 +2396,13 @@ class SessionBook:
             session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
                 self._tracks.pop(session.session_id, None)  # nothing will come between any more
+            if session.state == "ended":
+                continue
             machine_silence = self._silence(
                 self._heard_ms.get(session.machine_id, 0), session.machine_id, time_ms
             )
             watched = session.machine_id == self._own_machine and session.pid is not None
-            if machine_silence >= self._ended_ms and not watched:
+            if self.complete and machine_silence >= self._ended_ms and not watched:
                 hours = self._ended_ms // 3_600_000
                 why = f"nothing heard from {session.machine_id} for {hours} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2335,12 +2452,29 @@ class SessionBook:
             self._linked.add(gone.parent_id)
         return gone is not None
 
+    def finish(self) -> None:
+        """Bring every session up to date."""
+
+    def take_over(self, other: "SessionBook") -> None:
+        """Take over the sessions of another book, in place of ours, and what it has heard of machines."""
+        other.finish()
+        self.sessions.update(other.sessions)
+        self._tracks.update(other._tracks)
+        for session in other.sessions.values():
+            self._note_place(session)
+            if session.continued_from:
+                self._continued_by[session.continued_from] = session.session_id
+        for machine, skew_ms in other._skew_ms.items():
+            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, heard_ms in other._heard_ms.items():
+            self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
+
     # What links sessions
 
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
         if kind == "session_start" and session.start_source in _MADE_WAY:
-            bisect.insort(self._starts, (session.source_time, session.session_id))
+            self._note_place(session)
             before = [
                 other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
             ]
@@ -2350,11 +2484,18 @@ class SessionBook:
             if before and not session.continued_from:
                 self._continue(session, max(before, key=lambda other: other.end or 0))
         elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
-            bisect.insort(self._ends, (session.end, session.session_id))
+            self._note_place(session)
             after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
             after = [other for other in after if not other.continued_from]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
+
+    def _note_place(self, session: Session) -> None:
+        """Note when a session made way for another, and when it began after one that did."""
+        if session.start_source in _MADE_WAY:
+            _insert_once(self._starts, (session.source_time, session.session_id))
+        if session.end is not None and session.end_reason in _MADE_WAY.values():
+            _insert_once(self._ends, (session.end, session.session_id))
 
     def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
         """Return the sessions that began, or ended, about that time."""
@@ -2380,7 +2521,7 @@ class SessionBook:
         label, source = session.label
         reason = session.reason
         if children is None:
-            children = self._children(session.session_id)
+            children = self.children(session.session_id)
         return {
             "sessionId": session.session_id,
             "machineId": session.machine_id,
@@ -2422,12 +2563,12 @@ class SessionBook:
             "stuck": stuck_signals(session),
             "isPinned": session.pinned,
             "hidden": session.hidden,
-            "isImported": False,
+            "isImported": session.imported,
             "demo": session.demo,
             "pid": session.pid,
         }
 
-    def _children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+    def children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
         """Return the ids of the sessions below each session, or below one."""
         children: Dict[str, List[str]] = {}
         for session in self.sessions.values():
@@ -2435,12 +2576,55 @@ class SessionBook:
                 children.setdefault(session.parent_id, []).append(session.session_id)
         return children
 
-    def all_json(self, with_hidden: bool) -> List[JsonObject]:
-        """Return every session, newest event first."""
-        children = self._children()
+    def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
+        """Yield every session, newest event first."""
+        children = self.children()
         chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
         chosen.sort(key=lambda session: session.last_event, reverse=True)
-        return [self.to_json(session, children) for session in chosen]
+        return (self.to_json(session, children) for session in chosen)
+
+    def all_json(self, with_hidden: bool) -> List[JsonObject]:
+        """Return every session, newest event first."""
+        return list(self.each_json(with_hidden))
+
+
+class ReplayBook(SessionBook):
+    """A book that is told one session's history and asked only after `finish`: then it is as SessionBook is.
+
+    SessionBook tells each event twice: to the session, and later to what it was some seconds ago. Here only
+    the latter is told, and the session made from it at the end. In between it is kept just from an event that
+    came very late until the next that came out of its place, since SessionBook tells it those in that order.
+    """
+
+    def __init__(self, *patience: Any) -> None:
+        super().__init__(*patience)
+        self._kept: Set[str] = set()  # ids of those that `sessions` has as they are now
+
+    def finish(self) -> None:
+        for session_id, track in self._tracks.items():
+            self._up_to_date(session_id, track)
+
+    def _link(self, session: Session, kind: str) -> None:
+        """Leave links to whoever tells all sessions that they concern."""
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        if session.session_id in self._kept:
+            super()._go_on(session, event, kind)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        self._kept.discard(session_id)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        if session_id not in self._kept:
+            super()._tell_anew(session_id, track)
+            self._kept.add(session_id)
+        return self.sessions[session_id]
+
+
+def _insert_once(times: List[Tuple[int, str]], entry: Tuple[int, str]) -> None:
+    place = bisect.bisect_left(times, entry)
+    if times[place : place + 1] != [entry]:
+        times.insert(place, entry)
 
 
 # SessionStart's source → the SessionEnd's reason of the session that made way.
@@ -2457,6 +2641,54 @@ def _makes_way(before: Session, after: Session) -> bool:
         and (before.pid == after.pid or None in (before.pid, after.pid))
         and abs(after.source_time - before.end) < LINK_MS
     )
+
+
+class LinkPoint(NamedTuple):
+    """A moment at which a session makes way, or begins where another one made way."""
+
+    session_id: str
+    machine_id: str
+    reason: str  # of the end that it is or that it follows
+    begins: bool
+    time_ms: int
+
+
+def link_point(session: Session, event: JsonObject) -> Optional[LinkPoint]:
+    """Return what an event of a session has to do with links between sessions, None for most."""
+    kind = effective_type(event)
+    if kind == "session_start":
+        reason = _MADE_WAY.get(text_of(event["data"].get("source")), "")
+    elif kind == "session_end":
+        reason = text_of(event["data"].get("reason"))
+    else:
+        return None
+    if reason not in _MADE_WAY.values():
+        return None
+    begins = kind == "session_start"
+    return LinkPoint(session.session_id, session.machine_id, reason, begins, event["timestamp"])
+
+
+def may_be_linked(points: Iterable[LinkPoint]) -> List[FrozenSet[str]]:
+    """Group the ids of sessions that may be linked with each other, directly or through others.
+
+    A group may be too large, never too small: nothing outside of it can change the links within.
+    """
+    chronicle: Dict[Tuple[str, str], List[LinkPoint]] = {}
+    for point in points:
+        chronicle.setdefault((point.machine_id, point.reason), []).append(point)
+    group_of: Dict[str, Set[str]] = {}
+    for moments in chronicle.values():
+        ends = sorted((point.time_ms, point.session_id) for point in moments if not point.begins)
+        for point in moments:
+            if not point.begins:
+                continue
+            for time_ms, before in ends[bisect.bisect_left(ends, (point.time_ms - LINK_MS, "")) :]:
+                if time_ms > point.time_ms + LINK_MS:
+                    break
+                group = group_of.get(before, {before}) | group_of.get(point.session_id, {point.session_id})
+                group_of.update(dict.fromkeys(group, group))
+    unique = {id(group): frozenset(group) for group in group_of.values() if len(group) > 1}
+    return list(unique.values())
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
@@ -2540,6 +2772,1908 @@ def event_row(event: JsonObject) -> JsonObject:
     if text is not None:
         small["text"] = one_line(text_of(text))
     return {**row, "partial": True, "data": small}
+
+
+# ---------------------------------------------------------------------------
+# Index: search and statistics over everything stored
+#
+# Owns: index.db, which may be deleted at any time: it is filled from the event files, and they are the truth.
+# Knows: the store's files and what an event says. Does not know: clients, or the states of sessions.
+#
+# One thread fills it through one connection, behind the live path: the loop thread only names the files that
+# grew, and this thread reads them from where it stopped. While events arrive it takes a tenth of the time at
+# most. Who searches or counts has read-only connections of his own, so that nobody waits for anybody.
+#
+# No text is kept. For each day of the store there is a table of words, which goes as a whole with its day; it
+# names candidates, newest first, and the line in the file decides. An event's row id is its timestamp, or the
+# next number that is free.
+# ---------------------------------------------------------------------------
+
+INDEX_VERSION = 1
+INDEX_BATCH_EVENTS = 2000
+INDEX_BATCH_BYTES = 4 << 20
+INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
+INDEX_BATCH_S = 0.5
+INDEX_GATHER_S = 0.1  # what arrives together is indexed together
+INDEX_RETRY_S = 10.0
+LIVE_S = 0.1  # events are arriving when the last one came within this time
+LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
+SEARCH_BUDGET_S = 2.0
+SEARCH_LIMIT = 200
+SNIPPET_CHARS = 160
+QUARTER_MS = 900_000
+EXTREMES = 20  # slowest calls, most failing calls
+COMPARED_SESSIONS = 200
+MODELS_LIMIT = 50  # of which one event may tell what was used
+
+_INDEX_SCHEMA = """
+CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
+  removed INTEGER);
+CREATE TABLE names(id INTEGER PRIMARY KEY, kind TEXT, name TEXT, UNIQUE(kind, name));
+CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, inode INTEGER, position INTEGER,
+  session INTEGER, machine INTEGER, project INTEGER, UNIQUE(day, name));
+CREATE TABLE events(id INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER);
+CREATE TABLE activity(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
+  last INTEGER, PRIMARY KEY(file, quarter)) WITHOUT ROWID;
+CREATE TABLE usage(file INTEGER, model INTEGER, quarter INTEGER,
+  c0 INTEGER, c1 INTEGER, c2 INTEGER, c3 INTEGER, c4 INTEGER,
+  l0 INTEGER, l1 INTEGER, l2 INTEGER, l3 INTEGER, l4 INTEGER,
+  PRIMARY KEY(file, model, quarter)) WITHOUT ROWID;
+CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool INTEGER, target INTEGER,
+  begun INTEGER, quarter INTEGER, finish INTEGER, duration INTEGER, outcome INTEGER, event INTEGER);
+CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
+CREATE INDEX calls_by_session ON calls(session, quarter, outcome);
+CREATE INDEX calls_by_target ON calls(target, quarter, session);
+CREATE INDEX calls_failed ON calls(tool, target, quarter, session, event) WHERE outcome IN (1, 3);
+"""
+
+
+class Outcome(enum.IntEnum):
+    """How a tool call ended; what is told later with a higher number wins, whatever came first."""
+
+    OPEN = 0
+    FAILED_BY_ROUND = 1  # only its round (PostToolBatch) closed it: it never ran
+    OK = 2
+    FAILED = 3
+    INTERRUPTED = 4
+
+
+# Words
+
+
+_WORD = re.compile(r"[^\W_]+")
+_BETWEEN_WORDS = re.compile(r"[\W_]+")
+_QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
+_APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])")  # scripts without spaces
+_MARKS = re.compile("[\u0300-\u036f]")
+_UNFIT = re.compile("[\ue000\ud800-\udfff]")
+_MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
+# What nobody searches for, or what stands in every event of a session.
+_NOT_SEARCHED = frozenset(
+    (
+        "toolUseId",
+        "tool_use_id",
+        "transcriptPath",
+        "agent_transcript_path",
+        "permissionMode",
+        "prompt_id",
+        "usage",
+        "truncated",
+        "effort",
+        "type",
+        "signature",
+    )
+)
+
+
+def fold(text: str) -> str:
+    """Return text in the form in which words are compared: without case and accents, CJK characters apart.
+
+    What is no word is a space: this Python alone decides what is one, whatever SQLite knows of Unicode.
+    """
+    if text.isascii():
+        return text.lower()
+    plain = unicodedata.normalize("NFD", _APART.sub(r" \1 ", _UNFIT.sub(" ", text)))
+    return _BETWEEN_WORDS.sub(" ", _MARKS.sub("", plain).lower())
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """Words that must stand next to each other; the last one may be only a beginning."""
+
+    words: Tuple[str, ...]
+    is_prefix: bool = False
+
+    def found_in(self, folded: str) -> bool:
+        """Tell whether the term occurs in a folded text."""
+        if not all(word in folded for word in self.words):
+            return False
+        between = r"[\W_]+".join(map(re.escape, self.words))
+        return (
+            re.search(rf"(?<![^\W_]){between}" + ("" if self.is_prefix else r"(?![^\W_])"), folded)
+            is not None
+        )
+
+    @property
+    def pattern(self) -> str:
+        """Return the pattern that finds the term in a text as it was written."""
+        between = r"[\W_]*".join(map(re.escape, self.words))
+        start, end = (r"(?<![^\W_])", r"(?![^\W_])") if between.isascii() else ("", "")
+        return start + between + (r"\w*" if self.is_prefix else end)
+
+
+def parse_terms(text: str) -> Tuple[Term, ...]:
+    """Parse what a person types: words, `begin*`, `"words in a row"`; src/app.py is a row of three."""
+    terms = []
+    for quoted, bare in _QUERY_PART.findall(text):
+        words = tuple(_WORD.findall(fold(quoted or bare)))
+        if words:
+            terms.append(Term(words, bare.endswith("*")))
+    return tuple(dict.fromkeys(terms))
+
+
+def collect_texts(value: Any, found: List[str]) -> None:
+    """Append every text inside a JSON value that a person may search for."""
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name not in _NOT_SEARCHED:
+                collect_texts(inner, found)
+    elif isinstance(value, list):
+        for inner in value:
+            collect_texts(inner, found)
+
+
+def event_texts(event: JsonObject) -> Iterator[Tuple[str, str]]:
+    """Yield (name in data, text) of everything in an event that a person may search for."""
+    for name, value in event["data"].items():
+        if name not in _NOT_SEARCHED:
+            found: List[str] = []
+            collect_texts(value, found)
+            yield from ((name, text) for text in found)
+
+
+def snippet_of(event: JsonObject, terms: Sequence[Term]) -> Tuple[Optional[str], List[JsonObject]]:
+    """Return the field in which the terms are found and a line of it, in pieces, those found marked."""
+    pattern = re.compile("|".join(term.pattern for term in terms), re.IGNORECASE)
+    first = ""
+    for name, text in event_texts(event):
+        match = pattern.search(text)
+        if match:
+            return name, _marked(text, match, pattern)
+        first = first or name
+    return first or None, []
+
+
+def _marked(text: str, match: "re.Match[str]", pattern: "re.Pattern[str]") -> List[JsonObject]:
+    start = max(0, match.start() - SNIPPET_CHARS // 3)
+    end = min(len(text), max(match.end(), start + SNIPPET_CHARS))
+    pieces: List[JsonObject] = []
+    at = start
+    for hit in pattern.finditer(text, start, end):
+        if hit.end() > hit.start() >= at:
+            pieces += [{"text": text[at : hit.start()]}, {"text": hit.group(), "hit": True}]
+            at = hit.end()
+    pieces.append({"text": text[at:end] + ("…" if end < len(text) else "")})
+    if start:
+        pieces[0]["text"] = "…" + pieces[0]["text"]
+    for piece in pieces:
+        piece["text"] = re.sub(r"\s+", " ", piece["text"])
+    return [piece for piece in pieces if piece["text"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchQuery:
+    """What is searched for. `session_ids` (None: any) and times in ms, from <= timestamp < to."""
+
+    terms: Tuple[Term, ...] = ()
+    session_ids: Optional[FrozenSet[str]] = None
+    machine: Optional[str] = None
+    tool: Optional[str] = None
+    kind: Optional[str] = None  # eventType or hookType
+    from_ms: int = 0
+    to_ms: int = 1 << 53
+    limit: int = 50
+    cursor: Optional[str] = None
+
+    def takes(self, event: JsonObject) -> bool:
+        """Tell whether an event is one of those searched for."""
+        if self.session_ids is not None and event["sessionId"] not in self.session_ids:
+            return False
+        if self.machine is not None and event["machineId"] != self.machine:
+            return False
+        if self.tool is not None and event["data"].get("toolName") != self.tool:
+            return False
+        if self.kind is not None and self.kind not in (effective_type(event), event["hookType"]):
+            return False
+        if not self.from_ms <= event["timestamp"] < self.to_ms:
+            return False
+        if not self.terms:
+            return True
+        folded = fold("\n".join(text for _, text in event_texts(event)))
+        return all(term.found_in(folded) for term in self.terms)
+
+
+SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
+
+
+def search_query(wanted: Mapping[str, Any], session_ids: Optional[FrozenSet[str]] = None) -> SearchQuery:
+    """Return the query that some SEARCH_FIELDS, `from`, `to` and `limit` ask for; raise SearchError.
+
+    `session_ids` are those of the state that was asked for, if one was.
+    """
+    for name in SEARCH_FIELDS:
+        if not isinstance(wanted.get(name), (str, type(None))):
+            raise SearchError(name, "text")
+    texts = {name: value for name, value in wanted.items() if isinstance(value, str) and value}
+    if "session" in texts:
+        named = frozenset((texts["session"],))
+        session_ids = named if session_ids is None else named & session_ids
+    limit = wanted.get("limit")
+    if limit is not None and not 1 <= limit <= SEARCH_LIMIT:
+        raise SearchError("limit", f"an integer from 1 to {SEARCH_LIMIT}")
+    start, end = wanted.get("from"), wanted.get("to")
+    return SearchQuery(
+        parse_terms(texts.get("q", "")[:1000]),
+        session_ids,
+        texts.get("machine"),
+        texts.get("tool"),
+        texts.get("type"),
+        start or 0,
+        1 << 53 if end is None else end,
+        limit or 50,
+        texts.get("cursor"),
+    )
+
+
+class SearchError(Exception):
+    """A search that cannot be carried out: the parameter and what was expected."""
+
+    def __init__(self, field: str, expected: str) -> None:
+        super().__init__(f"{field}: expected {expected}")
+        self.field = field
+        self.expected = expected
+
+
+def search_page(query: SearchQuery, candidates: Iterator[Tuple[str, bytes]]) -> JsonObject:
+    """Return the first events among candidates (cursor, line) that are searched for, as the API gives them.
+
+    Ends early, with a cursor to go on from, when the time for one answer is over.
+    """
+    begin = time.monotonic()
+    results: List[JsonObject] = []
+    cursor, complete = query.cursor, True
+    for next_cursor, line in candidates:
+        if len(results) == query.limit:
+            break
+        if time.monotonic() - begin > SEARCH_BUDGET_S:
+            complete = False
+            break
+        cursor = next_cursor
+        with contextlib.suppress(MalformedEvent):
+            event = parse_stored(line)
+            if query.takes(event):
+                results.append(_search_result(event, query.terms))
+    else:
+        cursor = None
+    took_ms = round((time.monotonic() - begin) * 1000, 1)
+    return {"results": results, "next": cursor, "complete": complete, "tookMs": took_ms}
+
+
+def _search_result(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
+    row = {**event_row(event), "snippet": []}
+    if terms:
+        field, row["snippet"] = snippet_of(event, terms)
+        if field:
+            row["field"] = field
+    return row
+
+
+def scan_candidates(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[Tuple[str, bytes]]:
+    """Yield every stored line that may be one, last arrived first, where there is no index to ask."""
+    before = None
+    if query.cursor:
+        if not re.fullmatch(r"s\d{1,16}", query.cursor):
+            raise SearchError("cursor", "the `next` of the page before; search anew")
+        before = int(query.cursor[1:])
+    needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
+    for line in lines_newest_first(store, before):
+        lowered = line.lower() if needles else line
+        # An escape may be a letter with an accent, which is as good as one without.
+        if all(needle in lowered for needle in needles) or b"\\u" in line:
+            yield f"s{line_seq(line)}", line
+
+
+def lines_newest_first(store: Union[EventStore, MemoryStore], before: Optional[int]) -> Iterator[bytes]:
+    """Yield every stored line (with a number below `before`), last arrived first."""
+    if isinstance(store, MemoryStore):
+        yield from reversed(store.recent_lines(1 << 30, before))
+        return
+    for day in reversed(store.days()):
+        readers = [lines_back(path, before) for path in store.day_paths(day)]
+        yield from heapq.merge(*readers, key=line_seq, reverse=True)
+
+
+# What an event contributes
+
+
+def fit_name(name: str) -> str:
+    """Return a name as SQLite can keep it: a lone surrogate becomes its escape."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
+
+
+class CallFact(NamedTuple):
+    """What one event says about one tool call; times in ms."""
+
+    key: int
+    tool: str
+    target: int
+    start: int
+    finish: Optional[int]
+    duration: Optional[int]
+    outcome: Outcome
+
+
+class Document(NamedTuple):
+    """One event, ready for the index."""
+
+    timestamp: int
+    file_id: int
+    offset: int
+    length: int
+    words: str
+    counts: bool  # False for what the user did to a session: it is no event of it
+    is_prompt: bool
+    calls: Tuple[CallFact, ...]
+    usage: Tuple[Tuple[str, ModelUsage], ...]  # (model, what the session has used of it until now)
+
+
+def stable_hash(*parts: str) -> int:
+    """Return 63 bits that stand for some texts, the same in every run."""
+    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
+    """Return what an event says about tool calls that have a name (CLAUDE_HOOKS: clients since 2.0.43)."""
+    data = event["data"]
+    timestamp = event["timestamp"]
+    if event["hookType"] == "PostToolBatch":
+        return tuple(
+            _call_fact(event, text_of(call.get("tool_name")), call.get("tool_input"), call["tool_use_id"],
+                       timestamp, None, Outcome.FAILED_BY_ROUND)
+            for call in _batch_calls(event)
+            if isinstance(call.get("tool_use_id"), str)
+        )  # fmt: skip
+    if kind not in ("tool_call", "tool_result", "tool_error"):
+        return ()
+    duration = data.get("durationMs")
+    known = isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40
+    duration_ms = round(duration) if known else None
+    outcome = Outcome.OPEN if kind == "tool_call" else Outcome.OK
+    if kind == "tool_error":
+        outcome = Outcome.INTERRUPTED if data.get("is_interrupt") is True else Outcome.FAILED
+    named = data.get("toolUseId")
+    use_id = named if isinstance(named, str) and named else f"unnamed:{event['id']}"
+    start = timestamp if outcome is Outcome.OPEN else timestamp - (duration_ms or 0)
+    fact = _call_fact(
+        event, text_of(data.get("toolName")), data.get("toolInput"), use_id, start, duration_ms, outcome
+    )
+    return (fact,)
+
+
+def _call_fact(
+    event: JsonObject,
+    tool: str,
+    tool_input: Any,
+    use_id: str,
+    start: int,
+    duration: Optional[int],
+    outcome: Outcome,
+) -> CallFact:
+    target = stable_hash(tool, tool_target(tool_input, event["workingDirectory"]))
+    ran = outcome not in (Outcome.OPEN, Outcome.FAILED_BY_ROUND)
+    finish = event["timestamp"] if ran else None
+    return CallFact(
+        stable_hash(event["sessionId"], use_id), tool or "?", target, start, finish, duration, outcome
+    )
+
+
+class UnnamedCalls:
+    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → keys
+
+    def paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
+        """Return the facts of an event, a result with the key of the call that it belongs to."""
+        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
+            return facts
+        fact = facts[0]
+        keys = self._open.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
+        if fact.outcome is Outcome.OPEN:
+            keys.append(fact.key)
+            del keys[:-100]
+        elif keys:
+            return (fact._replace(key=keys.pop()),)
+        return facts
+
+
+def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
+    """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
+    usage = event["data"].get("usage")
+    models = usage.get("models") if isinstance(usage, dict) else None
+    if not isinstance(models, dict):
+        return ()
+    return tuple(
+        (model[:200], _model_usage(counts))
+        for model, counts in itertools.islice(models.items(), MODELS_LIMIT)
+    )
+
+
+# The file
+
+
+class IndexFile:
+    """The SQLite file and what is written to it; one thread, one connection. Errors are sqlite3.Error."""
+
+    _ADD_CALL = """
+        INSERT INTO calls(key, file, session, tool, target, begun, quarter, finish, duration, outcome, event)
+        VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT(key) DO UPDATE SET
+          file = CASE WHEN excluded.outcome > outcome THEN excluded.file ELSE file END,
+          quarter = min(quarter, excluded.quarter),
+          finish = CASE WHEN excluded.outcome > outcome THEN excluded.finish ELSE finish END,
+          duration = CASE WHEN excluded.outcome > outcome
+            THEN ifnull(excluded.duration, max(0, excluded.finish - begun))
+            ELSE ifnull(duration, max(0, finish - ifnull(begun, excluded.begun))) END,
+          begun = ifnull(begun, excluded.begun),
+          event = CASE WHEN excluded.outcome > outcome THEN excluded.event ELSE event END,
+          outcome = max(outcome, excluded.outcome)
+        """
+    _ADD_ACTIVITY = """
+        INSERT INTO activity(file, quarter, events, prompts, first, last) VALUES(?, ?, ?, ?, ?, ?)
+        ON CONFLICT(file, quarter) DO UPDATE SET
+          events = events + excluded.events, prompts = prompts + excluded.prompts,
+          first = min(first, excluded.first), last = max(last, excluded.last)
+        """
+
+    _COUNTS = (
+        "c0",
+        "c1",
+        "c2",
+        "c3",
+        "c4",
+        "l0",
+        "l1",
+        "l2",
+        "l3",
+        "l4",
+    )  # of Tokens: all, and of long prompts
+    _ADD_USAGE = (
+        f"INSERT INTO usage(file, model, quarter, {', '.join(_COUNTS)}) "
+        f"VALUES({', '.join('?' * 13)}) "
+        "ON CONFLICT(file, model, quarter) DO UPDATE SET "
+        + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
+    )
+
+    def __init__(self, path: str) -> None:
+        """Open the file; begin a new one when there is none, or one of another version."""
+        self.path = path
+        self.is_new = False
+        self.db = self._connect()
+        if self.db.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:
+            self.db.close()
+            remove_index(path)
+            self.db = self._connect()
+            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
+            self.is_new = True
+        self.inode = os.stat(path).st_ino
+        self.full_text = has_full_text(self.db)
+        self._names: Dict[Tuple[str, str], int] = {
+            (kind, name): number for number, kind, name in self.db.execute("SELECT id, kind, name FROM names")
+        }
+
+    def _connect(self) -> sqlite3.Connection:
+        if not os.path.exists(self.path):
+            remove_index(self.path)  # a log that was left behind does not belong to the next file
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
+        # A power failure costs the last transactions, never the file; they are read from the events again.
+        for pragma in ("synchronous = NORMAL", "cache_size = -32768", "wal_autocheckpoint = 2000"):
+            db.execute(f"PRAGMA {pragma}")
+        return db
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.db.close()
+
+    def is_gone(self) -> bool:
+        """Tell whether somebody has removed or replaced the file."""
+        try:
+            return os.stat(self.path).st_ino != self.inode
+        except FileNotFoundError:
+            return True
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Do everything inside or nothing."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            self._names.clear()
+            raise
+        self.db.execute("COMMIT")
+
+    def name_id(self, kind: str, name: str) -> int:
+        """Return the number that stands for a name, a new one when it is new."""
+        name = fit_name(name)
+        number = self._names.get((kind, name))
+        if number is None:
+            found = self.db.execute(
+                "SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name)
+            ).fetchone()
+            number = found[0] if found else None
+        if number is None:
+            number = (
+                self.db.execute("INSERT INTO names(kind, name) VALUES(?, ?)", (kind, name)).lastrowid or 0
+            )
+        self._names[kind, name] = number
+        return number
+
+    def day_id(self, day: str) -> int:
+        """Return the number of a day of the store; make its table of words when it is new."""
+        found = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
+        if found:
+            return int(found[0])
+        added = self.db.execute("INSERT INTO days(name, ahead, removed) VALUES(?, 0, 0)", (day,))
+        number = added.lastrowid or 0
+        if self.full_text:
+            self.db.execute(
+                f"CREATE VIRTUAL TABLE words_{number} USING fts5(words, content='', columnsize=0, "
+                "detail=none, tokenize=ascii)"
+            )
+            # Fewer, larger pieces: twice as fast to fill and less to merge.
+            self.db.execute(
+                f"INSERT INTO words_{number}(words_{number}, rank) VALUES('hashsize', {16 << 20})"
+            )
+        return number
+
+    def files(self) -> Dict[str, Tuple[int, int, int]]:
+        """Return "day/name" → (number, inode, position) of every file that is known."""
+        rows = self.db.execute(
+            "SELECT days.name, files.name, files.id, inode, position FROM files JOIN days ON days.id = day"
+        )
+        return {f"{day}/{name}": (number, inode, position) for day, name, number, inode, position in rows}
+
+    def add_file(self, day: str, name: str, inode: int, event: JsonObject) -> int:
+        """Make a file known by its first event; return its number."""
+        row = (
+            self.day_id(day),
+            name,
+            inode,
+            self.name_id("session", event["sessionId"]),
+            self.name_id("machine", event["machineId"]),
+            self.name_id("project", event["workingDirectory"]),
+        )
+        added = self.db.execute(
+            "INSERT INTO files(day, name, inode, position, session, machine, project) "
+            "VALUES(?, ?, ?, 0, ?, ?, ?)",
+            row,
+        )
+        return added.lastrowid or 0
+
+    def add(self, day_id: int, documents: List[Document], positions: Mapping[int, int]) -> None:
+        """Write events of one day, and how far their files have been read (file number → position)."""
+        documents.sort(key=lambda document: (document.timestamp, document.file_id, document.offset))
+        numbered = list(zip(self._free_ids(documents), documents))
+        self.db.executemany(
+            "INSERT INTO events(id, file, offset, length) VALUES(?, ?, ?, ?)",
+            [(number, doc.file_id, doc.offset, doc.length) for number, doc in numbered],
+        )
+        if self.full_text:
+            self.db.executemany(
+                f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)",
+                [(number, doc.words) for number, doc in numbered],
+            )
+        sessions = dict(self.db.execute("SELECT id, session FROM files WHERE day = ?", (day_id,)))
+        self.db.executemany(self._ADD_CALL, list(self._call_rows(numbered, sessions)))
+        self.db.executemany(self._ADD_ACTIVITY, activity_rows(documents))
+        self.db.executemany(self._ADD_USAGE, list(self._usage_rows(documents)))
+        self.db.executemany(
+            "UPDATE files SET position = ? WHERE id = ?", [(at, file) for file, at in positions.items()]
+        )
+        if numbered:
+            ahead = max(number - document.timestamp for number, document in numbered)
+            self.db.execute(
+                "UPDATE days SET low = min(ifnull(low, ?), ?), high = max(ifnull(high, ?), ?), "
+                "ahead = max(ahead, ?) WHERE id = ?",
+                (*[numbered[0][0]] * 2, *[numbered[-1][0]] * 2, ahead, day_id),
+            )
+
+    def _free_ids(self, documents: Sequence[Document]) -> Iterator[int]:
+        last = -1
+        for document in documents:
+            number = max(document.timestamp, last + 1)
+            while self.db.execute("SELECT 1 FROM events WHERE id = ?", (number,)).fetchone():
+                number += 1
+            last = number
+            yield number
+
+    def _call_rows(
+        self, numbered: Sequence[Tuple[int, Document]], sessions: Mapping[int, int]
+    ) -> Iterator[Tuple[Any, ...]]:
+        for number, document in numbered:
+            for call in document.calls:
+                yield (
+                    call.key,
+                    document.file_id,
+                    sessions[document.file_id],
+                    self.name_id("tool", call.tool),
+                    call.target,
+                    call.start if call.outcome is Outcome.OPEN else None,
+                    call.start // QUARTER_MS,
+                    call.finish,
+                    call.duration,
+                    call.outcome,
+                    number,
+                )
+
+    def _usage_rows(self, documents: Sequence[Document]) -> Iterator[Tuple[int, ...]]:
+        for document in documents:
+            for model, used in document.usage:
+                quarter = document.timestamp // QUARTER_MS
+                yield (document.file_id, self.name_id("model", model), quarter, *used.all, *used.long_prompts)
+
+    def forget_file(self, file_id: int) -> None:
+        """Take out everything that came from one file, and its day with its last file."""
+        day_id = self.db.execute("SELECT day FROM files WHERE id = ?", (file_id,)).fetchone()[0]
+        removed = self.db.execute("DELETE FROM events WHERE file = ?", (file_id,)).rowcount
+        for table in ("calls", "activity", "usage"):
+            self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
+        self.db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self.db.execute("UPDATE days SET removed = removed + ? WHERE id = ?", (removed, day_id))
+        if not self.db.execute("SELECT 1 FROM files WHERE day = ? LIMIT 1", (day_id,)).fetchone():
+            self.forget_day(day_id)
+
+    def forget_day(self, day_id: int) -> None:
+        """Take out a whole day."""
+        for (file_id,) in self.db.execute("SELECT id FROM files WHERE day = ?", (day_id,)).fetchall():
+            for table in ("events", "calls", "activity", "usage"):
+                self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
+        self.db.execute("DELETE FROM files WHERE day = ?", (day_id,))
+        self.db.execute("DELETE FROM days WHERE id = ?", (day_id,))
+        if self.full_text:
+            self.db.execute(f"DROP TABLE IF EXISTS words_{day_id}")
+
+    def worn_days(self) -> List[int]:
+        """Return the days whose words are mostly of files that are gone: they are worth reading anew."""
+        rows = self.db.execute(
+            "SELECT id FROM days WHERE removed > 1000 AND removed > "
+            "(SELECT count(*) FROM events WHERE file IN (SELECT id FROM files WHERE day = days.id))"
+        )
+        return [day_id for (day_id,) in rows]
+
+    def give_back(self) -> None:
+        """Give the space of what was taken out back to the file system."""
+        if self.db.execute("PRAGMA freelist_count").fetchone()[0]:
+            # One page a step, and only executescript steps to the end.
+            self.db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+
+
+def activity_rows(documents: Sequence[Document]) -> List[Tuple[int, ...]]:
+    """Return (file, quarter of an hour, events, prompts, first ms, last ms) of some events."""
+    rows: Dict[Tuple[int, int], List[int]] = {}
+    for document in documents:
+        if not document.counts:
+            continue
+        at = document.timestamp
+        row = rows.setdefault((document.file_id, at // QUARTER_MS), [0, 0, at, at])
+        row[0] += 1
+        row[1] += document.is_prompt
+        row[2], row[3] = min(row[2], at), max(row[3], at)
+    return [(*key, *row) for key, row in rows.items()]
+
+
+def has_full_text(db: sqlite3.Connection) -> bool:
+    """Tell whether this SQLite was built with FTS5."""
+    try:
+        db.execute("CREATE VIRTUAL TABLE temp.probe USING fts5(words)")
+        db.execute("DROP TABLE temp.probe")
+    except sqlite3.OperationalError:
+        return False
+    return True
+
+
+def remove_index(path: str) -> None:
+    """Remove the index and what SQLite keeps beside it."""
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
+
+
+# Filling
+
+
+class Indexer:
+    """Fill the index from the event files, in a thread of its own.
+
+    `grown` is for the loop thread, `look_again` and `status` for any.
+    """
+
+    def __init__(self, store: EventStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._file: Optional[IndexFile] = None
+        self._lock = threading.Lock()
+        self._grown: Dict[str, int] = {}  # "day/name" → bytes that were added and not yet looked at
+        self._look_again = True
+        self._wake = threading.Event()
+        self._stopping = False
+        self._last_live = 0.0  # time.monotonic() of the last event
+        self._state, self._error = "building", ""
+        self._full_text = True
+        self._done = self._total = 0
+        self._indexed = 0  # events since the start, for the average length of a line
+        self._indexed_bytes = 0
+        self._closed_calls = SeenIds()
+        self._unnamed = UnnamedCalls()
+        self._thread = threading.Thread(target=self._run, name="index", daemon=True)
+
+    def start(self) -> None:
+        """Begin to fill."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the batch at hand."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(10)
+
+    def grown(self, stored: Sequence[StoredEvent]) -> None:
+        """Take note of events that were just written to their files."""
+        with self._lock:
+            for entry in stored:
+                name = f"{day_of(entry.event['received'])}/{session_file_name(entry.event['sessionId'])}"
+                self._grown[name] = self._grown.get(name, 0) + len(entry.line) + 1
+        self._last_live = time.monotonic()
+        self._wake.set()
+
+    def look_again(self) -> None:
+        """Compare with the files on disk once more: some were removed, replaced or added."""
+        self._look_again = True
+        self._wake.set()
+
+    def make_anew(self) -> None:
+        """Throw the index away and fill a new one: what was read from it made no sense."""
+        with contextlib.suppress(OSError):
+            remove_index(self._path)
+        self._wake.set()
+
+    def status(self) -> JsonObject:
+        """Return what /api/status shows of the index."""
+        with self._lock:
+            behind = sum(self._grown.values())
+        total, done = self._total + behind, self._done
+        line_bytes = self._indexed_bytes / self._indexed if self._indexed else 1000
+        return {
+            "state": self._state,
+            "done": done,
+            "total": total,
+            "lagEvents": math.ceil(max(0, total - done) / line_bytes),
+            "bytes": index_bytes(self._path),
+            "fullText": self._full_text,
+            "error": self._error or None,
+        }
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._file = IndexFile(self._path)
+                self._full_text = self._file.full_text
+                self._state = "building"
+                self._look_again = True
+                self._fill(self._file)
+            except (sqlite3.Error, OSError) as error:
+                self._fail(error)
+            except Exception:  # nobody foresaw it; searching the files still works
+                log.exception("the index ended unexpectedly")
+                self._state, self._error = "off", "it ended unexpectedly, the log tells why"
+                self._pause(INDEX_RETRY_S)
+            finally:
+                self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._file.close()
+            self._file = None
+
+    def _fail(self, error: Exception) -> None:
+        """Begin anew when the file is damaged; wait when it cannot be written."""
+        words = str(error)
+        if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
+            log.warning("the index is made anew: %s", words)
+            self._close()
+            with contextlib.suppress(OSError):
+                remove_index(self._path)
+            self._pause(0.5)
+            return
+        if words != self._error:
+            log.warning("the index cannot be written, searches read the files: %s", words)
+        self._state, self._error = "off", words
+        self._pause(INDEX_RETRY_S)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _fill(self, file: IndexFile) -> None:
+        while not self._stopping and not file.is_gone():
+            self._wake.clear()
+            with self._lock:
+                grown, self._grown = self._grown, {}
+            if self._look_again:
+                self._look_again = False
+                self._compare(file)
+            else:
+                self._total += sum(grown.values())
+                self._read_files(file, sorted(grown))
+            if self._stopping or self._look_again:
+                continue
+            if self._state != "ready":
+                log.info("the index is complete: %d bytes of events", self._done)
+            self._state, self._error = "ready", ""
+            self._wake.wait(2.0)
+            time.sleep(INDEX_GATHER_S)
+
+    def _compare(self, file: IndexFile) -> None:
+        """Bring the index to where the files are, the latest day first: what is new is wanted soonest."""
+        on_disk = {
+            f"{day}/{name}": about
+            for day in self._store.days()
+            for name, about in stored_files(self._store.root, day)
+        }
+        known = file.files()
+        with file.transaction():
+            for name, (file_id, inode, position) in known.items():
+                now = on_disk.get(name)
+                if now is None or (now.inode and inode and now.inode != inode) or now.size < position:
+                    file.forget_file(file_id)
+            for day_id in file.worn_days():
+                file.forget_day(day_id)
+        file.give_back()
+        known = file.files()
+        self._total = sum(about.size for about in on_disk.values())
+        self._done = sum(position for _, _, position in known.values())
+        behind = [name for name, now in on_disk.items() if now.size > known.get(name, (0, 0, 0))[2]]
+        self._read_files(file, sorted(behind, key=lambda name: name.partition("/")[0], reverse=True))
+
+    def _read_files(self, file: IndexFile, names: Sequence[str]) -> None:
+        """Index what was added to some files ("day/name"), in batches of one day each."""
+        for day, group in itertools.groupby(names, key=lambda name: name.partition("/")[0]):
+            batch = IndexBatch()
+            for name in group:
+                self._read_file(file, day, name.partition("/")[2], batch)
+                if self._stopping or file.is_gone():
+                    return
+            self._write(file, day, batch)
+
+    def _read_file(self, file: IndexFile, day: str, name: str, batch: "IndexBatch") -> None:
+        row = file.db.execute(
+            "SELECT files.id, position FROM files JOIN days ON days.id = day "
+            "WHERE days.name = ? AND files.name = ?",
+            (day, name),
+        ).fetchone()
+        file_id, position = row or (None, 0)
+        path = f"{self._store.root}/{day}/{name}"
+        try:
+            source = open(path, "rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # removed meanwhile
+            self._look_again = True
+            return
+        with source:
+            source.seek(position)
+            began = time.monotonic()
+            for line in source:
+                if not line.endswith(b"\n"):
+                    break
+                event = self._event_of(line)
+                if event is not None:
+                    if file_id is None:
+                        with file.transaction():
+                            file_id = file.add_file(day, name, os.fstat(source.fileno()).st_ino, event)
+                    batch.documents.append(self._document(file, event, file_id, position, len(line)))
+                position += len(line)
+                batch.size += len(line)
+                if file_id is not None:
+                    batch.positions[file_id] = position
+                if len(batch.documents) % INDEX_SLICE_EVENTS == 0:
+                    began = self._yield_to_live_path(began)
+                if batch.is_full():
+                    self._write(file, day, batch)
+                    began = self._yield_to_live_path(began)
+                    if self._stopping or file.is_gone():
+                        return
+
+    def _yield_to_live_path(self, began: float) -> float:
+        """Rest after work that began at `began`, if events are arriving; return when work goes on."""
+        now = time.monotonic()
+        if now - self._last_live < LIVE_S and not self._stopping:
+            time.sleep(min(1.0, (now - began) * (1 - LIVE_SHARE) / LIVE_SHARE))
+        return time.monotonic()
+
+    @staticmethod
+    def _event_of(line: bytes) -> Optional[JsonObject]:
+        try:
+            return parse_stored(line)
+        except MalformedEvent:  # edited by hand
+            return None
+
+    def _document(
+        self, file: IndexFile, event: JsonObject, file_id: int, offset: int, length: int
+    ) -> Document:
+        kind = effective_type(event)
+        calls = self._unnamed.paired(event, call_facts(event, kind))
+        texts: List[str] = []
+        for name, value in event["data"].items():
+            if name == "tool_calls" and event["hookType"] == "PostToolBatch":
+                # Each call has told the same itself; what only its round tells is not in the set.
+                told = [
+                    call
+                    for call in _batch_calls(event)
+                    if text_of(call.get("tool_use_id")) not in self._closed_calls
+                ]
+                collect_texts(told, texts)
+            elif name not in _NOT_SEARCHED:
+                collect_texts(value, texts)
+        if kind in ("tool_result", "tool_error"):
+            self._closed_calls.add(text_of(event["data"].get("toolUseId")))
+        marks = [
+            ("session", event["sessionId"]),
+            ("machine", event["machineId"]),
+            ("kind", f"{kind}\n{event['hookType']}"),
+        ]
+        if isinstance(event["data"].get("toolName"), str):
+            marks.append(("tool", event["data"]["toolName"]))
+        marked = " ".join(f"{_MARK}{file.name_id(mark, name)}" for mark, name in marks)
+        return Document(
+            event["timestamp"],
+            file_id,
+            offset,
+            length,
+            fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked,
+            kind != "session_meta",
+            _is_persons_prompt(event, kind),
+            calls,
+            usage_facts(event),
+        )
+
+    def _write(self, file: IndexFile, day: str, batch: "IndexBatch") -> None:
+        if batch.positions:
+            with file.transaction():
+                file.add(file.day_id(day), batch.documents, batch.positions)
+        self._done += batch.size
+        self._indexed += len(batch.documents)
+        self._indexed_bytes += batch.size
+        batch.clear()
+
+
+class IndexBatch:
+    """Events that are read but not yet written to the index."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.documents: List[Document] = []
+        self.positions: Dict[int, int] = {}
+        self.size = 0
+        self._began = time.monotonic()
+
+    def is_full(self) -> bool:
+        """Tell whether it is time to write."""
+        return (
+            len(self.documents) >= INDEX_BATCH_EVENTS
+            or self.size >= INDEX_BATCH_BYTES
+            or time.monotonic() - self._began > INDEX_BATCH_S
+        )
+
+
+class StoredFile(NamedTuple):
+    """A file of the store: its inode and its length in bytes of lines."""
+
+    inode: int
+    size: int
+
+
+def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+    """Yield the name of each file of a day, and what it is."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
+        for entry in entries:
+            if entry.name.endswith(".jsonl"):
+                with contextlib.suppress(FileNotFoundError):
+                    about = entry.stat()
+                    yield entry.name, StoredFile(about.st_ino, about.st_size)
+
+
+def index_bytes(path: str) -> int:
+    """Return how much room the index takes on disk."""
+    size = 0
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(OSError):
+            size += os.path.getsize(path + suffix)
+    return size
+
+
+# Asking
+
+
+class IndexReader:
+    """A read-only connection for any thread; one question at a time."""
+
+    def __init__(self, path: str, root: str) -> None:
+        self._path = path
+        self._root = root
+        self._lock = threading.Lock()
+        self._db: Optional[sqlite3.Connection] = None
+        self._inode = 0
+        self._is_full_text = True
+
+    @contextlib.contextmanager
+    def _reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
+        """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none."""
+        with self._lock:
+            try:
+                inode = os.stat(self._path).st_ino
+            except FileNotFoundError:
+                raise sqlite3.OperationalError("there is no index") from None
+            if self._db is not None and inode != self._inode:
+                self._db.close()
+                self._db = None
+            if self._db is None:
+                address = f"file:{urllib.parse.quote(self._path)}?mode=ro"
+                self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+                self._is_full_text = has_full_text(self._db)
+                self._db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
+                self._inode = inode
+            db = self._db
+            deadline = time.monotonic() + budget_s
+            db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.set_progress_handler(None, 0)
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def search(self, query: SearchQuery) -> JsonObject:
+        """Return one page of what is searched for; raise sqlite3.Error when the index cannot tell."""
+        if query.cursor and not re.fullmatch(r"i\d{1,18}", query.cursor):
+            raise SearchError("cursor", "the `next` of the page before; search anew")
+        below = int(query.cursor[1:]) if query.cursor else None
+        with self._reading(SEARCH_BUDGET_S * 2) as db, LineReader(db, self._root) as lines:
+            ids = index_candidates(db, query, below, self._is_full_text)
+            try:
+                return search_page(query, lines.numbered(ids))
+            except sqlite3.OperationalError as error:
+                if "interrupt" in str(error):
+                    raise SearchError(
+                        "q", "longer words: so many begin like this that it takes too long"
+                    ) from None
+                raise
+
+    def statistics(
+        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int, prices: PriceList
+    ) -> JsonObject:
+        """Return the figures of [from_ms, to_ms) in whole quarters of an hour, as /api/stats gives them."""
+        with self._reading(60.0) as db, LineReader(db, self._root) as lines:
+            return Statistics(db, lines, from_ms, to_ms, session_id, offset_minutes, prices).to_json()
+
+
+class LineReader:
+    """Read events' lines from their files by their number in the index."""
+
+    def __init__(self, db: sqlite3.Connection, root: str) -> None:
+        self._db = db
+        self._root = root
+        self._sources: Dict[int, Any] = {}  # file number → open file, None when it is gone
+
+    def __enter__(self) -> "LineReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for source in self._sources.values():
+            if source is not None:
+                source.close()
+
+    def line(self, number: int) -> Optional[bytes]:
+        """Return a line without its newline; None when it is gone."""
+        row = self._db.execute("SELECT file, offset, length FROM events WHERE id = ?", (number,)).fetchone()
+        if row is None:
+            return None
+        file_id, offset, length = row
+        if file_id not in self._sources:
+            self._sources[file_id] = self._open(file_id)
+        source = self._sources[file_id]
+        if source is None:
+            return None
+        source.seek(offset)
+        line: bytes = source.read(length)
+        return line[:-1] if line.endswith(b"\n") and _SEQ.match(line) else None
+
+    def _open(self, file_id: int) -> Any:
+        day, name = self._db.execute(
+            "SELECT days.name, files.name FROM files JOIN days ON days.id = day WHERE files.id = ?",
+            (file_id,),
+        ).fetchone()
+        try:
+            return open(f"{self._root}/{day}/{name}", "rb")  # noqa: SIM115 - closed with the reader
+        except FileNotFoundError:
+            return None
+
+    def numbered(self, numbers: Iterable[int]) -> Iterator[Tuple[str, bytes]]:
+        """Yield (cursor, line) for each number whose line is there."""
+        for number in numbers:
+            line = self.line(number)
+            if line is not None:
+                yield f"i{number}", line
+
+
+def index_candidates(
+    db: sqlite3.Connection, query: SearchQuery, below: Optional[int], is_full_text: bool
+) -> Iterator[int]:
+    """Yield the numbers of the events that may be searched for, newest first."""
+    # Where more events came than milliseconds passed, numbers ran ahead of timestamps; by no more than that.
+    ahead = db.execute("SELECT ifnull(max(ahead), 0) FROM days").fetchone()[0]
+    low, high = query.from_ms, query.to_ms + ahead
+    if below is not None:
+        high = min(high, below)
+    match = match_expression(db, query)
+    if match is None:
+        return
+    if not match or not is_full_text:
+        rows = db.execute("SELECT id FROM events WHERE id >= ? AND id < ? ORDER BY id DESC", (low, high))
+        yield from (number for (number,) in rows)
+        return
+    yield from _word_candidates(db, query, match, low, high)
+
+
+def _word_candidates(
+    db: sqlite3.Connection, query: SearchQuery, match: str, low: int, high: int
+) -> Iterator[int]:
+    """Merge what the days' tables of words answer; an older day is asked only when it is reached."""
+    sql = "SELECT id, high FROM days WHERE high >= ? AND low < ?"
+    parameters: List[Any] = [low, high]
+    if query.session_ids is not None and len(query.session_ids) == 1:
+        sql += (
+            " AND id IN (SELECT day FROM files WHERE session IN "
+            "(SELECT id FROM names WHERE kind = 'session' AND name = ?))"
+        )
+        parameters += map(fit_name, query.session_ids)
+    waiting: Deque[Tuple[int, int]] = collections.deque(db.execute(sql + " ORDER BY high DESC", parameters))
+    heads: List[Tuple[int, int, Iterator[Tuple[int]]]] = []  # (minus the next number, day, what follows)
+    while waiting or heads:
+        while waiting and (not heads or waiting[0][1] >= -heads[0][0]):
+            day_id, _ = waiting.popleft()
+            rows: Iterator[Tuple[int]] = db.execute(
+                f"SELECT rowid FROM words_{day_id} WHERE words_{day_id} MATCH ? AND rowid >= ? AND rowid < ? "
+                "ORDER BY rowid DESC",
+                (match, low, high),
+            )
+            first = next(rows, None)
+            if first is not None:
+                heapq.heappush(heads, (-first[0], day_id, rows))
+        if not heads:
+            return
+        number, day_id, rows = heads[0]
+        yield -number
+        following = next(rows, None)
+        if following is None:
+            heapq.heappop(heads)
+        else:
+            heapq.heapreplace(heads, (-following[0], day_id, rows))
+
+
+def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str]:
+    """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
+    parts = []
+    for term in query.terms:
+        parts += [f'"{word}"' for word in term.words]
+        if term.is_prefix:
+            parts[-1] += " *"
+    for kind, wanted in (
+        ("session", query.session_ids),
+        ("machine", query.machine and {query.machine}),
+        ("tool", query.tool and {query.tool}),
+        ("kind", query.kind and {query.kind}),
+    ):
+        if wanted is None:
+            continue
+        fitting = {fit_name(name) for name in wanted}
+        names = db.execute("SELECT id, name FROM names WHERE kind = ?", (kind,))
+        # A kind has two names: ours, and that of the hook.
+        numbers = [
+            number
+            for number, name in names
+            if not fitting.isdisjoint(name.split("\n") if kind == "kind" else (name,))
+        ]
+        if not numbers:
+            return None
+        parts.append("(" + " OR ".join(f'"{_MARK}{number}"' for number in numbers) + ")")
+    return " AND ".join(parts)
+
+
+class Statistics:
+    """The figures of a stretch of time, of all sessions or of one, counted in quarters of an hour."""
+
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        lines: LineReader,
+        from_ms: int,
+        to_ms: int,
+        session_id: Optional[str],
+        offset_minutes: int,
+        prices: PriceList,
+    ) -> None:
+        self._db = db
+        self._lines = lines
+        self._prices = prices
+        self._session_id = session_id
+        self._offset_minutes = offset_minutes
+        first, last = db.execute("SELECT min(quarter), max(quarter) FROM activity").fetchone()
+        self._from, self._to = from_ms // QUARTER_MS, -(-to_ms // QUARTER_MS)
+        shown_from = max(self._from, first or 0)
+        self._shown = (shown_from, max(shown_from, min(self._to, (last or -1) + 1)))
+        self._names: Dict[int, str] = dict(db.execute("SELECT id, name FROM names"))
+        self._bounds: Tuple[Any, ...] = (self._from, self._to)
+        self._where = "quarter >= ? AND quarter < ?"
+        if session_id is not None:
+            self._where += " AND session = ?"
+            found = db.execute(
+                "SELECT id FROM names WHERE kind = 'session' AND name = ?", (fit_name(session_id),)
+            ).fetchone()
+            self._bounds += (found[0] if found else -1,)
+
+    def to_json(self) -> JsonObject:
+        """Return everything."""
+        sums = self._sums()
+        tools = list(self._tools())
+        return {
+            "from": self._shown[0] * QUARTER_MS,
+            "to": self._shown[1] * QUARTER_MS,
+            "utcOffset": self._offset_minutes,
+            "session": self._session_id,
+            **sums,
+            "tools": [figures for figures, _ in tools],
+            "slowest": self._slowest(call for _, slowest in tools for call in slowest),
+            "failing": self._failing(),
+        }
+
+    def _tools(self) -> Iterator[Tuple[JsonObject, List[Tuple[int, int, int]]]]:
+        """Yield each tool's figures and its slowest calls (duration, outcome, event), most calls first."""
+        ends: Dict[int, Dict[int, int]] = collections.defaultdict(dict)
+        for tool, outcome, count in self._db.execute(
+            f"""SELECT tool, outcome, count(*) FROM calls INDEXED BY calls_by_tool
+            WHERE outcome <> {Outcome.OK:d} AND {self._where} GROUP BY tool, outcome""",
+            self._bounds,
+        ):
+            ends[tool][outcome] = count
+        rows = self._db.execute(
+            f"""SELECT tool, count(*), count(duration), ifnull(sum(duration), 0)
+            FROM calls INDEXED BY calls_by_tool WHERE {self._where} GROUP BY tool""",
+            self._bounds,
+        ).fetchall()
+        for tool, calls, timed, total in sorted(rows, key=lambda row: (-row[1], self._names[row[0]])):
+            slowest = self._slowest_of(tool)
+            yield (
+                {
+                    "toolName": self._names[tool],
+                    "calls": calls,
+                    "failures": ends[tool].get(Outcome.FAILED, 0)
+                    + ends[tool].get(Outcome.FAILED_BY_ROUND, 0),
+                    "interrupted": ends[tool].get(Outcome.INTERRUPTED, 0),
+                    "unfinished": ends[tool].get(Outcome.OPEN, 0),
+                    "timed": timed,
+                    "p50Ms": self._percentile(tool, timed, 50),
+                    "p95Ms": self._percentile(tool, timed, 95),
+                    "maxMs": slowest[0][0] if slowest else None,
+                    "totalMs": total,
+                },
+                slowest,
+            )
+
+    def _slowest_of(self, tool: int) -> List[Tuple[int, int, int]]:
+        return self._db.execute(
+            f"""SELECT duration, outcome, event FROM calls INDEXED BY calls_by_tool
+            WHERE tool = ? AND duration IS NOT NULL AND {self._where}
+            ORDER BY duration DESC LIMIT {EXTREMES}""",
+            (tool, *self._bounds),
+        ).fetchall()
+
+    def _percentile(self, tool: int, count: int, percent: int) -> Optional[int]:
+        """Return the duration that so many percent of the calls do not exceed (the nearest rank)."""
+        if not count:
+            return None
+        row = self._db.execute(
+            f"""SELECT duration FROM calls INDEXED BY calls_by_tool WHERE tool = ? AND duration IS NOT NULL
+            AND {self._where} ORDER BY duration LIMIT 1 OFFSET ?""",
+            (tool, *self._bounds, -(-count * percent // 100) - 1),
+        ).fetchone()
+        return int(row[0])
+
+    def _slowest(self, calls: Iterable[Tuple[int, int, int]]) -> List[JsonObject]:
+        found = []
+        for duration, outcome, number in heapq.nlargest(EXTREMES, calls):
+            event = self._event(number)
+            if event is not None:
+                failed = outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND)
+                found.append({"durationMs": duration, "failed": failed, **_example(event)})
+        return found
+
+    def _failing(self) -> List[JsonObject]:
+        rows = self._db.execute(
+            f"""SELECT target, count(*), max(event) FROM calls INDEXED BY calls_failed
+            WHERE outcome IN (1, 3) AND {self._where} GROUP BY tool, target
+            ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES}""",
+            self._bounds,
+        ).fetchall()
+        marks = ",".join("?" * len(rows))
+        calls = dict(
+            self._db.execute(
+                f"""SELECT target, count(*) FROM calls INDEXED BY calls_by_target
+                WHERE target IN ({marks}) AND {self._where} GROUP BY target""",
+                (*(target for target, _, _ in rows), *self._bounds),
+            )
+        )
+        found = []
+        for target, failures, number in rows:
+            event = self._event(number)
+            if event is not None:
+                last_error = one_line(text_of(event["data"].get("error")), 300)
+                counts = {"failures": failures, "calls": calls.get(target, failures)}
+                found.append({**counts, "lastError": last_error, **_example(event)})
+        return found
+
+    def _event(self, number: int) -> Optional[JsonObject]:
+        line = self._lines.line(number)
+        try:
+            return parse_stored(line) if line is not None else None
+        except MalformedEvent:
+            return None
+
+    # Sums: cells of one session and quarter of an hour, added up by session and by quarter, and these further
+
+    def _sums(self) -> JsonObject:
+        by_session: Dict[int, Sums] = collections.defaultdict(Sums)
+        by_quarter: Dict[int, Sums] = collections.defaultdict(Sums)
+        places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
+        for session, machine, project, quarter, events, prompts, first, last in self._activity():
+            places.setdefault(session, (machine, project))
+            for sums in (by_session[session], by_quarter[quarter]):
+                sums.add_activity(session, events, prompts, first, last)
+        for session, quarter, calls, failures in self._calls():
+            if session not in places:
+                places[session] = self._place_of(session)
+            for sums in (by_session[session], by_quarter[quarter]):
+                sums.add_calls(session, calls, failures)
+        models: Dict[int, ModelUsage] = {}
+        for session, model, quarter, used in self._usage():
+            models[model] = add_usage(models.get(model), used)
+            if session not in places:
+                places[session] = self._place_of(session)
+            for sums in (by_session[session], by_quarter[quarter]):
+                sums.add_usage(session, self._names[model], used)
+        groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
+        for session, sums in by_session.items():
+            machine, project = places[session]
+            for group, key in (("all", None), ("machine", machine), ("project", project)):
+                groups[group][key].merge(sums)
+        for quarter, sums in by_quarter.items():
+            hour = (quarter * QUARTER_MS + self._offset_minutes * 60_000) // 3_600_000
+            utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
+            for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
+                groups[group][key].merge(sums)
+        by_model = sorted(models.items(), key=lambda item: (-sum(item[1].all), item[0]))
+        return {
+            "models": [
+                {"model": self._names[key], **self._tokens_json({self._names[key]: used})}
+                for key, used in by_model
+            ],
+            **self._sums_json({**groups, "session": by_session}, places),
+        }
+
+    def _usage(self) -> Iterator[Tuple[int, int, int, ModelUsage]]:
+        """Yield (session, model, quarter, used in it): what the totals grew by that sessions tell."""
+        where = "quarter < ?" + (" AND session = ?" if self._session_id is not None else "")
+        rows = self._db.execute(
+            f"""SELECT session, model, quarter, {", ".join(f"max({name})" for name in IndexFile._COUNTS)}
+            FROM usage JOIN files ON files.id = file WHERE {where}
+            GROUP BY session, model, quarter ORDER BY session, model, quarter""",
+            self._bounds[1:],
+        )
+        of: Optional[Tuple[int, int]] = None
+        before: List[int] = []
+        for session, model, quarter, *counts in rows:
+            if (session, model) != of:
+                of, before = (session, model), [0] * len(counts)
+            grown = [max(0, now - then) for now, then in zip(counts, before)]
+            before = [max(now, then) for now, then in zip(counts, before)]
+            if quarter >= self._from:
+                yield session, model, quarter, ModelUsage(Tokens(*grown[:5]), Tokens(*grown[5:]))
+
+    def _tokens_json(self, usage: Dict[str, ModelUsage]) -> JsonObject:
+        told = SessionUsage(0, usage)
+        return {
+            "tokenUsage": told.to_json() if usage else None,
+            "estimatedCostUsd": self._prices.estimate(told) if usage else None,
+        }
+
+    def _group_json(self, sums: "Sums") -> JsonObject:
+        return {**sums.to_json(), **self._tokens_json(sums.usage)}
+
+    def _sums_json(
+        self, groups: Mapping[str, Mapping[Any, "Sums"]], places: Mapping[int, Tuple[int, int]]
+    ) -> JsonObject:
+        by_size = {
+            name: sorted(groups.get(name, {}).items(), key=lambda item: (-item[1].events, item[0]))
+            for name in ("project", "machine")
+        }
+        latest = sorted(groups["session"].items(), key=lambda item: (-item[1].last, item[0]))[
+            :COMPARED_SESSIONS
+        ]
+        hours, times = groups.get("hour", {}), groups.get("time", {})
+        return {
+            "totals": self._group_json(groups.get("all", {}).get(None, Sums())),
+            "projects": [
+                {"project": self._names[key], **self._group_json(sums)} for key, sums in by_size["project"]
+            ],
+            "machines": [
+                {"machineId": self._names[key], **self._group_json(sums)} for key, sums in by_size["machine"]
+            ],
+            "days": [
+                {"day": day_of(day * 86_400_000), **self._group_json(sums)}
+                for day, sums in sorted(groups.get("day", {}).items())
+            ],
+            "hours": [{"hour": hour, **hours.get(hour, Sums()).of_hour()} for hour in range(24)],
+            "timeline": [{"time": time_ms, **sums.of_hour()} for time_ms, sums in sorted(times.items())],
+            "sessions": [
+                {
+                    "sessionId": self._names[session],
+                    "label": None,
+                    "machineId": self._names[places[session][0]],
+                    "project": self._names[places[session][1]],
+                    "start": sums.first,
+                    "end": sums.last,
+                    **{name: value for name, value in self._group_json(sums).items() if name != "sessions"},
+                }
+                for session, sums in latest
+            ],
+        }
+
+    def _activity(self) -> Iterator[Tuple[int, ...]]:
+        yield from self._db.execute(
+            f"""SELECT session, machine, project, quarter, events, prompts, first, last
+            FROM activity JOIN files ON files.id = file WHERE {self._where} ORDER BY quarter DESC""",
+            self._bounds,
+        )
+
+    def _calls(self) -> Iterator[Tuple[int, ...]]:
+        yield from self._db.execute(
+            f"""SELECT session, quarter, count(*), sum(outcome IN (1, 3))
+            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter""",
+            self._bounds,
+        )
+
+    def _place_of(self, session: int) -> Tuple[int, int]:
+        row = self._db.execute("SELECT machine, project FROM files WHERE session = ?", (session,)).fetchone()
+        return (int(row[0]), int(row[1]))
+
+
+def _example(event: JsonObject) -> JsonObject:
+    data = event["data"]
+    return {
+        "toolName": text_of(data.get("toolName")) or "?",
+        "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
+        "timestamp": event["timestamp"],
+        "sessionId": event["sessionId"],
+        "seq": event["seq"],
+        "eventId": event["id"],
+    }
+
+
+def add_usage(one: Optional[ModelUsage], other: ModelUsage) -> ModelUsage:
+    """Add two amounts of one model's tokens."""
+    return other if one is None else ModelUsage(one.all + other.all, one.long_prompts + other.long_prompts)
+
+
+class Sums:
+    """What is added up for a group: a day, a project, a session …"""
+
+    def __init__(self) -> None:
+        self.sessions: Set[int] = set()
+        self.events = self.prompts = self.calls = self.failures = 0
+        self.first: Optional[int] = None
+        self.last = 0
+        self.usage: Dict[str, ModelUsage] = {}
+
+    def add_usage(self, session: int, model: str, used: ModelUsage) -> None:
+        """Add what one session used of one model in one quarter of an hour."""
+        self.sessions.add(session)
+        self.usage[model] = add_usage(self.usage.get(model), used)
+
+    def add_activity(self, session: int, events: int, prompts: int, first: int, last: int) -> None:
+        """Add what happened in one quarter of an hour of one session."""
+        self.sessions.add(session)
+        self.events += events
+        self.prompts += prompts
+        self.first = first if self.first is None else min(self.first, first)
+        self.last = max(self.last, last)
+
+    def add_calls(self, session: int, calls: int, failures: int) -> None:
+        """Add the calls of one quarter of an hour of one session."""
+        self.sessions.add(session)
+        self.calls += calls
+        self.failures += failures
+
+    def merge(self, other: "Sums") -> None:
+        """Add what another group has added up."""
+        self.sessions |= other.sessions
+        self.events += other.events
+        self.prompts += other.prompts
+        self.calls += other.calls
+        self.failures += other.failures
+        for model, used in other.usage.items():
+            self.usage[model] = add_usage(self.usage.get(model), used)
+        if other.first is not None:
+            self.first = other.first if self.first is None else min(self.first, other.first)
+        self.last = max(self.last, other.last)
+
+    def of_hour(self) -> JsonObject:
+        """Return what is shown of an hour."""
+        return {"events": self.events, "toolCalls": self.calls, "failures": self.failures}
+
+    def to_json(self) -> JsonObject:
+        """Return what is shown of any other group."""
+        return {
+            "sessions": len(self.sessions),
+            "events": self.events,
+            "prompts": self.prompts,
+            "toolCalls": self.calls,
+            "failures": self.failures,
+        }
+
+
+class History:
+    """Search and statistics, for any thread: from the index, or from the events when there is none."""
+
+    def __init__(
+        self, store: Union[EventStore, MemoryStore], path: str, prices: Optional[PriceList] = None
+    ) -> None:
+        self._store = store
+        self._prices = prices or PriceList()
+        self._indexer = Indexer(store, path) if isinstance(store, EventStore) else None
+        self._searcher = IndexReader(path, store.root)
+        self._counter = IndexReader(path, store.root)
+
+    def start(self) -> None:
+        """Begin to fill the index."""
+        if self._indexer is not None:
+            self._indexer.start()
+
+    def stop(self) -> None:
+        """End the thread and close everything."""
+        if self._indexer is not None:
+            self._indexer.stop()
+        self._searcher.close()
+        self._counter.close()
+
+    def grown(self, stored: Sequence[StoredEvent]) -> None:
+        """Take note of events that were just stored; for the loop thread."""
+        if self._indexer is not None:
+            self._indexer.grown(stored)
+
+    def look_again(self) -> None:
+        """Take note that files were removed, added or replaced."""
+        if self._indexer is not None:
+            self._indexer.look_again()
+
+    def status(self) -> JsonObject:
+        """Return the index's state, how far it is, and its size."""
+        if self._indexer is not None:
+            return self._indexer.status()
+        nothing = {"done": 0, "total": 0, "lagEvents": 0, "bytes": 0, "fullText": False}
+        return {"state": "off", **nothing, "error": "events are kept in memory only"}
+
+    def search(self, query: SearchQuery) -> JsonObject:
+        """Return a page of results, newest first; raise SearchError for a search that makes no sense."""
+        status = self.status()
+        page: Optional[JsonObject] = None
+        began_in_files = (query.cursor or "").startswith("s")
+        if status["state"] != "off" and not began_in_files:
+            try:
+                page = self._searcher.search(query)
+                page["complete"] = page["complete"] and status["state"] == "ready"
+            except sqlite3.Error as error:
+                self._complain(error)
+        if page is None:
+            page = search_page(query, scan_candidates(self._store, query))
+        return {**page, "index": status}
+
+    def statistics(
+        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int
+    ) -> JsonObject:
+        """Return the figures of a stretch of time; raise NoStatistics when there is no index to count in."""
+        status = self.status()
+        if status["state"] == "off":
+            raise NoStatistics(f"statistics need the index: {status['error']}")
+        try:
+            counted = self._counter.statistics(from_ms, to_ms, session_id, offset_minutes, self._prices)
+        except sqlite3.Error as error:
+            self._complain(error)
+            raise NoStatistics(f"the index cannot be read just now: {error}") from None
+        return {**counted, "index": status}
+
+    def _complain(self, error: sqlite3.Error) -> None:
+        """Have the index made anew when it is damaged; what is being made anew at this moment is none."""
+        log.info("the index could not be asked: %s", error)
+        if self._indexer is not None and not isinstance(error, sqlite3.OperationalError):
+            self._indexer.make_anew()
+
+
+class NoStatistics(Exception):
+    """Statistics cannot be given now, in words."""
+
+
+# ---------------------------------------------------------------------------
+# Retention: whole days of events go, the oldest first, until what is left is young and small enough
+#
+# Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
+# What a kill kept from being done is planned again the next time.
+# ---------------------------------------------------------------------------
+
+RETENTION_INTERVAL_S = 60.0
+
+
+class RetentionPlan(NamedTuple):
+    """What is to be deleted, and what there is; sizes in bytes."""
+
+    paths: Tuple[str, ...]  # event files
+    size: int  # of these files
+    total: int  # of every file of ours
+    events: int  # of all event files
+    oldest_day: Optional[str]  # that stays
+
+    @property
+    def days(self) -> List[str]:
+        """Return the days that lose files."""
+        return sorted({os.path.basename(os.path.dirname(path)) for path in self.paths})
+
+    def to_json(self, dry_run: bool) -> JsonObject:
+        """Return what `prune` tells."""
+        sessions = {os.path.basename(path) for path in self.paths}
+        counts = {"files": len(self.paths), "sessions": len(sessions), "bytes": self.size}
+        return {"days": self.days, **counts, "dryRun": dry_run}
+
+
+def plan_retention(
+    home: str, time_ms: int, days: Optional[int], limit_bytes: Optional[int], kept_names: FrozenSet[str]
+) -> RetentionPlan:
+    """Choose what goes: what is older than `days`, then more, until everything of ours is within the limit.
+
+    Files called like those of pinned sessions (`kept_names`) stay.
+    """
+    store = EventStore(os.path.join(home, "events"))
+    sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
+    events = sum(about.size for files in sizes.values() for about in files.values())
+    total = bytes_below(home)
+    # What a day's events free in the index comes a little later, but it belongs to them.
+    with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
+    first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
+    paths: List[str] = []
+    size, left, oldest = 0, float(total), None
+    for day, files in sizes.items():
+        is_over = limit_bytes is not None and left > limit_bytes
+        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        if day >= day_of(time_ms) or not (day < first_kept or is_over):
+            going = {}
+        if len(going) < len(files):
+            oldest = oldest or day
+        paths += (f"{store.root}/{day}/{name}" for name in going)
+        size += sum(going.values())
+        left -= sum(going.values()) * with_index
+    return RetentionPlan(tuple(paths), size, total, events, oldest)
+
+
+def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
+    """Delete what was planned; return the names of session files of which no day is left."""
+    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    for path in plan.paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    for folder in {os.path.dirname(path) for path in plan.paths}:
+        with contextlib.suppress(OSError):  # a pinned session's file keeps it
+            os.rmdir(folder)
+    names = {os.path.basename(path) for path in plan.paths}
+    root = os.path.join(home, "events")
+    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+
+
+def remember_seq(home: str, seq: int) -> None:
+    """Keep the highest number that goes with its file; given again, it would hide events from clients."""
+    path = os.path.join(home, "last-seq")
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        seq = max(seq, int(file.read(20)))
+    with contextlib.suppress(OSError):
+        emit_event.write_atomically(path, b"%d\n" % seq)
+
+
+def bytes_below(path: str) -> int:
+    """Return the size of every file below a directory."""
+    size = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(folder, name)).st_size
+    return size
+
+
+# ---------------------------------------------------------------------------
+# Metrics: what /metrics tells, in the text form of Prometheus
+#
+# Owns: counts since the start. Knows: what an event says; everything else is handed to it when it is asked.
+# ---------------------------------------------------------------------------
+
+DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+LABELS_LIMIT = 500  # of one metric; what other programs make up beyond that counts as "other"
+
+
+class EventCounts:
+    """Counts of events, failures and durations since the start; for the loop thread."""
+
+    def __init__(self) -> None:
+        self.events: Dict[Tuple[str, str], int] = {}  # (machine, our type) → events
+        self.failures: Dict[str, int] = {}  # tool → calls that failed
+        self.durations: Dict[str, List[int]] = {}  # tool → calls in each bucket, the last one without end
+        self.duration_sums_ms: Dict[str, float] = {}
+
+    def note(self, event: JsonObject) -> None:
+        """Count one event."""
+        kind = effective_type(event)
+        key = (event["machineId"], kind)
+        key = key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")
+        self.events[key] = self.events.get(key, 0) + 1
+        if kind not in ("tool_result", "tool_error"):
+            return
+        data = event["data"]
+        tool = text_of(data.get("toolName")) or "?"
+        tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
+        buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
+        if kind == "tool_error":
+            self.failures[tool] = self.failures.get(tool, 0) + 1
+        duration = data.get("durationMs")
+        if isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40:
+            buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
+            self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
+
+
+class MetricsText:
+    """Write metrics one after the other."""
+
+    def __init__(self) -> None:
+        self._lines: List[str] = []
+
+    def add(
+        self, name: str, kind: str, about: str, values: Iterable[Tuple[Mapping[str, str], float]]
+    ) -> None:
+        """Add one metric with its values by labels; one without values is left out."""
+        lines = [_sample(name, labels, value) for labels, value in values]
+        if lines:
+            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *lines]
+
+    def add_histogram(self, name: str, about: str, counts: EventCounts) -> None:
+        """Add the durations of tool calls, in seconds."""
+        if counts.durations:
+            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
+        for tool, buckets in sorted(counts.durations.items()):
+            reached = 0
+            for limit, count in zip((*map(str, DURATION_BUCKETS_S), "+Inf"), buckets):
+                reached += count
+                self._lines.append(_sample(f"{name}_bucket", {"tool": tool, "le": limit}, reached))
+            seconds = counts.duration_sums_ms.get(tool, 0) / 1000
+            self._lines.append(_sample(f"{name}_sum", {"tool": tool}, seconds))
+            self._lines.append(_sample(f"{name}_count", {"tool": tool}, reached))
+
+    def encode(self) -> bytes:
+        """Return the whole text."""
+        return ("\n".join(self._lines) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    shown = ",".join(f'{label}="{_escaped_label(text)}"' for label, text in labels.items())
+    return f"{name}{{{shown}}} {value}" if shown else f"{name} {value}"
+
+
+def _escaped_label(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
+
+
+def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, int], queued: int) -> bytes:
+    """Return everything that can be measured; `states` are sessions by state, `queued` bytes for clients."""
+    text = MetricsText()
+    about = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
+    text.add("contextuate_build_info", "gauge", "What runs here.", [(about, 1)])
+    for name, kind, words, value in _single_metrics(status, queued):
+        text.add(f"contextuate_{name}", kind, words, [({}, value)])
+    events = [
+        ({"machine": machine, "type": kind}, count)
+        for (machine, kind), count in sorted(counts.events.items())
+    ]
+    text.add("contextuate_events_total", "counter", "Events stored since the start.", events)
+    by_state = [({"state": state}, states.get(state, 0)) for state in SESSION_STATES]
+    text.add("contextuate_sessions", "gauge", "Sessions by state.", by_state)
+    failures = [({"tool": tool}, count) for tool, count in sorted(counts.failures.items())]
+    text.add("contextuate_tool_failures_total", "counter", "Tool calls that failed.", failures)
+    text.add_histogram("contextuate_tool_duration_seconds", "Durations of tool calls.", counts)
+    for name, field, words in (
+        ("last_seen_seconds", "lastSeen", "When a machine was last heard."),
+        ("clock_skew_seconds", "clockSkewMs", "How far a machine's clock is off."),
+    ):
+        values = [
+            ({"machine": machine["machineId"]}, machine[field] / 1000)
+            for machine in status["machines"]
+            if machine[field] is not None
+        ]
+        text.add(f"contextuate_machine_{name}", "gauge", words, values)
+    redis = status["redis"]
+    if redis:
+        connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))]
+        text.add("contextuate_redis_connected", "gauge", "1 when Redis is connected.", connected)
+        text.add(
+            "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
+        )
+    return text.encode()
+
+
+SESSION_STATES = ("waiting", "working", "quiet", "idle", "failed", "ended")
+
+
+def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
+    """Yield (name, kind, words, value) of what has no labels."""
+    events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
+    yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
+    yield "received_total", "counter", "Lines that came in.", events["received"]
+    yield "duplicates_total", "counter", "Events that were delivered twice.", events["duplicates"]
+    yield "quarantined_total", "counter", "Lines that were no events.", events["quarantined"]
+    yield "clients", "gauge", "Subscribed WebSocket clients.", status["clients"]
+    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queued
+    yield "store_ok", "gauge", "1 when events can be written.", int(status["store"]["ok"])
+    yield "spool_bytes", "gauge", "Bytes that wait in the spool.", spool["bytes"]
+    yield "spool_segments", "gauge", "Files that wait in the spool.", spool["segments"]
+    yield "spool_dropped_total", "counter", "Events that full spools dropped.", spool["dropped"]
+    yield "index_ready", "gauge", "1 when the index holds everything.", int(index["state"] == "ready")
+    yield "index_lag_events", "gauge", "Events that are not yet in the index.", index["lagEvents"]
+    yield "index_bytes", "gauge", "Size of the index.", index["bytes"]
+    if disk and "bytes" in disk:
+        yield "disk_bytes", "gauge", "Size of all our files.", disk["bytes"]
 
 
 # ---------------------------------------------------------------------------
@@ -2916,11 +5050,11 @@ class ClientServer:
         """Answer with one message."""
         self.answer(client, encode_frame(Opcode.TEXT, encode_json(message)))
 
-    def broadcast_json(self, message: JsonObject, show_hidden: Optional[bool] = None) -> None:
-        """Send one message, encoded once, to every subscribed client, or to those with this `show_hidden`."""
+    def broadcast_json(self, message: JsonObject) -> None:
+        """Send one message, encoded once, to every subscribed client."""
         frame = b""
         for client in list(self.clients.values()):
-            if client.view is not None and show_hidden in (None, client.show_hidden):
+            if client.view is not None:
                 frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
                 self.send(client, frame)
 
@@ -3838,6 +5972,12 @@ class Query:
         return int(text)
 
 
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+
+
 class Api:
     """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
     rest.
@@ -3850,8 +5990,10 @@ class Api:
         store: Union[EventStore, MemoryStore],
         ask: Callable[[Callable[[], Any]], Any],
         state: "ApiState",
+        history: History,
     ) -> None:
         self._store = store
+        self._history = history
         self._ask = ask
         self._state = state
 
@@ -3877,15 +6019,16 @@ class Api:
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.text("hidden") in ("1", "true")
-        return json_response({"sessions": self._ask(lambda: self._state.book.all_json(hidden))})
+        return Response(200, self._ask(lambda: self._state.sessions_json(hidden)))
 
     def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
         return json_response(self._ask(lambda: self._state.session_json(session_id)))
 
     def _session_events(self, query: Query, _body: bytes, session_id: str) -> Response:
         limit, before, after = self._page(query)
-        self._ask(lambda: self._state.session_json(session_id))
         lines = self._store.session_lines(session_id, limit + 1, before, after)
+        if not lines:
+            self._ask(lambda: self._state.session_json(session_id))  # there is no such session perhaps
         return self._events_response(lines, limit, from_start=after is not None)
 
     def _events(self, query: Query, _body: bytes) -> Response:
@@ -3910,12 +6053,18 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
-        lines = export_lines(
-            self._store, query.text("session"), start or 0, end if end is not None else 1 << 53
+        names = ("session", "machine", "tool", "type", "q")
+        times = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to")}
+        lines = chosen_lines(
+            self._store, search_query({**{name: query.text(name) for name in names}, **times})
         )
-        disposition = ("Content-Disposition", 'attachment; filename="contextuate-events.ndjson"')
-        return Response(200, in_chunks(lines), "application/x-ndjson", (disposition,))
+        form = query.text("format") or "ndjson"
+        if form not in EXPORT_FORMS:
+            raise ParameterError("format", " or ".join(EXPORT_FORMS))
+        content_type, file_name = EXPORT_FORMS[form]
+        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
+        table = call_table(lines) if form == "csv" else lines
+        return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> Response:
         try:
@@ -3926,8 +6075,34 @@ class Api:
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
         return json_response({})
 
-    def _not_yet(self, _query: Query, _body: bytes) -> Response:
-        raise RequestError(501, "this version does not answer it yet")
+    def _search(self, query: Query, _body: bytes) -> Response:
+        wanted = {name: query.text(name) for name in SEARCH_FIELDS}
+        numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
+        in_state = wanted.pop("state")
+        sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
+        try:
+            return json_response(self._history.search(search_query({**wanted, **numbers}, sessions)))
+        except SearchError as error:
+            raise ParameterError(error.field, error.expected) from None
+
+    def _stats(self, query: Query, _body: bytes) -> Response:
+        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
+        offset = query.text("utcOffset") or "0"
+        if not re.fullmatch(r"-?\d{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
+            raise ParameterError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
+        try:
+            figures = self._history.statistics(
+                start or 0, end if end is not None else 1 << 53, query.text("session"), int(offset)
+            )
+        except NoStatistics as error:
+            raise RequestError(503, str(error)) from None
+        labels = self._ask(self._state.labels)
+        for session in figures["sessions"]:
+            session["label"] = labels.get(session["sessionId"])
+        return json_response(figures)
+
+    def _metrics(self, _query: Query, _body: bytes) -> Response:
+        return Response(200, self._ask(self._state.metrics), "text/plain; version=0.0.4; charset=utf-8")
 
     ROUTES: Tuple[Tuple[str, str, Callable[..., Response]], ...] = (
         ("GET", r"/health", _health),
@@ -3939,9 +6114,9 @@ class Api:
         ("GET", r"/api/events", _events),
         ("GET", r"/api/events/([^/]+)", _event),
         ("GET", r"/api/export", _export),
-        ("GET", r"/api/search", _not_yet),
-        ("GET", r"/api/stats", _not_yet),
-        ("GET", r"/metrics", _not_yet),
+        ("GET", r"/api/search", _search),
+        ("GET", r"/api/stats", _stats),
+        ("GET", r"/metrics", _metrics),
         ("POST", r"/api/hooks", _hooks),
     )
 
@@ -3949,16 +6124,26 @@ class Api:
 class ApiState(Protocol):
     """What the API asks of the loop thread; the Monitor is one."""
 
-    book: SessionBook
-
     def status(self) -> JsonObject:
         """Return what /api/status shows."""
 
     def config(self) -> JsonObject:
         """Return the configuration without secrets."""
 
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return what /api/sessions shows: the sessions that are known so far."""
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+
+    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+        """Return the ids of the sessions that are in a state now."""
+
+    def labels(self) -> Dict[str, str]:
+        """Return the label of every session."""
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
 
     def take_now(self, line: bytes) -> bool:
         """Store one event at once; return whether it is safe."""
@@ -3978,6 +6163,106 @@ def export_lines(
             return
         after = line_seq(lines[-1])
     yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for line in lines:
+        try:
+            event = parse_stored(line)
+        except MalformedEvent:
+            continue
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            earlier = begun.get(fact.key)
+            if fact.outcome < Outcome.OK:
+                if earlier is None or fact.outcome > earlier[0].outcome:
+                    begun[fact.key] = (
+                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
+                        event,
+                    )
+                continue
+            begun.pop(fact.key, None)
+            ended.add(fact.key)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    data = event["data"]
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call: JsonObject = data
+    for one in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
+            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+            call = {name: one.get(its_name) for name, its_name in names.items()}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
 
 
 def line_timestamp(line: bytes) -> int:
@@ -4325,6 +6610,8 @@ UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 SPOOL_INTERVAL_S = 1.0
 SPOOL_LINES_A_TURN = 200
+LOAD_SLICE_S = 0.004
+LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
@@ -4434,8 +6721,8 @@ class Machine:
 def without_authority(event: JsonObject) -> JsonObject:
     """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
     event.pop("demo", None)
-    if event["eventType"] == "session_meta":
-        event["eventType"] = "message"
+    if "session_meta" in (event["eventType"], effective_type(event)):
+        event.update(eventType="message", hookType="")  # either name would make it the user's word
     return event
 
 
@@ -4501,6 +6788,161 @@ class SpoolDrain:
             self._loop.call_soon(self.look)
 
 
+@dataclasses.dataclass(eq=False)
+class Telling:
+    """Sessions that are told their stored events together, in a book of their own until all is told."""
+
+    names: FrozenSet[str]  # of their files
+    book: Optional[SessionBook] = None  # None: not begun
+    steps: Iterator[None] = iter(())
+
+
+class Loader:
+    """Rebuild the sessions from the files, the one heard last first, in slices between other work.
+
+    A session appears when all its events are told. What arrives for it until then is only stored: it is told
+    when its turn comes in the file, so the state is that of one replay in the order of arrival. Links depend
+    on the order of events of several sessions, so those that may be linked are told once more, together.
+    """
+
+    def __init__(
+        self,
+        store: Union[EventStore, MemoryStore],
+        book: SessionBook,
+        seen: SeenIds,
+        loaded: Callable[[Iterable[Session]], None],
+    ) -> None:
+        self.events = 0  # told so far
+        self._store = store
+        self._book = book
+        self._seen = seen
+        self._loaded = loaded
+        self._queue: List[Telling] = []  # the next one last
+        self._held: Dict[str, Telling] = {}  # file name → the telling that is still to be done
+        self._touched: Set[str] = set()  # file names of held sessions that got live events
+        self._points: Set[LinkPoint] = set()
+        self._together: Dict[str, FrozenSet[str]] = {}  # file name → those it was told together with
+        last_seqs = store.last_seqs()
+        store.seq = max([store.seq, *last_seqs.values()])
+        self._recent_seq = store.seq - REMEMBERED_IDS // 2
+        for name in sorted(last_seqs, key=lambda name: last_seqs[name]):
+            self._enqueue(frozenset((name,)))
+        self._total = len(last_seqs)
+        book.complete = not last_seqs
+
+    @property
+    def progress(self) -> Optional[JsonObject]:
+        """Return how many sessions are complete, of how many; None when all are."""
+        return {"done": self._total - len(self._held), "total": self._total} if self._held else None
+
+    def holds(self, session_id: str) -> bool:
+        """Tell whether a session is still to be told its stored events; if so, it is now the next one."""
+        telling = self._held.get(session_file_name(session_id)) if self._held else None
+        if telling is None:
+            return False
+        if self._queue[-1] is not telling:
+            self._queue.remove(telling)
+            self._queue.append(telling)
+        return True
+
+    def takes(self, event: JsonObject) -> bool:
+        """Tell whether a live event, which is stored, will be told to its session out of the file."""
+        if not self.holds(event["sessionId"]):
+            return False
+        self._touched.add(session_file_name(event["sessionId"]))
+        return True
+
+    def note(self, session: Session, event: JsonObject) -> None:
+        """Note what an event, which its session was told, has to do with links while any are still open."""
+        point = link_point(session, event) if self._held else None
+        if point is not None:
+            self._points.add(point)
+
+    def work(self, seconds: float) -> None:
+        """Go on for some time; afterwards `progress` is None if nothing is left to do."""
+        deadline = time.monotonic() + seconds
+        while self._queue:
+            telling = self._queue[-1]
+            if telling.book is None:
+                kind = SessionBook if len(telling.names) > 1 else ReplayBook
+                telling.book = kind(*self._book.patience)
+                telling.steps = self._steps(telling.names, telling.book)
+            try:
+                for _ in telling.steps:
+                    if time.monotonic() >= deadline:
+                        return
+            except OSError as error:
+                log.error("stored events cannot be read: %s", error)
+            self._finish(telling.names, telling.book)
+
+    def _enqueue(self, names: FrozenSet[str]) -> None:
+        telling = Telling(names)
+        self._queue.append(telling)
+        self._held.update(dict.fromkeys(names, telling))
+
+    def _steps(self, names: FrozenSet[str], book: SessionBook) -> Iterator[None]:
+        """Tell sessions all that is stored, one event a step; also what is stored meanwhile."""
+        told_seq = 0
+        while not told_seq or names & self._touched:
+            self._touched -= names
+            until = self._store.seq
+            for line in self._store.lines_of(names, told_seq):
+                if line_seq(line) > until:
+                    break  # what came before it to another of these sessions may not have been met
+                self._tell(book, line)
+                yield
+            told_seq = max(1, until)
+
+    def _tell(self, book: SessionBook, line: bytes) -> None:
+        self.events += 1
+        try:
+            event = parse_stored(line)
+            self.note(book.apply(event), event)
+        except MalformedEvent:
+            log.warning("a stored line is not an event and was passed over: %r", line[:200])
+        except Exception:  # nobody foresaw it: the log tells, and the others are told all the same
+            log.exception("a stored event could not be taken into account: %r", line[:200])
+        else:
+            if line_seq(line) > self._recent_seq:
+                self._seen.add(event["id"])
+
+    def _finish(self, names: FrozenSet[str], book: SessionBook) -> None:
+        """Let sessions appear whose events are all told; look for links now and then, and at the end."""
+        self._queue.pop()
+        for name in names:
+            del self._held[name]
+            self._together[name] = names
+        for session_id in list(book.sessions):
+            # Somebody has put its events into another session's file; what its own file tells stands.
+            if session_file_name(session_id) not in names and session_id in self._book.sessions:
+                book.delete(session_id)
+        self._book.take_over(book)
+        if len(self._queue) % LINK_EVERY == 0:
+            self._tell_linked_together()
+        if not self._queue:
+            self._book.complete = True
+            self._points, self._together = set(), {}
+        self._loaded(book.sessions.values())
+
+    def _tell_linked_together(self) -> None:
+        """Enqueue those that may be linked and were not told together: at the end all, before it those whose
+        number has doubled, so that a long row of sessions is not told again for each.
+        """
+        at_end = not self._queue
+        for group in may_be_linked(self._points):
+            names = frozenset(map(session_file_name, group))
+            known = max(len(self._together.get(name, ())) for name in names)
+            is_told = all(self._together.get(name) == names for name in names)
+            if not is_told and not self._held.keys() & names and (at_end or len(names) >= 2 * known):
+                self._total += len(names)
+                self._enqueue(names)
+
+
+def loading_words(progress: JsonObject) -> str:
+    """Say how far a Loader is."""
+    return f"{progress['done']} of {progress['total']} stored sessions have been read"
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -4534,20 +6976,20 @@ class Monitor:
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
         self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
+        self._disk: JsonObject = {}
+        self._counts = EventCounts()
+        self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self._stopping = False
 
     # Start and stop
 
-    def open(self, progress: Callable[[str], None] = lambda words: None) -> None:
-        """Read what is stored, then open every port; raise StartError.
-
-        `progress` gets words for long work.
-        """
+    def open(self) -> None:
+        """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
         self._locks = [
             lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
         ]
-        self._restore(progress)
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -4560,6 +7002,12 @@ class Monitor:
         self.access.port = self.port
         self._listen_for_hooks()
         limit = self.settings["limits.connections"]
+        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
+        api = Api(self.store, self.loop.call, self, self.history)
+        self.http = HttpServer(http_socket, self.access, page, api, limit)
+        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
+        self._http_thread.start()
+        self._begin_loading()
         self.clients = ClientServer(
             self.loop,
             ws_socket,
@@ -4570,15 +7018,14 @@ class Monitor:
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
         )
-        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self)
-        self.http = HttpServer(http_socket, self.access, page, api, limit)
-        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
-        self._http_thread.start()
         self.loop.turn_end = self._handle_arrivals
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
+        self.history.start()
+        if self.settings["persistence.enabled"]:
+            self.loop.call_soon(self._retain)
+            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -4620,8 +7067,13 @@ class Monitor:
         self.http.shutdown()
         self.http.server_close()
         self._reader.shutdown(wait=True)
+        self._keeper.shutdown(wait=True)
+        self.history.stop()
         for connection in list(self._connections):
             connection.close()
+        remember_seq(
+            self.settings.home, self.store.seq
+        )  # the newest files may be removed by hand before the next start
         self.store.close()
         self._usage.close()
         self._unlink_socket()
@@ -4629,28 +7081,40 @@ class Monitor:
         for fd in self._locks:
             os.close(fd)
 
-    def _restore(self, progress: Callable[[str], None]) -> None:
-        """Rebuild sessions from the stored events; the numbers go on after the highest."""
-        count, told = 0, time.monotonic()
+    def _begin_loading(self) -> None:
+        """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
-        for line in self.store.all_lines():
-            try:
-                event = parse_stored(line)
-            except MalformedEvent:  # edited by hand
-                log.warning("a stored line is not an event and was passed over: %r", line[:200])
-                continue
-            self._take_into_account(event)
-            self.store.seq = max(self.store.seq, line_seq(line))
-            self._seen.add(event["id"])
-            count += 1
-            if time.monotonic() - told > 1:
-                told = time.monotonic()
-                progress(f"read {count} stored events")
+        self.loader = Loader(self.store, self.book, self._seen, self._show_loaded)
+        if self.loader.progress is not None:
+            log.info("%d stored sessions are being read", self.loader.progress["total"])
+            self.loop.call_soon(self._load_some)
+
+    def _load_some(self) -> None:
+        try:
+            self.loader.work(LOAD_SLICE_S)
+        finally:
+            if self.loader.progress is None:
+                self._end_loading()
+            else:
+                self.loop.call_soon(self._load_some)
+
+    def _show_loaded(self, sessions: Iterable[Session]) -> None:
+        """Show sessions that are complete now and have not ended; the others come with the whole list."""
+        for session in sessions:
+            if session.state != "ended":
+                self._changed[session.session_id] = session
+        self._send_updates_soon()
+
+    def _end_loading(self) -> None:
+        seconds = (now_ms() - self.started_at) / 1000
+        log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
-        if count:
-            log.info("%d stored events of %d sessions read", count, len(self.book.sessions))
+        self.book.linked_changes()
+        self._changed.clear()
+        self._send_session_list()
+        self._send_status_if_changed()
 
     # Hooks
 
@@ -4811,11 +7275,13 @@ class Monitor:
         self.stored += len(stored)
         for entry in stored:
             self._seen.add(entry.event["id"])
+            self._counts.note(entry.event)
             session = self._take_into_account(entry.event)
             if session is not None:
                 self._changed[session.session_id] = session
         self._note_linked_changes()
         self.clients.broadcast_events(stored)
+        self.history.grown(stored)
         self._send_updates_soon()
 
     def _note_linked_changes(self) -> None:
@@ -4832,7 +7298,7 @@ class Monitor:
             machine = self._machines[name] = Machine()
         machine.events += 1
         machine.last_seen = received_ms
-        if incoming.sent_ms is not None and not event.get("demo"):
+        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
             machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
@@ -4845,8 +7311,12 @@ class Monitor:
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+        if self.loader.takes(event):
+            return None
         try:
-            return self.book.apply(event)
+            session = self.book.apply(event)
+            self.loader.note(session, event)
+            return session
         except Exception:  # nobody foresaw it: the log tells, and the stream goes on
             log.exception("event %s could not be taken into account", event.get("id"))
             return None
@@ -4865,9 +7335,12 @@ class Monitor:
 
     def _send_updates(self) -> None:
         changed, self._changed = self._changed, {}
+        if not self.clients.clients:
+            return
+        children = self.book.children() if len(changed) > 1 else None
         for session in changed.values():
             if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session)}
+                message = {"type": "session_update", "session": self.book.to_json(session, children)}
                 self.clients.broadcast_json(message)
 
     # Time
@@ -4893,12 +7366,63 @@ class Monitor:
                 ):
                     self.store.error = None
                     self._note_store_error()
+        if self.loader.progress is not None:
+            log.info("%s", loading_words(self.loader.progress))
         path = self.settings["socketPath"]
         if not os.path.exists(path) and not self._stopping:
             log.warning("%s was removed; it is made anew", path)
             self._hook_listener.close()
             self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
             self._socket_inode = os.stat(path).st_ino
+
+    # Retention: planned and done by a thread of its own
+
+    def _retain(self) -> None:
+        """Delete what the configuration says is too old or too much."""
+        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
+            self._prune(dry_run=False, done=lambda plan: None)
+
+    def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        kept = frozenset(
+            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
+        )
+
+        def work() -> None:
+            try:
+                plan = retention_plan(self.settings, kept)
+                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+            except OSError as error:
+                words = f"old events cannot be deleted: {error}"
+                log.warning("%s", words)
+                self.loop.call_soon(lambda: self._disk.update(error=words))
+                return
+            self.loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
+            self.loop.call_soon(lambda: done(plan))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._keeper.submit(work)
+
+    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
+        """Let go of the sessions that have no events left, and tell about the disk."""
+        limit = self.settings["retention.maxMegabytes"]
+        deleted = 0 if dry_run else plan.size
+        self._disk = {
+            "bytes": plan.total - deleted,
+            "limitBytes": limit and limit << 20,
+            "eventsBytes": plan.events - deleted,
+            "indexBytes": index_bytes(self.settings.path("index.db")),
+            "oldestDay": plan.oldest_day,
+            "error": None,
+        }
+        if dry_run or not plan.paths:
+            return
+        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
+        self.history.look_again()
+        for session in list(self.book.sessions.values()):
+            if session_file_name(session.session_id) in gone:
+                self._forget(session.session_id)
+        self._note_linked_changes()
+        self._send_updates_soon()
 
     def _note_store_error(self) -> None:
         if self.store.error == self._store_error:
@@ -4942,6 +7466,8 @@ class Monitor:
                 "bytes": sum(size for _, size in segments),
                 "dropped": self._dropped(),
             },
+            "index": self.history.status(),
+            "disk": self._disk or None,
             "machines": [
                 {
                     "machineId": name,
@@ -4954,9 +7480,25 @@ class Monitor:
             ],
             "redis": self.redis.status() if self.redis else None,
             "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
-            "loading": None,
+            "loading": self.loader.progress,
             "demo": any(session.demo for session in self.book.sessions.values()),
         }
+
+    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+        """Return the ids of the sessions that are in a state now."""
+        return frozenset(
+            session.session_id for session in self.book.sessions.values() if session.state == state
+        )
+
+    def labels(self) -> Dict[str, str]:
+        """Return the label of every session."""
+        return {session.session_id: session.label[0] for session in self.book.sessions.values()}
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
+        states = collections.Counter(session.state for session in self.book.sessions.values())
+        queued = sum(client.queued_bytes for client in self.clients.clients.values())
+        return metrics_text(self.status(), self._counts, states, queued)
 
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""
@@ -4981,8 +7523,27 @@ class Monitor:
         nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
         return nested
 
+    def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
+        """Encode a message with the sessions that are known so far.
+
+        All are much (2 kB each), so that they are not held one by one beside the whole.
+        """
+        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+        for session in self.book.each_json(with_hidden):
+            body += encode_json(session) + b","
+        if body.endswith(b","):
+            del body[-1]
+        body += b"]}"
+        return bytes(body)
+
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return the sessions that are known so far, and how many of the stored ones those are."""
+        return self.with_sessions({"loading": self.loader.progress}, with_hidden)
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+        if self.loader.holds(session_id):
+            raise RequestError(503, "this session's events are being read; ask again in a moment")
         session = self.book.sessions.get(session_id)
         if session is None:
             raise RequestError(404, "no session with this id is known")
@@ -4992,6 +7553,11 @@ class Monitor:
         """Tell clients about the status when more than counters moved."""
         status = self.status()
         steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
+        index = status["index"]
+        percent = (
+            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
+        )
+        steady["index"] = (index["state"], index["error"], percent)
         if self.redis:
             steady["redis"] = [
                 status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
@@ -5025,6 +7591,8 @@ class Monitor:
             if handler is None:
                 raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
             handler(self, client, message)
+        except StillLoading:
+            self.loop.call_soon(lambda: self._message(client, text))
         except (MalformedEvent, MessageError, TypeError) as error:
             self._reply(client, message or {}, {"type": "error", "message": str(error)})
 
@@ -5078,7 +7646,11 @@ class Monitor:
             client.session_ids -= set(ids)
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        self._reply(client, message, {"type": "sessions", "sessions": self.book.all_json(client.show_hidden)})
+        reply: JsonObject = {"type": "sessions"}
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        body = self.with_sessions(reply, client.show_hidden)
+        self.clients.answer(client, encode_frame(Opcode.TEXT, body))
 
     def _on_get_events(self, client: Client, message: JsonObject) -> None:
         session_id = _text_field(message, "sessionId")
@@ -5118,7 +7690,23 @@ class Monitor:
         self._read(client, message, read)
 
     def _on_search(self, client: Client, message: JsonObject) -> None:
-        raise MessageError("this version does not search what is stored")
+        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
+        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
+        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
+        in_state = wanted.pop("state")
+        sessions = self.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
+        try:
+            query = search_query(wanted, sessions)
+        except SearchError as error:
+            raise MessageError(str(error)) from None
+
+        def read() -> JsonObject:
+            try:
+                return {"type": "search_results", **self.history.search(query)}
+            except SearchError as error:
+                return {"type": "error", "message": str(error)}
+
+        self._read(client, message, read)
 
     def _on_rename_session(self, client: Client, message: JsonObject) -> None:
         label = message.get("label")
@@ -5139,16 +7727,17 @@ class Monitor:
     def _on_set_parent(self, client: Client, message: JsonObject) -> None:
         session = self._known_session(message)
         parent = message.get("parentSessionId")
-        if parent is not None and (not isinstance(parent, str) or parent not in self.book.sessions):
-            raise MessageError("parentSessionId: no session with this id is known")
-        ancestor = parent
+        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
         while ancestor:
             if ancestor == session.session_id:
                 raise MessageError("parentSessionId: a session cannot stand below itself")
+            if self.loader.holds(ancestor):
+                raise StillLoading
             ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
         self._act(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             if not session.hidden:
                 self._act(session, {"action": "hide", "hidden": True})
@@ -5158,6 +7747,7 @@ class Monitor:
         self._delete(self._known_session(message))
 
     def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             self._delete(session)
         self._send_session_list()
@@ -5180,11 +7770,18 @@ class Monitor:
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self.take_now(encode_json(test_event(self.settings.machine_id)))
 
-    def _known_session(self, message: JsonObject) -> Session:
-        session = self.book.sessions.get(_text_field(message, "sessionId"))
+    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session_id = _text_field(message, name)
+        if self.loader.holds(session_id):
+            raise StillLoading
+        session = self.book.sessions.get(session_id)
         if session is None:
-            raise MessageError("sessionId: no session with this id is known")
+            raise MessageError(f"{name}: no session with this id is known")
         return session
+
+    def _refuse_while_loading(self) -> None:
+        if self.loader.progress is not None:
+            raise MessageError(f"{loading_words(self.loader.progress)}; try again when all have")
 
     def _act(self, session: Session, data: JsonObject) -> None:
         """Store what the user did as an event of its own, so that the files alone tell everything."""
@@ -5200,22 +7797,40 @@ class Monitor:
             raise MessageError(f"it could not be stored: {self.store.error}")
 
     def _delete(self, session: Session) -> None:
-        # The highest number may go with the files; given again, it would hide events from whoever was away.
-        with contextlib.suppress(OSError):
-            emit_event.write_atomically(self.settings.path("last-seq"), b"%d\n" % self.store.seq)
+        remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
-        self.book.delete(session.session_id)
-        self._changed.pop(session.session_id, None)
-        self._alive_ms.pop(session.session_id, None)
+        self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
-        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session.session_id})
+        self._forget(session.session_id)
         self._note_linked_changes()
         self._send_updates_soon()
 
+    def _forget(self, session_id: str) -> None:
+        self.book.delete(session_id)
+        self._changed.pop(session_id, None)
+        self._alive_ms.pop(session_id, None)
+        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+
+    def _on_prune(self, client: Client, message: JsonObject) -> None:
+        dry_run = message.get("dryRun") is True
+        if not self.settings["persistence.enabled"]:
+            raise MessageError("events are kept in memory only, there is nothing to delete")
+        if self.status()["loading"] is not None:
+            raise MessageError("stored sessions are still being read; try again in a moment")
+        self._prune(
+            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
+        )
+
     def _send_session_list(self) -> None:
+        """Send everyone the sessions; the list may be much and does not count as falling behind."""
         for with_hidden in (False, True):
-            message = {"type": "sessions_updated", "sessions": self.book.all_json(with_hidden)}
-            self.clients.broadcast_json(message, show_hidden=with_hidden)
+            frame = b""
+            for client in list(self.clients.clients.values()):
+                if client.view is not None and client.show_hidden == with_hidden:
+                    frame = frame or encode_frame(
+                        Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
+                    )
+                    self.clients.answer(client, frame)
 
     HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
         "subscribe": _on_subscribe,
@@ -5236,7 +7851,16 @@ class Monitor:
         "set_parent": _on_set_parent,
         "reconnect_redis": _on_reconnect_redis,
         "send_test_event": _on_send_test_event,
+        "prune": _on_prune,
     }
+
+
+def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
+    """Return what the configuration says is to be deleted now."""
+    limit = settings["retention.maxMegabytes"]
+    return plan_retention(
+        settings.home, now_ms(), settings["retention.days"], limit and limit << 20, kept_names
+    )
 
 
 def session_book(settings: Settings) -> SessionBook:
@@ -5267,6 +7891,10 @@ def end_sessions_without_process(
             seen_ms = alive_ms.pop(session.session_id, session.last_event)
             gone.append(book.end_gone(session.session_id, max(seen_ms, session.last_event)))
     return gone
+
+
+class StillLoading(Exception):
+    """A client's message about a session whose stored events are being read; it is carried out after that."""
 
 
 class MessageError(Exception):
@@ -6131,6 +8759,20 @@ class Doctor:
             )
         else:
             yield Finding("socket", "ok", path)
+        yield from self._index(status["index"])
+
+    @staticmethod
+    def _index(index: JsonObject) -> Iterator[Finding]:
+        if index["state"] == "ready":
+            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+        elif index["state"] == "building":
+            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+            yield Finding("index", "ok", words)
+        else:
+            words = f"off, so searches read every file: {index['error']}"
+            yield Finding(
+                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
+            )
 
     def _no_monitor(self) -> Iterator[Finding]:
         advice = "run: python3 contextuate_monitor.py start"
@@ -6233,7 +8875,9 @@ class Doctor:
         elif state.get("reason"):
             yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+            heard = f"the last heard by {state['subscribers']} subscribers"
+            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+            yield Finding("publisher", "ok", words)
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield Finding("publisher", "warn", f"refused: {state[name]}")
@@ -6861,6 +9505,308 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 
 
 # ---------------------------------------------------------------------------
+# Import: history from before the monitor was there
+#
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
+# of a session is never told again: of such a session only what was before is taken.
+# ---------------------------------------------------------------------------
+
+IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
+
+
+class ImportSession(NamedTuple):
+    """The files that tell of one session: a transcript and those of its subagents."""
+
+    session_id: str
+    paths: Tuple[str, ...]
+
+
+class StoredSession(NamedTuple):
+    """What is stored of a session already."""
+
+    ids: FrozenSet[str]
+    tool_use_ids: FrozenSet[str]
+    first_told_ms: Optional[int]  # of the first event that did not come by import
+
+
+def stored_session(store: EventStore, session_id: str) -> StoredSession:
+    """Read what is stored of a session."""
+    ids: Set[str] = set()
+    tool_use_ids: Set[str] = set()
+    first: Optional[int] = None
+    after = 0
+    while True:
+        lines = store.session_lines(session_id, 1000, after=after)
+        if not lines:
+            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
+        after = line_seq(lines[-1])
+        for event in map(parse_stored, lines):
+            ids.add(event["id"])
+            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+            if not event.get("imported") and event["hookType"] != "Monitor":
+                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+
+
+def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
+    """Yield the events of one session that tell something new."""
+    for event in events:
+        if event["id"] in stored.ids:
+            continue
+        if stored.first_told_ms is not None:
+            is_earlier = event.get("timestamp", 0) < stored.first_told_ms - IMPORT_MARGIN_MS
+            named = event["data"].get("toolUseId") if isinstance(event.get("data"), dict) else None
+            told = named is not None and text_of(named) in stored.tool_use_ids
+            if not is_earlier or told or event.get("hookType") == "SessionEnd":
+                continue
+        yield event
+
+
+def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]]:
+    """Return the transcripts and the exports among some files and directories."""
+    found: List[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += sorted(glob.glob(f"{glob.escape(path)}/**/*.json*", recursive=True))
+        else:
+            found.append(path)
+    transcripts: Dict[str, List[str]] = {}
+    exports = []
+    for path in found:
+        if path.endswith(".meta.json"):
+            continue
+        session_id = transcript_session(first_lines(path))
+        if session_id is not None:
+            transcripts.setdefault(session_id, []).append(path)
+        elif path in paths or path.endswith((".jsonl", ".ndjson")):
+            exports.append(path)
+    return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
+
+
+def first_lines(path: str) -> List[bytes]:
+    """Return a few lines of a file, whole ones of a sane length."""
+    try:
+        with open(path, "rb") as file:
+            return list(itertools.islice(iter(lambda: file.readline(1 << 20), b""), 50))
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+
+
+def transcript_session(lines: Iterable[bytes]) -> Optional[str]:
+    """Return whose transcript these lines begin, None when they are none of Claude Code's."""
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            entry = emit_event.parse_event_line(line)
+            if entry.get("type") in ("user", "assistant") and isinstance(entry.get("message"), dict):
+                session_id = entry.get("sessionId")
+                return session_id if isinstance(session_id, str) and session_id else None
+    return None
+
+
+# Transcripts of Claude Code
+
+
+class TranscriptReader:
+    """Turn a session's transcript, and those of its subagents, into the events that hooks would have told."""
+
+    def __init__(self, session_id: str, machine_id: str, seen: Set[str]) -> None:
+        self._session_id = session_id
+        self._machine_id = machine_id
+        self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
+        self._calls: Dict[str, JsonObject] = {}  # tool use id → its block
+        self._agents: Set[str] = set()
+        self._messages: Dict[Tuple[str, str], emit_event.MessageUsage] = {}
+        self._model: Optional[str] = None
+
+    def events(self, lines: Iterable[bytes]) -> List[JsonObject]:
+        """Return the events in order of time; [] when the lines tell nothing new."""
+        entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
+        entries.sort(key=lambda entry: entry["timestamp_ms"])
+        events = [event for entry in entries for event in self._events_of(entry)]
+        if not events:
+            return []
+        start, end = entries[0], entries[-1]
+        begun: JsonObject = {"source": "import", **({"model": self._model} if self._model else {})}
+        closing = {"reason": "import", **self._usage()}
+        return [
+            self._event({**start, "agentId": None}, "SessionStart", "start", begun),
+            *events,
+            self._event({**end, "agentId": None}, "SessionEnd", "end", closing),
+        ]
+
+    def _entry_of(self, line: bytes) -> Optional[JsonObject]:
+        try:
+            entry = emit_event.parse_event_line(line)
+        except MalformedEvent:
+            return None
+        message, place = entry.get("message"), entry.get("uuid")
+        time_ms = iso_time_ms(entry.get("timestamp"))
+        if entry.get("type") not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
+            return None
+        if not isinstance(place, str) or place in self._seen or entry.get("isMeta") is True:
+            return None
+        self._seen.add(place)
+        return {**entry, "timestamp_ms": time_ms}
+
+    def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
+        agent_id = entry.get("agentId")
+        if isinstance(agent_id, str) and agent_id not in self._agents:
+            self._agents.add(agent_id)
+            yield self._event(entry, "SubagentStart", "begin", {})
+        content = entry["message"].get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        if entry["type"] == "user":
+            yield from self._of_user(entry, blocks)
+        else:
+            yield from self._of_assistant(entry, blocks)
+
+    def _of_user(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        if texts and not results and not isinstance(entry.get("agentId"), str):
+            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": "\n".join(texts)})
+        for number, block in enumerate(results):
+            use_id = text_of(block.get("tool_use_id"))
+            call = self._calls.get(use_id, {})
+            data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
+            told = entry.get("toolUseResult") if len(results) == 1 else None
+            if block.get("is_error") is True:
+                data["error"] = _block_text(block.get("content"))
+                yield self._event(entry, "PostToolUseFailure", f"result{number}", data)
+            else:
+                data["toolOutput"] = told if told is not None else block.get("content")
+                yield self._event(entry, "PostToolUse", f"result{number}", data)
+
+    def _of_assistant(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        message = entry["message"]
+        self._count(entry)
+        for number, block in enumerate(blocks):
+            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
+                self._calls[block["id"]] = block
+                data = {
+                    "toolName": block.get("name"),
+                    "toolInput": block.get("input"),
+                    "toolUseId": block["id"],
+                }
+                yield self._event(entry, "PreToolUse", f"call{number}", data)
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        if texts and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
+            hook = "SubagentStop" if isinstance(entry.get("agentId"), str) else "Stop"
+            yield self._event(entry, hook, "stop", {"assistantResponse": "\n".join(texts), **self._usage()})
+
+    def _count(self, entry: JsonObject) -> None:
+        agent_id = entry.get("agentId")
+        parser = emit_event.TranscriptParser()
+        for used in parser.feed(encode_json(entry) + b"\n"):
+            self._messages["", used.message_id] = used
+            if not isinstance(agent_id, str):
+                self._model = used.model
+
+    def _usage(self) -> JsonObject:
+        """Return `data.usage` with what was used so far: totals, each message once."""
+        models: Dict[str, JsonObject] = {}
+        for used in self._messages.values():
+            counts = models.setdefault(used.model, {})
+            add_counts(counts, used.counts)
+            if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
+                add_counts(counts.setdefault("over100k", {}), used.counts)
+        return {"usage": {"models": models, "agents": {}}} if models else {}
+
+    def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
+        agent_id = entry.get("agentId")
+        directory = entry.get("cwd")
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
+            "timestamp": entry["timestamp_ms"],
+            "sessionId": self._session_id,
+            "machineId": self._machine_id,
+            "workingDirectory": directory if isinstance(directory, str) else "",
+            "hookType": hook,
+            "eventType": emit_event.EVENT_TYPES[hook],
+            "imported": True,
+            **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
+            "data": {name: value for name, value in data.items() if value is not None},
+        }
+
+
+def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
+    """Add the numbers of one message to totals by name."""
+    for name, count in zip(emit_event.COUNT_NAMES, counts):
+        totals[name] = totals.get(name, 0) + count
+
+
+def _block_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(text_of(block.get("text")) for block in content if isinstance(block, dict))
+    return text_of(content)
+
+
+def iso_time_ms(text: Any) -> Optional[int]:
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    match = (
+        re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
+        if isinstance(text, str)
+        else None
+    )
+    if match is None:
+        return None
+    try:
+        seconds = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+    time_ms = seconds * 1000 + int((match.group(2) or "0").ljust(3, "0")[:3])
+    return time_ms if time_ms > 0 else None
+
+
+# Exports of this monitor and of the Node.js one
+
+
+def export_events(path: str) -> Iterator[JsonObject]:
+    """Yield the events of an export: one JSON object a line, or one document that holds lists of events."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip()
+        file.seek(0)
+        is_lines = b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0])
+        if is_lines:
+            for line in file:
+                with contextlib.suppress(MalformedEvent):
+                    yield from _events_in(emit_event.parse_event_line(line))
+            return
+        try:
+            document = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise CommandError(f"{path}: is no export: {error}") from None
+    yield from _events_in(document)
+
+
+def _events_in(value: Any) -> Iterator[JsonObject]:
+    """Yield what looks like an event in a document, at most a few levels down."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _events_in(inner)
+    elif isinstance(value, dict):
+        if isinstance(value.get("eventType"), str) or isinstance(value.get("hook_event_name"), str):
+            yield imported_event(value)
+            return
+        for name in ("events", "sessions", "data"):
+            inner = value.get(name)
+            if isinstance(inner, (list, dict)):
+                yield from _events_in(
+                    list(inner.values()) if name == "sessions" and isinstance(inner, dict) else inner
+                )
+
+
+def imported_event(given: JsonObject) -> JsonObject:
+    """Return an event of an export, marked, with an id that is the same every time."""
+    rest = {name: value for name, value in given.items() if name not in ("seq", "received")}
+    digest = uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii"))
+    if isinstance(given.get("eventType"), str):
+        return {**rest, "id": text_of(given.get("id")) or str(digest), "imported": True}
+    return {"hook": rest, "id": str(digest), "imported": True}
+
+
+# ---------------------------------------------------------------------------
 # Command line
 #
 # Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
@@ -6871,6 +9817,7 @@ LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
+PROGRESS_INTERVAL_S = 2.0
 
 
 def redis_py_advice() -> str:
@@ -7063,6 +10010,9 @@ def command_start(args: argparse.Namespace) -> int:
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
     for link in links:
         print(f"  {link}")
+    loading = ask_monitor(settings, about, "/api/status")["loading"]
+    if loading is not None:
+        print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
     try:
         installed = os.path.exists(hook_script(settings.home))
     except InstallError:
@@ -7082,7 +10032,7 @@ def can_open_browser() -> bool:
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; pass on what it says meanwhile. Raise StartError."""
+    """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
     command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--report-fd", str(writer)]
@@ -7110,7 +10060,6 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
                 return needed_monitor(settings)
             if kind == "error":
                 raise StartError(words)
-            tell(words)
     raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may tell why")
 
 
@@ -7130,7 +10079,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         record_publisher_python(settings.home)
     monitor = Monitor(settings)
     try:
-        monitor.open(report.progress)
+        monitor.open()
     except (StartError, OSError) as error:
         log.error("cannot start: %s", error)
         report.error(str(error))
@@ -7166,7 +10115,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
 
 
 class Reporter:
-    """Tell the process that started us how far we are, one line each: "progress …", "ready" or "error …"."""
+    """Tell the process that started us how it went, in one line: "ready" or "error …"."""
 
     def __init__(self, fd: Optional[int]) -> None:
         self._fd = fd
@@ -7175,10 +10124,6 @@ class Reporter:
         if self._fd is not None:
             with contextlib.suppress(OSError):  # it has gone away; the log has it all
                 os.write(self._fd, line.encode("utf-8", "replace"))
-
-    def progress(self, words: str) -> None:
-        """Report that work is under way."""
-        self._write(f"progress {words}\n")
 
     def error(self, words: str) -> None:
         """Report that there will be no monitor."""
@@ -7298,7 +10243,8 @@ def command_status(args: argparse.Namespace) -> int:
         f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
         f"{events['quarantined']} malformed"
     )
-    print(f"sessions {status['sessions']}")
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    print(f"sessions {status['sessions']}{loading}")
     print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
     print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
     for line in redis_lines(status):
@@ -7472,17 +10418,13 @@ def command_sessions(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is not None:
-        sessions = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))[
-            "sessions"
-        ]
+        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
+        sessions = answer["sessions"]
+        if answer["loading"]:
+            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
     else:
         tell("the monitor is not running; this is what the files tell")
-        book = session_book(settings)
-        for line in EventStore(settings.path("events")).all_lines():
-            book.apply(parse_stored(line))
-        book.tick(now_ms())
-        end_sessions_without_process(book, settings.machine_id, {})
-        sessions = book.all_json(args.all)
+        sessions = stored_sessions(settings).all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
     order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
@@ -7502,6 +10444,20 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
+def stored_sessions(settings: Settings) -> SessionBook:
+    """Read every session out of the files, telling every few seconds how far it is."""
+    book = session_book(settings)
+    loader = Loader(EventStore(settings.path("events")), book, SeenIds(), lambda sessions: None)
+    while True:
+        loader.work(PROGRESS_INTERVAL_S)
+        if loader.progress is None:
+            break
+        tell(loading_words(loader.progress))
+    book.tick(now_ms())
+    end_sessions_without_process(book, settings.machine_id, {})
+    return book
+
+
 def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen until Ctrl-C."""
     settings = settings_of(args)
@@ -7515,6 +10471,9 @@ def command_tail(args: argparse.Namespace) -> int:
             connection.send({"type": "subscribe", "view": "full", **since})
             while True:
                 message = connection.receive()
+                if message.get("type") == "status" and message.get("loading") and last_seq is None:
+                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+                    last_seq = message["seq"]
                 if message.get("type") == "event":
                     last_seq = message["seq"]
                     if tail_wants(args, message["event"]):
@@ -7575,28 +10534,228 @@ def human_size(size: int) -> str:
     return f"{size} B"
 
 
+def command_prune(args: argparse.Namespace) -> int:
+    """Delete what the configuration says is too old or too much, now, or only tell what would go."""
+    settings = settings_of(args)
+    about = running_monitor(settings)
+    if about is not None:
+        connection = MonitorConnection(settings, about)
+        connection.send({"type": "prune", "dryRun": args.dry_run})
+        pruned = connection.wait_for("pruned", 120)
+        connection.close()
+    else:
+        book = session_book(settings)
+        for line in EventStore(settings.path("events")).all_lines():
+            with contextlib.suppress(MalformedEvent):
+                book.apply(parse_stored(line))
+        kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
+        plan = retention_plan(settings, kept)
+        if not args.dry_run:
+            carry_out(settings.home, plan)
+        pruned = plan.to_json(args.dry_run)
+    if not pruned["files"]:
+        print("nothing is too old or too much")
+        return 0
+    verb = "would be deleted" if args.dry_run else "deleted"
+    days = pruned["days"]
+    print(
+        f"{pruned['files']} files of {pruned['sessions']} sessions, {human_size(pruned['bytes'])}, "
+        f"of {days[0]} to {days[-1]} {verb}"
+    )
+    return 0
+
+
+def command_import(args: argparse.Namespace) -> int:
+    """Take history into the running monitor: transcripts of Claude Code and exports of monitors."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
+    transcripts, exports = import_sources([os.path.abspath(path) for path in paths])
+    sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
+    progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
+    store = EventStore(settings.path("events"))
+    seen: Set[str] = set()
+    known = 0
+    with ImportConnection(about["socketPath"]) as connection:
+        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+            events = transcript_events(source, settings.machine_id, seen)
+            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+            known += len(events) - len(wanted)
+            connection.send(wanted)
+            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
+        for path in exports:
+            by_session: Dict[str, List[JsonObject]] = {}
+            for event in export_events(path):
+                built = emit_event.build_event(event, now_ms(), settings.machine_id)
+                by_session.setdefault(built["sessionId"], []).append(built)
+            for session_id, events in by_session.items():
+                wanted = list(wanted_events(events, stored_session(store, session_id)))
+                known += len(events) - len(wanted)
+                connection.send(wanted)
+                progress.add(len(wanted), 0)
+            progress.add(0, os.path.getsize(path))
+    print(f"{progress.count} events imported, {known} were known already")
+    return 0
+
+
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+class ImportConnection:
+    """Hand events to the running monitor and wait until they are stored."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "ImportConnection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
+def command_search(args: argparse.Namespace) -> int:
+    """Find stored events; without a running monitor their files are read."""
+    settings = settings_of(args)
+    wanted: Dict[str, Any] = {
+        "q": " ".join(args.words),
+        "session": args.session,
+        "machine": args.machine,
+        "tool": args.tool,
+        "type": args.type,
+        "state": args.state,
+        "from": parse_time(args.start, 0) or None,
+        "to": parse_time(args.end, 0) or None,
+        "limit": min(args.limit, SEARCH_LIMIT),
+    }
+    ask = page_source(settings, wanted)
+    left, cursor = args.limit, None
+    while left > 0:
+        page = ask({**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor})
+        for result in page["results"]:
+            print(json.dumps(result) if args.json else search_line(result, sys.stdout.isatty()), flush=True)
+        left, cursor = left - len(page["results"]), page["next"]
+        if cursor is None:
+            break
+    if left == args.limit and not args.json:
+        tell("nothing was found")
+    elif left <= 0 and cursor is not None:
+        tell(f"there is more; --limit {args.limit * 4} shows it")
+    if page["index"]["state"] == "building":
+        tell("the index is still being made, so there may be more")
+    return 0 if left < args.limit else 1
+
+
+def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
+    """Return what answers for one page of a search: the running monitor, or the event files."""
+    about = running_monitor(settings)
+    if about is None:
+        if wanted["state"]:
+            raise CommandError("--state needs the running monitor: only it knows what sessions do now")
+        tell("the monitor is not running; the event files are read, which takes longer")
+        store = EventStore(settings.path("events"))
+        nothing = {"index": {"state": "off"}}
+
+        def scan(parameters: JsonObject) -> JsonObject:
+            query = search_query(parameters)
+            return {**search_page(query, scan_candidates(store, query)), **nothing}
+
+        return scan
+    running = about
+
+    def ask(parameters: JsonObject) -> JsonObject:
+        given = {name: value for name, value in parameters.items() if value is not None}
+        return ask_monitor(settings, running, "/api/search?" + urllib.parse.urlencode(given))
+
+    return ask
+
+
+def search_line(result: JsonObject, colours: bool) -> str:
+    """Return one line for one result, what was found in bold on a terminal."""
+    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["timestamp"] / 1000))
+    what = result["hookType"] or result["eventType"]
+    who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
+    tool = safe_line(text_of(result["data"].get("toolName")))
+    head = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10} "
+    pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
+    words = []
+    for piece in pieces:
+        text = "".join(char if char.isprintable() else " " for char in piece["text"])
+        words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
+    return (head + " " + "".join(words)).rstrip()
+
+
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON."""
+    """Write stored events as NDJSON, or tool calls as CSV."""
     settings = settings_of(args)
     store = EventStore(settings.path("events"))
     start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
-    total = store.size()[1]
-    done, count, told = 0, 0, time.monotonic()
+    wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
+    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end})
+    counter = Progress(store.size()[1], "events", quiet=not args.output)
+    lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
+    if args.format == "csv":
+        lines = call_table(lines)
+    with contextlib.ExitStack() as stack:
+        target: Any = sys.stdout.buffer
+        if args.output:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            target = stack.enter_context(os.fdopen(os.open(args.output, flags, 0o600), "wb"))
+        for chunk in in_chunks(lines):
+            target.write(chunk)
+        target.flush()
     if args.output:
-        target: Any = os.fdopen(os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-    else:
-        target = sys.stdout.buffer
-    for line in export_lines(store, args.session, start, end):
-        target.write(line + b"\n")
-        done, count = done + len(line) + 1, count + 1
-        if args.output and time.monotonic() - told > 1:
-            told = time.monotonic()
-            tell(f"{count} events, {human_size(done)} of at most {human_size(total)}")
-    target.flush()
-    if args.output:
-        target.close()
-        print(f"{count} events written to {args.output}")
+        what = "tool calls of " if args.format == "csv" else ""
+        print(f"{what}{counter.count} events written to {args.output}")
     return 0
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 def parse_time(text: Optional[str], default: int) -> int:
@@ -7726,8 +10885,41 @@ def build_parser() -> argparse.ArgumentParser:
     command = add("sessions", command_sessions, "list sessions, those that need you first")
     command.add_argument("--all", action="store_true", help="ended and hidden ones too")
     command.add_argument("--json", action="store_true")
-    command = add("export", command_export, "write stored events as NDJSON")
+    command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
+    command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
+    command = add(
+        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
+    )
+    command.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files or directories (default: every transcript of Claude Code)",
+    )
+    command = add("search", command_search, "find stored events, newest first")
+    command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
     command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+    command.add_argument(
+        "--state",
+        choices=("waiting", "working", "idle", "failed", "quiet", "ended"),
+        help="only sessions that are so now",
+    )
+    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
+    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
+    command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
+    command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
+    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
+    command.add_argument(
+        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
+    )
+    command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
@@ -7743,7 +10935,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, ConnectionError, TimeoutError)
+OUR_ERRORS = (
+    ConfigError,
+    StartError,
+    CommandError,
+    InstallError,
+    SearchError,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

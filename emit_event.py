@@ -281,28 +281,35 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str) -> str:
-    """Return the path of the segment to append to; begin a new one when the newest is full or a day old."""
+    """Return the path of the segment to append to; begin a new one when the newest is full or a day old.
+
+    Segments are read in the order of their names, so a new one never has the time of one that is there.
+    """
     now_ms = time.time_ns() // 1_000_000
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith(".jsonl")]
+        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
         whole().make_private_directory(directory)
         names = []
-    if names:
-        newest = max(names)
+    if not names:
+        return new_segment(directory, now_ms)
+    newest = max(names)
+    started = newest.partition("-")[0]
+    age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
+    if newest.endswith(".jsonl"):
         path = f"{directory}/{newest}"
-        started = newest.partition("-")[0]
         try:
-            if (
-                started.isdigit()
-                and 0 <= now_ms - int(started) < SEGMENT_LIMIT_MS
-                and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES
-            ):
+            if -1000 < age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
                 return path
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return f"{directory}/{now_ms:013d}-{posix.urandom(4).hex()}.jsonl"
+    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms)
+
+
+def new_segment(directory: str, start_ms: int) -> str:
+    """Return a new segment's path."""
+    return f"{directory}/{start_ms:013d}-{posix.urandom(4).hex()}.jsonl"
 
 
 def ensure_publisher(home: str) -> str:
@@ -375,6 +382,7 @@ import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -386,7 +394,7 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple  # noqa: E402
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple  # noqa: E402
 
 JsonObject = Dict[str, Any]
 
@@ -571,6 +579,12 @@ KEYS: "Dict[str, Key]" = {
     "limits.clientQueueBytes": Key(1 << 20, "an integer from 65536 to 67108864", _integer(1 << 16, 64 << 20)),
     "sessions.quietSeconds": Key(120, "an integer from 5 to 86400", _integer(5, 86_400)),
     "sessions.endedHours": Key(12, "an integer from 1 to 720", _integer(1, 720)),
+    "retention.days": Key(
+        30, "an integer from 1 to 36500, or null (for ever)", _optional(_integer(1, 36_500))
+    ),
+    "retention.maxMegabytes": Key(
+        2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
+    ),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
     "prices": Key(
@@ -584,9 +598,6 @@ KEYS: "Dict[str, Key]" = {
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
-
-# Known from the documentation of other versions: no spelling mistakes, but nothing here reads them.
-UNUSED_SECTIONS = ("retention",)
 
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
@@ -634,8 +645,6 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
                 shown = "something else" if name in SECRET_KEYS else _shown(value)
                 raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
             values[name] = value
-        elif name.partition(".")[0] in UNUSED_SECTIONS:
-            warnings.append(f"{path}: {name}: this version does not use it")
         else:
             near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -757,6 +766,9 @@ class MalformedEvent(ValueError):
     """What came is not one JSON object."""
 
 
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+
+
 def parse_event_line(line: bytes) -> JsonObject:
     """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
 
@@ -768,7 +780,7 @@ def parse_event_line(line: bytes) -> JsonObject:
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
         try:
-            value = json.loads(text, parse_constant=str)
+            value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
@@ -963,10 +975,14 @@ _REQUIRED_FIELDS = (
 
 def is_whole_event(event: JsonObject) -> bool:
     """Tell whether every field of an event is there and of its type."""
+    for name in _REQUIRED_FIELDS:
+        if event.get(name) is None:
+            return False
+    for name, check in _ENVELOPE_CHECKS.items():
+        if name in event and not check(event[name]):
+            return False
     return (
-        all(event.get(name) is not None for name in _REQUIRED_FIELDS)
-        and all(check(event[name]) for name, check in _ENVELOPE_CHECKS.items() if name in event)
-        and isinstance(event["hookType"], str)
+        isinstance(event["hookType"], str)
         and isinstance(event["eventType"], str)
         and isinstance(event["data"], dict)
     )
@@ -2062,11 +2078,23 @@ def redis_client(values: "Dict[str, Any]") -> Any:
             ssl_cert_reqs="required" if values["redis.verify"] else "none",
             ssl_check_hostname=values["redis.verify"],
         )
-    options.update(
-        socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
-    )
-    options.update(protocol=2, lib_name=None, lib_version=None)
+    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
+    # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
+    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    known = _options_of(kind)
+    options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+
+def _options_of(kind: type) -> "Set[str]":
+    """Return the names that a class takes, itself or, by **options, the classes that it is made of."""
+    names: "Set[str]" = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def redis_place(values: "Dict[str, Any]") -> str:
@@ -2085,6 +2113,7 @@ def redis_place(values: "Dict[str, Any]") -> str:
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
+    ("No module named 'redis.", "redis-py is too old: run {python} -m pip install --upgrade redis"),
     (
         "Authentication required|NOAUTH",
         "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
