@@ -375,6 +375,7 @@ if __name__ == "__main__":
 
 # --- end of the hot path ---
 
+import codecs  # noqa: E402
 import collections  # noqa: E402 - the hot path above must not pay for these
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
@@ -1363,7 +1364,7 @@ def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[
         return clean(text)
     cuts[path] = size
     # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
-    half = max(1, (limit - CUT_WORDS_BYTES) * len(text) // size // 2)
+    half = max(1, (limit - CUT_WORDS_BYTES) // 2)
     # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
     # behind.
     # The margin itself never shows, however much shorter what was redacted before it has become.
@@ -1371,9 +1372,21 @@ def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[
     head = clean(text[: half + margin])
     tail = clean(text[-half - margin :])
     unseen = margin if half + margin < len(text) else 0
-    head = head[: max(0, min(half, len(head) - unseen))]
-    tail = tail[min(len(tail), max(len(tail) - half, unseen)) :]
-    return f"{head}\n[… {size - limit} of {size} bytes cut …]\n{tail}"
+    head = _first_bytes(head[: max(0, len(head) - unseen)], half)
+    tail = _last_bytes(tail[unseen:], half)
+    return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
+
+
+def _first_bytes(text: str, limit: int) -> str:
+    """Return the beginning of `text` that has at most `limit` bytes, without half a character."""
+    data = text.encode("utf-8", "surrogatepass")[:limit]
+    return codecs.getincrementaldecoder("utf-8")("surrogatepass").decode(data)
+
+
+def _last_bytes(text: str, limit: int) -> str:
+    """Return the end of `text` that has at most `limit` bytes, without half a character."""
+    data = text.encode("utf-8", "surrogatepass")[-limit:]
+    return data.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
