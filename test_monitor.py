@@ -10540,6 +10540,52 @@ def test_debug_tells_how_many_monitors_got_it(team: RedisTeam) -> None:
     assert "mode redis" in told and re.search(r"\b2 (subscribers|monitors)", told), told
 
 
+def test_without_the_publishers_python_no_event_is_lost_and_the_log_says_why(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.say("first")
+    eventually(lambda: len(server.streamed()) == 1)
+    machine.end_publisher()
+    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
+        file.write("/nowhere/python\n")
+    machine.say("second")
+    assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["second"]
+    with open(machine.home + "/emit.log", encoding="utf-8") as file:
+        assert "/nowhere/python" in file.read()
+    machine.installed_command()  # with a Python that is there
+    machine.say("third")
+    eventually(lambda: len(server.streamed()) == 3)
+    told = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert told == ["first", "second", "third"]
+
+
+@needs_root
+def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    events = machine.home + "/events"
+    os.mkdir(events, 0o700)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        machine.start().wait_until("connected")
+        for number in range(40):
+            machine.spool(str(number), tool_name="Write", tool_input={"content": "x" * 50_000})
+        machine.say("40")
+        status = eventually(lambda: (told := machine.get("/api/status"))["store"]["error"] and told)
+        assert status["store"]["ok"] is False and status["redis"]["state"] == "connected"
+        assert 0 < len(machine.stored_events()) < 41
+        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
+        eventually(lambda: len(machine.stored_events()) == 41, 30, "the rest")
+        assert machine.arrivals() == {"testbox": [str(number) for number in range(41)]}
+        machine.kill()
+    finally:
+        if alive(machine.pid):
+            machine.kill()
+        machine.end_publisher()
+        subprocess.run(["umount", events], check=True)
+
+
 # The publisher's exit ---------------------------------------------------------------------------------------------
 
 # Emits at moments around the exit of the publisher that the event before had started. A new publisher is a fork of
