@@ -55,9 +55,10 @@ def run_hook() -> None:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
     except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        notes.append(f"failed: {error!r}")
+        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+        notes.append(f"failed: {reason}")
         try:
-            whole().log_failure(repr(error))
+            whole().log_failure(reason)
         except BaseException as second:  # e.g. a full disk: there is no place left to tell it
             notes.append(f"and could not log it: {second!r}")
     if debugging():

@@ -9640,27 +9640,18 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     }
 
 
-def redis_outage(team: RedisTeam, session: str, begin: Any, end: Any, least_s: float) -> RedisFlow:
-    """Say 1,000 events by real hooks; Redis is away for the 400 in the middle, however long they take.
-
-    A hook that waited for Redis could never return, as Redis comes back only after all of them have.
-    """
-    flow = RedisFlow(team, session)
+def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
+    """1,000 real hooks. One that waited for Redis would never return: it comes back when all 400 have."""
+    flow = RedisFlow(team, "outage")
     flow.hooks(300)
-    begin()
+    team.server.stop()
     began = time.monotonic()
     flow.hooks(400)
-    for machine in team.emitters:
-        assert machine.spooled() > 0
-    time.sleep(max(0.0, began + least_s - time.monotonic()))
-    assert not any(monitor.has(session, 301 + 300) for monitor in team.monitors)
-    end()
+    assert all(machine.spooled() > 0 for machine in team.emitters)
+    time.sleep(max(0.0, began + REDIS_OUTAGE_S - time.monotonic()))
+    assert not any(monitor.has(flow.session, 601) for monitor in team.monitors)
+    team.server.start()
     flow.hooks(300)
-    return flow
-
-
-def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
-    flow = redis_outage(team, "outage", team.server.stop, team.server.start, REDIS_OUTAGE_S)
     flow.check()
     for monitor in team.monitors:
         about = monitor.wait_until("connected")
@@ -9668,7 +9659,16 @@ def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam)
 
 
 def test_a_redis_that_was_frozen_costs_no_event(team: RedisTeam) -> None:
-    flow = redis_outage(team, "frozen", team.server.freeze, team.server.thaw, 0)
+    flow = RedisFlow(team, "frozen")
+    flow.bulk(400)
+    team.server.freeze()
+    flow.bulk(300)
+    flow.hooks(60)
+    assert all(machine.spooled() > 0 for machine in team.emitters)
+    for machine in team.emitters:
+        eventually(lambda machine=machine: machine.publisher().get("reason"), 30, "the publisher's deadline")
+    team.server.thaw()
+    flow.bulk(240)
     flow.check()
 
 
@@ -10180,71 +10180,68 @@ def test_an_event_that_redis_does_not_take_stays_in_the_spool(
 # Ways to a Redis --------------------------------------------------------------------------------------------------
 
 
-def redis_round_trip(machine: RedisMachine, server: RedisServer) -> "dict[str, Any]":
-    """Send an event from hook to monitor through Redis; return what the monitor says of the connection."""
+@dataclasses.dataclass(frozen=True)
+class RedisWay:
+    """How a machine is told to reach a server, the server, and where the events must be then."""
+
+    redis: Any  # server, certificates → keys of the section `redis`
+    tls: bool = False
+    password: str = ""
+    lines: "tuple[str, ...]" = ()
+    environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+    database: str = "0"
+    channel: str = REDIS_CHANNEL
+    has_stream: bool = True
+
+
+REDIS_WAYS = {
+    "TLS, a password, a database": RedisWay(
+        lambda server, _: {"host": "localhost", "password": REDIS_PASSWORD, "db": 5},
+        tls=True, password=REDIS_PASSWORD, database="5",
+    ),
+    "TLS without verification": RedisWay(lambda server, _: {"caFile": None, "verify": False}, tls=True),
+    "a client certificate": RedisWay(
+        lambda server, made: {"certFile": made.path("client.crt"), "keyFile": made.path("client.key")},
+        tls=True, lines=("tls-auth-clients yes",),
+    ),
+    "a user, the password from the environment": RedisWay(
+        lambda server, _: {"username": "team", "password": "not this one"},
+        password="of-the-default-user", lines=(f"user team on >{REDIS_PASSWORD} ~* &* +@all",),
+        environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD},
+    ),
+    "a url, another channel": RedisWay(
+        lambda server, _: {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{server.port}/3", "channel": "other:channel"},
+        password=REDIS_PASSWORD, database="3", channel="other:channel",
+    ),
+    "a url with TLS": RedisWay(
+        lambda server, _: {"tls": False, "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{server.port}/0"},
+        tls=True, password=REDIS_PASSWORD,
+    ),
+    "a url of a socket, no stream": RedisWay(
+        lambda server, _: {"url": f"unix://{server.socket_path}", "streamMaxLength": 0}, has_stream=False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDIS_WAYS)
+def test_every_way_to_a_redis_works(make: Any, redis_certificates: RedisCertificates, name: str) -> None:
+    way = REDIS_WAYS[name]
+    server = make(
+        RedisServer, *way.lines, password=way.password, certificates=redis_certificates if way.tls else None
+    )
+    config = server.settings(**way.redis(server, redis_certificates))
+    machine = make(RedisMachine, config=config, more_environment=way.environment)
     machine.start()
     about = machine.wait_until("connected")
     machine.say("there")
-    eventually(lambda: machine.has("s1", 1), 30, f"the event through {about['server']}")
-    assert machine.arrivals() == {machine.machine_id: ["there"]}
-    assert server.clients("pubsub") == 1
-    return about
-
-
-REDIS_WAYS = ("TLS", "TLS unverified", "client certificate", "user", "url", "url with TLS", "url of a socket",
-              "environment", "db", "channel", "no stream")  # fmt: skip
-
-
-@pytest.mark.parametrize("way", REDIS_WAYS)
-def test_every_way_to_a_redis_works(make: Any, redis_certificates: "RedisCertificates", way: str) -> None:
-    certificates = redis_certificates if "TLS" in way or way == "client certificate" else None
-    lines = {
-        "client certificate": ("tls-auth-clients yes",),
-        "user": (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default off"),
-    }.get(way, ())
-    if way == "user":
-        lines = (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default on nopass +ping +client")
-    server = make(
-        RedisServer, *lines, certificates=certificates,
-        password=REDIS_PASSWORD if way in ("url", "url with TLS", "environment", "TLS") else "",
-    )  # fmt: skip
-    port = server.port
-    config: "dict[str, dict[str, Any]]" = {
-        "TLS": server.settings(host="localhost", password=REDIS_PASSWORD),
-        "TLS unverified": server.settings(caFile=None, verify=False),
-        "client certificate": server.settings(
-            certFile=redis_certificates.path("client.crt"), keyFile=redis_certificates.path("client.key")
-        ),
-        "user": server.settings(username="team", password=REDIS_PASSWORD),
-        "url": {"mode": "redis", "redis": {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{port}/3"}},
-        "url with TLS": {
-            "mode": "redis",
-            "redis": {
-                "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{port}/0",
-                "caFile": redis_certificates.path("ca.crt"),
-            },
-        },
-        "url of a socket": {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}},
-        "environment": server.settings(password="not this one"),
-        "db": server.settings(db=5),
-        "channel": server.settings(channel="another:channel"),
-        "no stream": server.settings(streamMaxLength=0),
-    }
-    machine = make(
-        RedisMachine, config=config[way],
-        more_environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if way == "environment" else {},
-    )  # fmt: skip
-    about = redis_round_trip(machine, server)
-    assert about["tls"] is ("TLS" in way or way == "client certificate")
-    databases = re.findall(r"^db(\d+):", server.cli("INFO", "keyspace"), re.M) if way != "user" else ["0"]
-    assert databases == {"url": ["3"], "db": ["5"], "no stream": []}.get(way, ["0"])
-    if way == "no stream":
-        assert (about["stream"], about["streamState"]) == (None, "off")
-    if way == "channel":
-        assert server.cli("EXISTS", "another:channel:stream") == "1"
-    assert REDIS_PASSWORD not in json.dumps(machine.get("/api/config")) + json.dumps(
-        machine.get("/api/status")
-    )
+    eventually(lambda: machine.has("s1", 1), 30, "the event through Redis")
+    assert machine.arrivals() == {"testbox": ["there"]}
+    assert (about["tls"], about["channel"]) == (way.tls, way.channel)
+    assert about["stream"] == (f"{way.channel}:stream" if way.has_stream else None)
+    assert about["streamState"] == ("ok" if way.has_stream else "off")
+    assert server.cli("-n", way.database, "EXISTS", f"{way.channel}:stream") == str(int(way.has_stream))
+    told = json.dumps([machine.get("/api/config"), machine.get("/api/status")])
+    assert REDIS_PASSWORD not in told and "not this one" not in told
 
 
 @pytest.fixture(scope="module")
@@ -10538,6 +10535,52 @@ def test_debug_tells_how_many_monitors_got_it(team: RedisTeam) -> None:
     machine = team.emitters[0]
     told = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
     assert "mode redis" in told and re.search(r"\b2 (subscribers|monitors)", told), told
+
+
+def test_without_the_publishers_python_no_event_is_lost_and_the_log_says_why(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.say("first")
+    eventually(lambda: len(server.streamed()) == 1)
+    machine.end_publisher()
+    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
+        file.write("/nowhere/python\n")
+    machine.say("second")
+    assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["second"]
+    with open(machine.home + "/emit.log", encoding="utf-8") as file:
+        assert "/nowhere/python" in file.read()
+    machine.installed_command()  # with a Python that is there
+    machine.say("third")
+    eventually(lambda: len(server.streamed()) == 3)
+    told = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert told == ["first", "second", "third"]
+
+
+@needs_root
+def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    events = machine.home + "/events"
+    os.mkdir(events, 0o700)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        machine.start().wait_until("connected")
+        for number in range(40):
+            machine.spool(str(number), tool_name="Write", tool_input={"content": "x" * 50_000})
+        machine.say("40")
+        status = eventually(lambda: (told := machine.get("/api/status"))["store"]["error"] and told)
+        assert status["store"]["ok"] is False and status["redis"]["state"] == "connected"
+        assert 0 < len(machine.stored_events()) < 41
+        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
+        eventually(lambda: len(machine.stored_events()) == 41, 30, "the rest")
+        assert machine.arrivals() == {"testbox": [str(number) for number in range(41)]}
+        machine.kill()
+    finally:
+        if alive(machine.pid):
+            machine.kill()
+        machine.end_publisher()
+        subprocess.run(["umount", events], check=True)
 
 
 # The publisher's exit ---------------------------------------------------------------------------------------------
