@@ -10511,6 +10511,37 @@ def test_the_timeline_is_moved_and_zoomed_by_wheel_drag_keys_and_buttons(
     eventually(lambda: tab.text("timeline"))
 
 
+@needs_browser
+def test_two_fingers_zoom_the_timeline_and_one_moves_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+    touch = tab.page.context.new_cdp_session(tab.page)
+
+    def fingers(kind: str, *places: float) -> None:
+        points = [
+            {"x": box["x"] + box["width"] * place, "y": box["y"] + 60, "id": number}
+            for number, place in enumerate(places)
+        ]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", 0.45, 0.55)
+    for step in range(1, 5):
+        fingers("touchMove", 0.45 - 0.05 * step, 0.55 + 0.05 * step)
+    fingers("touchEnd")
+    span = tab.page.evaluate("contextuate.timeline.span")
+    assert span == pytest.approx(15 * 60_000 * 0.1 / 0.5, rel=0.1)
+    eventually(lambda: tab.page.is_visible("#time-now"), 15, "zoomed around the fingers, not around now")
+    to = tab.page.evaluate("contextuate.timeline.to")
+    fingers("touchStart", 0.5)
+    fingers("touchMove", 0.6)
+    fingers("touchMove", 0.7)
+    fingers("touchEnd")
+    assert tab.page.evaluate("contextuate.timeline.to") < to - span * 0.1
+    assert tab.page.evaluate("contextuate.timeline.span") == span
+
+
 def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
     """Return a call of Bash that waits for a permission, and its result."""
     call = {"tool_name": "Bash", "tool_input": {"command": command}}
