@@ -11146,6 +11146,37 @@ def test_the_timeline_is_moved_and_zoomed_by_wheel_drag_keys_and_buttons(
     eventually(lambda: tab.text("timeline"))
 
 
+@needs_browser
+def test_two_fingers_zoom_the_timeline_and_one_moves_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+    touch = tab.page.context.new_cdp_session(tab.page)
+
+    def fingers(kind: str, *places: float) -> None:
+        points = [
+            {"x": box["x"] + box["width"] * place, "y": box["y"] + 60, "id": number}
+            for number, place in enumerate(places)
+        ]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", 0.45, 0.55)
+    for step in range(1, 5):
+        fingers("touchMove", 0.45 - 0.05 * step, 0.55 + 0.05 * step)
+    fingers("touchEnd")
+    span = tab.page.evaluate("contextuate.timeline.span")
+    assert span == pytest.approx(15 * 60_000 * 0.1 / 0.5, rel=0.1)
+    eventually(lambda: tab.page.is_visible("#time-now"), 15, "zoomed around the fingers, not around now")
+    to = tab.page.evaluate("contextuate.timeline.to")
+    fingers("touchStart", 0.5)
+    fingers("touchMove", 0.6)
+    fingers("touchMove", 0.7)
+    fingers("touchEnd")
+    assert tab.page.evaluate("contextuate.timeline.to") < to - span * 0.1
+    assert tab.page.evaluate("contextuate.timeline.span") == span
+
+
 def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
     """Return a call of Bash that waits for a permission, and its result."""
     call = {"tool_name": "Bash", "tool_input": {"command": command}}
@@ -11827,6 +11858,11 @@ def test_names_that_come_from_events_and_people_are_only_ever_text(
             None, None, [], [],
         ]  # fmt: skip
         assert tab.said == []
+        refused = (
+            "(() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } })()"
+        )
+        assert tab.page.evaluate(refused) == "TypeError", "the browser itself takes no text for markup"
+        assert tab.page.evaluate("violations") == ["require-trusted-types-for"]
     finally:
         context.close()
 
@@ -11923,6 +11959,8 @@ def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wan
     running.emit(payload("UserPromptSubmit", "first", prompt="first work"), *page_ask("first", "rm b")[:2])
     eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
     assert tab.page.evaluate("told") == [], "nobody asked for alerts"
+    icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
+    assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
     tab.page.click("[data-testid=alerts]")
     tab.page.click("[data-testid=menu] >> text=Notify")
     tab.page.click("[data-testid=menu] >> text=Sound")
@@ -12066,6 +12104,131 @@ def test_a_monitor_without_an_index_is_searched_and_not_counted(
     tab.shows("hits", "find the zebra")
     tab.page.keyboard.press("3")
     tab.shows("sheet", "there are no statistics")
+
+
+@needs_browser
+def test_what_happened_while_the_monitor_was_away_comes_in_order_even_if_it_was_much(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.write_config({"server": {"port": running.port, "wsPort": running.ws_port}})
+    running.emit(*browser_call(0, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-0")
+    running.stop()
+    tab.shows("banner", "Not connected")
+    running.start()
+    running.emit(
+        *[
+            event
+            for number in range(1, cm.CATCH_UP_EVENTS)
+            for event in browser_call(number, tool_response="")
+        ]
+    )
+    tab.row_with(f"make step-{cm.CATCH_UP_EVENTS - 1}", 40)
+    eventually(lambda: tab.text("banner") == "")
+    eventually(lambda: browser_store(tab, "store.phase === 'open' && store.loaded"))
+    targets = browser_store(tab, "store.rows.map((row) => row.target)")
+    assert len(targets) == len(set(targets)), "nothing twice"
+    numbers = [int(target.rpartition("-")[2]) for target in targets]
+    assert numbers == list(range(numbers[0], cm.CATCH_UP_EVENTS)), "no gap"
+    assert {
+        browser_store(tab, "store.rows.map((row) => row.outcome).filter((o) => o !== 'done').length")
+    } == {0}
+    assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
+    tab.said.clear()
+
+
+@needs_browser
+def test_a_link_to_an_event_from_long_ago_opens_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1, "old", tool_response={"stdout": "ancient output"}))
+    running.emit(
+        *[event for number in range(2, 600) for event in browser_call(number, "new", tool_response="")]
+    )
+    wanted = next(event for event in running.stored_events() if event["hookType"] == "PostToolUse")
+    tab = open_tab(running, f"#s0=old&e={wanted['id']}")
+    tab.shows("drawer", "ancient output")
+    gone = open_tab(running, f"#s=old&e={uuid.uuid4()}")
+    gone.row_with("make step-1")
+    assert gone.text("drawer") == ""
+
+
+@needs_browser
+def test_widths_are_kept(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1").click()
+
+    def widths() -> "list[float]":
+        return [round(tab.page.query_selector(part).bounding_box()["width"]) for part in (".rail", ".drawer")]
+
+    eventually(lambda: tab.text("drawer"))
+    assert widths() == [280, 560]
+    tab.page.focus("#rail-split")
+    tab.page.keyboard.press("ArrowRight")
+    box = tab.page.query_selector("#drawer-split").bounding_box()
+    tab.page.mouse.move(box["x"] + 3, 400)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] - 57, 400)
+    tab.page.mouse.up()
+    eventually(lambda: widths() == [296, 620], 5, f"{widths()}")
+    tab.page.reload()
+    eventually(lambda: tab.text("drawer"))
+    assert widths() == [296, 620]
+
+
+@needs_browser
+def test_hidden_sessions_can_be_seen_and_shown_again(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first"),
+        payload("UserPromptSubmit", "two", prompt="second"),
+    )
+    tab = open_tab(running)
+    eventually(lambda: tab.page.query_selector("[data-session-id=one]"))
+    browser_choose(tab, "one", "Hide")
+    eventually(lambda: not tab.page.query_selector("[data-session-id=one]"))
+    eventually(lambda: not any("first" in row.inner_text() for row in tab.rows()), 15, "its rows go too")
+    tab.page.click("text=Show hidden (1)")
+    eventually(lambda: tab.page.query_selector("[data-session-id=one]"))
+    tab.row_with("first")
+    browser_choose(tab, "one", "Show again")
+    eventually(lambda: not running.sessions()["one"]["hidden"])
+    browser_choose(tab, "one", "Pin")
+    eventually(lambda: running.sessions()["one"]["isPinned"])
+    shown = "[...document.querySelectorAll('[data-testid=session]')].map((el) => el.dataset.sessionId)"
+    eventually(lambda: tab.page.evaluate(shown) == ["one", "two"])
+    browser_choose(tab, "one", "Unpin")
+    eventually(lambda: not running.sessions()["one"]["isPinned"])
+
+
+def browser_choose(tab: BrowserTab, session: str, words: str) -> None:
+    """Choose one entry of a session's menu."""
+    tab.page.click(f"[data-session-id={session}]", button="right")
+    tab.page.click(f"[data-testid=menu] >> text={words}")
+
+
+@needs_browser
+def test_trouble_with_disk_spool_and_versions_is_said_and_taken_back(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    store = running.get("/api/status")["store"]
+    browser_told(tab, store={**store, "ok": False, "error": "No space left on device"})
+    tab.shows("banner", "Events cannot be saved: No space left on device")
+    browser_told(tab, store=store, loading={"done": 40, "total": 100})
+    tab.shows("banner", "Reading history: 40 of 100")
+    assert "cannot be saved" not in tab.text("banner")
+    browser_told(tab, loading=None, spool={"segments": 0, "bytes": 0, "dropped": 3})
+    eventually(lambda: tab.text("banner") == "")
+    tab.shows("loss", "3 events lost")
+    tab.page.click("[data-testid=loss]")
+    tab.shows("status", "Machines")
+    tab.page.evaluate("contextuate.store.apply({ ...contextuate.store.hello, wsProtocol: 99 })")
+    tab.shows("banner", "This page is older than the monitor.")
+    tab.page.click("text=Reload the page")
+    tab.shows("status", "Lost")
+    eventually(lambda: tab.text("banner") == "")
 
 
 # What a person has done before the page is checked: a link, then clicks and keys.
