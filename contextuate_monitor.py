@@ -40,6 +40,7 @@ import errno
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -77,9 +78,11 @@ import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
+import zlib
 from collections.abc import Mapping
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -669,6 +672,8 @@ class EventStore:
                 return fd
             self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
         emit_event.make_private_directory(os.path.dirname(path))
+        if os.path.exists(path + PACKED) and not os.path.exists(path):
+            unpack_file(path)  # the clock was set back to a day that is closed
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._files[path] = fd
         self.repaired += repair_last_line(fd)
@@ -686,9 +691,10 @@ class EventStore:
         freed = 0
         for path in self._session_paths(session_id):
             self._forget(path)
-            with contextlib.suppress(FileNotFoundError):
-                freed += os.path.getsize(path)
-                os.unlink(path)
+            for kept_as in (path, path + PACKED):
+                with contextlib.suppress(FileNotFoundError):
+                    freed += os.path.getsize(kept_as)
+                    os.unlink(kept_as)
             with contextlib.suppress(OSError):  # other sessions' files keep the day
                 os.rmdir(os.path.dirname(path))
         return freed
@@ -709,12 +715,12 @@ class EventStore:
 
     def day_paths(self, day: str) -> List[str]:
         """List the files of a day in the order in which their sessions began that day."""
-        paths = sorted(glob.glob(f"{glob.escape(self.root)}/{day}/*.jsonl"))
+        paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
         return sorted(paths, key=first_seq)
 
     def _session_paths(self, session_id: str) -> List[str]:
         name = session_file_name(session_id)
-        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
+        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if is_stored(path)]
 
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
@@ -774,9 +780,9 @@ class EventStore:
                 yield from lines_from(path, 0)
 
     def size(self) -> Tuple[int, int]:
-        """Return (files, bytes) of everything stored."""
-        paths = glob.glob(f"{glob.escape(self.root)}/*/*.jsonl")
-        return len(paths), sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+        """Return (files, bytes of lines) of everything stored."""
+        sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
+        return len(sizes), sum(sizes)
 
 
 class MemoryStore:
@@ -918,7 +924,7 @@ def line_id(line: bytes) -> str:
 def first_seq(path: str) -> int:
     """Return the number of the first event in a file, 0 when there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             head = file.readline(64)
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
@@ -955,9 +961,9 @@ def offset_of_seq(file: Any, size: int, seq: int) -> int:
 def lines_from(path: str, seq: int) -> Iterator[bytes]:
     """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             if seq > 0:
-                file.seek(offset_of_seq(file, os.fstat(file.fileno()).st_size, seq))
+                file.seek(offset_of_seq(file, file.seek(0, os.SEEK_END), seq))
             for line in file:
                 if line.endswith(b"\n") and _SEQ.match(line):
                     yield line[:-1]
@@ -968,8 +974,8 @@ def lines_from(path: str, seq: int) -> Iterator[bytes]:
 def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
     """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
+        with open_stored(path) as file:
+            end = file.seek(0, os.SEEK_END)
             if before is not None:
                 end = offset_of_seq(file, end, before)
             rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
@@ -995,6 +1001,9 @@ def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
 
 def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
     """Yield the lines of a file that hold `needle`."""
+    if not os.path.exists(path):
+        yield from (line for line in lines_from(path, 0) if needle in line)
+        return
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             at = content.find(needle)
@@ -1007,6 +1016,166 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
                 at = content.find(needle, end)
     except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         return
+
+
+# Files as they lie on disk: a closed day's may be packed, which whoever reads need not know
+
+
+PACKED = ".gz"
+PACK_BLOCK_BYTES = 256 << 10
+# A gzip member's header (RFC 1952) with one extra field: its kind, the member's bytes, the content's bytes.
+_PACK_HEAD = struct.Struct("<4sIBBH2sHQQ")
+_PACK_TOTAL, _PACK_BLOCK = b"CT", b"CB"
+
+
+class StoredFile(NamedTuple):
+    """A file of the store: its inode (0 when it is packed), its bytes of lines, its bytes on disk."""
+
+    inode: int
+    size: int
+    bytes_on_disk: int
+
+
+def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+    """Yield what each file of a day is, by the name it has when it is not packed."""
+    found: Dict[str, StoredFile] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat()
+                if entry.name.endswith(".jsonl"):
+                    found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
+                elif entry.name.endswith(".jsonl" + PACKED):
+                    size = packed_size(entry.path)
+                    if size is not None:
+                        found.setdefault(entry.name[: -len(PACKED)], StoredFile(0, size, about.st_size))
+    yield from found.items()
+
+
+def inode_of(path: str) -> int:
+    """Return a file's inode, 0 when it is packed."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def is_stored(path: str) -> bool:
+    """Tell whether there is a file, packed or not."""
+    return os.path.exists(path) or os.path.exists(path + PACKED)
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file of lines for reading, packed or not; raise FileNotFoundError."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(path, "rb")
+    return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
+
+
+def packed_size(path: str) -> Optional[int]:
+    """Return the bytes of lines in a packed file; None when it was not packed by this program."""
+    try:
+        with open(path, "rb") as file:
+            head = _PACK_HEAD.unpack(file.read(_PACK_HEAD.size))
+    except (OSError, struct.error):
+        return None
+    return int(head[8]) if head[5] == _PACK_TOTAL else None
+
+
+class PackedFile(io.RawIOBase):
+    """Read a packed file from any place: it is a sequence of gzip members that say how long they are."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
+        self._starts: List[int] = []  # where each block begins in the content
+        self._blocks: List[Tuple[int, int]] = []  # (offset, bytes) of each member in the file
+        self._at = self._size = 0
+        self._number, self._content = -1, b""  # the block that was read last
+        offset = 0
+        while True:
+            self._file.seek(offset)
+            head = self._file.read(_PACK_HEAD.size)
+            if len(head) < _PACK_HEAD.size:
+                return
+            *_, kind, _, length, content = _PACK_HEAD.unpack(head)
+            if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
+                self._file.close()
+                raise OSError(errno.EINVAL, f"{path} was not packed by this program")
+            if kind == _PACK_BLOCK:
+                self._starts.append(self._size)
+                self._blocks.append((offset, length))
+                self._size += content
+            offset += length
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read from any place."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the content."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        """Read what is left of the block at this place, or as much as is wanted."""
+        if self._at >= self._size:
+            return 0
+        number = bisect.bisect_right(self._starts, self._at) - 1
+        if number != self._number:
+            offset, length = self._blocks[number]
+            self._file.seek(offset)
+            self._content, self._number = gzip.decompress(self._file.read(length)), number
+        start = self._at - self._starts[number]
+        piece = self._content[start : start + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    body = packer.compress(content) + packer.flush()
+    end = struct.pack("<II", zlib.crc32(content), len(content))
+    length = _PACK_HEAD.size + len(body) + len(end)
+    # FLG 4: there is an extra field; its length is that of kind, length and the two numbers.
+    return _PACK_HEAD.pack(b"\x1f\x8b\x08\x04", 0, 0, 255, 20, kind, 16, length, told) + body + end
+
+
+def pack_file(path: str) -> None:
+    """Put a packed file in the place of a plain one; at every moment one of them is there and whole."""
+    with open(path, "rb") as source:
+        total = os.fstat(source.fileno()).st_size
+        blocks = iter(lambda: source.read(PACK_BLOCK_BYTES), b"")
+        members = (_gzip_member(_PACK_BLOCK, block, len(block)) for block in blocks)
+        _replace(path + PACKED, itertools.chain([_gzip_member(_PACK_TOTAL, b"", total)], members))
+    os.unlink(path)
+
+
+def unpack_file(path: str) -> None:
+    """Put the plain file back in the place of a packed one."""
+    with open_stored(path) as source:
+        _replace(path, iter(lambda: source.read(PACK_BLOCK_BYTES), b""))
+    os.unlink(path + PACKED)
+
+
+def _replace(path: str, pieces: Iterable[bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path + ".tmp", flags, 0o600), "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------
@@ -3412,7 +3581,7 @@ class Indexer:
         file_id, position = row or (None, 0)
         path = f"{self._store.root}/{day}/{name}"
         try:
-            source = open(path, "rb")  # noqa: SIM115 - closed below
+            source = open_stored(path)
         except FileNotFoundError:  # removed meanwhile
             self._look_again = True
             return
@@ -3426,7 +3595,7 @@ class Indexer:
                 if event is not None:
                     if file_id is None:
                         with file.transaction():
-                            file_id = file.add_file(day, name, os.fstat(source.fileno()).st_ino, event)
+                            file_id = file.add_file(day, name, inode_of(path), event)
                     batch.documents.append(self._document(file, event, file_id, position, len(line)))
                 position += len(line)
                 batch.size += len(line)
@@ -3523,23 +3692,6 @@ class IndexBatch:
             or self.size >= INDEX_BATCH_BYTES
             or time.monotonic() - self._began > INDEX_BATCH_S
         )
-
-
-class StoredFile(NamedTuple):
-    """A file of the store: its inode and its length in bytes of lines."""
-
-    inode: int
-    size: int
-
-
-def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
-    """Yield the name of each file of a day, and what it is."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    about = entry.stat()
-                    yield entry.name, StoredFile(about.st_ino, about.st_size)
 
 
 def index_bytes(path: str) -> int:
@@ -3661,7 +3813,7 @@ class LineReader:
             (file_id,),
         ).fetchone()
         try:
-            return open(f"{self._root}/{day}/{name}", "rb")  # noqa: SIM115 - closed with the reader
+            return open_stored(f"{self._root}/{day}/{name}")
         except FileNotFoundError:
             return None
 
@@ -4219,7 +4371,7 @@ def plan_retention(
     """
     store = EventStore(os.path.join(home, "events"))
     sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
-    events = sum(about.size for files in sizes.values() for about in files.values())
+    events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
     with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
@@ -4228,7 +4380,7 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
         if day >= day_of(time_ms) or not (day < first_kept or is_over):
             going = {}
         if len(going) < len(files):
@@ -4243,14 +4395,27 @@ def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
     remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
     for path in plan.paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+        for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept_as)
     for folder in {os.path.dirname(path) for path in plan.paths}:
         with contextlib.suppress(OSError):  # a pinned session's file keeps it
             os.rmdir(folder)
-    names = {os.path.basename(path) for path in plan.paths}
-    root = os.path.join(home, "events")
-    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+    names = frozenset(os.path.basename(path) for path in plan.paths)
+    store = EventStore(os.path.join(home, "events"))
+    return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
+
+
+def files_to_pack(root: str, time_ms: int, days: int) -> List[str]:
+    """Return the plain files of days that were closed at least `days` days ago."""
+    last = day_of(time_ms - days * 86_400_000)
+    return [
+        f"{root}/{day}/{name}"
+        for day in EventStore(root).days()
+        if day < last
+        for name, about in stored_files(root, day)
+        if about.inode
+    ]
 
 
 def remember_seq(home: str, seq: int) -> None:
@@ -6944,6 +7109,8 @@ class Monitor:
             try:
                 plan = retention_plan(self.settings, kept)
                 gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+                if not dry_run:
+                    self._pack()
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
@@ -6954,6 +7121,18 @@ class Monitor:
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._keeper.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread for retention."""
+        days = self.settings["retention.compressAfterDays"]
+        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
+        for path in paths:
+            if self._stopping:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
 
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
         """Let go of the sessions that have no events left, and tell about the disk."""
