@@ -98,6 +98,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -586,6 +587,8 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
+_TAIL_BYTES = 4 << 10
 
 
 class StoredEvent(NamedTuple):
@@ -628,6 +631,7 @@ class EventStore:
         self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
         self.repaired = 0  # torn last lines found
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
+        self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
 
     # Writing
@@ -719,8 +723,43 @@ class EventStore:
         return sorted(paths, key=first_seq)
 
     def _session_paths(self, session_id: str) -> List[str]:
-        name = session_file_name(session_id)
-        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if is_stored(path)]
+        return self._paths_of(session_file_name(session_id), self.days())
+
+    def _paths_of(self, name: str, days: Sequence[str]) -> List[str]:
+        return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
+
+    def _names_of(self, day: str) -> FrozenSet[str]:
+        """Return the names of a day's files; a day is listed anew only when its directory has changed."""
+        try:
+            changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
+        except FileNotFoundError:
+            return frozenset()
+        known = self._listings.get(day)
+        if known is not None and known[0] == changed_ns:
+            return known[1]
+        names = frozenset(name for name, _ in stored_files(self.root, day))
+        if time.time_ns() - changed_ns > DIRECTORY_SETTLES_NS:
+            self._listings[day] = (changed_ns, names)
+        return names
+
+    def last_seqs(self) -> Dict[str, int]:
+        """Return the last number of every session by its files' name; reads no more than the files' ends."""
+        found: Dict[str, int] = {}
+        for day in self.days():
+            for name, _ in stored_files(self.root, day):
+                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
+        return found
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield the lines of sessions, by their files' names, in order of arrival; those after a seq."""
+        days = self.days()
+        streams = []
+        for name in names:
+            paths = self._paths_of(name, days)
+            if paths:
+                lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+                streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
+        return streams[0][1] if len(streams) == 1 else merged(streams)
 
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
@@ -839,6 +878,17 @@ class MemoryStore:
             ]
         return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
 
+    def last_seqs(self) -> Dict[str, int]:
+        """Return nothing: what memory held before this monitor is gone."""
+        return {}
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield lines as EventStore.lines_of does."""
+        wanted = set(names)
+        with self._lock:
+            kept = list(self._lines)
+        return (line for seq, owner, line in kept if seq > after and session_file_name(owner) in wanted)
+
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
@@ -929,6 +979,43 @@ def first_seq(path: str) -> int:
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
         return 0
+
+
+def last_seq(path: str) -> int:
+    """Return the number of the last event in a file, also of one that lacks its newline; 0 for none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return next(map(line_seq, lines_back(path)), 0)  # a packed one ends with a whole line
+    try:
+        start, tail = os.fstat(fd).st_size, b""
+        while start > 0:
+            size = min(start, len(tail) + _TAIL_BYTES)  # ever longer steps, should the last line be long
+            start -= size
+            tail = os.pread(fd, size, start) + tail
+            numbers = [line_seq(line) for line in tail.split(b"\n")[1 if start else 0 :]]
+            if any(numbers):
+                return max(numbers)
+        return 0
+    finally:
+        os.close(fd)
+
+
+def merged(streams: Sequence[Tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
+    """Merge sorted streams of lines by seq; each comes with its first seq and is not begun before that."""
+    waiting = sorted(streams, key=lambda stream: stream[0], reverse=True)
+    heads: List[Tuple[int, int, bytes, Iterator[bytes]]] = []
+    number = 0
+    while waiting or heads:
+        if waiting and (not heads or waiting[-1][0] <= heads[0][0]):
+            stream = waiting.pop()[1]
+        else:
+            _, _, line, stream = heapq.heappop(heads)
+            yield line
+        following = next(stream, None)
+        if following is not None:
+            number += 1
+            heapq.heappush(heads, (line_seq(following), number, following, stream))
 
 
 def offset_of_seq(file: Any, size: int, seq: int) -> int:
@@ -1058,11 +1145,6 @@ def inode_of(path: str) -> int:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return 0
-
-
-def is_stored(path: str) -> bool:
-    """Tell whether there is a file, packed or not."""
-    return os.path.exists(path) or os.path.exists(path + PACKED)
 
 
 def open_stored(path: str) -> BinaryIO:
@@ -1244,6 +1326,19 @@ _TARGET_KEYS = (
 )
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def with_slots(cls: _Class) -> _Class:
+    """Make a dataclass over with __slots__, a fourth of the memory; dataclass does so from Python 3.10 on."""
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    kept = {
+        name: value for name, value in vars(cls).items() if name not in (*names, "__dict__", "__weakref__")
+    }
+    return type(cls)(cls.__name__, cls.__bases__, {**kept, "__slots__": names})
+
+
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class OpenCall:
     """A tool call without a result so far."""
@@ -1261,6 +1356,7 @@ class OpenCall:
         return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class Reason:
     """Why a session waits, failed or ended."""
@@ -1334,6 +1430,7 @@ class Streak(NamedTuple):
     since: int
 
 
+@with_slots
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1351,6 +1448,7 @@ class Agent:
     tool_errors: int = 0
 
 
+@with_slots
 @dataclasses.dataclass
 class Session:
     """What is known of one session; times in milliseconds of the emitting machine's clock."""
@@ -1866,6 +1964,17 @@ def _lineage(session: Session, agent: Agent) -> List[Agent]:
     return line
 
 
+def _not_settled(session: Session) -> List[Agent]:
+    """Return the agents that run, wait or have open calls, and those above them: ends concern no others."""
+    busy = {call.agent_id for call in session.open_calls.values()}
+    busy.update(wait.agent_id for wait in session.waits)
+    found: Dict[str, Agent] = {}
+    for agent in session.agents.values():
+        if agent.end is None or agent.agent_id in busy:
+            found.update((above.agent_id, above) for above in _lineage(session, agent))
+    return list(found.values())
+
+
 def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """End agents and everything below them.
 
@@ -1873,7 +1982,7 @@ def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """
     gone = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if any(above.agent_id in agent_ids for above in _lineage(session, agent))
     }
     for agent_id in gone:
@@ -1891,7 +2000,7 @@ def _end_foreground(session: Session, time_ms: int) -> None:
     _interrupt(session, {MAIN})
     foreground = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if not any(above.background for above in _lineage(session, agent))
     }
     _end_agents(session, foreground, time_ms)
@@ -1948,7 +2057,7 @@ def _end_turn(session: Session, event: JsonObject) -> None:
         running = {text_of(task.get("id")) for task in tasks if isinstance(task, dict) and _is_running(task)}
         over = {
             agent.agent_id
-            for agent in session.agents.values()
+            for agent in _not_settled(session)
             if not any(above.agent_id in running for above in _lineage(session, agent))
         }
         _end_agents(session, over, event["timestamp"])
@@ -2320,6 +2429,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
 # All sessions
 
 
+@with_slots
 @dataclasses.dataclass
 class Track:
     """What puts a session's events in order: as it was some seconds ago, and what happened since."""
@@ -2346,6 +2456,7 @@ class SessionBook:
         prices: Optional[PriceList] = None,
     ) -> None:
         self.sessions: Dict[str, Session] = {}
+        self.patience = (quiet_ms, ended_ms, own_machine)  # what makes another book like this one
         self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
@@ -2360,6 +2471,7 @@ class SessionBook:
         self._starts: List[Tuple[int, str]] = []
         self._continued_by: Dict[str, str] = {}
         self._linked: Set[str] = set()  # ids of sessions that changed because of another one
+        self.complete = True  # False while stored sessions are still to come: no machine's silence is known
 
     # What happens
 
@@ -2404,22 +2516,31 @@ class SessionBook:
             track = self._tracks[session_id] = Track(session.clone())
         entry = (timestamp, next(self._numbers), event, kind)
         if timestamp < track.base.last_event and track.base.events:
-            for version in (track.base, session):
+            for version in (track.base, self._up_to_date(session_id, track)):
                 apply_event(version, event, kind, self._quiet_ms, late=True)
             return
         in_order = not track.recent or timestamp >= track.recent[-1][0]
         track.recent.append(entry)
         if in_order:
-            apply_event(session, event, kind, self._quiet_ms)
+            self._go_on(session, event, kind)
         else:
             track.recent.sort(key=lambda entry: entry[:2])
-            session = self.sessions[session_id] = track.base.clone()
-            for _, _, earlier, its_kind in track.recent:
-                apply_event(session, earlier, its_kind, self._quiet_ms)
+            self._tell_anew(session_id, track)
         settled = track.recent[-1][0] - TOGETHER_MS
         while track.recent[0][0] < settled or len(track.recent) > TOGETHER_EVENTS:
             _, _, earlier, its_kind = track.recent.pop(0)
             apply_event(track.base, earlier, its_kind, self._quiet_ms)
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        apply_event(session, event, kind, self._quiet_ms)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        session = self.sessions[session_id] = track.base.clone()
+        for _, _, event, kind in track.recent:
+            apply_event(session, event, kind, self._quiet_ms)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        return self.sessions[session_id]
 
     def _versions(self, session_id: str) -> List[Session]:
         track = self._tracks.get(session_id)
@@ -2429,18 +2550,18 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            if session.state == "ended":
-                continue
             silence = self._silence(session.last_event, session.machine_id, time_ms)
             ran_too_long = _runs_too_long(session)
             session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
                 self._tracks.pop(session.session_id, None)  # nothing will come between any more
+            if session.state == "ended":
+                continue
             machine_silence = self._silence(
                 self._heard_ms.get(session.machine_id, 0), session.machine_id, time_ms
             )
             watched = session.machine_id == self._own_machine and session.pid is not None
-            if machine_silence >= self._ended_ms and not watched:
+            if self.complete and machine_silence >= self._ended_ms and not watched:
                 hours = self._ended_ms // 3_600_000
                 why = f"nothing heard from {session.machine_id} for {hours} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2472,12 +2593,29 @@ class SessionBook:
             self._linked.add(gone.parent_id)
         return gone is not None
 
+    def finish(self) -> None:
+        """Bring every session up to date."""
+
+    def take_over(self, other: "SessionBook") -> None:
+        """Take over the sessions of another book, in place of ours, and what it has heard of machines."""
+        other.finish()
+        self.sessions.update(other.sessions)
+        self._tracks.update(other._tracks)
+        for session in other.sessions.values():
+            self._note_place(session)
+            if session.continued_from:
+                self._continued_by[session.continued_from] = session.session_id
+        for machine, skew_ms in other._skew_ms.items():
+            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, heard_ms in other._heard_ms.items():
+            self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
+
     # What links sessions
 
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
         if kind == "session_start" and session.start_source in _MADE_WAY:
-            bisect.insort(self._starts, (session.source_time, session.session_id))
+            self._note_place(session)
             before = [
                 other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
             ]
@@ -2487,11 +2625,18 @@ class SessionBook:
             if before and not session.continued_from:
                 self._continue(session, max(before, key=lambda other: other.end or 0))
         elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
-            bisect.insort(self._ends, (session.end, session.session_id))
+            self._note_place(session)
             after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
             after = [other for other in after if not other.continued_from]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
+
+    def _note_place(self, session: Session) -> None:
+        """Note when a session made way for another, and when it began after one that did."""
+        if session.start_source in _MADE_WAY:
+            _insert_once(self._starts, (session.source_time, session.session_id))
+        if session.end is not None and session.end_reason in _MADE_WAY.values():
+            _insert_once(self._ends, (session.end, session.session_id))
 
     def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
         """Return the sessions that began, or ended, about that time."""
@@ -2517,7 +2662,7 @@ class SessionBook:
         label, source = session.label
         reason = session.reason
         if children is None:
-            children = self._children(session.session_id)
+            children = self.children(session.session_id)
         return {
             "sessionId": session.session_id,
             "machineId": session.machine_id,
@@ -2564,7 +2709,7 @@ class SessionBook:
             "pid": session.pid,
         }
 
-    def _children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+    def children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
         """Return the ids of the sessions below each session, or below one."""
         children: Dict[str, List[str]] = {}
         for session in self.sessions.values():
@@ -2572,12 +2717,55 @@ class SessionBook:
                 children.setdefault(session.parent_id, []).append(session.session_id)
         return children
 
-    def all_json(self, with_hidden: bool) -> List[JsonObject]:
-        """Return every session, newest event first."""
-        children = self._children()
+    def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
+        """Yield every session, newest event first."""
+        children = self.children()
         chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
         chosen.sort(key=lambda session: session.last_event, reverse=True)
-        return [self.to_json(session, children) for session in chosen]
+        return (self.to_json(session, children) for session in chosen)
+
+    def all_json(self, with_hidden: bool) -> List[JsonObject]:
+        """Return every session, newest event first."""
+        return list(self.each_json(with_hidden))
+
+
+class ReplayBook(SessionBook):
+    """A book that is told one session's history and asked only after `finish`: then it is as SessionBook is.
+
+    SessionBook tells each event twice: to the session, and later to what it was some seconds ago. Here only
+    the latter is told, and the session made from it at the end. In between it is kept just from an event that
+    came very late until the next that came out of its place, since SessionBook tells it those in that order.
+    """
+
+    def __init__(self, *patience: Any) -> None:
+        super().__init__(*patience)
+        self._kept: Set[str] = set()  # ids of those that `sessions` has as they are now
+
+    def finish(self) -> None:
+        for session_id, track in self._tracks.items():
+            self._up_to_date(session_id, track)
+
+    def _link(self, session: Session, kind: str) -> None:
+        """Leave links to whoever tells all sessions that they concern."""
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        if session.session_id in self._kept:
+            super()._go_on(session, event, kind)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        self._kept.discard(session_id)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        if session_id not in self._kept:
+            super()._tell_anew(session_id, track)
+            self._kept.add(session_id)
+        return self.sessions[session_id]
+
+
+def _insert_once(times: List[Tuple[int, str]], entry: Tuple[int, str]) -> None:
+    place = bisect.bisect_left(times, entry)
+    if times[place : place + 1] != [entry]:
+        times.insert(place, entry)
 
 
 # SessionStart's source → the SessionEnd's reason of the session that made way.
@@ -2594,6 +2782,54 @@ def _makes_way(before: Session, after: Session) -> bool:
         and (before.pid == after.pid or None in (before.pid, after.pid))
         and abs(after.source_time - before.end) < LINK_MS
     )
+
+
+class LinkPoint(NamedTuple):
+    """A moment at which a session makes way, or begins where another one made way."""
+
+    session_id: str
+    machine_id: str
+    reason: str  # of the end that it is or that it follows
+    begins: bool
+    time_ms: int
+
+
+def link_point(session: Session, event: JsonObject) -> Optional[LinkPoint]:
+    """Return what an event of a session has to do with links between sessions, None for most."""
+    kind = effective_type(event)
+    if kind == "session_start":
+        reason = _MADE_WAY.get(text_of(event["data"].get("source")), "")
+    elif kind == "session_end":
+        reason = text_of(event["data"].get("reason"))
+    else:
+        return None
+    if reason not in _MADE_WAY.values():
+        return None
+    begins = kind == "session_start"
+    return LinkPoint(session.session_id, session.machine_id, reason, begins, event["timestamp"])
+
+
+def may_be_linked(points: Iterable[LinkPoint]) -> List[FrozenSet[str]]:
+    """Group the ids of sessions that may be linked with each other, directly or through others.
+
+    A group may be too large, never too small: nothing outside of it can change the links within.
+    """
+    chronicle: Dict[Tuple[str, str], List[LinkPoint]] = {}
+    for point in points:
+        chronicle.setdefault((point.machine_id, point.reason), []).append(point)
+    group_of: Dict[str, Set[str]] = {}
+    for moments in chronicle.values():
+        ends = sorted((point.time_ms, point.session_id) for point in moments if not point.begins)
+        for point in moments:
+            if not point.begins:
+                continue
+            for time_ms, before in ends[bisect.bisect_left(ends, (point.time_ms - LINK_MS, "")) :]:
+                if time_ms > point.time_ms + LINK_MS:
+                    break
+                group = group_of.get(before, {before}) | group_of.get(point.session_id, {point.session_id})
+                group_of.update(dict.fromkeys(group, group))
+    unique = {id(group): frozenset(group) for group in group_of.values() if len(group) > 1}
+    return list(unique.values())
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
@@ -4048,35 +4284,34 @@ class Statistics:
         except MalformedEvent:
             return None
 
-    # Sums: cells of one session and quarter of an hour, added up by session and by quarter, and these further
+    # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
 
     def _sums(self) -> JsonObject:
         by_session: Dict[int, Sums] = collections.defaultdict(Sums)
-        by_quarter: Dict[int, Sums] = collections.defaultdict(Sums)
+        by_hour: Dict[int, Sums] = collections.defaultdict(Sums)
         places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
-        for session, machine, project, quarter, events, prompts, first, last in self._activity():
+        for session, machine, project, hour, events, prompts, first, last in self._activity():
             places.setdefault(session, (machine, project))
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_activity(session, events, prompts, first, last)
-        for session, quarter, calls, failures in self._calls():
+        for session, hour, calls, failures in self._calls():
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_calls(session, calls, failures)
         models: Dict[int, ModelUsage] = {}
         for session, model, quarter, used in self._usage():
             models[model] = add_usage(models.get(model), used)
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
                 sums.add_usage(session, self._names[model], used)
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
             for group, key in (("all", None), ("machine", machine), ("project", project)):
                 groups[group][key].merge(sums)
-        for quarter, sums in by_quarter.items():
-            hour = (quarter * QUARTER_MS + self._offset_minutes * 60_000) // 3_600_000
+        for hour, sums in by_hour.items():
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
@@ -4159,15 +4394,21 @@ class Statistics:
 
     def _activity(self) -> Iterator[Tuple[int, ...]]:
         yield from self._db.execute(
-            f"""SELECT session, machine, project, quarter, events, prompts, first, last
-            FROM activity JOIN files ON files.id = file WHERE {self._where} ORDER BY quarter DESC""",
+            f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(events), sum(prompts), min(first), max(last)
+            FROM activity JOIN files ON files.id = file WHERE {self._where}
+            GROUP BY file, hour ORDER BY hour DESC""",
             self._bounds,
         )
 
     def _calls(self) -> Iterator[Tuple[int, ...]]:
+        # The inner groups are in the order of the index, so that only their few sums are sorted.
         yield from self._db.execute(
-            f"""SELECT session, quarter, count(*), sum(outcome IN (1, 3))
-            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter""",
+            f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(calls), sum(failures)
+            FROM (SELECT session, quarter, count(*) AS calls, sum(outcome IN (1, 3)) AS failures
+            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
+            GROUP BY session, hour""",
             self._bounds,
         )
 
@@ -4349,6 +4590,7 @@ class RetentionPlan(NamedTuple):
     total: int  # of every file of ours
     events: int  # of all event files
     oldest_day: Optional[str]  # that stays
+    closed_days: Tuple[str, ...]  # to which no event can come any more
 
     @property
     def days(self) -> List[str]:
@@ -4388,21 +4630,23 @@ def plan_retention(
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    return RetentionPlan(tuple(paths), size, total, events, oldest)
+    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
-    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    if plan.paths:
+        remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
     for path in plan.paths:
         for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(kept_as)
-    for folder in {os.path.dirname(path) for path in plan.paths}:
-        with contextlib.suppress(OSError):  # a pinned session's file keeps it
-            os.rmdir(folder)
-    names = frozenset(os.path.basename(path) for path in plan.paths)
     store = EventStore(os.path.join(home, "events"))
+    for day in plan.closed_days:  # also those that a kill left empty the last time
+        with contextlib.suppress(OSError):  # it has files
+            os.rmdir(f"{store.root}/{day}")
+    names = frozenset(os.path.basename(path) for path in plan.paths)
     return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
 
 
@@ -4951,11 +5195,11 @@ class ClientServer:
         """Answer with one message."""
         self.answer(client, encode_frame(Opcode.TEXT, encode_json(message)))
 
-    def broadcast_json(self, message: JsonObject, show_hidden: Optional[bool] = None) -> None:
-        """Send one message, encoded once, to every subscribed client, or to those with this `show_hidden`."""
+    def broadcast_json(self, message: JsonObject) -> None:
+        """Send one message, encoded once, to every subscribed client."""
         frame = b""
         for client in list(self.clients.values()):
-            if client.view is not None and show_hidden in (None, client.show_hidden):
+            if client.view is not None:
                 frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
                 self.send(client, frame)
 
@@ -5919,15 +6163,16 @@ class Api:
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.text("hidden") in ("1", "true")
-        return json_response({"sessions": self._ask(lambda: self._state.book.all_json(hidden))})
+        return Response(200, self._ask(lambda: self._state.sessions_json(hidden)))
 
     def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
         return json_response(self._ask(lambda: self._state.session_json(session_id)))
 
     def _session_events(self, query: Query, _body: bytes, session_id: str) -> Response:
         limit, before, after = self._page(query)
-        self._ask(lambda: self._state.session_json(session_id))
         lines = self._store.session_lines(session_id, limit + 1, before, after)
+        if not lines:
+            self._ask(lambda: self._state.session_json(session_id))  # there is no such session perhaps
         return self._events_response(lines, limit, from_start=after is not None)
 
     def _events(self, query: Query, _body: bytes) -> Response:
@@ -6023,16 +6268,17 @@ class Api:
 class ApiState(Protocol):
     """What the API asks of the loop thread; the Monitor is one."""
 
-    book: SessionBook
-
     def status(self) -> JsonObject:
         """Return what /api/status shows."""
 
     def config(self) -> JsonObject:
         """Return the configuration without secrets."""
 
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return what /api/sessions shows: the sessions that are known so far."""
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
 
     def sessions_in_state(self, state: str) -> FrozenSet[str]:
         """Return the ids of the sessions that are in a state now."""
@@ -6506,6 +6752,8 @@ UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 SPOOL_INTERVAL_S = 1.0
 SPOOL_LINES_A_TURN = 200
+LOAD_SLICE_S = 0.004
+LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
@@ -6615,8 +6863,8 @@ class Machine:
 def without_authority(event: JsonObject) -> JsonObject:
     """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
     event.pop("demo", None)
-    if event["eventType"] == "session_meta":
-        event["eventType"] = "message"
+    if "session_meta" in (event["eventType"], effective_type(event)):
+        event.update(eventType="message", hookType="")  # either name would make it the user's word
     return event
 
 
@@ -6682,6 +6930,161 @@ class SpoolDrain:
             self._loop.call_soon(self.look)
 
 
+@dataclasses.dataclass(eq=False)
+class Telling:
+    """Sessions that are told their stored events together, in a book of their own until all is told."""
+
+    names: FrozenSet[str]  # of their files
+    book: Optional[SessionBook] = None  # None: not begun
+    steps: Iterator[None] = iter(())
+
+
+class Loader:
+    """Rebuild the sessions from the files, the one heard last first, in slices between other work.
+
+    A session appears when all its events are told. What arrives for it until then is only stored: it is told
+    when its turn comes in the file, so the state is that of one replay in the order of arrival. Links depend
+    on the order of events of several sessions, so those that may be linked are told once more, together.
+    """
+
+    def __init__(
+        self,
+        store: Union[EventStore, MemoryStore],
+        book: SessionBook,
+        seen: SeenIds,
+        loaded: Callable[[Iterable[Session]], None],
+    ) -> None:
+        self.events = 0  # told so far
+        self._store = store
+        self._book = book
+        self._seen = seen
+        self._loaded = loaded
+        self._queue: List[Telling] = []  # the next one last
+        self._held: Dict[str, Telling] = {}  # file name → the telling that is still to be done
+        self._touched: Set[str] = set()  # file names of held sessions that got live events
+        self._points: Set[LinkPoint] = set()
+        self._together: Dict[str, FrozenSet[str]] = {}  # file name → those it was told together with
+        last_seqs = store.last_seqs()
+        store.seq = max([store.seq, *last_seqs.values()])
+        self._recent_seq = store.seq - REMEMBERED_IDS // 2
+        for name in sorted(last_seqs, key=lambda name: last_seqs[name]):
+            self._enqueue(frozenset((name,)))
+        self._total = len(last_seqs)
+        book.complete = not last_seqs
+
+    @property
+    def progress(self) -> Optional[JsonObject]:
+        """Return how many sessions are complete, of how many; None when all are."""
+        return {"done": self._total - len(self._held), "total": self._total} if self._held else None
+
+    def holds(self, session_id: str) -> bool:
+        """Tell whether a session is still to be told its stored events; if so, it is now the next one."""
+        telling = self._held.get(session_file_name(session_id)) if self._held else None
+        if telling is None:
+            return False
+        if self._queue[-1] is not telling:
+            self._queue.remove(telling)
+            self._queue.append(telling)
+        return True
+
+    def takes(self, event: JsonObject) -> bool:
+        """Tell whether a live event, which is stored, will be told to its session out of the file."""
+        if not self.holds(event["sessionId"]):
+            return False
+        self._touched.add(session_file_name(event["sessionId"]))
+        return True
+
+    def note(self, session: Session, event: JsonObject) -> None:
+        """Note what an event, which its session was told, has to do with links while any are still open."""
+        point = link_point(session, event) if self._held else None
+        if point is not None:
+            self._points.add(point)
+
+    def work(self, seconds: float) -> None:
+        """Go on for some time; afterwards `progress` is None if nothing is left to do."""
+        deadline = time.monotonic() + seconds
+        while self._queue:
+            telling = self._queue[-1]
+            if telling.book is None:
+                kind = SessionBook if len(telling.names) > 1 else ReplayBook
+                telling.book = kind(*self._book.patience)
+                telling.steps = self._steps(telling.names, telling.book)
+            try:
+                for _ in telling.steps:
+                    if time.monotonic() >= deadline:
+                        return
+            except OSError as error:
+                log.error("stored events cannot be read: %s", error)
+            self._finish(telling.names, telling.book)
+
+    def _enqueue(self, names: FrozenSet[str]) -> None:
+        telling = Telling(names)
+        self._queue.append(telling)
+        self._held.update(dict.fromkeys(names, telling))
+
+    def _steps(self, names: FrozenSet[str], book: SessionBook) -> Iterator[None]:
+        """Tell sessions all that is stored, one event a step; also what is stored meanwhile."""
+        told_seq = 0
+        while not told_seq or names & self._touched:
+            self._touched -= names
+            until = self._store.seq
+            for line in self._store.lines_of(names, told_seq):
+                if line_seq(line) > until:
+                    break  # what came before it to another of these sessions may not have been met
+                self._tell(book, line)
+                yield
+            told_seq = max(1, until)
+
+    def _tell(self, book: SessionBook, line: bytes) -> None:
+        self.events += 1
+        try:
+            event = parse_stored(line)
+            self.note(book.apply(event), event)
+        except MalformedEvent:
+            log.warning("a stored line is not an event and was passed over: %r", line[:200])
+        except Exception:  # nobody foresaw it: the log tells, and the others are told all the same
+            log.exception("a stored event could not be taken into account: %r", line[:200])
+        else:
+            if line_seq(line) > self._recent_seq:
+                self._seen.add(event["id"])
+
+    def _finish(self, names: FrozenSet[str], book: SessionBook) -> None:
+        """Let sessions appear whose events are all told; look for links now and then, and at the end."""
+        self._queue.pop()
+        for name in names:
+            del self._held[name]
+            self._together[name] = names
+        for session_id in list(book.sessions):
+            # Somebody has put its events into another session's file; what its own file tells stands.
+            if session_file_name(session_id) not in names and session_id in self._book.sessions:
+                book.delete(session_id)
+        self._book.take_over(book)
+        if len(self._queue) % LINK_EVERY == 0:
+            self._tell_linked_together()
+        if not self._queue:
+            self._book.complete = True
+            self._points, self._together = set(), {}
+        self._loaded(book.sessions.values())
+
+    def _tell_linked_together(self) -> None:
+        """Enqueue those that may be linked and were not told together: at the end all, before it those whose
+        number has doubled, so that a long row of sessions is not told again for each.
+        """
+        at_end = not self._queue
+        for group in may_be_linked(self._points):
+            names = frozenset(map(session_file_name, group))
+            known = max(len(self._together.get(name, ())) for name in names)
+            is_told = all(self._together.get(name) == names for name in names)
+            if not is_told and not self._held.keys() & names and (at_end or len(names) >= 2 * known):
+                self._total += len(names)
+                self._enqueue(names)
+
+
+def loading_words(progress: JsonObject) -> str:
+    """Say how far a Loader is."""
+    return f"{progress['done']} of {progress['total']} stored sessions have been read"
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -6723,16 +7126,12 @@ class Monitor:
 
     # Start and stop
 
-    def open(self, progress: Callable[[str], None] = lambda words: None) -> None:
-        """Read what is stored, then open every port; raise StartError.
-
-        `progress` gets words for long work.
-        """
+    def open(self) -> None:
+        """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
         self._locks = [
             lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
         ]
-        self._restore(progress)
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -6745,6 +7144,12 @@ class Monitor:
         self.access.port = self.port
         self._listen_for_hooks()
         limit = self.settings["limits.connections"]
+        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
+        api = Api(self.store, self.loop.call, self, self.history)
+        self.http = HttpServer(http_socket, self.access, page, api, limit)
+        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
+        self._http_thread.start()
+        self._begin_loading()
         self.clients = ClientServer(
             self.loop,
             ws_socket,
@@ -6755,19 +7160,13 @@ class Monitor:
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
         )
-        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self, self.history)
-        self.http = HttpServer(http_socket, self.access, page, api, limit)
-        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
-        self._http_thread.start()
         self.loop.turn_end = self._handle_arrivals
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
         if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._retain)
-            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -6813,6 +7212,9 @@ class Monitor:
         self.history.stop()
         for connection in list(self._connections):
             connection.close()
+        remember_seq(
+            self.settings.home, self.store.seq
+        )  # the newest files may be removed by hand before the next start
         self.store.close()
         self._usage.close()
         self._unlink_socket()
@@ -6820,28 +7222,40 @@ class Monitor:
         for fd in self._locks:
             os.close(fd)
 
-    def _restore(self, progress: Callable[[str], None]) -> None:
-        """Rebuild sessions from the stored events; the numbers go on after the highest."""
-        count, told = 0, time.monotonic()
+    def _begin_loading(self) -> None:
+        """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
-        for line in self.store.all_lines():
-            try:
-                event = parse_stored(line)
-            except MalformedEvent:  # edited by hand
-                log.warning("a stored line is not an event and was passed over: %r", line[:200])
-                continue
-            self._take_into_account(event)
-            self.store.seq = max(self.store.seq, line_seq(line))
-            self._seen.add(event["id"])
-            count += 1
-            if time.monotonic() - told > 1:
-                told = time.monotonic()
-                progress(f"read {count} stored events")
+        self.loader = Loader(self.store, self.book, self._seen, self._show_loaded)
+        if self.loader.progress is not None:
+            log.info("%d stored sessions are being read", self.loader.progress["total"])
+            self.loop.call_soon(self._load_some)
+
+    def _load_some(self) -> None:
+        try:
+            self.loader.work(LOAD_SLICE_S)
+        finally:
+            if self.loader.progress is None:
+                self._end_loading()
+            else:
+                self.loop.call_soon(self._load_some)
+
+    def _show_loaded(self, sessions: Iterable[Session]) -> None:
+        """Show sessions that are complete now and have not ended; the others come with the whole list."""
+        for session in sessions:
+            if session.state != "ended":
+                self._changed[session.session_id] = session
+        self._send_updates_soon()
+
+    def _end_loading(self) -> None:
+        seconds = (now_ms() - self.started_at) / 1000
+        log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
-        if count:
-            log.info("%d stored events of %d sessions read", count, len(self.book.sessions))
+        self.book.linked_changes()
+        self._changed.clear()
+        self._send_session_list()
+        self._send_status_if_changed()
 
     # Hooks
 
@@ -7038,8 +7452,12 @@ class Monitor:
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+        if self.loader.takes(event):
+            return None
         try:
-            return self.book.apply(event)
+            session = self.book.apply(event)
+            self.loader.note(session, event)
+            return session
         except Exception:  # nobody foresaw it: the log tells, and the stream goes on
             log.exception("event %s could not be taken into account", event.get("id"))
             return None
@@ -7058,9 +7476,12 @@ class Monitor:
 
     def _send_updates(self) -> None:
         changed, self._changed = self._changed, {}
+        if not self.clients.clients:
+            return
+        children = self.book.children() if len(changed) > 1 else None
         for session in changed.values():
             if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session)}
+                message = {"type": "session_update", "session": self.book.to_json(session, children)}
                 self.clients.broadcast_json(message)
 
     # Time
@@ -7086,6 +7507,8 @@ class Monitor:
                 ):
                     self.store.error = None
                     self._note_store_error()
+        if self.loader.progress is not None:
+            log.info("%s", loading_words(self.loader.progress))
         path = self.settings["socketPath"]
         if not os.path.exists(path) and not self._stopping:
             log.warning("%s was removed; it is made anew", path)
@@ -7095,10 +7518,16 @@ class Monitor:
 
     # Retention: planned and done by a thread of its own
 
+    def _begin_to_retain(self) -> None:
+        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
+            self.loop.call_later(0.5, self._begin_to_retain)
+            return
+        self._retain()
+        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
     def _retain(self) -> None:
         """Delete what the configuration says is too old or too much."""
-        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
-            self._prune(dry_run=False, done=lambda plan: None)
+        self._prune(dry_run=False, done=lambda plan: None)
 
     def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
         kept = frozenset(
@@ -7108,7 +7537,7 @@ class Monitor:
         def work() -> None:
             try:
                 plan = retention_plan(self.settings, kept)
-                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
                 if not dry_run:
                     self._pack()
             except OSError as error:
@@ -7148,7 +7577,10 @@ class Monitor:
         }
         if dry_run or not plan.paths:
             return
-        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
+        days = plan.days
+        log.info(
+            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
+        )
         self.history.look_again()
         for session in list(self.book.sessions.values()):
             if session_file_name(session.session_id) in gone:
@@ -7212,7 +7644,7 @@ class Monitor:
             ],
             "redis": self.redis.status() if self.redis else None,
             "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
-            "loading": None,
+            "loading": self.loader.progress,
             "demo": any(session.demo for session in self.book.sessions.values()),
         }
 
@@ -7255,8 +7687,27 @@ class Monitor:
         nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
         return nested
 
+    def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
+        """Encode a message with the sessions that are known so far.
+
+        All are much (2 kB each), so that they are not held one by one beside the whole.
+        """
+        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+        for session in self.book.each_json(with_hidden):
+            body += encode_json(session) + b","
+        if body.endswith(b","):
+            del body[-1]
+        body += b"]}"
+        return bytes(body)
+
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return the sessions that are known so far, and how many of the stored ones those are."""
+        return self.with_sessions({"loading": self.loader.progress}, with_hidden)
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+        if self.loader.holds(session_id):
+            raise RequestError(503, "this session's events are being read; ask again in a moment")
         session = self.book.sessions.get(session_id)
         if session is None:
             raise RequestError(404, "no session with this id is known")
@@ -7304,6 +7755,8 @@ class Monitor:
             if handler is None:
                 raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
             handler(self, client, message)
+        except StillLoading:
+            self.loop.call_soon(lambda: self._message(client, text))
         except (MalformedEvent, MessageError, TypeError) as error:
             self._reply(client, message or {}, {"type": "error", "message": str(error)})
 
@@ -7357,7 +7810,11 @@ class Monitor:
             client.session_ids -= set(ids)
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        self._reply(client, message, {"type": "sessions", "sessions": self.book.all_json(client.show_hidden)})
+        reply: JsonObject = {"type": "sessions"}
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        body = self.with_sessions(reply, client.show_hidden)
+        self.clients.answer(client, encode_frame(Opcode.TEXT, body))
 
     def _on_get_events(self, client: Client, message: JsonObject) -> None:
         session_id = _text_field(message, "sessionId")
@@ -7434,16 +7891,17 @@ class Monitor:
     def _on_set_parent(self, client: Client, message: JsonObject) -> None:
         session = self._known_session(message)
         parent = message.get("parentSessionId")
-        if parent is not None and (not isinstance(parent, str) or parent not in self.book.sessions):
-            raise MessageError("parentSessionId: no session with this id is known")
-        ancestor = parent
+        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
         while ancestor:
             if ancestor == session.session_id:
                 raise MessageError("parentSessionId: a session cannot stand below itself")
+            if self.loader.holds(ancestor):
+                raise StillLoading
             ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
         self._act(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             if not session.hidden:
                 self._act(session, {"action": "hide", "hidden": True})
@@ -7453,6 +7911,7 @@ class Monitor:
         self._delete(self._known_session(message))
 
     def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             self._delete(session)
         self._send_session_list()
@@ -7475,11 +7934,18 @@ class Monitor:
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self.take_now(encode_json(test_event(self.settings.machine_id)))
 
-    def _known_session(self, message: JsonObject) -> Session:
-        session = self.book.sessions.get(_text_field(message, "sessionId"))
+    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session_id = _text_field(message, name)
+        if self.loader.holds(session_id):
+            raise StillLoading
+        session = self.book.sessions.get(session_id)
         if session is None:
-            raise MessageError("sessionId: no session with this id is known")
+            raise MessageError(f"{name}: no session with this id is known")
         return session
+
+    def _refuse_while_loading(self) -> None:
+        if self.loader.progress is not None:
+            raise MessageError(f"{loading_words(self.loader.progress)}; try again when all have")
 
     def _act(self, session: Session, data: JsonObject) -> None:
         """Store what the user did as an event of its own, so that the files alone tell everything."""
@@ -7520,9 +7986,15 @@ class Monitor:
         )
 
     def _send_session_list(self) -> None:
+        """Send everyone the sessions; the list may be much and does not count as falling behind."""
         for with_hidden in (False, True):
-            message = {"type": "sessions_updated", "sessions": self.book.all_json(with_hidden)}
-            self.clients.broadcast_json(message, show_hidden=with_hidden)
+            frame = b""
+            for client in list(self.clients.clients.values()):
+                if client.view is not None and client.show_hidden == with_hidden:
+                    frame = frame or encode_frame(
+                        Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
+                    )
+                    self.clients.answer(client, frame)
 
     HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
         "subscribe": _on_subscribe,
@@ -7583,6 +8055,10 @@ def end_sessions_without_process(
             seen_ms = alive_ms.pop(session.session_id, session.last_event)
             gone.append(book.end_gone(session.session_id, max(seen_ms, session.last_event)))
     return gone
+
+
+class StillLoading(Exception):
+    """A client's message about a session whose stored events are being read; it is carried out after that."""
 
 
 class MessageError(Exception):
@@ -8445,6 +8921,20 @@ class Doctor:
             )
         else:
             yield Finding("socket", "ok", path)
+        yield from self._index(status["index"])
+
+    @staticmethod
+    def _index(index: JsonObject) -> Iterator[Finding]:
+        if index["state"] == "ready":
+            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+        elif index["state"] == "building":
+            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+            yield Finding("index", "ok", words)
+        else:
+            words = f"off, so searches read every file: {index['error']}"
+            yield Finding(
+                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
+            )
 
     def _no_monitor(self) -> Iterator[Finding]:
         advice = "run: python3 contextuate_monitor.py start"
@@ -8547,7 +9037,9 @@ class Doctor:
         elif state.get("reason"):
             yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+            heard = f"the last heard by {state['subscribers']} subscribers"
+            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+            yield Finding("publisher", "ok", words)
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield Finding("publisher", "warn", f"refused: {state[name]}")
@@ -9487,6 +9979,7 @@ LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
+PROGRESS_INTERVAL_S = 2.0
 
 
 def redis_py_advice() -> str:
@@ -9679,6 +10172,9 @@ def command_start(args: argparse.Namespace) -> int:
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
     for link in links:
         print(f"  {link}")
+    loading = ask_monitor(settings, about, "/api/status")["loading"]
+    if loading is not None:
+        print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
     try:
         installed = os.path.exists(hook_script(settings.home))
     except InstallError:
@@ -9698,7 +10194,7 @@ def can_open_browser() -> bool:
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; pass on what it says meanwhile. Raise StartError."""
+    """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
     command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--report-fd", str(writer)]
@@ -9726,7 +10222,6 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
                 return needed_monitor(settings)
             if kind == "error":
                 raise StartError(words)
-            tell(words)
     raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may tell why")
 
 
@@ -9741,7 +10236,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         record_publisher_python(settings.home)
     monitor = Monitor(settings)
     try:
-        monitor.open(report.progress)
+        monitor.open()
     except (StartError, OSError) as error:
         log.error("cannot start: %s", error)
         report.error(str(error))
@@ -9777,7 +10272,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
 
 
 class Reporter:
-    """Tell the process that started us how far we are, one line each: "progress …", "ready" or "error …"."""
+    """Tell the process that started us how it went, in one line: "ready" or "error …"."""
 
     def __init__(self, fd: Optional[int]) -> None:
         self._fd = fd
@@ -9786,10 +10281,6 @@ class Reporter:
         if self._fd is not None:
             with contextlib.suppress(OSError):  # it has gone away; the log has it all
                 os.write(self._fd, line.encode("utf-8", "replace"))
-
-    def progress(self, words: str) -> None:
-        """Report that work is under way."""
-        self._write(f"progress {words}\n")
 
     def error(self, words: str) -> None:
         """Report that there will be no monitor."""
@@ -9899,7 +10390,8 @@ def command_status(args: argparse.Namespace) -> int:
         f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
         f"{events['quarantined']} malformed"
     )
-    print(f"sessions {status['sessions']}")
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    print(f"sessions {status['sessions']}{loading}")
     print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
     print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
     for line in redis_lines(status):
@@ -10073,17 +10565,13 @@ def command_sessions(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is not None:
-        sessions = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))[
-            "sessions"
-        ]
+        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
+        sessions = answer["sessions"]
+        if answer["loading"]:
+            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
     else:
         tell("the monitor is not running; this is what the files tell")
-        book = session_book(settings)
-        for line in EventStore(settings.path("events")).all_lines():
-            book.apply(parse_stored(line))
-        book.tick(now_ms())
-        end_sessions_without_process(book, settings.machine_id, {})
-        sessions = book.all_json(args.all)
+        sessions = stored_sessions(settings).all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
     order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
@@ -10103,6 +10591,20 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
+def stored_sessions(settings: Settings) -> SessionBook:
+    """Read every session out of the files, telling every few seconds how far it is."""
+    book = session_book(settings)
+    loader = Loader(EventStore(settings.path("events")), book, SeenIds(), lambda sessions: None)
+    while True:
+        loader.work(PROGRESS_INTERVAL_S)
+        if loader.progress is None:
+            break
+        tell(loading_words(loader.progress))
+    book.tick(now_ms())
+    end_sessions_without_process(book, settings.machine_id, {})
+    return book
+
+
 def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen until Ctrl-C."""
     settings = settings_of(args)
@@ -10116,6 +10618,9 @@ def command_tail(args: argparse.Namespace) -> int:
             connection.send({"type": "subscribe", "view": "full", **since})
             while True:
                 message = connection.receive()
+                if message.get("type") == "status" and message.get("loading") and last_seq is None:
+                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+                    last_seq = message["seq"]
                 if message.get("type") == "event":
                     last_seq = message["seq"]
                     if tail_wants(args, message["event"]):

@@ -374,6 +374,7 @@ import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -760,6 +761,9 @@ class MalformedEvent(ValueError):
     """What came is not one JSON object."""
 
 
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+
+
 def parse_event_line(line: bytes) -> JsonObject:
     """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
 
@@ -771,7 +775,7 @@ def parse_event_line(line: bytes) -> JsonObject:
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
         try:
-            value = json.loads(text, parse_constant=str)
+            value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
@@ -966,10 +970,14 @@ _REQUIRED_FIELDS = (
 
 def is_whole_event(event: JsonObject) -> bool:
     """Tell whether every field of an event is there and of its type."""
+    for name in _REQUIRED_FIELDS:
+        if event.get(name) is None:
+            return False
+    for name, check in _ENVELOPE_CHECKS.items():
+        if name in event and not check(event[name]):
+            return False
     return (
-        all(event.get(name) is not None for name in _REQUIRED_FIELDS)
-        and all(check(event[name]) for name, check in _ENVELOPE_CHECKS.items() if name in event)
-        and isinstance(event["hookType"], str)
+        isinstance(event["hookType"], str)
         and isinstance(event["eventType"], str)
         and isinstance(event["data"], dict)
     )
@@ -1908,7 +1916,10 @@ def redis_client(values: "Dict[str, Any]") -> Any:
     options.update(
         socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
     )
-    options.update(protocol=2, lib_name=None, lib_version=None)
+    # Not every redis-py says something of itself or knows another protocol, and so has these.
+    known = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    silent = {"protocol": 2, "lib_name": None, "lib_version": None}
+    options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
 
 
@@ -1928,6 +1939,7 @@ def redis_place(values: "Dict[str, Any]") -> str:
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
+    ("No module named 'redis.", "redis-py is too old: run {python} -m pip install --upgrade redis"),
     (
         "Authentication required|NOAUTH",
         "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
