@@ -40,6 +40,7 @@ import errno
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -77,9 +78,11 @@ import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
+import zlib
 from collections.abc import Mapping
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -584,6 +587,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
 
@@ -627,6 +631,7 @@ class EventStore:
         self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
         self.repaired = 0  # torn last lines found
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
+        self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
 
     # Writing
@@ -671,6 +676,8 @@ class EventStore:
                 return fd
             self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
         emit_event.make_private_directory(os.path.dirname(path))
+        if os.path.exists(path + PACKED) and not os.path.exists(path):
+            unpack_file(path)  # the clock was set back to a day that is closed
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._files[path] = fd
         self.repaired += repair_last_line(fd)
@@ -688,9 +695,10 @@ class EventStore:
         freed = 0
         for path in self._session_paths(session_id):
             self._forget(path)
-            with contextlib.suppress(FileNotFoundError):
-                freed += os.path.getsize(path)
-                os.unlink(path)
+            for kept_as in (path, path + PACKED):
+                with contextlib.suppress(FileNotFoundError):
+                    freed += os.path.getsize(kept_as)
+                    os.unlink(kept_as)
             with contextlib.suppress(OSError):  # other sessions' files keep the day
                 os.rmdir(os.path.dirname(path))
         return freed
@@ -711,21 +719,35 @@ class EventStore:
 
     def day_paths(self, day: str) -> List[str]:
         """List the files of a day in the order in which their sessions began that day."""
-        paths = sorted(glob.glob(f"{glob.escape(self.root)}/{day}/*.jsonl"))
+        paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
         return sorted(paths, key=first_seq)
 
     def _session_paths(self, session_id: str) -> List[str]:
-        name = session_file_name(session_id)
-        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
+        return self._paths_of(session_file_name(session_id), self.days())
+
+    def _paths_of(self, name: str, days: Sequence[str]) -> List[str]:
+        return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
+
+    def _names_of(self, day: str) -> FrozenSet[str]:
+        """Return the names of a day's files; a day is listed anew only when its directory has changed."""
+        try:
+            changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
+        except FileNotFoundError:
+            return frozenset()
+        known = self._listings.get(day)
+        if known is not None and known[0] == changed_ns:
+            return known[1]
+        names = frozenset(name for name, _ in stored_files(self.root, day))
+        if time.time_ns() - changed_ns > DIRECTORY_SETTLES_NS:
+            self._listings[day] = (changed_ns, names)
+        return names
 
     def last_seqs(self) -> Dict[str, int]:
         """Return the last number of every session by its files' name; reads no more than the files' ends."""
         found: Dict[str, int] = {}
         for day in self.days():
-            with contextlib.suppress(OSError), os.scandir(f"{self.root}/{day}") as entries:
-                for entry in entries:
-                    if entry.name.endswith(".jsonl"):
-                        found[entry.name] = max(found.get(entry.name, 0), last_seq(entry.path))
+            for name, _ in stored_files(self.root, day):
+                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
         return found
 
     def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
@@ -733,7 +755,7 @@ class EventStore:
         days = self.days()
         streams = []
         for name in names:
-            paths = [path for path in (f"{self.root}/{day}/{name}" for day in days) if os.path.exists(path)]
+            paths = self._paths_of(name, days)
             if paths:
                 lines = [lines_from(path, after + 1 if after else 0) for path in paths]
                 streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
@@ -797,9 +819,9 @@ class EventStore:
                 yield from lines_from(path, 0)
 
     def size(self) -> Tuple[int, int]:
-        """Return (files, bytes) of everything stored."""
-        paths = glob.glob(f"{glob.escape(self.root)}/*/*.jsonl")
-        return len(paths), sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+        """Return (files, bytes of lines) of everything stored."""
+        sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
+        return len(sizes), sum(sizes)
 
 
 class MemoryStore:
@@ -952,7 +974,7 @@ def line_id(line: bytes) -> str:
 def first_seq(path: str) -> int:
     """Return the number of the first event in a file, 0 when there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             head = file.readline(64)
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
@@ -964,7 +986,7 @@ def last_seq(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return next(map(line_seq, lines_back(path)), 0)  # a packed one ends with a whole line
     try:
         start, tail = os.fstat(fd).st_size, b""
         while start > 0:
@@ -1026,9 +1048,9 @@ def offset_of_seq(file: Any, size: int, seq: int) -> int:
 def lines_from(path: str, seq: int) -> Iterator[bytes]:
     """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             if seq > 0:
-                file.seek(offset_of_seq(file, os.fstat(file.fileno()).st_size, seq))
+                file.seek(offset_of_seq(file, file.seek(0, os.SEEK_END), seq))
             for line in file:
                 if line.endswith(b"\n") and _SEQ.match(line):
                     yield line[:-1]
@@ -1039,8 +1061,8 @@ def lines_from(path: str, seq: int) -> Iterator[bytes]:
 def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
     """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
+        with open_stored(path) as file:
+            end = file.seek(0, os.SEEK_END)
             if before is not None:
                 end = offset_of_seq(file, end, before)
             rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
@@ -1066,6 +1088,9 @@ def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
 
 def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
     """Yield the lines of a file that hold `needle`."""
+    if not os.path.exists(path):
+        yield from (line for line in lines_from(path, 0) if needle in line)
+        return
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             at = content.find(needle)
@@ -1078,6 +1103,161 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
                 at = content.find(needle, end)
     except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         return
+
+
+# Files as they lie on disk: a closed day's may be packed, which whoever reads need not know
+
+
+PACKED = ".gz"
+PACK_BLOCK_BYTES = 256 << 10
+# A gzip member's header (RFC 1952) with one extra field: its kind, the member's bytes, the content's bytes.
+_PACK_HEAD = struct.Struct("<4sIBBH2sHQQ")
+_PACK_TOTAL, _PACK_BLOCK = b"CT", b"CB"
+
+
+class StoredFile(NamedTuple):
+    """A file of the store: its inode (0 when it is packed), its bytes of lines, its bytes on disk."""
+
+    inode: int
+    size: int
+    bytes_on_disk: int
+
+
+def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+    """Yield what each file of a day is, by the name it has when it is not packed."""
+    found: Dict[str, StoredFile] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat()
+                if entry.name.endswith(".jsonl"):
+                    found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
+                elif entry.name.endswith(".jsonl" + PACKED):
+                    size = packed_size(entry.path)
+                    if size is not None:
+                        found.setdefault(entry.name[: -len(PACKED)], StoredFile(0, size, about.st_size))
+    yield from found.items()
+
+
+def inode_of(path: str) -> int:
+    """Return a file's inode, 0 when it is packed."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file of lines for reading, packed or not; raise FileNotFoundError."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(path, "rb")
+    return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
+
+
+def packed_size(path: str) -> Optional[int]:
+    """Return the bytes of lines in a packed file; None when it was not packed by this program."""
+    try:
+        with open(path, "rb") as file:
+            head = _PACK_HEAD.unpack(file.read(_PACK_HEAD.size))
+    except (OSError, struct.error):
+        return None
+    return int(head[8]) if head[5] == _PACK_TOTAL else None
+
+
+class PackedFile(io.RawIOBase):
+    """Read a packed file from any place: it is a sequence of gzip members that say how long they are."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
+        self._starts: List[int] = []  # where each block begins in the content
+        self._blocks: List[Tuple[int, int]] = []  # (offset, bytes) of each member in the file
+        self._at = self._size = 0
+        self._number, self._content = -1, b""  # the block that was read last
+        offset = 0
+        while True:
+            self._file.seek(offset)
+            head = self._file.read(_PACK_HEAD.size)
+            if len(head) < _PACK_HEAD.size:
+                return
+            *_, kind, _, length, content = _PACK_HEAD.unpack(head)
+            if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
+                self._file.close()
+                raise OSError(errno.EINVAL, f"{path} was not packed by this program")
+            if kind == _PACK_BLOCK:
+                self._starts.append(self._size)
+                self._blocks.append((offset, length))
+                self._size += content
+            offset += length
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read from any place."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the content."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        """Read what is left of the block at this place, or as much as is wanted."""
+        if self._at >= self._size:
+            return 0
+        number = bisect.bisect_right(self._starts, self._at) - 1
+        if number != self._number:
+            offset, length = self._blocks[number]
+            self._file.seek(offset)
+            self._content, self._number = gzip.decompress(self._file.read(length)), number
+        start = self._at - self._starts[number]
+        piece = self._content[start : start + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    body = packer.compress(content) + packer.flush()
+    end = struct.pack("<II", zlib.crc32(content), len(content))
+    length = _PACK_HEAD.size + len(body) + len(end)
+    # FLG 4: there is an extra field; its length is that of kind, length and the two numbers.
+    return _PACK_HEAD.pack(b"\x1f\x8b\x08\x04", 0, 0, 255, 20, kind, 16, length, told) + body + end
+
+
+def pack_file(path: str) -> None:
+    """Put a packed file in the place of a plain one; at every moment one of them is there and whole."""
+    with open(path, "rb") as source:
+        total = os.fstat(source.fileno()).st_size
+        blocks = iter(lambda: source.read(PACK_BLOCK_BYTES), b"")
+        members = (_gzip_member(_PACK_BLOCK, block, len(block)) for block in blocks)
+        _replace(path + PACKED, itertools.chain([_gzip_member(_PACK_TOTAL, b"", total)], members))
+    os.unlink(path)
+
+
+def unpack_file(path: str) -> None:
+    """Put the plain file back in the place of a packed one."""
+    with open_stored(path) as source:
+        _replace(path, iter(lambda: source.read(PACK_BLOCK_BYTES), b""))
+    os.unlink(path + PACKED)
+
+
+def _replace(path: str, pieces: Iterable[bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path + ".tmp", flags, 0o600), "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------
@@ -3637,7 +3817,7 @@ class Indexer:
         file_id, position = row or (None, 0)
         path = f"{self._store.root}/{day}/{name}"
         try:
-            source = open(path, "rb")  # noqa: SIM115 - closed below
+            source = open_stored(path)
         except FileNotFoundError:  # removed meanwhile
             self._look_again = True
             return
@@ -3651,7 +3831,7 @@ class Indexer:
                 if event is not None:
                     if file_id is None:
                         with file.transaction():
-                            file_id = file.add_file(day, name, os.fstat(source.fileno()).st_ino, event)
+                            file_id = file.add_file(day, name, inode_of(path), event)
                     batch.documents.append(self._document(file, event, file_id, position, len(line)))
                 position += len(line)
                 batch.size += len(line)
@@ -3748,23 +3928,6 @@ class IndexBatch:
             or self.size >= INDEX_BATCH_BYTES
             or time.monotonic() - self._began > INDEX_BATCH_S
         )
-
-
-class StoredFile(NamedTuple):
-    """A file of the store: its inode and its length in bytes of lines."""
-
-    inode: int
-    size: int
-
-
-def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
-    """Yield the name of each file of a day, and what it is."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    about = entry.stat()
-                    yield entry.name, StoredFile(about.st_ino, about.st_size)
 
 
 def index_bytes(path: str) -> int:
@@ -3886,7 +4049,7 @@ class LineReader:
             (file_id,),
         ).fetchone()
         try:
-            return open(f"{self._root}/{day}/{name}", "rb")  # noqa: SIM115 - closed with the reader
+            return open_stored(f"{self._root}/{day}/{name}")
         except FileNotFoundError:
             return None
 
@@ -4121,35 +4284,34 @@ class Statistics:
         except MalformedEvent:
             return None
 
-    # Sums: cells of one session and quarter of an hour, added up by session and by quarter, and these further
+    # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
 
     def _sums(self) -> JsonObject:
         by_session: Dict[int, Sums] = collections.defaultdict(Sums)
-        by_quarter: Dict[int, Sums] = collections.defaultdict(Sums)
+        by_hour: Dict[int, Sums] = collections.defaultdict(Sums)
         places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
-        for session, machine, project, quarter, events, prompts, first, last in self._activity():
+        for session, machine, project, hour, events, prompts, first, last in self._activity():
             places.setdefault(session, (machine, project))
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_activity(session, events, prompts, first, last)
-        for session, quarter, calls, failures in self._calls():
+        for session, hour, calls, failures in self._calls():
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_calls(session, calls, failures)
         models: Dict[int, ModelUsage] = {}
         for session, model, quarter, used in self._usage():
             models[model] = add_usage(models.get(model), used)
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
                 sums.add_usage(session, self._names[model], used)
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
             for group, key in (("all", None), ("machine", machine), ("project", project)):
                 groups[group][key].merge(sums)
-        for quarter, sums in by_quarter.items():
-            hour = (quarter * QUARTER_MS + self._offset_minutes * 60_000) // 3_600_000
+        for hour, sums in by_hour.items():
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
@@ -4232,15 +4394,21 @@ class Statistics:
 
     def _activity(self) -> Iterator[Tuple[int, ...]]:
         yield from self._db.execute(
-            f"""SELECT session, machine, project, quarter, events, prompts, first, last
-            FROM activity JOIN files ON files.id = file WHERE {self._where} ORDER BY quarter DESC""",
+            f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(events), sum(prompts), min(first), max(last)
+            FROM activity JOIN files ON files.id = file WHERE {self._where}
+            GROUP BY file, hour ORDER BY hour DESC""",
             self._bounds,
         )
 
     def _calls(self) -> Iterator[Tuple[int, ...]]:
+        # The inner groups are in the order of the index, so that only their few sums are sorted.
         yield from self._db.execute(
-            f"""SELECT session, quarter, count(*), sum(outcome IN (1, 3))
-            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter""",
+            f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(calls), sum(failures)
+            FROM (SELECT session, quarter, count(*) AS calls, sum(outcome IN (1, 3)) AS failures
+            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
+            GROUP BY session, hour""",
             self._bounds,
         )
 
@@ -4422,6 +4590,7 @@ class RetentionPlan(NamedTuple):
     total: int  # of every file of ours
     events: int  # of all event files
     oldest_day: Optional[str]  # that stays
+    closed_days: Tuple[str, ...]  # to which no event can come any more
 
     @property
     def days(self) -> List[str]:
@@ -4444,7 +4613,7 @@ def plan_retention(
     """
     store = EventStore(os.path.join(home, "events"))
     sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
-    events = sum(about.size for files in sizes.values() for about in files.values())
+    events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
     with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
@@ -4453,7 +4622,7 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
         if day >= day_of(time_ms) or not (day < first_kept or is_over):
             going = {}
         if len(going) < len(files):
@@ -4461,21 +4630,36 @@ def plan_retention(
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    return RetentionPlan(tuple(paths), size, total, events, oldest)
+    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
-    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    if plan.paths:
+        remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
     for path in plan.paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    for folder in {os.path.dirname(path) for path in plan.paths}:
-        with contextlib.suppress(OSError):  # a pinned session's file keeps it
-            os.rmdir(folder)
-    names = {os.path.basename(path) for path in plan.paths}
-    root = os.path.join(home, "events")
-    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+        for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept_as)
+    store = EventStore(os.path.join(home, "events"))
+    for day in plan.closed_days:  # also those that a kill left empty the last time
+        with contextlib.suppress(OSError):  # it has files
+            os.rmdir(f"{store.root}/{day}")
+    names = frozenset(os.path.basename(path) for path in plan.paths)
+    return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
+
+
+def files_to_pack(root: str, time_ms: int, days: int) -> List[str]:
+    """Return the plain files of days that were closed at least `days` days ago."""
+    last = day_of(time_ms - days * 86_400_000)
+    return [
+        f"{root}/{day}/{name}"
+        for day in EventStore(root).days()
+        if day < last
+        for name, about in stored_files(root, day)
+        if about.inode
+    ]
 
 
 def remember_seq(home: str, seq: int) -> None:
@@ -6982,8 +7166,7 @@ class Monitor:
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
         if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._retain)
-            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -7335,10 +7518,16 @@ class Monitor:
 
     # Retention: planned and done by a thread of its own
 
+    def _begin_to_retain(self) -> None:
+        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
+            self.loop.call_later(0.5, self._begin_to_retain)
+            return
+        self._retain()
+        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
     def _retain(self) -> None:
         """Delete what the configuration says is too old or too much."""
-        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
-            self._prune(dry_run=False, done=lambda plan: None)
+        self._prune(dry_run=False, done=lambda plan: None)
 
     def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
         kept = frozenset(
@@ -7348,7 +7537,9 @@ class Monitor:
         def work() -> None:
             try:
                 plan = retention_plan(self.settings, kept)
-                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
+                if not dry_run:
+                    self._pack()
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
@@ -7359,6 +7550,18 @@ class Monitor:
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._keeper.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread for retention."""
+        days = self.settings["retention.compressAfterDays"]
+        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
+        for path in paths:
+            if self._stopping:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
 
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
         """Let go of the sessions that have no events left, and tell about the disk."""
@@ -7374,7 +7577,10 @@ class Monitor:
         }
         if dry_run or not plan.paths:
             return
-        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
+        days = plan.days
+        log.info(
+            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
+        )
         self.history.look_again()
         for session in list(self.book.sessions.values()):
             if session_file_name(session.session_id) in gone:

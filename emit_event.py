@@ -585,6 +585,9 @@ KEYS: "Dict[str, Key]" = {
     "retention.maxMegabytes": Key(
         2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
     ),
+    "retention.compressAfterDays": Key(
+        None, "an integer from 1 to 36500, or null (never)", _optional(_integer(1, 36_500))
+    ),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
     "prices": Key(

@@ -1218,6 +1218,7 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
+    "retention.compressAfterDays": ([0, "7", 1.5, False, 36_501], 7),
     "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
@@ -12569,6 +12570,37 @@ def test_an_index_that_cannot_be_kept_hinders_nothing_and_comes_back(
     assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 1
 
 
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_disk_that_is_too_small_for_the_index_hinders_nothing_and_heals(
+    indexed: IndexCase, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.2)
+    place = indexed.home + "/small"
+    os.mkdir(place)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    history = cm.History(indexed.store, place + "/index.db")
+    try:
+        rng = random.Random(1)
+        for start in range(0, 3000, 500):
+            texts = (" ".join(f"w{rng.randrange(100_000)}" for _ in range(50)) for _ in range(500))
+            indexed.add(*(index_prompt(start + number, text) for number, text in enumerate(texts)))
+        indexed.add(index_prompt(9999, "quokka"))
+        history.start()
+        status = eventually(lambda: history.status()["state"] == "off" and history.status(), 30)
+        assert "full" in status["error"]
+        assert [one["id"] for one in history.search(cm.search_query({"q": "quokka"}))["results"]] == ["e9999"]
+        subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
+        eventually(lambda: history.status()["state"] == "ready", 30)
+        assert history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 3001
+        assert [one["id"] for one in history.search(cm.search_query({"q": "quokka"}))["results"]] == ["e9999"]
+    finally:
+        history.stop()
+        subprocess.run(["umount", "-l", place], check=False)
+
+
 def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) -> None:
     for day in range(3):
         indexed.add(
@@ -13151,18 +13183,161 @@ def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
 
 
 def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
-    retention_fill(monitor.home, tuple(range(300)), sessions=5)
+    retention_fill(monitor.home, tuple(range(90)), sessions=5)
     rng = random.Random(2)
     for _ in range(3):
+        before = len(retention_days(monitor.home))
         monitor.start()
-        time.sleep(rng.random() * 0.2)
+        eventually(lambda before=before: len(retention_days(monitor.home)) < max(before, 32), 60)
+        time.sleep(rng.random() * 0.02)
         monitor.kill()
     monitor.start()
-    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31)
+    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31, 60)
     index_ready(monitor)
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# Packed days
+
+
+@settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.integers(0, 700), max_size=40),
+    st.lists(st.tuples(st.integers(0, 15_000), st.integers(-1, 900)), max_size=20),
+)
+def test_a_packed_file_reads_as_the_plain_one_from_any_place(
+    tmp_path: Any, lengths: "list[int]", reads: "list[tuple[int, int]]"
+) -> None:
+    content = b"".join(bytes([65 + number % 26]) * length + b"\n" for number, length in enumerate(lengths))
+    path = f"{tmp_path}/{uuid.uuid4()}.jsonl"
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cm, "PACK_BLOCK_BYTES", 512)
+        cm.pack_file(path)
+        assert not os.path.exists(path) and cm.packed_size(path + ".gz") == len(content)
+        assert (
+            subprocess.run(["gzip", "-dc", path + ".gz"], capture_output=True, check=True).stdout == content
+        )
+        with cm.open_stored(path) as packed, io.BytesIO(content) as plain:
+            assert packed.seek(0, os.SEEK_END) == len(content)
+            packed.seek(0)
+            assert list(packed) == list(plain)
+            for offset, size in reads:
+                assert packed.seek(offset) == plain.seek(offset)
+                assert packed.read(size) == plain.read(size)
+                assert packed.readline() == plain.readline() and packed.tell() == plain.tell()
+        cm.unpack_file(path)
+        with open(path, "rb") as file:
+            assert file.read() == content
+        assert not os.path.exists(path + ".gz")
+
+
+def packed_paths(home: str) -> "list[str]":
+    """List the packed files."""
+    return sorted(glob.glob(home + "/events/*/*.jsonl.gz"))
+
+
+def test_every_question_to_the_store_has_the_same_answer_when_days_are_packed(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "PACK_BLOCK_BYTES", 2000)
+    home = str(tmp_path)
+    retention_fill(home, (0, 3, 5, 6), size=700, sessions=3)
+    root = home + "/events"
+    store = cm.EventStore(root)
+
+    def answers() -> "list[Any]":
+        return [
+            store.size(), store.days(), [store.day_paths(day) for day in store.days()], list(store.all_lines()),
+            store.recent_lines(100), store.recent_lines(4, before=9), store.recent_lines(100, after=5),
+            [store.session_lines(f"s{n}-5", 10) for n in range(3)], store.session_lines("s1-6", 5, after=0),
+            store.find("5.1"), store.find("3.2", "s2-3"), store.find("none"), store.ids("s0-3"),
+            list(cm.chosen_lines(store, cm.search_query({"q": "age5"}))),
+            cm.search_page(cm.search_query({"q": "age6"}), cm.scan_candidates(store, cm.search_query({"q": "age6"})))["results"],
+        ]  # fmt: skip
+
+    before = answers()
+    paths = cm.files_to_pack(root, cm.now_ms(), 4)
+    assert len(paths) == 6
+    for path in paths:
+        cm.pack_file(path)
+        assert stat.S_IMODE(os.stat(path + ".gz").st_mode) == 0o600
+    assert len(packed_paths(home)) == 6 and cm.files_to_pack(root, cm.now_ms(), 4) == []
+    assert answers() == before
+    freed = sum(os.path.getsize(path) for path in packed_paths(home) if "s1-6" in path)
+    assert store.delete_session("s1-6") == freed > 0
+    assert len(packed_paths(home)) == 5 and store.session_lines("s1-6", 5) == []
+    # The clock was set back: the closed day goes on.
+    at = cm.now_ms() - 5 * 86_400_000
+    assert None not in store.append([ee.build_event(index_prompt(1, "late", "s0-5"), at, "m")], at)
+    assert [json.loads(line)["id"] for line in store.session_lines("s0-5", 10)] == ["5.0", "e1"]
+    store.close()
+
+
+def test_packed_days_are_shown_found_counted_and_deleted_like_others(monitor: RunningMonitor) -> None:
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 1, 2, 9, 30), size=5000)
+    monitor.start()
+    index_ready(monitor)
+    size = monitor.get("/api/status")["index"]["bytes"]
+    monitor.stop()
+    monitor.config["retention"] = {"days": 1000, "compressAfterDays": 2}
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 4)
+    assert not glob.glob(f"{monitor.home}/events/{days[9]}/*.jsonl")
+    for _ in range(2):
+        index_ready(monitor)
+        assert set(monitor.sessions()) == {f"s{n}-{age}" for n in range(2) for age in days}
+        assert len(monitor.get("/api/search?q=age9")["results"]) == 2
+        assert len(monitor.get("/api/sessions/s1-30/events")["events"]) == 1
+        assert monitor.get("/api/stats")["totals"]["events"] == 10
+        assert monitor.request("/api/export?q=age30")[2].count(b"\n") == 2
+        assert monitor.get("/api/events/30.1?session=s1-30")["id"] == "30.1"
+        client = monitor.websocket("rows")
+        assert (
+            client.ask("event_detail", type="get_event_detail", sessionId="s0-9", eventId="9.0")["event"][
+                "id"
+            ]
+            == "9.0"
+        )
+        client.close()
+        # The index is made anew from packed files too.
+        monitor.stop()
+        cm.remove_index(monitor.home + "/index.db")
+        monitor.start()
+    assert index_ready(monitor)["bytes"] < size * 2
+    monitor.stop()
+    monitor.config["retention"] = {"days": 20, "compressAfterDays": 2}
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 2 and days[30] not in retention_days(monitor.home))
+    eventually(lambda: "s0-30" not in monitor.sessions())
+
+
+def test_killed_at_any_moment_of_packing_nothing_is_lost_or_doubled(monitor: RunningMonitor) -> None:
+    monitor.config["retention"] = {"days": 1000, "compressAfterDays": 1}
+    monitor.write_config({})
+    retention_fill(monitor.home, tuple(range(80)), size=20_000, sessions=4)
+    rng = random.Random(5)
+    for _ in range(4):
+        monitor.start()
+        eventually(lambda: packed_paths(monitor.home))
+        time.sleep(rng.random() * 0.05)
+        monitor.kill()
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 78 * 4, 60)
+    index_ready(monitor)
+    assert monitor.get("/api/stats")["totals"]["events"] == 80 * 4
+    exported = [json.loads(line)["id"] for line in monitor.request("/api/export")[2].splitlines()]
+    assert sorted(exported) == sorted(f"{age}.{n}" for age in range(80) for n in range(4))
 
 
 # ---------------------------------------------------------------------------
@@ -13934,7 +14109,7 @@ def write_long_history(root: str, maker: HistoryMaker, now_ms: int) -> int:
     return size
 
 
-def bench_history(count: int = 0) -> "list[tuple[str, float, float, float]]":
+def bench_history(count: int = 0) -> "list[tuple[Any, ...]]":
     """Search and count in CONTEXTUATE_BENCH_EVENTS (1,000,000) events of 2 kB; compare ingest with the index on
     and off; return (figure, ours, limit, ratio).
     """
@@ -13962,7 +14137,7 @@ def bench_history(count: int = 0) -> "list[tuple[str, float, float, float]]":
     return [*figures, bench_ingest()]
 
 
-def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple[str, float, float, float]]":
+def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple[Any, ...]]":
     """Time searches (95th percentile) and statistics (worst), and take the size of the index."""
     session = "session-8"
     sought = {
@@ -13988,7 +14163,7 @@ def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple
     ours = percentile_ms(lambda: history.statistics(0, 1 << 53, session, 60), 10)
     figures.append(("statistics of one session, p95", ours, 500, ours / 500))
     share = history.status()["bytes"] / size
-    figures.append(("index / events on disk, percent", share * 100, 60, share / 0.6))
+    figures.append(("index / events on disk", share * 100, 60, share / 0.6, "% "))
     return figures
 
 
@@ -14011,8 +14186,11 @@ sys.exit(cm.main(sys.argv[1:]))
 """
 
 
-def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[str, float, float, float]":
-    """Send events as fast as they are taken, with the index and without, in turn; return the median rates."""
+def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[Any, ...]":
+    """Send events as fast as they are taken, with the index and without, in turn; return the median rates.
+
+    The ratio should be at least 0.85.
+    """
     maker = HistoryMaker(count)
     lines = [
         ee.encode_json(maker.event(number, NOW_MS, f"s{number % 40}")) + b"\n" for number in range(count)
@@ -14023,7 +14201,7 @@ def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[str, float, floa
             rates[with_index].append(ingest_rate(lines, with_index))
     medians = {kind: statistics.median(values) for kind, values in rates.items()}
     ratio = statistics.median(on / off for on, off in zip(rates[True], rates[False], strict=True))
-    return ("ingest with / without index, /s", medians[True], medians[False], ratio)
+    return ("ingest with and without the index", medians[True], medians[False], ratio, "/s")
 
 
 def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
