@@ -533,6 +533,8 @@ def parse_request_head(head: bytes) -> Request:
     parts = lines[0].split(b" ")
     if len(parts) != 3 or not re.fullmatch(rb"HTTP/1\.\d", parts[2]):
         raise RequestError(400, "the request line is malformed")
+    if not parts[1].startswith(b"/"):
+        raise RequestError(400, "the request target must be a path")
     headers = []
     for line in lines[1:]:
         name, colon, value = line.partition(b":")
@@ -633,6 +635,7 @@ class EventStore:
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
         self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
+        self._newest_day = max(self.days(), default="")
 
     # Writing
 
@@ -643,7 +646,7 @@ class EventStore:
         """
         stored: List[Optional[StoredEvent]] = []
         by_path: Dict[str, List[int]] = {}
-        day = day_of(received_ms)
+        day = self._day_for(received_ms)
         for index, event in enumerate(events):
             self.seq += 1
             line = numbered_line(self.seq, received_ms, event)
@@ -660,6 +663,14 @@ class EventStore:
                 for index in indexes:
                     stored[index] = None
         return stored
+
+    def _day_for(self, received_ms: int) -> str:
+        """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
+        day = day_of(received_ms)
+        if day < self._newest_day <= day_of(received_ms + 24 * 3_600_000):
+            return self._newest_day
+        self._newest_day = day
+        return day
 
     def _write(self, path: str, data: bytes) -> None:
         fd = self._open(path)
@@ -1302,6 +1313,7 @@ STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
+CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
@@ -2465,6 +2477,7 @@ class SessionBook:
         # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
+        self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
         # Sorted (time, session id): who made way for another session, and who began after such a one.
         self._ends: List[Tuple[int, str]] = []
@@ -2503,6 +2516,11 @@ class SessionBook:
         machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
         delay = received_time(event) - timestamp
         self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
+        arrived_ms = received_time(event)
+        was_set_back = arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS
+        if was_set_back and timestamp < self.sessions[session_id].last_event:
+            self._set_clock_back(self.sessions[session_id], timestamp)
+        self._received_ms[session_id] = arrived_ms
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
@@ -2551,6 +2569,9 @@ class SessionBook:
         changed = []
         for session in list(self.sessions.values()):
             silence = self._silence(session.last_event, session.machine_id, time_ms)
+            if silence < -CLOCK_STEP_MS:
+                self._set_clock_back(session, session.last_event + silence)
+                silence = 0
             ran_too_long = _runs_too_long(session)
             session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
@@ -2573,6 +2594,24 @@ class SessionBook:
             elif _runs_too_long(session) != ran_too_long:
                 changed.append(session)
         return changed
+
+    def _set_clock_back(self, session: Session, time_ms: int) -> None:
+        """Go on from `time_ms` after the clock was set back.
+
+        What comes now is not late, and nothing begins in the future.
+        """
+        self._tracks.pop(session.session_id, None)
+        self._heard_ms[session.machine_id] = min(self._heard_ms.get(session.machine_id, 0), time_ms)
+        session.last_event = session.clock = time_ms
+        session.last_step = {agent_id: min(step, time_ms) for agent_id, step in session.last_step.items()}
+        session.state_since = min(session.state_since, time_ms)
+        session.turn_since, session.turn_start = (
+            min(session.turn_since, time_ms),
+            min(session.turn_start, time_ms),
+        )
+        session.waits = [dataclasses.replace(wait, since=min(wait.since, time_ms)) for wait in session.waits]
+        for use_id, call in session.open_calls.items():
+            session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
 
     def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
         return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
@@ -5908,6 +5947,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 
 REQUEST_DEADLINE_S = 10.0
+BODY_DEADLINE_S = 60.0
 TOKEN_COOKIE = "contextuate_token"
 EXPORT_CHUNK_BYTES = 256 << 10
 
@@ -6045,7 +6085,7 @@ def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
 
 def read_token(path: str) -> str:
     """Return the token in our 0600 file, 192 random bits; make it when there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
         token = file.read().strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)
@@ -6569,7 +6609,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.api = api
         self._places = threading.BoundedSemaphore(connection_limit)
         self._lock = threading.Lock()
-        self._heads: Dict[socket.socket, float] = {}  # connection whose request head is awaited → deadline
+        self._awaited: Dict[socket.socket, float] = {}  # connection whose request comes in → deadline
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
@@ -6586,27 +6626,27 @@ class HttpServer(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.head_read(request)
+            self.has_come(request)
             self._places.release()
 
-    def head_awaited(self, sock: socket.socket) -> None:
-        """Start the deadline for a request head."""
+    def awaits(self, sock: socket.socket, deadline_s: float) -> None:
+        """Start the deadline for a request's head, or for its body."""
         with self._lock:
-            self._heads[sock] = time.monotonic() + REQUEST_DEADLINE_S
+            self._awaited[sock] = time.monotonic() + deadline_s
 
-    def head_read(self, sock: socket.socket) -> None:
-        """End the deadline for a request head."""
+    def has_come(self, sock: socket.socket) -> None:
+        """End that deadline."""
         with self._lock:
-            self._heads.pop(sock, None)
+            self._awaited.pop(sock, None)
 
     def service_actions(self) -> None:
-        """Cut connections whose head drips in beyond its deadline.
+        """Cut connections whose head or body drips in beyond its deadline.
 
         Called by serve_forever about twice a second.
         """
         now = time.monotonic()
         with self._lock:
-            overdue = [sock for sock, deadline in self._heads.items() if deadline < now]
+            overdue = [sock for sock, deadline in self._awaited.items() if deadline < now]
         for sock in overdue:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -6629,13 +6669,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read one request under the deadline for heads and answer it."""
-        self.server.head_awaited(self.connection)
+        self.server.awaits(self.connection, REQUEST_DEADLINE_S)
         super().handle_one_request()
 
     def parse_request(self) -> bool:
         """Parse the head, which ends its deadline."""
         parsed = super().parse_request()
-        self.server.head_read(self.connection)
+        self.server.has_come(self.connection)
         return parsed
 
     def _handle(self) -> None:
@@ -6693,7 +6733,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "the Content-Length is malformed")
         if int(length) > emit_event.LINE_LIMIT_BYTES:
             raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        self.server.awaits(self.connection, BODY_DEADLINE_S)
         body = self.rfile.read(int(length))
+        self.server.has_come(self.connection)
         if len(body) < int(length):
             raise RequestError(400, "the body ended early")
         return body
@@ -8121,9 +8163,11 @@ def lock_file(path: str, otherwise: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise StartError(f"{path}: cannot be opened: {error.strerror}") from None
-    if os.fstat(fd).st_uid != os.getuid():
+    about = os.fstat(fd)
+    if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
         os.close(fd)
-        raise StartError(f"{path}: belongs to another user; choose another socketPath in the configuration")
+        whose = "belongs to another user" if about.st_uid != os.getuid() else "is not a file of ours"
+        raise StartError(f"{path}: {whose}; choose another socketPath in the configuration")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -10230,7 +10274,12 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     os.umask(0o077)
     emit_event.make_private_directory(settings.home)
     report = Reporter(args.report_fd)
-    set_up_log(settings, to_stderr=args.report_fd is None)
+    try:
+        set_up_log(settings, to_stderr=args.report_fd is None)
+    except OSError as error:
+        words = f"{settings.path('monitor.log')} cannot be written: {error.strerror}"
+        report.error(words)
+        raise StartError(words) from None
     allow_many_files()
     if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
         record_publisher_python(settings.home)
@@ -10294,10 +10343,20 @@ class Reporter:
             self._fd = None
 
 
+class PrivateLog(logging.handlers.RotatingFileHandler):
+    """A log that rotates, for our user only, and never written through a link."""
+
+    def _open(self) -> Any:
+        def opener(path: str, _flags: int) -> int:
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
+
+
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
     """Log to monitor.log, which rotates, and in the foreground to standard error too."""
     handlers: List[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(
+        PrivateLog(
             settings.path("monitor.log"),
             maxBytes=LOG_LIMIT_BYTES,
             backupCount=LOG_FILES,
