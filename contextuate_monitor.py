@@ -9594,9 +9594,9 @@ class _Scene:
 def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:
     """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
 
-    All ids come from `seed` and the day of `now_ms`: what is played twice on one day has the same ids.
+    All ids come from `seed` and `now_ms`.
     """
-    story = f"{seed}/{now_ms // 86_400_000}"
+    story = f"{seed}/{now_ms}"
     end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
     scenes: Dict[str, _Scene] = {}
     for name, (place, turns, ending) in _DEMO_SESSIONS.items():
@@ -10984,6 +10984,8 @@ def command_demo(args: argparse.Namespace) -> int:
     about = needed_monitor(settings)
     if args.remove:
         return remove_demo(settings, about)
+    if ask_monitor(settings, about, "/api/status")["demo"]:
+        remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(30)

@@ -9262,6 +9262,17 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert json.loads(offline.stdout) == as_json
 
 
+def test_a_demo_that_is_played_again_takes_the_place_of_the_first(running: RunningMonitor) -> None:
+    running.command("demo", "--live", "0")
+    first = running.sessions()
+    assert "demo sessions removed" in running.command("demo", "--live", "0").stdout
+    second = running.sessions()
+    assert len(second) == len(first) and not set(second) & set(first)
+    assert {session["state"] for session in second.values()} == {
+        session["state"] for session in first.values()
+    }
+
+
 def test_the_demo_fills_every_state_and_can_be_removed(running: RunningMonitor) -> None:
     running.emit(payload("UserPromptSubmit", "mine", prompt="keep me"))
     words = running.command("demo", "--live", "0").stdout
