@@ -7617,13 +7617,13 @@ class Monitor:
             "oldestDay": plan.oldest_day,
             "error": None,
         }
+        self.history.look_again()  # also at what was removed or added by hand
         if dry_run or not plan.paths:
             return
         days = plan.days
         log.info(
             "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
         )
-        self.history.look_again()
         for session in list(self.book.sessions.values()):
             if session_file_name(session.session_id) in gone:
                 self._forget(session.session_id)
