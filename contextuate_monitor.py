@@ -7127,6 +7127,398 @@ def loading_words(progress: JsonObject) -> str:
     return f"{progress['done']} of {progress['total']} stored sessions have been read"
 
 
+class Intake:
+    """Make events of the lines that come in, store each once, and know what came from which machine."""
+
+    def __init__(self, settings: Settings, store: Union[EventStore, MemoryStore]) -> None:
+        self.received = 0
+        self.duplicates = 0
+        self.quarantine = Quarantine(settings.path("quarantine.log"))
+        self.machines: Dict[str, Machine] = {}
+        self.seen = SeenIds()
+        self._store = store
+        self._stored_ids = StoredIds(store)
+        self._machine_id = settings.machine_id
+        self._privacy = settings.privacy
+        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
+        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
+
+    def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+        """Store the events of a batch of lines.
+
+        Returns for each line whether nothing more need be done about it, and what was stored.
+        """
+        received_ms = now_ms()
+        events: List[JsonObject] = []
+        sources: List[Incoming] = []  # for each event the line that it came in
+        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
+        batch_ids: Set[str] = set()
+        for incoming in lines:
+            self.received += 1
+            event = self._event_of(incoming, received_ms)
+            if event is None:
+                places.append(None)
+            elif event["id"] in batch_ids or self._is_stored(event, incoming):
+                self.duplicates += 1
+                places.append(None)
+            else:
+                batch_ids.add(event["id"])
+                places.append(len(events))
+                events.append(event)
+                sources.append(incoming)
+        stored = self._store.append(events, received_ms)
+        for entry, incoming in zip(stored, sources):
+            if entry is not None:
+                self.seen.add(entry.event["id"])
+                self._note_arrival(entry, incoming, received_ms)
+        safe = [place is None or stored[place] is not None for place in places]
+        return safe, [entry for entry in stored if entry is not None]
+
+    def take_too_long(self, line: TooLong) -> None:
+        """Count and keep the beginning of a line that is no event because of its length."""
+        self.received += 1
+        self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+
+    def close(self) -> None:
+        """Let go of files; say in the log what came from where."""
+        for name, machine in sorted(self.machines.items()):
+            log.info("%d events from machine %s since the start", machine.events, name)
+        self._usage.close()
+
+    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
+        """Parse, build and redact one event; what is none goes to the quarantine."""
+        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
+        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
+            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            return None
+        try:
+            given = emit_event.parse_event_line(incoming.line)
+            if remote:
+                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
+            else:  # of a remote event the publisher has read the transcripts
+                event = emit_event.build_event(given, received_ms, self._machine_id)
+                self._usage.add_usage(event)
+                self._agent_notes.add_note(event)
+            return emit_event.protect(event, self._privacy)
+        except MalformedEvent as error:
+            self.quarantine.add(incoming.line, str(error))
+        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
+            log.exception("an event could not be built")
+            self.quarantine.add(incoming.line, "could not be built")
+        return None
+
+    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether the event is a second delivery."""
+        if event["id"] in self.seen:
+            return True
+        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
+            return False
+        return self._stored_ids.has(event["sessionId"], event["id"])
+
+    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether an event has waited so long that its first delivery may be forgotten."""
+        machine = self.machines.get(event["machineId"])
+        skew_ms = machine.skew.value_ms if machine else None
+        if skew_ms is None or incoming.sent_ms is None:
+            return True
+        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
+
+    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
+        """Note what comes from where; the log tells a machine's first event, when debugging each."""
+        event = entry.event
+        name = event["machineId"]
+        machine = self.machines.get(name)
+        if machine is None:
+            log.info("first event from machine %s", name)
+            machine = self.machines[name] = Machine()
+        machine.events += 1
+        machine.last_seen = received_ms
+        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+        dropped = event["data"].get("spoolDropped")
+        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
+            machine.dropped += dropped
+            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
+        if log.isEnabledFor(logging.DEBUG):
+            what = event["hookType"] or event["eventType"]
+            tool = text_of(event["data"].get("toolName"))
+            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
+
+
+class Conversation:
+    """What WebSocket clients ask for and what they are told: one line in HANDLERS and one method each."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def greet(self, client: Client) -> None:
+        """Say who we are."""
+        hello = {
+            "type": "hello",
+            "version": __version__,
+            "mode": self._monitor.settings["mode"],
+            "machineId": self._monitor.settings.machine_id,
+            "seq": self._monitor.store.seq,
+            "wsProtocol": 1,
+        }
+        self._monitor.clients.answer_json(client, hello)
+
+    def take(self, client: Client, text: str) -> None:
+        """Carry out one message, or say why not."""
+        message: Any = None
+        try:
+            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
+            handler = self.HANDLERS.get(text_of(message.get("type")))
+            if handler is None:
+                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
+            handler(self, client, message)
+        except StillLoading:
+            self._monitor.loop.call_soon(lambda: self.take(client, text))
+        except (MalformedEvent, MessageError, TypeError) as error:
+            self._reply(client, message or {}, {"type": "error", "message": str(error)})
+
+    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
+        """Answer one message; an error names it, and its requestId comes back."""
+        if reply["type"] == "error":
+            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        self._monitor.clients.answer_json(client, reply)
+
+    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
+        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
+
+        def work() -> None:
+            try:
+                reply = read()
+            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
+                log.exception("a look-up failed")
+                reply = {"type": "error", "message": f"could not be read: {error}"}
+            self._monitor.loop.call_soon(lambda: self._reply(client, message, reply))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._monitor.reader.submit(work)
+
+    def _on_subscribe(self, client: Client, message: JsonObject) -> None:
+        view = message.get("view", "full")
+        if view not in ("full", "rows"):
+            raise MessageError('view: expected "full" or "rows"')
+        ids = message.get("sessionIds")
+        since = _integer_field(message, "since", None)
+        wanted = set(_text_list(message, "sessionIds")) if ids else None
+        if wanted is not None and client.view == view and client.session_ids is not None:
+            wanted |= client.session_ids
+        client.view, client.session_ids = view, wanted
+        missed: List[bytes] = []
+        resync = since is not None and (
+            since > self._monitor.store.seq or self._monitor.store.seq - since > CATCH_UP_EVENTS
+        )
+        if since is not None and not resync:
+            missed = self._monitor.store.recent_lines(CATCH_UP_EVENTS, after=since)
+        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
+        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
+        reply = {
+            "type": "subscribed",
+            "seq": self._monitor.store.seq,
+            "resync": resync,
+            "missed": len(frames),
+        }
+        self._reply(client, message, reply)
+        if frames:
+            self._monitor.clients.answer(client, b"".join(frames))
+        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.status()})
+
+    def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
+        ids = _text_list(message, "sessionIds")
+        if client.session_ids is not None:
+            client.session_ids -= set(ids)
+
+    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
+        reply: JsonObject = {"type": "sessions"}
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        body = self._monitor.with_sessions(reply, client.show_hidden)
+        self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, body))
+
+    def _on_get_events(self, client: Client, message: JsonObject) -> None:
+        session_id = _text_field(message, "sessionId")
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            lines = self._monitor.store.session_lines(session_id, limit + 1, before)
+            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
+
+        self._read(client, message, read)
+
+    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            return {
+                "type": "all_events",
+                **_page_reply(self._monitor.store.recent_lines(limit + 1, before), limit, client.view),
+            }
+
+        self._read(client, message, read)
+
+    @staticmethod
+    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
+        limit = _integer_field(message, "limit", 100) or 100
+        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
+
+    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
+        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
+        seq = _integer_field(message, "seq", None)
+
+        def read() -> JsonObject:
+            line = self._monitor.store.find(event_id, session_id, seq)
+            event = parse_stored(line) if line is not None else None
+            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+
+        self._read(client, message, read)
+
+    def _on_search(self, client: Client, message: JsonObject) -> None:
+        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
+        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
+        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
+        in_state = wanted.pop("state")
+        sessions = (
+            self._monitor.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
+        )
+        try:
+            query = search_query(wanted, sessions)
+        except SearchError as error:
+            raise MessageError(str(error)) from None
+
+        def read() -> JsonObject:
+            try:
+                return {"type": "search_results", **self._monitor.history.search(query)}
+            except SearchError as error:
+                return {"type": "error", "message": str(error)}
+
+        self._read(client, message, read)
+
+    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
+        label = message.get("label")
+        if not isinstance(label, str):
+            raise MessageError("label: expected text")
+        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
+
+    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        self._act(session, {"action": "pin", "pinned": not session.pinned})
+
+    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": True})
+
+    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": False})
+
+    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        parent = message.get("parentSessionId")
+        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
+        while ancestor:
+            if ancestor == session.session_id:
+                raise MessageError("parentSessionId: a session cannot stand below itself")
+            if self._monitor.loader.holds(ancestor):
+                raise StillLoading
+            ancestor = (
+                self._monitor.book.sessions[ancestor].parent_id
+                if ancestor in self._monitor.book.sessions
+                else None
+            )
+        self._act(session, {"action": "set_parent", "parentSessionId": parent})
+
+    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
+        for session in list(self._monitor.book.sessions.values()):
+            if not session.hidden:
+                self._act(session, {"action": "hide", "hidden": True})
+        self._monitor.send_session_list()
+
+    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
+        self._monitor.delete(self._known_session(message))
+
+    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
+        for session in list(self._monitor.book.sessions.values()):
+            self._monitor.delete(session)
+        self._monitor.send_session_list()
+
+    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
+        client.show_hidden = message.get("showHidden") is True
+        self._on_get_sessions(client, message)
+
+    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
+        if not self._monitor.redis:
+            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+        self._monitor.redis.reconnect()
+        self._reply(client, message, {"type": "status", **self._monitor.status()})
+
+    def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
+        self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
+
+    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session_id = _text_field(message, name)
+        if self._monitor.loader.holds(session_id):
+            raise StillLoading
+        session = self._monitor.book.sessions.get(session_id)
+        if session is None:
+            raise MessageError(f"{name}: no session with this id is known")
+        return session
+
+    def _refuse_while_loading(self) -> None:
+        if self._monitor.loader.progress is not None:
+            raise MessageError(f"{loading_words(self._monitor.loader.progress)}; try again when all have")
+
+    def _act(self, session: Session, data: JsonObject) -> None:
+        """Store what the user did as an event of its own, so that the files alone tell everything."""
+        event = {
+            "eventType": "session_meta",
+            "hookType": "Monitor",
+            "sessionId": session.session_id,
+            "machineId": self._monitor.settings.machine_id,
+            "workingDirectory": session.directory,
+            "data": data,
+        }
+        if not self._monitor.take_now(encode_json(event)):
+            raise MessageError(f"it could not be stored: {self._monitor.store.error}")
+
+    def _on_prune(self, client: Client, message: JsonObject) -> None:
+        dry_run = message.get("dryRun") is True
+        if not self._monitor.settings["persistence.enabled"]:
+            raise MessageError("events are kept in memory only, there is nothing to delete")
+        if self._monitor.status()["loading"] is not None:
+            raise MessageError("stored sessions are still being read; try again in a moment")
+        self._monitor.prune(
+            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
+        )
+
+    HANDLERS: Dict[str, Callable[["Conversation", Client, JsonObject], None]] = {
+        "subscribe": _on_subscribe,
+        "unsubscribe": _on_unsubscribe,
+        "get_sessions": _on_get_sessions,
+        "get_events": _on_get_events,
+        "get_all_recent_events": _on_get_all_recent_events,
+        "get_event_detail": _on_get_event_detail,
+        "search": _on_search,
+        "rename_session": _on_rename_session,
+        "toggle_pin": _on_toggle_pin,
+        "hide_session": _on_hide_session,
+        "unhide_session": _on_unhide_session,
+        "delete_session": _on_delete_session,
+        "hide_all_sessions": _on_hide_all_sessions,
+        "delete_all_sessions": _on_delete_all_sessions,
+        "set_show_hidden": _on_set_show_hidden,
+        "set_parent": _on_set_parent,
+        "reconnect_redis": _on_reconnect_redis,
+        "send_test_event": _on_send_test_event,
+        "prune": _on_prune,
+    }
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -7141,17 +7533,8 @@ class Monitor:
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
-        self.quarantine = Quarantine(settings.path("quarantine.log"))
-        self.received = 0
+        self.intake = Intake(settings, self.store)
         self.stored = 0
-        self.duplicates = 0
-        self._machines: Dict[str, Machine] = {}
-        self._privacy = settings.privacy
-        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
-        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
-        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
-        self._seen = SeenIds()
-        self._stored_ids = StoredIds(self.store)
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
         self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
@@ -7159,7 +7542,7 @@ class Monitor:
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
         self._disk: JsonObject = {}
         self._counts = EventCounts()
@@ -7192,12 +7575,13 @@ class Monitor:
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
         self._begin_loading()
+        conversation = Conversation(self)
         self.clients = ClientServer(
             self.loop,
             ws_socket,
             admit=lambda request, sock: self.access.check(request, sock, self.ws_port),
-            opened=self._greet,
-            received=self._message,
+            opened=conversation.greet,
+            received=conversation.take,
             gone=lambda client: None,
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
@@ -7245,11 +7629,9 @@ class Monitor:
         self._handle_arrivals()
         if self.redis:
             self.redis.close()
-        for name, machine in sorted(self._machines.items()):
-            log.info("%d events from machine %s since the start", machine.events, name)
         self.http.shutdown()
         self.http.server_close()
-        self._reader.shutdown(wait=True)
+        self.reader.shutdown(wait=True)
         self._keeper.shutdown(wait=True)
         self.history.stop()
         for connection in list(self._connections):
@@ -7258,7 +7640,7 @@ class Monitor:
             self.settings.home, self.store.seq
         )  # the newest files may be removed by hand before the next start
         self.store.close()
-        self._usage.close()
+        self.intake.close()
         self._unlink_socket()
         self.loop.close()
         for fd in self._locks:
@@ -7268,7 +7650,7 @@ class Monitor:
         """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
-        self.loader = Loader(self.store, self.book, self._seen, self._show_loaded)
+        self.loader = Loader(self.store, self.book, self.intake.seen, self._show_loaded)
         if self.loader.progress is not None:
             log.info("%d stored sessions are being read", self.loader.progress["total"])
             self.loop.call_soon(self._load_some)
@@ -7296,7 +7678,7 @@ class Monitor:
         self._end_sessions_whose_process_is_gone()
         self.book.linked_changes()
         self._changed.clear()
-        self._send_session_list()
+        self.send_session_list()
         self._send_status_if_changed()
 
     # Hooks
@@ -7323,8 +7705,7 @@ class Monitor:
 
     def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
         if isinstance(line, TooLong):
-            self.received += 1
-            self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            self.intake.take_too_long(line)
             connection.acknowledge(1)
             return
         self._arrivals.append(Arrival(line, connection))
@@ -7382,74 +7763,11 @@ class Monitor:
                 log.warning("the publisher cannot be started: %s", error)
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
-        """Store the events of a batch of lines.
-
-        Return for each line whether nothing more need be done about it.
-        """
-        received_ms = now_ms()
-        events: List[JsonObject] = []
-        sources: List[Incoming] = []  # for each event the line that it came in
-        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
-        batch_ids: Set[str] = set()
-        for incoming in lines:
-            self.received += 1
-            event = self._event_of(incoming, received_ms)
-            if event is None:
-                places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, incoming):
-                self.duplicates += 1
-                places.append(None)
-            else:
-                batch_ids.add(event["id"])
-                places.append(len(events))
-                events.append(event)
-                sources.append(incoming)
-        stored = self.store.append(events, received_ms)
+        """Store and show a batch of lines; return for each whether nothing more need be done about it."""
+        safe, stored = self.intake.take(lines)
         self._note_store_error()
-        good = [entry for entry in stored if entry is not None]
-        for entry, incoming in zip(stored, sources):
-            if entry is not None:
-                self._note_arrival(entry, incoming, received_ms)
-        self._show(good)
-        return [place is None or stored[place] is not None for place in places]
-
-    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
-        """Parse, build and redact one event; what is none goes to the quarantine."""
-        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
-        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
-            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
-            return None
-        try:
-            given = emit_event.parse_event_line(incoming.line)
-            if remote:
-                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
-            else:  # of a remote event the publisher has read the transcripts
-                event = emit_event.build_event(given, received_ms, self.settings.machine_id)
-                self._usage.add_usage(event)
-                self._agent_notes.add_note(event)
-            return emit_event.protect(event, self._privacy)
-        except MalformedEvent as error:
-            self.quarantine.add(incoming.line, str(error))
-        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
-            log.exception("an event could not be built")
-            self.quarantine.add(incoming.line, "could not be built")
-        return None
-
-    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether the event is a second delivery."""
-        if event["id"] in self._seen:
-            return True
-        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
-            return False
-        return self._stored_ids.has(event["sessionId"], event["id"])
-
-    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether an event has waited so long that its first delivery may be forgotten."""
-        machine = self._machines.get(event["machineId"])
-        skew_ms = machine.skew.value_ms if machine else None
-        if skew_ms is None or incoming.sent_ms is None:
-            return True
-        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
+        self._show(stored)
+        return safe
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
@@ -7457,7 +7775,6 @@ class Monitor:
             return
         self.stored += len(stored)
         for entry in stored:
-            self._seen.add(entry.event["id"])
             self._counts.note(entry.event)
             session = self._take_into_account(entry.event)
             if session is not None:
@@ -7470,27 +7787,6 @@ class Monitor:
     def _note_linked_changes(self) -> None:
         for session in self.book.linked_changes():
             self._changed[session.session_id] = session
-
-    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
-        """Note what comes from where; the log tells a machine's first event, when debugging each."""
-        event = entry.event
-        name = event["machineId"]
-        machine = self._machines.get(name)
-        if machine is None:
-            log.info("first event from machine %s", name)
-            machine = self._machines[name] = Machine()
-        machine.events += 1
-        machine.last_seen = received_ms
-        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
-        dropped = event["data"].get("spoolDropped")
-        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
-            machine.dropped += dropped
-            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
-        if log.isEnabledFor(logging.DEBUG):
-            what = event["hookType"] or event["eventType"]
-            tool = text_of(event["data"].get("toolName"))
-            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
@@ -7569,9 +7865,10 @@ class Monitor:
 
     def _retain(self) -> None:
         """Delete what the configuration says is too old or too much."""
-        self._prune(dry_run=False, done=lambda plan: None)
+        self.prune(dry_run=False, done=lambda plan: None)
 
-    def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
         kept = frozenset(
             session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
         )
@@ -7653,10 +7950,10 @@ class Monitor:
             "pid": os.getpid(),
             "seq": self.store.seq,
             "events": {
-                "received": self.received,
+                "received": self.intake.received,
                 "stored": self.stored,
-                "duplicates": self.duplicates,
-                "quarantined": self.quarantine.count,
+                "duplicates": self.intake.duplicates,
+                "quarantined": self.intake.quarantine.count,
             },
             "sessions": len(self.book.sessions),
             "clients": sum(client.view is not None for client in self.clients.clients.values()),
@@ -7682,7 +7979,7 @@ class Monitor:
                     "clockSkewMs": machine.skew.value_ms,
                     "dropped": machine.dropped,
                 }
-                for name, machine in sorted(self._machines.items())
+                for name, machine in sorted(self.intake.machines.items())
             ],
             "redis": self.redis.status() if self.redis else None,
             "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
@@ -7709,7 +8006,7 @@ class Monitor:
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""
         own = self.spool.dropped if self.spool else 0
-        return own + sum(machine.dropped for machine in self._machines.values())
+        return own + sum(machine.dropped for machine in self.intake.machines.values())
 
     def config(self) -> JsonObject:
         """Return the configuration in force; there is no secret in it."""
@@ -7776,233 +8073,13 @@ class Monitor:
             self._last_status = steady
             self.clients.broadcast_json({"type": "status", **status})
 
-    # Messages of WebSocket clients: one line in HANDLERS and one method each
-
-    def _greet(self, client: Client) -> None:
-        hello = {
-            "type": "hello",
-            "version": __version__,
-            "mode": self.settings["mode"],
-            "machineId": self.settings.machine_id,
-            "seq": self.store.seq,
-            "wsProtocol": 1,
-        }
-        self.clients.answer_json(client, hello)
-
-    def _message(self, client: Client, text: str) -> None:
-        message: Any = None
-        try:
-            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
-            handler = self.HANDLERS.get(text_of(message.get("type")))
-            if handler is None:
-                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
-            handler(self, client, message)
-        except StillLoading:
-            self.loop.call_soon(lambda: self._message(client, text))
-        except (MalformedEvent, MessageError, TypeError) as error:
-            self._reply(client, message or {}, {"type": "error", "message": str(error)})
-
-    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
-        """Answer one message; an error names it, and its requestId comes back."""
-        if reply["type"] == "error":
-            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        self.clients.answer_json(client, reply)
-
-    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
-        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
-
-        def work() -> None:
-            try:
-                reply = read()
-            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
-                log.exception("a look-up failed")
-                reply = {"type": "error", "message": f"could not be read: {error}"}
-            self.loop.call_soon(lambda: self._reply(client, message, reply))
-
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._reader.submit(work)
-
-    def _on_subscribe(self, client: Client, message: JsonObject) -> None:
-        view = message.get("view", "full")
-        if view not in ("full", "rows"):
-            raise MessageError('view: expected "full" or "rows"')
-        ids = message.get("sessionIds")
-        since = _integer_field(message, "since", None)
-        wanted = set(_text_list(message, "sessionIds")) if ids else None
-        if wanted is not None and client.view == view and client.session_ids is not None:
-            wanted |= client.session_ids
-        client.view, client.session_ids = view, wanted
-        missed: List[bytes] = []
-        resync = since is not None and (since > self.store.seq or self.store.seq - since > CATCH_UP_EVENTS)
-        if since is not None and not resync:
-            missed = self.store.recent_lines(CATCH_UP_EVENTS, after=since)
-        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
-        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
-        reply = {"type": "subscribed", "seq": self.store.seq, "resync": resync, "missed": len(frames)}
-        self._reply(client, message, reply)
-        if frames:
-            self.clients.answer(client, b"".join(frames))
-        self.clients.answer_json(client, {"type": "status", **self.status()})
-
-    def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
-        ids = _text_list(message, "sessionIds")
-        if client.session_ids is not None:
-            client.session_ids -= set(ids)
-
-    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        reply: JsonObject = {"type": "sessions"}
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        body = self.with_sessions(reply, client.show_hidden)
-        self.clients.answer(client, encode_frame(Opcode.TEXT, body))
-
-    def _on_get_events(self, client: Client, message: JsonObject) -> None:
-        session_id = _text_field(message, "sessionId")
-        limit, before = self._page_of(message)
-
-        def read() -> JsonObject:
-            lines = self.store.session_lines(session_id, limit + 1, before)
-            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
-
-        self._read(client, message, read)
-
-    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
-        limit, before = self._page_of(message)
-
-        def read() -> JsonObject:
-            return {
-                "type": "all_events",
-                **_page_reply(self.store.recent_lines(limit + 1, before), limit, client.view),
-            }
-
-        self._read(client, message, read)
-
-    @staticmethod
-    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
-        limit = _integer_field(message, "limit", 100) or 100
-        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
-
-    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
-        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
-        seq = _integer_field(message, "seq", None)
-
-        def read() -> JsonObject:
-            line = self.store.find(event_id, session_id, seq)
-            event = parse_stored(line) if line is not None else None
-            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
-
-        self._read(client, message, read)
-
-    def _on_search(self, client: Client, message: JsonObject) -> None:
-        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
-        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
-        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted.pop("state")
-        sessions = self.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
-        try:
-            query = search_query(wanted, sessions)
-        except SearchError as error:
-            raise MessageError(str(error)) from None
-
-        def read() -> JsonObject:
-            try:
-                return {"type": "search_results", **self.history.search(query)}
-            except SearchError as error:
-                return {"type": "error", "message": str(error)}
-
-        self._read(client, message, read)
-
-    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
-        label = message.get("label")
-        if not isinstance(label, str):
-            raise MessageError("label: expected text")
-        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
-
-    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        self._act(session, {"action": "pin", "pinned": not session.pinned})
-
-    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": True})
-
-    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": False})
-
-    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        parent = message.get("parentSessionId")
-        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
-        while ancestor:
-            if ancestor == session.session_id:
-                raise MessageError("parentSessionId: a session cannot stand below itself")
-            if self.loader.holds(ancestor):
-                raise StillLoading
-            ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
-        self._act(session, {"action": "set_parent", "parentSessionId": parent})
-
-    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self.book.sessions.values()):
-            if not session.hidden:
-                self._act(session, {"action": "hide", "hidden": True})
-        self._send_session_list()
-
-    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
-        self._delete(self._known_session(message))
-
-    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self.book.sessions.values()):
-            self._delete(session)
-        self._send_session_list()
-
-    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
-        client.show_hidden = message.get("showHidden") is True
-        self._on_get_sessions(client, message)
-
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after it was given up; for any thread."""
         if self.redis:
             self.loop.call_soon(self.redis.reconnect)
 
-    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
-        if not self.redis:
-            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
-        self.redis.reconnect()
-        self._reply(client, message, {"type": "status", **self.status()})
-
-    def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self.take_now(encode_json(test_event(self.settings.machine_id)))
-
-    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
-        session_id = _text_field(message, name)
-        if self.loader.holds(session_id):
-            raise StillLoading
-        session = self.book.sessions.get(session_id)
-        if session is None:
-            raise MessageError(f"{name}: no session with this id is known")
-        return session
-
-    def _refuse_while_loading(self) -> None:
-        if self.loader.progress is not None:
-            raise MessageError(f"{loading_words(self.loader.progress)}; try again when all have")
-
-    def _act(self, session: Session, data: JsonObject) -> None:
-        """Store what the user did as an event of its own, so that the files alone tell everything."""
-        event = {
-            "eventType": "session_meta",
-            "hookType": "Monitor",
-            "sessionId": session.session_id,
-            "machineId": self.settings.machine_id,
-            "workingDirectory": session.directory,
-            "data": data,
-        }
-        if not self.take_now(encode_json(event)):
-            raise MessageError(f"it could not be stored: {self.store.error}")
-
-    def _delete(self, session: Session) -> None:
+    def delete(self, session: Session) -> None:
+        """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
         self.history.look_again()
@@ -8017,17 +8094,7 @@ class Monitor:
         self._alive_ms.pop(session_id, None)
         self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
 
-    def _on_prune(self, client: Client, message: JsonObject) -> None:
-        dry_run = message.get("dryRun") is True
-        if not self.settings["persistence.enabled"]:
-            raise MessageError("events are kept in memory only, there is nothing to delete")
-        if self.status()["loading"] is not None:
-            raise MessageError("stored sessions are still being read; try again in a moment")
-        self._prune(
-            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
-        )
-
-    def _send_session_list(self) -> None:
+    def send_session_list(self) -> None:
         """Send everyone the sessions; the list may be much and does not count as falling behind."""
         for with_hidden in (False, True):
             frame = b""
@@ -8037,28 +8104,6 @@ class Monitor:
                         Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
                     )
                     self.clients.answer(client, frame)
-
-    HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
-        "subscribe": _on_subscribe,
-        "unsubscribe": _on_unsubscribe,
-        "get_sessions": _on_get_sessions,
-        "get_events": _on_get_events,
-        "get_all_recent_events": _on_get_all_recent_events,
-        "get_event_detail": _on_get_event_detail,
-        "search": _on_search,
-        "rename_session": _on_rename_session,
-        "toggle_pin": _on_toggle_pin,
-        "hide_session": _on_hide_session,
-        "unhide_session": _on_unhide_session,
-        "delete_session": _on_delete_session,
-        "hide_all_sessions": _on_hide_all_sessions,
-        "delete_all_sessions": _on_delete_all_sessions,
-        "set_show_hidden": _on_set_show_hidden,
-        "set_parent": _on_set_parent,
-        "reconnect_redis": _on_reconnect_redis,
-        "send_test_event": _on_send_test_event,
-        "prune": _on_prune,
-    }
 
 
 def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
