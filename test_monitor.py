@@ -5,7 +5,7 @@
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
     python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, restart, page, history
 
-The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
+The tests use real parts: the installed hook command, monitor and Redis processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
 listed loudly at the end. The program itself needs none of this.
 
