@@ -26,11 +26,13 @@ import argparse
 import base64
 import binascii
 import bisect
+import calendar
 import codecs
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import dataclasses
 import difflib
 import enum
@@ -38,12 +40,14 @@ import errno
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import hmac
 import http.client
 import http.server
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -74,9 +78,11 @@ import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
+import zlib
 from collections.abc import Mapping
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -92,6 +98,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    TypeVar,
     Union,
 )
 
@@ -526,6 +533,8 @@ def parse_request_head(head: bytes) -> Request:
     parts = lines[0].split(b" ")
     if len(parts) != 3 or not re.fullmatch(rb"HTTP/1\.\d", parts[2]):
         raise RequestError(400, "the request line is malformed")
+    if not parts[1].startswith(b"/"):
+        raise RequestError(400, "the request target must be a path")
     headers = []
     for line in lines[1:]:
         name, colon, value = line.partition(b":")
@@ -580,6 +589,8 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
+_TAIL_BYTES = 4 << 10
 
 
 class StoredEvent(NamedTuple):
@@ -622,7 +633,9 @@ class EventStore:
         self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
         self.repaired = 0  # torn last lines found
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
+        self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
+        self._newest_day = max(self.days(), default="")
 
     # Writing
 
@@ -633,7 +646,7 @@ class EventStore:
         """
         stored: List[Optional[StoredEvent]] = []
         by_path: Dict[str, List[int]] = {}
-        day = day_of(received_ms)
+        day = self._day_for(received_ms)
         for index, event in enumerate(events):
             self.seq += 1
             line = numbered_line(self.seq, received_ms, event)
@@ -651,6 +664,14 @@ class EventStore:
                     stored[index] = None
         return stored
 
+    def _day_for(self, received_ms: int) -> str:
+        """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
+        day = day_of(received_ms)
+        if day < self._newest_day <= day_of(received_ms + 24 * 3_600_000):
+            return self._newest_day
+        self._newest_day = day
+        return day
+
     def _write(self, path: str, data: bytes) -> None:
         fd = self._open(path)
         written = os.write(fd, data)
@@ -666,6 +687,8 @@ class EventStore:
                 return fd
             self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
         emit_event.make_private_directory(os.path.dirname(path))
+        if os.path.exists(path + PACKED) and not os.path.exists(path):
+            unpack_file(path)  # the clock was set back to a day that is closed
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._files[path] = fd
         self.repaired += repair_last_line(fd)
@@ -683,9 +706,10 @@ class EventStore:
         freed = 0
         for path in self._session_paths(session_id):
             self._forget(path)
-            with contextlib.suppress(FileNotFoundError):
-                freed += os.path.getsize(path)
-                os.unlink(path)
+            for kept_as in (path, path + PACKED):
+                with contextlib.suppress(FileNotFoundError):
+                    freed += os.path.getsize(kept_as)
+                    os.unlink(kept_as)
             with contextlib.suppress(OSError):  # other sessions' files keep the day
                 os.rmdir(os.path.dirname(path))
         return freed
@@ -706,12 +730,47 @@ class EventStore:
 
     def day_paths(self, day: str) -> List[str]:
         """List the files of a day in the order in which their sessions began that day."""
-        paths = sorted(glob.glob(f"{glob.escape(self.root)}/{day}/*.jsonl"))
+        paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
         return sorted(paths, key=first_seq)
 
     def _session_paths(self, session_id: str) -> List[str]:
-        name = session_file_name(session_id)
-        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
+        return self._paths_of(session_file_name(session_id), self.days())
+
+    def _paths_of(self, name: str, days: Sequence[str]) -> List[str]:
+        return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
+
+    def _names_of(self, day: str) -> FrozenSet[str]:
+        """Return the names of a day's files; a day is listed anew only when its directory has changed."""
+        try:
+            changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
+        except FileNotFoundError:
+            return frozenset()
+        known = self._listings.get(day)
+        if known is not None and known[0] == changed_ns:
+            return known[1]
+        names = frozenset(name for name, _ in stored_files(self.root, day))
+        if time.time_ns() - changed_ns > DIRECTORY_SETTLES_NS:
+            self._listings[day] = (changed_ns, names)
+        return names
+
+    def last_seqs(self) -> Dict[str, int]:
+        """Return the last number of every session by its files' name; reads no more than the files' ends."""
+        found: Dict[str, int] = {}
+        for day in self.days():
+            for name, _ in stored_files(self.root, day):
+                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
+        return found
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield the lines of sessions, by their files' names, in order of arrival; those after a seq."""
+        days = self.days()
+        streams = []
+        for name in names:
+            paths = self._paths_of(name, days)
+            if paths:
+                lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+                streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
+        return streams[0][1] if len(streams) == 1 else merged(streams)
 
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
@@ -771,9 +830,9 @@ class EventStore:
                 yield from lines_from(path, 0)
 
     def size(self) -> Tuple[int, int]:
-        """Return (files, bytes) of everything stored."""
-        paths = glob.glob(f"{glob.escape(self.root)}/*/*.jsonl")
-        return len(paths), sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+        """Return (files, bytes of lines) of everything stored."""
+        sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
+        return len(sizes), sum(sizes)
 
 
 class MemoryStore:
@@ -829,6 +888,17 @@ class MemoryStore:
                 and (after is None or seq > after)
             ]
         return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
+
+    def last_seqs(self) -> Dict[str, int]:
+        """Return nothing: what memory held before this monitor is gone."""
+        return {}
+
+    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
+        """Yield lines as EventStore.lines_of does."""
+        wanted = set(names)
+        with self._lock:
+            kept = list(self._lines)
+        return (line for seq, owner, line in kept if seq > after and session_file_name(owner) in wanted)
 
     def session_lines(
         self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
@@ -915,11 +985,48 @@ def line_id(line: bytes) -> str:
 def first_seq(path: str) -> int:
     """Return the number of the first event in a file, 0 when there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             head = file.readline(64)
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
         return 0
+
+
+def last_seq(path: str) -> int:
+    """Return the number of the last event in a file, also of one that lacks its newline; 0 for none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return next(map(line_seq, lines_back(path)), 0)  # a packed one ends with a whole line
+    try:
+        start, tail = os.fstat(fd).st_size, b""
+        while start > 0:
+            size = min(start, len(tail) + _TAIL_BYTES)  # ever longer steps, should the last line be long
+            start -= size
+            tail = os.pread(fd, size, start) + tail
+            numbers = [line_seq(line) for line in tail.split(b"\n")[1 if start else 0 :]]
+            if any(numbers):
+                return max(numbers)
+        return 0
+    finally:
+        os.close(fd)
+
+
+def merged(streams: Sequence[Tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
+    """Merge sorted streams of lines by seq; each comes with its first seq and is not begun before that."""
+    waiting = sorted(streams, key=lambda stream: stream[0], reverse=True)
+    heads: List[Tuple[int, int, bytes, Iterator[bytes]]] = []
+    number = 0
+    while waiting or heads:
+        if waiting and (not heads or waiting[-1][0] <= heads[0][0]):
+            stream = waiting.pop()[1]
+        else:
+            _, _, line, stream = heapq.heappop(heads)
+            yield line
+        following = next(stream, None)
+        if following is not None:
+            number += 1
+            heapq.heappush(heads, (line_seq(following), number, following, stream))
 
 
 def offset_of_seq(file: Any, size: int, seq: int) -> int:
@@ -952,9 +1059,9 @@ def offset_of_seq(file: Any, size: int, seq: int) -> int:
 def lines_from(path: str, seq: int) -> Iterator[bytes]:
     """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             if seq > 0:
-                file.seek(offset_of_seq(file, os.fstat(file.fileno()).st_size, seq))
+                file.seek(offset_of_seq(file, file.seek(0, os.SEEK_END), seq))
             for line in file:
                 if line.endswith(b"\n") and _SEQ.match(line):
                     yield line[:-1]
@@ -965,8 +1072,8 @@ def lines_from(path: str, seq: int) -> Iterator[bytes]:
 def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
     """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
+        with open_stored(path) as file:
+            end = file.seek(0, os.SEEK_END)
             if before is not None:
                 end = offset_of_seq(file, end, before)
             rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
@@ -992,6 +1099,9 @@ def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
 
 def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
     """Yield the lines of a file that hold `needle`."""
+    if not os.path.exists(path):
+        yield from (line for line in lines_from(path, 0) if needle in line)
+        return
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             at = content.find(needle)
@@ -1004,6 +1114,161 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
                 at = content.find(needle, end)
     except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         return
+
+
+# Files as they lie on disk: a closed day's may be packed, which whoever reads need not know
+
+
+PACKED = ".gz"
+PACK_BLOCK_BYTES = 256 << 10
+# A gzip member's header (RFC 1952) with one extra field: its kind, the member's bytes, the content's bytes.
+_PACK_HEAD = struct.Struct("<4sIBBH2sHQQ")
+_PACK_TOTAL, _PACK_BLOCK = b"CT", b"CB"
+
+
+class StoredFile(NamedTuple):
+    """A file of the store: its inode (0 when it is packed), its bytes of lines, its bytes on disk."""
+
+    inode: int
+    size: int
+    bytes_on_disk: int
+
+
+def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+    """Yield what each file of a day is, by the name it has when it is not packed."""
+    found: Dict[str, StoredFile] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat()
+                if entry.name.endswith(".jsonl"):
+                    found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
+                elif entry.name.endswith(".jsonl" + PACKED):
+                    size = packed_size(entry.path)
+                    if size is not None:
+                        found.setdefault(entry.name[: -len(PACKED)], StoredFile(0, size, about.st_size))
+    yield from found.items()
+
+
+def inode_of(path: str) -> int:
+    """Return a file's inode, 0 when it is packed."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file of lines for reading, packed or not; raise FileNotFoundError."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(path, "rb")
+    return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
+
+
+def packed_size(path: str) -> Optional[int]:
+    """Return the bytes of lines in a packed file; None when it was not packed by this program."""
+    try:
+        with open(path, "rb") as file:
+            head = _PACK_HEAD.unpack(file.read(_PACK_HEAD.size))
+    except (OSError, struct.error):
+        return None
+    return int(head[8]) if head[5] == _PACK_TOTAL else None
+
+
+class PackedFile(io.RawIOBase):
+    """Read a packed file from any place: it is a sequence of gzip members that say how long they are."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
+        self._starts: List[int] = []  # where each block begins in the content
+        self._blocks: List[Tuple[int, int]] = []  # (offset, bytes) of each member in the file
+        self._at = self._size = 0
+        self._number, self._content = -1, b""  # the block that was read last
+        offset = 0
+        while True:
+            self._file.seek(offset)
+            head = self._file.read(_PACK_HEAD.size)
+            if len(head) < _PACK_HEAD.size:
+                return
+            *_, kind, _, length, content = _PACK_HEAD.unpack(head)
+            if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
+                self._file.close()
+                raise OSError(errno.EINVAL, f"{path} was not packed by this program")
+            if kind == _PACK_BLOCK:
+                self._starts.append(self._size)
+                self._blocks.append((offset, length))
+                self._size += content
+            offset += length
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read from any place."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the content."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        """Read what is left of the block at this place, or as much as is wanted."""
+        if self._at >= self._size:
+            return 0
+        number = bisect.bisect_right(self._starts, self._at) - 1
+        if number != self._number:
+            offset, length = self._blocks[number]
+            self._file.seek(offset)
+            self._content, self._number = gzip.decompress(self._file.read(length)), number
+        start = self._at - self._starts[number]
+        piece = self._content[start : start + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    body = packer.compress(content) + packer.flush()
+    end = struct.pack("<II", zlib.crc32(content), len(content))
+    length = _PACK_HEAD.size + len(body) + len(end)
+    # FLG 4: there is an extra field; its length is that of kind, length and the two numbers.
+    return _PACK_HEAD.pack(b"\x1f\x8b\x08\x04", 0, 0, 255, 20, kind, 16, length, told) + body + end
+
+
+def pack_file(path: str) -> None:
+    """Put a packed file in the place of a plain one; at every moment one of them is there and whole."""
+    with open(path, "rb") as source:
+        total = os.fstat(source.fileno()).st_size
+        blocks = iter(lambda: source.read(PACK_BLOCK_BYTES), b"")
+        members = (_gzip_member(_PACK_BLOCK, block, len(block)) for block in blocks)
+        _replace(path + PACKED, itertools.chain([_gzip_member(_PACK_TOTAL, b"", total)], members))
+    os.unlink(path)
+
+
+def unpack_file(path: str) -> None:
+    """Put the plain file back in the place of a packed one."""
+    with open_stored(path) as source:
+        _replace(path, iter(lambda: source.read(PACK_BLOCK_BYTES), b""))
+    os.unlink(path + PACKED)
+
+
+def _replace(path: str, pieces: Iterable[bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path + ".tmp", flags, 0o600), "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------
@@ -1048,6 +1313,7 @@ STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
+CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
@@ -1072,6 +1338,19 @@ _TARGET_KEYS = (
 )
 
 
+_Class = TypeVar("_Class", bound=type)
+
+
+def with_slots(cls: _Class) -> _Class:
+    """Make a dataclass over with __slots__, a fourth of the memory; dataclass does so from Python 3.10 on."""
+    names = tuple(field.name for field in dataclasses.fields(cls))
+    kept = {
+        name: value for name, value in vars(cls).items() if name not in (*names, "__dict__", "__weakref__")
+    }
+    return type(cls)(cls.__name__, cls.__bases__, {**kept, "__slots__": names})
+
+
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class OpenCall:
     """A tool call without a result so far."""
@@ -1089,6 +1368,7 @@ class OpenCall:
         return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
+@with_slots
 @dataclasses.dataclass(frozen=True)
 class Reason:
     """Why a session waits, failed or ended."""
@@ -1162,6 +1442,7 @@ class Streak(NamedTuple):
     since: int
 
 
+@with_slots
 @dataclasses.dataclass
 class Agent:
     """A subagent of a session."""
@@ -1179,6 +1460,7 @@ class Agent:
     tool_errors: int = 0
 
 
+@with_slots
 @dataclasses.dataclass
 class Session:
     """What is known of one session; times in milliseconds of the emitting machine's clock."""
@@ -1694,6 +1976,17 @@ def _lineage(session: Session, agent: Agent) -> List[Agent]:
     return line
 
 
+def _not_settled(session: Session) -> List[Agent]:
+    """Return the agents that run, wait or have open calls, and those above them: ends concern no others."""
+    busy = {call.agent_id for call in session.open_calls.values()}
+    busy.update(wait.agent_id for wait in session.waits)
+    found: Dict[str, Agent] = {}
+    for agent in session.agents.values():
+        if agent.end is None or agent.agent_id in busy:
+            found.update((above.agent_id, above) for above in _lineage(session, agent))
+    return list(found.values())
+
+
 def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """End agents and everything below them.
 
@@ -1701,7 +1994,7 @@ def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
     """
     gone = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if any(above.agent_id in agent_ids for above in _lineage(session, agent))
     }
     for agent_id in gone:
@@ -1719,7 +2012,7 @@ def _end_foreground(session: Session, time_ms: int) -> None:
     _interrupt(session, {MAIN})
     foreground = {
         agent.agent_id
-        for agent in session.agents.values()
+        for agent in _not_settled(session)
         if not any(above.background for above in _lineage(session, agent))
     }
     _end_agents(session, foreground, time_ms)
@@ -1776,7 +2069,7 @@ def _end_turn(session: Session, event: JsonObject) -> None:
         running = {text_of(task.get("id")) for task in tasks if isinstance(task, dict) and _is_running(task)}
         over = {
             agent.agent_id
-            for agent in session.agents.values()
+            for agent in _not_settled(session)
             if not any(above.agent_id in running for above in _lineage(session, agent))
         }
         _end_agents(session, over, event["timestamp"])
@@ -2148,6 +2441,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
 # All sessions
 
 
+@with_slots
 @dataclasses.dataclass
 class Track:
     """What puts a session's events in order: as it was some seconds ago, and what happened since."""
@@ -2174,6 +2468,7 @@ class SessionBook:
         prices: Optional[PriceList] = None,
     ) -> None:
         self.sessions: Dict[str, Session] = {}
+        self.patience = (quiet_ms, ended_ms, own_machine)  # what makes another book like this one
         self._tracks: Dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
@@ -2182,12 +2477,14 @@ class SessionBook:
         # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
         self._skew_ms: Dict[str, int] = {own_machine: 0}
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
+        self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
         # Sorted (time, session id): who made way for another session, and who began after such a one.
         self._ends: List[Tuple[int, str]] = []
         self._starts: List[Tuple[int, str]] = []
         self._continued_by: Dict[str, str] = {}
         self._linked: Set[str] = set()  # ids of sessions that changed because of another one
+        self.complete = True  # False while stored sessions are still to come: no machine's silence is known
 
     # What happens
 
@@ -2219,6 +2516,11 @@ class SessionBook:
         machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
         delay = received_time(event) - timestamp
         self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
+        arrived_ms = received_time(event)
+        was_set_back = arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS
+        if was_set_back and timestamp < self.sessions[session_id].last_event:
+            self._set_clock_back(self.sessions[session_id], timestamp)
+        self._received_ms[session_id] = arrived_ms
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
@@ -2232,22 +2534,31 @@ class SessionBook:
             track = self._tracks[session_id] = Track(session.clone())
         entry = (timestamp, next(self._numbers), event, kind)
         if timestamp < track.base.last_event and track.base.events:
-            for version in (track.base, session):
+            for version in (track.base, self._up_to_date(session_id, track)):
                 apply_event(version, event, kind, self._quiet_ms, late=True)
             return
         in_order = not track.recent or timestamp >= track.recent[-1][0]
         track.recent.append(entry)
         if in_order:
-            apply_event(session, event, kind, self._quiet_ms)
+            self._go_on(session, event, kind)
         else:
             track.recent.sort(key=lambda entry: entry[:2])
-            session = self.sessions[session_id] = track.base.clone()
-            for _, _, earlier, its_kind in track.recent:
-                apply_event(session, earlier, its_kind, self._quiet_ms)
+            self._tell_anew(session_id, track)
         settled = track.recent[-1][0] - TOGETHER_MS
         while track.recent[0][0] < settled or len(track.recent) > TOGETHER_EVENTS:
             _, _, earlier, its_kind = track.recent.pop(0)
             apply_event(track.base, earlier, its_kind, self._quiet_ms)
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        apply_event(session, event, kind, self._quiet_ms)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        session = self.sessions[session_id] = track.base.clone()
+        for _, _, event, kind in track.recent:
+            apply_event(session, event, kind, self._quiet_ms)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        return self.sessions[session_id]
 
     def _versions(self, session_id: str) -> List[Session]:
         track = self._tracks.get(session_id)
@@ -2257,18 +2568,21 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            if session.state == "ended":
-                continue
             silence = self._silence(session.last_event, session.machine_id, time_ms)
+            if silence < -CLOCK_STEP_MS:
+                self._set_clock_back(session, session.last_event + silence)
+                silence = 0
             ran_too_long = _runs_too_long(session)
             session.clock = max(session.clock, session.last_event + silence)
             if silence > TOGETHER_MS:
                 self._tracks.pop(session.session_id, None)  # nothing will come between any more
+            if session.state == "ended":
+                continue
             machine_silence = self._silence(
                 self._heard_ms.get(session.machine_id, 0), session.machine_id, time_ms
             )
             watched = session.machine_id == self._own_machine and session.pid is not None
-            if machine_silence >= self._ended_ms and not watched:
+            if self.complete and machine_silence >= self._ended_ms and not watched:
                 hours = self._ended_ms // 3_600_000
                 why = f"nothing heard from {session.machine_id} for {hours} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2280,6 +2594,24 @@ class SessionBook:
             elif _runs_too_long(session) != ran_too_long:
                 changed.append(session)
         return changed
+
+    def _set_clock_back(self, session: Session, time_ms: int) -> None:
+        """Go on from `time_ms` after the clock was set back.
+
+        What comes now is not late, and nothing begins in the future.
+        """
+        self._tracks.pop(session.session_id, None)
+        self._heard_ms[session.machine_id] = min(self._heard_ms.get(session.machine_id, 0), time_ms)
+        session.last_event = session.clock = time_ms
+        session.last_step = {agent_id: min(step, time_ms) for agent_id, step in session.last_step.items()}
+        session.state_since = min(session.state_since, time_ms)
+        session.turn_since, session.turn_start = (
+            min(session.turn_since, time_ms),
+            min(session.turn_start, time_ms),
+        )
+        session.waits = [dataclasses.replace(wait, since=min(wait.since, time_ms)) for wait in session.waits]
+        for use_id, call in session.open_calls.items():
+            session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
 
     def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
         return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
@@ -2300,12 +2632,29 @@ class SessionBook:
             self._linked.add(gone.parent_id)
         return gone is not None
 
+    def finish(self) -> None:
+        """Bring every session up to date."""
+
+    def take_over(self, other: "SessionBook") -> None:
+        """Take over the sessions of another book, in place of ours, and what it has heard of machines."""
+        other.finish()
+        self.sessions.update(other.sessions)
+        self._tracks.update(other._tracks)
+        for session in other.sessions.values():
+            self._note_place(session)
+            if session.continued_from:
+                self._continued_by[session.continued_from] = session.session_id
+        for machine, skew_ms in other._skew_ms.items():
+            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, heard_ms in other._heard_ms.items():
+            self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
+
     # What links sessions
 
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
         if kind == "session_start" and session.start_source in _MADE_WAY:
-            bisect.insort(self._starts, (session.source_time, session.session_id))
+            self._note_place(session)
             before = [
                 other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
             ]
@@ -2315,11 +2664,18 @@ class SessionBook:
             if before and not session.continued_from:
                 self._continue(session, max(before, key=lambda other: other.end or 0))
         elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
-            bisect.insort(self._ends, (session.end, session.session_id))
+            self._note_place(session)
             after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
             after = [other for other in after if not other.continued_from]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
+
+    def _note_place(self, session: Session) -> None:
+        """Note when a session made way for another, and when it began after one that did."""
+        if session.start_source in _MADE_WAY:
+            _insert_once(self._starts, (session.source_time, session.session_id))
+        if session.end is not None and session.end_reason in _MADE_WAY.values():
+            _insert_once(self._ends, (session.end, session.session_id))
 
     def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
         """Return the sessions that began, or ended, about that time."""
@@ -2345,7 +2701,7 @@ class SessionBook:
         label, source = session.label
         reason = session.reason
         if children is None:
-            children = self._children(session.session_id)
+            children = self.children(session.session_id)
         return {
             "sessionId": session.session_id,
             "machineId": session.machine_id,
@@ -2392,7 +2748,7 @@ class SessionBook:
             "pid": session.pid,
         }
 
-    def _children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+    def children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
         """Return the ids of the sessions below each session, or below one."""
         children: Dict[str, List[str]] = {}
         for session in self.sessions.values():
@@ -2400,12 +2756,55 @@ class SessionBook:
                 children.setdefault(session.parent_id, []).append(session.session_id)
         return children
 
-    def all_json(self, with_hidden: bool) -> List[JsonObject]:
-        """Return every session, newest event first."""
-        children = self._children()
+    def each_json(self, with_hidden: bool) -> Iterator[JsonObject]:
+        """Yield every session, newest event first."""
+        children = self.children()
         chosen = [session for session in self.sessions.values() if with_hidden or not session.hidden]
         chosen.sort(key=lambda session: session.last_event, reverse=True)
-        return [self.to_json(session, children) for session in chosen]
+        return (self.to_json(session, children) for session in chosen)
+
+    def all_json(self, with_hidden: bool) -> List[JsonObject]:
+        """Return every session, newest event first."""
+        return list(self.each_json(with_hidden))
+
+
+class ReplayBook(SessionBook):
+    """A book that is told one session's history and asked only after `finish`: then it is as SessionBook is.
+
+    SessionBook tells each event twice: to the session, and later to what it was some seconds ago. Here only
+    the latter is told, and the session made from it at the end. In between it is kept just from an event that
+    came very late until the next that came out of its place, since SessionBook tells it those in that order.
+    """
+
+    def __init__(self, *patience: Any) -> None:
+        super().__init__(*patience)
+        self._kept: Set[str] = set()  # ids of those that `sessions` has as they are now
+
+    def finish(self) -> None:
+        for session_id, track in self._tracks.items():
+            self._up_to_date(session_id, track)
+
+    def _link(self, session: Session, kind: str) -> None:
+        """Leave links to whoever tells all sessions that they concern."""
+
+    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
+        if session.session_id in self._kept:
+            super()._go_on(session, event, kind)
+
+    def _tell_anew(self, session_id: str, track: Track) -> None:
+        self._kept.discard(session_id)
+
+    def _up_to_date(self, session_id: str, track: Track) -> Session:
+        if session_id not in self._kept:
+            super()._tell_anew(session_id, track)
+            self._kept.add(session_id)
+        return self.sessions[session_id]
+
+
+def _insert_once(times: List[Tuple[int, str]], entry: Tuple[int, str]) -> None:
+    place = bisect.bisect_left(times, entry)
+    if times[place : place + 1] != [entry]:
+        times.insert(place, entry)
 
 
 # SessionStart's source → the SessionEnd's reason of the session that made way.
@@ -2422,6 +2821,54 @@ def _makes_way(before: Session, after: Session) -> bool:
         and (before.pid == after.pid or None in (before.pid, after.pid))
         and abs(after.source_time - before.end) < LINK_MS
     )
+
+
+class LinkPoint(NamedTuple):
+    """A moment at which a session makes way, or begins where another one made way."""
+
+    session_id: str
+    machine_id: str
+    reason: str  # of the end that it is or that it follows
+    begins: bool
+    time_ms: int
+
+
+def link_point(session: Session, event: JsonObject) -> Optional[LinkPoint]:
+    """Return what an event of a session has to do with links between sessions, None for most."""
+    kind = effective_type(event)
+    if kind == "session_start":
+        reason = _MADE_WAY.get(text_of(event["data"].get("source")), "")
+    elif kind == "session_end":
+        reason = text_of(event["data"].get("reason"))
+    else:
+        return None
+    if reason not in _MADE_WAY.values():
+        return None
+    begins = kind == "session_start"
+    return LinkPoint(session.session_id, session.machine_id, reason, begins, event["timestamp"])
+
+
+def may_be_linked(points: Iterable[LinkPoint]) -> List[FrozenSet[str]]:
+    """Group the ids of sessions that may be linked with each other, directly or through others.
+
+    A group may be too large, never too small: nothing outside of it can change the links within.
+    """
+    chronicle: Dict[Tuple[str, str], List[LinkPoint]] = {}
+    for point in points:
+        chronicle.setdefault((point.machine_id, point.reason), []).append(point)
+    group_of: Dict[str, Set[str]] = {}
+    for moments in chronicle.values():
+        ends = sorted((point.time_ms, point.session_id) for point in moments if not point.begins)
+        for point in moments:
+            if not point.begins:
+                continue
+            for time_ms, before in ends[bisect.bisect_left(ends, (point.time_ms - LINK_MS, "")) :]:
+                if time_ms > point.time_ms + LINK_MS:
+                    break
+                group = group_of.get(before, {before}) | group_of.get(point.session_id, {point.session_id})
+                group_of.update(dict.fromkeys(group, group))
+    unique = {id(group): frozenset(group) for group in group_of.values() if len(group) > 1}
+    return list(unique.values())
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
@@ -2913,6 +3360,26 @@ def _call_fact(
     )
 
 
+class UnnamedCalls:
+    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
+
+    def __init__(self) -> None:
+        self._open: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → keys
+
+    def paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
+        """Return the facts of an event, a result with the key of the call that it belongs to."""
+        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
+            return facts
+        fact = facts[0]
+        keys = self._open.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
+        if fact.outcome is Outcome.OPEN:
+            keys.append(fact.key)
+            del keys[:-100]
+        elif keys:
+            return (fact._replace(key=keys.pop()),)
+        return facts
+
+
 def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
     """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
     usage = event["data"].get("usage")
@@ -3236,7 +3703,7 @@ class Indexer:
         self._indexed = 0  # events since the start, for the average length of a line
         self._indexed_bytes = 0
         self._closed_calls = SeenIds()
-        self._unnamed: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → open calls
+        self._unnamed = UnnamedCalls()
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
@@ -3389,7 +3856,7 @@ class Indexer:
         file_id, position = row or (None, 0)
         path = f"{self._store.root}/{day}/{name}"
         try:
-            source = open(path, "rb")  # noqa: SIM115 - closed below
+            source = open_stored(path)
         except FileNotFoundError:  # removed meanwhile
             self._look_again = True
             return
@@ -3403,7 +3870,7 @@ class Indexer:
                 if event is not None:
                     if file_id is None:
                         with file.transaction():
-                            file_id = file.add_file(day, name, os.fstat(source.fileno()).st_ino, event)
+                            file_id = file.add_file(day, name, inode_of(path), event)
                     batch.documents.append(self._document(file, event, file_id, position, len(line)))
                 position += len(line)
                 batch.size += len(line)
@@ -3435,7 +3902,7 @@ class Indexer:
         self, file: IndexFile, event: JsonObject, file_id: int, offset: int, length: int
     ) -> Document:
         kind = effective_type(event)
-        calls = self._paired(event, call_facts(event, kind))
+        calls = self._unnamed.paired(event, call_facts(event, kind))
         texts: List[str] = []
         for name, value in event["data"].items():
             if name == "tool_calls" and event["hookType"] == "PostToolBatch":
@@ -3470,19 +3937,6 @@ class Indexer:
             usage_facts(event),
         )
 
-    def _paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
-        """Give the result of a call without a name the newest open call of its tool and agent."""
-        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
-            return facts
-        fact = facts[0]
-        open_calls = self._unnamed.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
-        if fact.outcome is Outcome.OPEN:
-            open_calls.append(fact.key)
-            del open_calls[:-100]
-        elif open_calls:
-            return (fact._replace(key=open_calls.pop()),)
-        return facts
-
     def _write(self, file: IndexFile, day: str, batch: "IndexBatch") -> None:
         if batch.positions:
             with file.transaction():
@@ -3513,23 +3967,6 @@ class IndexBatch:
             or self.size >= INDEX_BATCH_BYTES
             or time.monotonic() - self._began > INDEX_BATCH_S
         )
-
-
-class StoredFile(NamedTuple):
-    """A file of the store: its inode and its length in bytes of lines."""
-
-    inode: int
-    size: int
-
-
-def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
-    """Yield the name of each file of a day, and what it is."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    about = entry.stat()
-                    yield entry.name, StoredFile(about.st_ino, about.st_size)
 
 
 def index_bytes(path: str) -> int:
@@ -3651,7 +4088,7 @@ class LineReader:
             (file_id,),
         ).fetchone()
         try:
-            return open(f"{self._root}/{day}/{name}", "rb")  # noqa: SIM115 - closed with the reader
+            return open_stored(f"{self._root}/{day}/{name}")
         except FileNotFoundError:
             return None
 
@@ -3886,35 +4323,34 @@ class Statistics:
         except MalformedEvent:
             return None
 
-    # Sums: cells of one session and quarter of an hour, added up by session and by quarter, and these further
+    # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
 
     def _sums(self) -> JsonObject:
         by_session: Dict[int, Sums] = collections.defaultdict(Sums)
-        by_quarter: Dict[int, Sums] = collections.defaultdict(Sums)
+        by_hour: Dict[int, Sums] = collections.defaultdict(Sums)
         places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
-        for session, machine, project, quarter, events, prompts, first, last in self._activity():
+        for session, machine, project, hour, events, prompts, first, last in self._activity():
             places.setdefault(session, (machine, project))
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_activity(session, events, prompts, first, last)
-        for session, quarter, calls, failures in self._calls():
+        for session, hour, calls, failures in self._calls():
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_calls(session, calls, failures)
         models: Dict[int, ModelUsage] = {}
         for session, model, quarter, used in self._usage():
             models[model] = add_usage(models.get(model), used)
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
                 sums.add_usage(session, self._names[model], used)
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
             for group, key in (("all", None), ("machine", machine), ("project", project)):
                 groups[group][key].merge(sums)
-        for quarter, sums in by_quarter.items():
-            hour = (quarter * QUARTER_MS + self._offset_minutes * 60_000) // 3_600_000
+        for hour, sums in by_hour.items():
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
@@ -3997,15 +4433,21 @@ class Statistics:
 
     def _activity(self) -> Iterator[Tuple[int, ...]]:
         yield from self._db.execute(
-            f"""SELECT session, machine, project, quarter, events, prompts, first, last
-            FROM activity JOIN files ON files.id = file WHERE {self._where} ORDER BY quarter DESC""",
+            f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(events), sum(prompts), min(first), max(last)
+            FROM activity JOIN files ON files.id = file WHERE {self._where}
+            GROUP BY file, hour ORDER BY hour DESC""",
             self._bounds,
         )
 
     def _calls(self) -> Iterator[Tuple[int, ...]]:
+        # The inner groups are in the order of the index, so that only their few sums are sorted.
         yield from self._db.execute(
-            f"""SELECT session, quarter, count(*), sum(outcome IN (1, 3))
-            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter""",
+            f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(calls), sum(failures)
+            FROM (SELECT session, quarter, count(*) AS calls, sum(outcome IN (1, 3)) AS failures
+            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
+            GROUP BY session, hour""",
             self._bounds,
         )
 
@@ -4187,6 +4629,7 @@ class RetentionPlan(NamedTuple):
     total: int  # of every file of ours
     events: int  # of all event files
     oldest_day: Optional[str]  # that stays
+    closed_days: Tuple[str, ...]  # to which no event can come any more
 
     @property
     def days(self) -> List[str]:
@@ -4209,7 +4652,7 @@ def plan_retention(
     """
     store = EventStore(os.path.join(home, "events"))
     sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
-    events = sum(about.size for files in sizes.values() for about in files.values())
+    events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
     with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
@@ -4218,7 +4661,7 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
         if day >= day_of(time_ms) or not (day < first_kept or is_over):
             going = {}
         if len(going) < len(files):
@@ -4226,21 +4669,36 @@ def plan_retention(
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    return RetentionPlan(tuple(paths), size, total, events, oldest)
+    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
-    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    if plan.paths:
+        remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
     for path in plan.paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    for folder in {os.path.dirname(path) for path in plan.paths}:
-        with contextlib.suppress(OSError):  # a pinned session's file keeps it
-            os.rmdir(folder)
-    names = {os.path.basename(path) for path in plan.paths}
-    root = os.path.join(home, "events")
-    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+        for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept_as)
+    store = EventStore(os.path.join(home, "events"))
+    for day in plan.closed_days:  # also those that a kill left empty the last time
+        with contextlib.suppress(OSError):  # it has files
+            os.rmdir(f"{store.root}/{day}")
+    names = frozenset(os.path.basename(path) for path in plan.paths)
+    return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
+
+
+def files_to_pack(root: str, time_ms: int, days: int) -> List[str]:
+    """Return the plain files of days that were closed at least `days` days ago."""
+    last = day_of(time_ms - days * 86_400_000)
+    return [
+        f"{root}/{day}/{name}"
+        for day in EventStore(root).days()
+        if day < last
+        for name, about in stored_files(root, day)
+        if about.inode
+    ]
 
 
 def remember_seq(home: str, seq: int) -> None:
@@ -4776,11 +5234,11 @@ class ClientServer:
         """Answer with one message."""
         self.answer(client, encode_frame(Opcode.TEXT, encode_json(message)))
 
-    def broadcast_json(self, message: JsonObject, show_hidden: Optional[bool] = None) -> None:
-        """Send one message, encoded once, to every subscribed client, or to those with this `show_hidden`."""
+    def broadcast_json(self, message: JsonObject) -> None:
+        """Send one message, encoded once, to every subscribed client."""
         frame = b""
         for client in list(self.clients.values()):
-            if client.view is not None and show_hidden in (None, client.show_hidden):
+            if client.view is not None:
                 frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
                 self.send(client, frame)
 
@@ -5489,6 +5947,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 
 REQUEST_DEADLINE_S = 10.0
+BODY_DEADLINE_S = 60.0
 TOKEN_COOKIE = "contextuate_token"
 EXPORT_CHUNK_BYTES = 256 << 10
 
@@ -5626,7 +6085,7 @@ def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
 
 def read_token(path: str) -> str:
     """Return the token in our 0600 file, 192 random bits; make it when there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
         token = file.read().strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)
@@ -5697,6 +6156,12 @@ class Query:
         return int(text)
 
 
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+
+
 class Api:
     """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
     rest.
@@ -5738,15 +6203,16 @@ class Api:
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.text("hidden") in ("1", "true")
-        return json_response({"sessions": self._ask(lambda: self._state.book.all_json(hidden))})
+        return Response(200, self._ask(lambda: self._state.sessions_json(hidden)))
 
     def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
         return json_response(self._ask(lambda: self._state.session_json(session_id)))
 
     def _session_events(self, query: Query, _body: bytes, session_id: str) -> Response:
         limit, before, after = self._page(query)
-        self._ask(lambda: self._state.session_json(session_id))
         lines = self._store.session_lines(session_id, limit + 1, before, after)
+        if not lines:
+            self._ask(lambda: self._state.session_json(session_id))  # there is no such session perhaps
         return self._events_response(lines, limit, from_start=after is not None)
 
     def _events(self, query: Query, _body: bytes) -> Response:
@@ -5771,12 +6237,18 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
-        lines = export_lines(
-            self._store, query.text("session"), start or 0, end if end is not None else 1 << 53
+        names = ("session", "machine", "tool", "type", "q")
+        times = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to")}
+        lines = chosen_lines(
+            self._store, search_query({**{name: query.text(name) for name in names}, **times})
         )
-        disposition = ("Content-Disposition", 'attachment; filename="contextuate-events.ndjson"')
-        return Response(200, in_chunks(lines), "application/x-ndjson", (disposition,))
+        form = query.text("format") or "ndjson"
+        if form not in EXPORT_FORMS:
+            raise ParameterError("format", " or ".join(EXPORT_FORMS))
+        content_type, file_name = EXPORT_FORMS[form]
+        disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
+        table = call_table(lines) if form == "csv" else lines
+        return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> Response:
         try:
@@ -5836,16 +6308,17 @@ class Api:
 class ApiState(Protocol):
     """What the API asks of the loop thread; the Monitor is one."""
 
-    book: SessionBook
-
     def status(self) -> JsonObject:
         """Return what /api/status shows."""
 
     def config(self) -> JsonObject:
         """Return the configuration without secrets."""
 
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return what /api/sessions shows: the sessions that are known so far."""
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
 
     def sessions_in_state(self, state: str) -> FrozenSet[str]:
         """Return the ids of the sessions that are in a state now."""
@@ -5874,6 +6347,106 @@ def export_lines(
             return
         after = line_seq(lines[-1])
     yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for line in lines:
+        try:
+            event = parse_stored(line)
+        except MalformedEvent:
+            continue
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            earlier = begun.get(fact.key)
+            if fact.outcome < Outcome.OK:
+                if earlier is None or fact.outcome > earlier[0].outcome:
+                    begun[fact.key] = (
+                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
+                        event,
+                    )
+                continue
+            begun.pop(fact.key, None)
+            ended.add(fact.key)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    data = event["data"]
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call: JsonObject = data
+    for one in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
+            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+            call = {name: one.get(its_name) for name, its_name in names.items()}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
 
 
 def line_timestamp(line: bytes) -> int:
@@ -6036,7 +6609,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.api = api
         self._places = threading.BoundedSemaphore(connection_limit)
         self._lock = threading.Lock()
-        self._heads: Dict[socket.socket, float] = {}  # connection whose request head is awaited → deadline
+        self._awaited: Dict[socket.socket, float] = {}  # connection whose request comes in → deadline
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
@@ -6053,27 +6626,27 @@ class HttpServer(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.head_read(request)
+            self.has_come(request)
             self._places.release()
 
-    def head_awaited(self, sock: socket.socket) -> None:
-        """Start the deadline for a request head."""
+    def awaits(self, sock: socket.socket, deadline_s: float) -> None:
+        """Start the deadline for a request's head, or for its body."""
         with self._lock:
-            self._heads[sock] = time.monotonic() + REQUEST_DEADLINE_S
+            self._awaited[sock] = time.monotonic() + deadline_s
 
-    def head_read(self, sock: socket.socket) -> None:
-        """End the deadline for a request head."""
+    def has_come(self, sock: socket.socket) -> None:
+        """End that deadline."""
         with self._lock:
-            self._heads.pop(sock, None)
+            self._awaited.pop(sock, None)
 
     def service_actions(self) -> None:
-        """Cut connections whose head drips in beyond its deadline.
+        """Cut connections whose head or body drips in beyond its deadline.
 
         Called by serve_forever about twice a second.
         """
         now = time.monotonic()
         with self._lock:
-            overdue = [sock for sock, deadline in self._heads.items() if deadline < now]
+            overdue = [sock for sock, deadline in self._awaited.items() if deadline < now]
         for sock in overdue:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -6096,13 +6669,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read one request under the deadline for heads and answer it."""
-        self.server.head_awaited(self.connection)
+        self.server.awaits(self.connection, REQUEST_DEADLINE_S)
         super().handle_one_request()
 
     def parse_request(self) -> bool:
         """Parse the head, which ends its deadline."""
         parsed = super().parse_request()
-        self.server.head_read(self.connection)
+        self.server.has_come(self.connection)
         return parsed
 
     def _handle(self) -> None:
@@ -6160,7 +6733,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "the Content-Length is malformed")
         if int(length) > emit_event.LINE_LIMIT_BYTES:
             raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        self.server.awaits(self.connection, BODY_DEADLINE_S)
         body = self.rfile.read(int(length))
+        self.server.has_come(self.connection)
         if len(body) < int(length):
             raise RequestError(400, "the body ended early")
         return body
@@ -6219,6 +6794,8 @@ UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 SPOOL_INTERVAL_S = 1.0
 SPOOL_LINES_A_TURN = 200
+LOAD_SLICE_S = 0.004
+LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
@@ -6328,8 +6905,8 @@ class Machine:
 def without_authority(event: JsonObject) -> JsonObject:
     """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
     event.pop("demo", None)
-    if event["eventType"] == "session_meta":
-        event["eventType"] = "message"
+    if "session_meta" in (event["eventType"], effective_type(event)):
+        event.update(eventType="message", hookType="")  # either name would make it the user's word
     return event
 
 
@@ -6395,6 +6972,161 @@ class SpoolDrain:
             self._loop.call_soon(self.look)
 
 
+@dataclasses.dataclass(eq=False)
+class Telling:
+    """Sessions that are told their stored events together, in a book of their own until all is told."""
+
+    names: FrozenSet[str]  # of their files
+    book: Optional[SessionBook] = None  # None: not begun
+    steps: Iterator[None] = iter(())
+
+
+class Loader:
+    """Rebuild the sessions from the files, the one heard last first, in slices between other work.
+
+    A session appears when all its events are told. What arrives for it until then is only stored: it is told
+    when its turn comes in the file, so the state is that of one replay in the order of arrival. Links depend
+    on the order of events of several sessions, so those that may be linked are told once more, together.
+    """
+
+    def __init__(
+        self,
+        store: Union[EventStore, MemoryStore],
+        book: SessionBook,
+        seen: SeenIds,
+        loaded: Callable[[Iterable[Session]], None],
+    ) -> None:
+        self.events = 0  # told so far
+        self._store = store
+        self._book = book
+        self._seen = seen
+        self._loaded = loaded
+        self._queue: List[Telling] = []  # the next one last
+        self._held: Dict[str, Telling] = {}  # file name → the telling that is still to be done
+        self._touched: Set[str] = set()  # file names of held sessions that got live events
+        self._points: Set[LinkPoint] = set()
+        self._together: Dict[str, FrozenSet[str]] = {}  # file name → those it was told together with
+        last_seqs = store.last_seqs()
+        store.seq = max([store.seq, *last_seqs.values()])
+        self._recent_seq = store.seq - REMEMBERED_IDS // 2
+        for name in sorted(last_seqs, key=lambda name: last_seqs[name]):
+            self._enqueue(frozenset((name,)))
+        self._total = len(last_seqs)
+        book.complete = not last_seqs
+
+    @property
+    def progress(self) -> Optional[JsonObject]:
+        """Return how many sessions are complete, of how many; None when all are."""
+        return {"done": self._total - len(self._held), "total": self._total} if self._held else None
+
+    def holds(self, session_id: str) -> bool:
+        """Tell whether a session is still to be told its stored events; if so, it is now the next one."""
+        telling = self._held.get(session_file_name(session_id)) if self._held else None
+        if telling is None:
+            return False
+        if self._queue[-1] is not telling:
+            self._queue.remove(telling)
+            self._queue.append(telling)
+        return True
+
+    def takes(self, event: JsonObject) -> bool:
+        """Tell whether a live event, which is stored, will be told to its session out of the file."""
+        if not self.holds(event["sessionId"]):
+            return False
+        self._touched.add(session_file_name(event["sessionId"]))
+        return True
+
+    def note(self, session: Session, event: JsonObject) -> None:
+        """Note what an event, which its session was told, has to do with links while any are still open."""
+        point = link_point(session, event) if self._held else None
+        if point is not None:
+            self._points.add(point)
+
+    def work(self, seconds: float) -> None:
+        """Go on for some time; afterwards `progress` is None if nothing is left to do."""
+        deadline = time.monotonic() + seconds
+        while self._queue:
+            telling = self._queue[-1]
+            if telling.book is None:
+                kind = SessionBook if len(telling.names) > 1 else ReplayBook
+                telling.book = kind(*self._book.patience)
+                telling.steps = self._steps(telling.names, telling.book)
+            try:
+                for _ in telling.steps:
+                    if time.monotonic() >= deadline:
+                        return
+            except OSError as error:
+                log.error("stored events cannot be read: %s", error)
+            self._finish(telling.names, telling.book)
+
+    def _enqueue(self, names: FrozenSet[str]) -> None:
+        telling = Telling(names)
+        self._queue.append(telling)
+        self._held.update(dict.fromkeys(names, telling))
+
+    def _steps(self, names: FrozenSet[str], book: SessionBook) -> Iterator[None]:
+        """Tell sessions all that is stored, one event a step; also what is stored meanwhile."""
+        told_seq = 0
+        while not told_seq or names & self._touched:
+            self._touched -= names
+            until = self._store.seq
+            for line in self._store.lines_of(names, told_seq):
+                if line_seq(line) > until:
+                    break  # what came before it to another of these sessions may not have been met
+                self._tell(book, line)
+                yield
+            told_seq = max(1, until)
+
+    def _tell(self, book: SessionBook, line: bytes) -> None:
+        self.events += 1
+        try:
+            event = parse_stored(line)
+            self.note(book.apply(event), event)
+        except MalformedEvent:
+            log.warning("a stored line is not an event and was passed over: %r", line[:200])
+        except Exception:  # nobody foresaw it: the log tells, and the others are told all the same
+            log.exception("a stored event could not be taken into account: %r", line[:200])
+        else:
+            if line_seq(line) > self._recent_seq:
+                self._seen.add(event["id"])
+
+    def _finish(self, names: FrozenSet[str], book: SessionBook) -> None:
+        """Let sessions appear whose events are all told; look for links now and then, and at the end."""
+        self._queue.pop()
+        for name in names:
+            del self._held[name]
+            self._together[name] = names
+        for session_id in list(book.sessions):
+            # Somebody has put its events into another session's file; what its own file tells stands.
+            if session_file_name(session_id) not in names and session_id in self._book.sessions:
+                book.delete(session_id)
+        self._book.take_over(book)
+        if len(self._queue) % LINK_EVERY == 0:
+            self._tell_linked_together()
+        if not self._queue:
+            self._book.complete = True
+            self._points, self._together = set(), {}
+        self._loaded(book.sessions.values())
+
+    def _tell_linked_together(self) -> None:
+        """Enqueue those that may be linked and were not told together: at the end all, before it those whose
+        number has doubled, so that a long row of sessions is not told again for each.
+        """
+        at_end = not self._queue
+        for group in may_be_linked(self._points):
+            names = frozenset(map(session_file_name, group))
+            known = max(len(self._together.get(name, ())) for name in names)
+            is_told = all(self._together.get(name) == names for name in names)
+            if not is_told and not self._held.keys() & names and (at_end or len(names) >= 2 * known):
+                self._total += len(names)
+                self._enqueue(names)
+
+
+def loading_words(progress: JsonObject) -> str:
+    """Say how far a Loader is."""
+    return f"{progress['done']} of {progress['total']} stored sessions have been read"
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -6436,16 +7168,12 @@ class Monitor:
 
     # Start and stop
 
-    def open(self, progress: Callable[[str], None] = lambda words: None) -> None:
-        """Read what is stored, then open every port; raise StartError.
-
-        `progress` gets words for long work.
-        """
+    def open(self) -> None:
+        """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
         self._locks = [
             lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
         ]
-        self._restore(progress)
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -6458,6 +7186,12 @@ class Monitor:
         self.access.port = self.port
         self._listen_for_hooks()
         limit = self.settings["limits.connections"]
+        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
+        api = Api(self.store, self.loop.call, self, self.history)
+        self.http = HttpServer(http_socket, self.access, page, api, limit)
+        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
+        self._http_thread.start()
+        self._begin_loading()
         self.clients = ClientServer(
             self.loop,
             ws_socket,
@@ -6468,19 +7202,13 @@ class Monitor:
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
         )
-        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self, self.history)
-        self.http = HttpServer(http_socket, self.access, page, api, limit)
-        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
-        self._http_thread.start()
         self.loop.turn_end = self._handle_arrivals
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
         if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._retain)
-            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -6526,6 +7254,9 @@ class Monitor:
         self.history.stop()
         for connection in list(self._connections):
             connection.close()
+        remember_seq(
+            self.settings.home, self.store.seq
+        )  # the newest files may be removed by hand before the next start
         self.store.close()
         self._usage.close()
         self._unlink_socket()
@@ -6533,28 +7264,40 @@ class Monitor:
         for fd in self._locks:
             os.close(fd)
 
-    def _restore(self, progress: Callable[[str], None]) -> None:
-        """Rebuild sessions from the stored events; the numbers go on after the highest."""
-        count, told = 0, time.monotonic()
+    def _begin_loading(self) -> None:
+        """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
-        for line in self.store.all_lines():
-            try:
-                event = parse_stored(line)
-            except MalformedEvent:  # edited by hand
-                log.warning("a stored line is not an event and was passed over: %r", line[:200])
-                continue
-            self._take_into_account(event)
-            self.store.seq = max(self.store.seq, line_seq(line))
-            self._seen.add(event["id"])
-            count += 1
-            if time.monotonic() - told > 1:
-                told = time.monotonic()
-                progress(f"read {count} stored events")
+        self.loader = Loader(self.store, self.book, self._seen, self._show_loaded)
+        if self.loader.progress is not None:
+            log.info("%d stored sessions are being read", self.loader.progress["total"])
+            self.loop.call_soon(self._load_some)
+
+    def _load_some(self) -> None:
+        try:
+            self.loader.work(LOAD_SLICE_S)
+        finally:
+            if self.loader.progress is None:
+                self._end_loading()
+            else:
+                self.loop.call_soon(self._load_some)
+
+    def _show_loaded(self, sessions: Iterable[Session]) -> None:
+        """Show sessions that are complete now and have not ended; the others come with the whole list."""
+        for session in sessions:
+            if session.state != "ended":
+                self._changed[session.session_id] = session
+        self._send_updates_soon()
+
+    def _end_loading(self) -> None:
+        seconds = (now_ms() - self.started_at) / 1000
+        log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
-        if count:
-            log.info("%d stored events of %d sessions read", count, len(self.book.sessions))
+        self.book.linked_changes()
+        self._changed.clear()
+        self._send_session_list()
+        self._send_status_if_changed()
 
     # Hooks
 
@@ -6751,8 +7494,12 @@ class Monitor:
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+        if self.loader.takes(event):
+            return None
         try:
-            return self.book.apply(event)
+            session = self.book.apply(event)
+            self.loader.note(session, event)
+            return session
         except Exception:  # nobody foresaw it: the log tells, and the stream goes on
             log.exception("event %s could not be taken into account", event.get("id"))
             return None
@@ -6771,9 +7518,12 @@ class Monitor:
 
     def _send_updates(self) -> None:
         changed, self._changed = self._changed, {}
+        if not self.clients.clients:
+            return
+        children = self.book.children() if len(changed) > 1 else None
         for session in changed.values():
             if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session)}
+                message = {"type": "session_update", "session": self.book.to_json(session, children)}
                 self.clients.broadcast_json(message)
 
     # Time
@@ -6799,6 +7549,8 @@ class Monitor:
                 ):
                     self.store.error = None
                     self._note_store_error()
+        if self.loader.progress is not None:
+            log.info("%s", loading_words(self.loader.progress))
         path = self.settings["socketPath"]
         if not os.path.exists(path) and not self._stopping:
             log.warning("%s was removed; it is made anew", path)
@@ -6808,10 +7560,16 @@ class Monitor:
 
     # Retention: planned and done by a thread of its own
 
+    def _begin_to_retain(self) -> None:
+        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
+            self.loop.call_later(0.5, self._begin_to_retain)
+            return
+        self._retain()
+        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
     def _retain(self) -> None:
         """Delete what the configuration says is too old or too much."""
-        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
-            self._prune(dry_run=False, done=lambda plan: None)
+        self._prune(dry_run=False, done=lambda plan: None)
 
     def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
         kept = frozenset(
@@ -6821,7 +7579,9 @@ class Monitor:
         def work() -> None:
             try:
                 plan = retention_plan(self.settings, kept)
-                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
+                if not dry_run:
+                    self._pack()
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
@@ -6832,6 +7592,18 @@ class Monitor:
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._keeper.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread for retention."""
+        days = self.settings["retention.compressAfterDays"]
+        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
+        for path in paths:
+            if self._stopping:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
 
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
         """Let go of the sessions that have no events left, and tell about the disk."""
@@ -6845,10 +7617,13 @@ class Monitor:
             "oldestDay": plan.oldest_day,
             "error": None,
         }
+        self.history.look_again()  # also at what was removed or added by hand
         if dry_run or not plan.paths:
             return
-        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
-        self.history.look_again()
+        days = plan.days
+        log.info(
+            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
+        )
         for session in list(self.book.sessions.values()):
             if session_file_name(session.session_id) in gone:
                 self._forget(session.session_id)
@@ -6911,7 +7686,7 @@ class Monitor:
             ],
             "redis": self.redis.status() if self.redis else None,
             "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
-            "loading": None,
+            "loading": self.loader.progress,
             "demo": any(session.demo for session in self.book.sessions.values()),
         }
 
@@ -6954,8 +7729,27 @@ class Monitor:
         nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
         return nested
 
+    def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
+        """Encode a message with the sessions that are known so far.
+
+        All are much (2 kB each), so that they are not held one by one beside the whole.
+        """
+        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+        for session in self.book.each_json(with_hidden):
+            body += encode_json(session) + b","
+        if body.endswith(b","):
+            del body[-1]
+        body += b"]}"
+        return bytes(body)
+
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return the sessions that are known so far, and how many of the stored ones those are."""
+        return self.with_sessions({"loading": self.loader.progress}, with_hidden)
+
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404)."""
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+        if self.loader.holds(session_id):
+            raise RequestError(503, "this session's events are being read; ask again in a moment")
         session = self.book.sessions.get(session_id)
         if session is None:
             raise RequestError(404, "no session with this id is known")
@@ -7003,6 +7797,8 @@ class Monitor:
             if handler is None:
                 raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
             handler(self, client, message)
+        except StillLoading:
+            self.loop.call_soon(lambda: self._message(client, text))
         except (MalformedEvent, MessageError, TypeError) as error:
             self._reply(client, message or {}, {"type": "error", "message": str(error)})
 
@@ -7056,7 +7852,11 @@ class Monitor:
             client.session_ids -= set(ids)
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        self._reply(client, message, {"type": "sessions", "sessions": self.book.all_json(client.show_hidden)})
+        reply: JsonObject = {"type": "sessions"}
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        body = self.with_sessions(reply, client.show_hidden)
+        self.clients.answer(client, encode_frame(Opcode.TEXT, body))
 
     def _on_get_events(self, client: Client, message: JsonObject) -> None:
         session_id = _text_field(message, "sessionId")
@@ -7133,16 +7933,17 @@ class Monitor:
     def _on_set_parent(self, client: Client, message: JsonObject) -> None:
         session = self._known_session(message)
         parent = message.get("parentSessionId")
-        if parent is not None and (not isinstance(parent, str) or parent not in self.book.sessions):
-            raise MessageError("parentSessionId: no session with this id is known")
-        ancestor = parent
+        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
         while ancestor:
             if ancestor == session.session_id:
                 raise MessageError("parentSessionId: a session cannot stand below itself")
+            if self.loader.holds(ancestor):
+                raise StillLoading
             ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
         self._act(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             if not session.hidden:
                 self._act(session, {"action": "hide", "hidden": True})
@@ -7152,6 +7953,7 @@ class Monitor:
         self._delete(self._known_session(message))
 
     def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
         for session in list(self.book.sessions.values()):
             self._delete(session)
         self._send_session_list()
@@ -7174,11 +7976,18 @@ class Monitor:
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self.take_now(encode_json(test_event(self.settings.machine_id)))
 
-    def _known_session(self, message: JsonObject) -> Session:
-        session = self.book.sessions.get(_text_field(message, "sessionId"))
+    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session_id = _text_field(message, name)
+        if self.loader.holds(session_id):
+            raise StillLoading
+        session = self.book.sessions.get(session_id)
         if session is None:
-            raise MessageError("sessionId: no session with this id is known")
+            raise MessageError(f"{name}: no session with this id is known")
         return session
+
+    def _refuse_while_loading(self) -> None:
+        if self.loader.progress is not None:
+            raise MessageError(f"{loading_words(self.loader.progress)}; try again when all have")
 
     def _act(self, session: Session, data: JsonObject) -> None:
         """Store what the user did as an event of its own, so that the files alone tell everything."""
@@ -7219,9 +8028,15 @@ class Monitor:
         )
 
     def _send_session_list(self) -> None:
+        """Send everyone the sessions; the list may be much and does not count as falling behind."""
         for with_hidden in (False, True):
-            message = {"type": "sessions_updated", "sessions": self.book.all_json(with_hidden)}
-            self.clients.broadcast_json(message, show_hidden=with_hidden)
+            frame = b""
+            for client in list(self.clients.clients.values()):
+                if client.view is not None and client.show_hidden == with_hidden:
+                    frame = frame or encode_frame(
+                        Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
+                    )
+                    self.clients.answer(client, frame)
 
     HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
         "subscribe": _on_subscribe,
@@ -7284,6 +8099,10 @@ def end_sessions_without_process(
     return gone
 
 
+class StillLoading(Exception):
+    """A client's message about a session whose stored events are being read; it is carried out after that."""
+
+
 class MessageError(Exception):
     """A client's message that cannot be carried out, in words for its sender."""
 
@@ -7344,9 +8163,11 @@ def lock_file(path: str, otherwise: str) -> int:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise StartError(f"{path}: cannot be opened: {error.strerror}") from None
-    if os.fstat(fd).st_uid != os.getuid():
+    about = os.fstat(fd)
+    if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
         os.close(fd)
-        raise StartError(f"{path}: belongs to another user; choose another socketPath in the configuration")
+        whose = "belongs to another user" if about.st_uid != os.getuid() else "is not a file of ours"
+        raise StartError(f"{path}: {whose}; choose another socketPath in the configuration")
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -8144,6 +8965,20 @@ class Doctor:
             )
         else:
             yield Finding("socket", "ok", path)
+        yield from self._index(status["index"])
+
+    @staticmethod
+    def _index(index: JsonObject) -> Iterator[Finding]:
+        if index["state"] == "ready":
+            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+        elif index["state"] == "building":
+            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+            yield Finding("index", "ok", words)
+        else:
+            words = f"off, so searches read every file: {index['error']}"
+            yield Finding(
+                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
+            )
 
     def _no_monitor(self) -> Iterator[Finding]:
         advice = "run: python3 contextuate_monitor.py start"
@@ -8246,7 +9081,9 @@ class Doctor:
         elif state.get("reason"):
             yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            yield Finding("publisher", "ok", f"pid {state['pid']}, {state['published']} events published")
+            heard = f"the last heard by {state['subscribers']} subscribers"
+            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+            yield Finding("publisher", "ok", words)
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield Finding("publisher", "warn", f"refused: {state[name]}")
@@ -8757,9 +9594,9 @@ class _Scene:
 def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:
     """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
 
-    All ids come from `seed` and the day of `now_ms`: what is played twice on one day has the same ids.
+    All ids come from `seed` and `now_ms`.
     """
-    story = f"{seed}/{now_ms // 86_400_000}"
+    story = f"{seed}/{now_ms}"
     end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
     scenes: Dict[str, _Scene] = {}
     for name, (place, turns, ending) in _DEMO_SESSIONS.items():
@@ -8874,6 +9711,308 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 
 
 # ---------------------------------------------------------------------------
+# Import: history from before the monitor was there
+#
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
+# of a session is never told again: of such a session only what was before is taken.
+# ---------------------------------------------------------------------------
+
+IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
+
+
+class ImportSession(NamedTuple):
+    """The files that tell of one session: a transcript and those of its subagents."""
+
+    session_id: str
+    paths: Tuple[str, ...]
+
+
+class StoredSession(NamedTuple):
+    """What is stored of a session already."""
+
+    ids: FrozenSet[str]
+    tool_use_ids: FrozenSet[str]
+    first_told_ms: Optional[int]  # of the first event that did not come by import
+
+
+def stored_session(store: EventStore, session_id: str) -> StoredSession:
+    """Read what is stored of a session."""
+    ids: Set[str] = set()
+    tool_use_ids: Set[str] = set()
+    first: Optional[int] = None
+    after = 0
+    while True:
+        lines = store.session_lines(session_id, 1000, after=after)
+        if not lines:
+            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
+        after = line_seq(lines[-1])
+        for event in map(parse_stored, lines):
+            ids.add(event["id"])
+            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+            if not event.get("imported") and event["hookType"] != "Monitor":
+                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+
+
+def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
+    """Yield the events of one session that tell something new."""
+    for event in events:
+        if event["id"] in stored.ids:
+            continue
+        if stored.first_told_ms is not None:
+            is_earlier = event.get("timestamp", 0) < stored.first_told_ms - IMPORT_MARGIN_MS
+            named = event["data"].get("toolUseId") if isinstance(event.get("data"), dict) else None
+            told = named is not None and text_of(named) in stored.tool_use_ids
+            if not is_earlier or told or event.get("hookType") == "SessionEnd":
+                continue
+        yield event
+
+
+def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]]:
+    """Return the transcripts and the exports among some files and directories."""
+    found: List[str] = []
+    for path in paths:
+        if os.path.isdir(path):
+            found += sorted(glob.glob(f"{glob.escape(path)}/**/*.json*", recursive=True))
+        else:
+            found.append(path)
+    transcripts: Dict[str, List[str]] = {}
+    exports = []
+    for path in found:
+        if path.endswith(".meta.json"):
+            continue
+        session_id = transcript_session(first_lines(path))
+        if session_id is not None:
+            transcripts.setdefault(session_id, []).append(path)
+        elif path in paths or path.endswith((".jsonl", ".ndjson")):
+            exports.append(path)
+    return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
+
+
+def first_lines(path: str) -> List[bytes]:
+    """Return a few lines of a file, whole ones of a sane length."""
+    try:
+        with open(path, "rb") as file:
+            return list(itertools.islice(iter(lambda: file.readline(1 << 20), b""), 50))
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror or error}") from None
+
+
+def transcript_session(lines: Iterable[bytes]) -> Optional[str]:
+    """Return whose transcript these lines begin, None when they are none of Claude Code's."""
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            entry = emit_event.parse_event_line(line)
+            if entry.get("type") in ("user", "assistant") and isinstance(entry.get("message"), dict):
+                session_id = entry.get("sessionId")
+                return session_id if isinstance(session_id, str) and session_id else None
+    return None
+
+
+# Transcripts of Claude Code
+
+
+class TranscriptReader:
+    """Turn a session's transcript, and those of its subagents, into the events that hooks would have told."""
+
+    def __init__(self, session_id: str, machine_id: str, seen: Set[str]) -> None:
+        self._session_id = session_id
+        self._machine_id = machine_id
+        self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
+        self._calls: Dict[str, JsonObject] = {}  # tool use id → its block
+        self._agents: Set[str] = set()
+        self._messages: Dict[Tuple[str, str], emit_event.MessageUsage] = {}
+        self._model: Optional[str] = None
+
+    def events(self, lines: Iterable[bytes]) -> List[JsonObject]:
+        """Return the events in order of time; [] when the lines tell nothing new."""
+        entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
+        entries.sort(key=lambda entry: entry["timestamp_ms"])
+        events = [event for entry in entries for event in self._events_of(entry)]
+        if not events:
+            return []
+        start, end = entries[0], entries[-1]
+        begun: JsonObject = {"source": "import", **({"model": self._model} if self._model else {})}
+        closing = {"reason": "import", **self._usage()}
+        return [
+            self._event({**start, "agentId": None}, "SessionStart", "start", begun),
+            *events,
+            self._event({**end, "agentId": None}, "SessionEnd", "end", closing),
+        ]
+
+    def _entry_of(self, line: bytes) -> Optional[JsonObject]:
+        try:
+            entry = emit_event.parse_event_line(line)
+        except MalformedEvent:
+            return None
+        message, place = entry.get("message"), entry.get("uuid")
+        time_ms = iso_time_ms(entry.get("timestamp"))
+        if entry.get("type") not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
+            return None
+        if not isinstance(place, str) or place in self._seen or entry.get("isMeta") is True:
+            return None
+        self._seen.add(place)
+        return {**entry, "timestamp_ms": time_ms}
+
+    def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
+        agent_id = entry.get("agentId")
+        if isinstance(agent_id, str) and agent_id not in self._agents:
+            self._agents.add(agent_id)
+            yield self._event(entry, "SubagentStart", "begin", {})
+        content = entry["message"].get("content")
+        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        if entry["type"] == "user":
+            yield from self._of_user(entry, blocks)
+        else:
+            yield from self._of_assistant(entry, blocks)
+
+    def _of_user(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        if texts and not results and not isinstance(entry.get("agentId"), str):
+            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": "\n".join(texts)})
+        for number, block in enumerate(results):
+            use_id = text_of(block.get("tool_use_id"))
+            call = self._calls.get(use_id, {})
+            data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
+            told = entry.get("toolUseResult") if len(results) == 1 else None
+            if block.get("is_error") is True:
+                data["error"] = _block_text(block.get("content"))
+                yield self._event(entry, "PostToolUseFailure", f"result{number}", data)
+            else:
+                data["toolOutput"] = told if told is not None else block.get("content")
+                yield self._event(entry, "PostToolUse", f"result{number}", data)
+
+    def _of_assistant(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+        message = entry["message"]
+        self._count(entry)
+        for number, block in enumerate(blocks):
+            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
+                self._calls[block["id"]] = block
+                data = {
+                    "toolName": block.get("name"),
+                    "toolInput": block.get("input"),
+                    "toolUseId": block["id"],
+                }
+                yield self._event(entry, "PreToolUse", f"call{number}", data)
+        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
+        if texts and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
+            hook = "SubagentStop" if isinstance(entry.get("agentId"), str) else "Stop"
+            yield self._event(entry, hook, "stop", {"assistantResponse": "\n".join(texts), **self._usage()})
+
+    def _count(self, entry: JsonObject) -> None:
+        agent_id = entry.get("agentId")
+        parser = emit_event.TranscriptParser()
+        for used in parser.feed(encode_json(entry) + b"\n"):
+            self._messages["", used.message_id] = used
+            if not isinstance(agent_id, str):
+                self._model = used.model
+
+    def _usage(self) -> JsonObject:
+        """Return `data.usage` with what was used so far: totals, each message once."""
+        models: Dict[str, JsonObject] = {}
+        for used in self._messages.values():
+            counts = models.setdefault(used.model, {})
+            add_counts(counts, used.counts)
+            if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
+                add_counts(counts.setdefault("over100k", {}), used.counts)
+        return {"usage": {"models": models, "agents": {}}} if models else {}
+
+    def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
+        agent_id = entry.get("agentId")
+        directory = entry.get("cwd")
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
+            "timestamp": entry["timestamp_ms"],
+            "sessionId": self._session_id,
+            "machineId": self._machine_id,
+            "workingDirectory": directory if isinstance(directory, str) else "",
+            "hookType": hook,
+            "eventType": emit_event.EVENT_TYPES[hook],
+            "imported": True,
+            **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
+            "data": {name: value for name, value in data.items() if value is not None},
+        }
+
+
+def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
+    """Add the numbers of one message to totals by name."""
+    for name, count in zip(emit_event.COUNT_NAMES, counts):
+        totals[name] = totals.get(name, 0) + count
+
+
+def _block_text(content: Any) -> str:
+    if isinstance(content, list):
+        return "\n".join(text_of(block.get("text")) for block in content if isinstance(block, dict))
+    return text_of(content)
+
+
+def iso_time_ms(text: Any) -> Optional[int]:
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    match = (
+        re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
+        if isinstance(text, str)
+        else None
+    )
+    if match is None:
+        return None
+    try:
+        seconds = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
+    except ValueError:
+        return None
+    time_ms = seconds * 1000 + int((match.group(2) or "0").ljust(3, "0")[:3])
+    return time_ms if time_ms > 0 else None
+
+
+# Exports of this monitor and of the Node.js one
+
+
+def export_events(path: str) -> Iterator[JsonObject]:
+    """Yield the events of an export: one JSON object a line, or one document that holds lists of events."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16).lstrip()
+        file.seek(0)
+        is_lines = b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0])
+        if is_lines:
+            for line in file:
+                with contextlib.suppress(MalformedEvent):
+                    yield from _events_in(emit_event.parse_event_line(line))
+            return
+        try:
+            document = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise CommandError(f"{path}: is no export: {error}") from None
+    yield from _events_in(document)
+
+
+def _events_in(value: Any) -> Iterator[JsonObject]:
+    """Yield what looks like an event in a document, at most a few levels down."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from _events_in(inner)
+    elif isinstance(value, dict):
+        if isinstance(value.get("eventType"), str) or isinstance(value.get("hook_event_name"), str):
+            yield imported_event(value)
+            return
+        for name in ("events", "sessions", "data"):
+            inner = value.get(name)
+            if isinstance(inner, (list, dict)):
+                yield from _events_in(
+                    list(inner.values()) if name == "sessions" and isinstance(inner, dict) else inner
+                )
+
+
+def imported_event(given: JsonObject) -> JsonObject:
+    """Return an event of an export, marked, with an id that is the same every time."""
+    rest = {name: value for name, value in given.items() if name not in ("seq", "received")}
+    digest = uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii"))
+    if isinstance(given.get("eventType"), str):
+        return {**rest, "id": text_of(given.get("id")) or str(digest), "imported": True}
+    return {"hook": rest, "id": str(digest), "imported": True}
+
+
+# ---------------------------------------------------------------------------
 # Command line
 #
 # Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
@@ -8884,6 +10023,7 @@ LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
 START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
+PROGRESS_INTERVAL_S = 2.0
 
 
 def redis_py_advice() -> str:
@@ -9076,6 +10216,9 @@ def command_start(args: argparse.Namespace) -> int:
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
     for link in links:
         print(f"  {link}")
+    loading = ask_monitor(settings, about, "/api/status")["loading"]
+    if loading is not None:
+        print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
     try:
         installed = os.path.exists(hook_script(settings.home))
     except InstallError:
@@ -9095,7 +10238,7 @@ def can_open_browser() -> bool:
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; pass on what it says meanwhile. Raise StartError."""
+    """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
     command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--report-fd", str(writer)]
@@ -9123,7 +10266,6 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
                 return needed_monitor(settings)
             if kind == "error":
                 raise StartError(words)
-            tell(words)
     raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may tell why")
 
 
@@ -9132,13 +10274,18 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     os.umask(0o077)
     emit_event.make_private_directory(settings.home)
     report = Reporter(args.report_fd)
-    set_up_log(settings, to_stderr=args.report_fd is None)
+    try:
+        set_up_log(settings, to_stderr=args.report_fd is None)
+    except OSError as error:
+        words = f"{settings.path('monitor.log')} cannot be written: {error.strerror}"
+        report.error(words)
+        raise StartError(words) from None
     allow_many_files()
     if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
         record_publisher_python(settings.home)
     monitor = Monitor(settings)
     try:
-        monitor.open(report.progress)
+        monitor.open()
     except (StartError, OSError) as error:
         log.error("cannot start: %s", error)
         report.error(str(error))
@@ -9174,7 +10321,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
 
 
 class Reporter:
-    """Tell the process that started us how far we are, one line each: "progress …", "ready" or "error …"."""
+    """Tell the process that started us how it went, in one line: "ready" or "error …"."""
 
     def __init__(self, fd: Optional[int]) -> None:
         self._fd = fd
@@ -9183,10 +10330,6 @@ class Reporter:
         if self._fd is not None:
             with contextlib.suppress(OSError):  # it has gone away; the log has it all
                 os.write(self._fd, line.encode("utf-8", "replace"))
-
-    def progress(self, words: str) -> None:
-        """Report that work is under way."""
-        self._write(f"progress {words}\n")
 
     def error(self, words: str) -> None:
         """Report that there will be no monitor."""
@@ -9200,10 +10343,20 @@ class Reporter:
             self._fd = None
 
 
+class PrivateLog(logging.handlers.RotatingFileHandler):
+    """A log that rotates, for our user only, and never written through a link."""
+
+    def _open(self) -> Any:
+        def opener(path: str, _flags: int) -> int:
+            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
+
+
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
     """Log to monitor.log, which rotates, and in the foreground to standard error too."""
     handlers: List[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(
+        PrivateLog(
             settings.path("monitor.log"),
             maxBytes=LOG_LIMIT_BYTES,
             backupCount=LOG_FILES,
@@ -9296,7 +10449,8 @@ def command_status(args: argparse.Namespace) -> int:
         f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
         f"{events['quarantined']} malformed"
     )
-    print(f"sessions {status['sessions']}")
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    print(f"sessions {status['sessions']}{loading}")
     print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
     print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
     for line in redis_lines(status):
@@ -9470,17 +10624,13 @@ def command_sessions(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is not None:
-        sessions = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))[
-            "sessions"
-        ]
+        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
+        sessions = answer["sessions"]
+        if answer["loading"]:
+            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
     else:
         tell("the monitor is not running; this is what the files tell")
-        book = session_book(settings)
-        for line in EventStore(settings.path("events")).all_lines():
-            book.apply(parse_stored(line))
-        book.tick(now_ms())
-        end_sessions_without_process(book, settings.machine_id, {})
-        sessions = book.all_json(args.all)
+        sessions = stored_sessions(settings).all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
     order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
@@ -9500,6 +10650,20 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
+def stored_sessions(settings: Settings) -> SessionBook:
+    """Read every session out of the files, telling every few seconds how far it is."""
+    book = session_book(settings)
+    loader = Loader(EventStore(settings.path("events")), book, SeenIds(), lambda sessions: None)
+    while True:
+        loader.work(PROGRESS_INTERVAL_S)
+        if loader.progress is None:
+            break
+        tell(loading_words(loader.progress))
+    book.tick(now_ms())
+    end_sessions_without_process(book, settings.machine_id, {})
+    return book
+
+
 def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen until Ctrl-C."""
     settings = settings_of(args)
@@ -9513,6 +10677,9 @@ def command_tail(args: argparse.Namespace) -> int:
             connection.send({"type": "subscribe", "view": "full", **since})
             while True:
                 message = connection.receive()
+                if message.get("type") == "status" and message.get("loading") and last_seq is None:
+                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+                    last_seq = message["seq"]
                 if message.get("type") == "event":
                     last_seq = message["seq"]
                     if tail_wants(args, message["event"]):
@@ -9604,6 +10771,77 @@ def command_prune(args: argparse.Namespace) -> int:
     return 0
 
 
+def command_import(args: argparse.Namespace) -> int:
+    """Take history into the running monitor: transcripts of Claude Code and exports of monitors."""
+    settings = settings_of(args)
+    about = needed_monitor(settings)
+    paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
+    transcripts, exports = import_sources([os.path.abspath(path) for path in paths])
+    sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
+    progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
+    store = EventStore(settings.path("events"))
+    seen: Set[str] = set()
+    known = 0
+    with ImportConnection(about["socketPath"]) as connection:
+        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+            events = transcript_events(source, settings.machine_id, seen)
+            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+            known += len(events) - len(wanted)
+            connection.send(wanted)
+            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
+        for path in exports:
+            by_session: Dict[str, List[JsonObject]] = {}
+            for event in export_events(path):
+                built = emit_event.build_event(event, now_ms(), settings.machine_id)
+                by_session.setdefault(built["sessionId"], []).append(built)
+            for session_id, events in by_session.items():
+                wanted = list(wanted_events(events, stored_session(store, session_id)))
+                known += len(events) - len(wanted)
+                connection.send(wanted)
+                progress.add(len(wanted), 0)
+            progress.add(0, os.path.getsize(path))
+    print(f"{progress.count} events imported, {known} were known already")
+    return 0
+
+
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+class ImportConnection:
+    """Hand events to the running monitor and wait until they are stored."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "ImportConnection":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
 def command_search(args: argparse.Namespace) -> int:
     """Find stored events; without a running monitor their files are read."""
     settings = settings_of(args)
@@ -9676,27 +10914,54 @@ def search_line(result: JsonObject, colours: bool) -> str:
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON."""
+    """Write stored events as NDJSON, or tool calls as CSV."""
     settings = settings_of(args)
     store = EventStore(settings.path("events"))
     start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
-    total = store.size()[1]
-    done, count, told = 0, 0, time.monotonic()
+    wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
+    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end})
+    counter = Progress(store.size()[1], "events", quiet=not args.output)
+    lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
+    if args.format == "csv":
+        lines = call_table(lines)
+    with contextlib.ExitStack() as stack:
+        target: Any = sys.stdout.buffer
+        if args.output:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            target = stack.enter_context(os.fdopen(os.open(args.output, flags, 0o600), "wb"))
+        for chunk in in_chunks(lines):
+            target.write(chunk)
+        target.flush()
     if args.output:
-        target: Any = os.fdopen(os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-    else:
-        target = sys.stdout.buffer
-    for line in export_lines(store, args.session, start, end):
-        target.write(line + b"\n")
-        done, count = done + len(line) + 1, count + 1
-        if args.output and time.monotonic() - told > 1:
-            told = time.monotonic()
-            tell(f"{count} events, {human_size(done)} of at most {human_size(total)}")
-    target.flush()
-    if args.output:
-        target.close()
-        print(f"{count} events written to {args.output}")
+        what = "tool calls of " if args.format == "csv" else ""
+        print(f"{what}{counter.count} events written to {args.output}")
     return 0
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 def parse_time(text: Optional[str], default: int) -> int:
@@ -9719,6 +10984,8 @@ def command_demo(args: argparse.Namespace) -> int:
     about = needed_monitor(settings)
     if args.remove:
         return remove_demo(settings, about)
+    if ask_monitor(settings, about, "/api/status")["demo"]:
+        remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(30)
@@ -9828,6 +11095,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
     command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
+    command = add(
+        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
+    )
+    command.add_argument(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="files or directories (default: every transcript of Claude Code)",
+    )
     command = add("search", command_search, "find stored events, newest first")
     command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
     command.add_argument("--session", metavar="ID", help="only this session")
@@ -9843,8 +11119,15 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON")
+    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
+    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
+    command.add_argument(
+        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
+    )
     command.add_argument("--session", metavar="ID", help="only this session")
+    command.add_argument("--machine", help="only this machine")
+    command.add_argument("--tool", help="only this tool, such as Bash")
+    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
     command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
     command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")

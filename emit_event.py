@@ -47,7 +47,8 @@ def run_hook() -> None:
         import _signal
 
         # A hook of StopFailure is told to stop 40 ms after its start (CLAUDE_HOOKS: print mode).
-        _signal.signal(_signal.SIGTERM, _signal.SIG_IGN)
+        for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
+            _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
         if payload:
             deliver(payload, notes)
@@ -55,9 +56,10 @@ def run_hook() -> None:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
     except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        notes.append(f"failed: {error!r}")
+        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+        notes.append(f"failed: {reason}")
         try:
-            whole().log_failure(repr(error))
+            whole().log_failure(reason)
         except BaseException as second:  # e.g. a full disk: there is no place left to tell it
             notes.append(f"and could not log it: {second!r}")
     if debugging():
@@ -280,28 +282,35 @@ def append_to_spool(directory: str, line: bytes) -> str:
 
 
 def current_segment(directory: str) -> str:
-    """Return the path of the segment to append to; begin a new one when the newest is full or a day old."""
+    """Return the path of the segment to append to; begin a new one when the newest is full or a day old.
+
+    Segments are read in the order of their names, so a new one never has the time of one that is there.
+    """
     now_ms = time.time_ns() // 1_000_000
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith(".jsonl")]
+        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
         whole().make_private_directory(directory)
         names = []
-    if names:
-        newest = max(names)
+    if not names:
+        return new_segment(directory, now_ms)
+    newest = max(names)
+    started = newest.partition("-")[0]
+    age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
+    if newest.endswith(".jsonl"):
         path = f"{directory}/{newest}"
-        started = newest.partition("-")[0]
         try:
-            if (
-                started.isdigit()
-                and 0 <= now_ms - int(started) < SEGMENT_LIMIT_MS
-                and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES
-            ):
+            if -1000 < age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
                 return path
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return f"{directory}/{now_ms:013d}-{posix.urandom(4).hex()}.jsonl"
+    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms)
+
+
+def new_segment(directory: str, start_ms: int) -> str:
+    """Return a new segment's path."""
+    return f"{directory}/{start_ms:013d}-{posix.urandom(4).hex()}.jsonl"
 
 
 def ensure_publisher(home: str) -> str:
@@ -374,6 +383,7 @@ import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import hashlib  # noqa: E402
+import inspect  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -385,7 +395,7 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Tuple  # noqa: E402
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple  # noqa: E402
 
 JsonObject = Dict[str, Any]
 
@@ -576,6 +586,9 @@ KEYS: "Dict[str, Key]" = {
     "retention.maxMegabytes": Key(
         2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
     ),
+    "retention.compressAfterDays": Key(
+        None, "an integer from 1 to 36500, or null (never)", _optional(_integer(1, 36_500))
+    ),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
     "prices": Key(
@@ -757,6 +770,9 @@ class MalformedEvent(ValueError):
     """What came is not one JSON object."""
 
 
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+
+
 def parse_event_line(line: bytes) -> JsonObject:
     """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
 
@@ -768,7 +784,7 @@ def parse_event_line(line: bytes) -> JsonObject:
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
         try:
-            value = json.loads(text, parse_constant=str)
+            value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
@@ -963,10 +979,14 @@ _REQUIRED_FIELDS = (
 
 def is_whole_event(event: JsonObject) -> bool:
     """Tell whether every field of an event is there and of its type."""
+    for name in _REQUIRED_FIELDS:
+        if event.get(name) is None:
+            return False
+    for name, check in _ENVELOPE_CHECKS.items():
+        if name in event and not check(event[name]):
+            return False
     return (
-        all(event.get(name) is not None for name in _REQUIRED_FIELDS)
-        and all(check(event[name]) for name, check in _ENVELOPE_CHECKS.items() if name in event)
-        and isinstance(event["hookType"], str)
+        isinstance(event["hookType"], str)
         and isinstance(event["eventType"], str)
         and isinstance(event["data"], dict)
     )
@@ -986,72 +1006,187 @@ def this_machine() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SecretShape:
-    """One kind of secret: `hints` are the fixed, lower-case parts without which the pattern cannot match.
+    """One kind of secret: without `hint` in the text there is none, which is quickly seen.
 
-    The pattern's group `secret`, or the whole match, is what gets replaced.
+    A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
+    behind a run of unbounded length that may overlap with the next one: time would grow with the square of
+    the text. Its group `secret`, or the whole match, is what gets replaced. `folded` ones are matched against
+    the text in lower case. `is_secret` looks at what is around a match, where the shape alone says too
+    little.
     """
 
     kind: str
-    hints: "Tuple[str, ...]"
+    hint: str
     pattern: "re.Pattern[str]"
+    folded: bool = False
+    is_secret: "Optional[Callable[[str, re.Match[str]], bool]]" = None
 
 
-def _shape(kind: str, hints: str, pattern: str, flags: int = 0) -> SecretShape:
-    return SecretShape(kind, tuple(hints.split()), re.compile(pattern, flags))
-
-
-_SECRET_NAME = (
-    r"(?:password|passwd|passphrase|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|secret[_-]?key"
-    r"|auth[_-]?key|credentials?|client[_-]?secret)"
+# A value that only says where the secret is, or what type it has.
+_REFERENCE = re.compile(
+    r"\[redacted:|[$%<{]|(?:self|this|os|process|config|settings|env|args|e|t)\.[A-Za-z_]"
 )
+_PLACEHOLDER = re.compile(
+    r"(?:true|false|none|null|undefined|include|omit|same-origin|required|optional|string|number|boolean|object)$",
+    re.I,
+)
+_TYPE_NAME = re.compile(r"(?:u?int|bytes|float|sha|utf|base|md|[iuf])[-_]?\d+|[A-Z][a-z]+\d+[A-Z]")
+_IDENTIFIER = re.compile(r"[A-Za-z_$]+(?:\.[A-Za-z_$][\w$]*)*$")
+_SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
+
+
+def _is_assigned_secret(text: str, match: "re.Match[str]") -> bool:
+    """Tell whether NAME=value, name: value or "name": "value" gives a secret away and is no code."""
+    start = match.start()
+    before, first = text[max(0, start - 1) : start], text[start]
+    if first in "sStTcC" and before.isalnum() and not (before.islower() and first.isupper()):
+        return False  # part of another word
+    group = str(match.lastgroup)
+    value = text[match.start(group) : match.end(group)]
+    if _REFERENCE.match(value) or _PLACEHOLDER.match(value):
+        return False
+    digits = sum(map(str.isdigit, value))
+    if group == "quoted":
+        if match.group("named") or match.group("operator") == "=":
+            return " " not in value or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
+        return digits > 0 and " " not in value and not _SAYS_SECRET.match(value)
+    return _is_bare_secret(text, match, value, digits)
+
+
+def _is_bare_secret(text: str, match: "re.Match[str]", value: str, digits: int) -> bool:
+    """Tell the same of a value that stands without quotes."""
+    named, operator = match.group("named"), match.group("operator")
+    after = text[match.end() : match.end() + 1]
+    if digits == len(value):
+        return digits >= 6
+    if named or len(value) < 6 or after in ("(", "<", "`") or "[" in value:
+        return False
+    if operator == "=":  # `f(token=name, …)`: code; in capitals it is a shell's variable, whatever follows
+        return (
+            text[match.start() : match.start() + 3].isupper()
+            or after not in tuple("),;{}")
+            or not _IDENTIFIER.match(value)
+        )
+    is_expression = "=" in operator and after not in tuple('\r\n\\"') and after
+    is_code = is_expression or after in tuple(";{)") or _TYPE_NAME.match(value) or _SAYS_SECRET.match(value)
+    return digits > 1 and operator[-1].isspace() and not is_code
+
+
+def _is_authorization(text: str, match: "re.Match[str]") -> bool:
+    """Tell whether a value of `authorization` is one, and not code that makes it or prose on it."""
+    value = text[match.start("secret") : match.end("secret")]
+    return "(" not in value and not _REFERENCE.match(value) and not _IDENTIFIER.match(value)
+
+
+def _token(kind: str, hint: str, rest: str) -> SecretShape:
+    """Describe a token that begins with `hint`, in its own case, and not in the middle of a word."""
+    head = re.escape(hint)
+    return SecretShape(kind, hint, re.compile(rf"{head}(?<!\w{head}){rest}"))
+
+
+def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
+    """Describe a secret that follows `hint` in any case; `rest` is in lower case."""
+    return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
+
+
+_QUOTE = r"(?:\\{0,3}[\"'])"  # also in JSON that is a text in JSON
+# What follows a name: the operator, then the value in quotes, or as far as a shell, a URL or YAML would read
+# it. Only so much of it as it takes to decide: _REST has the rest.
+_ASSIGNED = (
+    rf"(?P<named>{_QUOTE})?(?P<operator>[ \t]{{0,8}}(?:=(?![=>~])|:(?![:=]))[ \t]{{0,8}})"
+    r"(?:\\{0,3}[\"'`](?P<quoted>(?! )(?:[^\"'`\\\r\n]|\\(?![\"'])){6,200})"
+    r"|(?P<bare>(?:[^\s\"'`,;&|()<>{}\\]|\\(?![\"'nrt])){4,200}))"
+)
+_REST = {
+    "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
+    "quoted": re.compile(r"(?:[^\"'`\\\r\n]|\\(?![\"']))*"),
+    "bare": re.compile(r"(?:[^\s\"'`,;&|()<>{}\\]|\\(?![\"'nrt]))*"),
+}
+_KEYS = "|".join(
+    f"(?<={word}{gap}key)" for word in ("api", "access", "private", "secret", "auth") for gap in ("", "[_-]")
+)
+_NAMES = r"(?:pass(?:word|wd|phrase)|secret|token|(?:api|access|private|secret|auth)[_-]?key|credentials?)"
+
+
+def _assigned(hint: str, rest: str = "") -> SecretShape:
+    return _folded("assignment", hint, rest + _ASSIGNED, _is_assigned_secret)
+
 
 SECRET_SHAPES = (
-    _shape(
+    SecretShape(
         "private-key",
-        "private",
+        "PRIVATE KEY",
         # one whose end was cut off reaches to the end of the text
-        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
-        re.S,
+        re.compile(
+            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+            r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
+            re.S,
+        ),
     ),
-    _shape("anthropic", "sk-ant-", r"\bsk-ant-[A-Za-z0-9_-]{20,}"),
-    _shape("openai", "sk-", r"\bsk-(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
-    _shape("github", "ghp_ gho_ ghu_ ghs_ ghr_", r"\bgh[pousr]_[A-Za-z0-9]{30,}"),
-    _shape("github", "github_pat_", r"\bgithub_pat_[A-Za-z0-9_]{40,}"),
-    _shape("gitlab", "glpat- glptt- gldt- glrt-", r"\bgl(?:pat|ptt|dt|rt)-[A-Za-z0-9_-]{20,}"),
-    _shape("aws", "akia asia", r"\b(?:AKIA|ASIA)[A-Z2-7]{16}\b"),
-    _shape("google", "aiza", r"\bAIza[A-Za-z0-9_-]{35}"),
-    _shape("google", "ya29.", r"\bya29\.[A-Za-z0-9_-]{20,}"),
-    _shape("azure", "accountkey=", r"(?i)AccountKey=(?P<secret>[A-Za-z0-9+/]{40,}={0,2})"),
-    _shape("slack", "xox", r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}"),
-    _shape("slack", "hooks.slack.com", r"hooks\.slack\.com/services/(?P<secret>[A-Za-z0-9/]{20,})"),
-    _shape("discord", "discord", r"discord(?:app)?\.com/api/webhooks/(?P<secret>\d+/[A-Za-z0-9_-]{30,})"),
-    _shape("telegram", ":aa", r"\b\d{8,10}:AA[A-Za-z0-9_-]{32,}"),
-    _shape("stripe", "_live_ _test_ whsec_", r"\b(?:(?:sk|rk|pk)_(?:live|test)_|whsec_)[A-Za-z0-9]{16,}"),
-    _shape("npm", "npm_", r"\bnpm_[A-Za-z0-9]{36}"),
-    _shape("pypi", "pypi-", r"\bpypi-[A-Za-z0-9_-]{40,}"),
-    _shape("huggingface", "hf_", r"\bhf_[A-Za-z0-9]{30,}"),
-    _shape("sendgrid", "sg.", r"\bSG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
-    _shape("jwt", "eyj", r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
-    _shape(
+    _token("anthropic", "sk-ant-", r"[A-Za-z0-9_-]{20,}"),
+    _token("openai", "sk-", r"(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
+    _token("github", "gh", r"[pousr]_[A-Za-z0-9]{30,}"),
+    _token("github", "github_pat_", r"[A-Za-z0-9_]{40,}"),
+    _token("gitlab", "gl", r"(?:pat|ptt|dt|rt)-[A-Za-z0-9_-]{20,}"),
+    _token("bitbucket", "ATATT3", r"[A-Za-z0-9_=-]{40,}"),
+    _token("aws", "AKIA", r"[A-Z2-7]{16}\b"),
+    _token("aws", "ASIA", r"[A-Z2-7]{16}\b"),
+    _token("google", "AIza", r"[A-Za-z0-9_-]{35}"),
+    _token("google", "ya29.", r"[A-Za-z0-9_-]{20,}"),
+    _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
+    _token("digitalocean", "do", r"[por]_v1_[a-f0-9]{40,}"),
+    _token("vault", "hvs.", r"[A-Za-z0-9_-]{24,}"),
+    _token("docker", "dckr_pat_", r"[A-Za-z0-9_-]{20,}"),
+    _token("slack", "xox", r"[abeoprs]-[A-Za-z0-9-]{10,}"),
+    _token("slack", "hooks.slack.com/", r"services/(?P<secret>[A-Za-z0-9/]{20,})"),
+    _folded("discord", "discord", r"(?:app)?\.com/api/webhooks/(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
+    SecretShape("telegram", ":AA", re.compile(r":AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
+    *(_token("stripe", hint, r"(?:live|test)_[A-Za-z0-9]{16,}") for hint in ("sk_", "rk_", "pk_")),
+    _token("stripe", "whsec_", r"[A-Za-z0-9]{16,}"),
+    _token("shopify", "shpat_", r"[a-f0-9]{32}"),
+    _token("npm", "npm_", r"[A-Za-z0-9]{36}"),
+    _token("pypi", "pypi-", r"[A-Za-z0-9_-]{40,}"),
+    _token("huggingface", "hf_", r"[A-Za-z0-9]{30,}"),
+    _token("groq", "gsk_", r"[A-Za-z0-9]{40,}"),
+    _token("xai", "xai-", r"[A-Za-z0-9]{60,}"),
+    _token("sendgrid", "SG.", r"[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
+    SecretShape(
+        "jwt",
+        ".eyJ",
+        re.compile(r"eyJ(?<![\w-]eyJ)[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
+    ),
+    _folded(
         "authorization",
         "authorization",
-        r"(?i)(?<!\[redacted:)authorization[\"']?\s*[:=]\s*[\"']?(?:(?:bearer|basic|token|digest)\s+)?"
-        r"(?P<secret>[^\s\"',;<>\[\]]{8,})",
+        rf"(?<!\[redacted:authorization){_QUOTE}?\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?"
+        r"(?:(?:bearer|basic|token|digest)\s{1,20})?(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
+        _is_authorization,
     ),
-    _shape("authorization", "bearer", r"(?i)\bbearer\s+(?P<secret>[A-Za-z0-9._~+/=-]{20,})"),
-    _shape(
-        "url-password", "://", r"\b[a-z][a-z0-9+.-]*://[^\s/:@\"'<>]*:(?P<secret>[^\s/@\"'<>]{1,256})@", re.I
+    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{20,})"),
+    _folded(
+        "cookie",
+        "cookie",
+        rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})",
     ),
-    _shape(
+    _folded(
+        "url-password",
+        "://",
+        r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@",
+    ),
+    _assigned("pass", r"(?:word|wd|phrase)"),
+    _assigned("secret"),
+    _assigned("token"),
+    _assigned("credential", "s?"),
+    _assigned("key", f"(?:{_KEYS})"),
+    _folded(
         "assignment",
-        "pass secret token key credential",
-        # NAME=value and "name": "value" in the text of a file or a command, not code such as `token = read()`
-        r"(?i)(?:\b|_)" + _SECRET_NAME + r"(?:=(?![=>])|[\"']\s*:\s*(?=[\"']))"
-        r"(?P<quote>[\"']?)(?P<secret>(?!\[redacted:|\$)[^\s\"'`,;&|()<>{}]{6,})",
+        "--",
+        rf"(?<![\w-]--)(?:[a-z0-9]{{1,20}}-){{0,3}}{_NAMES} {_QUOTE}?"
+        r"(?P<secret>(?!\[redacted:)(?=[^\s\"']{0,64}\d)[^\s\"'$<{`]{6,})",
     ),
-)
+)  # fmt: skip
 
+SHORTEST_SECRET = 7  # a://:b@
 _SECRET_KEY = re.compile(
     r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key"
     r"|auth_?key|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
@@ -1094,23 +1229,61 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
+class _Secret(NamedTuple):
+    """Where a secret stands in a text, and its shape's place in SECRET_SHAPES: the earlier names it."""
+
+    start: int
+    end: int
+    rank: int
+
+
 def redact_text(text: str) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`."""
-    lowered = text.lower()
-    for shape in SECRET_SHAPES:
-        if any(hint in lowered for hint in shape.hints):
-            text = shape.pattern.sub(functools.partial(_redact_match, shape.kind), text)
-    return text
+    if len(text) < SHORTEST_SECRET:
+        return text
+    pieces: "List[str]" = []
+    done = 0
+    for secret in _joined(sorted(_secrets_in(text))):
+        pieces += (
+            text[done : secret.start],
+            _replacement(SECRET_SHAPES[secret.rank].kind, text[secret.start : secret.end]),
+        )
+        done = secret.end
+    return "".join(pieces) + text[done:] if pieces else text
 
 
-def _redact_match(kind: str, match: "re.Match[str]") -> str:
-    group = "secret" if "secret" in match.re.groupindex else 0
-    secret = match.group(group)
-    if secret.startswith("[redacted:"):
-        return match.group()
-    start, end = match.start(group) - match.start(), match.end(group) - match.start()
-    whole_match = match.group()
-    return whole_match[:start] + _replacement(kind, secret) + whole_match[end:]
+def _secrets_in(text: str) -> "Iterator[_Secret]":
+    """Yield every match of every shape; they may overlap."""
+    lowered = text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
+    for rank, shape in enumerate(SECRET_SHAPES):
+        looked_at = lowered if shape.folded else text
+        if shape.hint not in looked_at:
+            continue
+        match = shape.pattern.search(looked_at)
+        while match is not None:
+            end = match.end()
+            if shape.is_secret is not None and not shape.is_secret(text, match):
+                end = match.start() + len(shape.hint)
+            else:
+                group = match.lastgroup or 0
+                if shape.is_secret is not None:
+                    end = _REST[str(group)].match(text, end).end()  # type: ignore[union-attr]  # may be empty
+                yield _Secret(match.start(group), end if shape.is_secret else match.end(group), rank)
+            match = shape.pattern.search(looked_at, end)
+
+
+def _joined(secrets: "Iterable[_Secret]") -> "Iterator[_Secret]":
+    """Join secrets that overlap; they come sorted by their starts."""
+    current: "Optional[_Secret]" = None
+    for secret in secrets:
+        if current is None or secret.start >= current.end:
+            if current is not None:
+                yield current
+            current = secret
+        else:
+            current = _Secret(current.start, max(current.end, secret.end), min(current.rank, secret.rank))
+    if current is not None:
+        yield current
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1164,7 +1337,14 @@ def _protect_value(
             _protect_value(inner, key, f"{path}[{index}]", privacy, cuts, depth + 1)
             for index, inner in enumerate(value)
         ]
+    if privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
+        return _replacement("key", str(value))
     return value
+
+
+def _is_number_of_a_secret(value: Any) -> bool:
+    """Tell whether a number could be a password or a PIN; a small one under such a name counts something."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= 1000
 
 
 def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]") -> str:
@@ -1902,11 +2082,23 @@ def redis_client(values: "Dict[str, Any]") -> Any:
             ssl_cert_reqs="required" if values["redis.verify"] else "none",
             ssl_check_hostname=values["redis.verify"],
         )
-    options.update(
-        socket_timeout=EXCHANGE_DEADLINE_S, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
-    )
-    options.update(protocol=2, lib_name=None, lib_version=None)
+    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
+    # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
+    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    known = _options_of(kind)
+    options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+
+def _options_of(kind: type) -> "Set[str]":
+    """Return the names that a class takes, itself or, by **options, the classes that it is made of."""
+    names: "Set[str]" = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def redis_place(values: "Dict[str, Any]") -> str:
@@ -1925,6 +2117,7 @@ def redis_place(values: "Dict[str, Any]") -> str:
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
+    ("No module named 'redis.", "redis-py is too old: run {python} -m pip install --upgrade redis"),
     (
         "Authentication required|NOAUTH",
         "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
