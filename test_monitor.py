@@ -11989,7 +11989,7 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
     tab = open_tab(running)
     eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 3)
     tab.page.focus("#timeline-canvas")
-    for _ in range(4):
+    for _ in range(3):
         tab.page.keyboard.press("+")
     told = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
     assert tab.page.evaluate(told) == [
@@ -12015,9 +12015,6 @@ def test_a_brushed_part_of_the_timeline_filters_the_table(running: RunningMonito
     running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
     tab = open_tab(running)
     tab.row_with("make step-1")
-    tab.page.focus("#timeline-canvas")
-    for _ in range(4):
-        tab.page.keyboard.press("+")
     box = tab.page.query_selector("#timeline-canvas").bounding_box()
 
     def brush(start: float, end: float) -> None:
