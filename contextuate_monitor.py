@@ -635,7 +635,7 @@ class EventStore:
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
         self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
-        self._newest_day = max(self.days(), default="")
+        self.newest_day = max(self.days(), default="")  # that events were written to
 
     # Writing
 
@@ -667,9 +667,9 @@ class EventStore:
     def _day_for(self, received_ms: int) -> str:
         """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
         day = day_of(received_ms)
-        if day < self._newest_day <= day_of(received_ms + 24 * 3_600_000):
-            return self._newest_day
-        self._newest_day = day
+        if day < self.newest_day <= day_of(received_ms + 24 * 3_600_000):
+            return self.newest_day
+        self.newest_day = day
         return day
 
     def _write(self, path: str, data: bytes) -> None:
@@ -2517,9 +2517,8 @@ class SessionBook:
         delay = received_time(event) - timestamp
         self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         arrived_ms = received_time(event)
-        was_set_back = arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS
-        if was_set_back and timestamp < self.sessions[session_id].last_event:
-            self._set_clock_back(self.sessions[session_id], timestamp)
+        if arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS:
+            self._set_clock_back(session_id, timestamp)
         self._received_ms[session_id] = arrived_ms
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
@@ -2570,7 +2569,7 @@ class SessionBook:
         for session in list(self.sessions.values()):
             silence = self._silence(session.last_event, session.machine_id, time_ms)
             if silence < -CLOCK_STEP_MS:
-                self._set_clock_back(session, session.last_event + silence)
+                self._set_clock_back(session.session_id, session.last_event + silence)
                 silence = 0
             ran_too_long = _runs_too_long(session)
             session.clock = max(session.clock, session.last_event + silence)
@@ -2595,12 +2594,15 @@ class SessionBook:
                 changed.append(session)
         return changed
 
-    def _set_clock_back(self, session: Session, time_ms: int) -> None:
+    def _set_clock_back(self, session_id: str, time_ms: int) -> None:
         """Go on from `time_ms` after the clock was set back.
 
         What comes now is not late, and nothing begins in the future.
         """
-        self._tracks.pop(session.session_id, None)
+        track = self._tracks.pop(session_id, None)
+        session = self._up_to_date(session_id, track) if track else self.sessions[session_id]
+        if session.last_event <= time_ms:
+            return
         self._heard_ms[session.machine_id] = min(self._heard_ms.get(session.machine_id, 0), time_ms)
         session.last_event = session.clock = time_ms
         session.last_step = {agent_id: min(step, time_ms) for agent_id, step in session.last_step.items()}
@@ -2627,6 +2629,7 @@ class SessionBook:
     def delete(self, session_id: str) -> bool:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
+        self._received_ms.pop(session_id, None)
         gone = self.sessions.pop(session_id, None)
         if gone is not None and gone.parent_id:
             self._linked.add(gone.parent_id)
@@ -2644,6 +2647,7 @@ class SessionBook:
             self._note_place(session)
             if session.continued_from:
                 self._continued_by[session.continued_from] = session.session_id
+        self._received_ms.update(other._received_ms)
         for machine, skew_ms in other._skew_ms.items():
             self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
         for machine, heard_ms in other._heard_ms.items():
@@ -3721,7 +3725,7 @@ class Indexer:
         """Take note of events that were just written to their files."""
         with self._lock:
             for entry in stored:
-                name = f"{day_of(entry.event['received'])}/{session_file_name(entry.event['sessionId'])}"
+                name = f"{self._store.newest_day}/{session_file_name(entry.event['sessionId'])}"
                 self._grown[name] = self._grown.get(name, 0) + len(entry.line) + 1
         self._last_live = time.monotonic()
         self._wake.set()
