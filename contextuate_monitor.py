@@ -6680,6 +6680,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """Parse the head, which ends its deadline."""
         parsed = super().parse_request()
         self.server.has_come(self.connection)
+        if parsed and self.request_version == "HTTP/0.9":  # it would get an answer without a head
+            self.send_error(505, "HTTP/1.0 or newer is needed")
+            return False
         return parsed
 
     def _handle(self) -> None:

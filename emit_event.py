@@ -1187,6 +1187,7 @@ SECRET_SHAPES = (
 )  # fmt: skip
 
 SHORTEST_SECRET = 7  # a://:b@
+REDACTION_ROUNDS = 8
 _SECRET_KEY = re.compile(
     r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key"
     r"|auth_?key|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
@@ -1216,6 +1217,7 @@ _METADATA_KEYS = frozenset(
     )
 )
 _DEPTH_LIMIT = 100
+CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1238,18 +1240,24 @@ class _Secret(NamedTuple):
 
 
 def redact_text(text: str) -> str:
-    """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`."""
-    if len(text) < SHORTEST_SECRET:
-        return text
-    pieces: "List[str]" = []
-    done = 0
-    for secret in _joined(sorted(_secrets_in(text))):
-        pieces += (
-            text[done : secret.start],
-            _replacement(SECRET_SHAPES[secret.rank].kind, text[secret.start : secret.end]),
-        )
-        done = secret.end
-    return "".join(pieces) + text[done:] if pieces else text
+    """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
+
+    Once more while there was something, so that what is redacted already stays as it is: what stood beside a
+    secret may look like one only now.
+    """
+    for _ in range(REDACTION_ROUNDS):
+        if len(text) < SHORTEST_SECRET:
+            break
+        pieces: "List[str]" = []
+        done = 0
+        for secret in _joined(sorted(_secrets_in(text))):
+            found = text[secret.start : secret.end]
+            pieces += text[done : secret.start], _replacement(SECRET_SHAPES[secret.rank].kind, found)
+            done = secret.end
+        if not pieces:
+            break
+        text = "".join(pieces) + text[done:]
+    return text
 
 
 def _secrets_in(text: str) -> "Iterator[_Secret]":
@@ -1358,7 +1366,8 @@ def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[
     if size <= limit:
         return clean(text)
     cuts[path] = size
-    half = max(1, limit * len(text) // size // 2)
+    # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+    half = max(1, (limit - CUT_WORDS_BYTES) * len(text) // size // 2)
     # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
     # behind.
     # The margin itself never shows, however much shorter what was redacted before it has become.

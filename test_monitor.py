@@ -2061,6 +2061,21 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
     assert data["toolInput"] == {"a": "b"}
 
 
+@pytest.mark.parametrize("letter", ["a", "é", "€", "😀"])
+@pytest.mark.parametrize("limit", [1024, 4096, 65536])
+def test_what_was_cut_once_is_not_cut_again(letter, limit):
+    for size in range(limit - 50, limit + 300, 7):
+        event = ee.build_event(payload("Stop", x=letter * size), 5, "m")
+        once = ee.protect(event, ee.Privacy(field_limit_bytes=limit))
+        assert ee.protect(json.loads(json.dumps(once)), ee.Privacy(field_limit_bytes=limit)) == once
+        assert len(once["data"]["x"].encode()) <= limit
+
+
+def test_a_secret_is_judged_once_more_when_what_was_beside_it_is_gone():
+    text = "OqTOKEN=`1bc9ade0 on: x Authorization: Bearst" + "uvwOqTOKEN=`1bc9adef on: Bx"
+    assert ee.redact_text(ee.redact_text(text)) == ee.redact_text(text)
+
+
 def test_a_field_cut_before_keeps_its_first_size():
     event = ee.build_event(payload("Stop", last_assistant_message="x" * 50_000), 5, "m")
     once = ee.protect(event, ee.Privacy(field_limit_bytes=8192))
@@ -11585,6 +11600,175 @@ def test_a_configuration_that_became_nonsense_stops_nobody_who_runs(running: Run
     with open(config, "w", encoding="utf-8") as file:
         file.write(good)
     eventually(lambda: len(running.stored_events()) == 14, 30, "what the hooks had to spool, too")
+
+
+# -- fuzzing: what is well-formed, and then not quite ----------------------------
+
+SAFE_HEADS = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\n\r\n",
+    b"GET /api/events?limit=5&before=9 HTTP/1.1\r\nHost: localhost:PORT\r\nOrigin: http://localhost:PORT\r\n\r\n",
+    b"POST /api/hooks HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nContent-Length: 2\r\nContent-Type: application/json\r\n\r\n{}",
+    b"GET /?token=abc HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nCookie: contextuate_token_1=x\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n\x81\x85abcd\x09\x07\x0f\x08\x0e",
+    b"GET /export HTTP/1.0\r\n\r\n", b"GET /\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+)  # fmt: skip
+SAFE_LINES = (
+    b'{"hook_event_name":"PreToolUse","session_id":"f","tool_name":"Bash","tool_use_id":"t","tool_input":{"command":"ls"}}',
+    b'{"id":"1","timestamp":5,"machineId":"m","pid":3,"hook":{"hook_event_name":"Stop","background_tasks":[{}]}}',
+    b'{"eventType":"tool_call","sessionId":"0123456789abcdef","data":{"toolName":"Bash"},"timestamp":1.5e3}',
+    b'{"hookType":"Monitor","eventType":"session_meta","sessionId":"f","data":{"label":"x","hidden":true}}',
+    b'{"test":"message"}', b'{"a":"\\ud83d","b":[[[[{}]]]],"c":1e999,"d":-0}', b'{"hook_event_name":null,"session_id":7}',
+)  # fmt: skip
+SAFE_CONFIGS = (
+    b'{"mode": "redis", "redis": {"host": "a", "port": 6379, "url": null, "tls": true}, "server": {"allowedHosts": ["x"]}}',
+    b'{"limits": {"fieldBytes": 1024}, "prices": {"opus": {"input": 1, "output": 2.5}}, /* c */ "privacy": {"redact": false},}',
+    b'{"socketPath": "/tmp/x.sock", "persistence": {"enabled": true, "type": "file"}, "retention": {"days": 3}}',
+)  # fmt: skip
+SAFE_TRANSCRIPTS = (
+    b'{"type":"assistant","message":{"id":"a","model":"claude-x","usage":{"input_tokens":5,"output_tokens":7}}}\n'
+    b'{"type":"user","message":{"content":"x"}}\n{"type":"cost-state","totalCostUSD":0.5}\n',
+)
+SAFE_SPLICES = (
+    b"", b"\0", b"\r\n", b"\r", b"\n", b"{", b"}", b'"', b"\\", b",", b":", b"null", b"[" * 300, b"1e9999", b"-1", b"\xff",
+    b"\xed\xa0\x80", b"9" * 400, b"Host: evil.example\r\n", b"x" * 5000, b"Transfer-Encoding: chunked\r\n", b"%00", b"\\ud800",
+)  # fmt: skip
+
+
+@st.composite
+def safe_mutants(draw: Any, corpus: "tuple[bytes, ...]") -> bytes:
+    """Take one of the corpus and cut, repeat, splice and flip it here and there."""
+    data = draw(st.sampled_from(corpus))
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        end = draw(st.integers(start, min(len(data), start + 40)))
+        how = draw(st.sampled_from(("cut", "twice", "splice", "other", "flip")))
+        if how == "cut":
+            data = data[:start] + data[end:]
+        elif how == "twice":
+            data = data[:end] + data[start:]
+        elif how == "splice":
+            data = data[:start] + draw(st.sampled_from(SAFE_SPLICES)) + data[end:]
+        elif how == "other":
+            other = draw(st.sampled_from(corpus))
+            data = data[:start] + other[min(start, len(other)) :]
+        else:
+            data = (
+                data[:start]
+                + bytes(byte ^ draw(st.integers(1, 255)) for byte in data[start:end])
+                + data[end:]
+            )
+    return data
+
+
+def safe_spoken_to(port: int, data: bytes) -> bytes:
+    """Send bytes to a port, and nothing more; return what comes back until it closes or says no more."""
+    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
+        received = b""
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+            sock.shutdown(socket.SHUT_WR)
+            while piece := sock.recv(1 << 16):
+                received += piece
+        return received
+
+
+SAFE_FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+
+
+@SAFE_FUZZ
+@given(safe_mutants(SAFE_HEADS))
+def test_no_bytes_sent_to_either_port_do_harm(spoken: RunningMonitor, data: bytes) -> None:
+    for port in (spoken.port, spoken.ws_port):
+        answer = safe_spoken_to(port, data.replace(b"PORT", str(port).encode()))
+        assert answer == b"" or re.match(rb"HTTP/1\.1 (?:101|200|303|4\d\d|501|505) ", answer), answer[:200]
+        assert b"Traceback" not in answer
+    assert spoken.request("/health")[0] == 200
+
+
+@SAFE_FUZZ
+@given(st.lists(safe_mutants(SAFE_LINES), min_size=1, max_size=5))
+def test_no_bytes_sent_by_a_hook_stop_the_next_event(shared: RunningMonitor, lines: "list[bytes]") -> None:
+    with shared.connect() as sock:
+        sock.sendall(b"\n".join(lines) + b"\n")
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(4096):
+            pass
+    shared.emit({"hook_event_name": "Notification", "session_id": "after"})
+    assert alive(shared.pid)
+
+
+def test_a_monitor_that_was_sent_garbage_for_long_starts_again_with_all_it_kept(
+    running: RunningMonitor,
+) -> None:
+    rng = random.Random(11)
+    for _ in range(40):
+        lines = []
+        for _ in range(20):
+            line = bytearray(rng.choice(SAFE_LINES))
+            line[rng.randrange(len(line))] = rng.randrange(256)
+            lines.append(bytes(line).replace(b"\n", b" "))
+        with running.connect() as sock:
+            sock.sendall(b"\n".join(lines) + b"\n")
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+    running.emit(payload("Stop", "last"))
+    stored = len(running.stored_events())
+    assert stored > 100
+    counts = {name: session["counts"] for name, session in running.sessions().items()}
+    running.kill()
+    running.start()
+    eventually(lambda: {name: session["counts"] for name, session in running.sessions().items()} == counts)
+    with open(running.home + "/monitor.log", encoding="utf-8") as file:
+        assert "unexpected error" not in file.read()
+
+
+@SAFE_FUZZ
+@given(safe_mutants(SAFE_LINES))
+def test_no_line_or_redis_payload_breaks_what_takes_it(line: bytes) -> None:
+    try:
+        given_event = ee.parse_event_line(line)
+    except ee.MalformedEvent:
+        return
+    event = ee.protect(
+        cm.without_authority(ee.build_event(given_event, 5, "m")), ee.Privacy(field_limit_bytes=1024)
+    )
+    event = ee.parse_event_line(ee.encode_json(event))  # numbers without an end are text from here on
+    assert ee.parse_event_line(ee.encode_json(event)) == event
+    assert ee.protect(json.loads(json.dumps(event)), ee.Privacy(field_limit_bytes=1024)) == event
+    book = cm.SessionBook(own_machine="m")
+    book.apply({"seq": 1, "received": 5, **event})
+    book.tick(10**13)
+    json.dumps([cm.event_row({"seq": 1, "received": 5, **event}), book.all_json(True)])
+
+
+@SAFE_FUZZ
+@given(safe_mutants(SAFE_CONFIGS))
+def test_no_configuration_does_worse_than_being_refused_with_its_name(text: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(text)
+        file.flush()
+        try:
+            values, warnings = ee.load_config(file.name)
+        except ee.ConfigError as error:
+            assert file.name in str(error) and "\n" not in str(error)
+        else:
+            assert set(values) == set(ee.KEYS) and all(isinstance(words, str) for words in warnings)
+
+
+@SAFE_FUZZ
+@given(safe_mutants(SAFE_TRANSCRIPTS))
+def test_no_transcript_breaks_the_count(text: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with open(folder + "/t.jsonl", "wb") as file:
+            file.write(text)
+        event = ee.build_event(
+            {**payload("Stop"), "transcript_path": folder + "/t.jsonl"}, 5, ee.this_machine()
+        )
+        ee.UsageReader(folder, ee.this_machine()).add_usage(event)
+        usage = event["data"].get("usage") or {}
+        json.dumps(usage)
 
 
 # ---------------------------------------------------------------------------
