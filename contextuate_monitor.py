@@ -40,6 +40,7 @@ import errno
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -77,9 +78,11 @@ import unicodedata
 import urllib.parse
 import uuid
 import webbrowser
+import zlib
 from collections.abc import Mapping
 from typing import (
     Any,
+    BinaryIO,
     Callable,
     Deque,
     Dict,
@@ -586,6 +589,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
 
@@ -629,6 +633,7 @@ class EventStore:
         self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
         self.repaired = 0  # torn last lines found
         self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
+        self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
         self.newest_day = max(self.days(), default="")  # that events were written to
 
@@ -682,6 +687,8 @@ class EventStore:
                 return fd
             self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
         emit_event.make_private_directory(os.path.dirname(path))
+        if os.path.exists(path + PACKED) and not os.path.exists(path):
+            unpack_file(path)  # the clock was set back to a day that is closed
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._files[path] = fd
         self.repaired += repair_last_line(fd)
@@ -699,9 +706,10 @@ class EventStore:
         freed = 0
         for path in self._session_paths(session_id):
             self._forget(path)
-            with contextlib.suppress(FileNotFoundError):
-                freed += os.path.getsize(path)
-                os.unlink(path)
+            for kept_as in (path, path + PACKED):
+                with contextlib.suppress(FileNotFoundError):
+                    freed += os.path.getsize(kept_as)
+                    os.unlink(kept_as)
             with contextlib.suppress(OSError):  # other sessions' files keep the day
                 os.rmdir(os.path.dirname(path))
         return freed
@@ -722,21 +730,35 @@ class EventStore:
 
     def day_paths(self, day: str) -> List[str]:
         """List the files of a day in the order in which their sessions began that day."""
-        paths = sorted(glob.glob(f"{glob.escape(self.root)}/{day}/*.jsonl"))
+        paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
         return sorted(paths, key=first_seq)
 
     def _session_paths(self, session_id: str) -> List[str]:
-        name = session_file_name(session_id)
-        return [path for path in (f"{self.root}/{day}/{name}" for day in self.days()) if os.path.exists(path)]
+        return self._paths_of(session_file_name(session_id), self.days())
+
+    def _paths_of(self, name: str, days: Sequence[str]) -> List[str]:
+        return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
+
+    def _names_of(self, day: str) -> FrozenSet[str]:
+        """Return the names of a day's files; a day is listed anew only when its directory has changed."""
+        try:
+            changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
+        except FileNotFoundError:
+            return frozenset()
+        known = self._listings.get(day)
+        if known is not None and known[0] == changed_ns:
+            return known[1]
+        names = frozenset(name for name, _ in stored_files(self.root, day))
+        if time.time_ns() - changed_ns > DIRECTORY_SETTLES_NS:
+            self._listings[day] = (changed_ns, names)
+        return names
 
     def last_seqs(self) -> Dict[str, int]:
         """Return the last number of every session by its files' name; reads no more than the files' ends."""
         found: Dict[str, int] = {}
         for day in self.days():
-            with contextlib.suppress(OSError), os.scandir(f"{self.root}/{day}") as entries:
-                for entry in entries:
-                    if entry.name.endswith(".jsonl"):
-                        found[entry.name] = max(found.get(entry.name, 0), last_seq(entry.path))
+            for name, _ in stored_files(self.root, day):
+                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
         return found
 
     def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
@@ -744,7 +766,7 @@ class EventStore:
         days = self.days()
         streams = []
         for name in names:
-            paths = [path for path in (f"{self.root}/{day}/{name}" for day in days) if os.path.exists(path)]
+            paths = self._paths_of(name, days)
             if paths:
                 lines = [lines_from(path, after + 1 if after else 0) for path in paths]
                 streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
@@ -808,9 +830,9 @@ class EventStore:
                 yield from lines_from(path, 0)
 
     def size(self) -> Tuple[int, int]:
-        """Return (files, bytes) of everything stored."""
-        paths = glob.glob(f"{glob.escape(self.root)}/*/*.jsonl")
-        return len(paths), sum(os.path.getsize(path) for path in paths if os.path.exists(path))
+        """Return (files, bytes of lines) of everything stored."""
+        sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
+        return len(sizes), sum(sizes)
 
 
 class MemoryStore:
@@ -963,7 +985,7 @@ def line_id(line: bytes) -> str:
 def first_seq(path: str) -> int:
     """Return the number of the first event in a file, 0 when there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             head = file.readline(64)
             return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
     except FileNotFoundError:
@@ -975,7 +997,7 @@ def last_seq(path: str) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return next(map(line_seq, lines_back(path)), 0)  # a packed one ends with a whole line
     try:
         start, tail = os.fstat(fd).st_size, b""
         while start > 0:
@@ -1037,9 +1059,9 @@ def offset_of_seq(file: Any, size: int, seq: int) -> int:
 def lines_from(path: str, seq: int) -> Iterator[bytes]:
     """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
     try:
-        with open(path, "rb") as file:
+        with open_stored(path) as file:
             if seq > 0:
-                file.seek(offset_of_seq(file, os.fstat(file.fileno()).st_size, seq))
+                file.seek(offset_of_seq(file, file.seek(0, os.SEEK_END), seq))
             for line in file:
                 if line.endswith(b"\n") and _SEQ.match(line):
                     yield line[:-1]
@@ -1050,8 +1072,8 @@ def lines_from(path: str, seq: int) -> Iterator[bytes]:
 def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
     """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size
+        with open_stored(path) as file:
+            end = file.seek(0, os.SEEK_END)
             if before is not None:
                 end = offset_of_seq(file, end, before)
             rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
@@ -1077,6 +1099,9 @@ def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
 
 def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
     """Yield the lines of a file that hold `needle`."""
+    if not os.path.exists(path):
+        yield from (line for line in lines_from(path, 0) if needle in line)
+        return
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             at = content.find(needle)
@@ -1089,6 +1114,161 @@ def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
                 at = content.find(needle, end)
     except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         return
+
+
+# Files as they lie on disk: a closed day's may be packed, which whoever reads need not know
+
+
+PACKED = ".gz"
+PACK_BLOCK_BYTES = 256 << 10
+# A gzip member's header (RFC 1952) with one extra field: its kind, the member's bytes, the content's bytes.
+_PACK_HEAD = struct.Struct("<4sIBBH2sHQQ")
+_PACK_TOTAL, _PACK_BLOCK = b"CT", b"CB"
+
+
+class StoredFile(NamedTuple):
+    """A file of the store: its inode (0 when it is packed), its bytes of lines, its bytes on disk."""
+
+    inode: int
+    size: int
+    bytes_on_disk: int
+
+
+def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+    """Yield what each file of a day is, by the name it has when it is not packed."""
+    found: Dict[str, StoredFile] = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat()
+                if entry.name.endswith(".jsonl"):
+                    found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
+                elif entry.name.endswith(".jsonl" + PACKED):
+                    size = packed_size(entry.path)
+                    if size is not None:
+                        found.setdefault(entry.name[: -len(PACKED)], StoredFile(0, size, about.st_size))
+    yield from found.items()
+
+
+def inode_of(path: str) -> int:
+    """Return a file's inode, 0 when it is packed."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file of lines for reading, packed or not; raise FileNotFoundError."""
+    with contextlib.suppress(FileNotFoundError):
+        return open(path, "rb")
+    return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
+
+
+def packed_size(path: str) -> Optional[int]:
+    """Return the bytes of lines in a packed file; None when it was not packed by this program."""
+    try:
+        with open(path, "rb") as file:
+            head = _PACK_HEAD.unpack(file.read(_PACK_HEAD.size))
+    except (OSError, struct.error):
+        return None
+    return int(head[8]) if head[5] == _PACK_TOTAL else None
+
+
+class PackedFile(io.RawIOBase):
+    """Read a packed file from any place: it is a sequence of gzip members that say how long they are."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
+        self._starts: List[int] = []  # where each block begins in the content
+        self._blocks: List[Tuple[int, int]] = []  # (offset, bytes) of each member in the file
+        self._at = self._size = 0
+        self._number, self._content = -1, b""  # the block that was read last
+        offset = 0
+        while True:
+            self._file.seek(offset)
+            head = self._file.read(_PACK_HEAD.size)
+            if len(head) < _PACK_HEAD.size:
+                return
+            *_, kind, _, length, content = _PACK_HEAD.unpack(head)
+            if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
+                self._file.close()
+                raise OSError(errno.EINVAL, f"{path} was not packed by this program")
+            if kind == _PACK_BLOCK:
+                self._starts.append(self._size)
+                self._blocks.append((offset, length))
+                self._size += content
+            offset += length
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say that it can be read from any place."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the content."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        """Read what is left of the block at this place, or as much as is wanted."""
+        if self._at >= self._size:
+            return 0
+        number = bisect.bisect_right(self._starts, self._at) - 1
+        if number != self._number:
+            offset, length = self._blocks[number]
+            self._file.seek(offset)
+            self._content, self._number = gzip.decompress(self._file.read(length)), number
+        start = self._at - self._starts[number]
+        piece = self._content[start : start + len(target)]
+        target[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
+    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+    body = packer.compress(content) + packer.flush()
+    end = struct.pack("<II", zlib.crc32(content), len(content))
+    length = _PACK_HEAD.size + len(body) + len(end)
+    # FLG 4: there is an extra field; its length is that of kind, length and the two numbers.
+    return _PACK_HEAD.pack(b"\x1f\x8b\x08\x04", 0, 0, 255, 20, kind, 16, length, told) + body + end
+
+
+def pack_file(path: str) -> None:
+    """Put a packed file in the place of a plain one; at every moment one of them is there and whole."""
+    with open(path, "rb") as source:
+        total = os.fstat(source.fileno()).st_size
+        blocks = iter(lambda: source.read(PACK_BLOCK_BYTES), b"")
+        members = (_gzip_member(_PACK_BLOCK, block, len(block)) for block in blocks)
+        _replace(path + PACKED, itertools.chain([_gzip_member(_PACK_TOTAL, b"", total)], members))
+    os.unlink(path)
+
+
+def unpack_file(path: str) -> None:
+    """Put the plain file back in the place of a packed one."""
+    with open_stored(path) as source:
+        _replace(path, iter(lambda: source.read(PACK_BLOCK_BYTES), b""))
+    os.unlink(path + PACKED)
+
+
+def _replace(path: str, pieces: Iterable[bytes]) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path + ".tmp", flags, 0o600), "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
 # ---------------------------------------------------------------------------
@@ -3680,7 +3860,7 @@ class Indexer:
         file_id, position = row or (None, 0)
         path = f"{self._store.root}/{day}/{name}"
         try:
-            source = open(path, "rb")  # noqa: SIM115 - closed below
+            source = open_stored(path)
         except FileNotFoundError:  # removed meanwhile
             self._look_again = True
             return
@@ -3694,7 +3874,7 @@ class Indexer:
                 if event is not None:
                     if file_id is None:
                         with file.transaction():
-                            file_id = file.add_file(day, name, os.fstat(source.fileno()).st_ino, event)
+                            file_id = file.add_file(day, name, inode_of(path), event)
                     batch.documents.append(self._document(file, event, file_id, position, len(line)))
                 position += len(line)
                 batch.size += len(line)
@@ -3791,23 +3971,6 @@ class IndexBatch:
             or self.size >= INDEX_BATCH_BYTES
             or time.monotonic() - self._began > INDEX_BATCH_S
         )
-
-
-class StoredFile(NamedTuple):
-    """A file of the store: its inode and its length in bytes of lines."""
-
-    inode: int
-    size: int
-
-
-def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
-    """Yield the name of each file of a day, and what it is."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl"):
-                with contextlib.suppress(FileNotFoundError):
-                    about = entry.stat()
-                    yield entry.name, StoredFile(about.st_ino, about.st_size)
 
 
 def index_bytes(path: str) -> int:
@@ -3929,7 +4092,7 @@ class LineReader:
             (file_id,),
         ).fetchone()
         try:
-            return open(f"{self._root}/{day}/{name}", "rb")  # noqa: SIM115 - closed with the reader
+            return open_stored(f"{self._root}/{day}/{name}")
         except FileNotFoundError:
             return None
 
@@ -4164,35 +4327,34 @@ class Statistics:
         except MalformedEvent:
             return None
 
-    # Sums: cells of one session and quarter of an hour, added up by session and by quarter, and these further
+    # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
 
     def _sums(self) -> JsonObject:
         by_session: Dict[int, Sums] = collections.defaultdict(Sums)
-        by_quarter: Dict[int, Sums] = collections.defaultdict(Sums)
+        by_hour: Dict[int, Sums] = collections.defaultdict(Sums)
         places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
-        for session, machine, project, quarter, events, prompts, first, last in self._activity():
+        for session, machine, project, hour, events, prompts, first, last in self._activity():
             places.setdefault(session, (machine, project))
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_activity(session, events, prompts, first, last)
-        for session, quarter, calls, failures in self._calls():
+        for session, hour, calls, failures in self._calls():
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[hour]):
                 sums.add_calls(session, calls, failures)
         models: Dict[int, ModelUsage] = {}
         for session, model, quarter, used in self._usage():
             models[model] = add_usage(models.get(model), used)
             if session not in places:
                 places[session] = self._place_of(session)
-            for sums in (by_session[session], by_quarter[quarter]):
+            for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
                 sums.add_usage(session, self._names[model], used)
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
             for group, key in (("all", None), ("machine", machine), ("project", project)):
                 groups[group][key].merge(sums)
-        for quarter, sums in by_quarter.items():
-            hour = (quarter * QUARTER_MS + self._offset_minutes * 60_000) // 3_600_000
+        for hour, sums in by_hour.items():
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
@@ -4275,15 +4437,21 @@ class Statistics:
 
     def _activity(self) -> Iterator[Tuple[int, ...]]:
         yield from self._db.execute(
-            f"""SELECT session, machine, project, quarter, events, prompts, first, last
-            FROM activity JOIN files ON files.id = file WHERE {self._where} ORDER BY quarter DESC""",
+            f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(events), sum(prompts), min(first), max(last)
+            FROM activity JOIN files ON files.id = file WHERE {self._where}
+            GROUP BY file, hour ORDER BY hour DESC""",
             self._bounds,
         )
 
     def _calls(self) -> Iterator[Tuple[int, ...]]:
+        # The inner groups are in the order of the index, so that only their few sums are sorted.
         yield from self._db.execute(
-            f"""SELECT session, quarter, count(*), sum(outcome IN (1, 3))
-            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter""",
+            f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
+            sum(calls), sum(failures)
+            FROM (SELECT session, quarter, count(*) AS calls, sum(outcome IN (1, 3)) AS failures
+            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
+            GROUP BY session, hour""",
             self._bounds,
         )
 
@@ -4465,6 +4633,7 @@ class RetentionPlan(NamedTuple):
     total: int  # of every file of ours
     events: int  # of all event files
     oldest_day: Optional[str]  # that stays
+    closed_days: Tuple[str, ...]  # to which no event can come any more
 
     @property
     def days(self) -> List[str]:
@@ -4487,7 +4656,7 @@ def plan_retention(
     """
     store = EventStore(os.path.join(home, "events"))
     sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
-    events = sum(about.size for files in sizes.values() for about in files.values())
+    events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
     with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
@@ -4496,7 +4665,7 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.size for name, about in files.items() if name not in kept_names}
+        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
         if day >= day_of(time_ms) or not (day < first_kept or is_over):
             going = {}
         if len(going) < len(files):
@@ -4504,21 +4673,36 @@ def plan_retention(
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    return RetentionPlan(tuple(paths), size, total, events, oldest)
+    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
-    remember_seq(home, max((next(map(line_seq, lines_back(path)), 0) for path in plan.paths), default=0))
+    if plan.paths:
+        remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
     for path in plan.paths:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    for folder in {os.path.dirname(path) for path in plan.paths}:
-        with contextlib.suppress(OSError):  # a pinned session's file keeps it
-            os.rmdir(folder)
-    names = {os.path.basename(path) for path in plan.paths}
-    root = os.path.join(home, "events")
-    return frozenset(name for name in names if not glob.glob(f"{glob.escape(root)}/*/{glob.escape(name)}"))
+        for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(kept_as)
+    store = EventStore(os.path.join(home, "events"))
+    for day in plan.closed_days:  # also those that a kill left empty the last time
+        with contextlib.suppress(OSError):  # it has files
+            os.rmdir(f"{store.root}/{day}")
+    names = frozenset(os.path.basename(path) for path in plan.paths)
+    return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
+
+
+def files_to_pack(root: str, time_ms: int, days: int) -> List[str]:
+    """Return the plain files of days that were closed at least `days` days ago."""
+    last = day_of(time_ms - days * 86_400_000)
+    return [
+        f"{root}/{day}/{name}"
+        for day in EventStore(root).days()
+        if day < last
+        for name, about in stored_files(root, day)
+        if about.inode
+    ]
 
 
 def remember_seq(home: str, seq: int) -> None:
@@ -6950,6 +7134,398 @@ def loading_words(progress: JsonObject) -> str:
     return f"{progress['done']} of {progress['total']} stored sessions have been read"
 
 
+class Intake:
+    """Make events of the lines that come in, store each once, and know what came from which machine."""
+
+    def __init__(self, settings: Settings, store: Union[EventStore, MemoryStore]) -> None:
+        self.received = 0
+        self.duplicates = 0
+        self.quarantine = Quarantine(settings.path("quarantine.log"))
+        self.machines: Dict[str, Machine] = {}
+        self.seen = SeenIds()
+        self._store = store
+        self._stored_ids = StoredIds(store)
+        self._machine_id = settings.machine_id
+        self._privacy = settings.privacy
+        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
+        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
+
+    def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+        """Store the events of a batch of lines.
+
+        Returns for each line whether nothing more need be done about it, and what was stored.
+        """
+        received_ms = now_ms()
+        events: List[JsonObject] = []
+        sources: List[Incoming] = []  # for each event the line that it came in
+        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
+        batch_ids: Set[str] = set()
+        for incoming in lines:
+            self.received += 1
+            event = self._event_of(incoming, received_ms)
+            if event is None:
+                places.append(None)
+            elif event["id"] in batch_ids or self._is_stored(event, incoming):
+                self.duplicates += 1
+                places.append(None)
+            else:
+                batch_ids.add(event["id"])
+                places.append(len(events))
+                events.append(event)
+                sources.append(incoming)
+        stored = self._store.append(events, received_ms)
+        for entry, incoming in zip(stored, sources):
+            if entry is not None:
+                self.seen.add(entry.event["id"])
+                self._note_arrival(entry, incoming, received_ms)
+        safe = [place is None or stored[place] is not None for place in places]
+        return safe, [entry for entry in stored if entry is not None]
+
+    def take_too_long(self, line: TooLong) -> None:
+        """Count and keep the beginning of a line that is no event because of its length."""
+        self.received += 1
+        self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+
+    def close(self) -> None:
+        """Let go of files; say in the log what came from where."""
+        for name, machine in sorted(self.machines.items()):
+            log.info("%d events from machine %s since the start", machine.events, name)
+        self._usage.close()
+
+    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
+        """Parse, build and redact one event; what is none goes to the quarantine."""
+        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
+        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
+            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            return None
+        try:
+            given = emit_event.parse_event_line(incoming.line)
+            if remote:
+                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
+            else:  # of a remote event the publisher has read the transcripts
+                event = emit_event.build_event(given, received_ms, self._machine_id)
+                self._usage.add_usage(event)
+                self._agent_notes.add_note(event)
+            return emit_event.protect(event, self._privacy)
+        except MalformedEvent as error:
+            self.quarantine.add(incoming.line, str(error))
+        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
+            log.exception("an event could not be built")
+            self.quarantine.add(incoming.line, "could not be built")
+        return None
+
+    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether the event is a second delivery."""
+        if event["id"] in self.seen:
+            return True
+        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
+            return False
+        return self._stored_ids.has(event["sessionId"], event["id"])
+
+    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
+        """Tell whether an event has waited so long that its first delivery may be forgotten."""
+        machine = self.machines.get(event["machineId"])
+        skew_ms = machine.skew.value_ms if machine else None
+        if skew_ms is None or incoming.sent_ms is None:
+            return True
+        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
+
+    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
+        """Note what comes from where; the log tells a machine's first event, when debugging each."""
+        event = entry.event
+        name = event["machineId"]
+        machine = self.machines.get(name)
+        if machine is None:
+            log.info("first event from machine %s", name)
+            machine = self.machines[name] = Machine()
+        machine.events += 1
+        machine.last_seen = received_ms
+        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+        dropped = event["data"].get("spoolDropped")
+        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
+            machine.dropped += dropped
+            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
+        if log.isEnabledFor(logging.DEBUG):
+            what = event["hookType"] or event["eventType"]
+            tool = text_of(event["data"].get("toolName"))
+            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
+
+
+class Conversation:
+    """What WebSocket clients ask for and what they are told: one line in HANDLERS and one method each."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+
+    def greet(self, client: Client) -> None:
+        """Say who we are."""
+        hello = {
+            "type": "hello",
+            "version": __version__,
+            "mode": self._monitor.settings["mode"],
+            "machineId": self._monitor.settings.machine_id,
+            "seq": self._monitor.store.seq,
+            "wsProtocol": 1,
+        }
+        self._monitor.clients.answer_json(client, hello)
+
+    def take(self, client: Client, text: str) -> None:
+        """Carry out one message, or say why not."""
+        message: Any = None
+        try:
+            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
+            handler = self.HANDLERS.get(text_of(message.get("type")))
+            if handler is None:
+                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
+            handler(self, client, message)
+        except StillLoading:
+            self._monitor.loop.call_soon(lambda: self.take(client, text))
+        except (MalformedEvent, MessageError, TypeError) as error:
+            self._reply(client, message or {}, {"type": "error", "message": str(error)})
+
+    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
+        """Answer one message; an error names it, and its requestId comes back."""
+        if reply["type"] == "error":
+            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        self._monitor.clients.answer_json(client, reply)
+
+    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
+        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
+
+        def work() -> None:
+            try:
+                reply = read()
+            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
+                log.exception("a look-up failed")
+                reply = {"type": "error", "message": f"could not be read: {error}"}
+            self._monitor.loop.call_soon(lambda: self._reply(client, message, reply))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._monitor.reader.submit(work)
+
+    def _on_subscribe(self, client: Client, message: JsonObject) -> None:
+        view = message.get("view", "full")
+        if view not in ("full", "rows"):
+            raise MessageError('view: expected "full" or "rows"')
+        ids = message.get("sessionIds")
+        since = _integer_field(message, "since", None)
+        wanted = set(_text_list(message, "sessionIds")) if ids else None
+        if wanted is not None and client.view == view and client.session_ids is not None:
+            wanted |= client.session_ids
+        client.view, client.session_ids = view, wanted
+        missed: List[bytes] = []
+        resync = since is not None and (
+            since > self._monitor.store.seq or self._monitor.store.seq - since > CATCH_UP_EVENTS
+        )
+        if since is not None and not resync:
+            missed = self._monitor.store.recent_lines(CATCH_UP_EVENTS, after=since)
+        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
+        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
+        reply = {
+            "type": "subscribed",
+            "seq": self._monitor.store.seq,
+            "resync": resync,
+            "missed": len(frames),
+        }
+        self._reply(client, message, reply)
+        if frames:
+            self._monitor.clients.answer(client, b"".join(frames))
+        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.status()})
+
+    def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
+        ids = _text_list(message, "sessionIds")
+        if client.session_ids is not None:
+            client.session_ids -= set(ids)
+
+    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
+        reply: JsonObject = {"type": "sessions"}
+        if "requestId" in message:
+            reply["requestId"] = message["requestId"]
+        body = self._monitor.with_sessions(reply, client.show_hidden)
+        self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, body))
+
+    def _on_get_events(self, client: Client, message: JsonObject) -> None:
+        session_id = _text_field(message, "sessionId")
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            lines = self._monitor.store.session_lines(session_id, limit + 1, before)
+            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
+
+        self._read(client, message, read)
+
+    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
+        limit, before = self._page_of(message)
+
+        def read() -> JsonObject:
+            return {
+                "type": "all_events",
+                **_page_reply(self._monitor.store.recent_lines(limit + 1, before), limit, client.view),
+            }
+
+        self._read(client, message, read)
+
+    @staticmethod
+    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
+        limit = _integer_field(message, "limit", 100) or 100
+        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
+
+    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
+        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
+        seq = _integer_field(message, "seq", None)
+
+        def read() -> JsonObject:
+            line = self._monitor.store.find(event_id, session_id, seq)
+            event = parse_stored(line) if line is not None else None
+            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+
+        self._read(client, message, read)
+
+    def _on_search(self, client: Client, message: JsonObject) -> None:
+        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
+        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
+        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
+        in_state = wanted.pop("state")
+        sessions = (
+            self._monitor.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
+        )
+        try:
+            query = search_query(wanted, sessions)
+        except SearchError as error:
+            raise MessageError(str(error)) from None
+
+        def read() -> JsonObject:
+            try:
+                return {"type": "search_results", **self._monitor.history.search(query)}
+            except SearchError as error:
+                return {"type": "error", "message": str(error)}
+
+        self._read(client, message, read)
+
+    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
+        label = message.get("label")
+        if not isinstance(label, str):
+            raise MessageError("label: expected text")
+        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
+
+    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        self._act(session, {"action": "pin", "pinned": not session.pinned})
+
+    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": True})
+
+    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
+        self._act(self._known_session(message), {"action": "hide", "hidden": False})
+
+    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
+        session = self._known_session(message)
+        parent = message.get("parentSessionId")
+        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
+        while ancestor:
+            if ancestor == session.session_id:
+                raise MessageError("parentSessionId: a session cannot stand below itself")
+            if self._monitor.loader.holds(ancestor):
+                raise StillLoading
+            ancestor = (
+                self._monitor.book.sessions[ancestor].parent_id
+                if ancestor in self._monitor.book.sessions
+                else None
+            )
+        self._act(session, {"action": "set_parent", "parentSessionId": parent})
+
+    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
+        for session in list(self._monitor.book.sessions.values()):
+            if not session.hidden:
+                self._act(session, {"action": "hide", "hidden": True})
+        self._monitor.send_session_list()
+
+    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
+        self._monitor.delete(self._known_session(message))
+
+    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        self._refuse_while_loading()
+        for session in list(self._monitor.book.sessions.values()):
+            self._monitor.delete(session)
+        self._monitor.send_session_list()
+
+    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
+        client.show_hidden = message.get("showHidden") is True
+        self._on_get_sessions(client, message)
+
+    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
+        if not self._monitor.redis:
+            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
+        self._monitor.redis.reconnect()
+        self._reply(client, message, {"type": "status", **self._monitor.status()})
+
+    def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
+        self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
+
+    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session_id = _text_field(message, name)
+        if self._monitor.loader.holds(session_id):
+            raise StillLoading
+        session = self._monitor.book.sessions.get(session_id)
+        if session is None:
+            raise MessageError(f"{name}: no session with this id is known")
+        return session
+
+    def _refuse_while_loading(self) -> None:
+        if self._monitor.loader.progress is not None:
+            raise MessageError(f"{loading_words(self._monitor.loader.progress)}; try again when all have")
+
+    def _act(self, session: Session, data: JsonObject) -> None:
+        """Store what the user did as an event of its own, so that the files alone tell everything."""
+        event = {
+            "eventType": "session_meta",
+            "hookType": "Monitor",
+            "sessionId": session.session_id,
+            "machineId": self._monitor.settings.machine_id,
+            "workingDirectory": session.directory,
+            "data": data,
+        }
+        if not self._monitor.take_now(encode_json(event)):
+            raise MessageError(f"it could not be stored: {self._monitor.store.error}")
+
+    def _on_prune(self, client: Client, message: JsonObject) -> None:
+        dry_run = message.get("dryRun") is True
+        if not self._monitor.settings["persistence.enabled"]:
+            raise MessageError("events are kept in memory only, there is nothing to delete")
+        if self._monitor.status()["loading"] is not None:
+            raise MessageError("stored sessions are still being read; try again in a moment")
+        self._monitor.prune(
+            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
+        )
+
+    HANDLERS: Dict[str, Callable[["Conversation", Client, JsonObject], None]] = {
+        "subscribe": _on_subscribe,
+        "unsubscribe": _on_unsubscribe,
+        "get_sessions": _on_get_sessions,
+        "get_events": _on_get_events,
+        "get_all_recent_events": _on_get_all_recent_events,
+        "get_event_detail": _on_get_event_detail,
+        "search": _on_search,
+        "rename_session": _on_rename_session,
+        "toggle_pin": _on_toggle_pin,
+        "hide_session": _on_hide_session,
+        "unhide_session": _on_unhide_session,
+        "delete_session": _on_delete_session,
+        "hide_all_sessions": _on_hide_all_sessions,
+        "delete_all_sessions": _on_delete_all_sessions,
+        "set_show_hidden": _on_set_show_hidden,
+        "set_parent": _on_set_parent,
+        "reconnect_redis": _on_reconnect_redis,
+        "send_test_event": _on_send_test_event,
+        "prune": _on_prune,
+    }
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -6964,17 +7540,8 @@ class Monitor:
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
-        self.quarantine = Quarantine(settings.path("quarantine.log"))
-        self.received = 0
+        self.intake = Intake(settings, self.store)
         self.stored = 0
-        self.duplicates = 0
-        self._machines: Dict[str, Machine] = {}
-        self._privacy = settings.privacy
-        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
-        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
-        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
-        self._seen = SeenIds()
-        self._stored_ids = StoredIds(self.store)
         self._arrivals: List[Arrival] = []  # of this turn
         self._connections: Set[IngestConnection] = set()
         self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
@@ -6982,7 +7549,7 @@ class Monitor:
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self._last_status: Optional[JsonObject] = None
         self._store_error: Optional[str] = None
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
         self._disk: JsonObject = {}
         self._counts = EventCounts()
@@ -7015,12 +7582,13 @@ class Monitor:
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
         self._begin_loading()
+        conversation = Conversation(self)
         self.clients = ClientServer(
             self.loop,
             ws_socket,
             admit=lambda request, sock: self.access.check(request, sock, self.ws_port),
-            opened=self._greet,
-            received=self._message,
+            opened=conversation.greet,
+            received=conversation.take,
             gone=lambda client: None,
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
@@ -7031,8 +7599,7 @@ class Monitor:
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
         if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._retain)
-            self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -7069,11 +7636,9 @@ class Monitor:
         self._handle_arrivals()
         if self.redis:
             self.redis.close()
-        for name, machine in sorted(self._machines.items()):
-            log.info("%d events from machine %s since the start", machine.events, name)
         self.http.shutdown()
         self.http.server_close()
-        self._reader.shutdown(wait=True)
+        self.reader.shutdown(wait=True)
         self._keeper.shutdown(wait=True)
         self.history.stop()
         for connection in list(self._connections):
@@ -7082,7 +7647,7 @@ class Monitor:
             self.settings.home, self.store.seq
         )  # the newest files may be removed by hand before the next start
         self.store.close()
-        self._usage.close()
+        self.intake.close()
         self._unlink_socket()
         self.loop.close()
         for fd in self._locks:
@@ -7092,7 +7657,7 @@ class Monitor:
         """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
-        self.loader = Loader(self.store, self.book, self._seen, self._show_loaded)
+        self.loader = Loader(self.store, self.book, self.intake.seen, self._show_loaded)
         if self.loader.progress is not None:
             log.info("%d stored sessions are being read", self.loader.progress["total"])
             self.loop.call_soon(self._load_some)
@@ -7120,7 +7685,7 @@ class Monitor:
         self._end_sessions_whose_process_is_gone()
         self.book.linked_changes()
         self._changed.clear()
-        self._send_session_list()
+        self.send_session_list()
         self._send_status_if_changed()
 
     # Hooks
@@ -7147,8 +7712,7 @@ class Monitor:
 
     def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
         if isinstance(line, TooLong):
-            self.received += 1
-            self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+            self.intake.take_too_long(line)
             connection.acknowledge(1)
             return
         self._arrivals.append(Arrival(line, connection))
@@ -7206,74 +7770,11 @@ class Monitor:
                 log.warning("the publisher cannot be started: %s", error)
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
-        """Store the events of a batch of lines.
-
-        Return for each line whether nothing more need be done about it.
-        """
-        received_ms = now_ms()
-        events: List[JsonObject] = []
-        sources: List[Incoming] = []  # for each event the line that it came in
-        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
-        batch_ids: Set[str] = set()
-        for incoming in lines:
-            self.received += 1
-            event = self._event_of(incoming, received_ms)
-            if event is None:
-                places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, incoming):
-                self.duplicates += 1
-                places.append(None)
-            else:
-                batch_ids.add(event["id"])
-                places.append(len(events))
-                events.append(event)
-                sources.append(incoming)
-        stored = self.store.append(events, received_ms)
+        """Store and show a batch of lines; return for each whether nothing more need be done about it."""
+        safe, stored = self.intake.take(lines)
         self._note_store_error()
-        good = [entry for entry in stored if entry is not None]
-        for entry, incoming in zip(stored, sources):
-            if entry is not None:
-                self._note_arrival(entry, incoming, received_ms)
-        self._show(good)
-        return [place is None or stored[place] is not None for place in places]
-
-    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
-        """Parse, build and redact one event; what is none goes to the quarantine."""
-        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
-        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
-            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
-            return None
-        try:
-            given = emit_event.parse_event_line(incoming.line)
-            if remote:
-                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
-            else:  # of a remote event the publisher has read the transcripts
-                event = emit_event.build_event(given, received_ms, self.settings.machine_id)
-                self._usage.add_usage(event)
-                self._agent_notes.add_note(event)
-            return emit_event.protect(event, self._privacy)
-        except MalformedEvent as error:
-            self.quarantine.add(incoming.line, str(error))
-        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
-            log.exception("an event could not be built")
-            self.quarantine.add(incoming.line, "could not be built")
-        return None
-
-    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether the event is a second delivery."""
-        if event["id"] in self._seen:
-            return True
-        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
-            return False
-        return self._stored_ids.has(event["sessionId"], event["id"])
-
-    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether an event has waited so long that its first delivery may be forgotten."""
-        machine = self._machines.get(event["machineId"])
-        skew_ms = machine.skew.value_ms if machine else None
-        if skew_ms is None or incoming.sent_ms is None:
-            return True
-        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
+        self._show(stored)
+        return safe
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
@@ -7281,7 +7782,6 @@ class Monitor:
             return
         self.stored += len(stored)
         for entry in stored:
-            self._seen.add(entry.event["id"])
             self._counts.note(entry.event)
             session = self._take_into_account(entry.event)
             if session is not None:
@@ -7294,27 +7794,6 @@ class Monitor:
     def _note_linked_changes(self) -> None:
         for session in self.book.linked_changes():
             self._changed[session.session_id] = session
-
-    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
-        """Note what comes from where; the log tells a machine's first event, when debugging each."""
-        event = entry.event
-        name = event["machineId"]
-        machine = self._machines.get(name)
-        if machine is None:
-            log.info("first event from machine %s", name)
-            machine = self._machines[name] = Machine()
-        machine.events += 1
-        machine.last_seen = received_ms
-        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
-        dropped = event["data"].get("spoolDropped")
-        if isinstance(dropped, int) and 0 < dropped < 1 << 31:
-            machine.dropped += dropped
-            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
-        if log.isEnabledFor(logging.DEBUG):
-            what = event["hookType"] or event["eventType"]
-            tool = text_of(event["data"].get("toolName"))
-            log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
     def _take_into_account(self, event: JsonObject) -> Optional[Session]:
         """Let an event change its session; it is stored, so whatever it does it stops nothing."""
@@ -7384,12 +7863,19 @@ class Monitor:
 
     # Retention: planned and done by a thread of its own
 
+    def _begin_to_retain(self) -> None:
+        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
+            self.loop.call_later(0.5, self._begin_to_retain)
+            return
+        self._retain()
+        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
     def _retain(self) -> None:
         """Delete what the configuration says is too old or too much."""
-        if self.status()["loading"] is None:  # before, nobody knows which sessions are pinned
-            self._prune(dry_run=False, done=lambda plan: None)
+        self.prune(dry_run=False, done=lambda plan: None)
 
-    def _prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
         kept = frozenset(
             session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
         )
@@ -7397,7 +7883,9 @@ class Monitor:
         def work() -> None:
             try:
                 plan = retention_plan(self.settings, kept)
-                gone = carry_out(self.settings.home, plan) if plan.paths and not dry_run else frozenset()
+                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
+                if not dry_run:
+                    self._pack()
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
@@ -7408,6 +7896,18 @@ class Monitor:
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._keeper.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread for retention."""
+        days = self.settings["retention.compressAfterDays"]
+        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
+        for path in paths:
+            if self._stopping:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
 
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
         """Let go of the sessions that have no events left, and tell about the disk."""
@@ -7421,10 +7921,13 @@ class Monitor:
             "oldestDay": plan.oldest_day,
             "error": None,
         }
+        self.history.look_again()  # also at what was removed or added by hand
         if dry_run or not plan.paths:
             return
-        log.info("%d files of %s deleted, %s", len(plan.paths), ", ".join(plan.days), human_size(plan.size))
-        self.history.look_again()
+        days = plan.days
+        log.info(
+            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
+        )
         for session in list(self.book.sessions.values()):
             if session_file_name(session.session_id) in gone:
                 self._forget(session.session_id)
@@ -7454,10 +7957,10 @@ class Monitor:
             "pid": os.getpid(),
             "seq": self.store.seq,
             "events": {
-                "received": self.received,
+                "received": self.intake.received,
                 "stored": self.stored,
-                "duplicates": self.duplicates,
-                "quarantined": self.quarantine.count,
+                "duplicates": self.intake.duplicates,
+                "quarantined": self.intake.quarantine.count,
             },
             "sessions": len(self.book.sessions),
             "clients": sum(client.view is not None for client in self.clients.clients.values()),
@@ -7483,7 +7986,7 @@ class Monitor:
                     "clockSkewMs": machine.skew.value_ms,
                     "dropped": machine.dropped,
                 }
-                for name, machine in sorted(self._machines.items())
+                for name, machine in sorted(self.intake.machines.items())
             ],
             "redis": self.redis.status() if self.redis else None,
             "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
@@ -7510,7 +8013,7 @@ class Monitor:
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""
         own = self.spool.dropped if self.spool else 0
-        return own + sum(machine.dropped for machine in self._machines.values())
+        return own + sum(machine.dropped for machine in self.intake.machines.values())
 
     def config(self) -> JsonObject:
         """Return the configuration in force; there is no secret in it."""
@@ -7577,233 +8080,13 @@ class Monitor:
             self._last_status = steady
             self.clients.broadcast_json({"type": "status", **status})
 
-    # Messages of WebSocket clients: one line in HANDLERS and one method each
-
-    def _greet(self, client: Client) -> None:
-        hello = {
-            "type": "hello",
-            "version": __version__,
-            "mode": self.settings["mode"],
-            "machineId": self.settings.machine_id,
-            "seq": self.store.seq,
-            "wsProtocol": 1,
-        }
-        self.clients.answer_json(client, hello)
-
-    def _message(self, client: Client, text: str) -> None:
-        message: Any = None
-        try:
-            message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
-            handler = self.HANDLERS.get(text_of(message.get("type")))
-            if handler is None:
-                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
-            handler(self, client, message)
-        except StillLoading:
-            self.loop.call_soon(lambda: self._message(client, text))
-        except (MalformedEvent, MessageError, TypeError) as error:
-            self._reply(client, message or {}, {"type": "error", "message": str(error)})
-
-    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
-        """Answer one message; an error names it, and its requestId comes back."""
-        if reply["type"] == "error":
-            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        self.clients.answer_json(client, reply)
-
-    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
-        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
-
-        def work() -> None:
-            try:
-                reply = read()
-            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
-                log.exception("a look-up failed")
-                reply = {"type": "error", "message": f"could not be read: {error}"}
-            self.loop.call_soon(lambda: self._reply(client, message, reply))
-
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._reader.submit(work)
-
-    def _on_subscribe(self, client: Client, message: JsonObject) -> None:
-        view = message.get("view", "full")
-        if view not in ("full", "rows"):
-            raise MessageError('view: expected "full" or "rows"')
-        ids = message.get("sessionIds")
-        since = _integer_field(message, "since", None)
-        wanted = set(_text_list(message, "sessionIds")) if ids else None
-        if wanted is not None and client.view == view and client.session_ids is not None:
-            wanted |= client.session_ids
-        client.view, client.session_ids = view, wanted
-        missed: List[bytes] = []
-        resync = since is not None and (since > self.store.seq or self.store.seq - since > CATCH_UP_EVENTS)
-        if since is not None and not resync:
-            missed = self.store.recent_lines(CATCH_UP_EVENTS, after=since)
-        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
-        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
-        reply = {"type": "subscribed", "seq": self.store.seq, "resync": resync, "missed": len(frames)}
-        self._reply(client, message, reply)
-        if frames:
-            self.clients.answer(client, b"".join(frames))
-        self.clients.answer_json(client, {"type": "status", **self.status()})
-
-    def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
-        ids = _text_list(message, "sessionIds")
-        if client.session_ids is not None:
-            client.session_ids -= set(ids)
-
-    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        reply: JsonObject = {"type": "sessions"}
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        body = self.with_sessions(reply, client.show_hidden)
-        self.clients.answer(client, encode_frame(Opcode.TEXT, body))
-
-    def _on_get_events(self, client: Client, message: JsonObject) -> None:
-        session_id = _text_field(message, "sessionId")
-        limit, before = self._page_of(message)
-
-        def read() -> JsonObject:
-            lines = self.store.session_lines(session_id, limit + 1, before)
-            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
-
-        self._read(client, message, read)
-
-    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
-        limit, before = self._page_of(message)
-
-        def read() -> JsonObject:
-            return {
-                "type": "all_events",
-                **_page_reply(self.store.recent_lines(limit + 1, before), limit, client.view),
-            }
-
-        self._read(client, message, read)
-
-    @staticmethod
-    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
-        limit = _integer_field(message, "limit", 100) or 100
-        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
-
-    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
-        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
-        seq = _integer_field(message, "seq", None)
-
-        def read() -> JsonObject:
-            line = self.store.find(event_id, session_id, seq)
-            event = parse_stored(line) if line is not None else None
-            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
-
-        self._read(client, message, read)
-
-    def _on_search(self, client: Client, message: JsonObject) -> None:
-        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
-        wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
-        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted.pop("state")
-        sessions = self.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
-        try:
-            query = search_query(wanted, sessions)
-        except SearchError as error:
-            raise MessageError(str(error)) from None
-
-        def read() -> JsonObject:
-            try:
-                return {"type": "search_results", **self.history.search(query)}
-            except SearchError as error:
-                return {"type": "error", "message": str(error)}
-
-        self._read(client, message, read)
-
-    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
-        label = message.get("label")
-        if not isinstance(label, str):
-            raise MessageError("label: expected text")
-        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
-
-    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        self._act(session, {"action": "pin", "pinned": not session.pinned})
-
-    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": True})
-
-    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": False})
-
-    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        parent = message.get("parentSessionId")
-        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
-        while ancestor:
-            if ancestor == session.session_id:
-                raise MessageError("parentSessionId: a session cannot stand below itself")
-            if self.loader.holds(ancestor):
-                raise StillLoading
-            ancestor = self.book.sessions[ancestor].parent_id if ancestor in self.book.sessions else None
-        self._act(session, {"action": "set_parent", "parentSessionId": parent})
-
-    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self.book.sessions.values()):
-            if not session.hidden:
-                self._act(session, {"action": "hide", "hidden": True})
-        self._send_session_list()
-
-    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
-        self._delete(self._known_session(message))
-
-    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self.book.sessions.values()):
-            self._delete(session)
-        self._send_session_list()
-
-    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
-        client.show_hidden = message.get("showHidden") is True
-        self._on_get_sessions(client, message)
-
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after it was given up; for any thread."""
         if self.redis:
             self.loop.call_soon(self.redis.reconnect)
 
-    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
-        if not self.redis:
-            raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
-        self.redis.reconnect()
-        self._reply(client, message, {"type": "status", **self.status()})
-
-    def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self.take_now(encode_json(test_event(self.settings.machine_id)))
-
-    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
-        session_id = _text_field(message, name)
-        if self.loader.holds(session_id):
-            raise StillLoading
-        session = self.book.sessions.get(session_id)
-        if session is None:
-            raise MessageError(f"{name}: no session with this id is known")
-        return session
-
-    def _refuse_while_loading(self) -> None:
-        if self.loader.progress is not None:
-            raise MessageError(f"{loading_words(self.loader.progress)}; try again when all have")
-
-    def _act(self, session: Session, data: JsonObject) -> None:
-        """Store what the user did as an event of its own, so that the files alone tell everything."""
-        event = {
-            "eventType": "session_meta",
-            "hookType": "Monitor",
-            "sessionId": session.session_id,
-            "machineId": self.settings.machine_id,
-            "workingDirectory": session.directory,
-            "data": data,
-        }
-        if not self.take_now(encode_json(event)):
-            raise MessageError(f"it could not be stored: {self.store.error}")
-
-    def _delete(self, session: Session) -> None:
+    def delete(self, session: Session) -> None:
+        """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
         self.history.look_again()
@@ -7818,17 +8101,7 @@ class Monitor:
         self._alive_ms.pop(session_id, None)
         self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
 
-    def _on_prune(self, client: Client, message: JsonObject) -> None:
-        dry_run = message.get("dryRun") is True
-        if not self.settings["persistence.enabled"]:
-            raise MessageError("events are kept in memory only, there is nothing to delete")
-        if self.status()["loading"] is not None:
-            raise MessageError("stored sessions are still being read; try again in a moment")
-        self._prune(
-            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
-        )
-
-    def _send_session_list(self) -> None:
+    def send_session_list(self) -> None:
         """Send everyone the sessions; the list may be much and does not count as falling behind."""
         for with_hidden in (False, True):
             frame = b""
@@ -7838,28 +8111,6 @@ class Monitor:
                         Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
                     )
                     self.clients.answer(client, frame)
-
-    HANDLERS: Dict[str, Callable[["Monitor", Client, JsonObject], None]] = {
-        "subscribe": _on_subscribe,
-        "unsubscribe": _on_unsubscribe,
-        "get_sessions": _on_get_sessions,
-        "get_events": _on_get_events,
-        "get_all_recent_events": _on_get_all_recent_events,
-        "get_event_detail": _on_get_event_detail,
-        "search": _on_search,
-        "rename_session": _on_rename_session,
-        "toggle_pin": _on_toggle_pin,
-        "hide_session": _on_hide_session,
-        "unhide_session": _on_unhide_session,
-        "delete_session": _on_delete_session,
-        "hide_all_sessions": _on_hide_all_sessions,
-        "delete_all_sessions": _on_delete_all_sessions,
-        "set_show_hidden": _on_set_show_hidden,
-        "set_parent": _on_set_parent,
-        "reconnect_redis": _on_reconnect_redis,
-        "send_test_event": _on_send_test_event,
-        "prune": _on_prune,
-    }
 
 
 def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
@@ -9395,9 +9646,9 @@ class _Scene:
 def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:
     """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
 
-    All ids come from `seed` and the day of `now_ms`: what is played twice on one day has the same ids.
+    All ids come from `seed` and `now_ms`.
     """
-    story = f"{seed}/{now_ms // 86_400_000}"
+    story = f"{seed}/{now_ms}"
     end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
     scenes: Dict[str, _Scene] = {}
     for name, (place, turns, ending) in _DEMO_SESSIONS.items():
@@ -10785,6 +11036,8 @@ def command_demo(args: argparse.Namespace) -> int:
     about = needed_monitor(settings)
     if args.remove:
         return remove_demo(settings, about)
+    if ask_monitor(settings, about, "/api/status")["demo"]:
+        remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(30)

@@ -56,9 +56,10 @@ def run_hook() -> None:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
     except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        notes.append(f"failed: {error!r}")
+        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+        notes.append(f"failed: {reason}")
         try:
-            whole().log_failure(repr(error))
+            whole().log_failure(reason)
         except BaseException as second:  # e.g. a full disk: there is no place left to tell it
             notes.append(f"and could not log it: {second!r}")
     if debugging():
@@ -585,6 +586,9 @@ KEYS: "Dict[str, Key]" = {
     ),
     "retention.maxMegabytes": Key(
         2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
+    ),
+    "retention.compressAfterDays": Key(
+        None, "an integer from 1 to 36500, or null (never)", _optional(_integer(1, 36_500))
     ),
     "privacy.redact": Key(True, "true or false", _flag),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),

@@ -5,7 +5,7 @@
     python3 test_monitor.py [pytest options]  run the tests (-k NAME for some of them)
     python3 test_monitor.py --bench [NAME]    run the benchmarks, or one of: hook, hook-redis, latency, restart, page, history
 
-The tests use real parts: the installed hook command, monitor processes, an independent WebSocket client,
+The tests use real parts: the installed hook command, monitor and Redis processes, an independent WebSocket client,
 headless Chromium, recorded payloads (.ci/recorded), kills and full disks. What a machine lacks is skipped and
 listed loudly at the end. The program itself needs none of this.
 
@@ -1222,6 +1222,7 @@ HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
+    "retention.compressAfterDays": ([0, "7", 1.5, False, 36_501], 7),
     "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
@@ -9281,6 +9282,17 @@ def test_sessions_tail_and_export_tell_what_the_page_tells(running: RunningMonit
     assert json.loads(offline.stdout) == as_json
 
 
+def test_a_demo_that_is_played_again_takes_the_place_of_the_first(running: RunningMonitor) -> None:
+    running.command("demo", "--live", "0")
+    first = running.sessions()
+    assert "demo sessions removed" in running.command("demo", "--live", "0").stdout
+    second = running.sessions()
+    assert len(second) == len(first) and not set(second) & set(first)
+    assert {session["state"] for session in second.values()} == {
+        session["state"] for session in first.values()
+    }
+
+
 def test_the_demo_fills_every_state_and_can_be_removed(running: RunningMonitor) -> None:
     running.emit(payload("UserPromptSubmit", "mine", prompt="keep me"))
     words = running.command("demo", "--live", "0").stdout
@@ -9707,6 +9719,7 @@ class RedisTeam:
         self.server.cli("CONFIG", "SET", "maxmemory", "0")
         self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
         self.server.cli("ACL", "SETUSER", "default", "allcommands", "allkeys", "allchannels")
+        self.server.cli("XTRIM", REDIS_STREAM, "MAXLEN", "200")  # every monitor has what is older
         for monitor in self.monitors:
             if not alive(monitor.pid):
                 monitor.start()
@@ -9819,27 +9832,18 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     }
 
 
-def redis_outage(team: RedisTeam, session: str, begin: Any, end: Any, least_s: float) -> RedisFlow:
-    """Say 1,000 events by real hooks; Redis is away for the 400 in the middle, however long they take.
-
-    A hook that waited for Redis could never return, as Redis comes back only after all of them have.
-    """
-    flow = RedisFlow(team, session)
+def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
+    """1,000 real hooks. One that waited for Redis would never return: it comes back when all 400 have."""
+    flow = RedisFlow(team, "outage")
     flow.hooks(300)
-    begin()
+    team.server.stop()
     began = time.monotonic()
     flow.hooks(400)
-    for machine in team.emitters:
-        assert machine.spooled() > 0
-    time.sleep(max(0.0, began + least_s - time.monotonic()))
-    assert not any(monitor.has(session, 301 + 300) for monitor in team.monitors)
-    end()
+    assert all(machine.spooled() > 0 for machine in team.emitters)
+    time.sleep(max(0.0, began + REDIS_OUTAGE_S - time.monotonic()))
+    assert not any(monitor.has(flow.session, 601) for monitor in team.monitors)
+    team.server.start()
     flow.hooks(300)
-    return flow
-
-
-def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam) -> None:
-    flow = redis_outage(team, "outage", team.server.stop, team.server.start, REDIS_OUTAGE_S)
     flow.check()
     for monitor in team.monitors:
         about = monitor.wait_until("connected")
@@ -9847,7 +9851,16 @@ def test_a_redis_that_was_stopped_for_20_seconds_costs_no_event(team: RedisTeam)
 
 
 def test_a_redis_that_was_frozen_costs_no_event(team: RedisTeam) -> None:
-    flow = redis_outage(team, "frozen", team.server.freeze, team.server.thaw, 0)
+    flow = RedisFlow(team, "frozen")
+    flow.bulk(400)
+    team.server.freeze()
+    flow.bulk(300)
+    flow.hooks(60)
+    assert all(machine.spooled() > 0 for machine in team.emitters)
+    for machine in team.emitters:
+        eventually(lambda machine=machine: machine.publisher().get("reason"), 30, "the publisher's deadline")
+    team.server.thaw()
+    flow.bulk(240)
     flow.check()
 
 
@@ -10359,71 +10372,68 @@ def test_an_event_that_redis_does_not_take_stays_in_the_spool(
 # Ways to a Redis --------------------------------------------------------------------------------------------------
 
 
-def redis_round_trip(machine: RedisMachine, server: RedisServer) -> "dict[str, Any]":
-    """Send an event from hook to monitor through Redis; return what the monitor says of the connection."""
+@dataclasses.dataclass(frozen=True)
+class RedisWay:
+    """How a machine is told to reach a server, the server, and where the events must be then."""
+
+    redis: Any  # server, certificates → keys of the section `redis`
+    tls: bool = False
+    password: str = ""
+    lines: "tuple[str, ...]" = ()
+    environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+    database: str = "0"
+    channel: str = REDIS_CHANNEL
+    has_stream: bool = True
+
+
+REDIS_WAYS = {
+    "TLS, a password, a database": RedisWay(
+        lambda server, _: {"host": "localhost", "password": REDIS_PASSWORD, "db": 5},
+        tls=True, password=REDIS_PASSWORD, database="5",
+    ),
+    "TLS without verification": RedisWay(lambda server, _: {"caFile": None, "verify": False}, tls=True),
+    "a client certificate": RedisWay(
+        lambda server, made: {"certFile": made.path("client.crt"), "keyFile": made.path("client.key")},
+        tls=True, lines=("tls-auth-clients yes",),
+    ),
+    "a user, the password from the environment": RedisWay(
+        lambda server, _: {"username": "team", "password": "not this one"},
+        password="of-the-default-user", lines=(f"user team on >{REDIS_PASSWORD} ~* &* +@all",),
+        environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD},
+    ),
+    "a url, another channel": RedisWay(
+        lambda server, _: {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{server.port}/3", "channel": "other:channel"},
+        password=REDIS_PASSWORD, database="3", channel="other:channel",
+    ),
+    "a url with TLS": RedisWay(
+        lambda server, _: {"tls": False, "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{server.port}/0"},
+        tls=True, password=REDIS_PASSWORD,
+    ),
+    "a url of a socket, no stream": RedisWay(
+        lambda server, _: {"url": f"unix://{server.socket_path}", "streamMaxLength": 0}, has_stream=False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REDIS_WAYS)
+def test_every_way_to_a_redis_works(make: Any, redis_certificates: RedisCertificates, name: str) -> None:
+    way = REDIS_WAYS[name]
+    server = make(
+        RedisServer, *way.lines, password=way.password, certificates=redis_certificates if way.tls else None
+    )
+    config = server.settings(**way.redis(server, redis_certificates))
+    machine = make(RedisMachine, config=config, more_environment=way.environment)
     machine.start()
     about = machine.wait_until("connected")
     machine.say("there")
-    eventually(lambda: machine.has("s1", 1), 30, f"the event through {about['server']}")
-    assert machine.arrivals() == {machine.machine_id: ["there"]}
-    assert server.clients("pubsub") == 1
-    return about
-
-
-REDIS_WAYS = ("TLS", "TLS unverified", "client certificate", "user", "url", "url with TLS", "url of a socket",
-              "environment", "db", "channel", "no stream")  # fmt: skip
-
-
-@pytest.mark.parametrize("way", REDIS_WAYS)
-def test_every_way_to_a_redis_works(make: Any, redis_certificates: "RedisCertificates", way: str) -> None:
-    certificates = redis_certificates if "TLS" in way or way == "client certificate" else None
-    lines = {
-        "client certificate": ("tls-auth-clients yes",),
-        "user": (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default off"),
-    }.get(way, ())
-    if way == "user":
-        lines = (f"user team on >{REDIS_PASSWORD} ~* &* +@all", "user default on nopass +ping +client")
-    server = make(
-        RedisServer, *lines, certificates=certificates,
-        password=REDIS_PASSWORD if way in ("url", "url with TLS", "environment", "TLS") else "",
-    )  # fmt: skip
-    port = server.port
-    config: "dict[str, dict[str, Any]]" = {
-        "TLS": server.settings(host="localhost", password=REDIS_PASSWORD),
-        "TLS unverified": server.settings(caFile=None, verify=False),
-        "client certificate": server.settings(
-            certFile=redis_certificates.path("client.crt"), keyFile=redis_certificates.path("client.key")
-        ),
-        "user": server.settings(username="team", password=REDIS_PASSWORD),
-        "url": {"mode": "redis", "redis": {"url": f"redis://:{REDIS_PASSWORD}@127.0.0.1:{port}/3"}},
-        "url with TLS": {
-            "mode": "redis",
-            "redis": {
-                "url": f"rediss://default:{REDIS_PASSWORD}@localhost:{port}/0",
-                "caFile": redis_certificates.path("ca.crt"),
-            },
-        },
-        "url of a socket": {"mode": "redis", "redis": {"url": f"unix://{server.socket_path}"}},
-        "environment": server.settings(password="not this one"),
-        "db": server.settings(db=5),
-        "channel": server.settings(channel="another:channel"),
-        "no stream": server.settings(streamMaxLength=0),
-    }
-    machine = make(
-        RedisMachine, config=config[way],
-        more_environment={"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if way == "environment" else {},
-    )  # fmt: skip
-    about = redis_round_trip(machine, server)
-    assert about["tls"] is ("TLS" in way or way == "client certificate")
-    databases = re.findall(r"^db(\d+):", server.cli("INFO", "keyspace"), re.M) if way != "user" else ["0"]
-    assert databases == {"url": ["3"], "db": ["5"], "no stream": []}.get(way, ["0"])
-    if way == "no stream":
-        assert (about["stream"], about["streamState"]) == (None, "off")
-    if way == "channel":
-        assert server.cli("EXISTS", "another:channel:stream") == "1"
-    assert REDIS_PASSWORD not in json.dumps(machine.get("/api/config")) + json.dumps(
-        machine.get("/api/status")
-    )
+    eventually(lambda: machine.has("s1", 1), 30, "the event through Redis")
+    assert machine.arrivals() == {"testbox": ["there"]}
+    assert (about["tls"], about["channel"]) == (way.tls, way.channel)
+    assert about["stream"] == (f"{way.channel}:stream" if way.has_stream else None)
+    assert about["streamState"] == ("ok" if way.has_stream else "off")
+    assert server.cli("-n", way.database, "EXISTS", f"{way.channel}:stream") == str(int(way.has_stream))
+    told = json.dumps([machine.get("/api/config"), machine.get("/api/status")])
+    assert REDIS_PASSWORD not in told and "not this one" not in told
 
 
 @pytest.fixture(scope="module")
@@ -10530,57 +10540,49 @@ class StubbornServer:
             sock.close()
 
 
-def test_a_server_that_never_answers_holds_nobody_and_costs_no_event(make: Any) -> None:
-    def suffer(manner: str) -> "tuple[str, list[str]]":
-        stubborn = make(StubbornServer, manner)
-        config = {
-            "mode": "redis",
-            "redis": {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None},
-        }
-        machine = make(RedisMachine, config=config, machine_id=manner)
-        machine.start()
-        machine.say("first")
-        eventually(
-            lambda: machine.redis()["attempt"] >= 1 and machine.redis()["reason"],
-            40,
-            manner + ": the monitor notices",
-        )
-        eventually(lambda: machine.publisher().get("reason"), 40, manner + ": the publisher notices")
-        assert machine.publisher()["state"] in ("waiting", "connecting")
-        reasons = [machine.redis()["reason"], machine.publisher()["reason"]]
-        machine.say("second")
-        os.kill(machine.pid, signal.SIGTERM)
-        eventually(lambda: not alive(machine.pid), 10, manner + ": SIGTERM ends the monitor")
-        machine.start()
-        stubborn.remove()
-        make(RedisServer, password="p", port=stubborn.port)
-        machine.command("tail", "--help")
-        os.kill(machine.pid, signal.SIGHUP)
-        eventually(lambda: machine.has("s1", 2), 60, manner + ": both events once there is a Redis")
-        assert machine.arrivals() == {manner: ["first", "second"]}
-        return manner, reasons
-
-    told = dict(
-        at_once(*[functools.partial(suffer, manner) for manner in ("silent", "drip", "half", "deaf")])
-    )
-    for manner, reasons in told.items():
-        for reason in reasons:
-            assert re.search(r"answer|time|reach", reason), (manner, reason)
+def redis_suffer(make: Any, manner: str) -> None:
+    """Start a monitor and a hook against a stubborn server; both notice, and go on when there is a Redis."""
+    stubborn = make(StubbornServer, manner)
+    redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
+    machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner)
+    machine.start()
+    machine.say("first")
+    eventually(lambda: machine.redis()["attempt"] >= 1, 40, manner + ": the monitor notices")
+    eventually(lambda: machine.publisher().get("reason"), 40, manner + ": the publisher notices")
+    assert machine.publisher()["state"] in ("waiting", "connecting")
+    for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
+        assert re.search(r"answer|time|reach", sentence), (manner, sentence)
+    machine.say("second")
+    os.kill(machine.pid, signal.SIGTERM)
+    eventually(lambda: not alive(machine.pid), 15, manner + ": SIGTERM ends the monitor")
+    machine.start()
+    stubborn.remove()
+    make(RedisServer, password="p", port=stubborn.port)
+    os.kill(machine.pid, signal.SIGHUP)
+    eventually(lambda: machine.has("s1", 2), 60, manner + ": both events once there is a Redis")
+    assert machine.arrivals() == {manner: ["first", "second"]}
 
 
-def test_a_connection_that_went_silent_is_found_and_replaced(make: Any) -> None:
+def redis_fall_silent(make: Any) -> None:
+    """Freeze a Redis under a monitor that is connected; it notices by itself, and comes back by itself."""
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings()).start()
     machine.wait_until("connected")
     server.freeze()
     told = eventually(
-        lambda: (about := machine.redis())["state"] != "connected" and about, 40, "the silence noticed"
+        lambda: (about := machine.redis())["state"] != "connected" and about, 60, "the silence noticed"
     )
     assert told["reason"]
     server.thaw()
     machine.wait_until("connected")
     machine.say("after")
     eventually(lambda: machine.has("s1", 1), 30)
+
+
+def test_a_server_that_does_not_answer_holds_nobody_and_costs_no_event(make: Any) -> None:
+    manners = ("silent", "drip", "half", "deaf")
+    sufferings = [functools.partial(redis_suffer, make, manner) for manner in manners]
+    at_once(*sufferings, functools.partial(redis_fall_silent, make))
 
 
 # Giving up, and coming back ---------------------------------------------------------------------------------------
@@ -10676,12 +10678,12 @@ def test_back_in_local_mode_the_monitor_takes_what_was_not_published(make: Any) 
 def test_the_monitor_remembers_its_place_in_the_stream(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
-    machine.start().wait_until("connected")
     for number in range(5):
         machine.spool(str(number))
     machine.say("5")
-    eventually(lambda: machine.has("s1", 6))
-    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    eventually(lambda: not machine.spooled())
+    machine.start()
+    eventually(lambda: machine.has("s1", 6) and machine.redis()["position"])
     machine.stop()
     machine.spool("6")
     machine.say("7")
@@ -10689,17 +10691,16 @@ def test_the_monitor_remembers_its_place_in_the_stream(make: Any) -> None:
     machine.start()
     eventually(lambda: machine.has("s1", 8))
     about = machine.wait_until("connected")
-    assert about["fromStream"] <= 3 and about["gaps"] == 0
-    assert machine.get("/api/status")["events"]["duplicates"] <= 1
+    assert (about["fromStream"], about["gaps"]) == (2, 0)
+    assert machine.get("/api/status")["events"]["duplicates"] == 0
 
 
 def test_what_the_stream_no_longer_has_is_told_as_a_gap(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
-    machine.start().wait_until("connected")
     machine.say("before")
-    eventually(lambda: machine.has("s1", 1))
-    eventually(lambda: machine.redis()["position"], 30, "a look into the stream")
+    machine.start()
+    eventually(lambda: machine.has("s1", 1) and machine.redis()["position"])
     machine.stop()
     for number in range(600):
         machine.spool(f"n{number}")
@@ -10717,6 +10718,52 @@ def test_debug_tells_how_many_monitors_got_it(team: RedisTeam) -> None:
     machine = team.emitters[0]
     told = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
     assert "mode redis" in told and re.search(r"\b2 (subscribers|monitors)", told), told
+
+
+def test_without_the_publishers_python_no_event_is_lost_and_the_log_says_why(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    machine.say("first")
+    eventually(lambda: len(server.streamed()) == 1)
+    machine.end_publisher()
+    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
+        file.write("/nowhere/python\n")
+    machine.say("second")
+    assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["second"]
+    with open(machine.home + "/emit.log", encoding="utf-8") as file:
+        assert "/nowhere/python" in file.read()
+    machine.installed_command()  # with a Python that is there
+    machine.say("third")
+    eventually(lambda: len(server.streamed()) == 3)
+    told = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert told == ["first", "second", "third"]
+
+
+@needs_root
+def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    events = machine.home + "/events"
+    os.mkdir(events, 0o700)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        machine.start().wait_until("connected")
+        for number in range(40):
+            machine.spool(str(number), tool_name="Write", tool_input={"content": "x" * 50_000})
+        machine.say("40")
+        status = eventually(lambda: (told := machine.get("/api/status"))["store"]["error"] and told)
+        assert status["store"]["ok"] is False and status["redis"]["state"] == "connected"
+        assert 0 < len(machine.stored_events()) < 41
+        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
+        eventually(lambda: len(machine.stored_events()) == 41, 30, "the rest")
+        assert machine.arrivals() == {"testbox": [str(number) for number in range(41)]}
+        machine.kill()
+    finally:
+        if alive(machine.pid):
+            machine.kill()
+        machine.end_publisher()
+        subprocess.run(["umount", events], check=True)
 
 
 # The publisher's exit ---------------------------------------------------------------------------------------------
@@ -12168,7 +12215,7 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
     tab = open_tab(running)
     eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 3)
     tab.page.focus("#timeline-canvas")
-    for _ in range(4):
+    for _ in range(3):
         tab.page.keyboard.press("+")
     told = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
     assert tab.page.evaluate(told) == [
@@ -12194,9 +12241,6 @@ def test_a_brushed_part_of_the_timeline_filters_the_table(running: RunningMonito
     running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
     tab = open_tab(running)
     tab.row_with("make step-1")
-    tab.page.focus("#timeline-canvas")
-    for _ in range(4):
-        tab.page.keyboard.press("+")
     box = tab.page.query_selector("#timeline-canvas").bounding_box()
 
     def brush(start: float, end: float) -> None:
@@ -12262,6 +12306,37 @@ def test_the_timeline_is_moved_and_zoomed_by_wheel_drag_keys_and_buttons(
     assert tab.text("timeline") == "", "it stays away"
     tab.page.keyboard.press("t")
     eventually(lambda: tab.text("timeline"))
+
+
+@needs_browser
+def test_two_fingers_zoom_the_timeline_and_one_moves_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="go"), *browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    box = tab.page.query_selector("#timeline-canvas").bounding_box()
+    touch = tab.page.context.new_cdp_session(tab.page)
+
+    def fingers(kind: str, *places: float) -> None:
+        points = [
+            {"x": box["x"] + box["width"] * place, "y": box["y"] + 60, "id": number}
+            for number, place in enumerate(places)
+        ]
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    fingers("touchStart", 0.45, 0.55)
+    for step in range(1, 5):
+        fingers("touchMove", 0.45 - 0.05 * step, 0.55 + 0.05 * step)
+    fingers("touchEnd")
+    span = tab.page.evaluate("contextuate.timeline.span")
+    assert span == pytest.approx(15 * 60_000 * 0.1 / 0.5, rel=0.1)
+    eventually(lambda: tab.page.is_visible("#time-now"), 15, "zoomed around the fingers, not around now")
+    to = tab.page.evaluate("contextuate.timeline.to")
+    fingers("touchStart", 0.5)
+    fingers("touchMove", 0.6)
+    fingers("touchMove", 0.7)
+    fingers("touchEnd")
+    assert tab.page.evaluate("contextuate.timeline.to") < to - span * 0.1
+    assert tab.page.evaluate("contextuate.timeline.span") == span
 
 
 def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
@@ -12945,6 +13020,11 @@ def test_names_that_come_from_events_and_people_are_only_ever_text(
             None, None, [], [],
         ]  # fmt: skip
         assert tab.said == []
+        refused = (
+            "(() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } })()"
+        )
+        assert tab.page.evaluate(refused) == "TypeError", "the browser itself takes no text for markup"
+        assert tab.page.evaluate("violations") == ["require-trusted-types-for"]
     finally:
         context.close()
 
@@ -13041,6 +13121,8 @@ def test_one_more_that_needs_a_person_is_told_by_notification_and_sound_once_wan
     running.emit(payload("UserPromptSubmit", "first", prompt="first work"), *page_ask("first", "rm b")[:2])
     eventually(lambda: tab.page.title() == "(2) Contextuate Monitor")
     assert tab.page.evaluate("told") == [], "nobody asked for alerts"
+    icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
+    assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
     tab.page.click("[data-testid=alerts]")
     tab.page.click("[data-testid=menu] >> text=Notify")
     tab.page.click("[data-testid=menu] >> text=Sound")
@@ -13116,6 +13198,18 @@ def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open
     tab.page.keyboard.press("/")
     tab.page.fill("[data-testid=history-query]", "no such words")
     tab.shows("sheet", "Nothing stored fits")
+    tab.page.fill("[data-testid=history-query]", "zebra")
+    eventually(lambda: len(hits()) == 3)
+    tab.page.select_option("[aria-label=Time]", "custom")
+    tab.page.fill("[aria-label=To]", "2020-01-01T00:00")
+    tab.page.press("[aria-label=To]", "Tab")
+    tab.shows("sheet", "Nothing stored fits")
+    tab.page.fill("[aria-label=From]", "2020-01-01T00:00")
+    tab.page.fill("[aria-label=To]", "2099-01-01T00:00")
+    tab.page.press("[aria-label=To]", "Tab")
+    eventually(lambda: len(hits()) == 3)
+    assert "when=custom&from=" in tab.page.evaluate("location.hash")
+    tab.page.select_option("[aria-label=Time]", "")
     tab.page.fill("[data-testid=history-query]", "")
     eventually(lambda: len(hits()) == 4, 15, "no words: everything, a call and its result as one")
 
@@ -13184,6 +13278,131 @@ def test_a_monitor_without_an_index_is_searched_and_not_counted(
     tab.shows("hits", "find the zebra")
     tab.page.keyboard.press("3")
     tab.shows("sheet", "there are no statistics")
+
+
+@needs_browser
+def test_what_happened_while_the_monitor_was_away_comes_in_order_even_if_it_was_much(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.write_config({"server": {"port": running.port, "wsPort": running.ws_port}})
+    running.emit(*browser_call(0, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-0")
+    running.stop()
+    tab.shows("banner", "Not connected")
+    running.start()
+    running.emit(
+        *[
+            event
+            for number in range(1, cm.CATCH_UP_EVENTS)
+            for event in browser_call(number, tool_response="")
+        ]
+    )
+    tab.row_with(f"make step-{cm.CATCH_UP_EVENTS - 1}", 40)
+    eventually(lambda: tab.text("banner") == "")
+    eventually(lambda: browser_store(tab, "store.phase === 'open' && store.loaded"))
+    targets = browser_store(tab, "store.rows.map((row) => row.target)")
+    assert len(targets) == len(set(targets)), "nothing twice"
+    numbers = [int(target.rpartition("-")[2]) for target in targets]
+    assert numbers == list(range(numbers[0], cm.CATCH_UP_EVENTS)), "no gap"
+    assert {
+        browser_store(tab, "store.rows.map((row) => row.outcome).filter((o) => o !== 'done').length")
+    } == {0}
+    assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
+    tab.said.clear()
+
+
+@needs_browser
+def test_a_link_to_an_event_from_long_ago_opens_it(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1, "old", tool_response={"stdout": "ancient output"}))
+    running.emit(
+        *[event for number in range(2, 600) for event in browser_call(number, "new", tool_response="")]
+    )
+    wanted = next(event for event in running.stored_events() if event["hookType"] == "PostToolUse")
+    tab = open_tab(running, f"#s0=old&e={wanted['id']}")
+    tab.shows("drawer", "ancient output")
+    gone = open_tab(running, f"#s=old&e={uuid.uuid4()}")
+    gone.row_with("make step-1")
+    assert gone.text("drawer") == ""
+
+
+@needs_browser
+def test_widths_are_kept(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1, tool_response=""))
+    tab = open_tab(running)
+    tab.row_with("make step-1").click()
+
+    def widths() -> "list[float]":
+        return [round(tab.page.query_selector(part).bounding_box()["width"]) for part in (".rail", ".drawer")]
+
+    eventually(lambda: tab.text("drawer"))
+    assert widths() == [280, 560]
+    tab.page.focus("#rail-split")
+    tab.page.keyboard.press("ArrowRight")
+    box = tab.page.query_selector("#drawer-split").bounding_box()
+    tab.page.mouse.move(box["x"] + 3, 400)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] - 57, 400)
+    tab.page.mouse.up()
+    eventually(lambda: widths() == [296, 620], 5, f"{widths()}")
+    tab.page.reload()
+    eventually(lambda: tab.text("drawer"))
+    assert widths() == [296, 620]
+
+
+@needs_browser
+def test_hidden_sessions_can_be_seen_and_shown_again(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first"),
+        payload("UserPromptSubmit", "two", prompt="second"),
+    )
+    tab = open_tab(running)
+    eventually(lambda: tab.page.query_selector("[data-session-id=one]"))
+    browser_choose(tab, "one", "Hide")
+    eventually(lambda: not tab.page.query_selector("[data-session-id=one]"))
+    eventually(lambda: not any("first" in row.inner_text() for row in tab.rows()), 15, "its rows go too")
+    tab.page.click("text=Show hidden (1)")
+    eventually(lambda: tab.page.query_selector("[data-session-id=one]"))
+    tab.row_with("first")
+    browser_choose(tab, "one", "Show again")
+    eventually(lambda: not running.sessions()["one"]["hidden"])
+    browser_choose(tab, "one", "Pin")
+    eventually(lambda: running.sessions()["one"]["isPinned"])
+    shown = "[...document.querySelectorAll('[data-testid=session]')].map((el) => el.dataset.sessionId)"
+    eventually(lambda: tab.page.evaluate(shown) == ["one", "two"])
+    browser_choose(tab, "one", "Unpin")
+    eventually(lambda: not running.sessions()["one"]["isPinned"])
+
+
+def browser_choose(tab: BrowserTab, session: str, words: str) -> None:
+    """Choose one entry of a session's menu."""
+    tab.page.click(f"[data-session-id={session}]", button="right")
+    tab.page.click(f"[data-testid=menu] >> text={words}")
+
+
+@needs_browser
+def test_trouble_with_disk_spool_and_versions_is_said_and_taken_back(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(payload("UserPromptSubmit", prompt="first"))
+    tab = open_tab(running)
+    tab.row_with("first")
+    store = running.get("/api/status")["store"]
+    browser_told(tab, store={**store, "ok": False, "error": "No space left on device"})
+    tab.shows("banner", "Events cannot be saved: No space left on device")
+    browser_told(tab, store=store, loading={"done": 40, "total": 100})
+    tab.shows("banner", "Reading history: 40 of 100")
+    assert "cannot be saved" not in tab.text("banner")
+    browser_told(tab, loading=None, spool={"segments": 0, "bytes": 0, "dropped": 3})
+    eventually(lambda: tab.text("banner") == "")
+    tab.shows("loss", "3 events lost")
+    tab.page.click("[data-testid=loss]")
+    tab.shows("status", "Machines")
+    tab.page.evaluate("contextuate.store.apply({ ...contextuate.store.hello, wsProtocol: 99 })")
+    tab.shows("banner", "This page is older than the monitor.")
+    tab.page.click("text=Reload the page")
+    tab.shows("status", "Lost")
+    eventually(lambda: tab.text("banner") == "")
 
 
 # What a person has done before the page is checked: a link, then clicks and keys.
@@ -13522,6 +13741,37 @@ def test_an_index_that_cannot_be_kept_hinders_nothing_and_comes_back(
     indexed.ready()
     assert indexed.ids("found") == ["e1"]
     assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 1
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_disk_that_is_too_small_for_the_index_hinders_nothing_and_heals(
+    indexed: IndexCase, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.2)
+    place = indexed.home + "/small"
+    os.mkdir(place)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=700", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    history = cm.History(indexed.store, place + "/index.db")
+    try:
+        rng = random.Random(1)
+        for start in range(0, 3000, 500):
+            texts = (" ".join(f"w{rng.randrange(100_000)}" for _ in range(50)) for _ in range(500))
+            indexed.add(*(index_prompt(start + number, text) for number, text in enumerate(texts)))
+        indexed.add(index_prompt(9999, "quokka"))
+        history.start()
+        status = eventually(lambda: history.status()["state"] == "off" and history.status(), 30)
+        assert "full" in status["error"]
+        assert [one["id"] for one in history.search(cm.search_query({"q": "quokka"}))["results"]] == ["e9999"]
+        subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
+        eventually(lambda: history.status()["state"] == "ready", 30)
+        assert history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 3001
+        assert [one["id"] for one in history.search(cm.search_query({"q": "quokka"}))["results"]] == ["e9999"]
+    finally:
+        history.stop()
+        subprocess.run(["umount", "-l", place], check=False)
 
 
 def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) -> None:
@@ -14106,18 +14356,161 @@ def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
 
 
 def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
-    retention_fill(monitor.home, tuple(range(300)), sessions=5)
+    retention_fill(monitor.home, tuple(range(90)), sessions=5)
     rng = random.Random(2)
     for _ in range(3):
+        before = len(retention_days(monitor.home))
         monitor.start()
-        time.sleep(rng.random() * 0.2)
+        eventually(lambda before=before: len(retention_days(monitor.home)) < max(before, 32), 60)
+        time.sleep(rng.random() * 0.02)
         monitor.kill()
     monitor.start()
-    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31)
+    eventually(lambda: 30 <= len(retention_days(monitor.home)) <= 31, 60)
     index_ready(monitor)
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+# Packed days
+
+
+@settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.lists(st.integers(0, 700), max_size=40),
+    st.lists(st.tuples(st.integers(0, 15_000), st.integers(-1, 900)), max_size=20),
+)
+def test_a_packed_file_reads_as_the_plain_one_from_any_place(
+    tmp_path: Any, lengths: "list[int]", reads: "list[tuple[int, int]]"
+) -> None:
+    content = b"".join(bytes([65 + number % 26]) * length + b"\n" for number, length in enumerate(lengths))
+    path = f"{tmp_path}/{uuid.uuid4()}.jsonl"
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cm, "PACK_BLOCK_BYTES", 512)
+        cm.pack_file(path)
+        assert not os.path.exists(path) and cm.packed_size(path + ".gz") == len(content)
+        assert (
+            subprocess.run(["gzip", "-dc", path + ".gz"], capture_output=True, check=True).stdout == content
+        )
+        with cm.open_stored(path) as packed, io.BytesIO(content) as plain:
+            assert packed.seek(0, os.SEEK_END) == len(content)
+            packed.seek(0)
+            assert list(packed) == list(plain)
+            for offset, size in reads:
+                assert packed.seek(offset) == plain.seek(offset)
+                assert packed.read(size) == plain.read(size)
+                assert packed.readline() == plain.readline() and packed.tell() == plain.tell()
+        cm.unpack_file(path)
+        with open(path, "rb") as file:
+            assert file.read() == content
+        assert not os.path.exists(path + ".gz")
+
+
+def packed_paths(home: str) -> "list[str]":
+    """List the packed files."""
+    return sorted(glob.glob(home + "/events/*/*.jsonl.gz"))
+
+
+def test_every_question_to_the_store_has_the_same_answer_when_days_are_packed(
+    tmp_path: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "PACK_BLOCK_BYTES", 2000)
+    home = str(tmp_path)
+    retention_fill(home, (0, 3, 5, 6), size=700, sessions=3)
+    root = home + "/events"
+    store = cm.EventStore(root)
+
+    def answers() -> "list[Any]":
+        return [
+            store.size(), store.days(), [store.day_paths(day) for day in store.days()], list(store.all_lines()),
+            store.recent_lines(100), store.recent_lines(4, before=9), store.recent_lines(100, after=5),
+            [store.session_lines(f"s{n}-5", 10) for n in range(3)], store.session_lines("s1-6", 5, after=0),
+            store.find("5.1"), store.find("3.2", "s2-3"), store.find("none"), store.ids("s0-3"),
+            list(cm.chosen_lines(store, cm.search_query({"q": "age5"}))),
+            cm.search_page(cm.search_query({"q": "age6"}), cm.scan_candidates(store, cm.search_query({"q": "age6"})))["results"],
+        ]  # fmt: skip
+
+    before = answers()
+    paths = cm.files_to_pack(root, cm.now_ms(), 4)
+    assert len(paths) == 6
+    for path in paths:
+        cm.pack_file(path)
+        assert stat.S_IMODE(os.stat(path + ".gz").st_mode) == 0o600
+    assert len(packed_paths(home)) == 6 and cm.files_to_pack(root, cm.now_ms(), 4) == []
+    assert answers() == before
+    freed = sum(os.path.getsize(path) for path in packed_paths(home) if "s1-6" in path)
+    assert store.delete_session("s1-6") == freed > 0
+    assert len(packed_paths(home)) == 5 and store.session_lines("s1-6", 5) == []
+    # The clock was set back: the closed day goes on.
+    at = cm.now_ms() - 5 * 86_400_000
+    assert None not in store.append([ee.build_event(index_prompt(1, "late", "s0-5"), at, "m")], at)
+    assert [json.loads(line)["id"] for line in store.session_lines("s0-5", 10)] == ["5.0", "e1"]
+    store.close()
+
+
+def test_packed_days_are_shown_found_counted_and_deleted_like_others(monitor: RunningMonitor) -> None:
+    monitor.write_config({"retention": {"days": 1000}})
+    days = retention_fill(monitor.home, (0, 1, 2, 9, 30), size=5000)
+    monitor.start()
+    index_ready(monitor)
+    size = monitor.get("/api/status")["index"]["bytes"]
+    monitor.stop()
+    monitor.config["retention"] = {"days": 1000, "compressAfterDays": 2}
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 4)
+    assert not glob.glob(f"{monitor.home}/events/{days[9]}/*.jsonl")
+    for _ in range(2):
+        index_ready(monitor)
+        assert set(monitor.sessions()) == {f"s{n}-{age}" for n in range(2) for age in days}
+        assert len(monitor.get("/api/search?q=age9")["results"]) == 2
+        assert len(monitor.get("/api/sessions/s1-30/events")["events"]) == 1
+        assert monitor.get("/api/stats")["totals"]["events"] == 10
+        assert monitor.request("/api/export?q=age30")[2].count(b"\n") == 2
+        assert monitor.get("/api/events/30.1?session=s1-30")["id"] == "30.1"
+        client = monitor.websocket("rows")
+        assert (
+            client.ask("event_detail", type="get_event_detail", sessionId="s0-9", eventId="9.0")["event"][
+                "id"
+            ]
+            == "9.0"
+        )
+        client.close()
+        # The index is made anew from packed files too.
+        monitor.stop()
+        cm.remove_index(monitor.home + "/index.db")
+        monitor.start()
+    assert index_ready(monitor)["bytes"] < size * 2
+    monitor.stop()
+    monitor.config["retention"] = {"days": 20, "compressAfterDays": 2}
+    monitor.write_config({})
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 2 and days[30] not in retention_days(monitor.home))
+    eventually(lambda: "s0-30" not in monitor.sessions())
+
+
+def test_killed_at_any_moment_of_packing_nothing_is_lost_or_doubled(monitor: RunningMonitor) -> None:
+    monitor.config["retention"] = {"days": 1000, "compressAfterDays": 1}
+    monitor.write_config({})
+    retention_fill(monitor.home, tuple(range(80)), size=20_000, sessions=4)
+    rng = random.Random(5)
+    for _ in range(4):
+        monitor.start()
+        eventually(lambda: packed_paths(monitor.home))
+        time.sleep(rng.random() * 0.05)
+        monitor.kill()
+    monitor.start()
+    eventually(lambda: len(packed_paths(monitor.home)) == 78 * 4, 60)
+    index_ready(monitor)
+    assert monitor.get("/api/stats")["totals"]["events"] == 80 * 4
+    exported = [json.loads(line)["id"] for line in monitor.request("/api/export")[2].splitlines()]
+    assert sorted(exported) == sorted(f"{age}.{n}" for age in range(80) for n in range(4))
 
 
 # ---------------------------------------------------------------------------
@@ -14943,7 +15336,7 @@ def write_long_history(root: str, maker: HistoryMaker, now_ms: int) -> int:
     return size
 
 
-def bench_history(count: int = 0) -> "list[tuple[str, float, float, float]]":
+def bench_history(count: int = 0) -> "list[tuple[Any, ...]]":
     """Search and count in CONTEXTUATE_BENCH_EVENTS (1,000,000) events of 2 kB; compare ingest with the index on
     and off; return (figure, ours, limit, ratio).
     """
@@ -14971,7 +15364,7 @@ def bench_history(count: int = 0) -> "list[tuple[str, float, float, float]]":
     return [*figures, bench_ingest()]
 
 
-def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple[str, float, float, float]]":
+def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple[Any, ...]]":
     """Time searches (95th percentile) and statistics (worst), and take the size of the index."""
     session = "session-8"
     sought = {
@@ -14997,7 +15390,7 @@ def history_figures(history: Any, maker: HistoryMaker, size: int) -> "list[tuple
     ours = percentile_ms(lambda: history.statistics(0, 1 << 53, session, 60), 10)
     figures.append(("statistics of one session, p95", ours, 500, ours / 500))
     share = history.status()["bytes"] / size
-    figures.append(("index / events on disk, percent", share * 100, 60, share / 0.6))
+    figures.append(("index / events on disk", share * 100, 60, share / 0.6, "% "))
     return figures
 
 
@@ -15020,8 +15413,11 @@ sys.exit(cm.main(sys.argv[1:]))
 """
 
 
-def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[str, float, float, float]":
-    """Send events as fast as they are taken, with the index and without, in turn; return the median rates."""
+def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[Any, ...]":
+    """Send events as fast as they are taken, with the index and without, in turn; return the median rates.
+
+    The ratio should be at least 0.85.
+    """
     maker = HistoryMaker(count)
     lines = [
         ee.encode_json(maker.event(number, NOW_MS, f"s{number % 40}")) + b"\n" for number in range(count)
@@ -15032,7 +15428,7 @@ def bench_ingest(pairs: int = 5, count: int = 10_000) -> "tuple[str, float, floa
             rates[with_index].append(ingest_rate(lines, with_index))
     medians = {kind: statistics.median(values) for kind, values in rates.items()}
     ratio = statistics.median(on / off for on, off in zip(rates[True], rates[False], strict=True))
-    return ("ingest with / without index, /s", medians[True], medians[False], ratio)
+    return ("ingest with and without the index", medians[True], medians[False], ratio, "/s")
 
 
 def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
