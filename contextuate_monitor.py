@@ -2974,8 +2974,8 @@ def event_row(event: JsonObject) -> JsonObject:
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 1
-INDEX_BATCH_EVENTS = 2000
-INDEX_BATCH_BYTES = 4 << 20
+INDEX_BATCH_EVENTS = 1000
+INDEX_BATCH_BYTES = 2 << 20
 INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
 INDEX_BATCH_S = 0.5
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
@@ -10293,7 +10293,11 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
-    command = [sys.executable, os.path.abspath(__file__), "start", "--foreground", "--report-fd", str(writer)]
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    # As a module it comes from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
+    command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
     for option in ("host", "port", "ws_port", "config"):
         value = getattr(args, option)
         if value is not None:
@@ -10308,7 +10312,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
         stderr=subprocess.DEVNULL,
         pass_fds=[writer],
         start_new_session=True,
-        cwd="/",
+        cwd=folder,
     )
     os.close(writer)
     with os.fdopen(reader, encoding="utf-8") as reports:
@@ -10324,6 +10328,8 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """Run the monitor in this process until it is told to stop."""
     os.umask(0o077)
+    if args.report_fd is not None:
+        os.chdir("/")  # in the background no directory is kept from being removed or unmounted
     emit_event.make_private_directory(settings.home)
     report = Reporter(args.report_fd)
     try:
