@@ -2978,6 +2978,7 @@ INDEX_BATCH_EVENTS = 1000
 INDEX_BATCH_BYTES = 2 << 20
 INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
 INDEX_BATCH_S = 0.5
+NAMES_KEPT = 10_000  # in memory; any other is looked up
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
 INDEX_RETRY_S = 10.0
 LIVE_S = 0.1  # events are arriving when the last one came within this time
@@ -3458,7 +3459,10 @@ class IndexFile:
         self.inode = os.stat(path).st_ino
         self.full_text = has_full_text(self.db)
         self._names: Dict[Tuple[str, str], int] = {
-            (kind, name): number for number, kind, name in self.db.execute("SELECT id, kind, name FROM names")
+            (kind, name): number
+            for number, kind, name in self.db.execute(
+                "SELECT id, kind, name FROM names LIMIT ?", (NAMES_KEPT,)
+            )
         }
 
     def _connect(self) -> sqlite3.Connection:
@@ -3467,7 +3471,7 @@ class IndexFile:
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
         # A power failure costs the last transactions, never the file; they are read from the events again.
-        for pragma in ("synchronous = NORMAL", "cache_size = -32768", "wal_autocheckpoint = 2000"):
+        for pragma in ("synchronous = NORMAL", "cache_size = -8192", "wal_autocheckpoint = 2000"):
             db.execute(f"PRAGMA {pragma}")
         return db
 
@@ -3508,6 +3512,8 @@ class IndexFile:
             number = (
                 self.db.execute("INSERT INTO names(kind, name) VALUES(?, ?)", (kind, name)).lastrowid or 0
             )
+        if len(self._names) >= NAMES_KEPT:
+            self._names.clear()
         self._names[kind, name] = number
         return number
 

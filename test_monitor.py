@@ -227,6 +227,10 @@ from hypothesis import strategies as st  # noqa: E402
 import contextuate_monitor as cm  # noqa: E402
 import emit_event as ee  # noqa: E402
 
+with contextlib.suppress(ValueError):  # not in the main thread
+    # Where the tests run in the background SIGINT is ignored, and every process that they start inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 RECORDED = os.path.join(ROOT, ".ci", "recorded", "hook-payloads")
 PYTHON = cm.base_interpreter()
 BROWSER = find_program(CHROMIUM_NAMES)
