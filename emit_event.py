@@ -16,7 +16,7 @@ publisher.
 The interpreter compiles a script anew at each start, so the hot path comes first and needs none of the rest:
 `contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
 which a launcher of a few lines imports from its bytecode, and this whole file beside it for the rare paths.
-Registered as it is, this file works too; a hook call then takes about twice as long.
+Registered as it is, this file works too; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
