@@ -13,8 +13,10 @@ files and protocol.
 Threads, and who owns what:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the event store.
 - HTTP threads (one a request) and the reader thread (history for WebSocket clients) read event files, which
-  only ever grow, and ask the loop thread for anything else through `EventLoop.call`.
+  only ever grow or go as a whole, and ask the loop thread for anything else through `EventLoop.call`.
 - The Redis subscriber thread owns its connections; it puts lines into an inbox that the loop empties.
+- The index thread fills index.db from the event files; who searches or counts has connections of its own.
+- The retention thread plans, deletes and packs whole days of files; the loop forgets what is gone.
 Nothing else is shared but the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
