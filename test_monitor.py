@@ -382,7 +382,8 @@ class RunningMonitor:
         return json.loads(body)
 
     def sessions(self) -> "dict[str, dict[str, Any]]":
-        """Return every session by its id."""
+        """Return every session by its id, once every stored one has been read."""
+        eventually(lambda: self.get("/api/status")["loading"] is None, 60, "the stored sessions")
         return {session["sessionId"]: session for session in self.get("/api/sessions?hidden=1")["sessions"]}
 
     def stored_events(self) -> "list[dict[str, Any]]":
@@ -9420,14 +9421,25 @@ REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
 
+def redis_ports() -> "Iterator[int]":
+    """Give each port once: no outgoing connection and no other test is given it while its server is down."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10
+    first = 20_000 + 1_000 * worker
+    for port in random.Random().sample(range(first, first + 1_000), 1_000):
+        with socket.socket() as sock:
+            nobody_answers = sock.connect_ex(("127.0.0.1", port)) != 0
+        if nobody_answers:
+            yield port
+
+
+REDIS_PORTS = redis_ports()
+REDIS_PORTS_LOCK = threading.Lock()
+
+
 def redis_free_port() -> int:
-    """Return a free port that no outgoing connection is given while its server is down."""
-    dice = random.Random()
-    while True:
-        port = dice.randrange(20_000, 30_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
+    """Return a free port that is nobody else's in this run of the tests."""
+    with REDIS_PORTS_LOCK:
+        return next(REDIS_PORTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11391,7 +11403,9 @@ def safe_disk(monitor: RunningMonitor, size: str) -> "Iterator[Any]":
     monitor.write_config({})
 
     def remount(options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", monitor.home], check=True)
+        command = ["mount", "-o", f"remount,{options}", monitor.home]
+        # the threads of a killed process may hold its files a moment longer than the process
+        eventually(lambda: not subprocess.run(command, check=False).returncode, 30, options)
 
     try:
         yield remount
@@ -11401,7 +11415,6 @@ def safe_disk(monitor: RunningMonitor, size: str) -> "Iterator[Any]":
         if about:
             os.kill(about["pid"], signal.SIGKILL)
             eventually(lambda: not alive(about["pid"]))
-        # the threads of a killed process may hold its files a moment longer than the process
         eventually(lambda: not subprocess.run(["umount", monitor.home], check=False).returncode)
 
 
