@@ -109,7 +109,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json
+from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
 
 __version__ = "0.1.0"
 __all__ = [
@@ -124,11 +124,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("contextuate")
-
-
-def now_ms() -> int:
-    """Return the time in milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000
 
 
 # ---------------------------------------------------------------------------
@@ -9974,9 +9969,9 @@ class TranscriptReader:
         models: Dict[str, JsonObject] = {}
         for used in self._messages.values():
             counts = models.setdefault(used.model, {})
-            add_counts(counts, used.counts)
+            emit_event.add_counts(counts, used.counts)
             if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
-                add_counts(counts.setdefault("over100k", {}), used.counts)
+                emit_event.add_counts(counts.setdefault("over100k", {}), used.counts)
         return {"usage": {"models": models, "agents": {}}} if models else {}
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -9994,12 +9989,6 @@ class TranscriptReader:
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
-
-
-def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
-    """Add the numbers of one message to totals by name."""
-    for name, count in zip(emit_event.COUNT_NAMES, counts):
-        totals[name] = totals.get(name, 0) + count
 
 
 def _block_text(content: Any) -> str:
@@ -10413,9 +10402,7 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     """A log that rotates, for our user only, and never written through a link."""
 
     def _open(self) -> Any:
-        def opener(path: str, _flags: int) -> int:
-            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
+        opener = emit_event.open_for_append
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
 
 
