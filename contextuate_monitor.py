@@ -197,6 +197,66 @@ def is_loopback(host: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Words for people: on a terminal and in the log
+#
+# What comes from elsewhere may hold anything; on a terminal it goes through `safe_line`.
+# ---------------------------------------------------------------------------
+
+
+def tell(words: str) -> None:
+    """Say something to the person, beside the output."""
+    print(f"contextuate: {words}", file=sys.stderr, flush=True)
+
+
+def safe_line(text: str) -> str:
+    """Return text as one line that cannot steer the terminal it is printed on."""
+    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
+
+
+def human_duration(duration_ms: float) -> str:
+    """Return a duration in its largest fitting unit."""
+    seconds = max(0, int(duration_ms / 1000))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes in its largest fitting unit."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
+
+
+# ---------------------------------------------------------------------------
 # WebSocket framing: RFC 6455 without I/O
 #
 # Bytes in, messages out, in wire order. Knows: frames. Does not know: sockets, clients, what messages mean.
@@ -8308,6 +8368,194 @@ def process_ran_at(pid: int, time_ms: int) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Running monitor: found, asked and talked to by other processes
+#
+# Knows: the files in which a monitor tells of itself, and its doors: HTTP, WebSocket, the hooks' socket.
+# ---------------------------------------------------------------------------
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message says what to do."""
+
+
+def running_monitor(settings: Settings) -> Optional[JsonObject]:
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
+    is none.
+    """
+    try:
+        with open(settings.path("monitor.pid"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                pid = int(file.read().strip() or b"0")
+        with open(settings.path("monitor.run.json"), "rb") as file:
+            about = emit_event.parse_event_line(file.read())
+    except (FileNotFoundError, MalformedEvent, ValueError):
+        return None
+    return about if about.get("pid") == pid else None
+
+
+def needed_monitor(settings: Settings) -> JsonObject:
+    """Return the running monitor; raise CommandError that says how to start it."""
+    about = running_monitor(settings)
+    if about is None:
+        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
+    return about
+
+
+def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
+    """Return the addresses of the page; with the token where one is needed to come in."""
+    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
+    token = (
+        f"?token={read_token(settings.path('token'))}"
+        if needs_token and settings["server.auth"] != "off"
+        else ""
+    )
+    links = []
+    for name in about["addresses"]:
+        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
+        links.append(f"http://{shown}:{about['port']}/{token}")
+    return links
+
+
+def reachable_host(about: JsonObject) -> str:
+    """Return the address at which this machine reaches the running monitor."""
+    return "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else text_of(about["host"])
+
+
+def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
+    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
+    connection = http.client.HTTPConnection(reachable_host(about), about["port"], timeout=15)
+    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
+
+
+def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
+    """GET one address of the running monitor's API; raise CommandError."""
+    connection, headers = connect_http(settings, about)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        answer = emit_event.parse_event_line(response.read())
+    except (OSError, http.client.HTTPException, MalformedEvent) as error:
+        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
+    return answer
+
+
+class MonitorConnection:
+    """A WebSocket client of the running monitor, for the commands that follow or change it."""
+
+    def __init__(self, settings: Settings, about: JsonObject) -> None:
+        host = reachable_host(about)
+        shown = f"[{host}]" if ":" in host else host
+        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
+        self._parser = FrameParser(masked=False)
+        self._messages: Deque[JsonObject] = collections.deque()
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._sock.sendall(
+            (
+                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
+                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
+            ).encode()
+        )
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = self._sock.recv(4096)
+            if not piece:
+                raise ConnectionError("the monitor closed the connection")
+            head += piece
+        head, _, rest = head.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
+            raise CommandError(
+                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
+            )
+        self._take(rest)
+
+    def send(self, message: JsonObject) -> None:
+        """Send one message."""
+        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
+
+    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
+        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
+        `timeout_s`.
+        """
+        self._sock.settimeout(timeout_s)
+        while not self._messages:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except socket.timeout:
+                raise TimeoutError("no answer from the monitor") from None
+            if not data:
+                raise ConnectionError("the monitor closed the connection")
+            self._take(data)
+        return self._messages.popleft()
+
+    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
+        """Return the next message of one type, passing over others; raise CommandError for an error."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = self.receive(max(0.01, deadline - time.monotonic()))
+            if message.get("type") == kind:
+                return message
+            if message.get("type") == "error":
+                raise CommandError(f"the monitor answered: {message.get('message')}")
+
+    def _take(self, data: bytes) -> None:
+        for received in self._parser.feed(data):
+            if isinstance(received, Text):
+                self._messages.append(
+                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
+                )
+            elif isinstance(received, Ping):
+                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
+            elif isinstance(received, (Close, Failure)):
+                raise ConnectionError(
+                    f"the monitor closed the connection: {received.reason or received.code}"
+                )
+
+    def close(self) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
+        self._sock.close()
+
+
+class EventSender:
+    """Hand events to the running monitor the hooks' way; safe when `send` returns."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "EventSender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
+# ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, nobody else's.
@@ -8832,13 +9080,14 @@ def _write_backup(path: str, content: bytes) -> str:
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# Each check yields findings; a check that fails does not keep the next from looking. Changes nothing but that
-# a test event is sent, as `test-event` does.
+# Each check of CHECKS yields findings; one that fails does not keep the next from looking. Changes nothing,
+# but a test event is sent, as `test-event` does.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
 LOW_DISK_BYTES = 200 << 20
 RECENT_FAILURE_S = 24 * 3600
+_RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
@@ -8849,370 +9098,358 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
+    def lines(self) -> List[str]:
+        """Return what `doctor` prints."""
+        lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
+        return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
-class Doctor:
-    """Examine what one configuration describes."""
 
-    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings = settings
-        self._warnings = warnings
-        self._about = running_monitor(settings)
-        self._client: Any = None  # redis-py's, once connected
+@dataclasses.dataclass
+class Examination:
+    """What the checks look at, and what an earlier one has left for the later ones."""
 
-    def examine(self) -> Iterator[Finding]:
-        """Yield the findings of every check, in the order in which an event travels."""
-        checks = [
-            self._config,
-            self._home,
-            self._claude,
-            self._hook,
-            self._registration,
-            self._spool,
-            self._monitor,
-        ]
-        if self._settings["mode"] == "redis":
-            checks += [self._redis_package, self._redis, self._redis_rights, self._publisher]
-        checks.append(self._probe)
-        for check in checks:
-            try:
-                yield from check()
-            except Exception as error:  # one check must not keep the others from looking
-                name = check.__name__.strip("_")
-                yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+    settings: Settings
+    warnings: Sequence[str]
+    about: Optional[JsonObject]  # the running monitor
+    redis: Any = None  # redis-py's client, once Redis has answered
 
     @property
-    def _only_shows(self) -> bool:
+    def only_shows(self) -> bool:
         """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
-        has_hook = os.path.exists(hook_script(self._settings.home))
-        return self._settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+        has_hook = os.path.exists(hook_script(self.settings.home))
+        return self.settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
 
-    def _config(self) -> Iterator[Finding]:
-        path = self._settings.config_path
-        where = path if os.path.exists(path) else f"no {path}, so defaults"
-        yield Finding(
-            "config", "ok", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}"
+
+def _check_config(case: Examination) -> Iterator[Finding]:
+    path = case.settings.config_path
+    where = path if os.path.exists(path) else f"no {path}, so defaults"
+    yield Finding(
+        "config", "ok", f"{where}; mode {case.settings['mode']}, machine {case.settings.machine_id}"
+    )
+    for warning in case.warnings:
+        yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+
+
+def _check_files(case: Examination) -> Iterator[Finding]:
+    home = case.settings.home
+    if not os.path.isdir(home):
+        yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
+        return
+    about = os.stat(home)
+    if about.st_uid != os.getuid():
+        yield Finding("files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
+    elif not os.access(home, os.W_OK):
+        yield Finding("files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+    elif about.st_mode & 0o077:
+        advice = f"run: chmod 700 {shlex.quote(home)}"
+        yield Finding("files", "warn", f"{home} is open to other users", advice)
+    else:
+        yield Finding("files", "ok", f"{home}, for this user only")
+    disk = os.statvfs(home)
+    free = disk.f_bavail * disk.f_frsize
+    if free < LOW_DISK_BYTES:
+        yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+
+
+def _check_claude(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    version = claude_version()
+    if version is None:
+        advice = (
+            "install it, or put it on the PATH; without its version only the oldest events are registered"
         )
-        for warning in self._warnings:
-            yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+        yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
+    else:
+        yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
 
-    def _home(self) -> Iterator[Finding]:
-        home = self._settings.home
-        if not os.path.isdir(home):
-            yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
-            return
-        about = os.stat(home)
-        if about.st_uid != os.getuid():
-            yield Finding(
-                "files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own"
-            )
-        elif not os.access(home, os.W_OK):
-            yield Finding(
-                "files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}"
-            )
-        elif about.st_mode & 0o077:
-            advice = f"run: chmod 700 {shlex.quote(home)}"
-            yield Finding("files", "warn", f"{home} is open to other users", advice)
-        else:
-            yield Finding("files", "ok", f"{home}, for this user only")
-        disk = os.statvfs(home)
-        free = disk.f_bavail * disk.f_frsize
-        if free < LOW_DISK_BYTES:
-            yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
 
-    def _claude(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        version = claude_version()
-        if version is None:
-            advice = (
-                "install it, or put it on the PATH; without its version only the oldest events are registered"
-            )
-            yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
-        else:
-            yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
+def _check_hook(case: Examination) -> Iterator[Finding]:
+    script = hook_script(case.settings.home)
+    if case.only_shows:
+        yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+        return
+    if not os.path.exists(script):
+        yield Finding("hook", "fail", f"no hook at {script}", _RUN_INSTALL)
+        return
+    with open(os.path.abspath(emit_event.__file__), "rb") as file:
+        current = file.read()
+    try:
+        with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
+            installed = file.read()
+    except OSError as error:
+        yield Finding("hook", "fail", f"the hook is not whole: {error}", _RUN_INSTALL)
+        return
+    if installed != current:
+        yield Finding("hook", "warn", f"{script} is of another version than the monitor", _RUN_INSTALL)
+    else:
+        yield Finding("hook", "ok", script)
+    yield from _hook_failures(case)
 
-    def _hook(self) -> Iterator[Finding]:
-        script = hook_script(self._settings.home)
-        advice = "run: python3 contextuate_monitor.py install"
-        if self._only_shows:
-            yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+
+def _hook_failures(case: Examination) -> Iterator[Finding]:
+    path = case.settings.path("emit.log")
+    try:
+        if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
             return
-        if not os.path.exists(script):
-            yield Finding("hook", "fail", f"no hook at {script}", advice)
-            return
-        with open(os.path.abspath(emit_event.__file__), "rb") as file:
-            current = file.read()
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    except OSError:
+        return
+    yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
+
+
+def _check_registration(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    plan = plan_install(case.settings.home, None, claude_version())
+    _, claude_settings = read_settings(plan.path)
+    advice = f"{_RUN_INSTALL}; then start Claude Code again"
+    if claude_settings.get("disableAllHooks"):
+        words = f"{plan.path} has disableAllHooks, so no hook runs"
+        yield Finding("registered", "fail", words, "take disableAllHooks out of it")
+    if plan.new_text == plan.old_text:
+        yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
+    elif remove_hooks(claude_settings) == claude_settings:
+        yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+    else:
+        yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+
+def _check_spool(case: Examination) -> Iterator[Finding]:
+    segments = emit_event.spool_segments(case.settings.path("spool"))
+    size = sum(size for _, size in segments)
+    if not size:
+        yield Finding("spool", "ok", "empty: no event waits on this machine")
+        return
+    oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+    waits_for = "the monitor" if case.settings["mode"] == "local" else "the publisher"
+    words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+    yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
+
+
+def _check_monitor(case: Examination) -> Iterator[Finding]:
+    if case.about is None:
+        yield from _without_monitor(case)
+        return
+    status = ask_monitor(case.settings, case.about, "/api/status")
+    page = page_links(case.settings, case.about, False)[0]
+    yield Finding("monitor", "ok", f"pid {case.about['pid']}, version {status['version']}, {page}")
+    if status["version"] != __version__ or status["mode"] != case.settings["mode"]:
+        words = f"it runs version {status['version']} in mode {status['mode']}"
+        advice = "run: python3 contextuate_monitor.py restart"
+        yield Finding(
+            "monitor", "warn", f"{words}, not {__version__} in mode {case.settings['mode']}", advice
+        )
+    if not status["store"]["ok"]:
+        yield Finding("store", "fail", f"events cannot be written: {status['store']['error']}", "make room")
+    if status["spool"]["dropped"]:
+        words = f"{status['spool']['dropped']} events were dropped by full spools"
+        yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
+    path = case.about["socketPath"]
+    if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+        yield Finding("socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own")
+    else:
+        yield Finding("socket", "ok", path)
+    yield from _about_index(status["index"])
+
+
+def _about_index(index: JsonObject) -> Iterator[Finding]:
+    if index["state"] == "ready":
+        yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+    elif index["state"] == "building":
+        words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+        yield Finding("index", "ok", words)
+    else:
+        words = f"off, so searches read every file: {index['error']}"
+        yield Finding("index", "warn", words, "make room, or correct what it says; it is then made by itself")
+
+
+def _without_monitor(case: Examination) -> Iterator[Finding]:
+    advice = "run: python3 contextuate_monitor.py start"
+    if case.settings["mode"] == "local":
+        yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
+    else:
+        yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
+        return
+    for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
         try:
-            with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
-                installed = file.read()
-        except OSError as error:
-            yield Finding("hook", "fail", f"the hook is not whole: {error}", advice)
-            return
-        if installed != current:
-            yield Finding("hook", "warn", f"{script} is of another version than the monitor", advice)
-        else:
-            yield Finding("hook", "ok", script)
-        yield from self._recent_failures()
+            bind_tcp(case.settings["server.host"], case.settings[key], key, option).close()
+        except StartError as error:
+            yield Finding("ports", "fail", str(error))
 
-    def _recent_failures(self) -> Iterator[Finding]:
-        path = self._settings.path("emit.log")
+
+# Redis
+
+
+def _check_redis_package(case: Examination) -> Iterator[Finding]:
+    python = emit_event.publisher_python(case.settings.home)
+    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+    try:
+        answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+    except OSError as error:
+        yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
+        return
+    if answer.returncode:
+        advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+        yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
+    else:
+        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+
+
+def _check_redis(case: Examination) -> Iterator[Finding]:
+    values = case.settings.values
+    started = time.monotonic()
+    try:
+        client = emit_event.redis_client(values)
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+    except Exception as error:
+        if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
+            return
+    case.redis = client
+    yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+    yield from _compare_clocks(client)
+
+
+def _compare_clocks(client: Any) -> Iterator[Finding]:
+    try:
+        before = time.time()
+        seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
+    except Exception:
+        return  # TIME is no right that anybody needs
+    off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+    if abs(off_s) > 2:
+        side = "ahead of" if off_s > 0 else "behind"
+        words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
+        yield Finding("clock", "warn", words, "let a time service set both")
+    else:
+        yield Finding("clock", "ok", "this machine and Redis agree")
+
+
+def _check_redis_rights(case: Examination) -> Iterator[Finding]:
+    """Try what a monitor needs; what an emitter needs the probe shows."""
+    if case.redis is None:
+        return
+    channel = case.settings["redis.channel"]
+    stream = f"{channel}:stream"
+    for what, attempt in (
+        ("channel", lambda: _subscribe(case.redis, channel).close()),
+        ("stream", lambda: case.redis.xrevrange(stream, "+", "-", 1)),
+    ):
+        if what == "stream" and not case.settings["redis.streamMaxLength"]:
+            yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
+            continue
         try:
-            if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
-                return
-            with open(path, "rb") as file:
-                file.seek(max(0, os.path.getsize(path) - 4096))
-                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        except OSError:
-            return
-        yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
-
-    def _registration(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        plan = plan_install(self._settings.home, None, claude_version())
-        _, claude_settings = read_settings(plan.path)
-        advice = "run: python3 contextuate_monitor.py install; then start Claude Code again"
-        if claude_settings.get("disableAllHooks"):
-            words = f"{plan.path} has disableAllHooks, so no hook runs"
-            yield Finding("registered", "fail", words, "take disableAllHooks out of it")
-        if plan.new_text == plan.old_text:
-            yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
-        elif remove_hooks(claude_settings) == claude_settings:
-            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
-        else:
-            yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
-
-    def _spool(self) -> Iterator[Finding]:
-        segments = emit_event.spool_segments(self._settings.path("spool"))
-        size = sum(size for _, size in segments)
-        if not size:
-            yield Finding("spool", "ok", "empty: no event waits on this machine")
-            return
-        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
-        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
-
-    def _monitor(self) -> Iterator[Finding]:
-        if self._about is None:
-            yield from self._no_monitor()
-            return
-        status = ask_monitor(self._settings, self._about, "/api/status")
-        page = page_links(self._settings, self._about, False)[0]
-        yield Finding("monitor", "ok", f"pid {self._about['pid']}, version {status['version']}, {page}")
-        if status["version"] != __version__ or status["mode"] != self._settings["mode"]:
-            words = f"it runs version {status['version']} in mode {status['mode']}"
-            advice = "run: python3 contextuate_monitor.py restart"
-            yield Finding(
-                "monitor", "warn", f"{words}, not {__version__} in mode {self._settings['mode']}", advice
-            )
-        if not status["store"]["ok"]:
-            yield Finding(
-                "store", "fail", f"events cannot be written: {status['store']['error']}", "make room"
-            )
-        if status["spool"]["dropped"]:
-            words = f"{status['spool']['dropped']} events were dropped by full spools"
-            yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
-        path = self._about["socketPath"]
-        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-            yield Finding(
-                "socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own"
-            )
-        else:
-            yield Finding("socket", "ok", path)
-        yield from self._index(status["index"])
-
-    @staticmethod
-    def _index(index: JsonObject) -> Iterator[Finding]:
-        if index["state"] == "ready":
-            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
-        elif index["state"] == "building":
-            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
-            yield Finding("index", "ok", words)
-        else:
-            words = f"off, so searches read every file: {index['error']}"
-            yield Finding(
-                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
-            )
-
-    def _no_monitor(self) -> Iterator[Finding]:
-        advice = "run: python3 contextuate_monitor.py start"
-        if self._settings["mode"] == "local":
-            yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
-        else:
-            yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
-            return
-        for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
-            try:
-                bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
-            except StartError as error:
-                yield Finding("ports", "fail", str(error))
-
-    # Redis
-
-    def _redis_package(self) -> Iterator[Finding]:
-        python = emit_event.publisher_python(self._settings.home)
-        check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
-        try:
-            answer = subprocess.run(
-                check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False
-            )
-        except OSError as error:
-            yield Finding(
-                "redis-py", "fail", f"{python}: {error}", "run: python3 contextuate_monitor.py install"
-            )
-            return
-        if answer.returncode:
-            advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
-            yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
-        else:
-            yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
-
-    def _redis(self) -> Iterator[Finding]:
-        values = self._settings.values
-        started = time.monotonic()
-        try:
-            client = emit_event.redis_client(values)
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
         except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
-                yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
-                return
-        self._client = client
-        yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-        yield from self._redis_clock(client)
-
-    def _redis_clock(self, client: Any) -> Iterator[Finding]:
-        try:
-            before = time.time()
-            seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
-        except Exception:
-            return  # TIME is no right that anybody needs
-        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
-        if abs(off_s) > 2:
-            side = "ahead of" if off_s > 0 else "behind"
-            words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
-            yield Finding("clock", "warn", words, "let a time service set both")
-        else:
-            yield Finding("clock", "ok", "this machine and Redis agree")
-
-    def _redis_rights(self) -> Iterator[Finding]:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
-        if self._client is None:
-            return
-        channel = self._settings["redis.channel"]
-        stream = f"{channel}:stream"
-        for what, attempt in (
-            ("channel", lambda: self._subscribe(channel).close()),
-            ("stream", lambda: self._client.xrevrange(stream, "+", "-", 1)),
-        ):
-            if what == "stream" and not self._settings["redis.streamMaxLength"]:
-                yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
-                continue
-            try:
-                emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
-            except Exception as error:
-                if self._about is None and lacks_right(error):
-                    yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
-                else:
-                    yield Finding(what, "fail", emit_event.redis_trouble(error, self._settings.values))
+            if case.about is None and lacks_right(error):
+                yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
             else:
-                yield Finding(what, "ok", channel if what == "channel" else stream)
-
-    def _subscribe(self, channel: str) -> Any:
-        """Return a confirmed subscription of our own."""
-        pubsub = self._client.pubsub()
-        pubsub.subscribe(channel)
-        if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-            raise emit_event.Overrun("no whole answer")
-        return pubsub
-
-    def _publisher(self) -> Iterator[Finding]:
-        state = emit_event.publisher_state(self._settings.home)
-        if not state["running"]:
-            yield Finding(
-                "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
-            )
-        elif state.get("reason"):
-            yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+                yield Finding(what, "fail", emit_event.redis_trouble(error, case.settings.values))
         else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
-            yield Finding("publisher", "ok", words)
-            for name in ("channelReason", "streamReason"):
-                if state.get(name):
-                    yield Finding("publisher", "warn", f"refused: {state[name]}")
+            yield Finding(what, "ok", channel if what == "channel" else stream)
 
-    # The probe
 
-    def _probe(self) -> Iterator[Finding]:
-        """Send one event as Claude Code would, and look for it at the other end."""
-        token = f"doctor {uuid.uuid4()}"
-        started = time.monotonic()
-        heard = None
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has told why
-                heard = self._subscribe(self._settings["redis.channel"])
-        trouble = self._send_to_redis(token) if self._only_shows else self._send_by_hook(token)
-        if trouble is not None:
-            yield trouble
-            return
-        if heard is not None and not self._hears(heard, token):
-            words = "the event is in Redis, but the channel did not bring it to a subscriber"
-            yield Finding("probe", "warn", words)
-        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
-        if self._about is None:
-            yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
-        elif self._monitor_shows(token):
-            yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
-        else:
-            advice = "look at `status` for what the monitor says of Redis"
-            yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
+def _subscribe(client: Any, channel: str) -> Any:
+    """Return a confirmed subscription of our own."""
+    pubsub = client.pubsub()
+    pubsub.subscribe(channel)
+    if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+        raise emit_event.Overrun("no whole answer")
+    return pubsub
 
-    def _send_by_hook(self, token: str) -> Optional[Finding]:
-        """Send the probe through the hook; return what went wrong."""
-        words = send_through_hook(self._settings, {"message": token, "notification_type": "test"})
-        if was_delivered(words):
-            return None
-        last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
 
-    def _send_to_redis(self, token: str) -> Optional[Finding]:
-        """Publish the probe ourselves, where there is no hook; return what kept us from it."""
-        if self._client is None:
-            return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
-        event = test_event(self._settings.machine_id)
-        event["data"]["message"] = token
-        send = functools.partial(self._client.publish, self._settings["redis.channel"], encode_json(event))
-        try:
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
-        except Exception as error:
-            if lacks_right(error):
-                words = "not sent: this user may not publish, which only a machine with a hook needs"
-                return Finding("probe", "ok", words)
-            words = emit_event.redis_trouble(error, self._settings.values)
-            return Finding("probe", "fail", f"an event could not be published: {words}")
+def _check_publisher(case: Examination) -> Iterator[Finding]:
+    state = emit_event.publisher_state(case.settings.home)
+    if not state["running"]:
+        yield Finding(
+            "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
+        )
+    elif state.get("reason"):
+        yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+    else:
+        heard = f"the last heard by {state['subscribers']} subscribers"
+        words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+        yield Finding("publisher", "ok", words)
+        for name in ("channelReason", "streamReason"):
+            if state.get(name):
+                yield Finding("publisher", "warn", f"refused: {state[name]}")
+
+
+# The probe
+
+
+def _check_by_event(case: Examination) -> Iterator[Finding]:
+    """Send one event as Claude Code would, and look for it at the other end."""
+    token = f"doctor {uuid.uuid4()}"
+    started = time.monotonic()
+    heard = None
+    if case.redis is not None:
+        with contextlib.suppress(Exception):  # the check before this one has told why
+            heard = _subscribe(case.redis, case.settings["redis.channel"])
+    trouble = _send_to_redis(case, token) if case.only_shows else _send_by_hook(case, token)
+    if trouble is not None:
+        yield trouble
+        return
+    if heard is not None and not _hears(heard, token):
+        words = "the event is in Redis, but the channel did not bring it to a subscriber"
+        yield Finding("probe", "warn", words)
+    where = "in Redis" if case.settings["mode"] == "redis" else "stored"
+    if case.about is None:
+        yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
+    elif _monitor_shows(case, token):
+        yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
+    else:
+        advice = "look at `status` for what the monitor says of Redis"
+        yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
+
+
+def _send_by_hook(case: Examination, token: str) -> Optional[Finding]:
+    """Send the probe through the hook; return what went wrong."""
+    words = send_through_hook(case.settings, {"message": token, "notification_type": "test"})
+    if was_delivered(words):
         return None
+    last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+    return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
 
-    @staticmethod
-    def _hears(pubsub: Any, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            message = pubsub.get_message(timeout=1.0)
-            if message is not None and token.encode() in (
-                message["data"] if message["type"] == "message" else b""
-            ):
-                return True
-        return False
 
-    def _monitor_shows(self, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            answer = ask_monitor(self._settings, self._about or {}, "/api/events?limit=200")
-            if any(event["data"].get("message") == token for event in answer["events"]):
-                return True
-            time.sleep(0.05)
-        return False
+def _send_to_redis(case: Examination, token: str) -> Optional[Finding]:
+    """Publish the probe ourselves, where there is no hook; return what kept us from it."""
+    if case.redis is None:
+        return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
+    event = test_event(case.settings.machine_id)
+    event["data"]["message"] = token
+    send = functools.partial(case.redis.publish, case.settings["redis.channel"], encode_json(event))
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
+    except Exception as error:
+        if lacks_right(error):
+            words = "not sent: this user may not publish, which only a machine with a hook needs"
+            return Finding("probe", "ok", words)
+        words = emit_event.redis_trouble(error, case.settings.values)
+        return Finding("probe", "fail", f"an event could not be published: {words}")
+    return None
+
+
+def _hears(pubsub: Any, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        message = pubsub.get_message(timeout=1.0)
+        if message is not None and message["type"] == "message" and token.encode() in message["data"]:
+            return True
+    return False
+
+
+def _monitor_shows(case: Examination, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        answer = ask_monitor(case.settings, case.about or {}, "/api/events?limit=200")
+        if any(event["data"].get("message") == token for event in answer["events"]):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def lacks_right(error: BaseException) -> bool:
@@ -9222,6 +9459,35 @@ def lacks_right(error: BaseException) -> bool:
 
 def _ms_since(started: float) -> str:
     return f"{(time.monotonic() - started) * 1000:.0f} ms"
+
+
+# In the order in which an event travels: the mode that a check is for (None: both), its name, the check.
+CHECKS: Tuple[Tuple[Optional[str], str, Callable[[Examination], Iterator[Finding]]], ...] = (
+    (None, "config", _check_config),
+    (None, "files", _check_files),
+    (None, "claude", _check_claude),
+    (None, "hook", _check_hook),
+    (None, "registered", _check_registration),
+    (None, "spool", _check_spool),
+    (None, "monitor", _check_monitor),
+    ("redis", "redis-py", _check_redis_package),
+    ("redis", "redis", _check_redis),
+    ("redis", "rights", _check_redis_rights),
+    ("redis", "publisher", _check_publisher),
+    (None, "probe", _check_by_event),
+)
+
+
+def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
+    """Yield what every check of CHECKS finds; `warnings` are those of the configuration."""
+    case = Examination(settings, warnings, running_monitor(settings))
+    for mode, name, check in CHECKS:
+        if mode not in (None, settings["mode"]):
+            continue
+        try:
+            yield from check(case)
+        except Exception as error:  # one check must not keep the others from looking
+            yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
 
 
 # ---------------------------------------------------------------------------
@@ -9768,7 +10034,7 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was there
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
 # An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
 # of a session is never told again: of such a session only what was before is taken.
 # ---------------------------------------------------------------------------
@@ -10061,6 +10327,34 @@ def imported_event(given: JsonObject) -> JsonObject:
     return {"hook": rest, "id": str(digest), "imported": True}
 
 
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+def import_batches(
+    transcripts: Sequence[ImportSession], exports: Sequence[str], machine_id: str
+) -> Iterator[Tuple[str, List[JsonObject], int]]:
+    """Yield (session id, its events, bytes that were read for them); of transcripts the oldest first."""
+    seen: Set[str] = set()
+    for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+        size = sum(map(os.path.getsize, source.paths))
+        yield source.session_id, transcript_events(source, machine_id, seen), size
+    for path in exports:
+        by_session: Dict[str, List[JsonObject]] = {}
+        for event in export_events(path):
+            built = emit_event.build_event(event, now_ms(), machine_id)
+            by_session.setdefault(built["sessionId"], []).append(built)
+        size = os.path.getsize(path)
+        for session_id, events in by_session.items():
+            yield session_id, events, size
+            size = 0
+
+
 # ---------------------------------------------------------------------------
 # Command line
 #
@@ -10080,10 +10374,6 @@ def redis_py_advice() -> str:
     return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
 
 
-class CommandError(Exception):
-    """A command that cannot be carried out; the message says what to do."""
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
     overrides = {
@@ -10095,155 +10385,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for warning in warnings:
         tell(f"warning: {warning}")
     return settings
-
-
-def tell(words: str) -> None:
-    """Say something to the person, beside the output."""
-    print(f"contextuate: {words}", file=sys.stderr, flush=True)
-
-
-def running_monitor(settings: Settings) -> Optional[JsonObject]:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
-    is none.
-    """
-    try:
-        with open(settings.path("monitor.pid"), "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except OSError:
-                pid = int(file.read().strip() or b"0")
-        with open(settings.path("monitor.run.json"), "rb") as file:
-            about = emit_event.parse_event_line(file.read())
-    except (FileNotFoundError, MalformedEvent, ValueError):
-        return None
-    return about if about.get("pid") == pid else None
-
-
-def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
-    about = running_monitor(settings)
-    if about is None:
-        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
-    return about
-
-
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
-    """Return the addresses of the page; with the token where one is needed to come in."""
-    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
-    token = (
-        f"?token={read_token(settings.path('token'))}"
-        if needs_token and settings["server.auth"] != "off"
-        else ""
-    )
-    links = []
-    for name in about["addresses"]:
-        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
-        links.append(f"http://{shown}:{about['port']}/{token}")
-    return links
-
-
-def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
-    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
-    host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-    connection = http.client.HTTPConnection(host, about["port"], timeout=15)
-    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
-
-
-def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
-    """GET one address of the running monitor's API; raise CommandError."""
-    connection, headers = connect_http(settings, about)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        answer = emit_event.parse_event_line(response.read())
-    except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
-    return answer
-
-
-class MonitorConnection:
-    """A WebSocket client of the running monitor, for the commands that follow or change it."""
-
-    def __init__(self, settings: Settings, about: JsonObject) -> None:
-        host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-        shown = f"[{host}]" if ":" in host else host
-        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
-        self._parser = FrameParser(masked=False)
-        self._messages: Deque[JsonObject] = collections.deque()
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._sock.sendall(
-            (
-                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
-                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
-            ).encode()
-        )
-        head = b""
-        while b"\r\n\r\n" not in head:
-            piece = self._sock.recv(4096)
-            if not piece:
-                raise ConnectionError("the monitor closed the connection")
-            head += piece
-        head, _, rest = head.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
-            raise CommandError(
-                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
-            )
-        self._take(rest)
-
-    def send(self, message: JsonObject) -> None:
-        """Send one message."""
-        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
-
-    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
-        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
-        `timeout_s`.
-        """
-        self._sock.settimeout(timeout_s)
-        while not self._messages:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except socket.timeout:
-                raise TimeoutError("no answer from the monitor") from None
-            if not data:
-                raise ConnectionError("the monitor closed the connection")
-            self._take(data)
-        return self._messages.popleft()
-
-    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
-        """Return the next message of one type, passing over others; raise CommandError for an error."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            message = self.receive(max(0.01, deadline - time.monotonic()))
-            if message.get("type") == kind:
-                return message
-            if message.get("type") == "error":
-                raise CommandError(f"the monitor answered: {message.get('message')}")
-
-    def _take(self, data: bytes) -> None:
-        for received in self._parser.feed(data):
-            if isinstance(received, Text):
-                self._messages.append(
-                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
-                )
-            elif isinstance(received, Ping):
-                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
-            elif isinstance(received, (Close, Failure)):
-                raise ConnectionError(
-                    f"the monitor closed the connection: {received.reason or received.code}"
-                )
-
-    def close(self) -> None:
-        """Say goodbye."""
-        with contextlib.suppress(OSError):
-            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
-        self._sock.close()
 
 
 # Starting and stopping
@@ -10493,59 +10634,57 @@ def command_status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"running": True, **status}))
         return 0
-    store, spool, events = status["store"], status["spool"], status["events"]
-    since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
-    print(f"hooks    {about['socketPath']}")
-    print(
-        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
-        f"{events['quarantined']} malformed"
-    )
-    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
-    print(f"sessions {status['sessions']}{loading}")
-    print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
-    print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
-    for line in redis_lines(status):
+    for line in status_lines(settings, about, status):
         print(line)
     return 0
 
 
-def redis_lines(status: JsonObject) -> List[str]:
-    """Say how Redis, this machine's publisher and every machine are doing; nothing in local mode."""
-    link, publisher = status["redis"], status["publisher"]
-    if link is None:
-        return []
+def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> List[str]:
+    """Say how the running monitor is doing."""
+    store, spool, events = status["store"], status["spool"], status["events"]
+    since = human_duration(now_ms() - status["startedAt"])
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    return [
+        f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}",
+        f"page     {page_links(settings, about, False)[0]}   {status['clients']} open",
+        f"hooks    {about['socketPath']}",
+        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
+        f"{events['quarantined']} malformed",
+        f"sessions {status['sessions']}{loading}",
+        f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}",
+        f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped",
+        *(redis_lines(status["redis"], status["publisher"]) if status["redis"] else ()),
+        *(map(machine_line, status["machines"]) if status["redis"] else ()),
+    ]
+
+
+def redis_lines(link: JsonObject, publisher: JsonObject) -> List[str]:
+    """Say how Redis and this machine's publisher are doing."""
     words = link["state"].replace("_", " ")
     if link["state"] != "connected":
         most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
         words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
-    stream = link["streamReason"] or {
-        "off": "off",
-        "ok": f"read up to {link['position'] or 'its start'}",
-    }.get(link["streamState"])
-    lines = [f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}", f"stream   {stream}"]
+    read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
+    lines = [
+        f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}",
+        f"stream   {link['streamReason'] or read.get(link['streamState'])}",
+    ]
     if link["gaps"]:
         lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
     about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
     lines.append(
         f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
     )
-    for machine in status["machines"]:
-        skew, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        clock = (
-            f", clock {human_duration(abs(skew))} {'behind' if skew > 0 else 'ahead'}"
-            if _is_skewed(skew)
-            else ""
-        )
-        lines.append(
-            f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
-        )
     return lines
 
 
-def _is_skewed(skew_ms: Optional[int]) -> bool:
-    return skew_ms is not None and abs(skew_ms) > 2000
+def machine_line(machine: JsonObject) -> str:
+    """Say how one machine is doing, and how far its clock is off where that is worth a word."""
+    skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+    clock = ""
+    if skew_ms is not None and abs(skew_ms) > 2000:
+        clock = f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
+    return f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
 
 
 def command_url(args: argparse.Namespace) -> int:
@@ -10649,16 +10788,14 @@ def command_doctor(args: argparse.Namespace) -> int:
     """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
     try:
         settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = Doctor(settings, warnings).examine()
+        findings: Iterable[Finding] = examine(settings, warnings)
     except ConfigError as error:
         findings = [Finding("config", "fail", str(error), "correct the file")]
     told = []
     for finding in findings:
         told.append(finding)
         if not args.json:
-            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}", flush=True)
-            if finding.advice and finding.level != "ok":
-                print(f"{'':16}→ {finding.advice}", flush=True)
+            print("\n".join(finding.lines()), flush=True)
     broken = sum(finding.level == "fail" for finding in told)
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
@@ -10674,33 +10811,46 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def command_sessions(args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    settings = settings_of(args)
-    about = running_monitor(settings)
-    if about is not None:
-        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
-        sessions = answer["sessions"]
-        if answer["loading"]:
-            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
-    else:
-        tell("the monitor is not running; this is what the files tell")
-        sessions = stored_sessions(settings).all_json(args.all)
+    sessions = known_sessions(settings_of(args), args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
-    order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
-    sessions.sort(key=lambda session: (order.index(session["state"]), session["stateSince"]))
+    sessions.sort(key=lambda session: (SESSION_ORDER.index(session["state"]), session["stateSince"]))
     if args.json:
         print(json.dumps(sessions))
         return 0
     if not sessions:
         print("no sessions" + ("" if args.all else " that have not ended; --all shows those too"))
     for session in sessions:
-        since = human_duration(now_ms() - session["stateSince"])
-        reason = session["reason"]
-        stuck = session["stuck"][0]["detail"] if session["stuck"] and session["state"] == "working" else ""
-        detail = f"{reason['kind']}: {reason['detail']}" if reason else stuck or session["activity"]
-        label, machine = session["label"], session["machineId"]
-        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
+        print(session_line(session))
     return 0
+
+
+SESSION_ORDER = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
+
+
+def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
+    """Return the sessions that the running monitor knows, else those that the files tell of."""
+    about = running_monitor(settings)
+    if about is None:
+        tell("the monitor is not running; this is what the files tell")
+        return stored_sessions(settings).all_json(with_hidden)
+    answer = ask_monitor(settings, about, f"/api/sessions?hidden={int(with_hidden)}")
+    if answer["loading"]:
+        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
+    sessions: List[JsonObject] = answer["sessions"]
+    return sessions
+
+
+def session_line(session: JsonObject) -> str:
+    """Return one line of `sessions`."""
+    reason, detail = session["reason"], session["activity"]
+    if reason:
+        detail = f"{reason['kind']}: {reason['detail']}"
+    elif session["stuck"] and session["state"] == "working":
+        detail = session["stuck"][0]["detail"] or detail
+    since = human_duration(now_ms() - session["stateSince"])
+    label, machine = session["label"], session["machineId"]
+    return safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}")
 
 
 def stored_sessions(settings: Settings) -> SessionBook:
@@ -10725,24 +10875,38 @@ def command_tail(args: argparse.Namespace) -> int:
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     while True:
         try:
-            connection = MonitorConnection(settings, about)
-            since = {} if last_seq is None else {"since": last_seq}
-            connection.send({"type": "subscribe", "view": "full", **since})
-            while True:
-                message = connection.receive()
-                if message.get("type") == "status" and message.get("loading") and last_seq is None:
-                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
-                    last_seq = message["seq"]
-                if message.get("type") == "event":
-                    last_seq = message["seq"]
-                    if tail_wants(args, message["event"]):
-                        print(tail_line(message["event"], args.json, colours), flush=True)
+            for seq, event in events_since(settings, about, last_seq):
+                last_seq = seq
+                if event is not None and tail_wants(args, event):
+                    print(tail_line(event, args.json, colours), flush=True)
         except OSError as error:
             tell(f"{error}; waiting for the monitor")
             while running_monitor(settings) is None:
                 time.sleep(1)
             time.sleep(0.5)
             about = needed_monitor(settings)
+
+
+def events_since(
+    settings: Settings, about: JsonObject, last_seq: Optional[int]
+) -> Iterator[Tuple[int, Optional[JsonObject]]]:
+    """Yield (seq, event) as events come, with what was missed since `last_seq`; OSError when it breaks off.
+
+    The event is None where only the number is known: of a monitor that still reads what it has stored.
+    """
+    connection = MonitorConnection(settings, about)
+    since = {} if last_seq is None else {"since": last_seq}
+    connection.send({"type": "subscribe", "view": "full", **since})
+    is_told = last_seq is not None
+    while True:
+        message = connection.receive()
+        if message.get("type") == "event":
+            is_told = True
+            yield message["seq"], message["event"]
+        elif message.get("type") == "status" and message.get("loading") and not is_told:
+            is_told = True
+            tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+            yield message["seq"], None
 
 
 def tail_wants(args: argparse.Namespace, event: JsonObject) -> bool:
@@ -10769,28 +10933,6 @@ def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
     colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
     code = colour.get(effective_type(event)) if colours else None
     return f"\x1b[{code}m{line}\x1b[0m" if code else line
-
-
-def safe_line(text: str) -> str:
-    """Return text as one line that cannot steer the terminal it is printed on."""
-    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
-
-
-def human_duration(duration_ms: float) -> str:
-    """Return a duration in its largest fitting unit."""
-    seconds = max(0, int(duration_ms / 1000))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes in its largest fitting unit."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
 
 
 def command_prune(args: argparse.Namespace) -> int:
@@ -10833,66 +10975,15 @@ def command_import(args: argparse.Namespace) -> int:
     sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
     progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
     store = EventStore(settings.path("events"))
-    seen: Set[str] = set()
     known = 0
-    with ImportConnection(about["socketPath"]) as connection:
-        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
-            events = transcript_events(source, settings.machine_id, seen)
-            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+    with EventSender(about["socketPath"]) as sender:
+        for session_id, events, size in import_batches(transcripts, exports, settings.machine_id):
+            wanted = list(wanted_events(events, stored_session(store, session_id)))
             known += len(events) - len(wanted)
-            connection.send(wanted)
-            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
-        for path in exports:
-            by_session: Dict[str, List[JsonObject]] = {}
-            for event in export_events(path):
-                built = emit_event.build_event(event, now_ms(), settings.machine_id)
-                by_session.setdefault(built["sessionId"], []).append(built)
-            for session_id, events in by_session.items():
-                wanted = list(wanted_events(events, stored_session(store, session_id)))
-                known += len(events) - len(wanted)
-                connection.send(wanted)
-                progress.add(len(wanted), 0)
-            progress.add(0, os.path.getsize(path))
+            sender.send(wanted)
+            progress.add(len(wanted), size)
     print(f"{progress.count} events imported, {known} were known already")
     return 0
-
-
-def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
-    """Read a session's transcripts and return their events."""
-    lines: List[bytes] = []
-    for path in source.paths:
-        with open(path, "rb") as file:
-            lines += file.read().split(b"\n")
-    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
-
-
-class ImportConnection:
-    """Hand events to the running monitor and wait until they are stored."""
-
-    BATCH = 200
-
-    def __init__(self, socket_path: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(60)
-        self._sock.connect(socket_path)
-
-    def __enter__(self) -> "ImportConnection":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def send(self, events: Sequence[JsonObject]) -> None:
-        """Send events; raise CommandError when they cannot be stored."""
-        for start in range(0, len(events), self.BATCH):
-            batch = events[start : start + self.BATCH]
-            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            taken = 0
-            while taken < len(batch):
-                answer = self._sock.recv(self.BATCH)
-                if not answer:
-                    raise CommandError("the monitor could not store an event; `status` may tell why")
-                taken += len(answer)
 
 
 def command_search(args: argparse.Namespace) -> int:
@@ -10907,24 +10998,31 @@ def command_search(args: argparse.Namespace) -> int:
         "state": args.state,
         "from": parse_time(args.start, 0) or None,
         "to": parse_time(args.end, 0) or None,
-        "limit": min(args.limit, SEARCH_LIMIT),
     }
-    ask = page_source(settings, wanted)
-    left, cursor = args.limit, None
-    while left > 0:
-        page = ask({**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor})
+    colours = sys.stdout.isatty()
+    count, page = 0, {}
+    for page in pages(page_source(settings, wanted), wanted, args.limit):
+        count += len(page["results"])
         for result in page["results"]:
-            print(json.dumps(result) if args.json else search_line(result, sys.stdout.isatty()), flush=True)
-        left, cursor = left - len(page["results"]), page["next"]
-        if cursor is None:
-            break
-    if left == args.limit and not args.json:
+            print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
+    if not count and not args.json:
         tell("nothing was found")
-    elif left <= 0 and cursor is not None:
+    elif page["next"] is not None:
         tell(f"there is more; --limit {args.limit * 4} shows it")
     if page["index"]["state"] == "building":
         tell("the index is still being made, so there may be more")
-    return 0 if left < args.limit else 1
+    return 0 if count else 1
+
+
+def pages(ask: Callable[[JsonObject], JsonObject], wanted: JsonObject, limit: int) -> Iterator[JsonObject]:
+    """Yield the pages of a search until there are no more results, or `limit`."""
+    cursor = None
+    while limit > 0:
+        page = ask({**wanted, "limit": min(limit, SEARCH_LIMIT), "cursor": cursor})
+        yield page
+        limit, cursor = limit - len(page["results"]), page["next"]
+        if cursor is None:
+            return
 
 
 def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
@@ -10991,32 +11089,6 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
-class Progress:
-    """Tell once a second how far long work is."""
-
-    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
-        self.count = 0
-        self._done = 0
-        self._total = total_bytes
-        self._what = what
-        self._quiet = quiet
-        self._told = time.monotonic()
-
-    def add(self, count: int, size: int) -> None:
-        """Take note of work that is done."""
-        self.count += count
-        self._done += size
-        if not self._quiet and time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
-            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
-
-    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass lines on and count them."""
-        for line in lines:
-            self.add(1, len(line) + 1)
-            yield line
-
-
 def parse_time(text: Optional[str], default: int) -> int:
     """Parse `--from` / `--to`: milliseconds since the epoch, or a date or time in ISO form (local time)."""
     if text is None:
@@ -11040,28 +11112,26 @@ def command_demo(args: argparse.Namespace) -> int:
     if ask_monitor(settings, about, "/api/status")["demo"]:
         remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)
-        sock.connect(about["socketPath"])
-        sent = 0
+    sent = 0
+    with EventSender(about["socketPath"]) as sender:
         for timestamp, event in demo_day(begin, args.live):
             wait_s = (timestamp - now_ms()) / 1000
-            if wait_s > 0 and sys.stderr.isatty():
-                print(
-                    f"\rdemo: {sent} events sent, live for {(timestamp - begin) // 1000} s, Ctrl-C ends it ",
-                    end="",
-                    file=sys.stderr,
-                )
             if wait_s > 0:
+                tell_demo_progress(sent, (timestamp - begin) // 1000)
                 time.sleep(wait_s)
-            sock.sendall(encode_json(event) + b"\n")
-            if sock.recv(1) != emit_event.ACKNOWLEDGEMENT:
-                raise CommandError("the monitor did not take a demo event; `status` may tell why")
+            sender.send([event])
             sent += 1
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(f"{sent} demo events sent; `demo --remove` takes them out again")
     return 0
+
+
+def tell_demo_progress(sent: int, live_s: int) -> None:
+    """Say on a terminal, in the same line each time, how far the demo is."""
+    if sys.stderr.isatty():
+        words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
+        print(words, end="", file=sys.stderr)
 
 
 def remove_demo(settings: Settings, about: JsonObject) -> int:
@@ -11082,117 +11152,131 @@ def remove_demo(settings: Settings, about: JsonObject) -> int:
 # The parser
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and end with status 2."""
+        self.exit(2, f"contextuate: error: {message}; `{self.prog} --help` tells more\n")
+
+
+class CommandOption(NamedTuple):
+    """One option or argument of a command, as `add_argument` takes it."""
+
+    names: Tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def option(*names: str, **about: Any) -> CommandOption:
+    """Describe an option or an argument."""
+    return CommandOption(names, about)
+
+
+def switch(name: str, words: str) -> CommandOption:
+    """Describe an option without a value."""
+    return option(name, action="store_true", help=words)
+
+
+def at_least_one(text: str) -> int:
+    """Parse a number of things."""
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return int(text)
+
+
+_CONFIG = option(
+    "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
+)
+_SERVING = (
+    option("--port", type=int, help="port of the page (default 3847, 0: any free one)"),
+    option("--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"),
+    option("--host", help="address to listen on (default 127.0.0.1)"),
+    switch("--foreground", "stay in the foreground and log to the terminal"),
+    switch("--no-open", "do not open a browser"),
+    option("--report-fd", type=int, help=argparse.SUPPRESS),
+)
+_INSTALLING = (
+    option("--project", nargs="?", const=".", metavar="DIR",
+           help="in the settings of one project (default: of the user)"),
+    switch("--dry-run", "show what would change, and change nothing"),
+)  # fmt: skip
+_TYPE = option("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+_MACHINE = option("--machine", help="only this machine")
+_FILTERS = (
+    option("--session", metavar="ID", help="only this session"),
+    _MACHINE,
+    option("--tool", help="only this tool, such as Bash"),
+    _TYPE,
+    option("--from", dest="start", metavar="TIME", help="from this time on"),
+    option("--to", dest="end", metavar="TIME", help="before this time"),
+)
+_JSON = switch("--json", "for programs: as JSON")
+_JSON_LINES = switch("--json", "for programs: one JSON object a line")
+
+
+class Command(NamedTuple):
+    """One command: its name, what carries it out, what `--help` says of it, and its options."""
+
+    name: str
+    function: Callable[[argparse.Namespace], int]
+    words: str
+    options: Tuple[CommandOption, ...] = ()
+
+
+COMMANDS = (
+    Command("start", command_start, "start the monitor in the background and print the page's address",
+            _SERVING),
+    Command("stop", command_stop, "stop the monitor"),
+    Command("restart", command_restart, "stop the monitor and start it again", _SERVING),
+    Command("status", command_status, "tell how the monitor is", (_JSON,)),
+    Command("url", command_url, "print the page's address", (
+        switch("--token", "with the token, for another user or another machine"),)),
+    Command("install", command_install, "register the hook in Claude Code's settings", _INSTALLING),
+    Command("uninstall", command_uninstall, "take the hook out of Claude Code's settings", _INSTALLING),
+    Command("sessions", command_sessions, "list sessions, those that need you first", (
+        switch("--all", "ended and hidden ones too"), _JSON)),
+    Command("tail", command_tail, "print events as they happen", (
+        option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
+        _MACHINE, _TYPE, _JSON_LINES)),
+    Command("search", command_search, "find stored events, newest first", (
+        option("words", nargs="*", help='words, begin* or "words in a row" that must all occur'),
+        *_FILTERS,
+        option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
+        option("--limit", type=at_least_one, default=50, help="at most so many (default 50)"),
+        _JSON_LINES)),
+    Command("export", command_export, "write stored events as NDJSON, or tool calls as CSV", (
+        option("words", nargs="*", help="only events that hold these words, as in `search`"),
+        option("--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"),
+        *_FILTERS,
+        option("--output", metavar="FILE", help="write there (default: standard output)"))),
+    Command("import", command_import, "take in transcripts of Claude Code and exports of monitors", (
+        option("paths", nargs="*", metavar="PATH",
+               help="files or directories (default: every transcript of Claude Code)"),)),
+    Command("prune", command_prune, "delete events that are too old or too much for the configuration", (
+        switch("--dry-run", "tell what would go, and delete nothing"),)),
+    Command("doctor", command_doctor, "examine the whole chain and say what to do", (_JSON,)),
+    Command("test-event", command_test_event, "send one event through the hook and tell what happened"),
+    Command("demo", command_demo, "play a made-up working day into the running monitor", (
+        option("--live", type=float, default=300, metavar="SECONDS",
+               help="how long it goes on (default 300)"),
+        switch("--remove", "take the demo's sessions out again"))),
+)  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
-    )
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="contextuate_monitor.py",
         description="A live monitor for coding agents.",
-        epilog="See README.md for more.",
+        epilog="`COMMAND --help` tells more of one, README.md of everything.",
     )
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=words, description=words[0].upper() + words[1:] + ".", parents=[common]
-        )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, function, words, options in COMMANDS:
+        command = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         command.set_defaults(function=function)
-        return command
-
-    for name, function, words in (
-        ("start", command_start, "start the monitor in the background and print the page's address"),
-        ("restart", command_restart, "stop the monitor and start it again"),
-    ):
-        command = add(name, function, words)
-        command.add_argument("--port", type=int, help="port of the page (default 3847, 0: any free one)")
-        command.add_argument(
-            "--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"
-        )
-        command.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-        command.add_argument(
-            "--foreground", action="store_true", help="stay in the foreground and log to the terminal"
-        )
-        command.add_argument("--no-open", action="store_true", help="do not open a browser")
-        command.add_argument("--report-fd", type=int, help=argparse.SUPPRESS)
-    add("stop", command_stop, "stop the monitor")
-    add("status", command_status, "tell how the monitor is").add_argument("--json", action="store_true")
-    add("url", command_url, "print the page's address").add_argument(
-        "--token", action="store_true", help="with the token, for another user or another machine"
-    )
-    for name, function, words in (
-        ("install", command_install, "register the hook in Claude Code's settings"),
-        ("uninstall", command_uninstall, "take the hook out of Claude Code's settings"),
-    ):
-        command = add(name, function, words)
-        command.add_argument(
-            "--project",
-            nargs="?",
-            const=".",
-            metavar="DIR",
-            help="in the settings of one project (default: of the user)",
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="show what would change, and change nothing"
-        )
-    command = add("tail", command_tail, "print events as they happen")
-    command.add_argument("--session", metavar="ID", help="only this session (the id's beginning is enough)")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--json", action="store_true", help="whole events, one JSON object a line")
-    command = add("sessions", command_sessions, "list sessions, those that need you first")
-    command.add_argument("--all", action="store_true", help="ended and hidden ones too")
-    command.add_argument("--json", action="store_true")
-    command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
-    command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
-    command = add(
-        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
-    )
-    command.add_argument(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="files or directories (default: every transcript of Claude Code)",
-    )
-    command = add("search", command_search, "find stored events, newest first")
-    command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument(
-        "--state",
-        choices=("waiting", "working", "idle", "failed", "quiet", "ended"),
-        help="only sessions that are so now",
-    )
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
-    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
-    command.add_argument(
-        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
-    )
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
-    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
-        "--json", action="store_true"
-    )
-    add("test-event", command_test_event, "send one event through the hook and tell what happened")
-    command = add("demo", command_demo, "play a made-up working day into the running monitor")
-    command.add_argument(
-        "--live", type=float, default=300, metavar="SECONDS", help="how long it goes on (default 300)"
-    )
-    command.add_argument("--remove", action="store_true", help="take the demo's sessions out again")
+        for names, about in (_CONFIG, *options):
+            command.add_argument(*names, **about)
     return parser
 
 
