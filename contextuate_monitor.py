@@ -3377,6 +3377,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def is_duration(value: Any) -> bool:
+    """Tell whether a value can be a duration in milliseconds; clients say all sorts of things."""
+    return emit_event.is_number(value) and 0 <= value < 1 << 40
+
+
 def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     """Return what an event says about tool calls that have a name (CLAUDE_HOOKS: clients since 2.0.43)."""
     data = event["data"]
@@ -3391,8 +3396,7 @@ def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     if kind not in ("tool_call", "tool_result", "tool_error"):
         return ()
     duration = data.get("durationMs")
-    known = isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40
-    duration_ms = round(duration) if known else None
+    duration_ms = round(duration) if is_duration(duration) else None
     outcome = Outcome.OPEN if kind == "tool_call" else Outcome.OK
     if kind == "tool_error":
         outcome = Outcome.INTERRUPTED if data.get("is_interrupt") is True else Outcome.FAILED
@@ -4679,6 +4683,167 @@ class NoStatistics(Exception):
 
 
 # ---------------------------------------------------------------------------
+# Export: stored lines by session, time and words, tool calls as a table
+#
+# Lines in, lines out; reads event files through a store and knows nothing of who wants them.
+# ---------------------------------------------------------------------------
+
+EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def export_lines(
+    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
+) -> Iterator[bytes]:
+    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
+    files.
+    """
+    after = 0
+    while session_id is not None:
+        lines = store.session_lines(session_id, 1000, after=after)
+        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
+        if not lines:
+            return
+        after = line_seq(lines[-1])
+    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+def line_timestamp(line: bytes) -> int:
+    """Return the timestamp of a stored line."""
+    match = _TIMESTAMP.match(line)
+    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
+
+
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
+
+
+def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines, each with its newline, into chunks worth sending."""
+    chunk: List[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line + b"\n")
+        size += len(line) + 1
+        if size >= EXPORT_CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"".join(chunk)
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for event in _readable_events(lines):
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            if fact.outcome < Outcome.OK:
+                _note_begun(begun, fact, event)
+                continue
+            ended.add(fact.key)
+            earlier = begun.pop(fact.key, None)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _readable_events(lines: Iterable[bytes]) -> Iterator[JsonObject]:
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            yield parse_stored(line)
+
+
+def _note_begun(begun: Dict[int, Tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
+    """Keep of a call that has not ended when it began, and the event that tells most of it."""
+    earlier = begun.get(fact.key)
+    if earlier is None:
+        begun[fact.key] = (fact, event)
+    elif fact.outcome > earlier[0].outcome:
+        begun[fact.key] = (earlier[0]._replace(outcome=fact.outcome), event)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call = _call_content(fact, event)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _call_content(fact: CallFact, event: JsonObject) -> JsonObject:
+    """Return what an event holds of a call: `data`, or of the event of a round the part about this call."""
+    names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+    for call in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(call.get("tool_use_id"))) == fact.key:
+            return {name: call.get(its_name) for name, its_name in names.items()}
+    data: JsonObject = event["data"]
+    return data
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------
 # Retention: whole days of events go, the oldest first, until what is left is young and small enough
 #
 # Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
@@ -4728,9 +4893,8 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
-        if day >= day_of(time_ms) or not (day < first_kept or is_over):
-            going = {}
+        goes = day < day_of(time_ms) and (day < first_kept or is_over)
+        going = {name: it.bytes_on_disk for name, it in files.items() if goes and name not in kept_names}
         if len(going) < len(files):
             oldest = oldest or day
         paths += (f"{store.root}/{day}/{name}" for name in going)
@@ -4821,7 +4985,7 @@ class EventCounts:
         if kind == "tool_error":
             self.failures[tool] = self.failures.get(tool, 0) + 1
         duration = data.get("durationMs")
-        if isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40:
+        if is_duration(duration):
             buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
             self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
 
@@ -6016,7 +6180,6 @@ class RedisLink:
 REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 TOKEN_COOKIE = "contextuate_token"
-EXPORT_CHUNK_BYTES = 256 << 10
 
 
 class Access:
@@ -6070,21 +6233,19 @@ class Access:
         """Return the name in the Host header if it is ours; raise RequestError(421)."""
         host = request.one("host")
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", host)
-        name = match.group(1).lower() if match else ""
-        if match and (
-            host.lower() in self._allowed or (name in self._allowed and self._is_usual(match.group(2), port))
-        ):
-            return name
-        known = bool(match) and (is_loopback(name) or name.strip("[]") in self._own_names)
-        if not known or match is None or int(match.group(2) or 80) != port:
-            raise RequestError(
-                421, "this Host is not served here; add it to server.allowedHosts if it should be"
-            )
-        return name
+        if match is not None:
+            name, given_port = match[1].lower(), int(match[2]) if match[2] else None
+            if self._is_allowed(host.lower(), name, given_port, port) or self._is_own(name, given_port, port):
+                return name
+        raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    @staticmethod
-    def _is_usual(given: Optional[str], port: int) -> bool:
-        return given is None or int(given) in (80, 443, port)
+    def _is_allowed(self, host: str, name: str, given_port: Optional[int], port: int) -> bool:
+        """Tell whether server.allowedHosts has it: with this very port, or without one for the usual ones."""
+        return host in self._allowed or (name in self._allowed and given_port in (None, 80, 443, port))
+
+    def _is_own(self, name: str, given_port: Optional[int], port: int) -> bool:
+        is_ours = is_loopback(name) or name.strip("[]") in self._own_names
+        return is_ours and (80 if given_port is None else given_port) == port
 
     def _check_origin(self, origin: str, host_name: str) -> None:
         """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host
@@ -6221,12 +6382,6 @@ class Query:
         if not re.fullmatch(r"\d{1,16}", text) or not low <= int(text) <= high:
             raise ParameterError(name, f"an integer from {low} to {high}")
         return int(text)
-
-
-EXPORT_FORMS = {
-    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
-    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
-}
 
 
 class Api:
@@ -6398,145 +6553,6 @@ class ApiState(Protocol):
 
     def take_now(self, line: bytes) -> bool:
         """Store one event at once; return whether it is safe."""
-
-
-def export_lines(
-    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
-) -> Iterator[bytes]:
-    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
-    files.
-    """
-    after = 0
-    while session_id is not None:
-        lines = store.session_lines(session_id, 1000, after=after)
-        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
-        if not lines:
-            return
-        after = line_seq(lines[-1])
-    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
-
-
-def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
-    """Yield the stored lines that a query asks for, as they are in the files."""
-    only = next(iter(query.session_ids)) if query.session_ids is not None else None
-    told = query.terms or query.machine or query.tool or query.kind
-    for line in export_lines(store, only, query.from_ms, query.to_ms):
-        with contextlib.suppress(MalformedEvent):
-            if not told or query.takes(parse_stored(line)):
-                yield line
-
-
-CALL_COLUMNS = (
-    "time",
-    "sessionId",
-    "machineId",
-    "workingDirectory",
-    "agentId",
-    "toolName",
-    "target",
-    "outcome",
-    "durationMs",
-    "error",
-    "toolUseId",
-)
-_OUTCOME_WORDS = {
-    Outcome.OPEN: "unfinished",
-    Outcome.FAILED_BY_ROUND: "failed",
-    Outcome.OK: "ok",
-    Outcome.FAILED: "failed",
-    Outcome.INTERRUPTED: "interrupted",
-}
-
-
-def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
-    yield _csv_row(CALL_COLUMNS)
-    unnamed = UnnamedCalls()
-    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
-    ended: Set[int] = set()
-    for line in lines:
-        try:
-            event = parse_stored(line)
-        except MalformedEvent:
-            continue
-        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
-            if fact.key in ended:
-                continue
-            earlier = begun.get(fact.key)
-            if fact.outcome < Outcome.OK:
-                if earlier is None or fact.outcome > earlier[0].outcome:
-                    begun[fact.key] = (
-                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
-                        event,
-                    )
-                continue
-            begun.pop(fact.key, None)
-            ended.add(fact.key)
-            yield _call_row(fact, event, earlier[0] if earlier else None)
-    for fact, event in begun.values():
-        yield _call_row(fact, event, fact)
-
-
-def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
-    data = event["data"]
-    start = earlier.start if earlier else fact.start
-    duration = fact.duration
-    if duration is None and earlier is not None and fact.finish is not None:
-        duration = max(0, fact.finish - earlier.start)
-    call: JsonObject = data
-    for one in _batch_calls(event):
-        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
-            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
-            call = {name: one.get(its_name) for name, its_name in names.items()}
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
-    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
-    values = (
-        f"{stamp}.{start % 1000:03d}Z",
-        event["sessionId"],
-        event["machineId"],
-        event["workingDirectory"],
-        event.get("agentId", ""),
-        fact.tool,
-        tool_target(call.get("toolInput"), event["workingDirectory"]),
-        _OUTCOME_WORDS[fact.outcome],
-        duration if duration is not None else "",
-        text_of(call.get("error")) if failed else "",
-        text_of(call.get("toolUseId")),
-    )
-    return _csv_row(values)
-
-
-def _csv_row(values: Iterable[Any]) -> bytes:
-    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
-    row = io.StringIO()
-    texts = [
-        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
-    ]
-    csv.writer(row, lineterminator="").writerow(texts)
-    return row.getvalue().encode("utf-8", "backslashreplace")
-
-
-def line_timestamp(line: bytes) -> int:
-    """Return the timestamp of a stored line."""
-    match = _TIMESTAMP.match(line)
-    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
-
-
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
-
-
-def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks worth sending."""
-    chunk: List[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line + b"\n")
-        size += len(line) + 1
-        if size >= EXPORT_CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
 
 
 BUILT_IN_PAGE = """<!doctype html>
@@ -6725,6 +6741,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
             log.exception("unexpected error in an HTTP request")
 
 
+SAFE_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
@@ -6812,35 +6837,33 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)
-        chunked = self.request_version != "HTTP/1.0"
-        length = ("Transfer-Encoding", "chunked")
-        if isinstance(response.body, bytes):
-            length = ("Content-Length", str(len(response.body)))
-        elif not chunked:
-            self.close_connection = True
-            length = ("Connection", "close")
-        for name, value in (
-            ("Content-Type", response.content_type),
-            length,
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("X-Frame-Options", "DENY"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            *response.headers,
-        ):
+        self.send_header("Content-Type", response.content_type)
+        for name, value in (*self._ends_of(response.body), *SAFE_HEADERS, *response.headers):
             self.send_header(name, value)
-        if self.close_connection and length[0] != "Connection":
-            self.send_header("Connection", "close")
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if isinstance(response.body, bytes):
-            self.wfile.write(response.body)
-            return
-        for chunk in response.body:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        if chunked:
+        if self.command != "HEAD":
+            self._send_body(response.body)
+
+    def _ends_of(self, body: Union[bytes, Iterator[bytes]]) -> List[Tuple[str, str]]:
+        """Return the headers that tell where the body ends, and whether the connection does too."""
+        headers = []
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+        elif self.request_version != "HTTP/1.0":
+            headers.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.close_connection = True
+        if self.close_connection:
+            headers.append(("Connection", "close"))
+        return headers
+
+    def _send_body(self, body: Union[bytes, Iterator[bytes]]) -> None:
+        if isinstance(body, bytes):
+            self.wfile.write(body)
+        elif self.request_version == "HTTP/1.0":
+            self.wfile.writelines(body)
+        else:
+            self.wfile.writelines(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
             self.wfile.write(b"0\r\n\r\n")
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -8819,7 +8842,7 @@ def _refuse(what: str, error: OSError) -> NoReturn:
 # -- our entries among everybody's --------------------------------------------
 
 
-def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str]) -> emit_event.JsonObject:
+def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
     """Return `settings` with our handler once under each of `names` and under no other event.
 
     What is up to date stays where it is, what is outdated is updated in place, doubles go. Everything else
@@ -8829,7 +8852,7 @@ def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str])
     return _with_handler(settings, handler, names)
 
 
-def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
+def remove_hooks(settings: JsonObject) -> JsonObject:
     """Return `settings` without our handlers, and without the groups and lists that held nothing else.
 
     Raises InstallError for hooks that are not laid out as documented.
@@ -8837,12 +8860,10 @@ def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
     return _with_handler(settings, {}, [])
 
 
-def _with_handler(
-    settings: emit_event.JsonObject, handler: emit_event.JsonObject, names: list[str]
-) -> emit_event.JsonObject:
+def _with_handler(settings: JsonObject, handler: JsonObject, names: list[str]) -> JsonObject:
     """Return `settings` with `handler` as the only one of ours under each of `names`, and none elsewhere."""
     hooks = _checked_hooks(settings)
-    changed: emit_event.JsonObject = {}
+    changed: JsonObject = {}
     for name, groups in hooks.items():
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is somebody else's
@@ -8858,9 +8879,7 @@ def _with_handler(
     return result
 
 
-def _groups_with(
-    groups: list[emit_event.JsonObject], handler: emit_event.JsonObject | None
-) -> list[emit_event.JsonObject]:
+def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
     """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
     result = []
     wanted = handler
@@ -8879,11 +8898,11 @@ def _groups_with(
     return result
 
 
-def _any_ours(groups: list[emit_event.JsonObject]) -> bool:
+def _any_ours(groups: list[JsonObject]) -> bool:
     return any(_is_ours(entry) for group in groups for entry in group["hooks"])
 
 
-def _is_ours(entry: emit_event.JsonObject) -> bool:
+def _is_ours(entry: JsonObject) -> bool:
     """Tell whether a handler runs a hook that we installed, with whatever interpreter, for whatever home.
 
     The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
@@ -8903,12 +8922,12 @@ def _is_ours(entry: emit_event.JsonObject) -> bool:
     )
 
 
-def _checked_hooks(settings: emit_event.JsonObject) -> dict[str, list[emit_event.JsonObject]]:
+def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks of `settings` by event name, {} when it has none.
 
     Raises InstallError with the place of whatever is not the documented object or list.
     """
-    hooks: dict[str, list[emit_event.JsonObject]] = settings.get("hooks", {})
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     _expect(dict, hooks, "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -8930,7 +8949,7 @@ def _expect(kind: type, value: object, place: str) -> None:
 # -- the settings file --------------------------------------------------------
 
 
-def read_settings(path: str) -> tuple[str, emit_event.JsonObject]:
+def read_settings(path: str) -> tuple[str, JsonObject]:
     """Read a settings file; return its text, byte order mark and line ends included, and its object.
 
     A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
@@ -8974,7 +8993,7 @@ def _file_content(path: str) -> bytes | None:
         _refuse(f"{path} cannot be read", error)
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> emit_event.JsonObject:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -8994,7 +9013,7 @@ def _finite_float(digits: str) -> float:
     return number
 
 
-def render_settings(settings: emit_event.JsonObject, like: str) -> str:
+def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
     Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
@@ -9498,7 +9517,7 @@ def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
 # a day always tells the same.
 # ---------------------------------------------------------------------------
 
-_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _shape for each tool
+_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
 _Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -9656,9 +9675,84 @@ _DEMO_SESSIONS: Mapping[str, Tuple[Tuple[str, str, str], Tuple[_Turn, ...], str]
 
 
 def _uuid(rng: random.Random) -> str:
-    """Return a text shaped like a UUID v4."""
-    digits = f"{rng.getrandbits(128):032x}"
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{rng.choice('89ab')}{digits[17:20]}-{digits[20:]}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+class _Doing(NamedTuple):
+    """One step of _DEMO_STEPS as it is done: where, from which line on, and what its table says."""
+
+    cwd: str
+    start: int
+    target: str
+    detail: str
+    output: str
+
+    @property
+    def path(self) -> str:
+        """Return the file that the step is about."""
+        return f"{self.cwd}/{self.target}"
+
+
+_Shape = Tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
+
+
+def _shape(step: _Step, cwd: str, rng: random.Random) -> _Shape:
+    """Return what the client tells of one step of _DEMO_STEPS."""
+    tool, target, detail, output = (*step, "", "")[:4]
+    shape = _SHAPES.get(tool.rstrip("!"), _server_tool_shape)
+    return shape(_Doing(cwd, rng.randrange(12, 90), target, detail, output))
+
+
+def _bash_shape(it: _Doing) -> _Shape:
+    return {"command": it.target, "description": it.detail}, _bash_response(it.output), it.output
+
+
+def _bash_response(output: str) -> JsonObject:
+    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+
+
+def _read_shape(it: _Doing) -> _Shape:
+    lines = it.detail.splitlines()
+    file = {"filePath": it.path, "content": it.detail, "numLines": len(lines), "startLine": it.start}
+    file["totalLines"] = it.start + 40
+    words = "\n".join(f"{it.start + i}\t{line}" for i, line in enumerate(lines))
+    return {"file_path": it.path}, {"type": "text", "file": file}, words
+
+
+def _edit_shape(it: _Doing) -> _Shape:
+    old, new = it.detail.splitlines(), it.output.splitlines()
+    diff = [line[0] + line[2:] for line in difflib.ndiff(old, new) if line[0] != "?"]
+    hunk = {"oldStart": it.start, "oldLines": len(old), "newStart": it.start, "newLines": len(new)}
+    given = {"file_path": it.path, "old_string": it.detail, "new_string": it.output, "replace_all": False}
+    response: JsonObject = {"filePath": it.path, "oldString": it.detail, "newString": it.output}
+    response.update(originalFile=it.detail + "\n", structuredPatch=[{**hunk, "lines": diff}])
+    response.update(userModified=False, replaceAll=False)
+    return given, response, f"The file {it.path} has been updated successfully."
+
+
+def _write_shape(it: _Doing) -> _Shape:
+    response: JsonObject = {"type": "create", "filePath": it.path, "content": it.detail}
+    response.update(structuredPatch=[], originalFile=None, userModified=False)
+    given = {"file_path": it.path, "content": it.detail}
+    return given, response, f"File created successfully at: {it.path}"
+
+
+def _grep_shape(it: _Doing) -> _Shape:
+    given = {"pattern": it.target, "path": f"{it.cwd}/{it.detail}", "output_mode": "content", "-n": True}
+    response = {"mode": "content", "numFiles": 0, "filenames": [], "content": it.output}
+    return given, {**response, "numLines": len(it.output.splitlines())}, it.output
+
+
+def _glob_shape(it: _Doing) -> _Shape:
+    names = [f"{it.cwd}/{name}" for name in it.output.splitlines()]
+    response = {"filenames": names, "durationMs": it.start, "numFiles": len(names), "truncated": False}
+    return {"pattern": it.target}, response, "\n".join(names)
+
+
+def _todo_shape(it: _Doing) -> _Shape:
+    old_todos, new_todos = (_todos(it.detail.split("|"), int(it.target) - back) for back in (1, 0))
+    response = {"oldTodos": old_todos, "newTodos": new_todos}
+    return {"todos": new_todos}, response, "Todos have been modified successfully."
 
 
 def _todos(subjects: List[str], done: int) -> List[JsonObject]:
@@ -9666,61 +9760,40 @@ def _todos(subjects: List[str], done: int) -> List[JsonObject]:
     return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
 
 
-def _shape(step: _Step, cwd: str, rng: random.Random) -> Tuple[JsonObject, Any, Any]:
-    """Return the tool_input, the tool_response and the words the model gets for one step of _DEMO_STEPS."""
-    tool, target, detail, output = (*step, "", "")[:4]
-    path, lines, start = f"{cwd}/{target}", output.splitlines(), rng.randrange(12, 90)
-    given: JsonObject
-    response: JsonObject
-    if tool in ("Bash", "Bash!"):
-        return {"command": target, "description": detail}, _bash_response(output), output
-    if tool == "Read":
-        lines = detail.splitlines()
-        file = {"filePath": path, "content": detail, "numLines": len(lines), "startLine": start}
-        file["totalLines"] = start + 40
-        words = "\n".join(f"{start + i}\t{line}" for i, line in enumerate(lines))
-        return {"file_path": path}, {"type": "text", "file": file}, words
-    if tool == "Edit":
-        old = detail.splitlines()
-        diff = [line[0] + line[2:] for line in difflib.ndiff(old, lines) if line[0] != "?"]
-        hunk = {"oldStart": start, "oldLines": len(old), "newStart": start, "newLines": len(lines)}
-        given = {"file_path": path, "old_string": detail, "new_string": output, "replace_all": False}
-        response = {"filePath": path, "oldString": detail, "newString": output, "originalFile": detail + "\n"}
-        response.update(structuredPatch=[{**hunk, "lines": diff}], userModified=False, replaceAll=False)
-        return given, response, f"The file {path} has been updated successfully."
-    if tool == "Write":
-        response = {"type": "create", "filePath": path, "content": detail, "structuredPatch": []}
-        response.update(originalFile=None, userModified=False)
-        return {"file_path": path, "content": detail}, response, f"File created successfully at: {path}"
-    if tool == "Grep":
-        given = {"pattern": target, "path": f"{cwd}/{detail}", "output_mode": "content", "-n": True}
-        response = {"mode": "content", "numFiles": 0, "filenames": [], "content": output}
-        return given, {**response, "numLines": len(lines)}, output
-    if tool == "Glob":
-        names = [f"{cwd}/{name}" for name in lines]
-        response = {"filenames": names, "durationMs": start, "numFiles": len(names), "truncated": False}
-        return {"pattern": target}, response, "\n".join(names)
-    if tool == "TodoWrite":
-        old_todos, new_todos = (_todos(detail.split("|"), int(target) - back) for back in (1, 0))
-        response = {"oldTodos": old_todos, "newTodos": new_todos}
-        return {"todos": new_todos}, response, "Todos have been modified successfully."
-    if tool == "TaskCreate":
-        task = {"id": output, "subject": target, "description": detail}
-        given = {"subject": target, "description": detail, "activeForm": target}
-        return given, {"task": task}, f"Task #{output} created successfully: {target}"
-    if tool == "TaskUpdate":
-        change = {"from": "pending" if detail == "in_progress" else "in_progress", "to": detail}
-        response = {"success": True, "taskId": target, "updatedFields": ["status"], "statusChange": change}
-        return {"taskId": target, "status": detail}, response, f"Updated task #{target} status"
-    if tool == "WebFetch":
-        response = {"bytes": start * 731, "code": 200, "codeText": "OK", "result": output, "url": target}
-        return {"url": target, "prompt": detail}, {**response, "durationMs": start * 29}, output
-    content = [{"type": "text", "text": output}]
-    return json.loads(detail), content, content
+def _task_create_shape(it: _Doing) -> _Shape:
+    task = {"id": it.output, "subject": it.target, "description": it.detail}
+    given = {"subject": it.target, "description": it.detail, "activeForm": it.target}
+    return given, {"task": task}, f"Task #{it.output} created successfully: {it.target}"
 
 
-def _bash_response(output: str) -> JsonObject:
-    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+def _task_update_shape(it: _Doing) -> _Shape:
+    change = {"from": "pending" if it.detail == "in_progress" else "in_progress", "to": it.detail}
+    response = {"success": True, "taskId": it.target, "updatedFields": ["status"], "statusChange": change}
+    return {"taskId": it.target, "status": it.detail}, response, f"Updated task #{it.target} status"
+
+
+def _fetch_shape(it: _Doing) -> _Shape:
+    response = {"bytes": it.start * 731, "code": 200, "codeText": "OK", "result": it.output, "url": it.target}
+    return {"url": it.target, "prompt": it.detail}, {**response, "durationMs": it.start * 29}, it.output
+
+
+def _server_tool_shape(it: _Doing) -> _Shape:
+    content = [{"type": "text", "text": it.output}]
+    return json.loads(it.detail), content, content
+
+
+_SHAPES: Mapping[str, Callable[[_Doing], _Shape]] = {
+    "Bash": _bash_shape,
+    "Read": _read_shape,
+    "Edit": _edit_shape,
+    "Write": _write_shape,
+    "Grep": _grep_shape,
+    "Glob": _glob_shape,
+    "TodoWrite": _todo_shape,
+    "TaskCreate": _task_create_shape,
+    "TaskUpdate": _task_update_shape,
+    "WebFetch": _fetch_shape,
+}
 
 
 class _Scene:
@@ -10062,17 +10135,12 @@ def stored_session(store: EventStore, session_id: str) -> StoredSession:
     ids: Set[str] = set()
     tool_use_ids: Set[str] = set()
     first: Optional[int] = None
-    after = 0
-    while True:
-        lines = store.session_lines(session_id, 1000, after=after)
-        if not lines:
-            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
-        after = line_seq(lines[-1])
-        for event in map(parse_stored, lines):
-            ids.add(event["id"])
-            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
-            if not event.get("imported") and event["hookType"] != "Monitor":
-                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    for event in map(parse_stored, export_lines(store, session_id, 0, 1 << 62)):
+        ids.add(event["id"])
+        tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+        if not event.get("imported") and event["hookType"] != "Monitor":
+            first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
 
 
 def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
@@ -10364,7 +10432,6 @@ def import_batches(
 
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
-START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 2.0
 
@@ -10402,22 +10469,22 @@ def command_start(args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
-    links = page_links(settings, about, False)
+    tell_what_next(settings, about)
+    if not args.no_open and can_open_browser():
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def tell_what_next(settings: Settings, about: JsonObject) -> None:
+    """Say where the page is, how far loading is, and what to do for the first events."""
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
-    for link in links:
+    for link in page_links(settings, about, False):
         print(f"  {link}")
     loading = ask_monitor(settings, about, "/api/status")["loading"]
     if loading is not None:
         print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
-    try:
-        installed = os.path.exists(hook_script(settings.home))
-    except InstallError:
-        installed = False
-    if not installed:
+    if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    if not args.no_open and can_open_browser():
-        webbrowser.open(links[0])
-    return 0
 
 
 def can_open_browser() -> bool:
@@ -10486,6 +10553,23 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         log.error("cannot start: %s", error)
         report.error(str(error))
         raise StartError(str(error)) from None
+    about = write_run_file(settings, monitor)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: monitor.stop())
+    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    page = f"http://{about['host']}:{about['port']}/"
+    log.info("version %s serves %s, hooks on %s", __version__, page, about["socketPath"])
+    if args.report_fd is None:
+        for link in page_links(settings, about, False):
+            print(link, flush=True)
+    report.ready()
+    monitor.run()
+    log.info("stopped")
+    return 0
+
+
+def write_run_file(settings: Settings, monitor: Monitor) -> JsonObject:
+    """Leave where this monitor can be reached for `running_monitor`, and return it."""
     about = {
         "pid": os.getpid(),
         "host": settings["server.host"],
@@ -10497,23 +10581,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         "version": __version__,
     }
     emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
-    log.info(
-        "version %s serves http://%s:%d/, hooks on %s",
-        __version__,
-        about["host"],
-        about["port"],
-        about["socketPath"],
-    )
-    if args.report_fd is None:
-        for link in page_links(settings, about, False):
-            print(link, flush=True)
-    report.ready()
-    monitor.run()
-    log.info("stopped")
-    return 0
+    return about
 
 
 class Reporter:
