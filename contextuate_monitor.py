@@ -1328,6 +1328,28 @@ def _replace(path: str, pieces: Iterable[bytes]) -> None:
     os.replace(path + ".tmp", path)
 
 
+REMEMBERED_IDS = 64 << 10
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
+
+
 # ---------------------------------------------------------------------------
 # Sessions: what each event says about who works, who waits and who is gone
 #
@@ -3046,7 +3068,6 @@ SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
 COMPARED_SESSIONS = 200
-MODELS_LIMIT = 50  # of which one event may tell what was used
 
 _INDEX_SCHEMA = """
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
@@ -5068,7 +5089,7 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
     return text.encode()
 
 
-SESSION_STATES = ("waiting", "working", "quiet", "idle", "failed", "ended")
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
 
 
 def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
@@ -5702,28 +5723,8 @@ STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
 INBOX_LIMIT_BYTES = 16 << 20
 INBOX_LINES_A_TURN = 200
 STREAM_START = "0-0"
-REMEMBERED_IDS = 64 << 10
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
-
-
-class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
-
-    def add(self, event_id: str) -> None:
-        """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
-
-    def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
 
 
 class RemoteLine(NamedTuple):
@@ -8705,7 +8706,7 @@ def _naming(path: str) -> Iterator[None]:
         raise InstallError(f"{path}: {error}") from None
 
 
-# -- which events, which file, which command ----------------------------------
+# Which events, which file, which command
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8784,7 +8785,7 @@ def _shell_quoted(path: str) -> str:
     return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
 
 
-# -- the hook's files ---------------------------------------------------------
+# The hook's files
 
 
 def install_hook_files(home: str) -> str:
@@ -8839,7 +8840,7 @@ def _refuse(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-# -- our entries among everybody's --------------------------------------------
+# Our entries among everybody's
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
@@ -8946,7 +8947,7 @@ def _expect(kind: type, value: object, place: str) -> None:
         raise InstallError(f"{place}: expected {expected}; correct it by hand first, nothing was changed")
 
 
-# -- the settings file --------------------------------------------------------
+# The settings file
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
@@ -9094,6 +9095,42 @@ def _write_backup(path: str, content: bytes) -> str:
         backup = f"{first_choice}-{number}"
     emit_event.write_atomically(backup, content)
     return backup
+
+
+# Trying it
+
+
+def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
+    script = hook_script(settings.home)
+    if not os.path.exists(script):
+        script = os.path.abspath(emit_event.__file__)
+    payload = {
+        "session_id": "contextuate-test",
+        "hook_event_name": "Notification",
+        "cwd": os.getcwd(),
+        **fields,
+    }
+    environment = {
+        **os.environ,
+        "CONTEXTUATE_DEBUG": "1",
+        "CONTEXTUATE_HOME": settings.home,
+        "CONTEXTUATE_CONFIG": settings.config_path,
+    }
+    process = subprocess.run(
+        [base_interpreter(), "-I", "-S", script],
+        input=encode_json(payload),
+        capture_output=True,
+        env=environment,
+        timeout=30,
+        check=False,
+    )
+    return process.stderr.decode("utf-8", "replace")
+
+
+def was_delivered(words: str) -> bool:
+    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
 
 
 # ---------------------------------------------------------------------------
@@ -9353,22 +9390,21 @@ def _check_redis_rights(case: Examination) -> Iterator[Finding]:
         return
     channel = case.settings["redis.channel"]
     stream = f"{channel}:stream"
-    for what, attempt in (
-        ("channel", lambda: _subscribe(case.redis, channel).close()),
-        ("stream", lambda: case.redis.xrevrange(stream, "+", "-", 1)),
-    ):
-        if what == "stream" and not case.settings["redis.streamMaxLength"]:
-            yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
-            continue
-        try:
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
-        except Exception as error:
-            if case.about is None and lacks_right(error):
-                yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
-            else:
-                yield Finding(what, "fail", emit_event.redis_trouble(error, case.settings.values))
-        else:
-            yield Finding(what, "ok", channel if what == "channel" else stream)
+    yield _try_right(case, "channel", channel, lambda: _subscribe(case.redis, channel).close())
+    if case.settings["redis.streamMaxLength"]:
+        yield _try_right(case, "stream", stream, lambda: case.redis.xrevrange(stream, "+", "-", 1))
+    else:
+        yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
+
+
+def _try_right(case: Examination, check: str, name: str, attempt: Callable[[], Any]) -> Finding:
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
+    except Exception as error:
+        if case.about is None and lacks_right(error):
+            return Finding(check, "ok", "this user may not read it, which only a monitor needs")
+        return Finding(check, "fail", emit_event.redis_trouble(error, case.settings.values))
+    return Finding(check, "ok", name)
 
 
 def _subscribe(client: Any, channel: str) -> Any:
@@ -10806,39 +10842,6 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
-def send_through_hook(settings: Settings, fields: JsonObject) -> str:
-    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
-    script = hook_script(settings.home)
-    if not os.path.exists(script):
-        script = os.path.abspath(emit_event.__file__)
-    payload = {
-        "session_id": "contextuate-test",
-        "hook_event_name": "Notification",
-        "cwd": os.getcwd(),
-        **fields,
-    }
-    environment = {
-        **os.environ,
-        "CONTEXTUATE_DEBUG": "1",
-        "CONTEXTUATE_HOME": settings.home,
-        "CONTEXTUATE_CONFIG": settings.config_path,
-    }
-    process = subprocess.run(
-        [base_interpreter(), "-I", "-S", script],
-        input=encode_json(payload),
-        capture_output=True,
-        env=environment,
-        timeout=30,
-        check=False,
-    )
-    return process.stderr.decode("utf-8", "replace")
-
-
-def was_delivered(words: str) -> bool:
-    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
-
-
 def command_test_event(args: argparse.Namespace) -> int:
     """Send one event the way every hook's event goes, and tell what happened."""
     settings = settings_of(args)
@@ -10882,7 +10885,7 @@ def command_sessions(args: argparse.Namespace) -> int:
     sessions = known_sessions(settings_of(args), args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
-    sessions.sort(key=lambda session: (SESSION_ORDER.index(session["state"]), session["stateSince"]))
+    sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
         print(json.dumps(sessions))
         return 0
@@ -10891,9 +10894,6 @@ def command_sessions(args: argparse.Namespace) -> int:
     for session in sessions:
         print(session_line(session))
     return 0
-
-
-SESSION_ORDER = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
 
 
 def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
