@@ -6398,11 +6398,13 @@ class Api:
         ask: Callable[[Callable[[], Any]], Any],
         state: "ApiState",
         history: History,
+        take: Callable[[bytes], bool],
     ) -> None:
         self._store = store
         self._history = history
         self._ask = ask
         self._state = state
+        self._take = take  # an event to be stored at once; tells whether it is safe
 
     def answer(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError or ParameterError for one that cannot be answered."""
@@ -6478,7 +6480,7 @@ class Api:
             emit_event.parse_event_line(body)
         except MalformedEvent as error:
             raise RequestError(400, f"a hook payload is one JSON object: {error}") from None
-        if not self._ask(lambda: self._state.take_now(body)):
+        if not self._ask(lambda: self._take(body)):
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
         return json_response({})
 
@@ -6529,7 +6531,7 @@ class Api:
 
 
 class ApiState(Protocol):
-    """What the API asks of the loop thread; the Monitor is one."""
+    """What the API asks in the loop thread; the Overview is one."""
 
     def status(self) -> JsonObject:
         """Return what /api/status shows."""
@@ -6551,9 +6553,6 @@ class ApiState(Protocol):
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
-
-    def take_now(self, line: bytes) -> bool:
-        """Store one event at once; return whether it is safe."""
 
 
 BUILT_IN_PAGE = """<!doctype html>
@@ -7011,6 +7010,61 @@ class Arrival(NamedTuple):
     connection: Optional[IngestConnection]
 
 
+class HookPort:
+    """The Unix socket that hooks send to: takes our own user's connections only, keeps its place.
+
+    `received(connection, line)` gets each line. Raises StartError when another monitor uses the socket.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        path: str,
+        received: Callable[[IngestConnection, Union[bytes, TooLong]], None],
+    ) -> None:
+        self._loop = loop
+        self._path = path
+        self._received = received
+        self._connections: Set[IngestConnection] = set()
+        self._lock = lock_file(path + ".lock", f"another monitor uses {path}")
+        self._listening = False
+        self._listen()
+
+    def _listen(self) -> None:
+        self._listener = Listener(self._loop, bind_unix(self._path), self._accept)
+        self._inode = os.stat(self._path).st_ino
+        self._listening = True
+
+    def _accept(self, sock: socket.socket) -> None:
+        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
+            sock.close()
+            return
+        self._connections.add(IngestConnection(self._loop, sock, self._received, self._connections.discard))
+
+    def look(self) -> None:
+        """Put the socket back when something removed it."""
+        if self._listening and not os.path.exists(self._path):
+            log.warning("%s was removed; it is made anew", self._path)
+            self._listener.close()
+            self._listen()
+
+    def stop_listening(self) -> None:
+        """Take no more connections; those that are there may still send."""
+        self._listening = False
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            if os.lstat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
+    def close(self) -> None:
+        """Let go of the connections and of the socket's place."""
+        if self._listening:
+            self.stop_listening()
+        for connection in list(self._connections):
+            connection.close()
+        os.close(self._lock)
+
+
 class SpoolDrain:
     """Read the spool's segments into the monitor, a few lines a turn.
 
@@ -7340,6 +7394,164 @@ class Intake:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
+class SessionFeed:
+    """What clients are told of the sessions: what changed, together and not too often, or all."""
+
+    def __init__(self, loop: EventLoop, book: SessionBook, clients: ClientServer) -> None:
+        self._loop = loop
+        self._book = book
+        self._clients = clients
+        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
+        self._updates_due = False
+
+    def note(self, sessions: Iterable[Session]) -> None:
+        """Note sessions whose update is to be sent, and those that were linked with them."""
+        for session in itertools.chain(sessions, self._book.linked_changes()):
+            self._changed[session.session_id] = session
+
+    def send_soon(self) -> None:
+        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
+        if self._changed and not self._updates_due:
+            self._updates_due = True
+            self._send()
+            self._loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+
+    def _end_interval(self) -> None:
+        self._updates_due = False
+        self.send_soon()
+
+    def _send(self) -> None:
+        changed, self._changed = self._changed, {}
+        if not self._clients.clients:
+            return
+        children = self._book.children() if len(changed) > 1 else None
+        for session in changed.values():
+            if session.session_id in self._book.sessions:
+                message = {"type": "session_update", "session": self._book.to_json(session, children)}
+                self._clients.broadcast_json(message)
+
+    def forget(self, session_id: str) -> None:
+        """Tell that a session is deleted."""
+        self._changed.pop(session_id, None)
+        self._clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+
+    def send_list(self) -> None:
+        """Send everyone the sessions; the list may be much and does not count as falling behind."""
+        self._book.linked_changes()
+        self._changed.clear()
+        for with_hidden in (False, True):
+            frame = b""
+            for client in list(self._clients.clients.values()):
+                if client.view is not None and client.show_hidden == with_hidden:
+                    frame = frame or encode_frame(
+                        Opcode.TEXT,
+                        encode_with_sessions({"type": "sessions_updated"}, self._book, with_hidden),
+                    )
+                    self._clients.answer(client, frame)
+
+
+def encode_with_sessions(message: JsonObject, book: SessionBook, with_hidden: bool) -> bytes:
+    """Encode a message with the sessions that are known so far.
+
+    All are much (2 kB each), so that they are not held one by one beside the whole.
+    """
+    body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+    for session in book.each_json(with_hidden):
+        body += encode_json(session) + b","
+    if body.endswith(b","):
+        del body[-1]
+    body += b"]}"
+    return bytes(body)
+
+
+class Retention:
+    """Deletes what the configuration says is too old or too much, packs closed days: in its own thread.
+
+    `pinned()` gives the names of the files to keep; `removed(names)` hears whose events are all gone. Both
+    are called in the loop thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: EventLoop,
+        pinned: Callable[[], FrozenSet[str]],
+        removed: Callable[[FrozenSet[str]], None],
+    ) -> None:
+        self.disk: Optional[JsonObject] = None  # what the status tells; None before the first look
+        self._settings = settings
+        self._loop = loop
+        self._pinned = pinned
+        self._removed = removed
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
+        self._closing = False
+
+    def begin(self) -> None:
+        """Do it now, and from time to time."""
+        self._retain()
+        self._loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
+    def _retain(self) -> None:
+        self.prune(dry_run=False, done=lambda plan: None)
+
+    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
+        kept = self._pinned()
+
+        def work() -> None:
+            try:
+                plan = retention_plan(self._settings, kept)
+                gone = frozenset() if dry_run else carry_out(self._settings.home, plan)
+                if not dry_run:
+                    self._pack()
+            except OSError as error:
+                words = f"old events cannot be deleted: {error}"
+                log.warning("%s", words)
+                self._loop.call_soon(lambda: self._failed(words))
+                return
+            self._loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
+            self._loop.call_soon(lambda: done(plan))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._thread.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread."""
+        days = self._settings["retention.compressAfterDays"]
+        paths = files_to_pack(self._settings.path("events"), now_ms(), days) if days is not None else []
+        for path in paths:
+            if self._closing:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
+
+    def _failed(self, words: str) -> None:
+        self.disk = {**(self.disk or {}), "error": words}
+
+    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
+        limit = self._settings["retention.maxMegabytes"]
+        deleted = 0 if dry_run else plan.size
+        self.disk = {
+            "bytes": plan.total - deleted,
+            "limitBytes": limit and limit << 20,
+            "eventsBytes": plan.events - deleted,
+            "indexBytes": index_bytes(self._settings.path("index.db")),
+            "oldestDay": plan.oldest_day,
+            "error": None,
+        }
+        if plan.paths and not dry_run:
+            days, size = plan.days, human_size(plan.size)
+            log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
+        self._removed(gone)
+
+    def close(self) -> None:
+        """End the thread; what it is about is finished."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
+
+
 class Conversation:
     """What WebSocket clients ask for and what they are told: one line in HANDLERS and one method each."""
 
@@ -7421,7 +7633,7 @@ class Conversation:
         self._reply(client, message, reply)
         if frames:
             self._monitor.clients.answer(client, b"".join(frames))
-        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.status()})
+        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.overview.status()})
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         ids = _text_list(message, "sessionIds")
@@ -7432,7 +7644,7 @@ class Conversation:
         reply: JsonObject = {"type": "sessions"}
         if "requestId" in message:
             reply["requestId"] = message["requestId"]
-        body = self._monitor.with_sessions(reply, client.show_hidden)
+        body = encode_with_sessions(reply, self._monitor.book, client.show_hidden)
         self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, body))
 
     def _on_get_events(self, client: Client, message: JsonObject) -> None:
@@ -7478,7 +7690,9 @@ class Conversation:
         wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
         in_state = wanted.pop("state")
         sessions = (
-            self._monitor.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
+            self._monitor.overview.sessions_in_state(in_state)
+            if isinstance(in_state, str) and in_state
+            else None
         )
         try:
             query = search_query(wanted, sessions)
@@ -7530,7 +7744,7 @@ class Conversation:
         for session in list(self._monitor.book.sessions.values()):
             if not session.hidden:
                 self._act(session, {"action": "hide", "hidden": True})
-        self._monitor.send_session_list()
+        self._monitor.feed.send_list()
 
     def _on_delete_session(self, client: Client, message: JsonObject) -> None:
         self._monitor.delete(self._known_session(message))
@@ -7539,7 +7753,7 @@ class Conversation:
         self._refuse_while_loading()
         for session in list(self._monitor.book.sessions.values()):
             self._monitor.delete(session)
-        self._monitor.send_session_list()
+        self._monitor.feed.send_list()
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
         client.show_hidden = message.get("showHidden") is True
@@ -7549,7 +7763,7 @@ class Conversation:
         if not self._monitor.redis:
             raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
         self._monitor.redis.reconnect()
-        self._reply(client, message, {"type": "status", **self._monitor.status()})
+        self._reply(client, message, {"type": "status", **self._monitor.overview.status()})
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
@@ -7584,9 +7798,9 @@ class Conversation:
         dry_run = message.get("dryRun") is True
         if not self._monitor.settings["persistence.enabled"]:
             raise MessageError("events are kept in memory only, there is nothing to delete")
-        if self._monitor.status()["loading"] is not None:
+        if self._monitor.overview.status()["loading"] is not None:
             raise MessageError("stored sessions are still being read; try again in a moment")
-        self._monitor.prune(
+        self._monitor.retention.prune(
             dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
         )
 
@@ -7613,6 +7827,143 @@ class Conversation:
     }
 
 
+class Overview:
+    """What the API and the clients ask about the whole: status, configuration, sessions, metrics.
+
+    Reads what the monitor's parts know, in the loop thread, and changes nothing.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._last_told: JsonObject = {}
+
+    def status(self) -> JsonObject:
+        """Return what /api/status and the `status` message show."""
+        segments = emit_event.spool_segments(self._monitor.settings.path("spool"))
+        return {
+            "version": __version__,
+            "mode": self._monitor.settings["mode"],
+            "machineId": self._monitor.settings.machine_id,
+            "startedAt": self._monitor.started_at,
+            "pid": os.getpid(),
+            "seq": self._monitor.store.seq,
+            "events": {
+                "received": self._monitor.intake.received,
+                "stored": self._monitor.stored,
+                "duplicates": self._monitor.intake.duplicates,
+                "quarantined": self._monitor.intake.quarantine.count,
+            },
+            "sessions": len(self._monitor.book.sessions),
+            "clients": sum(client.view is not None for client in self._monitor.clients.clients.values()),
+            "store": {
+                "path": self._monitor.store.root,
+                "persistent": self._monitor.settings["persistence.enabled"],
+                "ok": self._monitor.store_error is None,
+                "error": self._monitor.store_error,
+                "repaired": self._monitor.store.repaired,
+            },
+            "spool": {
+                "segments": len(segments),
+                "bytes": sum(size for _, size in segments),
+                "dropped": self._dropped(),
+            },
+            "index": self._monitor.history.status(),
+            "disk": self._monitor.retention.disk,
+            "machines": [
+                {
+                    "machineId": name,
+                    "events": machine.events,
+                    "lastSeen": machine.last_seen,
+                    "clockSkewMs": machine.skew.value_ms,
+                    "dropped": machine.dropped,
+                }
+                for name, machine in sorted(self._monitor.intake.machines.items())
+            ],
+            "redis": self._monitor.redis.status() if self._monitor.redis else None,
+            "publisher": emit_event.publisher_state(self._monitor.settings.home)
+            if self._monitor.redis
+            else None,
+            "loading": self._monitor.loader.progress,
+            "demo": any(session.demo for session in self._monitor.book.sessions.values()),
+        }
+
+    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+        """Return the ids of the sessions that are in a state now."""
+        return frozenset(
+            session.session_id for session in self._monitor.book.sessions.values() if session.state == state
+        )
+
+    def labels(self) -> Dict[str, str]:
+        """Return the label of every session."""
+        return {session.session_id: session.label[0] for session in self._monitor.book.sessions.values()}
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
+        states = collections.Counter(session.state for session in self._monitor.book.sessions.values())
+        queued = sum(client.queued_bytes for client in self._monitor.clients.clients.values())
+        return metrics_text(self.status(), self._monitor.counts, states, queued)
+
+    def _dropped(self) -> int:
+        """Return how many events full spools had to drop, as far as this monitor was told."""
+        own = self._monitor.spool.dropped if self._monitor.spool else 0
+        return own + sum(machine.dropped for machine in self._monitor.intake.machines.values())
+
+    def config(self) -> JsonObject:
+        """Return the configuration in force; there is no secret in it."""
+        nested: JsonObject = {
+            "version": __version__,
+            "machineId": self._monitor.settings.machine_id,
+            "path": self._monitor.settings.config_path,
+        }
+        for key, value in self._monitor.settings.values.items():
+            section, dot, name = key.partition(".")
+            if key in emit_event.SECRET_KEYS and value is not None:
+                value = "(not shown)"
+            if dot:
+                nested.setdefault(section, {})[name] = value
+            else:
+                nested[section] = value
+        nested["server"]["port"], nested["server"]["wsPort"] = self._monitor.port, self._monitor.ws_port
+        return nested
+
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return the sessions that are known so far, and how many of the stored ones those are."""
+        return encode_with_sessions(
+            {"loading": self._monitor.loader.progress}, self._monitor.book, with_hidden
+        )
+
+    def session_json(self, session_id: str) -> JsonObject:
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+        if self._monitor.loader.holds(session_id):
+            raise RequestError(503, "this session's events are being read; ask again in a moment")
+        session = self._monitor.book.sessions.get(session_id)
+        if session is None:
+            raise RequestError(404, "no session with this id is known")
+        return self._monitor.book.to_json(session)
+
+    def news(self) -> Optional[JsonObject]:
+        """Return the status when more than its counters changed since the last time, else None."""
+        status = self.status()
+        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
+        index = status["index"]
+        percent = (
+            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
+        )
+        steady["index"] = (index["state"], index["error"], percent)
+        if self._monitor.redis:
+            steady["redis"] = [
+                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
+            ]
+            steady["publisher"] = [
+                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
+            ]
+            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
+        if steady == self._last_told:
+            return None
+        self._last_told = steady
+        return status
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -7628,19 +7979,15 @@ class Monitor:
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
         self.intake = Intake(settings, self.store)
-        self.stored = 0
+        self.stored = 0  # events since the start
+        self.counts = EventCounts()
+        self.store_error: Optional[str] = None  # as it was told last
         self._arrivals: List[Arrival] = []  # of this turn
-        self._connections: Set[IngestConnection] = set()
-        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
-        self._updates_due = False
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
-        self._last_status: Optional[JsonObject] = None
-        self._store_error: Optional[str] = None
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
-        self._disk: JsonObject = {}
-        self._counts = EventCounts()
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
+        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.overview = Overview(self)
         self._stopping = False
 
     # Start and stop
@@ -7648,9 +7995,7 @@ class Monitor:
     def open(self) -> None:
         """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
-        self._locks = [
-            lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
-        ]
+        self._lock = lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -7661,10 +8006,10 @@ class Monitor:
         ws_socket = bind_tcp(host, self.settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         self.access.port = self.port
-        self._listen_for_hooks()
+        self._hooks = HookPort(self.loop, self.settings["socketPath"], self._line_arrived)
         limit = self.settings["limits.connections"]
         page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self, self.history)
+        api = Api(self.store, self.loop.call, self.overview, self.history, self.take_now)
         self.http = HttpServer(http_socket, self.access, page, api, limit)
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
@@ -7680,13 +8025,12 @@ class Monitor:
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
         )
+        self.feed = SessionFeed(self.loop, self.book, self.clients)
         self.loop.turn_end = self._handle_arrivals
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.history.start()
-        if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -7695,7 +8039,7 @@ class Monitor:
         if self.settings["mode"] == "local":
             self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
             return
-        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status_if_changed)
+        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._tell_status)
         self.loop.call_every(SPOOL_INTERVAL_S, self._keep_publisher)
 
     def run(self) -> None:
@@ -7713,8 +8057,7 @@ class Monitor:
         if self._stopping:
             return
         self._stopping = True
-        self._hook_listener.close()
-        self._unlink_socket()
+        self._hooks.stop_listening()
         self.clients.close_all()
         # One more round, so that lines which have arrived are stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
@@ -7726,28 +8069,26 @@ class Monitor:
         self.http.shutdown()
         self.http.server_close()
         self.reader.shutdown(wait=True)
-        self._keeper.shutdown(wait=True)
+        self.retention.close()
         self.history.stop()
-        for connection in list(self._connections):
-            connection.close()
-        remember_seq(
-            self.settings.home, self.store.seq
-        )  # the newest files may be removed by hand before the next start
+        self._hooks.close()
+        # the newest files may be removed by hand before the next start
+        remember_seq(self.settings.home, self.store.seq)
         self.store.close()
         self.intake.close()
-        self._unlink_socket()
         self.loop.close()
-        for fd in self._locks:
-            os.close(fd)
+        os.close(self._lock)
 
     def _begin_loading(self) -> None:
         """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
         self.loader = Loader(self.store, self.book, self.intake.seen, self._show_loaded)
-        if self.loader.progress is not None:
-            log.info("%d stored sessions are being read", self.loader.progress["total"])
-            self.loop.call_soon(self._load_some)
+        if self.loader.progress is None:
+            self.loop.call_soon(self._begin_to_retain)
+            return
+        log.info("%d stored sessions are being read", self.loader.progress["total"])
+        self.loop.call_soon(self._load_some)
 
     def _load_some(self) -> None:
         try:
@@ -7760,42 +8101,24 @@ class Monitor:
 
     def _show_loaded(self, sessions: Iterable[Session]) -> None:
         """Show sessions that are complete now and have not ended; the others come with the whole list."""
-        for session in sessions:
-            if session.state != "ended":
-                self._changed[session.session_id] = session
-        self._send_updates_soon()
+        self.feed.note(session for session in sessions if session.state != "ended")
+        self.feed.send_soon()
 
     def _end_loading(self) -> None:
         seconds = (now_ms() - self.started_at) / 1000
         log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
-        self.book.linked_changes()
-        self._changed.clear()
-        self.send_session_list()
-        self._send_status_if_changed()
+        self.feed.send_list()
+        self._tell_status()
+        self._begin_to_retain()
 
-    # Hooks
+    def _begin_to_retain(self) -> None:
+        """Let old events go once it is known which sessions are pinned."""
+        if self.settings["persistence.enabled"]:
+            self.retention.begin()
 
-    def _listen_for_hooks(self) -> None:
-        path = self.settings["socketPath"]
-        self._locks.append(lock_file(path + ".lock", f"another monitor uses {path}"))
-        self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
-        self._socket_inode = os.stat(path).st_ino
-
-    def _unlink_socket(self) -> None:
-        path = self.settings["socketPath"]
-        with contextlib.suppress(OSError):
-            if os.lstat(path).st_ino == self._socket_inode:
-                os.unlink(path)
-
-    def _accept_hook(self, sock: socket.socket) -> None:
-        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
-            sock.close()
-            return
-        self._connections.add(
-            IngestConnection(self.loop, sock, self._line_arrived, self._connections.discard)
-        )
+    # Events that come in
 
     def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
         if isinstance(line, TooLong):
@@ -7868,70 +8191,47 @@ class Monitor:
         if not stored:
             return
         self.stored += len(stored)
+        changed: List[Session] = []
         for entry in stored:
-            self._counts.note(entry.event)
-            session = self._take_into_account(entry.event)
-            if session is not None:
-                self._changed[session.session_id] = session
-        self._note_linked_changes()
+            self.counts.note(entry.event)
+            changed += self._take_into_account(entry.event)
+        self.feed.note(changed)
         self.clients.broadcast_events(stored)
         self.history.grown(stored)
-        self._send_updates_soon()
+        self.feed.send_soon()
 
-    def _note_linked_changes(self) -> None:
-        for session in self.book.linked_changes():
-            self._changed[session.session_id] = session
-
-    def _take_into_account(self, event: JsonObject) -> Optional[Session]:
-        """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+    def _take_into_account(self, event: JsonObject) -> Tuple[Session, ...]:
+        """Let an event change its session, and return it; whatever a stored event does, it stops nothing."""
         if self.loader.takes(event):
-            return None
+            return ()
         try:
             session = self.book.apply(event)
             self.loader.note(session, event)
-            return session
+            return (session,)
         except Exception:  # nobody foresaw it: the log tells, and the stream goes on
             log.exception("event %s could not be taken into account", event.get("id"))
-            return None
-
-    def _send_updates_soon(self) -> None:
-        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
-        if not self._updates_due:
-            self._updates_due = True
-            self._send_updates()
-            self.loop.call_later(UPDATE_INTERVAL_S, self._end_update_interval)
-
-    def _end_update_interval(self) -> None:
-        self._updates_due = False
-        if self._changed:
-            self._send_updates_soon()
-
-    def _send_updates(self) -> None:
-        changed, self._changed = self._changed, {}
-        if not self.clients.clients:
-            return
-        children = self.book.children() if len(changed) > 1 else None
-        for session in changed.values():
-            if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session, children)}
-                self.clients.broadcast_json(message)
+            return ()
 
     # Time
 
     def _tick(self) -> None:
         changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
-        for session in changed:
-            self._changed[session.session_id] = session
-        if changed:
-            self._send_updates_soon()
-        self._send_status_if_changed()
+        self.feed.note(changed)
+        self.feed.send_soon()
+        self._tell_status()
+
+    def _tell_status(self) -> None:
+        """Tell clients about the status when more than counters moved."""
+        status = self.overview.news()
+        if status is not None:
+            self.clients.broadcast_json({"type": "status", **status})
 
     def _end_sessions_whose_process_is_gone(self) -> List[Session]:
         return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self._store_error and self.settings["persistence.enabled"]:
+        if self.store_error and self.settings["persistence.enabled"]:
             with contextlib.suppress(OSError):
                 free = os.statvfs(self.store.root)
                 if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
@@ -7941,231 +8241,19 @@ class Monitor:
                     self._note_store_error()
         if self.loader.progress is not None:
             log.info("%s", loading_words(self.loader.progress))
-        path = self.settings["socketPath"]
-        if not os.path.exists(path) and not self._stopping:
-            log.warning("%s was removed; it is made anew", path)
-            self._hook_listener.close()
-            self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
-            self._socket_inode = os.stat(path).st_ino
-
-    # Retention: planned and done by a thread of its own
-
-    def _begin_to_retain(self) -> None:
-        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
-            self.loop.call_later(0.5, self._begin_to_retain)
-            return
-        self._retain()
-        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
-
-    def _retain(self) -> None:
-        """Delete what the configuration says is too old or too much."""
-        self.prune(dry_run=False, done=lambda plan: None)
-
-    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
-        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
-        kept = frozenset(
-            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
-        )
-
-        def work() -> None:
-            try:
-                plan = retention_plan(self.settings, kept)
-                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
-                if not dry_run:
-                    self._pack()
-            except OSError as error:
-                words = f"old events cannot be deleted: {error}"
-                log.warning("%s", words)
-                self.loop.call_soon(lambda: self._disk.update(error=words))
-                return
-            self.loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
-            self.loop.call_soon(lambda: done(plan))
-
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._keeper.submit(work)
-
-    def _pack(self) -> None:
-        """Pack the files of closed days when the configuration says so; in the thread for retention."""
-        days = self.settings["retention.compressAfterDays"]
-        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
-        for path in paths:
-            if self._stopping:
-                return
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                pack_file(path)
-        if paths:
-            log.info("%d files of closed days are packed", len(paths))
-
-    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
-        """Let go of the sessions that have no events left, and tell about the disk."""
-        limit = self.settings["retention.maxMegabytes"]
-        deleted = 0 if dry_run else plan.size
-        self._disk = {
-            "bytes": plan.total - deleted,
-            "limitBytes": limit and limit << 20,
-            "eventsBytes": plan.events - deleted,
-            "indexBytes": index_bytes(self.settings.path("index.db")),
-            "oldestDay": plan.oldest_day,
-            "error": None,
-        }
-        self.history.look_again()  # also at what was removed or added by hand
-        if dry_run or not plan.paths:
-            return
-        days = plan.days
-        log.info(
-            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
-        )
-        for session in list(self.book.sessions.values()):
-            if session_file_name(session.session_id) in gone:
-                self._forget(session.session_id)
-        self._note_linked_changes()
-        self._send_updates_soon()
+        self._hooks.look()
 
     def _note_store_error(self) -> None:
-        if self.store.error == self._store_error:
+        if self.store.error == self.store_error:
             return
-        self._store_error = self.store.error
-        if self._store_error:
-            log.error("events cannot be written, hooks keep them in the spool: %s", self._store_error)
+        self.store_error = self.store.error
+        if self.store_error:
+            log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
         else:
             log.info("events can be written again")
-        self._send_status_if_changed()
+        self._tell_status()
 
-    # What clients and the API ask
-
-    def status(self) -> JsonObject:
-        """Return what /api/status and the `status` message show."""
-        segments = emit_event.spool_segments(self.settings.path("spool"))
-        return {
-            "version": __version__,
-            "mode": self.settings["mode"],
-            "machineId": self.settings.machine_id,
-            "startedAt": self.started_at,
-            "pid": os.getpid(),
-            "seq": self.store.seq,
-            "events": {
-                "received": self.intake.received,
-                "stored": self.stored,
-                "duplicates": self.intake.duplicates,
-                "quarantined": self.intake.quarantine.count,
-            },
-            "sessions": len(self.book.sessions),
-            "clients": sum(client.view is not None for client in self.clients.clients.values()),
-            "store": {
-                "path": self.store.root,
-                "persistent": self.settings["persistence.enabled"],
-                "ok": self._store_error is None,
-                "error": self._store_error,
-                "repaired": self.store.repaired,
-            },
-            "spool": {
-                "segments": len(segments),
-                "bytes": sum(size for _, size in segments),
-                "dropped": self._dropped(),
-            },
-            "index": self.history.status(),
-            "disk": self._disk or None,
-            "machines": [
-                {
-                    "machineId": name,
-                    "events": machine.events,
-                    "lastSeen": machine.last_seen,
-                    "clockSkewMs": machine.skew.value_ms,
-                    "dropped": machine.dropped,
-                }
-                for name, machine in sorted(self.intake.machines.items())
-            ],
-            "redis": self.redis.status() if self.redis else None,
-            "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
-            "loading": self.loader.progress,
-            "demo": any(session.demo for session in self.book.sessions.values()),
-        }
-
-    def sessions_in_state(self, state: str) -> FrozenSet[str]:
-        """Return the ids of the sessions that are in a state now."""
-        return frozenset(
-            session.session_id for session in self.book.sessions.values() if session.state == state
-        )
-
-    def labels(self) -> Dict[str, str]:
-        """Return the label of every session."""
-        return {session.session_id: session.label[0] for session in self.book.sessions.values()}
-
-    def metrics(self) -> bytes:
-        """Return the metrics in the text form of Prometheus."""
-        states = collections.Counter(session.state for session in self.book.sessions.values())
-        queued = sum(client.queued_bytes for client in self.clients.clients.values())
-        return metrics_text(self.status(), self._counts, states, queued)
-
-    def _dropped(self) -> int:
-        """Return how many events full spools had to drop, as far as this monitor was told."""
-        own = self.spool.dropped if self.spool else 0
-        return own + sum(machine.dropped for machine in self.intake.machines.values())
-
-    def config(self) -> JsonObject:
-        """Return the configuration in force; there is no secret in it."""
-        nested: JsonObject = {
-            "version": __version__,
-            "machineId": self.settings.machine_id,
-            "path": self.settings.config_path,
-        }
-        for key, value in self.settings.values.items():
-            section, dot, name = key.partition(".")
-            if key in emit_event.SECRET_KEYS and value is not None:
-                value = "(not shown)"
-            if dot:
-                nested.setdefault(section, {})[name] = value
-            else:
-                nested[section] = value
-        nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
-        return nested
-
-    def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
-        """Encode a message with the sessions that are known so far.
-
-        All are much (2 kB each), so that they are not held one by one beside the whole.
-        """
-        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
-        for session in self.book.each_json(with_hidden):
-            body += encode_json(session) + b","
-        if body.endswith(b","):
-            del body[-1]
-        body += b"]}"
-        return bytes(body)
-
-    def sessions_json(self, with_hidden: bool) -> bytes:
-        """Return the sessions that are known so far, and how many of the stored ones those are."""
-        return self.with_sessions({"loading": self.loader.progress}, with_hidden)
-
-    def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
-        if self.loader.holds(session_id):
-            raise RequestError(503, "this session's events are being read; ask again in a moment")
-        session = self.book.sessions.get(session_id)
-        if session is None:
-            raise RequestError(404, "no session with this id is known")
-        return self.book.to_json(session)
-
-    def _send_status_if_changed(self) -> None:
-        """Tell clients about the status when more than counters moved."""
-        status = self.status()
-        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
-        index = status["index"]
-        percent = (
-            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
-        )
-        steady["index"] = (index["state"], index["error"], percent)
-        if self.redis:
-            steady["redis"] = [
-                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
-            ]
-            steady["publisher"] = [
-                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
-            ]
-            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
-        if steady != self._last_status:
-            self._last_status = steady
-            self.clients.broadcast_json({"type": "status", **status})
+    # What users ask for
 
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after it was given up; for any thread."""
@@ -8179,25 +8267,29 @@ class Monitor:
         self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget(session.session_id)
-        self._note_linked_changes()
-        self._send_updates_soon()
+        self.feed.note(())
+        self.feed.send_soon()
 
     def _forget(self, session_id: str) -> None:
         self.book.delete(session_id)
-        self._changed.pop(session_id, None)
         self._alive_ms.pop(session_id, None)
-        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+        self.feed.forget(session_id)
 
-    def send_session_list(self) -> None:
-        """Send everyone the sessions; the list may be much and does not count as falling behind."""
-        for with_hidden in (False, True):
-            frame = b""
-            for client in list(self.clients.clients.values()):
-                if client.view is not None and client.show_hidden == with_hidden:
-                    frame = frame or encode_frame(
-                        Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
-                    )
-                    self.clients.answer(client, frame)
+    # What retention asks and tells
+
+    def _pinned_files(self) -> FrozenSet[str]:
+        return frozenset(
+            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
+        )
+
+    def _removed(self, names: FrozenSet[str]) -> None:
+        """Let go of sessions that have no events left; look, too, at what was removed or added by hand."""
+        self.history.look_again()
+        for session in list(self.book.sessions.values()):
+            if session_file_name(session.session_id) in names:
+                self._forget(session.session_id)
+        self.feed.note(())
+        self.feed.send_soon()
 
 
 def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
