@@ -4710,6 +4710,7 @@ class NoStatistics(Exception):
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_PAGE_EVENTS = 1000  # of one session, read at a time
 EXPORT_FORMS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
@@ -4742,23 +4743,24 @@ def export_lines(
     """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
     files.
     """
+    lines = store.all_lines() if session_id is None else _session_lines(store, session_id)
+    return (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
+
+
+def _session_lines(store: Union[EventStore, MemoryStore], session_id: str) -> Iterator[bytes]:
     after = 0
-    while session_id is not None:
-        lines = store.session_lines(session_id, 1000, after=after)
-        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
-        if not lines:
-            return
-        after = line_seq(lines[-1])
-    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+    while page := store.session_lines(session_id, EXPORT_PAGE_EVENTS, after=after):
+        yield from page
+        after = line_seq(page[-1])
 
 
 def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that a query asks for, as they are in the files."""
     only = next(iter(query.session_ids)) if query.session_ids is not None else None
-    told = query.terms or query.machine or query.tool or query.kind
+    is_filtered = query.terms or query.machine or query.tool or query.kind
     for line in export_lines(store, only, query.from_ms, query.to_ms):
         with contextlib.suppress(MalformedEvent):
-            if not told or query.takes(parse_stored(line)):
+            if not is_filtered or query.takes(parse_stored(line)):
                 yield line
 
 
@@ -5734,21 +5736,21 @@ class RemoteLine(NamedTuple):
     position: Optional[str]
 
 
+def position_key(position: str) -> Tuple[int, int]:
+    """Return what stream ids are ordered by: the time in ms of the clock of Redis, then a number."""
+    time_part, _, number = position.partition("-")
+    return int(time_part), int(number or 0)
+
+
 def stream_time(position: str) -> int:
     """Return the time in a stream id, in ms of the clock of Redis."""
-    return int(position.partition("-")[0])
+    return position_key(position)[0]
 
 
 def after_position(position: str) -> str:
     """Return the smallest stream id behind `position` (Redis before 6.2 has no exclusive ranges)."""
-    time_part, _, number = position.partition("-")
-    return f"{time_part}-{int(number or 0) + 1}"
-
-
-def position_key(position: str) -> Tuple[int, int]:
-    """Return what stream ids are ordered by."""
-    time_part, _, number = position.partition("-")
-    return int(time_part), int(number or 0)
+    time_ms, number = position_key(position)
+    return f"{time_ms}-{number + 1}"
 
 
 class Inbox:
@@ -6045,9 +6047,7 @@ class RedisLink:
         """Count a failed attempt or a lost connection; try again in a while or give up."""
         self._drop_subscription()
         self._failures += 1
-        self.page_events = max(
-            1, self.page_events // 4
-        )  # perhaps it was too much for the link to bring in time
+        self.page_events = max(1, self.page_events // 4)  # perhaps too much for the link to bring in time
         reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
         most = self.values["redis.maxRetries"]
         if most is not None and self._failures >= most:
@@ -8566,20 +8566,22 @@ class MonitorConnection:
     """A WebSocket client of the running monitor, for the commands that follow or change it."""
 
     def __init__(self, settings: Settings, about: JsonObject) -> None:
-        host = reachable_host(about)
-        shown = f"[{host}]" if ":" in host else host
-        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
+        address = reachable_host(about), about["wsPort"]
+        self._sock = socket.create_connection(address, timeout=10)
         self._parser = FrameParser(masked=False)
         self._messages: Deque[JsonObject] = collections.deque()
+        self._take(self._upgrade(*address, read_token(settings.path("token"))))
+
+    def _upgrade(self, host: str, port: int, token: str) -> bytes:
+        """Make a WebSocket of the connection (RFC 6455 section 4.1); return what came behind the answer."""
         key = base64.b64encode(os.urandom(16)).decode()
-        self._sock.sendall(
-            (
-                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
-                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
-            ).encode()
+        request = (
+            f"GET / HTTP/1.1\r\nHost: {f'[{host}]' if ':' in host else host}:{port}\r\n"
+            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+            f"Authorization: Bearer {token}\r\n\r\n"
         )
+        self._sock.sendall(request.encode())
         head = b""
         while b"\r\n\r\n" not in head:
             piece = self._sock.recv(4096)
@@ -8588,10 +8590,9 @@ class MonitorConnection:
             head += piece
         head, _, rest = head.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
-            raise CommandError(
-                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
-            )
-        self._take(rest)
+            answer = head.splitlines()[0].decode("latin-1")
+            raise CommandError(f"the monitor refused the connection: {answer}")
+        return rest
 
     def send(self, message: JsonObject) -> None:
         """Send one message."""
@@ -8911,15 +8912,19 @@ def install_hook_files(home: str) -> str:
     return script
 
 
+def redis_py_version(python: str) -> Optional[str]:
+    """Ask an interpreter for its redis-py, None without one; raise OSError when there is no interpreter.
+
+    It is started as the publisher is, so PYTHONPATH does not count.
+    """
+    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+    answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
+    return answer.stdout.decode("utf-8", "replace").strip() if answer.returncode == 0 else None
+
+
 def record_publisher_python(home: str) -> bool:
     """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
-    check = [
-        sys.executable,
-        "-E",
-        "-c",
-        "import redis",
-    ]  # as the publisher is started: PYTHONPATH does not count
-    if subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
+    if redis_py_version(sys.executable) is None:
         return False
     emit_event.make_private_directory(os.path.join(home, "hooks"))
     emit_event.write_atomically(
@@ -9433,17 +9438,16 @@ def _without_monitor(case: Examination) -> Iterator[Finding]:
 
 def _check_redis_package(case: Examination) -> Iterator[Finding]:
     python = emit_event.publisher_python(case.settings.home)
-    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
     try:
-        answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+        version = redis_py_version(python)
     except OSError as error:
         yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
         return
-    if answer.returncode:
+    if version is None:
         advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
         yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
     else:
-        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+        yield Finding("redis-py", "ok", f"{version} for {python}")
 
 
 def _check_redis(case: Examination) -> Iterator[Finding]:

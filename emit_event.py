@@ -2143,19 +2143,22 @@ def redis_client(values: "Dict[str, Any]") -> Any:
         if value:
             options[name] = value
     if issubclass(kind, redis.connection.SSLConnection):
-        options.update(
-            ssl_ca_certs=values["redis.caFile"] and os.path.expanduser(values["redis.caFile"]),
-            ssl_certfile=values["redis.certFile"] and os.path.expanduser(values["redis.certFile"]),
-            ssl_keyfile=values["redis.keyFile"] and os.path.expanduser(values["redis.keyFile"]),
-            ssl_cert_reqs="required" if values["redis.verify"] else "none",
-            ssl_check_hostname=values["redis.verify"],
-        )
+        options.update(_tls_options(values))
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
     # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
     known = _options_of(kind)
     options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+
+def _tls_options(values: "Dict[str, Any]") -> "Dict[str, Any]":
+    files = {"ssl_ca_certs": "redis.caFile", "ssl_certfile": "redis.certFile", "ssl_keyfile": "redis.keyFile"}
+    return {
+        **{name: values[key] and os.path.expanduser(values[key]) for name, key in files.items()},
+        "ssl_cert_reqs": "required" if values["redis.verify"] else "none",
+        "ssl_check_hostname": values["redis.verify"],
+    }
 
 
 def _options_of(kind: type) -> "Set[str]":
@@ -2368,11 +2371,8 @@ class Publisher:
             self._tell()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif now - last_event < BUSY_S:
-                time.sleep(BUSY_POLL_S)
             elif now - last_event < PUBLISHER_QUIET_S:
-                self._enter("idle", None)
-                time.sleep(IDLE_POLL_S)
+                self._wait_for_events(now - last_event)
             elif self._leave():
                 return
             else:
@@ -2381,6 +2381,12 @@ class Publisher:
             self._segment.close()
         self._enter("stopped", None)
         self._tell(now=True)
+
+    def _wait_for_events(self, quiet_s: float) -> None:
+        """Sleep until the next look at the spool, longer after some quiet."""
+        if quiet_s >= BUSY_S:
+            self._enter("idle", None)
+        time.sleep(BUSY_POLL_S if quiet_s < BUSY_S else IDLE_POLL_S)
 
     def _leave(self) -> bool:
         """Give up the lock, unless there is something in the spool again.
