@@ -1356,7 +1356,7 @@ class SeenIds:
 # Events and time in, sessions and agents out; no I/O, so replaying the files gives what being there gave.
 # `apply_event` tells one session one event, in the order in which things happened; SessionBook sees to that
 # order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
-# below it are the surprises of the real client (CLAUDE_HOOKS "What surprises"), each under its own name.
+# below it are the surprises of the real client, each under its own name.
 #
 # A session's state follows from STATES, the first row that holds; `quiet` is `working` after quietSeconds
 # without a word, and comes with time alone.
@@ -1711,7 +1711,7 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
 def task_notification(event: JsonObject) -> Optional[str]:
     """Return the id of the background task whose end a UserPromptSubmit tells, None for a person's prompt.
 
-    The client tells itself so (CLAUDE_HOOKS 3); "" when it names none.
+    The client tells itself so; "" when it names none.
     """
     words = text_of(event["data"].get("message")).lstrip()
     if not words.startswith("<task-notification>"):
@@ -2498,7 +2498,7 @@ def _ends_or_begins(event: JsonObject, kind: str) -> bool:
 
 
 def _running_background(event: JsonObject) -> List[str]:
-    """Return what runs on in the background after a turn, in words (CLAUDE_HOOKS 3)."""
+    """Return what runs on in the background after a turn, in words."""
     tasks = event["data"].get("background_tasks")
     if not isinstance(tasks, list):
         return []
@@ -2698,7 +2698,7 @@ class SessionBook:
         return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
 
     def end_gone(self, session_id: str, time_ms: int) -> Session:
-        """Take into account that a session's process is gone; it said no word (CLAUDE_HOOKS 1)."""
+        """Take into account that a session's process is gone; it said no word."""
         session = self.sessions[session_id]
         self._tracks.pop(session_id, None)
         end_session(session, time_ms, "its process is gone", presumed=True)
@@ -3404,7 +3404,7 @@ def is_duration(value: Any) -> bool:
 
 
 def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
-    """Return what an event says about tool calls that have a name (CLAUDE_HOOKS: clients since 2.0.43)."""
+    """Return what an event says about tool calls that have a name (clients since 2.0.43)."""
     data = event["data"]
     timestamp = event["timestamp"]
     if event["hookType"] == "PostToolBatch":
