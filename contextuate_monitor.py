@@ -6893,6 +6893,8 @@ CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
 FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
+LOCK_ATTEMPTS = 25
+LOCK_PAUSE_S = 0.02
 FRESH_MS = 30_000
 
 
@@ -8385,6 +8387,16 @@ def test_event(machine_id: str) -> JsonObject:
     }
 
 
+def _locked_soon(fd: int) -> bool:
+    """Take the lock on a file; who only looks whether it is held (`running_monitor`) has it for a moment."""
+    for _ in range(LOCK_ATTEMPTS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_PAUSE_S)
+    return False
+
+
 def lock_file(path: str, otherwise: str) -> int:
     """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`.
 
@@ -8399,9 +8411,7 @@ def lock_file(path: str, otherwise: str) -> int:
         os.close(fd)
         whose = "belongs to another user" if about.st_uid != os.getuid() else "is not a file of ours"
         raise StartError(f"{path}: {whose}; choose another socketPath in the configuration")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not _locked_soon(fd):
         owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
         os.close(fd)
         raise StartError(f"{otherwise} (pid {owner or 'unknown'}); `stop` ends it") from None

@@ -9204,6 +9204,19 @@ def test_every_command_has_help(monitor: RunningMonitor) -> None:
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--help" in wrong.stderr
 
 
+def test_a_look_whether_a_monitor_runs_keeps_none_from_starting(tmp_path, monkeypatch):
+    path = str(tmp_path / "monitor.pid")
+    with open(path, "wb") as looker:
+        fcntl.flock(looker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as running_monitor does, for a moment
+        monkeypatch.setattr(cm.time, "sleep", lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
+        os.close(cm.lock_file(path, "another monitor runs"))
+    monkeypatch.setattr(cm.time, "sleep", lambda _: None)
+    holder = cm.lock_file(path, "another monitor runs")
+    with pytest.raises(cm.StartError, match=rf"another monitor runs \(pid {os.getpid()}\)"):
+        cm.lock_file(path, "another monitor runs")
+    os.close(holder)
+
+
 def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     assert monitor.command("status", check=False).returncode == 1
     refused = monitor.command("url", check=False)
