@@ -8646,12 +8646,8 @@ def install_hook_files(home: str) -> str:
 
 def record_publisher_python(home: str) -> bool:
     """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
-    check = [
-        sys.executable,
-        "-E",
-        "-c",
-        "import redis",
-    ]  # as the publisher is started: PYTHONPATH does not count
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
+    check = [sys.executable, "-E", "-c", look]  # as the publisher is started: PYTHONPATH does not count
     if subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
         return False
     emit_event.make_private_directory(os.path.join(home, "hooks"))
