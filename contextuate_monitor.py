@@ -109,7 +109,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json
+from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
 
 __version__ = "0.1.0"
 __all__ = [
@@ -124,11 +124,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("contextuate")
-
-
-def now_ms() -> int:
-    """Return the time in milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000
 
 
 # ---------------------------------------------------------------------------
@@ -199,6 +194,66 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+# ---------------------------------------------------------------------------
+# Words for people: on a terminal and in the log
+#
+# What comes from elsewhere may hold anything; on a terminal it goes through `safe_line`.
+# ---------------------------------------------------------------------------
+
+
+def tell(words: str) -> None:
+    """Say something to the person, beside the output."""
+    print(f"contextuate: {words}", file=sys.stderr, flush=True)
+
+
+def safe_line(text: str) -> str:
+    """Return text as one line that cannot steer the terminal it is printed on."""
+    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
+
+
+def human_duration(duration_ms: float) -> str:
+    """Return a duration in its largest fitting unit."""
+    seconds = max(0, int(duration_ms / 1000))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes in its largest fitting unit."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 # ---------------------------------------------------------------------------
@@ -1271,6 +1326,28 @@ def _replace(path: str, pieces: Iterable[bytes]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
+
+
+REMEMBERED_IDS = 64 << 10
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
 
 
 # ---------------------------------------------------------------------------
@@ -2991,7 +3068,6 @@ SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
 COMPARED_SESSIONS = 200
-MODELS_LIMIT = 50  # of which one event may tell what was used
 
 _INDEX_SCHEMA = """
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
@@ -3322,6 +3398,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def is_duration(value: Any) -> bool:
+    """Tell whether a value can be a duration in milliseconds; clients say all sorts of things."""
+    return emit_event.is_number(value) and 0 <= value < 1 << 40
+
+
 def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     """Return what an event says about tool calls that have a name (CLAUDE_HOOKS: clients since 2.0.43)."""
     data = event["data"]
@@ -3336,8 +3417,7 @@ def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     if kind not in ("tool_call", "tool_result", "tool_error"):
         return ()
     duration = data.get("durationMs")
-    known = isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40
-    duration_ms = round(duration) if known else None
+    duration_ms = round(duration) if is_duration(duration) else None
     outcome = Outcome.OPEN if kind == "tool_call" else Outcome.OK
     if kind == "tool_error":
         outcome = Outcome.INTERRUPTED if data.get("is_interrupt") is True else Outcome.FAILED
@@ -4624,6 +4704,167 @@ class NoStatistics(Exception):
 
 
 # ---------------------------------------------------------------------------
+# Export: stored lines by session, time and words, tool calls as a table
+#
+# Lines in, lines out; reads event files through a store and knows nothing of who wants them.
+# ---------------------------------------------------------------------------
+
+EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def export_lines(
+    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
+) -> Iterator[bytes]:
+    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
+    files.
+    """
+    after = 0
+    while session_id is not None:
+        lines = store.session_lines(session_id, 1000, after=after)
+        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
+        if not lines:
+            return
+        after = line_seq(lines[-1])
+    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+def line_timestamp(line: bytes) -> int:
+    """Return the timestamp of a stored line."""
+    match = _TIMESTAMP.match(line)
+    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
+
+
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
+
+
+def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines, each with its newline, into chunks worth sending."""
+    chunk: List[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line + b"\n")
+        size += len(line) + 1
+        if size >= EXPORT_CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"".join(chunk)
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for event in _readable_events(lines):
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            if fact.outcome < Outcome.OK:
+                _note_begun(begun, fact, event)
+                continue
+            ended.add(fact.key)
+            earlier = begun.pop(fact.key, None)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _readable_events(lines: Iterable[bytes]) -> Iterator[JsonObject]:
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            yield parse_stored(line)
+
+
+def _note_begun(begun: Dict[int, Tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
+    """Keep of a call that has not ended when it began, and the event that tells most of it."""
+    earlier = begun.get(fact.key)
+    if earlier is None:
+        begun[fact.key] = (fact, event)
+    elif fact.outcome > earlier[0].outcome:
+        begun[fact.key] = (earlier[0]._replace(outcome=fact.outcome), event)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call = _call_content(fact, event)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        text_of(call.get("error")) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _call_content(fact: CallFact, event: JsonObject) -> JsonObject:
+    """Return what an event holds of a call: `data`, or of the event of a round the part about this call."""
+    names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+    for call in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(call.get("tool_use_id"))) == fact.key:
+            return {name: call.get(its_name) for name, its_name in names.items()}
+    data: JsonObject = event["data"]
+    return data
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------
 # Retention: whole days of events go, the oldest first, until what is left is young and small enough
 #
 # Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
@@ -4673,9 +4914,8 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
-        if day >= day_of(time_ms) or not (day < first_kept or is_over):
-            going = {}
+        goes = day < day_of(time_ms) and (day < first_kept or is_over)
+        going = {name: it.bytes_on_disk for name, it in files.items() if goes and name not in kept_names}
         if len(going) < len(files):
             oldest = oldest or day
         paths += (f"{store.root}/{day}/{name}" for name in going)
@@ -4766,7 +5006,7 @@ class EventCounts:
         if kind == "tool_error":
             self.failures[tool] = self.failures.get(tool, 0) + 1
         duration = data.get("durationMs")
-        if isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40:
+        if is_duration(duration):
             buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
             self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
 
@@ -4849,7 +5089,7 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
     return text.encode()
 
 
-SESSION_STATES = ("waiting", "working", "quiet", "idle", "failed", "ended")
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
 
 
 def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
@@ -5483,28 +5723,8 @@ STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
 INBOX_LIMIT_BYTES = 16 << 20
 INBOX_LINES_A_TURN = 200
 STREAM_START = "0-0"
-REMEMBERED_IDS = 64 << 10
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
-
-
-class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
-
-    def add(self, event_id: str) -> None:
-        """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
-
-    def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
 
 
 class RemoteLine(NamedTuple):
@@ -5961,7 +6181,6 @@ class RedisLink:
 REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 TOKEN_COOKIE = "contextuate_token"
-EXPORT_CHUNK_BYTES = 256 << 10
 
 
 class Access:
@@ -6015,21 +6234,19 @@ class Access:
         """Return the name in the Host header if it is ours; raise RequestError(421)."""
         host = request.one("host")
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", host)
-        name = match.group(1).lower() if match else ""
-        if match and (
-            host.lower() in self._allowed or (name in self._allowed and self._is_usual(match.group(2), port))
-        ):
-            return name
-        known = bool(match) and (is_loopback(name) or name.strip("[]") in self._own_names)
-        if not known or match is None or int(match.group(2) or 80) != port:
-            raise RequestError(
-                421, "this Host is not served here; add it to server.allowedHosts if it should be"
-            )
-        return name
+        if match is not None:
+            name, given_port = match[1].lower(), int(match[2]) if match[2] else None
+            if self._is_allowed(host.lower(), name, given_port, port) or self._is_own(name, given_port, port):
+                return name
+        raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    @staticmethod
-    def _is_usual(given: Optional[str], port: int) -> bool:
-        return given is None or int(given) in (80, 443, port)
+    def _is_allowed(self, host: str, name: str, given_port: Optional[int], port: int) -> bool:
+        """Tell whether server.allowedHosts has it: with this very port, or without one for the usual ones."""
+        return host in self._allowed or (name in self._allowed and given_port in (None, 80, 443, port))
+
+    def _is_own(self, name: str, given_port: Optional[int], port: int) -> bool:
+        is_ours = is_loopback(name) or name.strip("[]") in self._own_names
+        return is_ours and (80 if given_port is None else given_port) == port
 
     def _check_origin(self, origin: str, host_name: str) -> None:
         """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host
@@ -6166,12 +6383,6 @@ class Query:
         if not re.fullmatch(r"\d{1,16}", text) or not low <= int(text) <= high:
             raise ParameterError(name, f"an integer from {low} to {high}")
         return int(text)
-
-
-EXPORT_FORMS = {
-    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
-    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
-}
 
 
 class Api:
@@ -6342,145 +6553,6 @@ class ApiState(Protocol):
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
-
-
-def export_lines(
-    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
-) -> Iterator[bytes]:
-    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
-    files.
-    """
-    after = 0
-    while session_id is not None:
-        lines = store.session_lines(session_id, 1000, after=after)
-        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
-        if not lines:
-            return
-        after = line_seq(lines[-1])
-    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
-
-
-def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
-    """Yield the stored lines that a query asks for, as they are in the files."""
-    only = next(iter(query.session_ids)) if query.session_ids is not None else None
-    told = query.terms or query.machine or query.tool or query.kind
-    for line in export_lines(store, only, query.from_ms, query.to_ms):
-        with contextlib.suppress(MalformedEvent):
-            if not told or query.takes(parse_stored(line)):
-                yield line
-
-
-CALL_COLUMNS = (
-    "time",
-    "sessionId",
-    "machineId",
-    "workingDirectory",
-    "agentId",
-    "toolName",
-    "target",
-    "outcome",
-    "durationMs",
-    "error",
-    "toolUseId",
-)
-_OUTCOME_WORDS = {
-    Outcome.OPEN: "unfinished",
-    Outcome.FAILED_BY_ROUND: "failed",
-    Outcome.OK: "ok",
-    Outcome.FAILED: "failed",
-    Outcome.INTERRUPTED: "interrupted",
-}
-
-
-def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
-    yield _csv_row(CALL_COLUMNS)
-    unnamed = UnnamedCalls()
-    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
-    ended: Set[int] = set()
-    for line in lines:
-        try:
-            event = parse_stored(line)
-        except MalformedEvent:
-            continue
-        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
-            if fact.key in ended:
-                continue
-            earlier = begun.get(fact.key)
-            if fact.outcome < Outcome.OK:
-                if earlier is None or fact.outcome > earlier[0].outcome:
-                    begun[fact.key] = (
-                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
-                        event,
-                    )
-                continue
-            begun.pop(fact.key, None)
-            ended.add(fact.key)
-            yield _call_row(fact, event, earlier[0] if earlier else None)
-    for fact, event in begun.values():
-        yield _call_row(fact, event, fact)
-
-
-def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
-    data = event["data"]
-    start = earlier.start if earlier else fact.start
-    duration = fact.duration
-    if duration is None and earlier is not None and fact.finish is not None:
-        duration = max(0, fact.finish - earlier.start)
-    call: JsonObject = data
-    for one in _batch_calls(event):
-        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
-            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
-            call = {name: one.get(its_name) for name, its_name in names.items()}
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
-    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
-    values = (
-        f"{stamp}.{start % 1000:03d}Z",
-        event["sessionId"],
-        event["machineId"],
-        event["workingDirectory"],
-        event.get("agentId", ""),
-        fact.tool,
-        tool_target(call.get("toolInput"), event["workingDirectory"]),
-        _OUTCOME_WORDS[fact.outcome],
-        duration if duration is not None else "",
-        text_of(call.get("error")) if failed else "",
-        text_of(call.get("toolUseId")),
-    )
-    return _csv_row(values)
-
-
-def _csv_row(values: Iterable[Any]) -> bytes:
-    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
-    row = io.StringIO()
-    texts = [
-        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
-    ]
-    csv.writer(row, lineterminator="").writerow(texts)
-    return row.getvalue().encode("utf-8", "backslashreplace")
-
-
-def line_timestamp(line: bytes) -> int:
-    """Return the timestamp of a stored line."""
-    match = _TIMESTAMP.match(line)
-    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
-
-
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
-
-
-def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks worth sending."""
-    chunk: List[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line + b"\n")
-        size += len(line) + 1
-        if size >= EXPORT_CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
 
 
 BUILT_IN_PAGE = """<!doctype html>
@@ -6669,6 +6741,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
             log.exception("unexpected error in an HTTP request")
 
 
+SAFE_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
@@ -6756,35 +6837,33 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)
-        chunked = self.request_version != "HTTP/1.0"
-        length = ("Transfer-Encoding", "chunked")
-        if isinstance(response.body, bytes):
-            length = ("Content-Length", str(len(response.body)))
-        elif not chunked:
-            self.close_connection = True
-            length = ("Connection", "close")
-        for name, value in (
-            ("Content-Type", response.content_type),
-            length,
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("X-Frame-Options", "DENY"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            *response.headers,
-        ):
+        self.send_header("Content-Type", response.content_type)
+        for name, value in (*self._ends_of(response.body), *SAFE_HEADERS, *response.headers):
             self.send_header(name, value)
-        if self.close_connection and length[0] != "Connection":
-            self.send_header("Connection", "close")
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if isinstance(response.body, bytes):
-            self.wfile.write(response.body)
-            return
-        for chunk in response.body:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        if chunked:
+        if self.command != "HEAD":
+            self._send_body(response.body)
+
+    def _ends_of(self, body: Union[bytes, Iterator[bytes]]) -> List[Tuple[str, str]]:
+        """Return the headers that tell where the body ends, and whether the connection does too."""
+        headers = []
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+        elif self.request_version != "HTTP/1.0":
+            headers.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.close_connection = True
+        if self.close_connection:
+            headers.append(("Connection", "close"))
+        return headers
+
+    def _send_body(self, body: Union[bytes, Iterator[bytes]]) -> None:
+        if isinstance(body, bytes):
+            self.wfile.write(body)
+        elif self.request_version == "HTTP/1.0":
+            self.wfile.writelines(body)
+        else:
+            self.wfile.writelines(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
             self.wfile.write(b"0\r\n\r\n")
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -8405,6 +8484,194 @@ def process_ran_at(pid: int, time_ms: int) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Running monitor: found, asked and talked to by other processes
+#
+# Knows: the files in which a monitor tells of itself, and its doors: HTTP, WebSocket, the hooks' socket.
+# ---------------------------------------------------------------------------
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message says what to do."""
+
+
+def running_monitor(settings: Settings) -> Optional[JsonObject]:
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
+    is none.
+    """
+    try:
+        with open(settings.path("monitor.pid"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                pid = int(file.read().strip() or b"0")
+        with open(settings.path("monitor.run.json"), "rb") as file:
+            about = emit_event.parse_event_line(file.read())
+    except (FileNotFoundError, MalformedEvent, ValueError):
+        return None
+    return about if about.get("pid") == pid else None
+
+
+def needed_monitor(settings: Settings) -> JsonObject:
+    """Return the running monitor; raise CommandError that says how to start it."""
+    about = running_monitor(settings)
+    if about is None:
+        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
+    return about
+
+
+def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
+    """Return the addresses of the page; with the token where one is needed to come in."""
+    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
+    token = (
+        f"?token={read_token(settings.path('token'))}"
+        if needs_token and settings["server.auth"] != "off"
+        else ""
+    )
+    links = []
+    for name in about["addresses"]:
+        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
+        links.append(f"http://{shown}:{about['port']}/{token}")
+    return links
+
+
+def reachable_host(about: JsonObject) -> str:
+    """Return the address at which this machine reaches the running monitor."""
+    return "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else text_of(about["host"])
+
+
+def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
+    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
+    connection = http.client.HTTPConnection(reachable_host(about), about["port"], timeout=15)
+    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
+
+
+def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
+    """GET one address of the running monitor's API; raise CommandError."""
+    connection, headers = connect_http(settings, about)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        answer = emit_event.parse_event_line(response.read())
+    except (OSError, http.client.HTTPException, MalformedEvent) as error:
+        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
+    return answer
+
+
+class MonitorConnection:
+    """A WebSocket client of the running monitor, for the commands that follow or change it."""
+
+    def __init__(self, settings: Settings, about: JsonObject) -> None:
+        host = reachable_host(about)
+        shown = f"[{host}]" if ":" in host else host
+        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
+        self._parser = FrameParser(masked=False)
+        self._messages: Deque[JsonObject] = collections.deque()
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._sock.sendall(
+            (
+                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
+                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
+            ).encode()
+        )
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = self._sock.recv(4096)
+            if not piece:
+                raise ConnectionError("the monitor closed the connection")
+            head += piece
+        head, _, rest = head.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
+            raise CommandError(
+                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
+            )
+        self._take(rest)
+
+    def send(self, message: JsonObject) -> None:
+        """Send one message."""
+        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
+
+    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
+        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
+        `timeout_s`.
+        """
+        self._sock.settimeout(timeout_s)
+        while not self._messages:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except socket.timeout:
+                raise TimeoutError("no answer from the monitor") from None
+            if not data:
+                raise ConnectionError("the monitor closed the connection")
+            self._take(data)
+        return self._messages.popleft()
+
+    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
+        """Return the next message of one type, passing over others; raise CommandError for an error."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = self.receive(max(0.01, deadline - time.monotonic()))
+            if message.get("type") == kind:
+                return message
+            if message.get("type") == "error":
+                raise CommandError(f"the monitor answered: {message.get('message')}")
+
+    def _take(self, data: bytes) -> None:
+        for received in self._parser.feed(data):
+            if isinstance(received, Text):
+                self._messages.append(
+                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
+                )
+            elif isinstance(received, Ping):
+                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
+            elif isinstance(received, (Close, Failure)):
+                raise ConnectionError(
+                    f"the monitor closed the connection: {received.reason or received.code}"
+                )
+
+    def close(self) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
+        self._sock.close()
+
+
+class EventSender:
+    """Hand events to the running monitor the hooks' way; safe when `send` returns."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "EventSender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
+# ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, nobody else's.
@@ -8531,7 +8798,7 @@ def _naming(path: str) -> Iterator[None]:
         raise InstallError(f"{path}: {error}") from None
 
 
-# -- which events, which file, which command ----------------------------------
+# Which events, which file, which command
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8610,7 +8877,7 @@ def _shell_quoted(path: str) -> str:
     return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
 
 
-# -- the hook's files ---------------------------------------------------------
+# The hook's files
 
 
 def install_hook_files(home: str) -> str:
@@ -8661,10 +8928,10 @@ def _refuse(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-# -- our entries among everybody's --------------------------------------------
+# Our entries among everybody's
 
 
-def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str]) -> emit_event.JsonObject:
+def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
     """Return `settings` with our handler once under each of `names` and under no other event.
 
     What is up to date stays where it is, what is outdated is updated in place, doubles go. Everything else
@@ -8674,7 +8941,7 @@ def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str])
     return _with_handler(settings, handler, names)
 
 
-def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
+def remove_hooks(settings: JsonObject) -> JsonObject:
     """Return `settings` without our handlers, and without the groups and lists that held nothing else.
 
     Raises InstallError for hooks that are not laid out as documented.
@@ -8682,12 +8949,10 @@ def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
     return _with_handler(settings, {}, [])
 
 
-def _with_handler(
-    settings: emit_event.JsonObject, handler: emit_event.JsonObject, names: list[str]
-) -> emit_event.JsonObject:
+def _with_handler(settings: JsonObject, handler: JsonObject, names: list[str]) -> JsonObject:
     """Return `settings` with `handler` as the only one of ours under each of `names`, and none elsewhere."""
     hooks = _checked_hooks(settings)
-    changed: emit_event.JsonObject = {}
+    changed: JsonObject = {}
     for name, groups in hooks.items():
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is somebody else's
@@ -8703,9 +8968,7 @@ def _with_handler(
     return result
 
 
-def _groups_with(
-    groups: list[emit_event.JsonObject], handler: emit_event.JsonObject | None
-) -> list[emit_event.JsonObject]:
+def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
     """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
     result = []
     wanted = handler
@@ -8724,11 +8987,11 @@ def _groups_with(
     return result
 
 
-def _any_ours(groups: list[emit_event.JsonObject]) -> bool:
+def _any_ours(groups: list[JsonObject]) -> bool:
     return any(_is_ours(entry) for group in groups for entry in group["hooks"])
 
 
-def _is_ours(entry: emit_event.JsonObject) -> bool:
+def _is_ours(entry: JsonObject) -> bool:
     """Tell whether a handler runs a hook that we installed, with whatever interpreter, for whatever home.
 
     The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
@@ -8748,12 +9011,12 @@ def _is_ours(entry: emit_event.JsonObject) -> bool:
     )
 
 
-def _checked_hooks(settings: emit_event.JsonObject) -> dict[str, list[emit_event.JsonObject]]:
+def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks of `settings` by event name, {} when it has none.
 
     Raises InstallError with the place of whatever is not the documented object or list.
     """
-    hooks: dict[str, list[emit_event.JsonObject]] = settings.get("hooks", {})
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     _expect(dict, hooks, "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -8772,10 +9035,10 @@ def _expect(kind: type, value: object, place: str) -> None:
         raise InstallError(f"{place}: expected {expected}; correct it by hand first, nothing was changed")
 
 
-# -- the settings file --------------------------------------------------------
+# The settings file
 
 
-def read_settings(path: str) -> tuple[str, emit_event.JsonObject]:
+def read_settings(path: str) -> tuple[str, JsonObject]:
     """Read a settings file; return its text, byte order mark and line ends included, and its object.
 
     A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
@@ -8819,7 +9082,7 @@ def _file_content(path: str) -> bytes | None:
         _refuse(f"{path} cannot be read", error)
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> emit_event.JsonObject:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -8839,7 +9102,7 @@ def _finite_float(digits: str) -> float:
     return number
 
 
-def render_settings(settings: emit_event.JsonObject, like: str) -> str:
+def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
     Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
@@ -8922,16 +9185,53 @@ def _write_backup(path: str, content: bytes) -> str:
     return backup
 
 
+# Trying it
+
+
+def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
+    script = hook_script(settings.home)
+    if not os.path.exists(script):
+        script = os.path.abspath(emit_event.__file__)
+    payload = {
+        "session_id": "contextuate-test",
+        "hook_event_name": "Notification",
+        "cwd": os.getcwd(),
+        **fields,
+    }
+    environment = {
+        **os.environ,
+        "CONTEXTUATE_DEBUG": "1",
+        "CONTEXTUATE_HOME": settings.home,
+        "CONTEXTUATE_CONFIG": settings.config_path,
+    }
+    process = subprocess.run(
+        [base_interpreter(), "-I", "-S", script],
+        input=encode_json(payload),
+        capture_output=True,
+        env=environment,
+        timeout=30,
+        check=False,
+    )
+    return process.stderr.decode("utf-8", "replace")
+
+
+def was_delivered(words: str) -> bool:
+    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+
+
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# Each check yields findings; a check that fails does not keep the next from looking. Changes nothing but that
-# a test event is sent, as `test-event` does.
+# Each check of CHECKS yields findings; one that fails does not keep the next from looking. Changes nothing,
+# but a test event is sent, as `test-event` does.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
 LOW_DISK_BYTES = 200 << 20
 RECENT_FAILURE_S = 24 * 3600
+_RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
@@ -8942,370 +9242,357 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
+    def lines(self) -> List[str]:
+        """Return what `doctor` prints."""
+        lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
+        return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
-class Doctor:
-    """Examine what one configuration describes."""
 
-    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings = settings
-        self._warnings = warnings
-        self._about = running_monitor(settings)
-        self._client: Any = None  # redis-py's, once connected
+@dataclasses.dataclass
+class Examination:
+    """What the checks look at, and what an earlier one has left for the later ones."""
 
-    def examine(self) -> Iterator[Finding]:
-        """Yield the findings of every check, in the order in which an event travels."""
-        checks = [
-            self._config,
-            self._home,
-            self._claude,
-            self._hook,
-            self._registration,
-            self._spool,
-            self._monitor,
-        ]
-        if self._settings["mode"] == "redis":
-            checks += [self._redis_package, self._redis, self._redis_rights, self._publisher]
-        checks.append(self._probe)
-        for check in checks:
-            try:
-                yield from check()
-            except Exception as error:  # one check must not keep the others from looking
-                name = check.__name__.strip("_")
-                yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+    settings: Settings
+    warnings: Sequence[str]
+    about: Optional[JsonObject]  # the running monitor
+    redis: Any = None  # redis-py's client, once Redis has answered
 
     @property
-    def _only_shows(self) -> bool:
+    def only_shows(self) -> bool:
         """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
-        has_hook = os.path.exists(hook_script(self._settings.home))
-        return self._settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+        has_hook = os.path.exists(hook_script(self.settings.home))
+        return self.settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
 
-    def _config(self) -> Iterator[Finding]:
-        path = self._settings.config_path
-        where = path if os.path.exists(path) else f"no {path}, so defaults"
-        yield Finding(
-            "config", "ok", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}"
+
+def _check_config(case: Examination) -> Iterator[Finding]:
+    path = case.settings.config_path
+    where = path if os.path.exists(path) else f"no {path}, so defaults"
+    yield Finding(
+        "config", "ok", f"{where}; mode {case.settings['mode']}, machine {case.settings.machine_id}"
+    )
+    for warning in case.warnings:
+        yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+
+
+def _check_files(case: Examination) -> Iterator[Finding]:
+    home = case.settings.home
+    if not os.path.isdir(home):
+        yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
+        return
+    about = os.stat(home)
+    if about.st_uid != os.getuid():
+        yield Finding("files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
+    elif not os.access(home, os.W_OK):
+        yield Finding("files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+    elif about.st_mode & 0o077:
+        advice = f"run: chmod 700 {shlex.quote(home)}"
+        yield Finding("files", "warn", f"{home} is open to other users", advice)
+    else:
+        yield Finding("files", "ok", f"{home}, for this user only")
+    disk = os.statvfs(home)
+    free = disk.f_bavail * disk.f_frsize
+    if free < LOW_DISK_BYTES:
+        yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+
+
+def _check_claude(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    version = claude_version()
+    if version is None:
+        advice = (
+            "install it, or put it on the PATH; without its version only the oldest events are registered"
         )
-        for warning in self._warnings:
-            yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+        yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
+    else:
+        yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
 
-    def _home(self) -> Iterator[Finding]:
-        home = self._settings.home
-        if not os.path.isdir(home):
-            yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
-            return
-        about = os.stat(home)
-        if about.st_uid != os.getuid():
-            yield Finding(
-                "files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own"
-            )
-        elif not os.access(home, os.W_OK):
-            yield Finding(
-                "files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}"
-            )
-        elif about.st_mode & 0o077:
-            advice = f"run: chmod 700 {shlex.quote(home)}"
-            yield Finding("files", "warn", f"{home} is open to other users", advice)
-        else:
-            yield Finding("files", "ok", f"{home}, for this user only")
-        disk = os.statvfs(home)
-        free = disk.f_bavail * disk.f_frsize
-        if free < LOW_DISK_BYTES:
-            yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
 
-    def _claude(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        version = claude_version()
-        if version is None:
-            advice = (
-                "install it, or put it on the PATH; without its version only the oldest events are registered"
-            )
-            yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
-        else:
-            yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
+def _check_hook(case: Examination) -> Iterator[Finding]:
+    script = hook_script(case.settings.home)
+    if case.only_shows:
+        yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+        return
+    if not os.path.exists(script):
+        yield Finding("hook", "fail", f"no hook at {script}", _RUN_INSTALL)
+        return
+    with open(os.path.abspath(emit_event.__file__), "rb") as file:
+        current = file.read()
+    try:
+        with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
+            installed = file.read()
+    except OSError as error:
+        yield Finding("hook", "fail", f"the hook is not whole: {error}", _RUN_INSTALL)
+        return
+    if installed != current:
+        yield Finding("hook", "warn", f"{script} is of another version than the monitor", _RUN_INSTALL)
+    else:
+        yield Finding("hook", "ok", script)
+    yield from _hook_failures(case)
 
-    def _hook(self) -> Iterator[Finding]:
-        script = hook_script(self._settings.home)
-        advice = "run: python3 contextuate_monitor.py install"
-        if self._only_shows:
-            yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+
+def _hook_failures(case: Examination) -> Iterator[Finding]:
+    path = case.settings.path("emit.log")
+    try:
+        if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
             return
-        if not os.path.exists(script):
-            yield Finding("hook", "fail", f"no hook at {script}", advice)
-            return
-        with open(os.path.abspath(emit_event.__file__), "rb") as file:
-            current = file.read()
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    except OSError:
+        return
+    yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
+
+
+def _check_registration(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    plan = plan_install(case.settings.home, None, claude_version())
+    _, claude_settings = read_settings(plan.path)
+    advice = f"{_RUN_INSTALL}; then start Claude Code again"
+    if claude_settings.get("disableAllHooks"):
+        words = f"{plan.path} has disableAllHooks, so no hook runs"
+        yield Finding("registered", "fail", words, "take disableAllHooks out of it")
+    if plan.new_text == plan.old_text:
+        yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
+    elif remove_hooks(claude_settings) == claude_settings:
+        yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+    else:
+        yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+
+def _check_spool(case: Examination) -> Iterator[Finding]:
+    segments = emit_event.spool_segments(case.settings.path("spool"))
+    size = sum(size for _, size in segments)
+    if not size:
+        yield Finding("spool", "ok", "empty: no event waits on this machine")
+        return
+    oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+    waits_for = "the monitor" if case.settings["mode"] == "local" else "the publisher"
+    words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+    yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
+
+
+def _check_monitor(case: Examination) -> Iterator[Finding]:
+    if case.about is None:
+        yield from _without_monitor(case)
+        return
+    status = ask_monitor(case.settings, case.about, "/api/status")
+    page = page_links(case.settings, case.about, False)[0]
+    yield Finding("monitor", "ok", f"pid {case.about['pid']}, version {status['version']}, {page}")
+    if status["version"] != __version__ or status["mode"] != case.settings["mode"]:
+        words = f"it runs version {status['version']} in mode {status['mode']}"
+        advice = "run: python3 contextuate_monitor.py restart"
+        yield Finding(
+            "monitor", "warn", f"{words}, not {__version__} in mode {case.settings['mode']}", advice
+        )
+    if not status["store"]["ok"]:
+        yield Finding("store", "fail", f"events cannot be written: {status['store']['error']}", "make room")
+    if status["spool"]["dropped"]:
+        words = f"{status['spool']['dropped']} events were dropped by full spools"
+        yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
+    path = case.about["socketPath"]
+    if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+        yield Finding("socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own")
+    else:
+        yield Finding("socket", "ok", path)
+    yield from _about_index(status["index"])
+
+
+def _about_index(index: JsonObject) -> Iterator[Finding]:
+    if index["state"] == "ready":
+        yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+    elif index["state"] == "building":
+        words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+        yield Finding("index", "ok", words)
+    else:
+        words = f"off, so searches read every file: {index['error']}"
+        yield Finding("index", "warn", words, "make room, or correct what it says; it is then made by itself")
+
+
+def _without_monitor(case: Examination) -> Iterator[Finding]:
+    advice = "run: python3 contextuate_monitor.py start"
+    if case.settings["mode"] == "local":
+        yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
+    else:
+        yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
+        return
+    for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
         try:
-            with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
-                installed = file.read()
-        except OSError as error:
-            yield Finding("hook", "fail", f"the hook is not whole: {error}", advice)
+            bind_tcp(case.settings["server.host"], case.settings[key], key, option).close()
+        except StartError as error:
+            yield Finding("ports", "fail", str(error))
+
+
+# Redis
+
+
+def _check_redis_package(case: Examination) -> Iterator[Finding]:
+    python = emit_event.publisher_python(case.settings.home)
+    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+    try:
+        answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+    except OSError as error:
+        yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
+        return
+    if answer.returncode:
+        advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+        yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
+    else:
+        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+
+
+def _check_redis(case: Examination) -> Iterator[Finding]:
+    values = case.settings.values
+    started = time.monotonic()
+    try:
+        client = emit_event.redis_client(values)
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+    except Exception as error:
+        if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
             return
-        if installed != current:
-            yield Finding("hook", "warn", f"{script} is of another version than the monitor", advice)
-        else:
-            yield Finding("hook", "ok", script)
-        yield from self._recent_failures()
+    case.redis = client
+    yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+    yield from _compare_clocks(client)
 
-    def _recent_failures(self) -> Iterator[Finding]:
-        path = self._settings.path("emit.log")
-        try:
-            if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
-                return
-            with open(path, "rb") as file:
-                file.seek(max(0, os.path.getsize(path) - 4096))
-                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        except OSError:
-            return
-        yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
 
-    def _registration(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        plan = plan_install(self._settings.home, None, claude_version())
-        _, claude_settings = read_settings(plan.path)
-        advice = "run: python3 contextuate_monitor.py install; then start Claude Code again"
-        if claude_settings.get("disableAllHooks"):
-            words = f"{plan.path} has disableAllHooks, so no hook runs"
-            yield Finding("registered", "fail", words, "take disableAllHooks out of it")
-        if plan.new_text == plan.old_text:
-            yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
-        elif remove_hooks(claude_settings) == claude_settings:
-            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
-        else:
-            yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+def _compare_clocks(client: Any) -> Iterator[Finding]:
+    try:
+        before = time.time()
+        seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
+    except Exception:
+        return  # TIME is no right that anybody needs
+    off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+    if abs(off_s) > 2:
+        side = "ahead of" if off_s > 0 else "behind"
+        words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
+        yield Finding("clock", "warn", words, "let a time service set both")
+    else:
+        yield Finding("clock", "ok", "this machine and Redis agree")
 
-    def _spool(self) -> Iterator[Finding]:
-        segments = emit_event.spool_segments(self._settings.path("spool"))
-        size = sum(size for _, size in segments)
-        if not size:
-            yield Finding("spool", "ok", "empty: no event waits on this machine")
-            return
-        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
-        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
 
-    def _monitor(self) -> Iterator[Finding]:
-        if self._about is None:
-            yield from self._no_monitor()
-            return
-        status = ask_monitor(self._settings, self._about, "/api/status")
-        page = page_links(self._settings, self._about, False)[0]
-        yield Finding("monitor", "ok", f"pid {self._about['pid']}, version {status['version']}, {page}")
-        if status["version"] != __version__ or status["mode"] != self._settings["mode"]:
-            words = f"it runs version {status['version']} in mode {status['mode']}"
-            advice = "run: python3 contextuate_monitor.py restart"
-            yield Finding(
-                "monitor", "warn", f"{words}, not {__version__} in mode {self._settings['mode']}", advice
-            )
-        if not status["store"]["ok"]:
-            yield Finding(
-                "store", "fail", f"events cannot be written: {status['store']['error']}", "make room"
-            )
-        if status["spool"]["dropped"]:
-            words = f"{status['spool']['dropped']} events were dropped by full spools"
-            yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
-        path = self._about["socketPath"]
-        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-            yield Finding(
-                "socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own"
-            )
-        else:
-            yield Finding("socket", "ok", path)
-        yield from self._index(status["index"])
+def _check_redis_rights(case: Examination) -> Iterator[Finding]:
+    """Try what a monitor needs; what an emitter needs the probe shows."""
+    if case.redis is None:
+        return
+    channel = case.settings["redis.channel"]
+    stream = f"{channel}:stream"
+    yield _try_right(case, "channel", channel, lambda: _subscribe(case.redis, channel).close())
+    if case.settings["redis.streamMaxLength"]:
+        yield _try_right(case, "stream", stream, lambda: case.redis.xrevrange(stream, "+", "-", 1))
+    else:
+        yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
 
-    @staticmethod
-    def _index(index: JsonObject) -> Iterator[Finding]:
-        if index["state"] == "ready":
-            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
-        elif index["state"] == "building":
-            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
-            yield Finding("index", "ok", words)
-        else:
-            words = f"off, so searches read every file: {index['error']}"
-            yield Finding(
-                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
-            )
 
-    def _no_monitor(self) -> Iterator[Finding]:
-        advice = "run: python3 contextuate_monitor.py start"
-        if self._settings["mode"] == "local":
-            yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
-        else:
-            yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
-            return
-        for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
-            try:
-                bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
-            except StartError as error:
-                yield Finding("ports", "fail", str(error))
+def _try_right(case: Examination, check: str, name: str, attempt: Callable[[], Any]) -> Finding:
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
+    except Exception as error:
+        if case.about is None and lacks_right(error):
+            return Finding(check, "ok", "this user may not read it, which only a monitor needs")
+        return Finding(check, "fail", emit_event.redis_trouble(error, case.settings.values))
+    return Finding(check, "ok", name)
 
-    # Redis
 
-    def _redis_package(self) -> Iterator[Finding]:
-        python = emit_event.publisher_python(self._settings.home)
-        check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
-        try:
-            answer = subprocess.run(
-                check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False
-            )
-        except OSError as error:
-            yield Finding(
-                "redis-py", "fail", f"{python}: {error}", "run: python3 contextuate_monitor.py install"
-            )
-            return
-        if answer.returncode:
-            advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
-            yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
-        else:
-            yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+def _subscribe(client: Any, channel: str) -> Any:
+    """Return a confirmed subscription of our own."""
+    pubsub = client.pubsub()
+    pubsub.subscribe(channel)
+    if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+        raise emit_event.Overrun("no whole answer")
+    return pubsub
 
-    def _redis(self) -> Iterator[Finding]:
-        values = self._settings.values
-        started = time.monotonic()
-        try:
-            client = emit_event.redis_client(values)
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
-        except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
-                yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
-                return
-        self._client = client
-        yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-        yield from self._redis_clock(client)
 
-    def _redis_clock(self, client: Any) -> Iterator[Finding]:
-        try:
-            before = time.time()
-            seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
-        except Exception:
-            return  # TIME is no right that anybody needs
-        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
-        if abs(off_s) > 2:
-            side = "ahead of" if off_s > 0 else "behind"
-            words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
-            yield Finding("clock", "warn", words, "let a time service set both")
-        else:
-            yield Finding("clock", "ok", "this machine and Redis agree")
+def _check_publisher(case: Examination) -> Iterator[Finding]:
+    state = emit_event.publisher_state(case.settings.home)
+    if not state["running"]:
+        yield Finding(
+            "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
+        )
+    elif state.get("reason"):
+        yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+    else:
+        heard = f"the last heard by {state['subscribers']} subscribers"
+        words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+        yield Finding("publisher", "ok", words)
+        for name in ("channelReason", "streamReason"):
+            if state.get(name):
+                yield Finding("publisher", "warn", f"refused: {state[name]}")
 
-    def _redis_rights(self) -> Iterator[Finding]:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
-        if self._client is None:
-            return
-        channel = self._settings["redis.channel"]
-        stream = f"{channel}:stream"
-        for what, attempt in (
-            ("channel", lambda: self._subscribe(channel).close()),
-            ("stream", lambda: self._client.xrevrange(stream, "+", "-", 1)),
-        ):
-            if what == "stream" and not self._settings["redis.streamMaxLength"]:
-                yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
-                continue
-            try:
-                emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
-            except Exception as error:
-                if self._about is None and lacks_right(error):
-                    yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
-                else:
-                    yield Finding(what, "fail", emit_event.redis_trouble(error, self._settings.values))
-            else:
-                yield Finding(what, "ok", channel if what == "channel" else stream)
 
-    def _subscribe(self, channel: str) -> Any:
-        """Return a confirmed subscription of our own."""
-        pubsub = self._client.pubsub()
-        pubsub.subscribe(channel)
-        if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-            raise emit_event.Overrun("no whole answer")
-        return pubsub
+# The probe
 
-    def _publisher(self) -> Iterator[Finding]:
-        state = emit_event.publisher_state(self._settings.home)
-        if not state["running"]:
-            yield Finding(
-                "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
-            )
-        elif state.get("reason"):
-            yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
-        else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
-            yield Finding("publisher", "ok", words)
-            for name in ("channelReason", "streamReason"):
-                if state.get(name):
-                    yield Finding("publisher", "warn", f"refused: {state[name]}")
 
-    # The probe
+def _check_by_event(case: Examination) -> Iterator[Finding]:
+    """Send one event as Claude Code would, and look for it at the other end."""
+    token = f"doctor {uuid.uuid4()}"
+    started = time.monotonic()
+    heard = None
+    if case.redis is not None:
+        with contextlib.suppress(Exception):  # the check before this one has told why
+            heard = _subscribe(case.redis, case.settings["redis.channel"])
+    trouble = _send_to_redis(case, token) if case.only_shows else _send_by_hook(case, token)
+    if trouble is not None:
+        yield trouble
+        return
+    if heard is not None and not _hears(heard, token):
+        words = "the event is in Redis, but the channel did not bring it to a subscriber"
+        yield Finding("probe", "warn", words)
+    where = "in Redis" if case.settings["mode"] == "redis" else "stored"
+    if case.about is None:
+        yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
+    elif _monitor_shows(case, token):
+        yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
+    else:
+        advice = "look at `status` for what the monitor says of Redis"
+        yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
 
-    def _probe(self) -> Iterator[Finding]:
-        """Send one event as Claude Code would, and look for it at the other end."""
-        token = f"doctor {uuid.uuid4()}"
-        started = time.monotonic()
-        heard = None
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has told why
-                heard = self._subscribe(self._settings["redis.channel"])
-        trouble = self._send_to_redis(token) if self._only_shows else self._send_by_hook(token)
-        if trouble is not None:
-            yield trouble
-            return
-        if heard is not None and not self._hears(heard, token):
-            words = "the event is in Redis, but the channel did not bring it to a subscriber"
-            yield Finding("probe", "warn", words)
-        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
-        if self._about is None:
-            yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
-        elif self._monitor_shows(token):
-            yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
-        else:
-            advice = "look at `status` for what the monitor says of Redis"
-            yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
 
-    def _send_by_hook(self, token: str) -> Optional[Finding]:
-        """Send the probe through the hook; return what went wrong."""
-        words = send_through_hook(self._settings, {"message": token, "notification_type": "test"})
-        if was_delivered(words):
-            return None
-        last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
-
-    def _send_to_redis(self, token: str) -> Optional[Finding]:
-        """Publish the probe ourselves, where there is no hook; return what kept us from it."""
-        if self._client is None:
-            return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
-        event = test_event(self._settings.machine_id)
-        event["data"]["message"] = token
-        send = functools.partial(self._client.publish, self._settings["redis.channel"], encode_json(event))
-        try:
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
-        except Exception as error:
-            if lacks_right(error):
-                words = "not sent: this user may not publish, which only a machine with a hook needs"
-                return Finding("probe", "ok", words)
-            words = emit_event.redis_trouble(error, self._settings.values)
-            return Finding("probe", "fail", f"an event could not be published: {words}")
+def _send_by_hook(case: Examination, token: str) -> Optional[Finding]:
+    """Send the probe through the hook; return what went wrong."""
+    words = send_through_hook(case.settings, {"message": token, "notification_type": "test"})
+    if was_delivered(words):
         return None
+    last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+    return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
 
-    @staticmethod
-    def _hears(pubsub: Any, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            message = pubsub.get_message(timeout=1.0)
-            if message is not None and token.encode() in (
-                message["data"] if message["type"] == "message" else b""
-            ):
-                return True
-        return False
 
-    def _monitor_shows(self, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            answer = ask_monitor(self._settings, self._about or {}, "/api/events?limit=200")
-            if any(event["data"].get("message") == token for event in answer["events"]):
-                return True
-            time.sleep(0.05)
-        return False
+def _send_to_redis(case: Examination, token: str) -> Optional[Finding]:
+    """Publish the probe ourselves, where there is no hook; return what kept us from it."""
+    if case.redis is None:
+        return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
+    event = test_event(case.settings.machine_id)
+    event["data"]["message"] = token
+    send = functools.partial(case.redis.publish, case.settings["redis.channel"], encode_json(event))
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
+    except Exception as error:
+        if lacks_right(error):
+            words = "not sent: this user may not publish, which only a machine with a hook needs"
+            return Finding("probe", "ok", words)
+        words = emit_event.redis_trouble(error, case.settings.values)
+        return Finding("probe", "fail", f"an event could not be published: {words}")
+    return None
+
+
+def _hears(pubsub: Any, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        message = pubsub.get_message(timeout=1.0)
+        if message is not None and message["type"] == "message" and token.encode() in message["data"]:
+            return True
+    return False
+
+
+def _monitor_shows(case: Examination, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        answer = ask_monitor(case.settings, case.about or {}, "/api/events?limit=200")
+        if any(event["data"].get("message") == token for event in answer["events"]):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def lacks_right(error: BaseException) -> bool:
@@ -9317,6 +9604,35 @@ def _ms_since(started: float) -> str:
     return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
+# In the order in which an event travels: the mode that a check is for (None: both), its name, the check.
+CHECKS: Tuple[Tuple[Optional[str], str, Callable[[Examination], Iterator[Finding]]], ...] = (
+    (None, "config", _check_config),
+    (None, "files", _check_files),
+    (None, "claude", _check_claude),
+    (None, "hook", _check_hook),
+    (None, "registered", _check_registration),
+    (None, "spool", _check_spool),
+    (None, "monitor", _check_monitor),
+    ("redis", "redis-py", _check_redis_package),
+    ("redis", "redis", _check_redis),
+    ("redis", "rights", _check_redis_rights),
+    ("redis", "publisher", _check_publisher),
+    (None, "probe", _check_by_event),
+)
+
+
+def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
+    """Yield what every check of CHECKS finds; `warnings` are those of the configuration."""
+    case = Examination(settings, warnings, running_monitor(settings))
+    for mode, name, check in CHECKS:
+        if mode not in (None, settings["mode"]):
+            continue
+        try:
+            yield from check(case)
+        except Exception as error:  # one check must not keep the others from looking
+            yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+
+
 # ---------------------------------------------------------------------------
 # Demo: a working day of a small team, made up, marked as a demo
 #
@@ -9325,7 +9641,7 @@ def _ms_since(started: float) -> str:
 # a day always tells the same.
 # ---------------------------------------------------------------------------
 
-_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _shape for each tool
+_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
 _Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -9483,9 +9799,84 @@ _DEMO_SESSIONS: Mapping[str, Tuple[Tuple[str, str, str], Tuple[_Turn, ...], str]
 
 
 def _uuid(rng: random.Random) -> str:
-    """Return a text shaped like a UUID v4."""
-    digits = f"{rng.getrandbits(128):032x}"
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{rng.choice('89ab')}{digits[17:20]}-{digits[20:]}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+class _Doing(NamedTuple):
+    """One step of _DEMO_STEPS as it is done: where, from which line on, and what its table says."""
+
+    cwd: str
+    start: int
+    target: str
+    detail: str
+    output: str
+
+    @property
+    def path(self) -> str:
+        """Return the file that the step is about."""
+        return f"{self.cwd}/{self.target}"
+
+
+_Shape = Tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
+
+
+def _shape(step: _Step, cwd: str, rng: random.Random) -> _Shape:
+    """Return what the client tells of one step of _DEMO_STEPS."""
+    tool, target, detail, output = (*step, "", "")[:4]
+    shape = _SHAPES.get(tool.rstrip("!"), _server_tool_shape)
+    return shape(_Doing(cwd, rng.randrange(12, 90), target, detail, output))
+
+
+def _bash_shape(it: _Doing) -> _Shape:
+    return {"command": it.target, "description": it.detail}, _bash_response(it.output), it.output
+
+
+def _bash_response(output: str) -> JsonObject:
+    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+
+
+def _read_shape(it: _Doing) -> _Shape:
+    lines = it.detail.splitlines()
+    file = {"filePath": it.path, "content": it.detail, "numLines": len(lines), "startLine": it.start}
+    file["totalLines"] = it.start + 40
+    words = "\n".join(f"{it.start + i}\t{line}" for i, line in enumerate(lines))
+    return {"file_path": it.path}, {"type": "text", "file": file}, words
+
+
+def _edit_shape(it: _Doing) -> _Shape:
+    old, new = it.detail.splitlines(), it.output.splitlines()
+    diff = [line[0] + line[2:] for line in difflib.ndiff(old, new) if line[0] != "?"]
+    hunk = {"oldStart": it.start, "oldLines": len(old), "newStart": it.start, "newLines": len(new)}
+    given = {"file_path": it.path, "old_string": it.detail, "new_string": it.output, "replace_all": False}
+    response: JsonObject = {"filePath": it.path, "oldString": it.detail, "newString": it.output}
+    response.update(originalFile=it.detail + "\n", structuredPatch=[{**hunk, "lines": diff}])
+    response.update(userModified=False, replaceAll=False)
+    return given, response, f"The file {it.path} has been updated successfully."
+
+
+def _write_shape(it: _Doing) -> _Shape:
+    response: JsonObject = {"type": "create", "filePath": it.path, "content": it.detail}
+    response.update(structuredPatch=[], originalFile=None, userModified=False)
+    given = {"file_path": it.path, "content": it.detail}
+    return given, response, f"File created successfully at: {it.path}"
+
+
+def _grep_shape(it: _Doing) -> _Shape:
+    given = {"pattern": it.target, "path": f"{it.cwd}/{it.detail}", "output_mode": "content", "-n": True}
+    response = {"mode": "content", "numFiles": 0, "filenames": [], "content": it.output}
+    return given, {**response, "numLines": len(it.output.splitlines())}, it.output
+
+
+def _glob_shape(it: _Doing) -> _Shape:
+    names = [f"{it.cwd}/{name}" for name in it.output.splitlines()]
+    response = {"filenames": names, "durationMs": it.start, "numFiles": len(names), "truncated": False}
+    return {"pattern": it.target}, response, "\n".join(names)
+
+
+def _todo_shape(it: _Doing) -> _Shape:
+    old_todos, new_todos = (_todos(it.detail.split("|"), int(it.target) - back) for back in (1, 0))
+    response = {"oldTodos": old_todos, "newTodos": new_todos}
+    return {"todos": new_todos}, response, "Todos have been modified successfully."
 
 
 def _todos(subjects: List[str], done: int) -> List[JsonObject]:
@@ -9493,61 +9884,40 @@ def _todos(subjects: List[str], done: int) -> List[JsonObject]:
     return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
 
 
-def _shape(step: _Step, cwd: str, rng: random.Random) -> Tuple[JsonObject, Any, Any]:
-    """Return the tool_input, the tool_response and the words the model gets for one step of _DEMO_STEPS."""
-    tool, target, detail, output = (*step, "", "")[:4]
-    path, lines, start = f"{cwd}/{target}", output.splitlines(), rng.randrange(12, 90)
-    given: JsonObject
-    response: JsonObject
-    if tool in ("Bash", "Bash!"):
-        return {"command": target, "description": detail}, _bash_response(output), output
-    if tool == "Read":
-        lines = detail.splitlines()
-        file = {"filePath": path, "content": detail, "numLines": len(lines), "startLine": start}
-        file["totalLines"] = start + 40
-        words = "\n".join(f"{start + i}\t{line}" for i, line in enumerate(lines))
-        return {"file_path": path}, {"type": "text", "file": file}, words
-    if tool == "Edit":
-        old = detail.splitlines()
-        diff = [line[0] + line[2:] for line in difflib.ndiff(old, lines) if line[0] != "?"]
-        hunk = {"oldStart": start, "oldLines": len(old), "newStart": start, "newLines": len(lines)}
-        given = {"file_path": path, "old_string": detail, "new_string": output, "replace_all": False}
-        response = {"filePath": path, "oldString": detail, "newString": output, "originalFile": detail + "\n"}
-        response.update(structuredPatch=[{**hunk, "lines": diff}], userModified=False, replaceAll=False)
-        return given, response, f"The file {path} has been updated successfully."
-    if tool == "Write":
-        response = {"type": "create", "filePath": path, "content": detail, "structuredPatch": []}
-        response.update(originalFile=None, userModified=False)
-        return {"file_path": path, "content": detail}, response, f"File created successfully at: {path}"
-    if tool == "Grep":
-        given = {"pattern": target, "path": f"{cwd}/{detail}", "output_mode": "content", "-n": True}
-        response = {"mode": "content", "numFiles": 0, "filenames": [], "content": output}
-        return given, {**response, "numLines": len(lines)}, output
-    if tool == "Glob":
-        names = [f"{cwd}/{name}" for name in lines]
-        response = {"filenames": names, "durationMs": start, "numFiles": len(names), "truncated": False}
-        return {"pattern": target}, response, "\n".join(names)
-    if tool == "TodoWrite":
-        old_todos, new_todos = (_todos(detail.split("|"), int(target) - back) for back in (1, 0))
-        response = {"oldTodos": old_todos, "newTodos": new_todos}
-        return {"todos": new_todos}, response, "Todos have been modified successfully."
-    if tool == "TaskCreate":
-        task = {"id": output, "subject": target, "description": detail}
-        given = {"subject": target, "description": detail, "activeForm": target}
-        return given, {"task": task}, f"Task #{output} created successfully: {target}"
-    if tool == "TaskUpdate":
-        change = {"from": "pending" if detail == "in_progress" else "in_progress", "to": detail}
-        response = {"success": True, "taskId": target, "updatedFields": ["status"], "statusChange": change}
-        return {"taskId": target, "status": detail}, response, f"Updated task #{target} status"
-    if tool == "WebFetch":
-        response = {"bytes": start * 731, "code": 200, "codeText": "OK", "result": output, "url": target}
-        return {"url": target, "prompt": detail}, {**response, "durationMs": start * 29}, output
-    content = [{"type": "text", "text": output}]
-    return json.loads(detail), content, content
+def _task_create_shape(it: _Doing) -> _Shape:
+    task = {"id": it.output, "subject": it.target, "description": it.detail}
+    given = {"subject": it.target, "description": it.detail, "activeForm": it.target}
+    return given, {"task": task}, f"Task #{it.output} created successfully: {it.target}"
 
 
-def _bash_response(output: str) -> JsonObject:
-    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+def _task_update_shape(it: _Doing) -> _Shape:
+    change = {"from": "pending" if it.detail == "in_progress" else "in_progress", "to": it.detail}
+    response = {"success": True, "taskId": it.target, "updatedFields": ["status"], "statusChange": change}
+    return {"taskId": it.target, "status": it.detail}, response, f"Updated task #{it.target} status"
+
+
+def _fetch_shape(it: _Doing) -> _Shape:
+    response = {"bytes": it.start * 731, "code": 200, "codeText": "OK", "result": it.output, "url": it.target}
+    return {"url": it.target, "prompt": it.detail}, {**response, "durationMs": it.start * 29}, it.output
+
+
+def _server_tool_shape(it: _Doing) -> _Shape:
+    content = [{"type": "text", "text": it.output}]
+    return json.loads(it.detail), content, content
+
+
+_SHAPES: Mapping[str, Callable[[_Doing], _Shape]] = {
+    "Bash": _bash_shape,
+    "Read": _read_shape,
+    "Edit": _edit_shape,
+    "Write": _write_shape,
+    "Grep": _grep_shape,
+    "Glob": _glob_shape,
+    "TodoWrite": _todo_shape,
+    "TaskCreate": _task_create_shape,
+    "TaskUpdate": _task_update_shape,
+    "WebFetch": _fetch_shape,
+}
 
 
 class _Scene:
@@ -9861,7 +10231,7 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was there
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
 # An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
 # of a session is never told again: of such a session only what was before is taken.
 # ---------------------------------------------------------------------------
@@ -9889,17 +10259,12 @@ def stored_session(store: EventStore, session_id: str) -> StoredSession:
     ids: Set[str] = set()
     tool_use_ids: Set[str] = set()
     first: Optional[int] = None
-    after = 0
-    while True:
-        lines = store.session_lines(session_id, 1000, after=after)
-        if not lines:
-            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
-        after = line_seq(lines[-1])
-        for event in map(parse_stored, lines):
-            ids.add(event["id"])
-            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
-            if not event.get("imported") and event["hookType"] != "Monitor":
-                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    for event in map(parse_stored, export_lines(store, session_id, 0, 1 << 62)):
+        ids.add(event["id"])
+        tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+        if not event.get("imported") and event["hookType"] != "Monitor":
+            first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
 
 
 def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
@@ -10062,9 +10427,9 @@ class TranscriptReader:
         models: Dict[str, JsonObject] = {}
         for used in self._messages.values():
             counts = models.setdefault(used.model, {})
-            add_counts(counts, used.counts)
+            emit_event.add_counts(counts, used.counts)
             if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
-                add_counts(counts.setdefault("over100k", {}), used.counts)
+                emit_event.add_counts(counts.setdefault("over100k", {}), used.counts)
         return {"usage": {"models": models, "agents": {}}} if models else {}
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -10082,12 +10447,6 @@ class TranscriptReader:
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
-
-
-def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
-    """Add the numbers of one message to totals by name."""
-    for name, count in zip(emit_event.COUNT_NAMES, counts):
-        totals[name] = totals.get(name, 0) + count
 
 
 def _block_text(content: Any) -> str:
@@ -10160,6 +10519,34 @@ def imported_event(given: JsonObject) -> JsonObject:
     return {"hook": rest, "id": str(digest), "imported": True}
 
 
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+def import_batches(
+    transcripts: Sequence[ImportSession], exports: Sequence[str], machine_id: str
+) -> Iterator[Tuple[str, List[JsonObject], int]]:
+    """Yield (session id, its events, bytes that were read for them); of transcripts the oldest first."""
+    seen: Set[str] = set()
+    for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+        size = sum(map(os.path.getsize, source.paths))
+        yield source.session_id, transcript_events(source, machine_id, seen), size
+    for path in exports:
+        by_session: Dict[str, List[JsonObject]] = {}
+        for event in export_events(path):
+            built = emit_event.build_event(event, now_ms(), machine_id)
+            by_session.setdefault(built["sessionId"], []).append(built)
+        size = os.path.getsize(path)
+        for session_id, events in by_session.items():
+            yield session_id, events, size
+            size = 0
+
+
 # ---------------------------------------------------------------------------
 # Command line
 #
@@ -10169,7 +10556,6 @@ def imported_event(given: JsonObject) -> JsonObject:
 
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
-START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 2.0
 
@@ -10177,10 +10563,6 @@ PROGRESS_INTERVAL_S = 2.0
 def redis_py_advice() -> str:
     """Return what to type where this interpreter lacks redis-py."""
     return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
-
-
-class CommandError(Exception):
-    """A command that cannot be carried out; the message says what to do."""
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -10194,155 +10576,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for warning in warnings:
         tell(f"warning: {warning}")
     return settings
-
-
-def tell(words: str) -> None:
-    """Say something to the person, beside the output."""
-    print(f"contextuate: {words}", file=sys.stderr, flush=True)
-
-
-def running_monitor(settings: Settings) -> Optional[JsonObject]:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
-    is none.
-    """
-    try:
-        with open(settings.path("monitor.pid"), "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except OSError:
-                pid = int(file.read().strip() or b"0")
-        with open(settings.path("monitor.run.json"), "rb") as file:
-            about = emit_event.parse_event_line(file.read())
-    except (FileNotFoundError, MalformedEvent, ValueError):
-        return None
-    return about if about.get("pid") == pid else None
-
-
-def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
-    about = running_monitor(settings)
-    if about is None:
-        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
-    return about
-
-
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
-    """Return the addresses of the page; with the token where one is needed to come in."""
-    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
-    token = (
-        f"?token={read_token(settings.path('token'))}"
-        if needs_token and settings["server.auth"] != "off"
-        else ""
-    )
-    links = []
-    for name in about["addresses"]:
-        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
-        links.append(f"http://{shown}:{about['port']}/{token}")
-    return links
-
-
-def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
-    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
-    host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-    connection = http.client.HTTPConnection(host, about["port"], timeout=15)
-    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
-
-
-def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
-    """GET one address of the running monitor's API; raise CommandError."""
-    connection, headers = connect_http(settings, about)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        answer = emit_event.parse_event_line(response.read())
-    except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
-    return answer
-
-
-class MonitorConnection:
-    """A WebSocket client of the running monitor, for the commands that follow or change it."""
-
-    def __init__(self, settings: Settings, about: JsonObject) -> None:
-        host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-        shown = f"[{host}]" if ":" in host else host
-        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
-        self._parser = FrameParser(masked=False)
-        self._messages: Deque[JsonObject] = collections.deque()
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._sock.sendall(
-            (
-                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
-                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
-            ).encode()
-        )
-        head = b""
-        while b"\r\n\r\n" not in head:
-            piece = self._sock.recv(4096)
-            if not piece:
-                raise ConnectionError("the monitor closed the connection")
-            head += piece
-        head, _, rest = head.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
-            raise CommandError(
-                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
-            )
-        self._take(rest)
-
-    def send(self, message: JsonObject) -> None:
-        """Send one message."""
-        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
-
-    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
-        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
-        `timeout_s`.
-        """
-        self._sock.settimeout(timeout_s)
-        while not self._messages:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except socket.timeout:
-                raise TimeoutError("no answer from the monitor") from None
-            if not data:
-                raise ConnectionError("the monitor closed the connection")
-            self._take(data)
-        return self._messages.popleft()
-
-    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
-        """Return the next message of one type, passing over others; raise CommandError for an error."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            message = self.receive(max(0.01, deadline - time.monotonic()))
-            if message.get("type") == kind:
-                return message
-            if message.get("type") == "error":
-                raise CommandError(f"the monitor answered: {message.get('message')}")
-
-    def _take(self, data: bytes) -> None:
-        for received in self._parser.feed(data):
-            if isinstance(received, Text):
-                self._messages.append(
-                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
-                )
-            elif isinstance(received, Ping):
-                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
-            elif isinstance(received, (Close, Failure)):
-                raise ConnectionError(
-                    f"the monitor closed the connection: {received.reason or received.code}"
-                )
-
-    def close(self) -> None:
-        """Say goodbye."""
-        with contextlib.suppress(OSError):
-            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
-        self._sock.close()
 
 
 # Starting and stopping
@@ -10360,22 +10593,22 @@ def command_start(args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
-    links = page_links(settings, about, False)
+    tell_what_next(settings, about)
+    if not args.no_open and can_open_browser():
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def tell_what_next(settings: Settings, about: JsonObject) -> None:
+    """Say where the page is, how far loading is, and what to do for the first events."""
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
-    for link in links:
+    for link in page_links(settings, about, False):
         print(f"  {link}")
     loading = ask_monitor(settings, about, "/api/status")["loading"]
     if loading is not None:
         print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
-    try:
-        installed = os.path.exists(hook_script(settings.home))
-    except InstallError:
-        installed = False
-    if not installed:
+    if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    if not args.no_open and can_open_browser():
-        webbrowser.open(links[0])
-    return 0
 
 
 def can_open_browser() -> bool:
@@ -10444,6 +10677,23 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         log.error("cannot start: %s", error)
         report.error(str(error))
         raise StartError(str(error)) from None
+    about = write_run_file(settings, monitor)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: monitor.stop())
+    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    page = f"http://{about['host']}:{about['port']}/"
+    log.info("version %s serves %s, hooks on %s", __version__, page, about["socketPath"])
+    if args.report_fd is None:
+        for link in page_links(settings, about, False):
+            print(link, flush=True)
+    report.ready()
+    monitor.run()
+    log.info("stopped")
+    return 0
+
+
+def write_run_file(settings: Settings, monitor: Monitor) -> JsonObject:
+    """Leave where this monitor can be reached for `running_monitor`, and return it."""
     about = {
         "pid": os.getpid(),
         "host": settings["server.host"],
@@ -10455,23 +10705,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         "version": __version__,
     }
     emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
-    log.info(
-        "version %s serves http://%s:%d/, hooks on %s",
-        __version__,
-        about["host"],
-        about["port"],
-        about["socketPath"],
-    )
-    if args.report_fd is None:
-        for link in page_links(settings, about, False):
-            print(link, flush=True)
-    report.ready()
-    monitor.run()
-    log.info("stopped")
-    return 0
+    return about
 
 
 class Reporter:
@@ -10501,9 +10735,7 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     """A log that rotates, for our user only, and never written through a link."""
 
     def _open(self) -> Any:
-        def opener(path: str, _flags: int) -> int:
-            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
+        opener = emit_event.open_for_append
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
 
 
@@ -10594,59 +10826,57 @@ def command_status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"running": True, **status}))
         return 0
-    store, spool, events = status["store"], status["spool"], status["events"]
-    since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
-    print(f"hooks    {about['socketPath']}")
-    print(
-        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
-        f"{events['quarantined']} malformed"
-    )
-    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
-    print(f"sessions {status['sessions']}{loading}")
-    print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
-    print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
-    for line in redis_lines(status):
+    for line in status_lines(settings, about, status):
         print(line)
     return 0
 
 
-def redis_lines(status: JsonObject) -> List[str]:
-    """Say how Redis, this machine's publisher and every machine are doing; nothing in local mode."""
-    link, publisher = status["redis"], status["publisher"]
-    if link is None:
-        return []
+def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> List[str]:
+    """Say how the running monitor is doing."""
+    store, spool, events = status["store"], status["spool"], status["events"]
+    since = human_duration(now_ms() - status["startedAt"])
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    return [
+        f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}",
+        f"page     {page_links(settings, about, False)[0]}   {status['clients']} open",
+        f"hooks    {about['socketPath']}",
+        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
+        f"{events['quarantined']} malformed",
+        f"sessions {status['sessions']}{loading}",
+        f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}",
+        f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped",
+        *(redis_lines(status["redis"], status["publisher"]) if status["redis"] else ()),
+        *(map(machine_line, status["machines"]) if status["redis"] else ()),
+    ]
+
+
+def redis_lines(link: JsonObject, publisher: JsonObject) -> List[str]:
+    """Say how Redis and this machine's publisher are doing."""
     words = link["state"].replace("_", " ")
     if link["state"] != "connected":
         most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
         words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
-    stream = link["streamReason"] or {
-        "off": "off",
-        "ok": f"read up to {link['position'] or 'its start'}",
-    }.get(link["streamState"])
-    lines = [f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}", f"stream   {stream}"]
+    read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
+    lines = [
+        f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}",
+        f"stream   {link['streamReason'] or read.get(link['streamState'])}",
+    ]
     if link["gaps"]:
         lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
     about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
     lines.append(
         f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
     )
-    for machine in status["machines"]:
-        skew, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        clock = (
-            f", clock {human_duration(abs(skew))} {'behind' if skew > 0 else 'ahead'}"
-            if _is_skewed(skew)
-            else ""
-        )
-        lines.append(
-            f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
-        )
     return lines
 
 
-def _is_skewed(skew_ms: Optional[int]) -> bool:
-    return skew_ms is not None and abs(skew_ms) > 2000
+def machine_line(machine: JsonObject) -> str:
+    """Say how one machine is doing, and how far its clock is off where that is worth a word."""
+    skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+    clock = ""
+    if skew_ms is not None and abs(skew_ms) > 2000:
+        clock = f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
+    return f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
 
 
 def command_url(args: argparse.Namespace) -> int:
@@ -10700,39 +10930,6 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
-def send_through_hook(settings: Settings, fields: JsonObject) -> str:
-    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
-    script = hook_script(settings.home)
-    if not os.path.exists(script):
-        script = os.path.abspath(emit_event.__file__)
-    payload = {
-        "session_id": "contextuate-test",
-        "hook_event_name": "Notification",
-        "cwd": os.getcwd(),
-        **fields,
-    }
-    environment = {
-        **os.environ,
-        "CONTEXTUATE_DEBUG": "1",
-        "CONTEXTUATE_HOME": settings.home,
-        "CONTEXTUATE_CONFIG": settings.config_path,
-    }
-    process = subprocess.run(
-        [base_interpreter(), "-I", "-S", script],
-        input=encode_json(payload),
-        capture_output=True,
-        env=environment,
-        timeout=30,
-        check=False,
-    )
-    return process.stderr.decode("utf-8", "replace")
-
-
-def was_delivered(words: str) -> bool:
-    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
-
-
 def command_test_event(args: argparse.Namespace) -> int:
     """Send one event the way every hook's event goes, and tell what happened."""
     settings = settings_of(args)
@@ -10750,16 +10947,14 @@ def command_doctor(args: argparse.Namespace) -> int:
     """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
     try:
         settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = Doctor(settings, warnings).examine()
+        findings: Iterable[Finding] = examine(settings, warnings)
     except ConfigError as error:
         findings = [Finding("config", "fail", str(error), "correct the file")]
     told = []
     for finding in findings:
         told.append(finding)
         if not args.json:
-            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}", flush=True)
-            if finding.advice and finding.level != "ok":
-                print(f"{'':16}→ {finding.advice}", flush=True)
+            print("\n".join(finding.lines()), flush=True)
     broken = sum(finding.level == "fail" for finding in told)
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
@@ -10775,33 +10970,43 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def command_sessions(args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    settings = settings_of(args)
-    about = running_monitor(settings)
-    if about is not None:
-        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
-        sessions = answer["sessions"]
-        if answer["loading"]:
-            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
-    else:
-        tell("the monitor is not running; this is what the files tell")
-        sessions = stored_sessions(settings).all_json(args.all)
+    sessions = known_sessions(settings_of(args), args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
-    order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
-    sessions.sort(key=lambda session: (order.index(session["state"]), session["stateSince"]))
+    sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
         print(json.dumps(sessions))
         return 0
     if not sessions:
         print("no sessions" + ("" if args.all else " that have not ended; --all shows those too"))
     for session in sessions:
-        since = human_duration(now_ms() - session["stateSince"])
-        reason = session["reason"]
-        stuck = session["stuck"][0]["detail"] if session["stuck"] and session["state"] == "working" else ""
-        detail = f"{reason['kind']}: {reason['detail']}" if reason else stuck or session["activity"]
-        label, machine = session["label"], session["machineId"]
-        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
+        print(session_line(session))
     return 0
+
+
+def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
+    """Return the sessions that the running monitor knows, else those that the files tell of."""
+    about = running_monitor(settings)
+    if about is None:
+        tell("the monitor is not running; this is what the files tell")
+        return stored_sessions(settings).all_json(with_hidden)
+    answer = ask_monitor(settings, about, f"/api/sessions?hidden={int(with_hidden)}")
+    if answer["loading"]:
+        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
+    sessions: List[JsonObject] = answer["sessions"]
+    return sessions
+
+
+def session_line(session: JsonObject) -> str:
+    """Return one line of `sessions`."""
+    reason, detail = session["reason"], session["activity"]
+    if reason:
+        detail = f"{reason['kind']}: {reason['detail']}"
+    elif session["stuck"] and session["state"] == "working":
+        detail = session["stuck"][0]["detail"] or detail
+    since = human_duration(now_ms() - session["stateSince"])
+    label, machine = session["label"], session["machineId"]
+    return safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}")
 
 
 def stored_sessions(settings: Settings) -> SessionBook:
@@ -10826,24 +11031,38 @@ def command_tail(args: argparse.Namespace) -> int:
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     while True:
         try:
-            connection = MonitorConnection(settings, about)
-            since = {} if last_seq is None else {"since": last_seq}
-            connection.send({"type": "subscribe", "view": "full", **since})
-            while True:
-                message = connection.receive()
-                if message.get("type") == "status" and message.get("loading") and last_seq is None:
-                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
-                    last_seq = message["seq"]
-                if message.get("type") == "event":
-                    last_seq = message["seq"]
-                    if tail_wants(args, message["event"]):
-                        print(tail_line(message["event"], args.json, colours), flush=True)
+            for seq, event in events_since(settings, about, last_seq):
+                last_seq = seq
+                if event is not None and tail_wants(args, event):
+                    print(tail_line(event, args.json, colours), flush=True)
         except OSError as error:
             tell(f"{error}; waiting for the monitor")
             while running_monitor(settings) is None:
                 time.sleep(1)
             time.sleep(0.5)
             about = needed_monitor(settings)
+
+
+def events_since(
+    settings: Settings, about: JsonObject, last_seq: Optional[int]
+) -> Iterator[Tuple[int, Optional[JsonObject]]]:
+    """Yield (seq, event) as events come, with what was missed since `last_seq`; OSError when it breaks off.
+
+    The event is None where only the number is known: of a monitor that still reads what it has stored.
+    """
+    connection = MonitorConnection(settings, about)
+    since = {} if last_seq is None else {"since": last_seq}
+    connection.send({"type": "subscribe", "view": "full", **since})
+    is_told = last_seq is not None
+    while True:
+        message = connection.receive()
+        if message.get("type") == "event":
+            is_told = True
+            yield message["seq"], message["event"]
+        elif message.get("type") == "status" and message.get("loading") and not is_told:
+            is_told = True
+            tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+            yield message["seq"], None
 
 
 def tail_wants(args: argparse.Namespace, event: JsonObject) -> bool:
@@ -10870,28 +11089,6 @@ def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
     colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
     code = colour.get(effective_type(event)) if colours else None
     return f"\x1b[{code}m{line}\x1b[0m" if code else line
-
-
-def safe_line(text: str) -> str:
-    """Return text as one line that cannot steer the terminal it is printed on."""
-    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
-
-
-def human_duration(duration_ms: float) -> str:
-    """Return a duration in its largest fitting unit."""
-    seconds = max(0, int(duration_ms / 1000))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes in its largest fitting unit."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
 
 
 def command_prune(args: argparse.Namespace) -> int:
@@ -10934,66 +11131,15 @@ def command_import(args: argparse.Namespace) -> int:
     sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
     progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
     store = EventStore(settings.path("events"))
-    seen: Set[str] = set()
     known = 0
-    with ImportConnection(about["socketPath"]) as connection:
-        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
-            events = transcript_events(source, settings.machine_id, seen)
-            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+    with EventSender(about["socketPath"]) as sender:
+        for session_id, events, size in import_batches(transcripts, exports, settings.machine_id):
+            wanted = list(wanted_events(events, stored_session(store, session_id)))
             known += len(events) - len(wanted)
-            connection.send(wanted)
-            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
-        for path in exports:
-            by_session: Dict[str, List[JsonObject]] = {}
-            for event in export_events(path):
-                built = emit_event.build_event(event, now_ms(), settings.machine_id)
-                by_session.setdefault(built["sessionId"], []).append(built)
-            for session_id, events in by_session.items():
-                wanted = list(wanted_events(events, stored_session(store, session_id)))
-                known += len(events) - len(wanted)
-                connection.send(wanted)
-                progress.add(len(wanted), 0)
-            progress.add(0, os.path.getsize(path))
+            sender.send(wanted)
+            progress.add(len(wanted), size)
     print(f"{progress.count} events imported, {known} were known already")
     return 0
-
-
-def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
-    """Read a session's transcripts and return their events."""
-    lines: List[bytes] = []
-    for path in source.paths:
-        with open(path, "rb") as file:
-            lines += file.read().split(b"\n")
-    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
-
-
-class ImportConnection:
-    """Hand events to the running monitor and wait until they are stored."""
-
-    BATCH = 200
-
-    def __init__(self, socket_path: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(60)
-        self._sock.connect(socket_path)
-
-    def __enter__(self) -> "ImportConnection":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def send(self, events: Sequence[JsonObject]) -> None:
-        """Send events; raise CommandError when they cannot be stored."""
-        for start in range(0, len(events), self.BATCH):
-            batch = events[start : start + self.BATCH]
-            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            taken = 0
-            while taken < len(batch):
-                answer = self._sock.recv(self.BATCH)
-                if not answer:
-                    raise CommandError("the monitor could not store an event; `status` may tell why")
-                taken += len(answer)
 
 
 def command_search(args: argparse.Namespace) -> int:
@@ -11008,24 +11154,31 @@ def command_search(args: argparse.Namespace) -> int:
         "state": args.state,
         "from": parse_time(args.start, 0) or None,
         "to": parse_time(args.end, 0) or None,
-        "limit": min(args.limit, SEARCH_LIMIT),
     }
-    ask = page_source(settings, wanted)
-    left, cursor = args.limit, None
-    while left > 0:
-        page = ask({**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor})
+    colours = sys.stdout.isatty()
+    count, page = 0, {}
+    for page in pages(page_source(settings, wanted), wanted, args.limit):
+        count += len(page["results"])
         for result in page["results"]:
-            print(json.dumps(result) if args.json else search_line(result, sys.stdout.isatty()), flush=True)
-        left, cursor = left - len(page["results"]), page["next"]
-        if cursor is None:
-            break
-    if left == args.limit and not args.json:
+            print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
+    if not count and not args.json:
         tell("nothing was found")
-    elif left <= 0 and cursor is not None:
+    elif page["next"] is not None:
         tell(f"there is more; --limit {args.limit * 4} shows it")
     if page["index"]["state"] == "building":
         tell("the index is still being made, so there may be more")
-    return 0 if left < args.limit else 1
+    return 0 if count else 1
+
+
+def pages(ask: Callable[[JsonObject], JsonObject], wanted: JsonObject, limit: int) -> Iterator[JsonObject]:
+    """Yield the pages of a search until there are no more results, or `limit`."""
+    cursor = None
+    while limit > 0:
+        page = ask({**wanted, "limit": min(limit, SEARCH_LIMIT), "cursor": cursor})
+        yield page
+        limit, cursor = limit - len(page["results"]), page["next"]
+        if cursor is None:
+            return
 
 
 def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
@@ -11092,32 +11245,6 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
-class Progress:
-    """Tell once a second how far long work is."""
-
-    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
-        self.count = 0
-        self._done = 0
-        self._total = total_bytes
-        self._what = what
-        self._quiet = quiet
-        self._told = time.monotonic()
-
-    def add(self, count: int, size: int) -> None:
-        """Take note of work that is done."""
-        self.count += count
-        self._done += size
-        if not self._quiet and time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
-            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
-
-    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass lines on and count them."""
-        for line in lines:
-            self.add(1, len(line) + 1)
-            yield line
-
-
 def parse_time(text: Optional[str], default: int) -> int:
     """Parse `--from` / `--to`: milliseconds since the epoch, or a date or time in ISO form (local time)."""
     if text is None:
@@ -11141,28 +11268,26 @@ def command_demo(args: argparse.Namespace) -> int:
     if ask_monitor(settings, about, "/api/status")["demo"]:
         remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)
-        sock.connect(about["socketPath"])
-        sent = 0
+    sent = 0
+    with EventSender(about["socketPath"]) as sender:
         for timestamp, event in demo_day(begin, args.live):
             wait_s = (timestamp - now_ms()) / 1000
-            if wait_s > 0 and sys.stderr.isatty():
-                print(
-                    f"\rdemo: {sent} events sent, live for {(timestamp - begin) // 1000} s, Ctrl-C ends it ",
-                    end="",
-                    file=sys.stderr,
-                )
             if wait_s > 0:
+                tell_demo_progress(sent, (timestamp - begin) // 1000)
                 time.sleep(wait_s)
-            sock.sendall(encode_json(event) + b"\n")
-            if sock.recv(1) != emit_event.ACKNOWLEDGEMENT:
-                raise CommandError("the monitor did not take a demo event; `status` may tell why")
+            sender.send([event])
             sent += 1
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(f"{sent} demo events sent; `demo --remove` takes them out again")
     return 0
+
+
+def tell_demo_progress(sent: int, live_s: int) -> None:
+    """Say on a terminal, in the same line each time, how far the demo is."""
+    if sys.stderr.isatty():
+        words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
+        print(words, end="", file=sys.stderr)
 
 
 def remove_demo(settings: Settings, about: JsonObject) -> int:
@@ -11183,117 +11308,131 @@ def remove_demo(settings: Settings, about: JsonObject) -> int:
 # The parser
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and end with status 2."""
+        self.exit(2, f"contextuate: error: {message}; `{self.prog} --help` tells more\n")
+
+
+class CommandOption(NamedTuple):
+    """One option or argument of a command, as `add_argument` takes it."""
+
+    names: Tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def option(*names: str, **about: Any) -> CommandOption:
+    """Describe an option or an argument."""
+    return CommandOption(names, about)
+
+
+def switch(name: str, words: str) -> CommandOption:
+    """Describe an option without a value."""
+    return option(name, action="store_true", help=words)
+
+
+def at_least_one(text: str) -> int:
+    """Parse a number of things."""
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return int(text)
+
+
+_CONFIG = option(
+    "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
+)
+_SERVING = (
+    option("--port", type=int, help="port of the page (default 3847, 0: any free one)"),
+    option("--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"),
+    option("--host", help="address to listen on (default 127.0.0.1)"),
+    switch("--foreground", "stay in the foreground and log to the terminal"),
+    switch("--no-open", "do not open a browser"),
+    option("--report-fd", type=int, help=argparse.SUPPRESS),
+)
+_INSTALLING = (
+    option("--project", nargs="?", const=".", metavar="DIR",
+           help="in the settings of one project (default: of the user)"),
+    switch("--dry-run", "show what would change, and change nothing"),
+)  # fmt: skip
+_TYPE = option("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+_MACHINE = option("--machine", help="only this machine")
+_FILTERS = (
+    option("--session", metavar="ID", help="only this session"),
+    _MACHINE,
+    option("--tool", help="only this tool, such as Bash"),
+    _TYPE,
+    option("--from", dest="start", metavar="TIME", help="from this time on"),
+    option("--to", dest="end", metavar="TIME", help="before this time"),
+)
+_JSON = switch("--json", "for programs: as JSON")
+_JSON_LINES = switch("--json", "for programs: one JSON object a line")
+
+
+class Command(NamedTuple):
+    """One command: its name, what carries it out, what `--help` says of it, and its options."""
+
+    name: str
+    function: Callable[[argparse.Namespace], int]
+    words: str
+    options: Tuple[CommandOption, ...] = ()
+
+
+COMMANDS = (
+    Command("start", command_start, "start the monitor in the background and print the page's address",
+            _SERVING),
+    Command("stop", command_stop, "stop the monitor"),
+    Command("restart", command_restart, "stop the monitor and start it again", _SERVING),
+    Command("status", command_status, "tell how the monitor is", (_JSON,)),
+    Command("url", command_url, "print the page's address", (
+        switch("--token", "with the token, for another user or another machine"),)),
+    Command("install", command_install, "register the hook in Claude Code's settings", _INSTALLING),
+    Command("uninstall", command_uninstall, "take the hook out of Claude Code's settings", _INSTALLING),
+    Command("sessions", command_sessions, "list sessions, those that need you first", (
+        switch("--all", "ended and hidden ones too"), _JSON)),
+    Command("tail", command_tail, "print events as they happen", (
+        option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
+        _MACHINE, _TYPE, _JSON_LINES)),
+    Command("search", command_search, "find stored events, newest first", (
+        option("words", nargs="*", help='words, begin* or "words in a row" that must all occur'),
+        *_FILTERS,
+        option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
+        option("--limit", type=at_least_one, default=50, help="at most so many (default 50)"),
+        _JSON_LINES)),
+    Command("export", command_export, "write stored events as NDJSON, or tool calls as CSV", (
+        option("words", nargs="*", help="only events that hold these words, as in `search`"),
+        option("--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"),
+        *_FILTERS,
+        option("--output", metavar="FILE", help="write there (default: standard output)"))),
+    Command("import", command_import, "take in transcripts of Claude Code and exports of monitors", (
+        option("paths", nargs="*", metavar="PATH",
+               help="files or directories (default: every transcript of Claude Code)"),)),
+    Command("prune", command_prune, "delete events that are too old or too much for the configuration", (
+        switch("--dry-run", "tell what would go, and delete nothing"),)),
+    Command("doctor", command_doctor, "examine the whole chain and say what to do", (_JSON,)),
+    Command("test-event", command_test_event, "send one event through the hook and tell what happened"),
+    Command("demo", command_demo, "play a made-up working day into the running monitor", (
+        option("--live", type=float, default=300, metavar="SECONDS",
+               help="how long it goes on (default 300)"),
+        switch("--remove", "take the demo's sessions out again"))),
+)  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
-    )
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="contextuate_monitor.py",
         description="A live monitor for coding agents.",
-        epilog="See README.md for more.",
+        epilog="`COMMAND --help` tells more of one, README.md of everything.",
     )
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=words, description=words[0].upper() + words[1:] + ".", parents=[common]
-        )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, function, words, options in COMMANDS:
+        command = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         command.set_defaults(function=function)
-        return command
-
-    for name, function, words in (
-        ("start", command_start, "start the monitor in the background and print the page's address"),
-        ("restart", command_restart, "stop the monitor and start it again"),
-    ):
-        command = add(name, function, words)
-        command.add_argument("--port", type=int, help="port of the page (default 3847, 0: any free one)")
-        command.add_argument(
-            "--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"
-        )
-        command.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-        command.add_argument(
-            "--foreground", action="store_true", help="stay in the foreground and log to the terminal"
-        )
-        command.add_argument("--no-open", action="store_true", help="do not open a browser")
-        command.add_argument("--report-fd", type=int, help=argparse.SUPPRESS)
-    add("stop", command_stop, "stop the monitor")
-    add("status", command_status, "tell how the monitor is").add_argument("--json", action="store_true")
-    add("url", command_url, "print the page's address").add_argument(
-        "--token", action="store_true", help="with the token, for another user or another machine"
-    )
-    for name, function, words in (
-        ("install", command_install, "register the hook in Claude Code's settings"),
-        ("uninstall", command_uninstall, "take the hook out of Claude Code's settings"),
-    ):
-        command = add(name, function, words)
-        command.add_argument(
-            "--project",
-            nargs="?",
-            const=".",
-            metavar="DIR",
-            help="in the settings of one project (default: of the user)",
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="show what would change, and change nothing"
-        )
-    command = add("tail", command_tail, "print events as they happen")
-    command.add_argument("--session", metavar="ID", help="only this session (the id's beginning is enough)")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--json", action="store_true", help="whole events, one JSON object a line")
-    command = add("sessions", command_sessions, "list sessions, those that need you first")
-    command.add_argument("--all", action="store_true", help="ended and hidden ones too")
-    command.add_argument("--json", action="store_true")
-    command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
-    command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
-    command = add(
-        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
-    )
-    command.add_argument(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="files or directories (default: every transcript of Claude Code)",
-    )
-    command = add("search", command_search, "find stored events, newest first")
-    command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument(
-        "--state",
-        choices=("waiting", "working", "idle", "failed", "quiet", "ended"),
-        help="only sessions that are so now",
-    )
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
-    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
-    command.add_argument(
-        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
-    )
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
-    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
-        "--json", action="store_true"
-    )
-    add("test-event", command_test_event, "send one event through the hook and tell what happened")
-    command = add("demo", command_demo, "play a made-up working day into the running monitor")
-    command.add_argument(
-        "--live", type=float, default=300, metavar="SECONDS", help="how long it goes on (default 300)"
-    )
-    command.add_argument("--remove", action="store_true", help="take the demo's sessions out again")
+        for names, about in (_CONFIG, *options):
+            command.add_argument(*names, **about)
     return parser
 
 

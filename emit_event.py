@@ -46,7 +46,7 @@ def run_hook() -> None:
     try:
         import _signal
 
-        # A hook of StopFailure is told to stop 40 ms after its start (CLAUDE_HOOKS: print mode).
+        # A hook of StopFailure is told to stop 40 ms after its start (print mode).
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -416,6 +416,28 @@ except BaseException:
 HOT_PATH_END = "# --- end of the hot path ---\n"
 
 
+# ---------------------------------------------------------------------------
+# Common ground: the time, numbers, and files of our own
+#
+# Every file of ours is for this user only, never written through a link, and replaced whole or appended to.
+# ---------------------------------------------------------------------------
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number in JSON; for Python, true and false are numbers too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Tell whether a value is an integer in JSON."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def make_private_directory(path: str) -> None:
     """Make `path` and its parents, for this user only; refuse one that belongs to somebody else."""
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -439,20 +461,28 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
         raise
 
 
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory.
+def open_for_append(path: str, _flags: int = 0) -> int:
+    """Open a file of ours to add to its end, made when there is none; `open` takes this as its opener."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    At 256 KiB the file is moved aside once, so two exist at most.
-    """
+
+def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
+    """Add to a file that is moved aside once it is beyond its limit, so two exist at most."""
+    if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
+        os.replace(path, path + ".1")
+    with os.fdopen(open_for_append(path), "wb") as file:
+        file.write(content)
+
+
+EMIT_LOG_LIMIT_BYTES = 256 << 10
+
+
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    path = home + "/emit.log"
-    if os.path.exists(path) and os.path.getsize(path) > 256 << 10:
-        os.replace(path, path + ".1")
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"{stamp} {os.getpid()} {reason}\n")
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {reason}\n"
+    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
@@ -476,7 +506,7 @@ class Key:
 
 
 def _integer(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: is_integer(value) and low <= value <= high
 
 
 def _one_of(*choices: str) -> Callable[[Any], bool]:
@@ -530,7 +560,7 @@ def _price(value: Any) -> bool:
 
 
 def _amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
+    return is_number(value) and 0 <= value <= 1e6
 
 
 KEYS: "Dict[str, Key]" = {
@@ -627,13 +657,33 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
     Returns every key of KEYS with its value, and warnings in words. A missing file means defaults.
     Raises ConfigError for what cannot be used.
     """
-    values = {name: key.default for name, key in KEYS.items()}
+    given, readable_by_others = _read_config(path)
+    told = dict(_flatten(given, path))
+    values = default_values()
+    values.update((name, _checked(name, value, path)) for name, value in told.items() if name in KEYS)
+    warnings = [_unknown_key(name, path) for name in told if name not in KEYS]
+    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
+        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
+    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
+    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
+        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
+    return values, warnings
+
+
+def default_values() -> "Dict[str, Any]":
+    """Return every key of KEYS with its default."""
+    return {name: key.default for name, key in KEYS.items()}
+
+
+def _read_config(path: str) -> "Tuple[JsonObject, bool]":
+    """Return what the file says, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
     except FileNotFoundError:
-        return values, []
+        return {}, False
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
@@ -642,25 +692,21 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
-    warnings = []
-    told = dict(_flatten(given, path))
-    for name, value in told.items():
-        if name in KEYS:
-            if not KEYS[name].accepts(value):
-                shown = "something else" if name in SECRET_KEYS else _shown(value)
-                raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
-            values[name] = value
-        else:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
-    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
-        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
-    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
-        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
-    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
-        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
-    return values, warnings
+    return given, readable_by_others
+
+
+def _checked(name: str, value: Any, path: str) -> Any:
+    """Return the value of a key; raise ConfigError when it is not what the key takes."""
+    if KEYS[name].accepts(value):
+        return value
+    shown = "something else" if name in SECRET_KEYS else _shown(value)
+    raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
+
+
+def _unknown_key(name: str, path: str) -> str:
+    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{path}: {name}: unknown key, ignored{hint}"
 
 
 def _flatten(given: JsonObject, path: str) -> "Iterator[Tuple[str, Any]]":
@@ -763,7 +809,8 @@ _WRAPPER_FIELDS = (
     "seq",
     "received",
 )
-_HOOK_FIELDS = ("hook_event_name", "session_id", "cwd", "agent_id", "agent_type")
+# Of an event, not of the wrapper around a payload: where one says so all the same, it is content.
+_TOLD_BY_HOOK = ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data")
 _ID_LIMIT = 256
 
 
@@ -846,43 +893,44 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    hook_name = hook.get("hook_event_name")
-    hook_type = hook_name if isinstance(hook_name, str) else ""
-    data: JsonObject = {}
-    for field, new_name in DATA_NAMES.items():
-        if field in hook:
-            _keep(data, field if new_name in data else new_name, hook[field])
-    for field, value in hook.items():
-        if field not in DATA_NAMES and field not in _HOOK_FIELDS:
-            _keep(data, field, value)
+    data = _hook_data(hook)
     envelope = {
         "id": wrapper.get("id"),
         "timestamp": wrapper.get("timestamp"),
         "sessionId": hook["session_id"] if _is_id(hook.get("session_id")) else wrapper.get("sessionId"),
         "machineId": wrapper.get("machineId"),
-        "workingDirectory": hook["cwd"] if isinstance(hook.get("cwd"), str) else wrapper.get("cwd"),
+        "workingDirectory": hook["cwd"] if _is_text(hook.get("cwd")) else wrapper.get("cwd"),
         "agentId": hook.get("agent_id"),
         "parentSessionId": wrapper.get("parentSessionId"),
         "pid": wrapper.get("pid"),
     }
     for name, value in wrapper.items():
-        if name in ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"):
+        if name in _TOLD_BY_HOOK:
             _keep(data, name, value)
         elif name not in _WRAPPER_FIELDS:
             envelope[name] = value
-    for field, check in (("session_id", _is_id), ("cwd", _is_text), ("agent_id", _is_id)):
+    for field, check in _HOOK_CHECKS.items():
         if field in hook and not check(hook[field]):
             _keep(data, field, hook[field])
-    if not isinstance(hook_name, str) and hook_name is not None:
-        _keep(data, "hook_event_name", hook_name)
-    if "agent_type" in hook:
-        if _is_id(hook.get("agent_id")) and isinstance(hook["agent_type"], str):
-            envelope["agentType"] = hook["agent_type"]
-        else:
-            _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
-    return _envelope(
-        envelope, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data
-    )
+    if _is_id(hook.get("agent_id")) and _is_text(hook.get("agent_type")):
+        envelope["agentType"] = hook["agent_type"]
+    elif "agent_type" in hook:
+        _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
+    hook_type = hook["hook_event_name"] if _is_text(hook.get("hook_event_name")) else ""
+    event_type = EVENT_TYPES.get(hook_type, "message")
+    return _envelope(envelope, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _hook_data(hook: JsonObject) -> JsonObject:
+    """Return the fields of a payload that belong into `data`, under their names there."""
+    data: JsonObject = {}
+    for field, new_name in DATA_NAMES.items():
+        if field in hook:
+            _keep(data, field if new_name in data else new_name, hook[field])
+    for field, value in hook.items():
+        if field not in DATA_NAMES and field not in _HOOK_CHECKS and field != "agent_type":
+            _keep(data, field, value)
+    return data
 
 
 def _event_from_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -910,13 +958,20 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e14
+    return is_number(value) and 0 < value < 1e14
 
 
 def _is_pid(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return is_integer(value) and 0 < value < 1 << 31
 
 
+# What a payload says about itself, beside agent_type; a value of another type is kept in `data`.
+_HOOK_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
+    "session_id": _is_id,
+    "cwd": _is_text,
+    "agent_id": _is_id,
+    "hook_event_name": _optional(_is_text),
+}
 _ENVELOPE_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
     "id": _is_id,
     "timestamp": _is_time,
@@ -1353,7 +1408,7 @@ def _protect_value(
 
 def _is_number_of_a_secret(value: Any) -> bool:
     """Tell whether a number could be a password or a PIN; a small one under such a name counts something."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= 1000
+    return is_number(value) and abs(value) >= 1000
 
 
 def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]") -> str:
@@ -1525,8 +1580,7 @@ class TranscriptParser:
 
 
 def _tokens(value: Any) -> int:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
-    return value if good else 0
+    return value if is_integer(value) and 0 <= value < 1 << 40 else 0
 
 
 class UsageReader:
@@ -1820,11 +1874,10 @@ def _mark(fd: int, position: int) -> bytes:
 
 def _session_number(database: Any, session_id: str) -> int:
     row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
-    now_ms = time.time_ns() // 1_000_000
     if row is None:
-        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms))
+        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms()))
         return int(made.lastrowid)
-    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms, row[0]))
+    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms(), row[0]))
     return int(row[0])
 
 
@@ -1890,9 +1943,9 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
     for agent, model, is_long, *counts, last in rows:
         newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
         for by_model in (models, agents.setdefault(agent, {})):
-            _add_counts(by_model.setdefault(model, {}), counts)
+            add_counts(by_model.setdefault(model, {}), counts)
             if is_long:
-                _add_counts(by_model[model].setdefault("over100k", {}), counts)
+                add_counts(by_model[model].setdefault("over100k", {}), counts)
     named = sorted(newest, key=lambda agent: -newest[agent])[:AGENTS_IN_USAGE]
     usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
     model = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()[0]
@@ -1902,7 +1955,8 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 
 
-def _add_counts(totals: JsonObject, counts: "List[int]") -> None:
+def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
+    """Add the numbers of COUNT_NAMES to totals by name; the last one is left out while it is 0."""
     for name, count in zip(COUNT_NAMES, counts):
         if count or name != "cacheCreation1h":
             totals[name] = totals.get(name, 0) + count
@@ -1922,7 +1976,7 @@ def drop_old_segments(directory: str) -> None:
     """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; count what is lost."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
-    oldest_ms = time.time_ns() // 1_000_000 - SPOOL_LIMIT_MS
+    oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
         too_old = segment_start_ms(path) < oldest_ms
         if total <= SPOOL_LIMIT_BYTES and not too_old:
@@ -1935,13 +1989,12 @@ def drop_old_segments(directory: str) -> None:
             continue  # another writer, or the drainer, was first
         total -= size
         record = {
-            "timestamp": time.time_ns() // 1_000_000,
+            "timestamp": now_ms(),
             "events": events,
             "bytes": size,
             "reason": "older than 7 days" if too_old else "over 64 MiB",
         }
-        fd = os.open(directory + "/dropped.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as log:
+        with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
             log.write(encode_json(record) + b"\n")
 
 
@@ -2009,17 +2062,10 @@ QUARANTINED_HEAD_BYTES = 4096
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
-    """Keep the beginning of what was not one JSON object, for a person to look at.
-
-    At 4 MiB the file is moved aside once, so two exist at most. Raises OSError.
-    """
-    record = {"received": time.time_ns() // 1_000_000, "reason": reason, "bytes": len(line)}
+    """Keep the beginning of what was not one JSON object, for a person to look at. Raises OSError."""
+    record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
     record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
-    if os.path.exists(path) and os.path.getsize(path) > QUARANTINE_LIMIT_BYTES:
-        os.replace(path, path + ".1")
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        file.write(encode_json(record) + b"\n")
+    append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
@@ -2295,7 +2341,7 @@ class Publisher:
         self._stopping = False
         self._outcomes: "Deque[List[Any]]" = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "since": _now_ms(), "server": None,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
             "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
             "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
         }  # fmt: skip
@@ -2369,10 +2415,7 @@ class Publisher:
             self._values = load_config(self._config_path)[0]
         except ConfigError as error:
             log_failure(f"the publisher goes on as before: {error}")
-            self._values = self._values or {
-                **{name: rule.default for name, rule in KEYS.items()},
-                "mode": "local",
-            }
+            self._values = self._values or default_values()
         self._state["server"] = redis_place(self._values)
         self._drop_client()
         self._failures, self._next_attempt = 0, 0.0
@@ -2423,7 +2466,7 @@ class Publisher:
     def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
         """Build and protect one event; what is none goes to the quarantine."""
         try:
-            event = build_event(parse_event_line(line), _now_ms(), this_machine())
+            event = build_event(parse_event_line(line), now_ms(), this_machine())
             self._usage.add_usage(event)
             self._agent_notes.add_note(event)
             event = protect(event, privacy)
@@ -2444,7 +2487,7 @@ class Publisher:
         self._state["dropped"] += events
         words = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
         report = {"eventType": "message", "data": {"message": words, "spoolDropped": events}}
-        event = build_event(report, _now_ms(), this_machine())
+        event = build_event(report, now_ms(), this_machine())
         self._batch.append(Outgoing(event["id"], encode_json(event)))
 
     # Sending
@@ -2514,7 +2557,7 @@ class Publisher:
         self._next_attempt = time.monotonic() + delay_s
         self._drop_client()
         self._enter("waiting", reason)
-        self._state["nextAttemptAt"] = _now_ms() + int(delay_s * 1000)
+        self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
 
     def _drop_client(self) -> None:
@@ -2528,7 +2571,7 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]") -> None:
         if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason, since=_now_ms())
+            self._state.update(state=state, reason=reason, since=now_ms())
             if reason:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
@@ -2539,21 +2582,21 @@ class Publisher:
         if self._state == self._told or (not now and time.monotonic() - self._told_at < STATE_INTERVAL_S):
             return
         self._told_at = time.monotonic()
-        content = {**self._state, "updatedAt": _now_ms(), "recent": list(self._outcomes)}
+        content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
             self._told = dict(self._state)
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _read_publisher_state(home: str) -> JsonObject:
+    with open(home + "/publisher.json", "rb") as file:
+        return parse_event_line(file.read(1 << 20))
 
 
 def publisher_state(home: str) -> JsonObject:
     """Return what publisher.json says, and whether that process runs (`running`)."""
     try:
-        with open(home + "/publisher.json", "rb") as file:
-            state = parse_event_line(file.read(1 << 20))
+        state = _read_publisher_state(home)
     except (OSError, MalformedEvent):
         return {"state": "stopped", "running": False}
     running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
@@ -2602,8 +2645,8 @@ def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "List[
     deadline = time.monotonic() + deadline_s
     state: JsonObject = {}
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, MalformedEvent), open(home + "/publisher.json", "rb") as file:
-            state = parse_event_line(file.read(1 << 20))
+        with contextlib.suppress(OSError, MalformedEvent):
+            state = _read_publisher_state(home)
         for known, subscribers, streamed in state.get("recent", []):
             if known == event_id:
                 heard = (

@@ -180,13 +180,16 @@ if __name__ == "__main__":
 # Helpers and fixtures
 # ---------------------------------------------------------------------------
 
+import ast  # noqa: E402
 import asyncio  # noqa: E402
 import base64  # noqa: E402
+import bisect  # noqa: E402
 import collections  # noqa: E402 - the set-up above runs without the packages below
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
 import csv  # noqa: E402
 import dataclasses  # noqa: E402
+import dis  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import glob  # noqa: E402
@@ -211,6 +214,7 @@ import tempfile  # noqa: E402
 import termios  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import types  # noqa: E402
 import urllib.request  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
@@ -9222,7 +9226,8 @@ def test_every_command_has_help(monitor: RunningMonitor) -> None:
     } <= set(commands)
     for command in commands:
         assert "usage:" in monitor.command(command, "--help").stdout
-    assert monitor.command("no-such-command", check=False).returncode == 2
+    wrong = monitor.command("no-such-command", check=False)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--help" in wrong.stderr
 
 
 def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
@@ -14266,8 +14271,10 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
         nothing = running.command("search", "wombat", check=False)
         assert (nothing.returncode, nothing.stdout) == (1, "") and "nothing was found" in nothing.stderr
         assert running.command("search", "quokka", "--to", "2020-01-01", check=False).returncode == 1
-        refused = running.command("search", "--limit", "0", "--from", "soon", check=False)
+        refused = running.command("search", "--from", "soon", check=False)
         assert refused.returncode == 1 and "no time" in refused.stderr
+        refused = running.command("search", "--limit", "0", check=False)
+        assert refused.returncode == 2 and "at least 1" in refused.stderr
         if not running.command("status", check=False).returncode:
             running.stop()
     assert answers[0] == answers[1] and [one["sessionId"] for one in answers[0]] == ["b"]
@@ -14929,6 +14936,45 @@ def test_made_up_names_do_not_make_metrics_endless() -> None:
                      "data": {"toolName": f"tool{number}", "durationMs": 5}})  # fmt: skip
     assert len(counts.events) == len(counts.durations) == cm.LABELS_LIMIT + 1
     assert sum(counts.events.values()) == sum(sum(buckets) for buckets in counts.durations.values()) == 3000
+
+
+# ---------------------------------------------------------------------------
+# The source itself: its rooms and their order
+# ---------------------------------------------------------------------------
+
+
+def uses_of_names(code: types.CodeType) -> "Iterator[tuple[int, set[str]]]":
+    """Yield the first line of each function, class and lambda below `code`, and the module's names it uses."""
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            loads = (it for it in dis.get_instructions(inner) if it.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+            yield inner.co_firstlineno, {str(it.argval) for it in loads}
+            yield from uses_of_names(inner)
+
+
+@pytest.mark.parametrize("module", [ee, cm], ids=["hook", "monitor"])
+def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
+    with open(str(module.__file__), encoding="utf-8") as file:
+        source = file.read()
+    tree = ast.parse(source)
+    starts = [source.count("\n", 0, it.start()) + 1 for it in re.finditer(r"(?m)^# -{75}\n# [A-Z]", source)]
+    assert len(starts) > 7
+    defined: "dict[str, int]" = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined[node.name] = node.lineno
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names = [
+                it.id for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
+            ]
+            defined.update(dict.fromkeys(names, node.lineno))
+    below = [
+        f"line {line} uses {name} of line {defined[name]}"
+        for line, names in uses_of_names(compile(tree, str(module.__file__), "exec"))
+        for name in names & defined.keys()
+        if bisect.bisect(starts, line) < bisect.bisect(starts, defined[name])
+    ]
+    assert not below
 
 
 # ---------------------------------------------------------------------------
