@@ -1311,6 +1311,7 @@ STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
     ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
     ("idle", "nothing of all that", lambda it: True),
 )
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # the most urgent first
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
@@ -2987,6 +2988,7 @@ LIVE_S = 0.1  # events are arriving when the last one came within this time
 LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
+SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -3194,6 +3196,8 @@ def search_query(wanted: Mapping[str, Any], session_ids: Optional[FrozenSet[str]
         if not isinstance(wanted.get(name), (str, type(None))):
             raise SearchError(name, "text")
     texts = {name: value for name, value in wanted.items() if isinstance(value, str) and value}
+    if texts.get("state", SESSION_STATES[0]) not in SESSION_STATES:
+        raise SearchError("state", "one of " + ", ".join(SESSION_STATES))
     if "session" in texts:
         named = frozenset((texts["session"],))
         session_ids = named if session_ids is None else named & session_ids
@@ -4169,13 +4173,16 @@ def _word_candidates(
 
 def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str]:
     """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
+    sessions = query.session_ids
+    if sessions is not None and len(sessions) > SESSIONS_MATCHED:
+        sessions = None
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
     for kind, wanted in (
-        ("session", query.session_ids),
+        ("session", sessions),
         ("machine", query.machine and {query.machine}),
         ("tool", query.tool and {query.tool}),
         ("kind", query.kind and {query.kind}),
@@ -4847,9 +4854,6 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
             "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
         )
     return text.encode()
-
-
-SESSION_STATES = ("waiting", "working", "quiet", "idle", "failed", "ended")
 
 
 def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
@@ -6274,7 +6278,7 @@ class Api:
     def _search(self, query: Query, _body: bytes) -> Response:
         wanted = {name: query.text(name) for name in SEARCH_FIELDS}
         numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
         try:
             return json_response(self._history.search(search_query({**wanted, **numbers}, sessions)))
@@ -7397,7 +7401,7 @@ class Conversation:
         names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
         wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = (
             self._monitor.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
         )
@@ -10699,8 +10703,7 @@ def command_sessions(args: argparse.Namespace) -> int:
         sessions = stored_sessions(settings).all_json(args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
-    order = ["waiting", "failed", "working", "quiet", "idle", "ended"]
-    sessions.sort(key=lambda session: (order.index(session["state"]), session["stateSince"]))
+    sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
         print(json.dumps(sessions))
         return 0
@@ -11178,7 +11181,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
     command.add_argument(
         "--state",
-        choices=("waiting", "working", "idle", "failed", "quiet", "ended"),
+        choices=SESSION_STATES,
         help="only sessions that are so now",
     )
     command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")

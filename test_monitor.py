@@ -13216,6 +13216,13 @@ def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open
     tab.shows("sheet", "Nothing stored fits")
     tab.page.fill("[data-testid=history-query]", "zebra")
     eventually(lambda: len(hits()) == 3)
+    tab.page.select_option("[aria-label='State now']", "working")
+    tab.shows("sheet", "Nothing stored fits")
+    assert "state=working" in tab.page.evaluate("location.hash")
+    tab.page.select_option("[aria-label='State now']", "idle")
+    eventually(lambda: len(hits()) == 3)
+    tab.page.select_option("[aria-label='State now']", "")
+    eventually(lambda: len(hits()) == 3)
     tab.page.select_option("[aria-label=Time]", "custom")
     tab.page.fill("[aria-label=To]", "2020-01-01T00:00")
     tab.page.press("[aria-label=To]", "Tab")
@@ -13619,7 +13626,7 @@ def test_the_index_finds_just_what_reading_every_event_finds(texts: "list[str]",
         shutil.rmtree(case.home)
 
 
-def test_every_filter_takes_what_it_says(indexed: IndexCase) -> None:
+def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -> None:
     for number in range(60):
         hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
         indexed.add({
@@ -13650,6 +13657,13 @@ def test_every_filter_takes_what_it_says(indexed: IndexCase) -> None:
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
+    for limit in (500, 1):  # sessions by the index, or by the line in the file
+        monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
+        query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
+        assert [one["id"] for one in indexed.history.search(query)["results"]] == [
+            event["id"] for event in every
+            if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
+        ]  # fmt: skip
 
 
 def test_pages_follow_each_other_without_gap_or_double_while_events_arrive(indexed: IndexCase) -> None:
@@ -14124,12 +14138,17 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert [result["sessionId"] for result in rest["results"]] == ["a"]
     assert [one["sessionId"] for one in running.get("/api/search?q=quokka&state=waiting")["results"]] == ["b"]
     assert running.get("/api/search?q=quokka&state=failed")["results"] == []
+    assert running.get("/api/search?q=quokka&state=waiting&session=a")["results"] == []
     client = running.websocket("rows")
     answer = client.ask(
         "search_results", type="search", query="quokka", eventType="user_prompt", session="a", requestId=7
     )
     assert answer["requestId"] == 7 and [one["sessionId"] for one in answer["results"]] == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
+    answer = client.ask("search_results", type="search", query="quokka", state="working")
+    assert [one["sessionId"] for one in answer["results"]] == ["a"]
+    client.send(type="search", state="asleep")
+    assert "waiting" in client.next("error")["message"]
     client.send(type="search", query="quokka", cursor="nonsense", requestId=8)
     assert client.next("error")["requestId"] == 8
     client.send(type="search", limit=100_000)
@@ -14146,7 +14165,16 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=x", "from=-1", "cursor=x", "cursor=i", "to=x", "cursor=i99999999999999999999999"],
+    [
+        "limit=0",
+        "limit=x",
+        "from=-1",
+        "state=x",
+        "cursor=x",
+        "cursor=i",
+        "to=x",
+        "cursor=i99999999999999999999999",
+    ],
 )
 def test_a_search_that_makes_no_sense_is_refused_with_the_parameter(
     shared: RunningMonitor, query: str
