@@ -4647,6 +4647,7 @@ class RetentionPlan(NamedTuple):
     size: int  # of these files
     total: int  # of every file of ours
     events: int  # of all event files
+    index_size: int
     oldest_day: Optional[str]  # that stays
     closed_days: Tuple[str, ...]  # to which no event can come any more
 
@@ -4674,7 +4675,8 @@ def plan_retention(
     events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
-    with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
+    index_size = index_bytes(os.path.join(home, "index.db"))
+    with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     paths: List[str] = []
     size, left, oldest = 0, float(total), None
@@ -4689,7 +4691,7 @@ def plan_retention(
         size += sum(going.values())
         left -= sum(going.values()) * with_index
     closed = tuple(day for day in sizes if day < day_of(time_ms))
-    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
+    return RetentionPlan(tuple(paths), size, total, events, index_size, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
@@ -4737,6 +4739,45 @@ def bytes_below(path: str) -> int:
             with contextlib.suppress(OSError):
                 size += os.lstat(os.path.join(folder, name)).st_size
     return size
+
+
+class DiskUse:
+    """How much room our files take: measured with each plan; what comes and goes in between is added up.
+
+    For the loop thread.
+    """
+
+    def __init__(self, limit_bytes: Optional[int]) -> None:
+        self.events_added = 0  # bytes since the start, less what the user deleted
+        self._limit_bytes = limit_bytes
+        self._plan: Optional[RetentionPlan] = None
+        self._deleted = 0
+        self._added_before = 0
+        self._error: Optional[str] = None
+
+    def measured(self, plan: RetentionPlan, was_carried_out: bool, events_added: int) -> None:
+        """Take what a plan has measured; `events_added` is from when it began to."""
+        self._plan, self._deleted = plan, plan.size if was_carried_out else 0
+        self._added_before, self._error = events_added, None
+
+    def failed(self, words: str) -> None:
+        """Note why nothing can be measured or deleted."""
+        self._error = words
+
+    def to_json(self, index_size: int) -> Optional[JsonObject]:
+        """Return what the status shows, None before the first measurement; `index_size` is that of now."""
+        plan = self._plan
+        if plan is None:
+            return {"error": self._error} if self._error else None
+        since = self.events_added - self._added_before - self._deleted
+        return {
+            "bytes": max(0, plan.total - plan.index_size + since + index_size),
+            "limitBytes": self._limit_bytes,
+            "eventsBytes": max(0, plan.events + since),
+            "indexBytes": index_size,
+            "oldestDay": plan.oldest_day,
+            "error": self._error,
+        }
 
 
 # ---------------------------------------------------------------------------
@@ -7563,7 +7604,8 @@ class Monitor:
         self._store_error: Optional[str] = None
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
-        self._disk: JsonObject = {}
+        megabytes = settings["retention.maxMegabytes"]
+        self._disk = DiskUse(megabytes and megabytes << 20)
         self._counts = EventCounts()
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self._stopping = False
@@ -7793,6 +7835,8 @@ class Monitor:
         if not stored:
             return
         self.stored += len(stored)
+        if self.settings["persistence.enabled"]:
+            self._disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
             self._counts.note(entry.event)
             session = self._take_into_account(entry.event)
@@ -7892,6 +7936,8 @@ class Monitor:
             session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
         )
 
+        added = self._disk.events_added
+
         def work() -> None:
             try:
                 plan = retention_plan(self.settings, kept)
@@ -7901,8 +7947,9 @@ class Monitor:
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
-                self.loop.call_soon(lambda: self._disk.update(error=words))
+                self.loop.call_soon(lambda: self._disk.failed(words))
                 return
+            self.loop.call_soon(lambda: self._disk.measured(plan, not dry_run, added))
             self.loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
             self.loop.call_soon(lambda: done(plan))
 
@@ -7922,17 +7969,7 @@ class Monitor:
             log.info("%d files of closed days are packed", len(paths))
 
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
-        """Let go of the sessions that have no events left, and tell about the disk."""
-        limit = self.settings["retention.maxMegabytes"]
-        deleted = 0 if dry_run else plan.size
-        self._disk = {
-            "bytes": plan.total - deleted,
-            "limitBytes": limit and limit << 20,
-            "eventsBytes": plan.events - deleted,
-            "indexBytes": index_bytes(self.settings.path("index.db")),
-            "oldestDay": plan.oldest_day,
-            "error": None,
-        }
+        """Let go of the sessions that have no events left."""
         self.history.look_again()  # also at what was removed or added by hand
         if dry_run or not plan.paths:
             return
@@ -7961,6 +7998,7 @@ class Monitor:
     def status(self) -> JsonObject:
         """Return what /api/status and the `status` message show."""
         segments = emit_event.spool_segments(self.settings.path("spool"))
+        index = self.history.status()
         return {
             "version": __version__,
             "mode": self.settings["mode"],
@@ -7988,8 +8026,8 @@ class Monitor:
                 "bytes": sum(size for _, size in segments),
                 "dropped": self._dropped(),
             },
-            "index": self.history.status(),
-            "disk": self._disk or None,
+            "index": index,
+            "disk": self._disk.to_json(index["bytes"]),
             "machines": [
                 {
                     "machineId": name,
@@ -8101,6 +8139,8 @@ class Monitor:
         """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
+        if self.settings["persistence.enabled"]:
+            self._disk.events_added -= freed
         self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget(session.session_id)

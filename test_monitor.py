@@ -14335,6 +14335,23 @@ def test_days_that_are_too_old_go_with_their_sessions_and_pinned_ones_stay(monit
     assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
 
 
+def test_the_status_says_how_much_is_on_disk_while_events_come_and_go(running: RunningMonitor) -> None:
+    def told() -> "dict[str, Any]":
+        return dict(running.get("/api/status")["disk"])
+
+    def on_disk() -> int:
+        return sum(os.path.getsize(path) for path in glob.glob(running.home + "/events/*/*"))
+
+    eventually(lambda: running.get("/api/status")["disk"], what="the first measurement")
+    running.emit(payload("UserPromptSubmit", "a", prompt="x" * 50_000), payload("UserPromptSubmit", "b"))
+    assert told()["eventsBytes"] == on_disk() > 50_000
+    assert told()["bytes"] >= told()["eventsBytes"] + told()["indexBytes"]
+    client = running.websocket("rows")
+    client.ask("session_deleted", type="delete_session", sessionId="a")
+    assert told()["eventsBytes"] == on_disk() < 50_000
+    client.close()
+
+
 def test_numbers_go_on_when_the_latest_events_were_too_old(monitor: RunningMonitor) -> None:
     retention_fill(monitor.home, (50, 60))
     monitor.start()
