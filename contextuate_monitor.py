@@ -5553,10 +5553,18 @@ class SeenIds:
 
 
 class RemoteLine(NamedTuple):
-    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel."""
+    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel.
+
+    An empty line with a position only says how far the stream was read; one without was really published.
+    """
 
     line: bytes
     position: Optional[str]
+
+    @property
+    def is_marker(self) -> bool:
+        """Tell whether it brings no event, only a position."""
+        return not self.line and self.position is not None
 
 
 def stream_time(position: str) -> int:
@@ -5935,16 +5943,16 @@ class RedisLink:
         batch = self._inbox.head(INBOX_LINES_A_TURN)
         if not batch:
             return
-        if not self._take([remote for remote in batch if remote.line]):
+        if not self._take([remote for remote in batch if not remote.is_marker]):
             self._loop.call_later(1.0, self._take_some)
             return
         self._inbox.drop(len(batch))
         for remote in batch:
             self._position = remote.position or self._position
-            if remote.line and remote.position:
-                self._by_stream += 1
-            elif remote.line:
+            if remote.position is None:
                 self._by_channel += 1
+            elif not remote.is_marker:
+                self._by_stream += 1
         self._loop.call_soon(self._take_some)
 
     def _load_position(self) -> str:

@@ -10026,7 +10026,7 @@ def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
 
 def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: RedisTeam) -> None:
     garbage = [
-        bytes(range(256)), b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
+        bytes(range(256)), b"", b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
         b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
         b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
     ]  # fmt: skip
