@@ -13288,6 +13288,47 @@ def test_statistics_count_what_happened_and_lead_to_it(running: RunningMonitor, 
 
 
 @needs_browser
+def test_statistics_follow_what_arrives_and_take_nobodys_place(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first work"), *browser_call(1, "one", tool_response="")
+    )
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] == 1, what="the index to count it")
+    tab = open_tab(running, "#stats")
+    tab.page.focus("[data-testid=stats] table[aria-label='Slowest calls'] tr.open")
+    tab.page.evaluate("document.querySelector('#sheet').scrollTop = 40")
+    place = "[document.activeElement.closest('table')?.ariaLabel, document.querySelector('#sheet').scrollTop]"
+    before = tab.page.evaluate(place)
+    assert before[0] == "Slowest calls"
+    running.emit(*browser_call(2, "one", tool_response=""))
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] == 2, what="the index to count it")
+
+    def count_again() -> str:
+        tab.page.evaluate("contextuate.counted.at = 0")  # half a minute has passed
+        return tab.text("stats")
+
+    eventually(lambda: "2 calls" in count_again() and "make step-2" in tab.text("stats"))
+    assert tab.page.evaluate(place) == before
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url) if "/api/stats" in request.url else None)
+    for _ in range(3):
+        count_again()
+        tab.page.evaluate("contextuate.tick()")
+    assert asked == [], "nothing new is not counted again"
+    running.emit(*browser_call(3, "one", tool_response=""))
+    tab.page.evaluate(
+        "getSelection().selectAllChildren(document.querySelector('[data-testid=stats] .summary'))"
+    )
+    eventually(lambda: tab.page.evaluate("contextuate.store.seq") >= 7)
+    count_again()
+    tab.page.evaluate("contextuate.tick()")
+    assert asked == [], "whoever marks a text is not disturbed"
+    tab.page.evaluate("getSelection().removeAllRanges()")
+    eventually(lambda: "3 calls" in count_again())
+
+
+@needs_browser
 def test_a_monitor_without_an_index_is_searched_and_not_counted(
     monitor: RunningMonitor, open_tab: Any
 ) -> None:
