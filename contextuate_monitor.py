@@ -1388,6 +1388,7 @@ STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
     ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
     ("idle", "nothing of all that", lambda it: True),
 )
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # the most urgent first
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
@@ -3064,6 +3065,7 @@ LIVE_S = 0.1  # events are arriving when the last one came within this time
 LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
+SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -3270,6 +3272,8 @@ def search_query(wanted: Mapping[str, Any], session_ids: Optional[FrozenSet[str]
         if not isinstance(wanted.get(name), (str, type(None))):
             raise SearchError(name, "text")
     texts = {name: value for name, value in wanted.items() if isinstance(value, str) and value}
+    if texts.get("state", SESSION_STATES[0]) not in SESSION_STATES:
+        raise SearchError("state", "one of " + ", ".join(SESSION_STATES))
     if "session" in texts:
         named = frozenset((texts["session"],))
         session_ids = named if session_ids is None else named & session_ids
@@ -4249,13 +4253,16 @@ def _word_candidates(
 
 def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str]:
     """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
+    sessions = query.session_ids
+    if sessions is not None and len(sessions) > SESSIONS_MATCHED:
+        sessions = None
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
     for kind, wanted in (
-        ("session", query.session_ids),
+        ("session", sessions),
         ("machine", query.machine and {query.machine}),
         ("tool", query.tool and {query.tool}),
         ("kind", query.kind and {query.kind}),
@@ -4881,6 +4888,7 @@ class RetentionPlan(NamedTuple):
     size: int  # of these files
     total: int  # of every file of ours
     events: int  # of all event files
+    index_size: int
     oldest_day: Optional[str]  # that stays
     closed_days: Tuple[str, ...]  # to which no event can come any more
 
@@ -4908,7 +4916,8 @@ def plan_retention(
     events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
-    with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
+    index_size = index_bytes(os.path.join(home, "index.db"))
+    with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     paths: List[str] = []
     size, left, oldest = 0, float(total), None
@@ -4922,7 +4931,7 @@ def plan_retention(
         size += sum(going.values())
         left -= sum(going.values()) * with_index
     closed = tuple(day for day in sizes if day < day_of(time_ms))
-    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
+    return RetentionPlan(tuple(paths), size, total, events, index_size, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
@@ -4970,6 +4979,45 @@ def bytes_below(path: str) -> int:
             with contextlib.suppress(OSError):
                 size += os.lstat(os.path.join(folder, name)).st_size
     return size
+
+
+class DiskUse:
+    """How much room our files take: measured with each plan; what comes and goes in between is added up.
+
+    For the loop thread.
+    """
+
+    def __init__(self, limit_bytes: Optional[int]) -> None:
+        self.events_added = 0  # bytes since the start, less what the user deleted
+        self._limit_bytes = limit_bytes
+        self._plan: Optional[RetentionPlan] = None
+        self._deleted = 0
+        self._added_before = 0
+        self._error: Optional[str] = None
+
+    def measured(self, plan: RetentionPlan, was_carried_out: bool, events_added: int) -> None:
+        """Take what a plan has measured; `events_added` is from when it began to."""
+        self._plan, self._deleted = plan, plan.size if was_carried_out else 0
+        self._added_before, self._error = events_added, None
+
+    def failed(self, words: str) -> None:
+        """Note why nothing can be measured or deleted."""
+        self._error = words
+
+    def to_json(self, index_size: int) -> Optional[JsonObject]:
+        """Return what the status shows, None before the first measurement; `index_size` is that of now."""
+        plan = self._plan
+        if plan is None:
+            return {"error": self._error} if self._error else None
+        since = self.events_added - self._added_before - self._deleted
+        return {
+            "bytes": max(0, plan.total - plan.index_size + since + index_size),
+            "limitBytes": self._limit_bytes,
+            "eventsBytes": max(0, plan.events + since),
+            "indexBytes": index_size,
+            "oldestDay": plan.oldest_day,
+            "error": self._error,
+        }
 
 
 # ---------------------------------------------------------------------------
@@ -5087,9 +5135,6 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
             "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
         )
     return text.encode()
-
-
-SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
 
 
 def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
@@ -5728,10 +5773,18 @@ _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
 class RemoteLine(NamedTuple):
-    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel."""
+    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel.
+
+    An empty line with a position only says how far the stream was read; one without was really published.
+    """
 
     line: bytes
     position: Optional[str]
+
+    @property
+    def is_marker(self) -> bool:
+        """Tell whether it brings no event, only a position."""
+        return not self.line and self.position is not None
 
 
 def stream_time(position: str) -> int:
@@ -6110,16 +6163,16 @@ class RedisLink:
         batch = self._inbox.head(INBOX_LINES_A_TURN)
         if not batch:
             return
-        if not self._take([remote for remote in batch if remote.line]):
+        if not self._take([remote for remote in batch if not remote.is_marker]):
             self._loop.call_later(1.0, self._take_some)
             return
         self._inbox.drop(len(batch))
         for remote in batch:
             self._position = remote.position or self._position
-            if remote.line and remote.position:
-                self._by_stream += 1
-            elif remote.line:
+            if remote.position is None:
                 self._by_channel += 1
+            elif not remote.is_marker:
+                self._by_stream += 1
         self._loop.call_soon(self._take_some)
 
     def _load_position(self) -> str:
@@ -6487,7 +6540,7 @@ class Api:
     def _search(self, query: Query, _body: bytes) -> Response:
         wanted = {name: query.text(name) for name in SEARCH_FIELDS}
         numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
         try:
             return json_response(self._history.search(search_query({**wanted, **numbers}, sessions)))
@@ -7478,7 +7531,8 @@ class Retention:
         pinned: Callable[[], FrozenSet[str]],
         removed: Callable[[FrozenSet[str]], None],
     ) -> None:
-        self.disk: Optional[JsonObject] = None  # what the status tells; None before the first look
+        megabytes = settings["retention.maxMegabytes"]
+        self.disk = DiskUse(megabytes and megabytes << 20)
         self._settings = settings
         self._loop = loop
         self._pinned = pinned
@@ -7497,6 +7551,7 @@ class Retention:
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
         """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
         kept = self._pinned()
+        added = self.disk.events_added
 
         def work() -> None:
             try:
@@ -7507,8 +7562,9 @@ class Retention:
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
-                self._loop.call_soon(lambda: self._failed(words))
+                self._loop.call_soon(lambda: self.disk.failed(words))
                 return
+            self._loop.call_soon(lambda: self.disk.measured(plan, not dry_run, added))
             self._loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
             self._loop.call_soon(lambda: done(plan))
 
@@ -7527,20 +7583,7 @@ class Retention:
         if paths:
             log.info("%d files of closed days are packed", len(paths))
 
-    def _failed(self, words: str) -> None:
-        self.disk = {**(self.disk or {}), "error": words}
-
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
-        limit = self._settings["retention.maxMegabytes"]
-        deleted = 0 if dry_run else plan.size
-        self.disk = {
-            "bytes": plan.total - deleted,
-            "limitBytes": limit and limit << 20,
-            "eventsBytes": plan.events - deleted,
-            "indexBytes": index_bytes(self._settings.path("index.db")),
-            "oldestDay": plan.oldest_day,
-            "error": None,
-        }
         if plan.paths and not dry_run:
             days, size = plan.days, human_size(plan.size)
             log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
@@ -7688,7 +7731,7 @@ class Conversation:
         names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
         wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = (
             self._monitor.overview.sessions_in_state(in_state)
             if isinstance(in_state, str) and in_state
@@ -7840,6 +7883,7 @@ class Overview:
     def status(self) -> JsonObject:
         """Return what /api/status and the `status` message show."""
         segments = emit_event.spool_segments(self._monitor.settings.path("spool"))
+        index = self._monitor.history.status()
         return {
             "version": __version__,
             "mode": self._monitor.settings["mode"],
@@ -7867,8 +7911,8 @@ class Overview:
                 "bytes": sum(size for _, size in segments),
                 "dropped": self._dropped(),
             },
-            "index": self._monitor.history.status(),
-            "disk": self._monitor.retention.disk,
+            "index": index,
+            "disk": self._monitor.retention.disk.to_json(index["bytes"]),
             "machines": [
                 {
                     "machineId": name,
@@ -8192,6 +8236,7 @@ class Monitor:
             return
         self.stored += len(stored)
         changed: List[Session] = []
+        self.retention.disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
             self.counts.note(entry.event)
             changed += self._take_into_account(entry.event)
@@ -8264,6 +8309,7 @@ class Monitor:
         """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
+        self.retention.disk.events_added -= freed
         self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget(session.session_id)

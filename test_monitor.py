@@ -10066,7 +10066,7 @@ def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
 
 def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: RedisTeam) -> None:
     garbage = [
-        bytes(range(256)), b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
+        bytes(range(256)), b"", b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
         b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
         b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
     ]  # fmt: skip
@@ -13256,6 +13256,13 @@ def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open
     tab.shows("sheet", "Nothing stored fits")
     tab.page.fill("[data-testid=history-query]", "zebra")
     eventually(lambda: len(hits()) == 3)
+    tab.page.select_option("[aria-label='State now']", "working")
+    tab.shows("sheet", "Nothing stored fits")
+    assert "state=working" in tab.page.evaluate("location.hash")
+    tab.page.select_option("[aria-label='State now']", "idle")
+    eventually(lambda: len(hits()) == 3)
+    tab.page.select_option("[aria-label='State now']", "")
+    eventually(lambda: len(hits()) == 3)
     tab.page.select_option("[aria-label=Time]", "custom")
     tab.page.fill("[aria-label=To]", "2020-01-01T00:00")
     tab.page.press("[aria-label=To]", "Tab")
@@ -13318,6 +13325,47 @@ def test_statistics_count_what_happened_and_lead_to_it(running: RunningMonitor, 
     eventually(lambda: "session=one" in tab.page.evaluate("location.hash"))
     tab.shows("stats", "4 calls")
     assert "step-9" not in tab.text("stats")
+
+
+@needs_browser
+def test_statistics_follow_what_arrives_and_take_nobodys_place(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(
+        payload("UserPromptSubmit", "one", prompt="first work"), *browser_call(1, "one", tool_response="")
+    )
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] == 1, what="the index to count it")
+    tab = open_tab(running, "#stats")
+    tab.page.focus("[data-testid=stats] table[aria-label='Slowest calls'] tr.open")
+    tab.page.evaluate("document.querySelector('#sheet').scrollTop = 40")
+    place = "[document.activeElement.closest('table')?.ariaLabel, document.querySelector('#sheet').scrollTop]"
+    before = tab.page.evaluate(place)
+    assert before[0] == "Slowest calls"
+    running.emit(*browser_call(2, "one", tool_response=""))
+    eventually(lambda: running.get("/api/stats")["totals"]["toolCalls"] == 2, what="the index to count it")
+
+    def count_again() -> str:
+        tab.page.evaluate("contextuate.counted.at = 0")  # half a minute has passed
+        return tab.text("stats")
+
+    eventually(lambda: "2 calls" in count_again() and "make step-2" in tab.text("stats"))
+    assert tab.page.evaluate(place) == before
+    asked: list[str] = []
+    tab.page.on("request", lambda request: asked.append(request.url) if "/api/stats" in request.url else None)
+    for _ in range(3):
+        count_again()
+        tab.page.evaluate("contextuate.tick()")
+    assert asked == [], "nothing new is not counted again"
+    running.emit(*browser_call(3, "one", tool_response=""))
+    tab.page.evaluate(
+        "getSelection().selectAllChildren(document.querySelector('[data-testid=stats] .summary'))"
+    )
+    eventually(lambda: tab.page.evaluate("contextuate.store.seq") >= 7)
+    count_again()
+    tab.page.evaluate("contextuate.tick()")
+    assert asked == [], "whoever marks a text is not disturbed"
+    tab.page.evaluate("getSelection().removeAllRanges()")
+    eventually(lambda: "3 calls" in count_again())
 
 
 @needs_browser
@@ -13659,7 +13707,7 @@ def test_the_index_finds_just_what_reading_every_event_finds(texts: "list[str]",
         shutil.rmtree(case.home)
 
 
-def test_every_filter_takes_what_it_says(indexed: IndexCase) -> None:
+def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -> None:
     for number in range(60):
         hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
         indexed.add({
@@ -13690,6 +13738,13 @@ def test_every_filter_takes_what_it_says(indexed: IndexCase) -> None:
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
+    for limit in (500, 1):  # sessions by the index, or by the line in the file
+        monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
+        query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
+        assert [one["id"] for one in indexed.history.search(query)["results"]] == [
+            event["id"] for event in every
+            if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
+        ]  # fmt: skip
 
 
 def test_pages_follow_each_other_without_gap_or_double_while_events_arrive(indexed: IndexCase) -> None:
@@ -14164,12 +14219,17 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert [result["sessionId"] for result in rest["results"]] == ["a"]
     assert [one["sessionId"] for one in running.get("/api/search?q=quokka&state=waiting")["results"]] == ["b"]
     assert running.get("/api/search?q=quokka&state=failed")["results"] == []
+    assert running.get("/api/search?q=quokka&state=waiting&session=a")["results"] == []
     client = running.websocket("rows")
     answer = client.ask(
         "search_results", type="search", query="quokka", eventType="user_prompt", session="a", requestId=7
     )
     assert answer["requestId"] == 7 and [one["sessionId"] for one in answer["results"]] == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
+    answer = client.ask("search_results", type="search", query="quokka", state="working")
+    assert [one["sessionId"] for one in answer["results"]] == ["a"]
+    client.send(type="search", state="asleep")
+    assert "waiting" in client.next("error")["message"]
     client.send(type="search", query="quokka", cursor="nonsense", requestId=8)
     assert client.next("error")["requestId"] == 8
     client.send(type="search", limit=100_000)
@@ -14186,7 +14246,16 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
 
 @pytest.mark.parametrize(
     "query",
-    ["limit=0", "limit=x", "from=-1", "cursor=x", "cursor=i", "to=x", "cursor=i99999999999999999999999"],
+    [
+        "limit=0",
+        "limit=x",
+        "from=-1",
+        "state=x",
+        "cursor=x",
+        "cursor=i",
+        "to=x",
+        "cursor=i99999999999999999999999",
+    ],
 )
 def test_a_search_that_makes_no_sense_is_refused_with_the_parameter(
     shared: RunningMonitor, query: str
@@ -14347,6 +14416,23 @@ def test_days_that_are_too_old_go_with_their_sessions_and_pinned_ones_stay(monit
     assert monitor.get("/api/status")["seq"] >= highest
     disk = eventually(lambda: monitor.get("/api/status")["disk"])
     assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
+
+
+def test_the_status_says_how_much_is_on_disk_while_events_come_and_go(running: RunningMonitor) -> None:
+    def told() -> "dict[str, Any]":
+        return dict(running.get("/api/status")["disk"])
+
+    def on_disk() -> int:
+        return sum(os.path.getsize(path) for path in glob.glob(running.home + "/events/*/*"))
+
+    eventually(lambda: running.get("/api/status")["disk"], what="the first measurement")
+    running.emit(payload("UserPromptSubmit", "a", prompt="x" * 50_000), payload("UserPromptSubmit", "b"))
+    assert told()["eventsBytes"] == on_disk() > 50_000
+    assert told()["bytes"] >= told()["eventsBytes"] + told()["indexBytes"]
+    client = running.websocket("rows")
+    client.ask("session_deleted", type="delete_session", sessionId="a")
+    assert told()["eventsBytes"] == on_disk() < 50_000
+    client.close()
 
 
 def test_numbers_go_on_when_the_latest_events_were_too_old(monitor: RunningMonitor) -> None:
