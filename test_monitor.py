@@ -6736,6 +6736,100 @@ def test_quiet_is_measured_on_the_other_machines_clock():
         assert tale.wait(1_000)["state"] == "quiet", skew
 
 
+def session_far(clock_ms: int = 0) -> "tuple[SessionTale, Any]":
+    """Return a tale of another machine that works, and a way to let it speak with its clock so far off."""
+    tale = SessionTale(machine="far")
+
+    def say(hook: str, clock_ms: int = clock_ms, **fields: Any) -> "dict[str, Any]":
+        return tale.say(hook, at=tale.time + 1000 + clock_ms, **fields)
+
+    say("UserPromptSubmit", prompt="go")
+    return tale, say
+
+
+@pytest.mark.parametrize("before_ms", [0, 3_600_000, -3_600_000])
+@pytest.mark.parametrize("step_ms", [-65_000, -3_600_000, -26 * 3_600_000])
+def test_what_a_machine_says_after_its_clock_was_set_back_is_not_late(before_ms, step_ms):
+    tale, say = session_far(before_ms)
+    say("PreToolUse", tool_name="Bash", tool_use_id="t1", tool_input={"command": "make"})
+    after_ms = before_ms + step_ms
+    ask = {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    told = say("PermissionRequest", after_ms, **ask)
+    assert (told["state"], told["reason"]["kind"]) == ("waiting", "permission")
+    assert told["reason"]["since"] == told["lastEventTime"] == tale.time + after_ms
+    told = say("PostToolUse", after_ms, tool_use_id="t1", tool_response="", **ask)
+    assert (told["state"], told["openCalls"]) == ("working", [])
+    assert tale.wait(119_000)["state"] == "working" and tale.wait(2000)["state"] == "quiet"
+    assert say("Stop", after_ms, background_tasks=[])["state"] == "idle"
+    assert say("Stop", before_ms, background_tasks=[])["state"] == "idle", "and set right again"
+    assert say("UserPromptSubmit", before_ms, prompt="go")["state"] == "working"
+    assert tale.wait(119_000)["state"] == "working" and tale.wait(2000)["state"] == "quiet"
+
+
+def test_what_a_spool_or_an_import_brings_long_after_is_late_and_shows_no_clock_that_was_set():
+    for mark in ("spooled", "imported"):
+        tale, say = session_far()
+        say("PermissionRequest", tool_name="Bash", tool_input={"command": "make"})
+        stop = {
+            "hook": payload("Stop", "s1", background_tasks=[]),
+            "id": mark,
+            "timestamp": tale.time - 3_600_000,
+        }
+        event = ee.build_event(stop, tale.time, "far")
+        session = tale.book.apply({**event, "seq": 99, "received": tale.time, mark: True})
+        assert (session.state, session.last_event) == ("waiting", tale.time)
+
+
+def test_replaying_what_a_machine_said_around_a_step_of_its_clock_gives_the_same(tmp_path):
+    for step_ms in (-3_600_000, 3_600_000, -26 * 3_600_000):
+        root = f"{tmp_path}/{step_ms}"
+        store = cm.EventStore(root)
+        for number, event in enumerate(session_events("p-perm")):
+            at = event["timestamp"] + 1000 * number
+            clock_ms = step_ms if number >= 5 else 0
+            store.append([{**event, "machineId": "far", "timestamp": at + clock_ms}], at)
+        book, loader = loading_loader(store)
+        loader.work(60)
+        loading_check(book, root, NOW_MS)
+
+
+@pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
+@pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
+def test_nobody_is_silent_for_the_time_that_our_own_clock_was_set_by(machine, step_ms):
+    tale = SessionTale(machine=machine)
+    tale.say("PermissionRequest", session="s2", tool_name="Bash", tool_input={})
+    tale.say("UserPromptSubmit", prompt="go")
+    assert tale.wait(100_000)["state"] == "working"
+    tale.time += step_ms
+    tale.book.clock_was_set(step_ms)
+    theirs_ms = 0 if machine == SESSION_MACHINE else -step_ms
+    assert tale.wait(10_000)["state"] == "working"
+    assert tale.book.sessions["s2"].state == "waiting"
+    if step_ms > 0 or machine != SESSION_MACHINE:
+        assert tale.wait(11_000)["state"] == "quiet", "121 seconds have really passed"
+    told = tale.say(
+        "PreToolUse", at=tale.time + 1000 + theirs_ms, tool_name="Bash", tool_input={}, tool_use_id="t"
+    )
+    assert (told["state"], told["lastEventTime"]) == ("working", tale.time + theirs_ms)
+    assert tale.wait(119_000)["state"] == "working"
+    assert tale.wait(1_000)["state"] == "quiet"
+    tale.wait(12 * 3_600_000)
+    assert tale.book.sessions["s2"].state == "ended", "12 hours have really passed"
+
+
+def test_a_clock_that_was_wrong_for_a_while_does_not_make_its_machine_look_quiet_for_ever():
+    tale, say = session_far(3_600_000)
+    for minutes in range(12):
+        say("PreToolUse", 0, tool_name="Read", tool_input={}, tool_use_id=f"t{minutes}")
+        tale.time += 59_000
+    # Our own clock was set forward while no monitor ran: what was measured before is forgotten after a while.
+    for minutes in range(12):
+        say("PreToolUse", -3_600_000, tool_name="Read", tool_input={}, tool_use_id=f"u{minutes}")
+        tale.time += 59_000
+    say("PreToolUse", -3_600_000, tool_name="Read", tool_input={}, tool_use_id="last")
+    assert tale.wait(119_000)["state"] == "working"
+
+
 def test_a_silent_machines_sessions_end_after_ended_hours():
     tale = session_tale(machine="far")
     tale.call("Bash", "t1", command="make")
@@ -8329,7 +8423,7 @@ def loading_check(book: "cm.SessionBook", root: str, now_ms: int) -> None:
     """Check that a book knows what a replay knows, before and after time has passed."""
     expected = loading_reference(root)
     assert book.sessions == expected.sessions
-    assert (book._skew_ms, book._heard_ms) == (expected._skew_ms, expected._heard_ms)
+    assert (book._skews, book._heard_ms) == (expected._skews, expected._heard_ms)
     book.tick(now_ms)
     expected.tick(now_ms)
     assert book.sessions == expected.sessions
