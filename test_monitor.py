@@ -186,6 +186,7 @@ import collections  # noqa: E402 - the set-up above runs without the packages be
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
 import csv  # noqa: E402
+import ctypes  # noqa: E402
 import dataclasses  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
@@ -3768,13 +3769,15 @@ def test_any_bytes_for_a_head_are_refused_in_order(head: bytes) -> None:
 class ProtocolPeer:
     """A WebSocket client that sends whatever bytes it is told, and reads frames by hand."""
 
-    def __init__(self, port: int, receive_bytes: int = 0) -> None:
+    def __init__(
+        self, port: int, receive_bytes: int = 0, host: str = "127.0.0.1", more: "tuple[str, ...]" = ()
+    ) -> None:
         self.sock = socket.socket()
         if receive_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.sock.settimeout(15)
-        self.sock.connect(("127.0.0.1", port))
-        self.sock.sendall(protocol_head(("Host", f"127.0.0.1:{port}")) + b"\r\n\r\n")
+        self.sock.connect((host, port))
+        self.sock.sendall(protocol_head(("Host", f"{host}:{port}"), more=more) + b"\r\n\r\n")
         self.buffer = b""
         while b"\r\n\r\n" not in self.buffer:
             self.buffer += self.sock.recv(4096)
@@ -11680,6 +11683,121 @@ def test_three_hundred_clients_get_every_event(monitor: RunningMonitor) -> None:
         assert [json.loads(peer.next("event"))["seq"] for _ in range(20)] == list(range(1, 21))
         peer.close()
     eventually(lambda: protocol_open(monitor), what="room again")
+
+
+@dataclasses.dataclass
+class SafeCable:
+    """A network of its own with one cable to this machine: `host` is this machine's address on it."""
+
+    host: str
+    name: str
+
+    def inside(self, work: Any) -> Any:
+        """Do something in that network, in a thread of its own; its sockets stay there."""
+
+        def enter() -> Any:
+            with open(f"/run/netns/{self.name}", "rb") as place:
+                if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), 0x40000000):  # CLONE_NEWNET
+                    raise OSError(ctypes.get_errno(), "setns")
+            return work()
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(enter).result(30)
+
+    def cut(self) -> None:
+        """Cut the cable: nothing comes through any more, not even that a connection ended."""
+        subprocess.run(["ip", "-n", self.name, "link", "set", f"{self.name}b", "down"], check=True)
+
+
+@contextlib.contextmanager
+def safe_cable() -> "Iterator[SafeCable]":
+    """Lay a cable to a network of its own; skip where that is not permitted."""
+    number = os.getpid() % 60_000
+    name, net = f"cm{number}", f"10.213.{number >> 8}.{number & 0xFC}"
+    host, peer = (
+        f"{net.rpartition('.')[0]}.{(number & 0xFC) + 1}",
+        f"{net.rpartition('.')[0]}.{(number & 0xFC) + 2}",
+    )
+    try:
+        for command in (
+            f"netns add {name}", f"link add {name}a type veth peer name {name}b netns {name}",
+            f"addr add {host}/30 dev {name}a", f"link set {name}a up",
+            f"-n {name} addr add {peer}/30 dev {name}b", f"-n {name} link set {name}b up",
+        ):  # fmt: skip
+            try:
+                done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                pytest.skip("ip is missing")
+            if done.returncode:
+                pytest.skip(f"no network can be made here: {done.stderr.strip()}")
+        yield SafeCable(host, name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="makes a network namespace")
+def test_clients_whose_cable_is_cut_are_dropped_and_hold_up_nobody(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "PING_INTERVAL_S", 0.3)
+    monkeypatch.setattr(cm, "CLOSE_DEADLINE_S", 0.5)
+    monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.5)
+    with (
+        safe_cable() as cable,
+        protocol_inside(server={"host": cable.host, "port": 0, "wsPort": 0}) as inside,
+    ):
+        with open(inside.settings.path("token"), encoding="ascii") as file:
+            bearer = "Authorization: Bearer " + file.read().strip()
+
+        def peer(view: str) -> ProtocolPeer:
+            made = ProtocolPeer(inside.ws_port, host=cable.host, more=(bearer,))
+            made.say(type="subscribe", view=view)
+            made.next("subscribed")
+            return made
+
+        def asking() -> socket.socket:
+            sock = socket.create_connection((cable.host, inside.port), 15)
+            sock.sendall(b"GET /health HTTP/1.1\r\n")
+            return sock
+
+        near = peer("full")
+        # one that gets more than is kept for it, one that gets little, and one that has not finished its request
+        far = cable.inside(lambda: [peer("full").sock, peer("rows").sock, asking()])
+        assert inside.loop.call(lambda: len(inside.clients.clients)) == 3
+        cable.cut()
+        most = seen = 0
+        line = json.dumps(payload("UserPromptSubmit", prompt="x" * 100_000)).encode()
+
+        def send() -> None:
+            for _ in range(40):  # what the kernel and the queue of a client hold, and more
+                inside.loop.call(lambda: inside.take_now(line))
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(send)
+            while seen < 40 or inside.loop.call(lambda: len(inside.clients.clients)) > 1:
+                opcode, said = near.frame() or (8, b"")
+                assert opcode != 8, said
+                if opcode == 9:
+                    near.send(protocol_frame(10, b""))
+                seen += b'"type":"event"' in said[:40]
+                queues = inside.loop.call(
+                    lambda: [client.queued_bytes for client in inside.clients.clients.values()]
+                )
+                most = max(most, *queues)
+            sending.result(30)
+        assert most <= inside.settings["limits.clientQueueBytes"]
+        near.say(type="get_sessions")
+        assert near.next("sessions")
+        places = inside.settings["limits.connections"]
+        eventually(lambda: inside.http._places._value == places, what="the end of the other connection")
+        for sock in far:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # it knows of nothing
+                while True:
+                    assert sock.recv(1 << 20)
+            sock.close()
+        near.close()
 
 
 SAFE_GARBAGE = {
