@@ -596,6 +596,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+FREE_BYTES_TO_GO_ON = 4 << 20
 DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
@@ -670,6 +671,22 @@ class EventStore:
                 for index in indexes:
                     stored[index] = None
         return stored
+
+    def has_room(self) -> bool:
+        """Tell whether events can be written: a disk that broke, or a quota, shows only when one tries."""
+        path = f"{self.root}/.room"
+        try:
+            free = os.statvfs(self.root)
+            if free.f_bavail * free.f_frsize <= FREE_BYTES_TO_GO_ON:
+                return False
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                return os.write(fd, bytes(_BLOCK_BYTES)) == _BLOCK_BYTES
+            finally:
+                os.close(fd)
+                os.unlink(path)
+        except OSError:
+            return False
 
     def _day_for(self, received_ms: int) -> str:
         """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
@@ -6912,7 +6929,6 @@ LOAD_SLICE_S = 0.004
 LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
-FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
 FRESH_MS = 30_000
 
@@ -7965,14 +7981,9 @@ class Monitor:
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self._store_error and self.settings["persistence.enabled"]:
-            with contextlib.suppress(OSError):
-                free = os.statvfs(self.store.root)
-                if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
-                    self.store.root, os.W_OK
-                ):
-                    self.store.error = None
-                    self._note_store_error()
+        if self._store_error and isinstance(self.store, EventStore) and self.store.has_room():
+            self.store.error = None
+            self._note_store_error()
         if self.loader.progress is not None:
             log.info("%s", loading_words(self.loader.progress))
         path = self.settings["socketPath"]

@@ -11565,6 +11565,95 @@ def test_a_directory_that_became_read_only_is_told_and_loses_nothing(monitor: Ru
         assert safe_stored(monitor) == sure == [1, 2, 3, 4]
 
 
+@dataclasses.dataclass
+class SafeFailingDisk:
+    """A disk of its own at `place` that can break: the system then makes it read-only under all who use it."""
+
+    place: str
+    image: str
+    devices: "list[str]"
+
+    def mount(self) -> None:
+        """Put the disk in its place."""
+        command = ["losetup", "-f", "--show", self.image]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be made here: {done.stderr.strip()}")
+        self.devices.append(done.stdout.strip())
+        mount = ["mount", "-t", "ext4", "-o", "errors=remount-ro", self.devices[-1], self.place]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted")
+        os.chmod(self.place, 0o700)
+
+    def fail(self) -> None:
+        """Let the file system find an error, as it does when a disk breaks."""
+        subprocess.run(["sync", "-f", self.place], check=True)
+        device = os.path.basename(self.devices[-1])
+        try:
+            with open(f"/sys/fs/ext4/{device}/trigger_fs_error", "w", encoding="ascii") as file:
+                file.write("a test")
+        except OSError as error:
+            pytest.skip(f"no error can be made here: {error}")
+
+    def replace(self) -> None:
+        """Put a repaired copy in its place; who has a file of the broken one open keeps that."""
+        shutil.copyfile(self.image, self.image + "2")
+        self.image += "2"
+        subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)
+        subprocess.run(["umount", "-l", self.place], check=True)
+        self.mount()
+
+    def remove(self) -> None:
+        """Take everything away again."""
+        subprocess.run(["umount", "-l", self.place], capture_output=True, check=False)
+        for device in self.devices:
+            subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("mkfs.ext4"), reason="makes an ext4 disk")
+def test_a_disk_that_breaks_under_a_running_monitor_is_told_and_its_replacement_goes_on(
+    monitor: RunningMonitor, tmp_path: Any
+) -> None:
+    disk = SafeFailingDisk(monitor.home + "/events", str(tmp_path / "disk"), [])
+    os.mkdir(disk.place)
+    with open(disk.image, "wb") as file:
+        file.truncate(24 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk.image], check=True)
+    try:
+        disk.mount()
+        command = monitor.installed_command()
+        monitor.start()
+        sure = safe_told(monitor, list(range(6)))
+        store = cm.EventStore(disk.place)
+        assert sure == list(range(6)) and store.has_room()
+        disk.fail()
+        assert safe_told(monitor, list(range(6, 12))) == []
+        told = monitor.get("/api/status")["store"]
+        assert told["ok"] is False and "Read-only" in told["error"]
+        assert not store.has_room(), "it looks writable"
+        for number in range(12, 15):
+            event = {
+                "hook_event_name": "UserPromptSubmit",
+                "session_id": f"s{number % 3}",
+                "prompt": str(number),
+            }
+            done = run_hook(command, json.dumps(event).encode(), monitor.environment)
+            assert (done.returncode, done.stdout) == (0, b"")
+        assert len(hook_spooled(monitor.home)) == 3
+        assert len(monitor.get("/api/events?limit=100")["events"]) == 6, "what is there can be read"
+        disk.replace()
+        eventually(lambda: safe_stored(monitor) == [*range(6), 12, 13, 14], 30, "what was spooled")
+        assert safe_told(monitor, [20]) == [20]
+        assert monitor.get("/api/status")["store"]["ok"] is True and store.has_room()
+        assert [event["seq"] for event in monitor.stored_events()] == sorted(
+            event["seq"] for event in monitor.get("/api/events?limit=100")["events"]
+        )
+    finally:
+        clean_up(monitor)
+        disk.remove()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is changed")
 def test_a_monitor_without_file_descriptors_goes_on_when_it_has_some(running: RunningMonitor) -> None:
     command = running.installed_command()
@@ -15708,7 +15797,7 @@ def bench_restart(sessions: int = 5000, events: int = 1_000_000) -> "list[tuple[
     monitor = RunningMonitor(new_home(), {"server": {"port": port}})
     try:
         write_history(monitor.home + "/events", sessions, events, cm.now_ms())
-        os.sync()
+        subprocess.run(["sync", "-f", self.place], check=True)
         monitor.about = {"port": port}
         begin = time.perf_counter()
         starting = subprocess.Popen(
