@@ -126,6 +126,11 @@ __all__ = [
 log = logging.getLogger("contextuate")
 
 
+def steady_ms() -> float:
+    """Return the milliseconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * 1000
+
+
 # ---------------------------------------------------------------------------
 # Config: what the monitor is told, checked once
 #
@@ -646,6 +651,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+FREE_BYTES_TO_GO_ON = 4 << 20
 DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
@@ -720,6 +726,22 @@ class EventStore:
                 for index in indexes:
                     stored[index] = None
         return stored
+
+    def has_room(self) -> bool:
+        """Tell whether events can be written: a disk that broke, or a quota, shows only when one tries."""
+        path = f"{self.root}/.room"
+        try:
+            free = os.statvfs(self.root)
+            if free.f_bavail * free.f_frsize <= FREE_BYTES_TO_GO_ON:
+                return False
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                return os.write(fd, bytes(_BLOCK_BYTES)) == _BLOCK_BYTES
+            finally:
+                os.close(fd)
+                os.unlink(path)
+        except OSError:
+            return False
 
     def _day_for(self, received_ms: int) -> str:
         """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
@@ -1394,6 +1416,9 @@ QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
 CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
+OVERTAKEN_MS = (
+    60_000  # what Redis brings is overtaken by less: a timestamp that goes back by more was set back
+)
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
@@ -2532,6 +2557,53 @@ class Track:
     )  # timestamp, number, …
 
 
+@dataclasses.dataclass
+class ClockSkew:
+    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
+
+    What the network and a busy machine add only makes the difference larger. Lately: in the last two windows
+    in which something arrived. The order of arrival stands in the numbers (seq), so what several replays
+    know of one machine can be put together.
+    """
+
+    WINDOW_MS = 300_000
+
+    windows: Dict[int, Tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # window → (its last number, least difference)
+    since_seq: int = 0  # when the clock was last set back, as far as its events show
+
+    def add(self, difference_ms: int, arrived_ms: int, seq: int) -> None:
+        """Take one event into account."""
+        self._note(arrived_ms // self.WINDOW_MS, seq, difference_ms)
+
+    def begin_anew(self, seq: int) -> None:
+        """Forget what came before this number: the clock was set since."""
+        self.since_seq = max(seq, self.since_seq)
+        self.windows = {number: about for number, about in self.windows.items() if about[0] >= self.since_seq}
+
+    def shift(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward by so much."""
+        self.windows = {number: (seq, least + step_ms) for number, (seq, least) in self.windows.items()}
+
+    def merge(self, other: "ClockSkew") -> None:
+        """Take over what another replay knows of the same machine."""
+        for number, (seq, least) in other.windows.items():
+            self._note(number, seq, least)
+        self.begin_anew(other.since_seq)
+
+    @property
+    def value_ms(self) -> Optional[int]:
+        """Return the skew in ms; None before the first event."""
+        return min((least for _, least in self.windows.values()), default=None)
+
+    def _note(self, window: int, seq: int, least: int) -> None:
+        known = self.windows.get(window, (seq, least))
+        self.windows[window] = max(seq, known[0]), min(least, known[1])
+        if len(self.windows) > 2:
+            del self.windows[min(self.windows, key=lambda number: self.windows[number][0])]
+
+
 class SessionBook:
     """All sessions, kept up to date by `apply` and `tick`.
 
@@ -2554,8 +2626,10 @@ class SessionBook:
         self._ended_ms = ended_ms
         self._own_machine = own_machine
         self._prices = prices or PriceList()
-        # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
-        self._skew_ms: Dict[str, int] = {own_machine: 0}
+        self._skews: Dict[str, ClockSkew] = {}  # of other machines
+        self._set_forward_ms: Dict[
+            str, int
+        ] = {}  # session of ours → steps of our clock since its latest event
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
@@ -2594,15 +2668,51 @@ class SessionBook:
 
     def _apply_hook(self, event: JsonObject, kind: str) -> None:
         machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
-        delay = received_time(event) - timestamp
-        self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         arrived_ms = received_time(event)
+        self._follow_its_clock(event, arrived_ms)
         if arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS:
             self._set_clock_back(session_id, timestamp)
         self._received_ms[session_id] = arrived_ms
+        self._set_forward_ms.pop(session_id, None)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
+
+    def _follow_its_clock(self, event: JsonObject, arrived_ms: int) -> None:
+        """Measure another machine's clock, and see when it was set back.
+
+        Its events come in the order in which they happened, but for those that a spool kept and for imported
+        ones; without this rule all it says would count as late until its clock is where it was before.
+        """
+        machine, timestamp, seq = event["machineId"], event["timestamp"], int(event.get("seq", 0))
+        if machine == self._own_machine or event.get("spooled") or event.get("imported"):
+            return
+        skew = self._skews.setdefault(machine, ClockSkew())
+        if timestamp < self._latest_ms(event["sessionId"]) - OVERTAKEN_MS:
+            skew.begin_anew(seq)
+            self._set_clock_back(event["sessionId"], timestamp)
+        skew.add(arrived_ms - timestamp, arrived_ms, seq)
+
+    def _latest_ms(self, session_id: str) -> int:
+        """Return the timestamp of a session's latest event."""
+        track = self._tracks.get(session_id)
+        if track is None:
+            return self.sessions[session_id].last_event
+        return track.recent[-1][0] if track.recent else track.base.last_event
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back); what came since is told after this.
+
+        Nobody was silent for that time. After a step back `tick` and the next events see to our own sessions:
+        nothing may begin in the future.
+        """
+        for skew in self._skews.values():
+            skew.shift(step_ms)
+        self._heard_ms[self._own_machine] = self._heard_ms.get(self._own_machine, 0) + step_ms
+        for session in self.sessions.values():
+            if session.machine_id == self._own_machine:
+                forward_ms = self._set_forward_ms.get(session.session_id, 0) + step_ms
+                self._set_forward_ms[session.session_id] = max(0, forward_ms)
 
     def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
         """Tell a session an event at its place among those of the last seconds."""
@@ -2647,7 +2757,7 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            silence = self._silence(session.last_event, session.machine_id, time_ms)
+            silence = self._silence(self.last_event_now(session), session.machine_id, time_ms)
             if silence < -CLOCK_STEP_MS:
                 self._set_clock_back(session.session_id, session.last_event + silence)
                 silence = 0
@@ -2695,8 +2805,13 @@ class SessionBook:
         for use_id, call in session.open_calls.items():
             session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
 
+    def last_event_now(self, session: Session) -> int:
+        """Return when a session's latest event was, on its machine's clock as it is set now."""
+        return session.last_event + self._set_forward_ms.get(session.session_id, 0)
+
     def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
-        return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
+        skew = self._skews.get(machine_id)
+        return time_ms - last_ms - ((skew.value_ms if skew else None) or 0)
 
     def end_gone(self, session_id: str, time_ms: int) -> Session:
         """Take into account that a session's process is gone; it said no word (CLAUDE_HOOKS 1)."""
@@ -2710,6 +2825,7 @@ class SessionBook:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
         self._received_ms.pop(session_id, None)
+        self._set_forward_ms.pop(session_id, None)
         gone = self.sessions.pop(session_id, None)
         if gone is not None and gone.parent_id:
             self._linked.add(gone.parent_id)
@@ -2728,8 +2844,8 @@ class SessionBook:
             if session.continued_from:
                 self._continued_by[session.continued_from] = session.session_id
         self._received_ms.update(other._received_ms)
-        for machine, skew_ms in other._skew_ms.items():
-            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, skew in other._skews.items():
+            self._skews.setdefault(machine, ClockSkew()).merge(skew)
         for machine, heard_ms in other._heard_ms.items():
             self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
 
@@ -6944,7 +7060,6 @@ LOAD_SLICE_S = 0.004
 LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
-FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
 FRESH_MS = 30_000
 
@@ -7011,31 +7126,23 @@ class Incoming(NamedTuple):
     sent_ms: Optional[int]
 
 
-class ClockSkew:
-    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
-
-    What the network and a busy machine add only makes the difference larger.
-    """
-
-    WINDOW_MS = 300_000
+class ClockWatch:
+    """Notices that the clock on the wall was set, by a clock that nobody sets."""
 
     def __init__(self) -> None:
-        self._since = 0
-        self._least: Optional[int] = None  # of the window that is under way
-        self._before: Optional[int] = None  # of the one before
+        self._first_ms = self._ahead_ms = (
+            now_ms() - steady_ms()
+        )  # how far the wall is ahead of the steady one
 
-    def add(self, difference_ms: int, time_ms: int) -> None:
-        """Take one event into account."""
-        if time_ms - self._since > self.WINDOW_MS:
-            self._since, self._before, self._least = time_ms, self._least, None
-        if self._least is None or difference_ms < self._least:
-            self._least = difference_ms
+    def step_ms(self) -> int:
+        """Return how far the clock was set forward since the last call (below 0: back), 0 if it was not."""
+        before_ms, self._ahead_ms = self._ahead_ms, now_ms() - steady_ms()
+        step_ms = self._ahead_ms - before_ms
+        return int(step_ms) if abs(step_ms) > CLOCK_STEP_MS else 0
 
-    @property
-    def value_ms(self) -> Optional[int]:
-        """Return the skew in ms; None before the first event."""
-        known = [least for least in (self._least, self._before) if least is not None]
-        return min(known) if known else None
+    def least_ms(self) -> int:
+        """Return what time it is at least, by today's clock and by the one that ran at the start."""
+        return int(steady_ms() + min(self._first_ms, now_ms() - steady_ms()))
 
 
 @dataclasses.dataclass
@@ -7364,6 +7471,9 @@ class Intake:
                 self.duplicates += 1
                 places.append(None)
             else:
+                event.pop("spooled", None)
+                if incoming.via is Via.SPOOL:
+                    event["spooled"] = True  # it may come long after what happened later
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
@@ -7380,6 +7490,12 @@ class Intake:
         """Count and keep the beginning of a line that is no event because of its length."""
         self.received += 1
         self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back) by so much."""
+        for name, machine in self.machines.items():
+            if name != self._machine_id:
+                machine.skew.shift(step_ms)
 
     def close(self) -> None:
         """Let go of files; say in the log what came from where."""
@@ -7436,7 +7552,7 @@ class Intake:
         machine.events += 1
         machine.last_seen = received_ms
         if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms, entry.seq)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
             machine.dropped += dropped
@@ -7528,6 +7644,7 @@ class Retention:
         self,
         settings: Settings,
         loop: EventLoop,
+        clock: ClockWatch,
         pinned: Callable[[], FrozenSet[str]],
         removed: Callable[[FrozenSet[str]], None],
     ) -> None:
@@ -7535,6 +7652,7 @@ class Retention:
         self.disk = DiskUse(megabytes and megabytes << 20)
         self._settings = settings
         self._loop = loop
+        self._clock = clock
         self._pinned = pinned
         self._removed = removed
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
@@ -7546,6 +7664,7 @@ class Retention:
         self._loop.call_every(RETENTION_INTERVAL_S, self._retain)
 
     def _retain(self) -> None:
+        """Delete what is too old or too much; a clock that was set forward makes nothing older."""
         self.prune(dry_run=False, done=lambda plan: None)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
@@ -7555,7 +7674,7 @@ class Retention:
 
         def work() -> None:
             try:
-                plan = retention_plan(self._settings, kept)
+                plan = retention_plan(self._settings, kept, self._clock.least_ms())
                 gone = frozenset() if dry_run else carry_out(self._settings.home, plan)
                 if not dry_run:
                     self._pack()
@@ -7574,7 +7693,8 @@ class Retention:
     def _pack(self) -> None:
         """Pack the files of closed days when the configuration says so; in the thread."""
         days = self._settings["retention.compressAfterDays"]
-        paths = files_to_pack(self._settings.path("events"), now_ms(), days) if days is not None else []
+        time_ms = self._clock.least_ms()
+        paths = files_to_pack(self._settings.path("events"), time_ms, days) if days is not None else []
         for path in paths:
             if self._closing:
                 return
@@ -8018,6 +8138,7 @@ class Monitor:
         self.settings = settings
         self.loop = EventLoop()
         self.started_at = now_ms()
+        self._clock = ClockWatch()
         self.book = session_book(settings)
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
@@ -8030,7 +8151,7 @@ class Monitor:
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
-        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.retention = Retention(settings, self.loop, self._clock, self._pinned_files, self._removed)
         self.overview = Overview(self)
         self._stopping = False
 
@@ -8225,6 +8346,7 @@ class Monitor:
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
+        self._follow_clock()
         safe, stored = self.intake.take(lines)
         self._note_store_error()
         self._show(stored)
@@ -8259,7 +8381,18 @@ class Monitor:
 
     # Time
 
+    def _follow_clock(self) -> None:
+        """See whether this machine's clock was set; what came since is told after that."""
+        step_ms = self._clock.step_ms()
+        if not step_ms:
+            return
+        forward = "forward" if step_ms > 0 else "back"
+        log.warning("the clock of this machine was set %s by %s", forward, human_duration(abs(step_ms)))
+        self.book.clock_was_set(step_ms)
+        self.intake.clock_was_set(step_ms)
+
     def _tick(self) -> None:
+        self._follow_clock()
         changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
         self.feed.note(changed)
         self.feed.send_soon()
@@ -8276,14 +8409,9 @@ class Monitor:
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self.store_error and self.settings["persistence.enabled"]:
-            with contextlib.suppress(OSError):
-                free = os.statvfs(self.store.root)
-                if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
-                    self.store.root, os.W_OK
-                ):
-                    self.store.error = None
-                    self._note_store_error()
+        if self.store_error and isinstance(self.store, EventStore) and self.store.has_room():
+            self.store.error = None
+            self._note_store_error()
         if self.loader.progress is not None:
             log.info("%s", loading_words(self.loader.progress))
         self._hooks.look()
@@ -8338,11 +8466,11 @@ class Monitor:
         self.feed.send_soon()
 
 
-def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
-    """Return what the configuration says is to be deleted now."""
+def retention_plan(settings: Settings, kept_names: FrozenSet[str], time_ms: int) -> RetentionPlan:
+    """Return what the configuration says is to be deleted at this time."""
     limit = settings["retention.maxMegabytes"]
     return plan_retention(
-        settings.home, now_ms(), settings["retention.days"], limit and limit << 20, kept_names
+        settings.home, time_ms, settings["retention.days"], limit and limit << 20, kept_names
     )
 
 
@@ -8368,7 +8496,7 @@ def end_sessions_without_process(
     for session in list(book.sessions.values()):
         if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
             continue
-        if process_ran_at(session.pid, session.last_event):
+        if process_ran_at(session.pid, book.last_event_now(session)):
             alive_ms[session.session_id] = now_ms()
         else:
             seen_ms = alive_ms.pop(session.session_id, session.last_event)
@@ -11152,7 +11280,7 @@ def command_prune(args: argparse.Namespace) -> int:
             with contextlib.suppress(MalformedEvent):
                 book.apply(parse_stored(line))
         kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
-        plan = retention_plan(settings, kept)
+        plan = retention_plan(settings, kept, now_ms())
         if not args.dry_run:
             carry_out(settings.home, plan)
         pruned = plan.to_json(args.dry_run)

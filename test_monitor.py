@@ -188,6 +188,7 @@ import collections  # noqa: E402 - the set-up above runs without the packages be
 import concurrent.futures  # noqa: E402
 import contextlib  # noqa: E402
 import csv  # noqa: E402
+import ctypes  # noqa: E402
 import dataclasses  # noqa: E402
 import dis  # noqa: E402
 import fcntl  # noqa: E402
@@ -3780,13 +3781,15 @@ def test_any_bytes_for_a_head_are_refused_in_order(head: bytes) -> None:
 class ProtocolPeer:
     """A WebSocket client that sends whatever bytes it is told, and reads frames by hand."""
 
-    def __init__(self, port: int, receive_bytes: int = 0) -> None:
+    def __init__(
+        self, port: int, receive_bytes: int = 0, host: str = "127.0.0.1", more: "tuple[str, ...]" = ()
+    ) -> None:
         self.sock = socket.socket()
         if receive_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.sock.settimeout(15)
-        self.sock.connect(("127.0.0.1", port))
-        self.sock.sendall(protocol_head(("Host", f"127.0.0.1:{port}")) + b"\r\n\r\n")
+        self.sock.connect((host, port))
+        self.sock.sendall(protocol_head(("Host", f"{host}:{port}"), more=more) + b"\r\n\r\n")
         self.buffer = b""
         while b"\r\n\r\n" not in self.buffer:
             self.buffer += self.sock.recv(4096)
@@ -6748,6 +6751,100 @@ def test_quiet_is_measured_on_the_other_machines_clock():
         assert tale.wait(1_000)["state"] == "quiet", skew
 
 
+def session_far(clock_ms: int = 0) -> "tuple[SessionTale, Any]":
+    """Return a tale of another machine that works, and a way to let it speak with its clock so far off."""
+    tale = SessionTale(machine="far")
+
+    def say(hook: str, clock_ms: int = clock_ms, **fields: Any) -> "dict[str, Any]":
+        return tale.say(hook, at=tale.time + 1000 + clock_ms, **fields)
+
+    say("UserPromptSubmit", prompt="go")
+    return tale, say
+
+
+@pytest.mark.parametrize("before_ms", [0, 3_600_000, -3_600_000])
+@pytest.mark.parametrize("step_ms", [-65_000, -3_600_000, -26 * 3_600_000])
+def test_what_a_machine_says_after_its_clock_was_set_back_is_not_late(before_ms, step_ms):
+    tale, say = session_far(before_ms)
+    say("PreToolUse", tool_name="Bash", tool_use_id="t1", tool_input={"command": "make"})
+    after_ms = before_ms + step_ms
+    ask = {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    told = say("PermissionRequest", after_ms, **ask)
+    assert (told["state"], told["reason"]["kind"]) == ("waiting", "permission")
+    assert told["reason"]["since"] == told["lastEventTime"] == tale.time + after_ms
+    told = say("PostToolUse", after_ms, tool_use_id="t1", tool_response="", **ask)
+    assert (told["state"], told["openCalls"]) == ("working", [])
+    assert tale.wait(119_000)["state"] == "working" and tale.wait(2000)["state"] == "quiet"
+    assert say("Stop", after_ms, background_tasks=[])["state"] == "idle"
+    assert say("Stop", before_ms, background_tasks=[])["state"] == "idle", "and set right again"
+    assert say("UserPromptSubmit", before_ms, prompt="go")["state"] == "working"
+    assert tale.wait(119_000)["state"] == "working" and tale.wait(2000)["state"] == "quiet"
+
+
+def test_what_a_spool_or_an_import_brings_long_after_is_late_and_shows_no_clock_that_was_set():
+    for mark in ("spooled", "imported"):
+        tale, say = session_far()
+        say("PermissionRequest", tool_name="Bash", tool_input={"command": "make"})
+        stop = {
+            "hook": payload("Stop", "s1", background_tasks=[]),
+            "id": mark,
+            "timestamp": tale.time - 3_600_000,
+        }
+        event = ee.build_event(stop, tale.time, "far")
+        session = tale.book.apply({**event, "seq": 99, "received": tale.time, mark: True})
+        assert (session.state, session.last_event) == ("waiting", tale.time)
+
+
+def test_replaying_what_a_machine_said_around_a_step_of_its_clock_gives_the_same(tmp_path):
+    for step_ms in (-3_600_000, 3_600_000, -26 * 3_600_000):
+        root = f"{tmp_path}/{step_ms}"
+        store = cm.EventStore(root)
+        for number, event in enumerate(session_events("p-perm")):
+            at = event["timestamp"] + 1000 * number
+            clock_ms = step_ms if number >= 5 else 0
+            store.append([{**event, "machineId": "far", "timestamp": at + clock_ms}], at)
+        book, loader = loading_loader(store)
+        loader.work(60)
+        loading_check(book, root, NOW_MS)
+
+
+@pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
+@pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
+def test_nobody_is_silent_for_the_time_that_our_own_clock_was_set_by(machine, step_ms):
+    tale = SessionTale(machine=machine)
+    tale.say("PermissionRequest", session="s2", tool_name="Bash", tool_input={})
+    tale.say("UserPromptSubmit", prompt="go")
+    assert tale.wait(100_000)["state"] == "working"
+    tale.time += step_ms
+    tale.book.clock_was_set(step_ms)
+    theirs_ms = 0 if machine == SESSION_MACHINE else -step_ms
+    assert tale.wait(10_000)["state"] == "working"
+    assert tale.book.sessions["s2"].state == "waiting"
+    if step_ms > 0 or machine != SESSION_MACHINE:
+        assert tale.wait(11_000)["state"] == "quiet", "121 seconds have really passed"
+    told = tale.say(
+        "PreToolUse", at=tale.time + 1000 + theirs_ms, tool_name="Bash", tool_input={}, tool_use_id="t"
+    )
+    assert (told["state"], told["lastEventTime"]) == ("working", tale.time + theirs_ms)
+    assert tale.wait(119_000)["state"] == "working"
+    assert tale.wait(1_000)["state"] == "quiet"
+    tale.wait(12 * 3_600_000)
+    assert tale.book.sessions["s2"].state == "ended", "12 hours have really passed"
+
+
+def test_a_clock_that_was_wrong_for_a_while_does_not_make_its_machine_look_quiet_for_ever():
+    tale, say = session_far(3_600_000)
+    for minutes in range(12):
+        say("PreToolUse", 0, tool_name="Read", tool_input={}, tool_use_id=f"t{minutes}")
+        tale.time += 59_000
+    # Our own clock was set forward while no monitor ran: what was measured before is forgotten after a while.
+    for minutes in range(12):
+        say("PreToolUse", -3_600_000, tool_name="Read", tool_input={}, tool_use_id=f"u{minutes}")
+        tale.time += 59_000
+    say("PreToolUse", -3_600_000, tool_name="Read", tool_input={}, tool_use_id="last")
+    assert tale.wait(119_000)["state"] == "working"
+
+
 def test_a_silent_machines_sessions_end_after_ended_hours():
     tale = session_tale(machine="far")
     tale.call("Bash", "t1", command="make")
@@ -8341,7 +8438,7 @@ def loading_check(book: "cm.SessionBook", root: str, now_ms: int) -> None:
     """Check that a book knows what a replay knows, before and after time has passed."""
     expected = loading_reference(root)
     assert book.sessions == expected.sessions
-    assert (book._skew_ms, book._heard_ms) == (expected._skew_ms, expected._heard_ms)
+    assert (book._skews, book._heard_ms) == (expected._skews, expected._heard_ms)
     book.tick(now_ms)
     expected.tick(now_ms)
     assert book.sessions == expected.sessions
@@ -11508,6 +11605,95 @@ def test_a_directory_that_became_read_only_is_told_and_loses_nothing(monitor: Ru
         assert safe_stored(monitor) == sure == [1, 2, 3, 4]
 
 
+@dataclasses.dataclass
+class SafeFailingDisk:
+    """A disk of its own at `place` that can break: the system then makes it read-only under all who use it."""
+
+    place: str
+    image: str
+    devices: "list[str]"
+
+    def mount(self) -> None:
+        """Put the disk in its place."""
+        command = ["losetup", "-f", "--show", self.image]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no disk can be made here: {done.stderr.strip()}")
+        self.devices.append(done.stdout.strip())
+        mount = ["mount", "-t", "ext4", "-o", "errors=remount-ro", self.devices[-1], self.place]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting is not permitted")
+        os.chmod(self.place, 0o700)
+
+    def fail(self) -> None:
+        """Let the file system find an error, as it does when a disk breaks."""
+        subprocess.run(["sync", "-f", self.place], check=True)
+        device = os.path.basename(self.devices[-1])
+        try:
+            with open(f"/sys/fs/ext4/{device}/trigger_fs_error", "w", encoding="ascii") as file:
+                file.write("a test")
+        except OSError as error:
+            pytest.skip(f"no error can be made here: {error}")
+
+    def replace(self) -> None:
+        """Put a repaired copy in its place; who has a file of the broken one open keeps that."""
+        shutil.copyfile(self.image, self.image + "2")
+        self.image += "2"
+        subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)
+        subprocess.run(["umount", "-l", self.place], check=True)
+        self.mount()
+
+    def remove(self) -> None:
+        """Take everything away again."""
+        subprocess.run(["umount", "-l", self.place], capture_output=True, check=False)
+        for device in self.devices:
+            subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("mkfs.ext4"), reason="makes an ext4 disk")
+def test_a_disk_that_breaks_under_a_running_monitor_is_told_and_its_replacement_goes_on(
+    monitor: RunningMonitor, tmp_path: Any
+) -> None:
+    disk = SafeFailingDisk(monitor.home + "/events", str(tmp_path / "disk"), [])
+    os.mkdir(disk.place)
+    with open(disk.image, "wb") as file:
+        file.truncate(24 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk.image], check=True)
+    try:
+        disk.mount()
+        command = monitor.installed_command()
+        monitor.start()
+        sure = safe_told(monitor, list(range(6)))
+        store = cm.EventStore(disk.place)
+        assert sure == list(range(6)) and store.has_room()
+        disk.fail()
+        assert safe_told(monitor, list(range(6, 12))) == []
+        told = monitor.get("/api/status")["store"]
+        assert told["ok"] is False and "Read-only" in told["error"]
+        assert not store.has_room(), "it looks writable"
+        for number in range(12, 15):
+            event = {
+                "hook_event_name": "UserPromptSubmit",
+                "session_id": f"s{number % 3}",
+                "prompt": str(number),
+            }
+            done = run_hook(command, json.dumps(event).encode(), monitor.environment)
+            assert (done.returncode, done.stdout) == (0, b"")
+        assert len(hook_spooled(monitor.home)) == 3
+        assert len(monitor.get("/api/events?limit=100")["events"]) == 6, "what is there can be read"
+        disk.replace()
+        eventually(lambda: safe_stored(monitor) == [*range(6), 12, 13, 14], 30, "what was spooled")
+        assert safe_told(monitor, [20]) == [20]
+        assert monitor.get("/api/status")["store"]["ok"] is True and store.has_room()
+        assert [event["seq"] for event in monitor.stored_events()] == sorted(
+            event["seq"] for event in monitor.get("/api/events?limit=100")["events"]
+        )
+    finally:
+        clean_up(monitor)
+        disk.remove()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is changed")
 def test_a_monitor_without_file_descriptors_goes_on_when_it_has_some(running: RunningMonitor) -> None:
     command = running.installed_command()
@@ -11626,6 +11812,121 @@ def test_three_hundred_clients_get_every_event(monitor: RunningMonitor) -> None:
         assert [json.loads(peer.next("event"))["seq"] for _ in range(20)] == list(range(1, 21))
         peer.close()
     eventually(lambda: protocol_open(monitor), what="room again")
+
+
+@dataclasses.dataclass
+class SafeCable:
+    """A network of its own with one cable to this machine: `host` is this machine's address on it."""
+
+    host: str
+    name: str
+
+    def inside(self, work: Any) -> Any:
+        """Do something in that network, in a thread of its own; its sockets stay there."""
+
+        def enter() -> Any:
+            with open(f"/run/netns/{self.name}", "rb") as place:
+                if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), 0x40000000):  # CLONE_NEWNET
+                    raise OSError(ctypes.get_errno(), "setns")
+            return work()
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(enter).result(30)
+
+    def cut(self) -> None:
+        """Cut the cable: nothing comes through any more, not even that a connection ended."""
+        subprocess.run(["ip", "-n", self.name, "link", "set", f"{self.name}b", "down"], check=True)
+
+
+@contextlib.contextmanager
+def safe_cable() -> "Iterator[SafeCable]":
+    """Lay a cable to a network of its own; skip where that is not permitted."""
+    number = os.getpid() % 60_000
+    name, net = f"cm{number}", f"10.213.{number >> 8}.{number & 0xFC}"
+    host, peer = (
+        f"{net.rpartition('.')[0]}.{(number & 0xFC) + 1}",
+        f"{net.rpartition('.')[0]}.{(number & 0xFC) + 2}",
+    )
+    try:
+        for command in (
+            f"netns add {name}", f"link add {name}a type veth peer name {name}b netns {name}",
+            f"addr add {host}/30 dev {name}a", f"link set {name}a up",
+            f"-n {name} addr add {peer}/30 dev {name}b", f"-n {name} link set {name}b up",
+        ):  # fmt: skip
+            try:
+                done = subprocess.run(["ip", *command.split()], capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                pytest.skip("ip is missing")
+            if done.returncode:
+                pytest.skip(f"no network can be made here: {done.stderr.strip()}")
+        yield SafeCable(host, name)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True, check=False)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@needs_root
+@pytest.mark.skipif(sys.platform != "linux", reason="makes a network namespace")
+def test_clients_whose_cable_is_cut_are_dropped_and_hold_up_nobody(monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "PING_INTERVAL_S", 0.3)
+    monkeypatch.setattr(cm, "CLOSE_DEADLINE_S", 0.5)
+    monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.5)
+    with (
+        safe_cable() as cable,
+        protocol_inside(server={"host": cable.host, "port": 0, "wsPort": 0}) as inside,
+    ):
+        with open(inside.settings.path("token"), encoding="ascii") as file:
+            bearer = "Authorization: Bearer " + file.read().strip()
+
+        def peer(view: str) -> ProtocolPeer:
+            made = ProtocolPeer(inside.ws_port, host=cable.host, more=(bearer,))
+            made.say(type="subscribe", view=view)
+            made.next("subscribed")
+            return made
+
+        def asking() -> socket.socket:
+            sock = socket.create_connection((cable.host, inside.port), 15)
+            sock.sendall(b"GET /health HTTP/1.1\r\n")
+            return sock
+
+        near = peer("full")
+        # one that gets more than is kept for it, one that gets little, and one that has not finished its request
+        far = cable.inside(lambda: [peer("full").sock, peer("rows").sock, asking()])
+        assert inside.loop.call(lambda: len(inside.clients.clients)) == 3
+        cable.cut()
+        most = seen = 0
+        line = json.dumps(payload("UserPromptSubmit", prompt="x" * 100_000)).encode()
+
+        def send() -> None:
+            for _ in range(40):  # what the kernel and the queue of a client hold, and more
+                inside.loop.call(lambda: inside.take_now(line))
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sending = pool.submit(send)
+            while seen < 40 or inside.loop.call(lambda: len(inside.clients.clients)) > 1:
+                opcode, said = near.frame() or (8, b"")
+                assert opcode != 8, said
+                if opcode == 9:
+                    near.send(protocol_frame(10, b""))
+                seen += b'"type":"event"' in said[:40]
+                queues = inside.loop.call(
+                    lambda: [client.queued_bytes for client in inside.clients.clients.values()]
+                )
+                most = max(most, *queues)
+            sending.result(30)
+        assert most <= inside.settings["limits.clientQueueBytes"]
+        near.say(type="get_sessions")
+        assert near.next("sessions")
+        places = inside.settings["limits.connections"]
+        eventually(lambda: inside.http._places._value == places, what="the end of the other connection")
+        for sock in far:
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # it knows of nothing
+                while True:
+                    assert sock.recv(1 << 20)
+            sock.close()
+        near.close()
 
 
 SAFE_GARBAGE = {
@@ -15663,7 +15964,7 @@ def bench_restart(sessions: int = 5000, events: int = 1_000_000) -> "list[tuple[
     monitor = RunningMonitor(new_home(), {"server": {"port": port}})
     try:
         write_history(monitor.home + "/events", sessions, events, cm.now_ms())
-        os.sync()
+        subprocess.run(["sync", "-f", self.place], check=True)
         monitor.about = {"port": port}
         begin = time.perf_counter()
         starting = subprocess.Popen(
