@@ -8293,12 +8293,18 @@ class Monitor:
         self._arrivals.append(Arrival(line, connection))
 
     def _handle_arrivals(self) -> None:
-        """Store what this turn brought, acknowledge it, then show it."""
+        """Store what this turn brought, acknowledge it, then show it: no hook waits for the page."""
         arrivals, self._arrivals = self._arrivals, []
         if not arrivals:
             return
         received_ms = now_ms()
-        safe = self._store_lines([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        safe, stored = self._store([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        self._answer(arrivals, safe)
+        self._show(stored)
+
+    @staticmethod
+    def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
+        """Acknowledge what is safe; close the connection of what could not be stored."""
         counts: Dict[IngestConnection, int] = {}
         failed: Set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
@@ -8346,11 +8352,16 @@ class Monitor:
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
+        safe, stored = self._store(lines)
+        self._show(stored)
+        return safe
+
+    def _store(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+        """Store a batch of lines; return for each whether nothing more need be done, and the new events."""
         self._follow_clock()
         safe, stored = self.intake.take(lines)
         self._note_store_error()
-        self._show(stored)
-        return safe
+        return safe, stored
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
