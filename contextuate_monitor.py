@@ -126,6 +126,11 @@ __all__ = [
 log = logging.getLogger("contextuate")
 
 
+def steady_ms() -> float:
+    """Return the milliseconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * 1000
+
+
 # ---------------------------------------------------------------------------
 # Config: what the monitor is told, checked once
 #
@@ -646,6 +651,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+FREE_BYTES_TO_GO_ON = 4 << 20
 DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
@@ -720,6 +726,22 @@ class EventStore:
                 for index in indexes:
                     stored[index] = None
         return stored
+
+    def has_room(self) -> bool:
+        """Tell whether events can be written: a disk that broke, or a quota, shows only when one tries."""
+        path = f"{self.root}/.room"
+        try:
+            free = os.statvfs(self.root)
+            if free.f_bavail * free.f_frsize <= FREE_BYTES_TO_GO_ON:
+                return False
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                return os.write(fd, bytes(_BLOCK_BYTES)) == _BLOCK_BYTES
+            finally:
+                os.close(fd)
+                os.unlink(path)
+        except OSError:
+            return False
 
     def _day_for(self, received_ms: int) -> str:
         """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
@@ -1388,11 +1410,15 @@ STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
     ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
     ("idle", "nothing of all that", lambda it: True),
 )
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # the most urgent first
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
 CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
+OVERTAKEN_MS = (
+    60_000  # what Redis brings is overtaken by less: a timestamp that goes back by more was set back
+)
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
@@ -2531,6 +2557,53 @@ class Track:
     )  # timestamp, number, …
 
 
+@dataclasses.dataclass
+class ClockSkew:
+    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
+
+    What the network and a busy machine add only makes the difference larger. Lately: in the last two windows
+    in which something arrived. The order of arrival stands in the numbers (seq), so what several replays
+    know of one machine can be put together.
+    """
+
+    WINDOW_MS = 300_000
+
+    windows: Dict[int, Tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # window → (its last number, least difference)
+    since_seq: int = 0  # when the clock was last set back, as far as its events show
+
+    def add(self, difference_ms: int, arrived_ms: int, seq: int) -> None:
+        """Take one event into account."""
+        self._note(arrived_ms // self.WINDOW_MS, seq, difference_ms)
+
+    def begin_anew(self, seq: int) -> None:
+        """Forget what came before this number: the clock was set since."""
+        self.since_seq = max(seq, self.since_seq)
+        self.windows = {number: about for number, about in self.windows.items() if about[0] >= self.since_seq}
+
+    def shift(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward by so much."""
+        self.windows = {number: (seq, least + step_ms) for number, (seq, least) in self.windows.items()}
+
+    def merge(self, other: "ClockSkew") -> None:
+        """Take over what another replay knows of the same machine."""
+        for number, (seq, least) in other.windows.items():
+            self._note(number, seq, least)
+        self.begin_anew(other.since_seq)
+
+    @property
+    def value_ms(self) -> Optional[int]:
+        """Return the skew in ms; None before the first event."""
+        return min((least for _, least in self.windows.values()), default=None)
+
+    def _note(self, window: int, seq: int, least: int) -> None:
+        known = self.windows.get(window, (seq, least))
+        self.windows[window] = max(seq, known[0]), min(least, known[1])
+        if len(self.windows) > 2:
+            del self.windows[min(self.windows, key=lambda number: self.windows[number][0])]
+
+
 class SessionBook:
     """All sessions, kept up to date by `apply` and `tick`.
 
@@ -2553,8 +2626,10 @@ class SessionBook:
         self._ended_ms = ended_ms
         self._own_machine = own_machine
         self._prices = prices or PriceList()
-        # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
-        self._skew_ms: Dict[str, int] = {own_machine: 0}
+        self._skews: Dict[str, ClockSkew] = {}  # of other machines
+        self._set_forward_ms: Dict[
+            str, int
+        ] = {}  # session of ours → steps of our clock since its latest event
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
@@ -2593,15 +2668,51 @@ class SessionBook:
 
     def _apply_hook(self, event: JsonObject, kind: str) -> None:
         machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
-        delay = received_time(event) - timestamp
-        self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         arrived_ms = received_time(event)
+        self._follow_its_clock(event, arrived_ms)
         if arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS:
             self._set_clock_back(session_id, timestamp)
         self._received_ms[session_id] = arrived_ms
+        self._set_forward_ms.pop(session_id, None)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
+
+    def _follow_its_clock(self, event: JsonObject, arrived_ms: int) -> None:
+        """Measure another machine's clock, and see when it was set back.
+
+        Its events come in the order in which they happened, but for those that a spool kept and for imported
+        ones; without this rule all it says would count as late until its clock is where it was before.
+        """
+        machine, timestamp, seq = event["machineId"], event["timestamp"], int(event.get("seq", 0))
+        if machine == self._own_machine or event.get("spooled") or event.get("imported"):
+            return
+        skew = self._skews.setdefault(machine, ClockSkew())
+        if timestamp < self._latest_ms(event["sessionId"]) - OVERTAKEN_MS:
+            skew.begin_anew(seq)
+            self._set_clock_back(event["sessionId"], timestamp)
+        skew.add(arrived_ms - timestamp, arrived_ms, seq)
+
+    def _latest_ms(self, session_id: str) -> int:
+        """Return the timestamp of a session's latest event."""
+        track = self._tracks.get(session_id)
+        if track is None:
+            return self.sessions[session_id].last_event
+        return track.recent[-1][0] if track.recent else track.base.last_event
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back); what came since is told after this.
+
+        Nobody was silent for that time. After a step back `tick` and the next events see to our own sessions:
+        nothing may begin in the future.
+        """
+        for skew in self._skews.values():
+            skew.shift(step_ms)
+        self._heard_ms[self._own_machine] = self._heard_ms.get(self._own_machine, 0) + step_ms
+        for session in self.sessions.values():
+            if session.machine_id == self._own_machine:
+                forward_ms = self._set_forward_ms.get(session.session_id, 0) + step_ms
+                self._set_forward_ms[session.session_id] = max(0, forward_ms)
 
     def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
         """Tell a session an event at its place among those of the last seconds."""
@@ -2646,7 +2757,7 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            silence = self._silence(session.last_event, session.machine_id, time_ms)
+            silence = self._silence(self.last_event_now(session), session.machine_id, time_ms)
             if silence < -CLOCK_STEP_MS:
                 self._set_clock_back(session.session_id, session.last_event + silence)
                 silence = 0
@@ -2694,8 +2805,13 @@ class SessionBook:
         for use_id, call in session.open_calls.items():
             session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
 
+    def last_event_now(self, session: Session) -> int:
+        """Return when a session's latest event was, on its machine's clock as it is set now."""
+        return session.last_event + self._set_forward_ms.get(session.session_id, 0)
+
     def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
-        return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
+        skew = self._skews.get(machine_id)
+        return time_ms - last_ms - ((skew.value_ms if skew else None) or 0)
 
     def end_gone(self, session_id: str, time_ms: int) -> Session:
         """Take into account that a session's process is gone; it said no word."""
@@ -2709,6 +2825,7 @@ class SessionBook:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
         self._received_ms.pop(session_id, None)
+        self._set_forward_ms.pop(session_id, None)
         gone = self.sessions.pop(session_id, None)
         if gone is not None and gone.parent_id:
             self._linked.add(gone.parent_id)
@@ -2727,8 +2844,8 @@ class SessionBook:
             if session.continued_from:
                 self._continued_by[session.continued_from] = session.session_id
         self._received_ms.update(other._received_ms)
-        for machine, skew_ms in other._skew_ms.items():
-            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, skew in other._skews.items():
+            self._skews.setdefault(machine, ClockSkew()).merge(skew)
         for machine, heard_ms in other._heard_ms.items():
             self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
 
@@ -3064,6 +3181,7 @@ LIVE_S = 0.1  # events are arriving when the last one came within this time
 LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
+SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -3270,6 +3388,8 @@ def search_query(wanted: Mapping[str, Any], session_ids: Optional[FrozenSet[str]
         if not isinstance(wanted.get(name), (str, type(None))):
             raise SearchError(name, "text")
     texts = {name: value for name, value in wanted.items() if isinstance(value, str) and value}
+    if texts.get("state", SESSION_STATES[0]) not in SESSION_STATES:
+        raise SearchError("state", "one of " + ", ".join(SESSION_STATES))
     if "session" in texts:
         named = frozenset((texts["session"],))
         session_ids = named if session_ids is None else named & session_ids
@@ -4249,13 +4369,16 @@ def _word_candidates(
 
 def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str]:
     """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
+    sessions = query.session_ids
+    if sessions is not None and len(sessions) > SESSIONS_MATCHED:
+        sessions = None
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
     for kind, wanted in (
-        ("session", query.session_ids),
+        ("session", sessions),
         ("machine", query.machine and {query.machine}),
         ("tool", query.tool and {query.tool}),
         ("kind", query.kind and {query.kind}),
@@ -4883,6 +5006,7 @@ class RetentionPlan(NamedTuple):
     size: int  # of these files
     total: int  # of every file of ours
     events: int  # of all event files
+    index_size: int
     oldest_day: Optional[str]  # that stays
     closed_days: Tuple[str, ...]  # to which no event can come any more
 
@@ -4910,7 +5034,8 @@ def plan_retention(
     events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
     total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
-    with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
+    index_size = index_bytes(os.path.join(home, "index.db"))
+    with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     paths: List[str] = []
     size, left, oldest = 0, float(total), None
@@ -4924,7 +5049,7 @@ def plan_retention(
         size += sum(going.values())
         left -= sum(going.values()) * with_index
     closed = tuple(day for day in sizes if day < day_of(time_ms))
-    return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
+    return RetentionPlan(tuple(paths), size, total, events, index_size, oldest, closed)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
@@ -4972,6 +5097,45 @@ def bytes_below(path: str) -> int:
             with contextlib.suppress(OSError):
                 size += os.lstat(os.path.join(folder, name)).st_size
     return size
+
+
+class DiskUse:
+    """How much room our files take: measured with each plan; what comes and goes in between is added up.
+
+    For the loop thread.
+    """
+
+    def __init__(self, limit_bytes: Optional[int]) -> None:
+        self.events_added = 0  # bytes since the start, less what the user deleted
+        self._limit_bytes = limit_bytes
+        self._plan: Optional[RetentionPlan] = None
+        self._deleted = 0
+        self._added_before = 0
+        self._error: Optional[str] = None
+
+    def measured(self, plan: RetentionPlan, was_carried_out: bool, events_added: int) -> None:
+        """Take what a plan has measured; `events_added` is from when it began to."""
+        self._plan, self._deleted = plan, plan.size if was_carried_out else 0
+        self._added_before, self._error = events_added, None
+
+    def failed(self, words: str) -> None:
+        """Note why nothing can be measured or deleted."""
+        self._error = words
+
+    def to_json(self, index_size: int) -> Optional[JsonObject]:
+        """Return what the status shows, None before the first measurement; `index_size` is that of now."""
+        plan = self._plan
+        if plan is None:
+            return {"error": self._error} if self._error else None
+        since = self.events_added - self._added_before - self._deleted
+        return {
+            "bytes": max(0, plan.total - plan.index_size + since + index_size),
+            "limitBytes": self._limit_bytes,
+            "eventsBytes": max(0, plan.events + since),
+            "indexBytes": index_size,
+            "oldestDay": plan.oldest_day,
+            "error": self._error,
+        }
 
 
 # ---------------------------------------------------------------------------
@@ -5089,9 +5253,6 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
             "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
         )
     return text.encode()
-
-
-SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # who needs a person comes first
 
 
 def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
@@ -5730,10 +5891,18 @@ _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
 class RemoteLine(NamedTuple):
-    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel."""
+    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel.
+
+    An empty line with a position only says how far the stream was read; one without was really published.
+    """
 
     line: bytes
     position: Optional[str]
+
+    @property
+    def is_marker(self) -> bool:
+        """Tell whether it brings no event, only a position."""
+        return not self.line and self.position is not None
 
 
 def position_key(position: str) -> Tuple[int, int]:
@@ -6110,16 +6279,16 @@ class RedisLink:
         batch = self._inbox.head(INBOX_LINES_A_TURN)
         if not batch:
             return
-        if not self._take([remote for remote in batch if remote.line]):
+        if not self._take([remote for remote in batch if not remote.is_marker]):
             self._loop.call_later(1.0, self._take_some)
             return
         self._inbox.drop(len(batch))
         for remote in batch:
             self._position = remote.position or self._position
-            if remote.line and remote.position:
-                self._by_stream += 1
-            elif remote.line:
+            if remote.position is None:
                 self._by_channel += 1
+            elif not remote.is_marker:
+                self._by_stream += 1
         self._loop.call_soon(self._take_some)
 
     def _load_position(self) -> str:
@@ -6487,7 +6656,7 @@ class Api:
     def _search(self, query: Query, _body: bytes) -> Response:
         wanted = {name: query.text(name) for name in SEARCH_FIELDS}
         numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
         try:
             return json_response(self._history.search(search_query({**wanted, **numbers}, sessions)))
@@ -6891,7 +7060,6 @@ LOAD_SLICE_S = 0.004
 LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
-FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
@@ -6960,31 +7128,23 @@ class Incoming(NamedTuple):
     sent_ms: Optional[int]
 
 
-class ClockSkew:
-    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
-
-    What the network and a busy machine add only makes the difference larger.
-    """
-
-    WINDOW_MS = 300_000
+class ClockWatch:
+    """Notices that the clock on the wall was set, by a clock that nobody sets."""
 
     def __init__(self) -> None:
-        self._since = 0
-        self._least: Optional[int] = None  # of the window that is under way
-        self._before: Optional[int] = None  # of the one before
+        self._first_ms = self._ahead_ms = (
+            now_ms() - steady_ms()
+        )  # how far the wall is ahead of the steady one
 
-    def add(self, difference_ms: int, time_ms: int) -> None:
-        """Take one event into account."""
-        if time_ms - self._since > self.WINDOW_MS:
-            self._since, self._before, self._least = time_ms, self._least, None
-        if self._least is None or difference_ms < self._least:
-            self._least = difference_ms
+    def step_ms(self) -> int:
+        """Return how far the clock was set forward since the last call (below 0: back), 0 if it was not."""
+        before_ms, self._ahead_ms = self._ahead_ms, now_ms() - steady_ms()
+        step_ms = self._ahead_ms - before_ms
+        return int(step_ms) if abs(step_ms) > CLOCK_STEP_MS else 0
 
-    @property
-    def value_ms(self) -> Optional[int]:
-        """Return the skew in ms; None before the first event."""
-        known = [least for least in (self._least, self._before) if least is not None]
-        return min(known) if known else None
+    def least_ms(self) -> int:
+        """Return what time it is at least, by today's clock and by the one that ran at the start."""
+        return int(steady_ms() + min(self._first_ms, now_ms() - steady_ms()))
 
 
 @dataclasses.dataclass
@@ -7313,6 +7473,9 @@ class Intake:
                 self.duplicates += 1
                 places.append(None)
             else:
+                event.pop("spooled", None)
+                if incoming.via is Via.SPOOL:
+                    event["spooled"] = True  # it may come long after what happened later
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
@@ -7329,6 +7492,12 @@ class Intake:
         """Count and keep the beginning of a line that is no event because of its length."""
         self.received += 1
         self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back) by so much."""
+        for name, machine in self.machines.items():
+            if name != self._machine_id:
+                machine.skew.shift(step_ms)
 
     def close(self) -> None:
         """Let go of files; say in the log what came from where."""
@@ -7385,7 +7554,7 @@ class Intake:
         machine.events += 1
         machine.last_seen = received_ms
         if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms, entry.seq)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
             machine.dropped += dropped
@@ -7477,12 +7646,15 @@ class Retention:
         self,
         settings: Settings,
         loop: EventLoop,
+        clock: ClockWatch,
         pinned: Callable[[], FrozenSet[str]],
         removed: Callable[[FrozenSet[str]], None],
     ) -> None:
-        self.disk: Optional[JsonObject] = None  # what the status tells; None before the first look
+        megabytes = settings["retention.maxMegabytes"]
+        self.disk = DiskUse(megabytes and megabytes << 20)
         self._settings = settings
         self._loop = loop
+        self._clock = clock
         self._pinned = pinned
         self._removed = removed
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
@@ -7494,23 +7666,26 @@ class Retention:
         self._loop.call_every(RETENTION_INTERVAL_S, self._retain)
 
     def _retain(self) -> None:
+        """Delete what is too old or too much; a clock that was set forward makes nothing older."""
         self.prune(dry_run=False, done=lambda plan: None)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
         """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
         kept = self._pinned()
+        added = self.disk.events_added
 
         def work() -> None:
             try:
-                plan = retention_plan(self._settings, kept)
+                plan = retention_plan(self._settings, kept, self._clock.least_ms())
                 gone = frozenset() if dry_run else carry_out(self._settings.home, plan)
                 if not dry_run:
                     self._pack()
             except OSError as error:
                 words = f"old events cannot be deleted: {error}"
                 log.warning("%s", words)
-                self._loop.call_soon(lambda: self._failed(words))
+                self._loop.call_soon(lambda: self.disk.failed(words))
                 return
+            self._loop.call_soon(lambda: self.disk.measured(plan, not dry_run, added))
             self._loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
             self._loop.call_soon(lambda: done(plan))
 
@@ -7520,7 +7695,8 @@ class Retention:
     def _pack(self) -> None:
         """Pack the files of closed days when the configuration says so; in the thread."""
         days = self._settings["retention.compressAfterDays"]
-        paths = files_to_pack(self._settings.path("events"), now_ms(), days) if days is not None else []
+        time_ms = self._clock.least_ms()
+        paths = files_to_pack(self._settings.path("events"), time_ms, days) if days is not None else []
         for path in paths:
             if self._closing:
                 return
@@ -7529,20 +7705,7 @@ class Retention:
         if paths:
             log.info("%d files of closed days are packed", len(paths))
 
-    def _failed(self, words: str) -> None:
-        self.disk = {**(self.disk or {}), "error": words}
-
     def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
-        limit = self._settings["retention.maxMegabytes"]
-        deleted = 0 if dry_run else plan.size
-        self.disk = {
-            "bytes": plan.total - deleted,
-            "limitBytes": limit and limit << 20,
-            "eventsBytes": plan.events - deleted,
-            "indexBytes": index_bytes(self._settings.path("index.db")),
-            "oldestDay": plan.oldest_day,
-            "error": None,
-        }
         if plan.paths and not dry_run:
             days, size = plan.days, human_size(plan.size)
             log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
@@ -7690,7 +7853,7 @@ class Conversation:
         names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
         wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted.pop("state")
+        in_state = wanted["state"]
         sessions = (
             self._monitor.overview.sessions_in_state(in_state)
             if isinstance(in_state, str) and in_state
@@ -7842,6 +8005,7 @@ class Overview:
     def status(self) -> JsonObject:
         """Return what /api/status and the `status` message show."""
         segments = emit_event.spool_segments(self._monitor.settings.path("spool"))
+        index = self._monitor.history.status()
         return {
             "version": __version__,
             "mode": self._monitor.settings["mode"],
@@ -7869,8 +8033,8 @@ class Overview:
                 "bytes": sum(size for _, size in segments),
                 "dropped": self._dropped(),
             },
-            "index": self._monitor.history.status(),
-            "disk": self._monitor.retention.disk,
+            "index": index,
+            "disk": self._monitor.retention.disk.to_json(index["bytes"]),
             "machines": [
                 {
                     "machineId": name,
@@ -7976,6 +8140,7 @@ class Monitor:
         self.settings = settings
         self.loop = EventLoop()
         self.started_at = now_ms()
+        self._clock = ClockWatch()
         self.book = session_book(settings)
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
@@ -7988,7 +8153,7 @@ class Monitor:
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
-        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.retention = Retention(settings, self.loop, self._clock, self._pinned_files, self._removed)
         self.overview = Overview(self)
         self._stopping = False
 
@@ -8130,12 +8295,18 @@ class Monitor:
         self._arrivals.append(Arrival(line, connection))
 
     def _handle_arrivals(self) -> None:
-        """Store what this turn brought, acknowledge it, then show it."""
+        """Store what this turn brought, acknowledge it, then show it: no hook waits for the page."""
         arrivals, self._arrivals = self._arrivals, []
         if not arrivals:
             return
         received_ms = now_ms()
-        safe = self._store_lines([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        safe, stored = self._store([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        self._answer(arrivals, safe)
+        self._show(stored)
+
+    @staticmethod
+    def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
+        """Acknowledge what is safe; close the connection of what could not be stored."""
         counts: Dict[IngestConnection, int] = {}
         failed: Set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
@@ -8183,10 +8354,16 @@ class Monitor:
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
-        safe, stored = self.intake.take(lines)
-        self._note_store_error()
+        safe, stored = self._store(lines)
         self._show(stored)
         return safe
+
+    def _store(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+        """Store a batch of lines; return for each whether nothing more need be done, and the new events."""
+        self._follow_clock()
+        safe, stored = self.intake.take(lines)
+        self._note_store_error()
+        return safe, stored
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
@@ -8194,6 +8371,7 @@ class Monitor:
             return
         self.stored += len(stored)
         changed: List[Session] = []
+        self.retention.disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
             self.counts.note(entry.event)
             changed += self._take_into_account(entry.event)
@@ -8216,7 +8394,18 @@ class Monitor:
 
     # Time
 
+    def _follow_clock(self) -> None:
+        """See whether this machine's clock was set; what came since is told after that."""
+        step_ms = self._clock.step_ms()
+        if not step_ms:
+            return
+        forward = "forward" if step_ms > 0 else "back"
+        log.warning("the clock of this machine was set %s by %s", forward, human_duration(abs(step_ms)))
+        self.book.clock_was_set(step_ms)
+        self.intake.clock_was_set(step_ms)
+
     def _tick(self) -> None:
+        self._follow_clock()
         changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
         self.feed.note(changed)
         self.feed.send_soon()
@@ -8233,14 +8422,9 @@ class Monitor:
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self.store_error and self.settings["persistence.enabled"]:
-            with contextlib.suppress(OSError):
-                free = os.statvfs(self.store.root)
-                if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
-                    self.store.root, os.W_OK
-                ):
-                    self.store.error = None
-                    self._note_store_error()
+        if self.store_error and isinstance(self.store, EventStore) and self.store.has_room():
+            self.store.error = None
+            self._note_store_error()
         if self.loader.progress is not None:
             log.info("%s", loading_words(self.loader.progress))
         self._hooks.look()
@@ -8266,6 +8450,7 @@ class Monitor:
         """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
+        self.retention.disk.events_added -= freed
         self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget(session.session_id)
@@ -8294,11 +8479,11 @@ class Monitor:
         self.feed.send_soon()
 
 
-def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
-    """Return what the configuration says is to be deleted now."""
+def retention_plan(settings: Settings, kept_names: FrozenSet[str], time_ms: int) -> RetentionPlan:
+    """Return what the configuration says is to be deleted at this time."""
     limit = settings["retention.maxMegabytes"]
     return plan_retention(
-        settings.home, now_ms(), settings["retention.days"], limit and limit << 20, kept_names
+        settings.home, time_ms, settings["retention.days"], limit and limit << 20, kept_names
     )
 
 
@@ -8324,7 +8509,7 @@ def end_sessions_without_process(
     for session in list(book.sessions.values()):
         if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
             continue
-        if process_ran_at(session.pid, session.last_event):
+        if process_ran_at(session.pid, book.last_event_now(session)):
             alive_ms[session.session_id] = now_ms()
         else:
             seen_ms = alive_ms.pop(session.session_id, session.last_event)
@@ -8922,19 +9107,15 @@ def install_hook_files(home: str) -> str:
     return script
 
 
-def redis_py_version(python: str) -> Optional[str]:
-    """Ask an interpreter for its redis-py, None without one; raise OSError when there is no interpreter.
-
-    It is started as the publisher is, so PYTHONPATH does not count.
-    """
-    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
-    answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
-    return answer.stdout.decode("utf-8", "replace").strip() if answer.returncode == 0 else None
+def run_in_python(python: str, line: str) -> "subprocess.CompletedProcess[bytes]":
+    """Run a line in an interpreter that is started as the publisher is: PYTHONPATH does not count."""
+    return subprocess.run([python, "-E", "-c", line], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def record_publisher_python(home: str) -> bool:
     """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
-    if redis_py_version(sys.executable) is None:
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
+    if run_in_python(sys.executable, look).returncode:
         return False
     emit_event.make_private_directory(os.path.join(home, "hooks"))
     emit_event.write_atomically(
@@ -9449,15 +9630,15 @@ def _without_monitor(case: Examination) -> Iterator[Finding]:
 def _check_redis_package(case: Examination) -> Iterator[Finding]:
     python = emit_event.publisher_python(case.settings.home)
     try:
-        version = redis_py_version(python)
+        answer = run_in_python(python, "import redis; print(redis.__version__)")
     except OSError as error:
         yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
         return
-    if version is None:
+    if answer.returncode:
         advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
         yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
     else:
-        yield Finding("redis-py", "ok", f"{version} for {python}")
+        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
 
 
 def _check_redis(case: Examination) -> Iterator[Finding]:
@@ -11124,7 +11305,7 @@ def command_prune(args: argparse.Namespace) -> int:
             with contextlib.suppress(MalformedEvent):
                 book.apply(parse_stored(line))
         kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
-        plan = retention_plan(settings, kept)
+        plan = retention_plan(settings, kept, now_ms())
         if not args.dry_run:
             carry_out(settings.home, plan)
         pruned = plan.to_json(args.dry_run)

@@ -396,7 +396,20 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple  # noqa: E402
+from typing import (  # noqa: E402
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)  # fmt: skip
 
 JsonObject = Dict[str, Any]
 
@@ -1064,6 +1077,7 @@ def this_machine() -> str:
 class SecretShape:
     """One kind of secret: without `hint` in the text there is none, which is quickly seen.
 
+    A hint that is in no harmless text spares the search: "ghp_", not "gh".
     A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
     the text. Its group `secret`, or the whole match, is what gets replaced. `folded` ones are matched against
@@ -1181,16 +1195,16 @@ SECRET_SHAPES = (
     ),
     _token("anthropic", "sk-ant-", r"[A-Za-z0-9_-]{20,}"),
     _token("openai", "sk-", r"(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
-    _token("github", "gh", r"[pousr]_[A-Za-z0-9]{30,}"),
+    *(_token("github", f"gh{letter}_", r"[A-Za-z0-9]{30,}") for letter in "pousr"),
     _token("github", "github_pat_", r"[A-Za-z0-9_]{40,}"),
-    _token("gitlab", "gl", r"(?:pat|ptt|dt|rt)-[A-Za-z0-9_-]{20,}"),
+    *(_token("gitlab", f"gl{kind}-", r"[A-Za-z0-9_-]{20,}") for kind in ("pat", "ptt", "dt", "rt")),
     _token("bitbucket", "ATATT3", r"[A-Za-z0-9_=-]{40,}"),
     _token("aws", "AKIA", r"[A-Z2-7]{16}\b"),
     _token("aws", "ASIA", r"[A-Z2-7]{16}\b"),
     _token("google", "AIza", r"[A-Za-z0-9_-]{35}"),
     _token("google", "ya29.", r"[A-Za-z0-9_-]{20,}"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
-    _token("digitalocean", "do", r"[por]_v1_[a-f0-9]{40,}"),
+    *(_token("digitalocean", f"do{letter}_v1_", r"[a-f0-9]{40,}") for letter in "por"),
     _token("vault", "hvs.", r"[A-Za-z0-9_-]{24,}"),
     _token("docker", "dckr_pat_", r"[A-Za-z0-9_-]{20,}"),
     _token("slack", "xox", r"[abeoprs]-[A-Za-z0-9-]{10,}"),
@@ -1229,7 +1243,7 @@ SECRET_SHAPES = (
         "://",
         r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@",
     ),
-    _assigned("pass", r"(?:word|wd|phrase)"),
+    *(_assigned(hint) for hint in ("password", "passwd", "passphrase")),
     _assigned("secret"),
     _assigned("token"),
     _assigned("credential", "s?"),
@@ -1287,6 +1301,10 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
+_RankedShape = Tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
+_RANKED_SHAPES: "Tuple[_RankedShape, ...]" = tuple(enumerate(SECRET_SHAPES))
+
+
 class _Secret(NamedTuple):
     """Where a secret stands in a text, and its shape's place in SECRET_SHAPES: the earlier names it."""
 
@@ -1295,34 +1313,50 @@ class _Secret(NamedTuple):
     rank: int
 
 
-def redact_text(text: str) -> str:
+def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    Once more while there was something, so that what is redacted already stays as it is: what stood beside a
-    secret may look like one only now.
+    `shapes` are those that `shapes_in` found in what `text` is part of. Once more while there was something,
+    so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
     """
     for _ in range(REDACTION_ROUNDS):
         if len(text) < SHORTEST_SECRET:
             break
+        shapes = shapes_in(text, shapes)
+        if not shapes:
+            break
         pieces: "List[str]" = []
         done = 0
-        for secret in _joined(sorted(_secrets_in(text))):
+        for secret in _joined(sorted(_secrets_in(text, shapes))):
             found = text[secret.start : secret.end]
             pieces += text[done : secret.start], _replacement(SECRET_SHAPES[secret.rank].kind, found)
             done = secret.end
         if not pieces:
             break
         text = "".join(pieces) + text[done:]
+        shapes = None
     return text
 
 
-def _secrets_in(text: str) -> "Iterator[_Secret]":
-    """Yield every match of every shape; they may overlap."""
-    lowered = text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
-    for rank, shape in enumerate(SECRET_SHAPES):
-        looked_at = lowered if shape.folded else text
-        if shape.hint not in looked_at:
-            continue
+def _folded_text(text: str) -> str:
+    return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
+
+
+def shapes_in(text: str, among: "Optional[Sequence[_RankedShape]]" = None) -> "List[_RankedShape]":
+    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
+    folded = _folded_text(text)
+    return [
+        ranked
+        for ranked in (_RANKED_SHAPES if among is None else among)
+        if ranked[1].hint in (folded if ranked[1].folded else text)
+    ]
+
+
+def _secrets_in(text: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
+    """Yield every match of some shapes; they may overlap."""
+    folded = _folded_text(text)
+    for rank, shape in shapes:
+        looked_at = folded if shape.folded else text
         match = shape.pattern.search(looked_at)
         while match is not None:
             end = match.end()
@@ -1364,76 +1398,110 @@ def protect(event: JsonObject, privacy: Privacy) -> JsonObject:
 
     `truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    cuts: "Dict[str, int]" = {}
     data = event["data"]
+    protector = _Protector(
+        privacy, {name: value for name, value in event.items() if name == "data" or name not in _EVENT_FIELDS}
+    )
+    if protector.changes_nothing and not privacy.metadata_only:
+        return event
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
         else:
-            event[name] = _protect_value(event[name], name, name, privacy, cuts, 0)
-    data = _protect_value(data, "", "", privacy, cuts, 0)
-    if cuts:
+            event[name] = protector.value(event[name], name, name)
+    data = protector.value(data, "", "")
+    if protector.cuts:
         earlier = data.get("truncated")  # what the hook has cut already keeps its first size
-        data["truncated"] = {**cuts, **(earlier if isinstance(earlier, dict) else {})}
+        data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event
 
 
-def _protect_value(
-    value: Any, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]", depth: int
-) -> Any:
-    if isinstance(value, str):
-        return _protect_text(value, key, path, privacy, cuts)
-    if depth >= _DEPTH_LIMIT and isinstance(value, (dict, list)):
-        return _protect_text(json.dumps(value), key, path, privacy, cuts)
-    if isinstance(value, dict):
-        kept: JsonObject = {}
-        for name, inner in value.items():
-            inner_path = f"{path}.{name}" if path else name
-            kept[redact_text(name) if privacy.redact else name] = _protect_value(
-                inner, name, inner_path, privacy, cuts, depth + 1
-            )
-        return kept
-    if isinstance(value, list):
-        return [
-            _protect_value(inner, key, f"{path}[{index}]", privacy, cuts, depth + 1)
-            for index, inner in enumerate(value)
-        ]
-    if privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
-        return _replacement("key", str(value))
-    return value
+class _Protector:
+    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes."""
+
+    def __init__(self, privacy: Privacy, whole: JsonObject) -> None:
+        self.cuts: "Dict[str, int]" = {}
+        self._privacy = privacy
+        # Few of the many shapes are anywhere in an object, so they are looked for once and not in each text.
+        # No hint has a character that JSON escapes.
+        self._shapes: "Optional[List[_RankedShape]]" = []
+        self.changes_nothing = False  # True: that was seen at once, as it is for nearly every event
+        try:
+            text = json.dumps(whole, ensure_ascii=False)
+        except RecursionError:
+            self._shapes = None if privacy.redact else []
+            return
+        if privacy.redact:
+            self._shapes = shapes_in(text)
+        names_matter = privacy.redact and _has_name_of_secret(whole)
+        self.changes_nothing = (
+            not self._shapes and not names_matter and len(text) <= privacy.field_limit_bytes // 4
+        )
+
+    def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
+        """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
+        if isinstance(value, str):
+            return self._text(value, key, path)
+        if depth >= _DEPTH_LIMIT and isinstance(value, (dict, list)):
+            return self._text(json.dumps(value), key, path)
+        if isinstance(value, dict):
+            return {
+                self._clean(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
+                for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [
+                self.value(inner, key, f"{path}[{index}]", depth + 1) for index, inner in enumerate(value)
+            ]
+        if self._privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
+            return _replacement("key", str(value))
+        return value
+
+    def _clean(self, text: str) -> str:
+        return redact_text(text, self._shapes) if self._shapes or self._shapes is None else text
+
+    def _text(self, text: str, key: str, path: str) -> str:
+        if self._privacy.redact and text and _names_a_secret(key):
+            return text if text.startswith("[redacted:") else _replacement("key", text)
+        limit = self._privacy.field_limit_bytes
+        if len(text) <= limit // 4:  # a character is at most four bytes
+            return self._clean(text)
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        if size <= limit:
+            return self._clean(text)
+        self.cuts[path] = size
+        # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+        half = max(1, (limit - CUT_WORDS_BYTES) // 2)
+        # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
+        # behind.
+        # The margin itself never shows, however much shorter what was redacted before it has become.
+        margin = 4096
+        head = self._clean(text[: half + margin])
+        tail = self._clean(text[-half - margin :])
+        unseen = margin if half + margin < len(text) else 0
+        head = _first_bytes(head[: max(0, len(head) - unseen)], half)
+        tail = _last_bytes(tail[unseen:], half)
+        return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
+
+
+def _has_name_of_secret(value: Any, depth: int = 0) -> bool:
+    """Tell whether something in a value has the name of a secret, or is so deep that it is not looked at."""
+    if depth >= _DEPTH_LIMIT:
+        return True
+    if isinstance(value, dict) and any(map(_names_a_secret, value)):
+        return True
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)) and _has_name_of_secret(inner, depth + 1):
+            return True
+    return False
 
 
 def _is_number_of_a_secret(value: Any) -> bool:
     """Tell whether a number could be a password or a PIN; a small one under such a name counts something."""
     return is_number(value) and abs(value) >= 1000
-
-
-def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]") -> str:
-    if privacy.redact and text and _names_a_secret(key):
-        return text if text.startswith("[redacted:") else _replacement("key", text)
-    clean = redact_text if privacy.redact else str
-    limit = privacy.field_limit_bytes
-    if len(text) <= limit // 4:  # a character is at most four bytes
-        return clean(text)
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    if size <= limit:
-        return clean(text)
-    cuts[path] = size
-    # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
-    half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-    # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
-    # behind.
-    # The margin itself never shows, however much shorter what was redacted before it has become.
-    margin = 4096
-    head = clean(text[: half + margin])
-    tail = clean(text[-half - margin :])
-    unseen = margin if half + margin < len(text) else 0
-    head = _first_bytes(head[: max(0, len(head) - unseen)], half)
-    tail = _last_bytes(tail[unseen:], half)
-    return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
 def _first_bytes(text: str, limit: int) -> str:
@@ -1460,10 +1528,9 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
         redact = True
     limit = LINE_LIMIT_BYTES // 8
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
-        cuts: "Dict[str, int]" = {}
-        privacy = Privacy(redact=redact, field_limit_bytes=limit)
-        hook = _protect_value(wrapped["hook"], "", "", privacy, cuts, 0)
-        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(cuts)}}) + b"\n"
+        protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit), wrapped)
+        hook = protector.value(wrapped["hook"], "", "")
+        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(protector.cuts)}}) + b"\n"
         limit //= 4
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
