@@ -2139,31 +2139,37 @@ def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str
     elif kind in ("tool_result", "tool_error"):
         closed = _close_call(session, event, agent_id, "failed" if kind == "tool_error" else "ok")
     elif event["hookType"] == "PostToolBatch":
-        for call in _batch_calls(event):
-            call_id = call.get("tool_use_id")
-            # What only its round closes never ran: an unknown tool, bad input, a denial.
-            if isinstance(call_id, str) and _settle(session, call_id, agent_id, "failed"):
-                error = text_of(call.get("tool_response"))
-                _note_failure(session, agent_id, text_of(call.get("tool_name")), error, time_ms)
+        _close_round(session, event, agent_id)
     elif kind == "permission_denied" and event["data"].get("toolUseId"):
         closed = _close_call(session, event, agent_id, "failed")  # it will not run
-    elif kind in ("session_end", "session_start"):
-        if kind == "session_end" or _begins_process(event, kind):
-            _interrupt(session, None)
-            _end_agents(session, set(session.agents), time_ms)
+    elif kind == "session_end" or (kind == "session_start" and _begins_process(event, kind)):
+        _interrupt(session, None)
+        _end_agents(session, set(session.agents), time_ms)
     elif kind == "user_prompt":
-        task = task_notification(event)
-        if task is None:
-            # Esc and a rejected permission fire nothing: a person's next prompt shows that all is over.
-            _end_foreground(session, time_ms)
-        elif task in session.agents:
-            _end_agents(session, {task}, time_ms)
+        _end_before_prompt(session, event)
+    elif kind in ("turn_end", "turn_error") and agent_id == MAIN:
+        _end_turn(session, event)
     elif kind in ("turn_end", "turn_error"):
-        if agent_id == MAIN:
-            _end_turn(session, event)
-        else:
-            _interrupt(session, {agent_id})
+        _interrupt(session, {agent_id})
     return closed
+
+
+def _close_round(session: Session, event: JsonObject, agent_id: str) -> None:
+    """Close the calls of a round: what only that closes never ran (unknown tool, bad input, a denial)."""
+    for call in _batch_calls(event):
+        call_id = call.get("tool_use_id")
+        if isinstance(call_id, str) and _settle(session, call_id, agent_id, "failed"):
+            error = text_of(call.get("tool_response"))
+            _note_failure(session, agent_id, text_of(call.get("tool_name")), error, event["timestamp"])
+
+
+def _end_before_prompt(session: Session, event: JsonObject) -> None:
+    """End what a prompt shows to be over: all where Esc fired nothing, or the task that it tells of."""
+    task = task_notification(event)
+    if task is None:  # a person's: Esc and a rejected permission fire nothing
+        _end_foreground(session, event["timestamp"])
+    elif task in session.agents:
+        _end_agents(session, {task}, event["timestamp"])
 
 
 def _end_turn(session: Session, event: JsonObject) -> None:
@@ -4560,6 +4566,23 @@ class Statistics:
                 places[session] = self._place_of(session)
             for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
                 sums.add_usage(session, self._names[model], used)
+        groups = self._groups(by_session, by_hour, places)
+        by_model = sorted(models.items(), key=lambda item: (-sum(item[1].all), item[0]))
+        return {
+            "models": [
+                {"model": self._names[key], **self._tokens_json({self._names[key]: used})}
+                for key, used in by_model
+            ],
+            **self._sums_json({**groups, "session": by_session}, places),
+        }
+
+    def _groups(
+        self,
+        by_session: Mapping[int, Sums],
+        by_hour: Mapping[int, Sums],
+        places: Mapping[int, Tuple[int, int]],
+    ) -> Dict[str, Dict[Any, Sums]]:
+        """Add up sessions by machine and project, hours (since the epoch, of the viewer) by day and time."""
         groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
@@ -4569,14 +4592,7 @@ class Statistics:
             utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
             for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
                 groups[group][key].merge(sums)
-        by_model = sorted(models.items(), key=lambda item: (-sum(item[1].all), item[0]))
-        return {
-            "models": [
-                {"model": self._names[key], **self._tokens_json({self._names[key]: used})}
-                for key, used in by_model
-            ],
-            **self._sums_json({**groups, "session": by_session}, places),
-        }
+        return groups
 
     def _usage(self) -> Iterator[Tuple[int, int, int, ModelUsage]]:
         """Yield (session, model, quarter, used in it): what the totals grew by that sessions tell."""

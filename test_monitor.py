@@ -14259,9 +14259,8 @@ def test_the_space_of_deleted_days_is_given_back(indexed: IndexCase) -> None:
 # Statistics
 
 
-def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "dict[str, Any]":
-    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
-    events = [event for event in events if event["hookType"] != "Monitor"]
+def calls_by_hand(events: "list[dict[str, Any]]") -> "dict[Any, dict[str, Any]]":
+    """Tell of every call its tool, when it began and ended, and how."""
     calls: dict[Any, dict[str, Any]] = {}
     for event in sorted(events, key=lambda event: event["seq"]):
         data, hook = event["data"], event["hookType"]
@@ -14284,6 +14283,11 @@ def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "d
                 call = calls.setdefault((event["sessionId"], one["tool_use_id"]), {
                     "tool": one["tool_name"], "start": event["timestamp"], "how": ""})  # fmt: skip
                 call["how"] = call["how"] or "failed"
+    return calls
+
+
+def tools_by_hand(calls: "dict[Any, dict[str, Any]]") -> "dict[str, Any]":
+    """Count calls by tool."""
     tools: dict[str, Any] = {}
     for call in calls.values():
         tool = tools.setdefault(call["tool"], {"calls": 0, "failures": 0, "interrupted": 0, "durations": []})
@@ -14307,6 +14311,14 @@ def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "d
                 None,
             )
             tool[f"p{percent}Ms"] = least
+    return tools
+
+
+def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "dict[str, Any]":
+    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
+    events = [event for event in events if event["hookType"] != "Monitor"]
+    calls = calls_by_hand(events)
+    tools = tools_by_hand(calls)
     days = collections.Counter(
         time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
         for event in events
