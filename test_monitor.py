@@ -12180,17 +12180,21 @@ def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     tab.said.clear()
 
 
-def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
-    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there."""
+def browser_bar(tab: BrowserTab, target: str, at_ms: "int | None" = None) -> "dict[str, Any]":
+    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there.
+
+    With `at_ms` it is that moment in the call's lane.
+    """
     return dict(tab.page.evaluate(
-        """(target) => {
+        """([target, at]) => {
           const { timeline, store } = contextuate;
           const row = store.rows.find((row) => row.target === target);
           const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
           const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
           const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
           const end = row.outcome ? row.time + row.duration : Date.now();
-          const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const x = at === null ? middle : place(at);
           const y = 24 + 2 + index * 20 + 5 - timeline.top;
           const canvas = document.querySelector('#timeline-canvas');
           const box = canvas.getBoundingClientRect();
@@ -12200,7 +12204,7 @@ def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
           pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
           const pixel = pen.getImageData(0, 0, 1, 1).data;
           return { x: box.x + x, y: box.y + y, index, colour: [...pixel.slice(0, 3)] };
-        }""", target
+        }""", [target, at_ms]
     ))  # fmt: skip
 
 
@@ -12250,6 +12254,61 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
     name = tab.page.query_selector("#timeline-canvas").bounding_box()
     tab.page.mouse.click(name["x"] + 40, name["y"] + 24 + 2 + 20 * 2 + 10)
     eventually(lambda: "a=a1" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_the_timeline_shows_who_waited_for_a_person_and_how_long(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    start = cm.now_ms() - 600_000
+    agent = {"agent_id": "a1", "agent_type": "explorer"}
+
+    def at(second: int, event: "dict[str, Any]") -> "dict[str, Any]":
+        return {
+            "hook": event,
+            "id": str(uuid.uuid4()),
+            "timestamp": start + second * 1000,
+            "machineId": "testbox",
+        }
+
+    granted, rejected, agents = (
+        page_ask("s1", command, command) for command in ("granted", "rejected", "agents")
+    )
+    question = {
+        "tool_name": "AskUserQuestion",
+        "tool_use_id": "q",
+        "tool_input": {"questions": [{"question": "Which?"}]},
+    }
+    running.emit(
+        at(0, payload("UserPromptSubmit", prompt="go")),
+        at(10, granted[0]), at(10, granted[1]), at(170, {**granted[2], "duration_ms": 60_000}),
+        at(180, rejected[0]), at(180, rejected[1]), at(240, payload("UserPromptSubmit", prompt="not that")),
+        at(250, payload("PreToolUse", **question)),
+        at(310, payload("PostToolUse", tool_response={}, duration_ms=5, **question)),
+        at(320, payload("Stop", last_assistant_message="done")),
+        at(330, {**agents[0], **agent}), at(331, {**agents[1], **agent}),
+    )  # fmt: skip
+    tab = open_tab(running)
+    eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 2)
+    amber, bar, ground = (
+        browser_colour(tab, "amber"),
+        browser_colour(tab, "bar"),
+        [0, 0, 0],
+    )  # nothing is drawn
+
+    def colours(target: str, *seconds: int) -> "list[Any]":
+        return [browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds]
+
+    eventually(lambda: colours("granted", 40, 140) == [amber, bar])
+    assert colours("granted", 3, 200, 235, 245, 280, 315, 330) == [
+        ground, amber, amber, ground, amber, ground, ground,
+    ]  # fmt: skip
+    assert colours("agents", 200, 400, 590) == [ground, amber, amber], "it still waits"
+    place = browser_bar(tab, "granted", start + 60_000)
+    tab.page.mouse.click(place["x"], place["y"])
+    tab.shows("drawer", "granted")
+    running.emit(at(600, {**agents[2], **agent, "duration_ms": 100_000}))
+    eventually(lambda: colours("agents", 400, 590) == [amber, bar], what="it was decided after 170 s")
 
 
 @needs_browser
