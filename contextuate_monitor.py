@@ -2976,7 +2976,7 @@ def event_row(event: JsonObject) -> JsonObject:
 # next number that is free.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_BATCH_EVENTS = 1000
 INDEX_BATCH_BYTES = 2 << 20
 INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
@@ -3035,6 +3035,9 @@ _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
 _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])")  # scripts without spaces
 _MARKS = re.compile("[\u0300-\u036f]")
+_TERMINAL_CODE = re.compile(
+    r"\x1b\[[0-9;:?]*[A-Za-z]"
+)  # a colour: its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
 # What nobody searches for, or what stands in every event of a session.
@@ -3104,7 +3107,7 @@ def parse_terms(text: str) -> Tuple[Term, ...]:
 def collect_texts(value: Any, found: List[str]) -> None:
     """Append every text inside a JSON value that a person may search for."""
     if isinstance(value, str):
-        found.append(value)
+        found.append(_TERMINAL_CODE.sub("", value) if "\x1b" in value else value)
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_SEARCHED:
@@ -4860,12 +4863,22 @@ def _escaped_label(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, int], queued: int) -> bytes:
-    """Return everything that can be measured; `states` are sessions by state, `queued` bytes for clients."""
+class QueueFigures(NamedTuple):
+    """What waits in memory for others to take it, and how often one was cut off for not taking it."""
+
+    client_bytes: int
+    clients_closed: int
+    redis_bytes: int  # that Redis brought and the loop has not stored yet
+
+
+def metrics_text(
+    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: QueueFigures
+) -> bytes:
+    """Return everything that can be measured; `states` are sessions by state."""
     text = MetricsText()
     about = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
     text.add("contextuate_build_info", "gauge", "What runs here.", [(about, 1)])
-    for name, kind, words, value in _single_metrics(status, queued):
+    for name, kind, words, value in _single_metrics(status, queues):
         text.add(f"contextuate_{name}", kind, words, [({}, value)])
     events = [
         ({"machine": machine, "type": kind}, count)
@@ -4891,13 +4904,15 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
     if redis:
         connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))]
         text.add("contextuate_redis_connected", "gauge", "1 when Redis is connected.", connected)
-        text.add(
-            "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
-        )
+        for name, kind, words, value in (
+            ("inbox_bytes", "gauge", "Bytes from Redis that are not stored yet.", queues.redis_bytes),
+            ("gaps_total", "counter", "Times events may be missing.", redis["gaps"]),
+        ):
+            text.add(f"contextuate_redis_{name}", kind, words, [({}, value)])
     return text.encode()
 
 
-def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
+def _single_metrics(status: JsonObject, queues: QueueFigures) -> Iterator[Tuple[str, str, str, float]]:
     """Yield (name, kind, words, value) of what has no labels."""
     events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
     yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
@@ -4905,7 +4920,8 @@ def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str,
     yield "duplicates_total", "counter", "Events that were delivered twice.", events["duplicates"]
     yield "quarantined_total", "counter", "Lines that were no events.", events["quarantined"]
     yield "clients", "gauge", "Subscribed WebSocket clients.", status["clients"]
-    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queued
+    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queues.client_bytes
+    yield "clients_closed_slow_total", "counter", "Clients cut off: they did not read.", queues.clients_closed
     yield "store_ok", "gauge", "1 when events can be written.", int(status["store"]["ok"])
     yield "spool_bytes", "gauge", "Bytes that wait in the spool.", spool["bytes"]
     yield "spool_segments", "gauge", "Files that wait in the spool.", spool["segments"]
@@ -5248,6 +5264,7 @@ class ClientServer:
         queue_limit_bytes: int,
     ) -> None:
         self.clients: Dict[socket.socket, Client] = {}
+        self.closed_slow = 0  # clients that did not read, since the start
         self._loop = loop
         self._admit = admit
         self._opened = opened
@@ -5284,6 +5301,7 @@ class ClientServer:
         client.answer_bytes += client.queued_bytes - before
 
     def _close_slow(self, client: Client) -> None:
+        self.closed_slow += 1
         log.info("a client does not read; closed until it comes back for what it missed")
         self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
 
@@ -5591,16 +5609,16 @@ class Inbox:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._items: Deque[RemoteLine] = collections.deque()
-        self._size = 0
+        self.size = 0  # bytes
         self._awaited = True  # the loop has seen it empty and wants to be woken
 
     def put(self, item: RemoteLine, wake: Callable[[], None]) -> bool:
         """Add one item and wake the loop if it waits; False while there is no room."""
         with self._lock:
-            if self._size > self._limit_bytes:
+            if self.size > self._limit_bytes:
                 return False
             self._items.append(item)
-            self._size += len(item.line)
+            self.size += len(item.line)
             awaited, self._awaited = self._awaited, False
         if awaited:
             wake()
@@ -5616,7 +5634,7 @@ class Inbox:
         """Forget the first items."""
         with self._lock:
             for _ in range(count):
-                self._size -= len(self._items.popleft().line)
+                self.size -= len(self._items.popleft().line)
 
 
 class Subscription(threading.Thread):
@@ -5824,6 +5842,11 @@ class RedisLink:
         """Let go of the connection and note the position."""
         self._drop_subscription()
         self._save_position()
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Return how much was received and is not stored yet."""
+        return self._inbox.size
 
     def status(self) -> JsonObject:
         """Return how things stand, for /api/status; never a password."""
@@ -8065,8 +8088,12 @@ class Monitor:
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self.book.sessions.values())
-        queued = sum(client.queued_bytes for client in self.clients.clients.values())
-        return metrics_text(self.status(), self._counts, states, queued)
+        queues = QueueFigures(
+            sum(client.queued_bytes for client in self.clients.clients.values()),
+            self.clients.closed_slow,
+            self.redis.inbox_bytes if self.redis else 0,
+        )
+        return metrics_text(self.status(), self._counts, states, queues)
 
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""
@@ -11025,7 +11052,8 @@ def search_line(result: JsonObject, colours: bool) -> str:
     pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
     words = []
     for piece in pieces:
-        text = "".join(char if char.isprintable() else " " for char in piece["text"])
+        text = _TERMINAL_CODE.sub("", piece["text"])
+        text = "".join(char if char.isprintable() else " " for char in text)
         words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
     return (head + " " + "".join(words)).rstrip()
 

@@ -4568,6 +4568,7 @@ def test_a_client_that_never_reads_is_closed_and_the_others_get_everything(monit
     ]
     assert got == list(range(1, len(got) + 1))
     assert len(got) < total, "it was never closed"
+    assert metrics_of(monitor)["contextuate_clients_closed_slow_total"][()] >= 1
     if frames[-1][0] == 8:
         assert protocol_close_code(frames) == 1013
     slow.close()
@@ -10058,6 +10059,12 @@ def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: Redi
             )
         )
         assert now["quarantined"] <= events["quarantined"] + len(garbage) + 2
+        measured = eventually(
+            lambda monitor=monitor: (
+                (told := metrics_of(monitor))["contextuate_redis_inbox_bytes"][()] == 0 and told
+            )
+        )
+        assert measured["contextuate_redis_connected"] == {(("state", "connected"),): 1}
         assert len(monitor.arrivals("odd").popitem()[1]) > 0
         assert sum(map(len, monitor.arrivals("odd").values())) == len(odd) or len(monitor.arrivals("odd")) > 1
         with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
@@ -13673,9 +13680,9 @@ def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> "d
     [
         ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
         ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
-        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
-        ("日本", [5]), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
-        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
+        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [7, 6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
+        ("日本", [5]), ("fail", [7]), ('"fail cart"', [7]), ("31mFAIL", []), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
+        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [7, 6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
@@ -13683,7 +13690,7 @@ def test_words_beginnings_and_phrases_are_found_newest_first(
     indexed: IndexCase, monkeypatch: Any, how: str, typed: str, found: "list[int]"
 ) -> None:
     texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-             "これは日本語です", "naïve_name \ud83d and more")  # fmt: skip
+             "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
     indexed.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
     if how == "no full text":
         monkeypatch.setattr(cm, "has_full_text", lambda db: False)
@@ -14333,7 +14340,7 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
     running: RunningMonitor,
 ) -> None:
     running.emit(
-        payload("UserPromptSubmit", "a", prompt="where is the quokka\x1b[31m?"),
+        payload("UserPromptSubmit", "a", prompt="where is the \x1b[1;31mquokka\x1b[31m?"),
         payload(
             "PreToolUse",
             "b",
@@ -14347,7 +14354,7 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
     answers = []
     for _ in range(2):
         lines = running.command("search", "quok*").stdout.splitlines()
-        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka" in lines[1]
+        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka?" in lines[1]
         assert len(lines) == 2 and "\x1b" not in lines[1]
         assert "there is more" in running.command("search", "quokka", "--limit", "1").stderr
         answers.append(
@@ -15029,6 +15036,7 @@ def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
         "contextuate_spool_bytes",
         "contextuate_spool_dropped_total",
         "contextuate_client_queue_bytes",
+        "contextuate_clients_closed_slow_total",
     } <= names
 
 
