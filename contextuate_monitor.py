@@ -3069,6 +3069,11 @@ def fold(text: str) -> str:
     return _BETWEEN_WORDS.sub(" ", _MARKS.sub("", plain).lower())
 
 
+def without_colours(text: str) -> str:
+    """Return a text without what sets colours on a terminal."""
+    return _TERMINAL_CODE.sub("", text) if "\x1b" in text else text
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
     """Words that must stand next to each other; the last one may be only a beginning."""
@@ -3107,7 +3112,7 @@ def parse_terms(text: str) -> Tuple[Term, ...]:
 def collect_texts(value: Any, found: List[str]) -> None:
     """Append every text inside a JSON value that a person may search for."""
     if isinstance(value, str):
-        found.append(_TERMINAL_CODE.sub("", value) if "\x1b" in value else value)
+        found.append(without_colours(value))
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_SEARCHED:
@@ -4333,7 +4338,7 @@ class Statistics:
         for target, failures, number in rows:
             event = self._event(number)
             if event is not None:
-                last_error = one_line(text_of(event["data"].get("error")), 300)
+                last_error = one_line(without_colours(text_of(event["data"].get("error"))), 300)
                 counts = {"failures": failures, "calls": calls.get(target, failures)}
                 found.append({**counts, "lastError": last_error, **_example(event)})
         return found
@@ -6521,7 +6526,7 @@ def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) ->
         tool_target(call.get("toolInput"), event["workingDirectory"]),
         _OUTCOME_WORDS[fact.outcome],
         duration if duration is not None else "",
-        text_of(call.get("error")) if failed else "",
+        without_colours(text_of(call.get("error"))) if failed else "",
         text_of(call.get("toolUseId")),
     )
     return _csv_row(values)
@@ -11052,8 +11057,7 @@ def search_line(result: JsonObject, colours: bool) -> str:
     pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
     words = []
     for piece in pieces:
-        text = _TERMINAL_CODE.sub("", piece["text"])
-        text = "".join(char if char.isprintable() else " " for char in text)
+        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
         words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
     return (head + " " + "".join(words)).rstrip()
 

@@ -14717,7 +14717,7 @@ def test_the_table_survives_any_text_and_no_cell_is_a_formula(indexed: IndexCase
     indexed.add(
         payload("PreToolUse", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty}),
         payload("PostToolUseFailure", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty},
-                error=nasty, duration_ms=5),
+                error="\x1b[31m" + nasty, duration_ms=5),
         payload("PreToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
         payload("PostToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
