@@ -2503,6 +2503,8 @@ class SessionBook:
         if kind == "session_meta":
             for session in self._versions(session_id):
                 _apply_user_action(session, event["data"])
+                if isinstance(event["data"].get("usage"), dict):  # counted later than the event it belongs to
+                    _learn_usage(session, event["data"]["usage"], timestamp)
         else:
             self._apply_hook(event, kind)
         session = self.sessions[session_id]
@@ -7223,6 +7225,61 @@ def loading_words(progress: JsonObject) -> str:
     return f"{progress['done']} of {progress['total']} stored sessions have been read"
 
 
+CATCH_UP_INTERVAL_S = 1.0
+CATCH_UP_SESSIONS = 1000
+CATCH_UP_PATIENCE = 20  # readings without a new total: one line may be larger than what is read at once
+
+
+class Behind(NamedTuple):
+    """The event that told a session's usage last, and how often reading on has told nothing new since."""
+
+    event: JsonObject
+    idle: int
+
+
+class UsageCatchUp:
+    """Read on, a little at a time, where a session's transcripts were too much to be read at its event.
+
+    Without it the totals of a session that says nothing more would stay "at least" for ever. Each reading
+    takes no longer than one at an event, which hooks wait for.
+    """
+
+    def __init__(self, usage: emit_event.UsageReader) -> None:
+        self._usage = usage
+        self._behind: Dict[str, Behind] = {}  # by session
+
+    def note(self, event: JsonObject) -> None:
+        """Take note of how far the transcripts of an event's session were read."""
+        if event["hookType"] not in emit_event.USAGE_HOOKS:
+            return
+        session_id, usage = event["sessionId"], event["data"].get("usage")
+        self._behind.pop(session_id, None)
+        is_behind = isinstance(usage, dict) and usage.get("partial") is True
+        if is_behind and len(self._behind) < CATCH_UP_SESSIONS:
+            data = event["data"]
+            paths = {name: data.get(name) for name in ("transcriptPath", "agent_transcript_path")}
+            self._behind[session_id] = Behind({**event, "data": {**paths, "usage": usage}}, 0)
+
+    def read_on(self) -> Optional[JsonObject]:
+        """Read on for one session; return an event with its totals when they are complete."""
+        if not self._behind:
+            return None
+        session_id, (event, idle) = self._behind.popitem()
+        before = event["data"].pop("usage")
+        self._usage.add_usage(event)
+        usage = event["data"].get("usage")
+        if usage is None:  # the transcripts are gone
+            return None
+        if usage.get("partial"):
+            idle = idle + 1 if usage == before else 0
+            if idle < CATCH_UP_PATIENCE:
+                self._behind[session_id] = Behind(event, idle)
+            return None
+        kept = {name: event[name] for name in ("sessionId", "machineId", "workingDirectory")}
+        told = {"action": "usage", "usage": usage}
+        return {"eventType": "session_meta", "hookType": "Monitor", **kept, "data": told}
+
+
 class Intake:
     """Make events of the lines that come in, store each once, and know what came from which machine."""
 
@@ -7238,6 +7295,7 @@ class Intake:
         self._privacy = settings.privacy
         # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
         self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self.catch_up = UsageCatchUp(self._usage)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
     def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
@@ -7295,6 +7353,7 @@ class Intake:
             else:  # of a remote event the publisher has read the transcripts
                 event = emit_event.build_event(given, received_ms, self._machine_id)
                 self._usage.add_usage(event)
+                self.catch_up.note(event)
                 self._agent_notes.add_note(event)
             return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
@@ -7687,6 +7746,7 @@ class Monitor:
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
+        self.loop.call_every(CATCH_UP_INTERVAL_S, self._catch_up)
         self.history.start()
         if self.settings["persistence.enabled"]:
             self.loop.call_soon(self._begin_to_retain)
@@ -7858,6 +7918,11 @@ class Monitor:
                 emit_event.ensure_publisher(self.settings.home)
             except OSError as error:
                 log.warning("the publisher cannot be started: %s", error)
+
+    def _catch_up(self) -> None:
+        event = self.intake.catch_up.read_on()
+        if event is not None:
+            self.take_now(encode_json(event))
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""

@@ -7742,6 +7742,33 @@ def test_a_large_transcript_is_read_in_parts_and_the_totals_say_so(tmp_path, mon
     assert [usage_output(each) for each in told] == sorted({usage_output(each) for each in told})
 
 
+def test_large_transcripts_are_read_on_without_another_event(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(cm, "CATCH_UP_INTERVAL_S", 0.01)
+    path = tmp_path / "s1.jsonl"
+    huge = b'{"type":"user","message":"' + b"x" * 50_000 + b'"}\n'
+    path.write_bytes(
+        b"".join(usage_line(f"m{number}", 1) for number in range(300)) + huge + usage_line("m", 1)
+    )
+    with protocol_inside() as monitor:
+        stop = json.dumps(payload("Stop", "s1", transcript_path=str(path))).encode()
+        session = monitor.loop.call(lambda: monitor.take_now(stop) and monitor.session_json("s1"))
+        assert session["tokenUsage"]["partial"] is True
+        session = eventually(
+            lambda: (
+                (told := monitor.loop.call(lambda: monitor.session_json("s1")))
+                and "partial" not in told["tokenUsage"]
+                and told
+            )
+        )
+        assert session["tokenUsage"]["totalOutput"] == 301 and session["counts"]["events"] == 1
+        stored = [json.loads(line) for line in monitor.store.all_lines()]
+        assert [event["eventType"] for event in stored] == ["turn_end", "session_meta"]
+        book = cm.stored_sessions(monitor.settings)
+        assert book.to_json(book.sessions["s1"])["tokenUsage"] == session["tokenUsage"]
+
+
 def test_a_line_larger_than_what_is_read_at_once_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 4000)
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
