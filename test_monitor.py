@@ -13342,6 +13342,18 @@ def test_history_goes_on_to_the_oldest(running: RunningMonitor, open_tab: Any) -
         eventually(lambda wanted=wanted: tab.page.evaluate(found) == wanted)
     words = tab.page.evaluate("[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)")
     assert sorted(words) == sorted(f"word {n}" for n in range(250))
+    start = cm.now_ms() - 60_000
+    call, result = browser_call(1, "s0", tool_response="")
+    running.emit(*(
+        {"hook": hook, "id": str(uuid.uuid4()), "timestamp": start + at_ms, "machineId": "testbox"}
+        for at_ms, hook in ((0, call), (5000, payload("UserPromptSubmit", "s1", prompt="before step-1 ends")), (9000, result))
+    ))  # fmt: skip
+    eventually(lambda: len(running.get("/api/search?q=step-1")["results"]) == 3)
+    tab.page.fill("[data-testid=history-query]", "step-1")
+    told = "[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)"
+    eventually(
+        lambda: tab.page.evaluate(told) == ["before step-1 ends", "make step-1"], what="the newest first"
+    )
     assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
 
 
