@@ -109,7 +109,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("contextuate: emit_event.py is missing: copy it into the folder of contextuate_monitor.py")
 
-from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json
+from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
 
 __version__ = "0.1.0"
 __all__ = [
@@ -126,9 +126,9 @@ __all__ = [
 log = logging.getLogger("contextuate")
 
 
-def now_ms() -> int:
-    """Return the time in milliseconds since the epoch."""
-    return time.time_ns() // 1_000_000
+def steady_ms() -> float:
+    """Return the milliseconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * 1000
 
 
 # ---------------------------------------------------------------------------
@@ -199,6 +199,66 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+# ---------------------------------------------------------------------------
+# Words for people: on a terminal and in the log
+#
+# What comes from elsewhere may hold anything; on a terminal it goes through `safe_line`.
+# ---------------------------------------------------------------------------
+
+
+def tell(words: str) -> None:
+    """Say something to the person, beside the output."""
+    print(f"contextuate: {words}", file=sys.stderr, flush=True)
+
+
+def safe_line(text: str) -> str:
+    """Return text as one line that cannot steer the terminal it is printed on."""
+    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
+
+
+def human_duration(duration_ms: float) -> str:
+    """Return a duration in its largest fitting unit."""
+    seconds = max(0, int(duration_ms / 1000))
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def human_size(size: int) -> str:
+    """Return a number of bytes in its largest fitting unit."""
+    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+class Progress:
+    """Tell once a second how far long work is."""
+
+    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
+        self.count = 0
+        self._done = 0
+        self._total = total_bytes
+        self._what = what
+        self._quiet = quiet
+        self._told = time.monotonic()
+
+    def add(self, count: int, size: int) -> None:
+        """Take note of work that is done."""
+        self.count += count
+        self._done += size
+        if not self._quiet and time.monotonic() - self._told > 1:
+            self._told = time.monotonic()
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+
+    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on and count them."""
+        for line in lines:
+            self.add(1, len(line) + 1)
+            yield line
 
 
 # ---------------------------------------------------------------------------
@@ -591,6 +651,7 @@ _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither h
 _DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _BLOCK_BYTES = 64 << 10
+FREE_BYTES_TO_GO_ON = 4 << 20
 DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
 _TAIL_BYTES = 4 << 10
 
@@ -665,6 +726,22 @@ class EventStore:
                 for index in indexes:
                     stored[index] = None
         return stored
+
+    def has_room(self) -> bool:
+        """Tell whether events can be written: a disk that broke, or a quota, shows only when one tries."""
+        path = f"{self.root}/.room"
+        try:
+            free = os.statvfs(self.root)
+            if free.f_bavail * free.f_frsize <= FREE_BYTES_TO_GO_ON:
+                return False
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                return os.write(fd, bytes(_BLOCK_BYTES)) == _BLOCK_BYTES
+            finally:
+                os.close(fd)
+                os.unlink(path)
+        except OSError:
+            return False
 
     def _day_for(self, received_ms: int) -> str:
         """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
@@ -1273,6 +1350,28 @@ def _replace(path: str, pieces: Iterable[bytes]) -> None:
     os.replace(path + ".tmp", path)
 
 
+REMEMBERED_IDS = 64 << 10
+
+
+class SeenIds:
+    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
+    memory.
+    """
+
+    def __init__(self) -> None:
+        self._young: Set[str] = set()
+        self._old: Set[str] = set()
+
+    def add(self, event_id: str) -> None:
+        """Remember an id."""
+        self._young.add(event_id)
+        if len(self._young) >= REMEMBERED_IDS // 2:
+            self._old, self._young = self._young, set()
+
+    def __contains__(self, event_id: str) -> bool:
+        return event_id in self._young or event_id in self._old
+
+
 # ---------------------------------------------------------------------------
 # Sessions: what each event says about who works, who waits and who is gone
 #
@@ -1317,6 +1416,9 @@ QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
 CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
+OVERTAKEN_MS = (
+    60_000  # what Redis brings is overtaken by less: a timestamp that goes back by more was set back
+)
 TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
@@ -2455,6 +2557,53 @@ class Track:
     )  # timestamp, number, …
 
 
+@dataclasses.dataclass
+class ClockSkew:
+    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
+
+    What the network and a busy machine add only makes the difference larger. Lately: in the last two windows
+    in which something arrived. The order of arrival stands in the numbers (seq), so what several replays
+    know of one machine can be put together.
+    """
+
+    WINDOW_MS = 300_000
+
+    windows: Dict[int, Tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # window → (its last number, least difference)
+    since_seq: int = 0  # when the clock was last set back, as far as its events show
+
+    def add(self, difference_ms: int, arrived_ms: int, seq: int) -> None:
+        """Take one event into account."""
+        self._note(arrived_ms // self.WINDOW_MS, seq, difference_ms)
+
+    def begin_anew(self, seq: int) -> None:
+        """Forget what came before this number: the clock was set since."""
+        self.since_seq = max(seq, self.since_seq)
+        self.windows = {number: about for number, about in self.windows.items() if about[0] >= self.since_seq}
+
+    def shift(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward by so much."""
+        self.windows = {number: (seq, least + step_ms) for number, (seq, least) in self.windows.items()}
+
+    def merge(self, other: "ClockSkew") -> None:
+        """Take over what another replay knows of the same machine."""
+        for number, (seq, least) in other.windows.items():
+            self._note(number, seq, least)
+        self.begin_anew(other.since_seq)
+
+    @property
+    def value_ms(self) -> Optional[int]:
+        """Return the skew in ms; None before the first event."""
+        return min((least for _, least in self.windows.values()), default=None)
+
+    def _note(self, window: int, seq: int, least: int) -> None:
+        known = self.windows.get(window, (seq, least))
+        self.windows[window] = max(seq, known[0]), min(least, known[1])
+        if len(self.windows) > 2:
+            del self.windows[min(self.windows, key=lambda number: self.windows[number][0])]
+
+
 class SessionBook:
     """All sessions, kept up to date by `apply` and `tick`.
 
@@ -2477,8 +2626,10 @@ class SessionBook:
         self._ended_ms = ended_ms
         self._own_machine = own_machine
         self._prices = prices or PriceList()
-        # Machine → how far our clock is ahead of its clock: the least that an event of it took to get here.
-        self._skew_ms: Dict[str, int] = {own_machine: 0}
+        self._skews: Dict[str, ClockSkew] = {}  # of other machines
+        self._set_forward_ms: Dict[
+            str, int
+        ] = {}  # session of ours → steps of our clock since its latest event
         self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
         self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
@@ -2519,15 +2670,51 @@ class SessionBook:
 
     def _apply_hook(self, event: JsonObject, kind: str) -> None:
         machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
-        delay = received_time(event) - timestamp
-        self._skew_ms[machine] = min(self._skew_ms.get(machine, delay), delay)
         arrived_ms = received_time(event)
+        self._follow_its_clock(event, arrived_ms)
         if arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS:
             self._set_clock_back(session_id, timestamp)
         self._received_ms[session_id] = arrived_ms
+        self._set_forward_ms.pop(session_id, None)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
+
+    def _follow_its_clock(self, event: JsonObject, arrived_ms: int) -> None:
+        """Measure another machine's clock, and see when it was set back.
+
+        Its events come in the order in which they happened, but for those that a spool kept and for imported
+        ones; without this rule all it says would count as late until its clock is where it was before.
+        """
+        machine, timestamp, seq = event["machineId"], event["timestamp"], int(event.get("seq", 0))
+        if machine == self._own_machine or event.get("spooled") or event.get("imported"):
+            return
+        skew = self._skews.setdefault(machine, ClockSkew())
+        if timestamp < self._latest_ms(event["sessionId"]) - OVERTAKEN_MS:
+            skew.begin_anew(seq)
+            self._set_clock_back(event["sessionId"], timestamp)
+        skew.add(arrived_ms - timestamp, arrived_ms, seq)
+
+    def _latest_ms(self, session_id: str) -> int:
+        """Return the timestamp of a session's latest event."""
+        track = self._tracks.get(session_id)
+        if track is None:
+            return self.sessions[session_id].last_event
+        return track.recent[-1][0] if track.recent else track.base.last_event
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back); what came since is told after this.
+
+        Nobody was silent for that time. After a step back `tick` and the next events see to our own sessions:
+        nothing may begin in the future.
+        """
+        for skew in self._skews.values():
+            skew.shift(step_ms)
+        self._heard_ms[self._own_machine] = self._heard_ms.get(self._own_machine, 0) + step_ms
+        for session in self.sessions.values():
+            if session.machine_id == self._own_machine:
+                forward_ms = self._set_forward_ms.get(session.session_id, 0) + step_ms
+                self._set_forward_ms[session.session_id] = max(0, forward_ms)
 
     def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
         """Tell a session an event at its place among those of the last seconds."""
@@ -2572,7 +2759,7 @@ class SessionBook:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
-            silence = self._silence(session.last_event, session.machine_id, time_ms)
+            silence = self._silence(self.last_event_now(session), session.machine_id, time_ms)
             if silence < -CLOCK_STEP_MS:
                 self._set_clock_back(session.session_id, session.last_event + silence)
                 silence = 0
@@ -2620,8 +2807,13 @@ class SessionBook:
         for use_id, call in session.open_calls.items():
             session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
 
+    def last_event_now(self, session: Session) -> int:
+        """Return when a session's latest event was, on its machine's clock as it is set now."""
+        return session.last_event + self._set_forward_ms.get(session.session_id, 0)
+
     def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
-        return time_ms - last_ms - self._skew_ms.get(machine_id, 0)
+        skew = self._skews.get(machine_id)
+        return time_ms - last_ms - ((skew.value_ms if skew else None) or 0)
 
     def end_gone(self, session_id: str, time_ms: int) -> Session:
         """Take into account that a session's process is gone; it said no word (CLAUDE_HOOKS 1)."""
@@ -2635,6 +2827,7 @@ class SessionBook:
         """Forget a session; return whether there was one."""
         self._tracks.pop(session_id, None)
         self._received_ms.pop(session_id, None)
+        self._set_forward_ms.pop(session_id, None)
         gone = self.sessions.pop(session_id, None)
         if gone is not None and gone.parent_id:
             self._linked.add(gone.parent_id)
@@ -2653,8 +2846,8 @@ class SessionBook:
             if session.continued_from:
                 self._continued_by[session.continued_from] = session.session_id
         self._received_ms.update(other._received_ms)
-        for machine, skew_ms in other._skew_ms.items():
-            self._skew_ms[machine] = min(self._skew_ms.get(machine, skew_ms), skew_ms)
+        for machine, skew in other._skews.items():
+            self._skews.setdefault(machine, ClockSkew()).merge(skew)
         for machine, heard_ms in other._heard_ms.items():
             self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
 
@@ -2995,7 +3188,6 @@ SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
 COMPARED_SESSIONS = 200
-MODELS_LIMIT = 50  # of which one event may tell what was used
 
 _INDEX_SCHEMA = """
 CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
@@ -3037,9 +3229,7 @@ _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
 _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])")  # scripts without spaces
 _MARKS = re.compile("[\u0300-\u036f]")
-_TERMINAL_CODE = re.compile(
-    r"\x1b\[[0-9;:?]*[A-Za-z]"
-)  # a colour: its letter is no part of the word that follows
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
 # What nobody searches for, or what stands in every event of a session.
@@ -3336,6 +3526,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def is_duration(value: Any) -> bool:
+    """Tell whether a value can be a duration in milliseconds; clients say all sorts of things."""
+    return emit_event.is_number(value) and 0 <= value < 1 << 40
+
+
 def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     """Return what an event says about tool calls that have a name (CLAUDE_HOOKS: clients since 2.0.43)."""
     data = event["data"]
@@ -3350,8 +3545,7 @@ def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
     if kind not in ("tool_call", "tool_result", "tool_error"):
         return ()
     duration = data.get("durationMs")
-    known = isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40
-    duration_ms = round(duration) if known else None
+    duration_ms = round(duration) if is_duration(duration) else None
     outcome = Outcome.OPEN if kind == "tool_call" else Outcome.OK
     if kind == "tool_error":
         outcome = Outcome.INTERRUPTED if data.get("is_interrupt") is True else Outcome.FAILED
@@ -4641,6 +4835,167 @@ class NoStatistics(Exception):
 
 
 # ---------------------------------------------------------------------------
+# Export: stored lines by session, time and words, tool calls as a table
+#
+# Lines in, lines out; reads event files through a store and knows nothing of who wants them.
+# ---------------------------------------------------------------------------
+
+EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_FORMS = {
+    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
+    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
+}
+CALL_COLUMNS = (
+    "time",
+    "sessionId",
+    "machineId",
+    "workingDirectory",
+    "agentId",
+    "toolName",
+    "target",
+    "outcome",
+    "durationMs",
+    "error",
+    "toolUseId",
+)
+_OUTCOME_WORDS = {
+    Outcome.OPEN: "unfinished",
+    Outcome.FAILED_BY_ROUND: "failed",
+    Outcome.OK: "ok",
+    Outcome.FAILED: "failed",
+    Outcome.INTERRUPTED: "interrupted",
+}
+
+
+def export_lines(
+    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
+) -> Iterator[bytes]:
+    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
+    files.
+    """
+    after = 0
+    while session_id is not None:
+        lines = store.session_lines(session_id, 1000, after=after)
+        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
+        if not lines:
+            return
+        after = line_seq(lines[-1])
+    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
+
+
+def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, as they are in the files."""
+    only = next(iter(query.session_ids)) if query.session_ids is not None else None
+    told = query.terms or query.machine or query.tool or query.kind
+    for line in export_lines(store, only, query.from_ms, query.to_ms):
+        with contextlib.suppress(MalformedEvent):
+            if not told or query.takes(parse_stored(line)):
+                yield line
+
+
+def line_timestamp(line: bytes) -> int:
+    """Return the timestamp of a stored line."""
+    match = _TIMESTAMP.match(line)
+    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
+
+
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
+
+
+def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines, each with its newline, into chunks worth sending."""
+    chunk: List[bytes] = []
+    size = 0
+    for line in lines:
+        chunk.append(line + b"\n")
+        size += len(line) + 1
+        if size >= EXPORT_CHUNK_BYTES:
+            yield b"".join(chunk)
+            chunk, size = [], 0
+    if chunk:
+        yield b"".join(chunk)
+
+
+def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    yield _csv_row(CALL_COLUMNS)
+    unnamed = UnnamedCalls()
+    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
+    ended: Set[int] = set()
+    for event in _readable_events(lines):
+        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
+            if fact.key in ended:
+                continue
+            if fact.outcome < Outcome.OK:
+                _note_begun(begun, fact, event)
+                continue
+            ended.add(fact.key)
+            earlier = begun.pop(fact.key, None)
+            yield _call_row(fact, event, earlier[0] if earlier else None)
+    for fact, event in begun.values():
+        yield _call_row(fact, event, fact)
+
+
+def _readable_events(lines: Iterable[bytes]) -> Iterator[JsonObject]:
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            yield parse_stored(line)
+
+
+def _note_begun(begun: Dict[int, Tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
+    """Keep of a call that has not ended when it began, and the event that tells most of it."""
+    earlier = begun.get(fact.key)
+    if earlier is None:
+        begun[fact.key] = (fact, event)
+    elif fact.outcome > earlier[0].outcome:
+        begun[fact.key] = (earlier[0]._replace(outcome=fact.outcome), event)
+
+
+def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+    start = earlier.start if earlier else fact.start
+    duration = fact.duration
+    if duration is None and earlier is not None and fact.finish is not None:
+        duration = max(0, fact.finish - earlier.start)
+    call = _call_content(fact, event)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
+    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+    values = (
+        f"{stamp}.{start % 1000:03d}Z",
+        event["sessionId"],
+        event["machineId"],
+        event["workingDirectory"],
+        event.get("agentId", ""),
+        fact.tool,
+        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        _OUTCOME_WORDS[fact.outcome],
+        duration if duration is not None else "",
+        without_colours(text_of(call.get("error"))) if failed else "",
+        text_of(call.get("toolUseId")),
+    )
+    return _csv_row(values)
+
+
+def _call_content(fact: CallFact, event: JsonObject) -> JsonObject:
+    """Return what an event holds of a call: `data`, or of the event of a round the part about this call."""
+    names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
+    for call in _batch_calls(event):
+        if stable_hash(event["sessionId"], text_of(call.get("tool_use_id"))) == fact.key:
+            return {name: call.get(its_name) for name, its_name in names.items()}
+    data: JsonObject = event["data"]
+    return data
+
+
+def _csv_row(values: Iterable[Any]) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    row = io.StringIO()
+    texts = [
+        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
+    ]
+    csv.writer(row, lineterminator="").writerow(texts)
+    return row.getvalue().encode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------
 # Retention: whole days of events go, the oldest first, until what is left is young and small enough
 #
 # Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
@@ -4692,9 +5047,8 @@ def plan_retention(
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
-        if day >= day_of(time_ms) or not (day < first_kept or is_over):
-            going = {}
+        goes = day < day_of(time_ms) and (day < first_kept or is_over)
+        going = {name: it.bytes_on_disk for name, it in files.items() if goes and name not in kept_names}
         if len(going) < len(files):
             oldest = oldest or day
         paths += (f"{store.root}/{day}/{name}" for name in going)
@@ -4824,7 +5178,7 @@ class EventCounts:
         if kind == "tool_error":
             self.failures[tool] = self.failures.get(tool, 0) + 1
         duration = data.get("durationMs")
-        if isinstance(duration, (int, float)) and not isinstance(duration, bool) and 0 <= duration < 1 << 40:
+        if is_duration(duration):
             buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
             self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
 
@@ -5553,28 +5907,8 @@ STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
 INBOX_LIMIT_BYTES = 16 << 20
 INBOX_LINES_A_TURN = 200
 STREAM_START = "0-0"
-REMEMBERED_IDS = 64 << 10
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
-
-
-class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
-
-    def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
-
-    def add(self, event_id: str) -> None:
-        """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
-
-    def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
 
 
 class RemoteLine(NamedTuple):
@@ -6044,7 +6378,6 @@ class RedisLink:
 REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
 TOKEN_COOKIE = "contextuate_token"
-EXPORT_CHUNK_BYTES = 256 << 10
 
 
 class Access:
@@ -6098,21 +6431,19 @@ class Access:
         """Return the name in the Host header if it is ours; raise RequestError(421)."""
         host = request.one("host")
         match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", host)
-        name = match.group(1).lower() if match else ""
-        if match and (
-            host.lower() in self._allowed or (name in self._allowed and self._is_usual(match.group(2), port))
-        ):
-            return name
-        known = bool(match) and (is_loopback(name) or name.strip("[]") in self._own_names)
-        if not known or match is None or int(match.group(2) or 80) != port:
-            raise RequestError(
-                421, "this Host is not served here; add it to server.allowedHosts if it should be"
-            )
-        return name
+        if match is not None:
+            name, given_port = match[1].lower(), int(match[2]) if match[2] else None
+            if self._is_allowed(host.lower(), name, given_port, port) or self._is_own(name, given_port, port):
+                return name
+        raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    @staticmethod
-    def _is_usual(given: Optional[str], port: int) -> bool:
-        return given is None or int(given) in (80, 443, port)
+    def _is_allowed(self, host: str, name: str, given_port: Optional[int], port: int) -> bool:
+        """Tell whether server.allowedHosts has it: with this very port, or without one for the usual ones."""
+        return host in self._allowed or (name in self._allowed and given_port in (None, 80, 443, port))
+
+    def _is_own(self, name: str, given_port: Optional[int], port: int) -> bool:
+        is_ours = is_loopback(name) or name.strip("[]") in self._own_names
+        return is_ours and (80 if given_port is None else given_port) == port
 
     def _check_origin(self, origin: str, host_name: str) -> None:
         """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host
@@ -6251,12 +6582,6 @@ class Query:
         return int(text)
 
 
-EXPORT_FORMS = {
-    "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
-    "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
-}
-
-
 class Api:
     """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
     rest.
@@ -6270,11 +6595,13 @@ class Api:
         ask: Callable[[Callable[[], Any]], Any],
         state: "ApiState",
         history: History,
+        take: Callable[[bytes], bool],
     ) -> None:
         self._store = store
         self._history = history
         self._ask = ask
         self._state = state
+        self._take = take  # an event to be stored at once; tells whether it is safe
 
     def answer(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError or ParameterError for one that cannot be answered."""
@@ -6350,7 +6677,7 @@ class Api:
             emit_event.parse_event_line(body)
         except MalformedEvent as error:
             raise RequestError(400, f"a hook payload is one JSON object: {error}") from None
-        if not self._ask(lambda: self._state.take_now(body)):
+        if not self._ask(lambda: self._take(body)):
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
         return json_response({})
 
@@ -6401,7 +6728,7 @@ class Api:
 
 
 class ApiState(Protocol):
-    """What the API asks of the loop thread; the Monitor is one."""
+    """What the API asks in the loop thread; the Overview is one."""
 
     def status(self) -> JsonObject:
         """Return what /api/status shows."""
@@ -6423,148 +6750,6 @@ class ApiState(Protocol):
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
-
-    def take_now(self, line: bytes) -> bool:
-        """Store one event at once; return whether it is safe."""
-
-
-def export_lines(
-    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
-) -> Iterator[bytes]:
-    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
-    files.
-    """
-    after = 0
-    while session_id is not None:
-        lines = store.session_lines(session_id, 1000, after=after)
-        yield from (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
-        if not lines:
-            return
-        after = line_seq(lines[-1])
-    yield from (line for line in store.all_lines() if from_ms <= line_timestamp(line) < to_ms)
-
-
-def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
-    """Yield the stored lines that a query asks for, as they are in the files."""
-    only = next(iter(query.session_ids)) if query.session_ids is not None else None
-    told = query.terms or query.machine or query.tool or query.kind
-    for line in export_lines(store, only, query.from_ms, query.to_ms):
-        with contextlib.suppress(MalformedEvent):
-            if not told or query.takes(parse_stored(line)):
-                yield line
-
-
-CALL_COLUMNS = (
-    "time",
-    "sessionId",
-    "machineId",
-    "workingDirectory",
-    "agentId",
-    "toolName",
-    "target",
-    "outcome",
-    "durationMs",
-    "error",
-    "toolUseId",
-)
-_OUTCOME_WORDS = {
-    Outcome.OPEN: "unfinished",
-    Outcome.FAILED_BY_ROUND: "failed",
-    Outcome.OK: "ok",
-    Outcome.FAILED: "failed",
-    Outcome.INTERRUPTED: "interrupted",
-}
-
-
-def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
-    yield _csv_row(CALL_COLUMNS)
-    unnamed = UnnamedCalls()
-    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
-    ended: Set[int] = set()
-    for line in lines:
-        try:
-            event = parse_stored(line)
-        except MalformedEvent:
-            continue
-        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
-            if fact.key in ended:
-                continue
-            earlier = begun.get(fact.key)
-            if fact.outcome < Outcome.OK:
-                if earlier is None or fact.outcome > earlier[0].outcome:
-                    begun[fact.key] = (
-                        fact if earlier is None else earlier[0]._replace(outcome=fact.outcome),
-                        event,
-                    )
-                continue
-            begun.pop(fact.key, None)
-            ended.add(fact.key)
-            yield _call_row(fact, event, earlier[0] if earlier else None)
-    for fact, event in begun.values():
-        yield _call_row(fact, event, fact)
-
-
-def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
-    data = event["data"]
-    start = earlier.start if earlier else fact.start
-    duration = fact.duration
-    if duration is None and earlier is not None and fact.finish is not None:
-        duration = max(0, fact.finish - earlier.start)
-    call: JsonObject = data
-    for one in _batch_calls(event):
-        if stable_hash(event["sessionId"], text_of(one.get("tool_use_id"))) == fact.key:
-            names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
-            call = {name: one.get(its_name) for name, its_name in names.items()}
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
-    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
-    values = (
-        f"{stamp}.{start % 1000:03d}Z",
-        event["sessionId"],
-        event["machineId"],
-        event["workingDirectory"],
-        event.get("agentId", ""),
-        fact.tool,
-        tool_target(call.get("toolInput"), event["workingDirectory"]),
-        _OUTCOME_WORDS[fact.outcome],
-        duration if duration is not None else "",
-        without_colours(text_of(call.get("error"))) if failed else "",
-        text_of(call.get("toolUseId")),
-    )
-    return _csv_row(values)
-
-
-def _csv_row(values: Iterable[Any]) -> bytes:
-    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
-    row = io.StringIO()
-    texts = [
-        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
-    ]
-    csv.writer(row, lineterminator="").writerow(texts)
-    return row.getvalue().encode("utf-8", "backslashreplace")
-
-
-def line_timestamp(line: bytes) -> int:
-    """Return the timestamp of a stored line."""
-    match = _TIMESTAMP.match(line)
-    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
-
-
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
-
-
-def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks worth sending."""
-    chunk: List[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line + b"\n")
-        size += len(line) + 1
-        if size >= EXPORT_CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
 
 
 BUILT_IN_PAGE = """<!doctype html>
@@ -6753,6 +6938,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
             log.exception("unexpected error in an HTTP request")
 
 
+SAFE_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
@@ -6840,35 +7034,33 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, response: Response) -> None:
         self.send_response(response.status)
-        chunked = self.request_version != "HTTP/1.0"
-        length = ("Transfer-Encoding", "chunked")
-        if isinstance(response.body, bytes):
-            length = ("Content-Length", str(len(response.body)))
-        elif not chunked:
-            self.close_connection = True
-            length = ("Connection", "close")
-        for name, value in (
-            ("Content-Type", response.content_type),
-            length,
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
-            ("X-Frame-Options", "DENY"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            *response.headers,
-        ):
+        self.send_header("Content-Type", response.content_type)
+        for name, value in (*self._ends_of(response.body), *SAFE_HEADERS, *response.headers):
             self.send_header(name, value)
-        if self.close_connection and length[0] != "Connection":
-            self.send_header("Connection", "close")
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        if isinstance(response.body, bytes):
-            self.wfile.write(response.body)
-            return
-        for chunk in response.body:
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        if chunked:
+        if self.command != "HEAD":
+            self._send_body(response.body)
+
+    def _ends_of(self, body: Union[bytes, Iterator[bytes]]) -> List[Tuple[str, str]]:
+        """Return the headers that tell where the body ends, and whether the connection does too."""
+        headers = []
+        if isinstance(body, bytes):
+            headers.append(("Content-Length", str(len(body))))
+        elif self.request_version != "HTTP/1.0":
+            headers.append(("Transfer-Encoding", "chunked"))
+        else:
+            self.close_connection = True
+        if self.close_connection:
+            headers.append(("Connection", "close"))
+        return headers
+
+    def _send_body(self, body: Union[bytes, Iterator[bytes]]) -> None:
+        if isinstance(body, bytes):
+            self.wfile.write(body)
+        elif self.request_version == "HTTP/1.0":
+            self.wfile.writelines(body)
+        else:
+            self.wfile.writelines(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
             self.wfile.write(b"0\r\n\r\n")
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -6896,7 +7088,6 @@ LOAD_SLICE_S = 0.004
 LINK_EVERY = 100
 CATCH_UP_EVENTS = 2000
 HISTORY_LIMIT = 1000
-FREE_BYTES_TO_GO_ON = 4 << 20
 PROCESS_START_SLACK_MS = 5000
 FRESH_MS = 30_000
 
@@ -6963,31 +7154,23 @@ class Incoming(NamedTuple):
     sent_ms: Optional[int]
 
 
-class ClockSkew:
-    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
-
-    What the network and a busy machine add only makes the difference larger.
-    """
-
-    WINDOW_MS = 300_000
+class ClockWatch:
+    """Notices that the clock on the wall was set, by a clock that nobody sets."""
 
     def __init__(self) -> None:
-        self._since = 0
-        self._least: Optional[int] = None  # of the window that is under way
-        self._before: Optional[int] = None  # of the one before
+        self._first_ms = self._ahead_ms = (
+            now_ms() - steady_ms()
+        )  # how far the wall is ahead of the steady one
 
-    def add(self, difference_ms: int, time_ms: int) -> None:
-        """Take one event into account."""
-        if time_ms - self._since > self.WINDOW_MS:
-            self._since, self._before, self._least = time_ms, self._least, None
-        if self._least is None or difference_ms < self._least:
-            self._least = difference_ms
+    def step_ms(self) -> int:
+        """Return how far the clock was set forward since the last call (below 0: back), 0 if it was not."""
+        before_ms, self._ahead_ms = self._ahead_ms, now_ms() - steady_ms()
+        step_ms = self._ahead_ms - before_ms
+        return int(step_ms) if abs(step_ms) > CLOCK_STEP_MS else 0
 
-    @property
-    def value_ms(self) -> Optional[int]:
-        """Return the skew in ms; None before the first event."""
-        known = [least for least in (self._least, self._before) if least is not None]
-        return min(known) if known else None
+    def least_ms(self) -> int:
+        """Return what time it is at least, by today's clock and by the one that ran at the start."""
+        return int(steady_ms() + min(self._first_ms, now_ms() - steady_ms()))
 
 
 @dataclasses.dataclass
@@ -7013,6 +7196,61 @@ class Arrival(NamedTuple):
 
     line: bytes
     connection: Optional[IngestConnection]
+
+
+class HookPort:
+    """The Unix socket that hooks send to: takes our own user's connections only, keeps its place.
+
+    `received(connection, line)` gets each line. Raises StartError when another monitor uses the socket.
+    """
+
+    def __init__(
+        self,
+        loop: EventLoop,
+        path: str,
+        received: Callable[[IngestConnection, Union[bytes, TooLong]], None],
+    ) -> None:
+        self._loop = loop
+        self._path = path
+        self._received = received
+        self._connections: Set[IngestConnection] = set()
+        self._lock = lock_file(path + ".lock", f"another monitor uses {path}")
+        self._listening = False
+        self._listen()
+
+    def _listen(self) -> None:
+        self._listener = Listener(self._loop, bind_unix(self._path), self._accept)
+        self._inode = os.stat(self._path).st_ino
+        self._listening = True
+
+    def _accept(self, sock: socket.socket) -> None:
+        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
+            sock.close()
+            return
+        self._connections.add(IngestConnection(self._loop, sock, self._received, self._connections.discard))
+
+    def look(self) -> None:
+        """Put the socket back when something removed it."""
+        if self._listening and not os.path.exists(self._path):
+            log.warning("%s was removed; it is made anew", self._path)
+            self._listener.close()
+            self._listen()
+
+    def stop_listening(self) -> None:
+        """Take no more connections; those that are there may still send."""
+        self._listening = False
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            if os.lstat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
+    def close(self) -> None:
+        """Let go of the connections and of the socket's place."""
+        if self._listening:
+            self.stop_listening()
+        for connection in list(self._connections):
+            connection.close()
+        os.close(self._lock)
 
 
 class SpoolDrain:
@@ -7317,6 +7555,9 @@ class Intake:
                 self.duplicates += 1
                 places.append(None)
             else:
+                event.pop("spooled", None)
+                if incoming.via is Via.SPOOL:
+                    event["spooled"] = True  # it may come long after what happened later
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
@@ -7333,6 +7574,12 @@ class Intake:
         """Count and keep the beginning of a line that is no event because of its length."""
         self.received += 1
         self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+
+    def clock_was_set(self, step_ms: int) -> None:
+        """Go on after our own clock was set forward (below 0: back) by so much."""
+        for name, machine in self.machines.items():
+            if name != self._machine_id:
+                machine.skew.shift(step_ms)
 
     def close(self) -> None:
         """Let go of files; say in the log what came from where."""
@@ -7390,7 +7637,7 @@ class Intake:
         machine.events += 1
         machine.last_seen = received_ms
         if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms)
+            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms, entry.seq)
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
             machine.dropped += dropped
@@ -7399,6 +7646,158 @@ class Intake:
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
+
+
+class SessionFeed:
+    """What clients are told of the sessions: what changed, together and not too often, or all."""
+
+    def __init__(self, loop: EventLoop, book: SessionBook, clients: ClientServer) -> None:
+        self._loop = loop
+        self._book = book
+        self._clients = clients
+        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
+        self._updates_due = False
+
+    def note(self, sessions: Iterable[Session]) -> None:
+        """Note sessions whose update is to be sent, and those that were linked with them."""
+        for session in itertools.chain(sessions, self._book.linked_changes()):
+            self._changed[session.session_id] = session
+
+    def send_soon(self) -> None:
+        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
+        if self._changed and not self._updates_due:
+            self._updates_due = True
+            self._send()
+            self._loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+
+    def _end_interval(self) -> None:
+        self._updates_due = False
+        self.send_soon()
+
+    def _send(self) -> None:
+        changed, self._changed = self._changed, {}
+        if not self._clients.clients:
+            return
+        children = self._book.children() if len(changed) > 1 else None
+        for session in changed.values():
+            if session.session_id in self._book.sessions:
+                message = {"type": "session_update", "session": self._book.to_json(session, children)}
+                self._clients.broadcast_json(message)
+
+    def forget(self, session_id: str) -> None:
+        """Tell that a session is deleted."""
+        self._changed.pop(session_id, None)
+        self._clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+
+    def send_list(self) -> None:
+        """Send everyone the sessions; the list may be much and does not count as falling behind."""
+        self._book.linked_changes()
+        self._changed.clear()
+        for with_hidden in (False, True):
+            frame = b""
+            for client in list(self._clients.clients.values()):
+                if client.view is not None and client.show_hidden == with_hidden:
+                    frame = frame or encode_frame(
+                        Opcode.TEXT,
+                        encode_with_sessions({"type": "sessions_updated"}, self._book, with_hidden),
+                    )
+                    self._clients.answer(client, frame)
+
+
+def encode_with_sessions(message: JsonObject, book: SessionBook, with_hidden: bool) -> bytes:
+    """Encode a message with the sessions that are known so far.
+
+    All are much (2 kB each), so that they are not held one by one beside the whole.
+    """
+    body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
+    for session in book.each_json(with_hidden):
+        body += encode_json(session) + b","
+    if body.endswith(b","):
+        del body[-1]
+    body += b"]}"
+    return bytes(body)
+
+
+class Retention:
+    """Deletes what the configuration says is too old or too much, packs closed days: in its own thread.
+
+    `pinned()` gives the names of the files to keep; `removed(names)` hears whose events are all gone. Both
+    are called in the loop thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: EventLoop,
+        clock: ClockWatch,
+        pinned: Callable[[], FrozenSet[str]],
+        removed: Callable[[FrozenSet[str]], None],
+    ) -> None:
+        megabytes = settings["retention.maxMegabytes"]
+        self.disk = DiskUse(megabytes and megabytes << 20)
+        self._settings = settings
+        self._loop = loop
+        self._clock = clock
+        self._pinned = pinned
+        self._removed = removed
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
+        self._closing = False
+
+    def begin(self) -> None:
+        """Do it now, and from time to time."""
+        self._retain()
+        self._loop.call_every(RETENTION_INTERVAL_S, self._retain)
+
+    def _retain(self) -> None:
+        """Delete what is too old or too much; a clock that was set forward makes nothing older."""
+        self.prune(dry_run=False, done=lambda plan: None)
+
+    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
+        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
+        kept = self._pinned()
+        added = self.disk.events_added
+
+        def work() -> None:
+            try:
+                plan = retention_plan(self._settings, kept, self._clock.least_ms())
+                gone = frozenset() if dry_run else carry_out(self._settings.home, plan)
+                if not dry_run:
+                    self._pack()
+            except OSError as error:
+                words = f"old events cannot be deleted: {error}"
+                log.warning("%s", words)
+                self._loop.call_soon(lambda: self.disk.failed(words))
+                return
+            self._loop.call_soon(lambda: self.disk.measured(plan, not dry_run, added))
+            self._loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
+            self._loop.call_soon(lambda: done(plan))
+
+        with contextlib.suppress(RuntimeError):  # the monitor stops
+            self._thread.submit(work)
+
+    def _pack(self) -> None:
+        """Pack the files of closed days when the configuration says so; in the thread."""
+        days = self._settings["retention.compressAfterDays"]
+        time_ms = self._clock.least_ms()
+        paths = files_to_pack(self._settings.path("events"), time_ms, days) if days is not None else []
+        for path in paths:
+            if self._closing:
+                return
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                pack_file(path)
+        if paths:
+            log.info("%d files of closed days are packed", len(paths))
+
+    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
+        if plan.paths and not dry_run:
+            days, size = plan.days, human_size(plan.size)
+            log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
+        self._removed(gone)
+
+    def close(self) -> None:
+        """End the thread; what it is about is finished."""
+        self._closing = True
+        self._thread.shutdown(wait=True)
 
 
 class Conversation:
@@ -7482,7 +7881,7 @@ class Conversation:
         self._reply(client, message, reply)
         if frames:
             self._monitor.clients.answer(client, b"".join(frames))
-        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.status()})
+        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.overview.status()})
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         ids = _text_list(message, "sessionIds")
@@ -7493,7 +7892,7 @@ class Conversation:
         reply: JsonObject = {"type": "sessions"}
         if "requestId" in message:
             reply["requestId"] = message["requestId"]
-        body = self._monitor.with_sessions(reply, client.show_hidden)
+        body = encode_with_sessions(reply, self._monitor.book, client.show_hidden)
         self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, body))
 
     def _on_get_events(self, client: Client, message: JsonObject) -> None:
@@ -7539,7 +7938,9 @@ class Conversation:
         wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
         in_state = wanted["state"]
         sessions = (
-            self._monitor.sessions_in_state(in_state) if isinstance(in_state, str) and in_state else None
+            self._monitor.overview.sessions_in_state(in_state)
+            if isinstance(in_state, str) and in_state
+            else None
         )
         try:
             query = search_query(wanted, sessions)
@@ -7591,7 +7992,7 @@ class Conversation:
         for session in list(self._monitor.book.sessions.values()):
             if not session.hidden:
                 self._act(session, {"action": "hide", "hidden": True})
-        self._monitor.send_session_list()
+        self._monitor.feed.send_list()
 
     def _on_delete_session(self, client: Client, message: JsonObject) -> None:
         self._monitor.delete(self._known_session(message))
@@ -7600,7 +8001,7 @@ class Conversation:
         self._refuse_while_loading()
         for session in list(self._monitor.book.sessions.values()):
             self._monitor.delete(session)
-        self._monitor.send_session_list()
+        self._monitor.feed.send_list()
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
         client.show_hidden = message.get("showHidden") is True
@@ -7610,7 +8011,7 @@ class Conversation:
         if not self._monitor.redis:
             raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
         self._monitor.redis.reconnect()
-        self._reply(client, message, {"type": "status", **self._monitor.status()})
+        self._reply(client, message, {"type": "status", **self._monitor.overview.status()})
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
@@ -7645,9 +8046,9 @@ class Conversation:
         dry_run = message.get("dryRun") is True
         if not self._monitor.settings["persistence.enabled"]:
             raise MessageError("events are kept in memory only, there is nothing to delete")
-        if self._monitor.status()["loading"] is not None:
+        if self._monitor.overview.status()["loading"] is not None:
             raise MessageError("stored sessions are still being read; try again in a moment")
-        self._monitor.prune(
+        self._monitor.retention.prune(
             dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
         )
 
@@ -7674,6 +8075,149 @@ class Conversation:
     }
 
 
+class Overview:
+    """What the API and the clients ask about the whole: status, configuration, sessions, metrics.
+
+    Reads what the monitor's parts know, in the loop thread, and changes nothing.
+    """
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._last_told: JsonObject = {}
+
+    def status(self) -> JsonObject:
+        """Return what /api/status and the `status` message show."""
+        segments = emit_event.spool_segments(self._monitor.settings.path("spool"))
+        index = self._monitor.history.status()
+        return {
+            "version": __version__,
+            "mode": self._monitor.settings["mode"],
+            "machineId": self._monitor.settings.machine_id,
+            "startedAt": self._monitor.started_at,
+            "pid": os.getpid(),
+            "seq": self._monitor.store.seq,
+            "events": {
+                "received": self._monitor.intake.received,
+                "stored": self._monitor.stored,
+                "duplicates": self._monitor.intake.duplicates,
+                "quarantined": self._monitor.intake.quarantine.count,
+            },
+            "sessions": len(self._monitor.book.sessions),
+            "clients": sum(client.view is not None for client in self._monitor.clients.clients.values()),
+            "store": {
+                "path": self._monitor.store.root,
+                "persistent": self._monitor.settings["persistence.enabled"],
+                "ok": self._monitor.store_error is None,
+                "error": self._monitor.store_error,
+                "repaired": self._monitor.store.repaired,
+            },
+            "spool": {
+                "segments": len(segments),
+                "bytes": sum(size for _, size in segments),
+                "dropped": self._dropped(),
+            },
+            "index": index,
+            "disk": self._monitor.retention.disk.to_json(index["bytes"]),
+            "machines": [
+                {
+                    "machineId": name,
+                    "events": machine.events,
+                    "lastSeen": machine.last_seen,
+                    "clockSkewMs": machine.skew.value_ms,
+                    "dropped": machine.dropped,
+                }
+                for name, machine in sorted(self._monitor.intake.machines.items())
+            ],
+            "redis": self._monitor.redis.status() if self._monitor.redis else None,
+            "publisher": emit_event.publisher_state(self._monitor.settings.home)
+            if self._monitor.redis
+            else None,
+            "loading": self._monitor.loader.progress,
+            "demo": any(session.demo for session in self._monitor.book.sessions.values()),
+        }
+
+    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+        """Return the ids of the sessions that are in a state now."""
+        return frozenset(
+            session.session_id for session in self._monitor.book.sessions.values() if session.state == state
+        )
+
+    def labels(self) -> Dict[str, str]:
+        """Return the label of every session."""
+        return {session.session_id: session.label[0] for session in self._monitor.book.sessions.values()}
+
+    def metrics(self) -> bytes:
+        """Return the metrics in the text form of Prometheus."""
+        states = collections.Counter(session.state for session in self._monitor.book.sessions.values())
+        clients, redis = self._monitor.clients, self._monitor.redis
+        queues = QueueFigures(
+            sum(client.queued_bytes for client in clients.clients.values()),
+            clients.closed_slow,
+            redis.inbox_bytes if redis else 0,
+        )
+        return metrics_text(self.status(), self._monitor.counts, states, queues)
+
+    def _dropped(self) -> int:
+        """Return how many events full spools had to drop, as far as this monitor was told."""
+        own = self._monitor.spool.dropped if self._monitor.spool else 0
+        return own + sum(machine.dropped for machine in self._monitor.intake.machines.values())
+
+    def config(self) -> JsonObject:
+        """Return the configuration in force; there is no secret in it."""
+        nested: JsonObject = {
+            "version": __version__,
+            "machineId": self._monitor.settings.machine_id,
+            "path": self._monitor.settings.config_path,
+        }
+        for key, value in self._monitor.settings.values.items():
+            section, dot, name = key.partition(".")
+            if key in emit_event.SECRET_KEYS and value is not None:
+                value = "(not shown)"
+            if dot:
+                nested.setdefault(section, {})[name] = value
+            else:
+                nested[section] = value
+        nested["server"]["port"], nested["server"]["wsPort"] = self._monitor.port, self._monitor.ws_port
+        return nested
+
+    def sessions_json(self, with_hidden: bool) -> bytes:
+        """Return the sessions that are known so far, and how many of the stored ones those are."""
+        return encode_with_sessions(
+            {"loading": self._monitor.loader.progress}, self._monitor.book, with_hidden
+        )
+
+    def session_json(self, session_id: str) -> JsonObject:
+        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
+        if self._monitor.loader.holds(session_id):
+            raise RequestError(503, "this session's events are being read; ask again in a moment")
+        session = self._monitor.book.sessions.get(session_id)
+        if session is None:
+            raise RequestError(404, "no session with this id is known")
+        return self._monitor.book.to_json(session)
+
+    def news(self) -> Optional[JsonObject]:
+        """Return the status when more than its counters changed since the last time, else None."""
+        status = self.status()
+        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
+        index = status["index"]
+        percent = (
+            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
+        )
+        steady["index"] = (index["state"], index["error"], percent)
+        if self._monitor.redis:
+            steady["redis"] = [
+                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
+            ]
+            steady["publisher"] = [
+                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
+            ]
+            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
+        if steady == self._last_told:
+            return None
+        self._last_told = steady
+        return status
+
+
 class Monitor:
     """The running program. `run` serves until `stop`.
 
@@ -7684,25 +8228,21 @@ class Monitor:
         self.settings = settings
         self.loop = EventLoop()
         self.started_at = now_ms()
+        self._clock = ClockWatch()
         self.book = session_book(settings)
         self.store: Union[EventStore, MemoryStore] = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
         self.intake = Intake(settings, self.store)
-        self.stored = 0
+        self.stored = 0  # events since the start
+        self.counts = EventCounts()
+        self.store_error: Optional[str] = None  # as it was told last
         self._arrivals: List[Arrival] = []  # of this turn
-        self._connections: Set[IngestConnection] = set()
-        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
-        self._updates_due = False
         self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
-        self._last_status: Optional[JsonObject] = None
-        self._store_error: Optional[str] = None
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self._keeper = concurrent.futures.ThreadPoolExecutor(1, "retention")
-        megabytes = settings["retention.maxMegabytes"]
-        self._disk = DiskUse(megabytes and megabytes << 20)
-        self._counts = EventCounts()
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
+        self.retention = Retention(settings, self.loop, self._clock, self._pinned_files, self._removed)
+        self.overview = Overview(self)
         self._stopping = False
 
     # Start and stop
@@ -7710,9 +8250,7 @@ class Monitor:
     def open(self) -> None:
         """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
-        self._locks = [
-            lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
-        ]
+        self._lock = lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -7723,10 +8261,10 @@ class Monitor:
         ws_socket = bind_tcp(host, self.settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         self.access.port = self.port
-        self._listen_for_hooks()
+        self._hooks = HookPort(self.loop, self.settings["socketPath"], self._line_arrived)
         limit = self.settings["limits.connections"]
         page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self, self.history)
+        api = Api(self.store, self.loop.call, self.overview, self.history, self.take_now)
         self.http = HttpServer(http_socket, self.access, page, api, limit)
         self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
         self._http_thread.start()
@@ -7742,14 +8280,13 @@ class Monitor:
             connection_limit=limit,
             queue_limit_bytes=self.settings["limits.clientQueueBytes"],
         )
+        self.feed = SessionFeed(self.loop, self.book, self.clients)
         self.loop.turn_end = self._handle_arrivals
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
         self.loop.call_every(CATCH_UP_INTERVAL_S, self._catch_up)
         self.history.start()
-        if self.settings["persistence.enabled"]:
-            self.loop.call_soon(self._begin_to_retain)
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
@@ -7758,7 +8295,7 @@ class Monitor:
         if self.settings["mode"] == "local":
             self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
             return
-        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status_if_changed)
+        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._tell_status)
         self.loop.call_every(SPOOL_INTERVAL_S, self._keep_publisher)
 
     def run(self) -> None:
@@ -7776,8 +8313,7 @@ class Monitor:
         if self._stopping:
             return
         self._stopping = True
-        self._hook_listener.close()
-        self._unlink_socket()
+        self._hooks.stop_listening()
         self.clients.close_all()
         # One more round, so that lines which have arrived are stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
@@ -7789,28 +8325,26 @@ class Monitor:
         self.http.shutdown()
         self.http.server_close()
         self.reader.shutdown(wait=True)
-        self._keeper.shutdown(wait=True)
+        self.retention.close()
         self.history.stop()
-        for connection in list(self._connections):
-            connection.close()
-        remember_seq(
-            self.settings.home, self.store.seq
-        )  # the newest files may be removed by hand before the next start
+        self._hooks.close()
+        # the newest files may be removed by hand before the next start
+        remember_seq(self.settings.home, self.store.seq)
         self.store.close()
         self.intake.close()
-        self._unlink_socket()
         self.loop.close()
-        for fd in self._locks:
-            os.close(fd)
+        os.close(self._lock)
 
     def _begin_loading(self) -> None:
         """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
         with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
             self.store.seq = max(0, int(file.read(20)))
         self.loader = Loader(self.store, self.book, self.intake.seen, self._show_loaded)
-        if self.loader.progress is not None:
-            log.info("%d stored sessions are being read", self.loader.progress["total"])
-            self.loop.call_soon(self._load_some)
+        if self.loader.progress is None:
+            self.loop.call_soon(self._begin_to_retain)
+            return
+        log.info("%d stored sessions are being read", self.loader.progress["total"])
+        self.loop.call_soon(self._load_some)
 
     def _load_some(self) -> None:
         try:
@@ -7823,42 +8357,24 @@ class Monitor:
 
     def _show_loaded(self, sessions: Iterable[Session]) -> None:
         """Show sessions that are complete now and have not ended; the others come with the whole list."""
-        for session in sessions:
-            if session.state != "ended":
-                self._changed[session.session_id] = session
-        self._send_updates_soon()
+        self.feed.note(session for session in sessions if session.state != "ended")
+        self.feed.send_soon()
 
     def _end_loading(self) -> None:
         seconds = (now_ms() - self.started_at) / 1000
         log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
-        self.book.linked_changes()
-        self._changed.clear()
-        self.send_session_list()
-        self._send_status_if_changed()
+        self.feed.send_list()
+        self._tell_status()
+        self._begin_to_retain()
 
-    # Hooks
+    def _begin_to_retain(self) -> None:
+        """Let old events go once it is known which sessions are pinned."""
+        if self.settings["persistence.enabled"]:
+            self.retention.begin()
 
-    def _listen_for_hooks(self) -> None:
-        path = self.settings["socketPath"]
-        self._locks.append(lock_file(path + ".lock", f"another monitor uses {path}"))
-        self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
-        self._socket_inode = os.stat(path).st_ino
-
-    def _unlink_socket(self) -> None:
-        path = self.settings["socketPath"]
-        with contextlib.suppress(OSError):
-            if os.lstat(path).st_ino == self._socket_inode:
-                os.unlink(path)
-
-    def _accept_hook(self, sock: socket.socket) -> None:
-        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
-            sock.close()
-            return
-        self._connections.add(
-            IngestConnection(self.loop, sock, self._line_arrived, self._connections.discard)
-        )
+    # Events that come in
 
     def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
         if isinstance(line, TooLong):
@@ -7868,12 +8384,18 @@ class Monitor:
         self._arrivals.append(Arrival(line, connection))
 
     def _handle_arrivals(self) -> None:
-        """Store what this turn brought, acknowledge it, then show it."""
+        """Store what this turn brought, acknowledge it, then show it: no hook waits for the page."""
         arrivals, self._arrivals = self._arrivals, []
         if not arrivals:
             return
         received_ms = now_ms()
-        safe = self._store_lines([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        safe, stored = self._store([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
+        self._answer(arrivals, safe)
+        self._show(stored)
+
+    @staticmethod
+    def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
+        """Acknowledge what is safe; close the connection of what could not be stored."""
         counts: Dict[IngestConnection, int] = {}
         failed: Set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
@@ -7921,319 +8443,97 @@ class Monitor:
 
     def _catch_up(self) -> None:
         event = self.intake.catch_up.read_on()
-        if event is not None:
+        if event is not None and event["sessionId"] in self.book.sessions:  # it may be deleted by now
             self.take_now(encode_json(event))
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
-        safe, stored = self.intake.take(lines)
-        self._note_store_error()
+        safe, stored = self._store(lines)
         self._show(stored)
         return safe
+
+    def _store(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+        """Store a batch of lines; return for each whether nothing more need be done, and the new events."""
+        self._follow_clock()
+        safe, stored = self.intake.take(lines)
+        self._note_store_error()
+        return safe, stored
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
         """Let stored events change the sessions, and send them to the clients."""
         if not stored:
             return
         self.stored += len(stored)
-        if self.settings["persistence.enabled"]:
-            self._disk.events_added += sum(len(entry.line) + 1 for entry in stored)
+        changed: List[Session] = []
+        self.retention.disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
-            self._counts.note(entry.event)
-            session = self._take_into_account(entry.event)
-            if session is not None:
-                self._changed[session.session_id] = session
-        self._note_linked_changes()
+            self.counts.note(entry.event)
+            changed += self._take_into_account(entry.event)
+        self.feed.note(changed)
         self.clients.broadcast_events(stored)
         self.history.grown(stored)
-        self._send_updates_soon()
+        self.feed.send_soon()
 
-    def _note_linked_changes(self) -> None:
-        for session in self.book.linked_changes():
-            self._changed[session.session_id] = session
-
-    def _take_into_account(self, event: JsonObject) -> Optional[Session]:
-        """Let an event change its session; it is stored, so whatever it does it stops nothing."""
+    def _take_into_account(self, event: JsonObject) -> Tuple[Session, ...]:
+        """Let an event change its session, and return it; whatever a stored event does, it stops nothing."""
         if self.loader.takes(event):
-            return None
+            return ()
         try:
             session = self.book.apply(event)
             self.loader.note(session, event)
-            return session
+            return (session,)
         except Exception:  # nobody foresaw it: the log tells, and the stream goes on
             log.exception("event %s could not be taken into account", event.get("id"))
-            return None
-
-    def _send_updates_soon(self) -> None:
-        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
-        if not self._updates_due:
-            self._updates_due = True
-            self._send_updates()
-            self.loop.call_later(UPDATE_INTERVAL_S, self._end_update_interval)
-
-    def _end_update_interval(self) -> None:
-        self._updates_due = False
-        if self._changed:
-            self._send_updates_soon()
-
-    def _send_updates(self) -> None:
-        changed, self._changed = self._changed, {}
-        if not self.clients.clients:
-            return
-        children = self.book.children() if len(changed) > 1 else None
-        for session in changed.values():
-            if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session, children)}
-                self.clients.broadcast_json(message)
+            return ()
 
     # Time
 
+    def _follow_clock(self) -> None:
+        """See whether this machine's clock was set; what came since is told after that."""
+        step_ms = self._clock.step_ms()
+        if not step_ms:
+            return
+        forward = "forward" if step_ms > 0 else "back"
+        log.warning("the clock of this machine was set %s by %s", forward, human_duration(abs(step_ms)))
+        self.book.clock_was_set(step_ms)
+        self.intake.clock_was_set(step_ms)
+
     def _tick(self) -> None:
+        self._follow_clock()
         changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
-        for session in changed:
-            self._changed[session.session_id] = session
-        if changed:
-            self._send_updates_soon()
-        self._send_status_if_changed()
+        self.feed.note(changed)
+        self.feed.send_soon()
+        self._tell_status()
+
+    def _tell_status(self) -> None:
+        """Tell clients about the status when more than counters moved."""
+        status = self.overview.news()
+        if status is not None:
+            self.clients.broadcast_json({"type": "status", **status})
 
     def _end_sessions_whose_process_is_gone(self) -> List[Session]:
         return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
 
     def _look_after_files(self) -> None:
         """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self._store_error and self.settings["persistence.enabled"]:
-            with contextlib.suppress(OSError):
-                free = os.statvfs(self.store.root)
-                if free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON and os.access(
-                    self.store.root, os.W_OK
-                ):
-                    self.store.error = None
-                    self._note_store_error()
+        if self.store_error and isinstance(self.store, EventStore) and self.store.has_room():
+            self.store.error = None
+            self._note_store_error()
         if self.loader.progress is not None:
             log.info("%s", loading_words(self.loader.progress))
-        path = self.settings["socketPath"]
-        if not os.path.exists(path) and not self._stopping:
-            log.warning("%s was removed; it is made anew", path)
-            self._hook_listener.close()
-            self._hook_listener = Listener(self.loop, bind_unix(path), self._accept_hook)
-            self._socket_inode = os.stat(path).st_ino
-
-    # Retention: planned and done by a thread of its own
-
-    def _begin_to_retain(self) -> None:
-        if self.status()["loading"] is not None:  # nobody knows yet which sessions are pinned
-            self.loop.call_later(0.5, self._begin_to_retain)
-            return
-        self._retain()
-        self.loop.call_every(RETENTION_INTERVAL_S, self._retain)
-
-    def _retain(self) -> None:
-        """Delete what the configuration says is too old or too much."""
-        self.prune(dry_run=False, done=lambda plan: None)
-
-    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
-        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
-        kept = frozenset(
-            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
-        )
-
-        added = self._disk.events_added
-
-        def work() -> None:
-            try:
-                plan = retention_plan(self.settings, kept)
-                gone = frozenset() if dry_run else carry_out(self.settings.home, plan)
-                if not dry_run:
-                    self._pack()
-            except OSError as error:
-                words = f"old events cannot be deleted: {error}"
-                log.warning("%s", words)
-                self.loop.call_soon(lambda: self._disk.failed(words))
-                return
-            self.loop.call_soon(lambda: self._disk.measured(plan, not dry_run, added))
-            self.loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
-            self.loop.call_soon(lambda: done(plan))
-
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._keeper.submit(work)
-
-    def _pack(self) -> None:
-        """Pack the files of closed days when the configuration says so; in the thread for retention."""
-        days = self.settings["retention.compressAfterDays"]
-        paths = files_to_pack(self.store.root, now_ms(), days) if days is not None else []
-        for path in paths:
-            if self._stopping:
-                return
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                pack_file(path)
-        if paths:
-            log.info("%d files of closed days are packed", len(paths))
-
-    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
-        """Let go of the sessions that have no events left."""
-        self.history.look_again()  # also at what was removed or added by hand
-        if dry_run or not plan.paths:
-            return
-        days = plan.days
-        log.info(
-            "%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], human_size(plan.size)
-        )
-        for session in list(self.book.sessions.values()):
-            if session_file_name(session.session_id) in gone:
-                self._forget(session.session_id)
-        self._note_linked_changes()
-        self._send_updates_soon()
+        self._hooks.look()
 
     def _note_store_error(self) -> None:
-        if self.store.error == self._store_error:
+        if self.store.error == self.store_error:
             return
-        self._store_error = self.store.error
-        if self._store_error:
-            log.error("events cannot be written, hooks keep them in the spool: %s", self._store_error)
+        self.store_error = self.store.error
+        if self.store_error:
+            log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
         else:
             log.info("events can be written again")
-        self._send_status_if_changed()
+        self._tell_status()
 
-    # What clients and the API ask
-
-    def status(self) -> JsonObject:
-        """Return what /api/status and the `status` message show."""
-        segments = emit_event.spool_segments(self.settings.path("spool"))
-        index = self.history.status()
-        return {
-            "version": __version__,
-            "mode": self.settings["mode"],
-            "machineId": self.settings.machine_id,
-            "startedAt": self.started_at,
-            "pid": os.getpid(),
-            "seq": self.store.seq,
-            "events": {
-                "received": self.intake.received,
-                "stored": self.stored,
-                "duplicates": self.intake.duplicates,
-                "quarantined": self.intake.quarantine.count,
-            },
-            "sessions": len(self.book.sessions),
-            "clients": sum(client.view is not None for client in self.clients.clients.values()),
-            "store": {
-                "path": self.store.root,
-                "persistent": self.settings["persistence.enabled"],
-                "ok": self._store_error is None,
-                "error": self._store_error,
-                "repaired": self.store.repaired,
-            },
-            "spool": {
-                "segments": len(segments),
-                "bytes": sum(size for _, size in segments),
-                "dropped": self._dropped(),
-            },
-            "index": index,
-            "disk": self._disk.to_json(index["bytes"]),
-            "machines": [
-                {
-                    "machineId": name,
-                    "events": machine.events,
-                    "lastSeen": machine.last_seen,
-                    "clockSkewMs": machine.skew.value_ms,
-                    "dropped": machine.dropped,
-                }
-                for name, machine in sorted(self.intake.machines.items())
-            ],
-            "redis": self.redis.status() if self.redis else None,
-            "publisher": emit_event.publisher_state(self.settings.home) if self.redis else None,
-            "loading": self.loader.progress,
-            "demo": any(session.demo for session in self.book.sessions.values()),
-        }
-
-    def sessions_in_state(self, state: str) -> FrozenSet[str]:
-        """Return the ids of the sessions that are in a state now."""
-        return frozenset(
-            session.session_id for session in self.book.sessions.values() if session.state == state
-        )
-
-    def labels(self) -> Dict[str, str]:
-        """Return the label of every session."""
-        return {session.session_id: session.label[0] for session in self.book.sessions.values()}
-
-    def metrics(self) -> bytes:
-        """Return the metrics in the text form of Prometheus."""
-        states = collections.Counter(session.state for session in self.book.sessions.values())
-        queues = QueueFigures(
-            sum(client.queued_bytes for client in self.clients.clients.values()),
-            self.clients.closed_slow,
-            self.redis.inbox_bytes if self.redis else 0,
-        )
-        return metrics_text(self.status(), self._counts, states, queues)
-
-    def _dropped(self) -> int:
-        """Return how many events full spools had to drop, as far as this monitor was told."""
-        own = self.spool.dropped if self.spool else 0
-        return own + sum(machine.dropped for machine in self.intake.machines.values())
-
-    def config(self) -> JsonObject:
-        """Return the configuration in force; there is no secret in it."""
-        nested: JsonObject = {
-            "version": __version__,
-            "machineId": self.settings.machine_id,
-            "path": self.settings.config_path,
-        }
-        for key, value in self.settings.values.items():
-            section, dot, name = key.partition(".")
-            if key in emit_event.SECRET_KEYS and value is not None:
-                value = "(not shown)"
-            if dot:
-                nested.setdefault(section, {})[name] = value
-            else:
-                nested[section] = value
-        nested["server"]["port"], nested["server"]["wsPort"] = self.port, self.ws_port
-        return nested
-
-    def with_sessions(self, message: JsonObject, with_hidden: bool) -> bytes:
-        """Encode a message with the sessions that are known so far.
-
-        All are much (2 kB each), so that they are not held one by one beside the whole.
-        """
-        body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
-        for session in self.book.each_json(with_hidden):
-            body += encode_json(session) + b","
-        if body.endswith(b","):
-            del body[-1]
-        body += b"]}"
-        return bytes(body)
-
-    def sessions_json(self, with_hidden: bool) -> bytes:
-        """Return the sessions that are known so far, and how many of the stored ones those are."""
-        return self.with_sessions({"loading": self.loader.progress}, with_hidden)
-
-    def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
-        if self.loader.holds(session_id):
-            raise RequestError(503, "this session's events are being read; ask again in a moment")
-        session = self.book.sessions.get(session_id)
-        if session is None:
-            raise RequestError(404, "no session with this id is known")
-        return self.book.to_json(session)
-
-    def _send_status_if_changed(self) -> None:
-        """Tell clients about the status when more than counters moved."""
-        status = self.status()
-        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
-        index = status["index"]
-        percent = (
-            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
-        )
-        steady["index"] = (index["state"], index["error"], percent)
-        if self.redis:
-            steady["redis"] = [
-                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
-            ]
-            steady["publisher"] = [
-                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
-            ]
-            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
-        if steady != self._last_status:
-            self._last_status = steady
-            self.clients.broadcast_json({"type": "status", **status})
+    # What users ask for
 
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after it was given up; for any thread."""
@@ -8244,37 +8544,40 @@ class Monitor:
         """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.store.seq)
         freed = self.store.delete_session(session.session_id)
-        if self.settings["persistence.enabled"]:
-            self._disk.events_added -= freed
+        self.retention.disk.events_added -= freed
         self.history.look_again()
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
         self._forget(session.session_id)
-        self._note_linked_changes()
-        self._send_updates_soon()
+        self.feed.note(())
+        self.feed.send_soon()
 
     def _forget(self, session_id: str) -> None:
         self.book.delete(session_id)
-        self._changed.pop(session_id, None)
         self._alive_ms.pop(session_id, None)
-        self.clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+        self.feed.forget(session_id)
 
-    def send_session_list(self) -> None:
-        """Send everyone the sessions; the list may be much and does not count as falling behind."""
-        for with_hidden in (False, True):
-            frame = b""
-            for client in list(self.clients.clients.values()):
-                if client.view is not None and client.show_hidden == with_hidden:
-                    frame = frame or encode_frame(
-                        Opcode.TEXT, self.with_sessions({"type": "sessions_updated"}, with_hidden)
-                    )
-                    self.clients.answer(client, frame)
+    # What retention asks and tells
+
+    def _pinned_files(self) -> FrozenSet[str]:
+        return frozenset(
+            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
+        )
+
+    def _removed(self, names: FrozenSet[str]) -> None:
+        """Let go of sessions that have no events left; look, too, at what was removed or added by hand."""
+        self.history.look_again()
+        for session in list(self.book.sessions.values()):
+            if session_file_name(session.session_id) in names:
+                self._forget(session.session_id)
+        self.feed.note(())
+        self.feed.send_soon()
 
 
-def retention_plan(settings: Settings, kept_names: FrozenSet[str]) -> RetentionPlan:
-    """Return what the configuration says is to be deleted now."""
+def retention_plan(settings: Settings, kept_names: FrozenSet[str], time_ms: int) -> RetentionPlan:
+    """Return what the configuration says is to be deleted at this time."""
     limit = settings["retention.maxMegabytes"]
     return plan_retention(
-        settings.home, now_ms(), settings["retention.days"], limit and limit << 20, kept_names
+        settings.home, time_ms, settings["retention.days"], limit and limit << 20, kept_names
     )
 
 
@@ -8300,7 +8603,7 @@ def end_sessions_without_process(
     for session in list(book.sessions.values()):
         if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
             continue
-        if process_ran_at(session.pid, session.last_event):
+        if process_ran_at(session.pid, book.last_event_now(session)):
             alive_ms[session.session_id] = now_ms()
         else:
             seen_ms = alive_ms.pop(session.session_id, session.last_event)
@@ -8462,6 +8765,194 @@ def process_ran_at(pid: int, time_ms: int) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Running monitor: found, asked and talked to by other processes
+#
+# Knows: the files in which a monitor tells of itself, and its doors: HTTP, WebSocket, the hooks' socket.
+# ---------------------------------------------------------------------------
+
+
+class CommandError(Exception):
+    """A command that cannot be carried out; the message says what to do."""
+
+
+def running_monitor(settings: Settings) -> Optional[JsonObject]:
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
+    is none.
+    """
+    try:
+        with open(settings.path("monitor.pid"), "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                pid = int(file.read().strip() or b"0")
+        with open(settings.path("monitor.run.json"), "rb") as file:
+            about = emit_event.parse_event_line(file.read())
+    except (FileNotFoundError, MalformedEvent, ValueError):
+        return None
+    return about if about.get("pid") == pid else None
+
+
+def needed_monitor(settings: Settings) -> JsonObject:
+    """Return the running monitor; raise CommandError that says how to start it."""
+    about = running_monitor(settings)
+    if about is None:
+        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
+    return about
+
+
+def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
+    """Return the addresses of the page; with the token where one is needed to come in."""
+    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
+    token = (
+        f"?token={read_token(settings.path('token'))}"
+        if needs_token and settings["server.auth"] != "off"
+        else ""
+    )
+    links = []
+    for name in about["addresses"]:
+        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
+        links.append(f"http://{shown}:{about['port']}/{token}")
+    return links
+
+
+def reachable_host(about: JsonObject) -> str:
+    """Return the address at which this machine reaches the running monitor."""
+    return "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else text_of(about["host"])
+
+
+def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
+    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
+    connection = http.client.HTTPConnection(reachable_host(about), about["port"], timeout=15)
+    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
+
+
+def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
+    """GET one address of the running monitor's API; raise CommandError."""
+    connection, headers = connect_http(settings, about)
+    try:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        answer = emit_event.parse_event_line(response.read())
+    except (OSError, http.client.HTTPException, MalformedEvent) as error:
+        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
+    return answer
+
+
+class MonitorConnection:
+    """A WebSocket client of the running monitor, for the commands that follow or change it."""
+
+    def __init__(self, settings: Settings, about: JsonObject) -> None:
+        host = reachable_host(about)
+        shown = f"[{host}]" if ":" in host else host
+        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
+        self._parser = FrameParser(masked=False)
+        self._messages: Deque[JsonObject] = collections.deque()
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._sock.sendall(
+            (
+                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
+                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
+            ).encode()
+        )
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = self._sock.recv(4096)
+            if not piece:
+                raise ConnectionError("the monitor closed the connection")
+            head += piece
+        head, _, rest = head.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
+            raise CommandError(
+                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
+            )
+        self._take(rest)
+
+    def send(self, message: JsonObject) -> None:
+        """Send one message."""
+        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
+
+    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
+        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
+        `timeout_s`.
+        """
+        self._sock.settimeout(timeout_s)
+        while not self._messages:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except socket.timeout:
+                raise TimeoutError("no answer from the monitor") from None
+            if not data:
+                raise ConnectionError("the monitor closed the connection")
+            self._take(data)
+        return self._messages.popleft()
+
+    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
+        """Return the next message of one type, passing over others; raise CommandError for an error."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            message = self.receive(max(0.01, deadline - time.monotonic()))
+            if message.get("type") == kind:
+                return message
+            if message.get("type") == "error":
+                raise CommandError(f"the monitor answered: {message.get('message')}")
+
+    def _take(self, data: bytes) -> None:
+        for received in self._parser.feed(data):
+            if isinstance(received, Text):
+                self._messages.append(
+                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
+                )
+            elif isinstance(received, Ping):
+                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
+            elif isinstance(received, (Close, Failure)):
+                raise ConnectionError(
+                    f"the monitor closed the connection: {received.reason or received.code}"
+                )
+
+    def close(self) -> None:
+        """Say goodbye."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
+        self._sock.close()
+
+
+class EventSender:
+    """Hand events to the running monitor the hooks' way; safe when `send` returns."""
+
+    BATCH = 200
+
+    def __init__(self, socket_path: str) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(60)
+        self._sock.connect(socket_path)
+
+    def __enter__(self) -> "EventSender":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
+
+    def send(self, events: Sequence[JsonObject]) -> None:
+        """Send events; raise CommandError when they cannot be stored."""
+        for start in range(0, len(events), self.BATCH):
+            batch = events[start : start + self.BATCH]
+            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
+            taken = 0
+            while taken < len(batch):
+                answer = self._sock.recv(self.BATCH)
+                if not answer:
+                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                taken += len(answer)
+
+
+# ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, nobody else's.
@@ -8588,7 +9079,7 @@ def _naming(path: str) -> Iterator[None]:
         raise InstallError(f"{path}: {error}") from None
 
 
-# -- which events, which file, which command ----------------------------------
+# Which events, which file, which command
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8667,7 +9158,7 @@ def _shell_quoted(path: str) -> str:
     return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
 
 
-# -- the hook's files ---------------------------------------------------------
+# The hook's files
 
 
 def install_hook_files(home: str) -> str:
@@ -8703,12 +9194,8 @@ def install_hook_files(home: str) -> str:
 
 def record_publisher_python(home: str) -> bool:
     """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
-    check = [
-        sys.executable,
-        "-E",
-        "-c",
-        "import redis",
-    ]  # as the publisher is started: PYTHONPATH does not count
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
+    check = [sys.executable, "-E", "-c", look]  # as the publisher is started: PYTHONPATH does not count
     if subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
         return False
     emit_event.make_private_directory(os.path.join(home, "hooks"))
@@ -8722,10 +9209,10 @@ def _refuse(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-# -- our entries among everybody's --------------------------------------------
+# Our entries among everybody's
 
 
-def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str]) -> emit_event.JsonObject:
+def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
     """Return `settings` with our handler once under each of `names` and under no other event.
 
     What is up to date stays where it is, what is outdated is updated in place, doubles go. Everything else
@@ -8735,7 +9222,7 @@ def merge_hooks(settings: emit_event.JsonObject, command: str, names: list[str])
     return _with_handler(settings, handler, names)
 
 
-def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
+def remove_hooks(settings: JsonObject) -> JsonObject:
     """Return `settings` without our handlers, and without the groups and lists that held nothing else.
 
     Raises InstallError for hooks that are not laid out as documented.
@@ -8743,12 +9230,10 @@ def remove_hooks(settings: emit_event.JsonObject) -> emit_event.JsonObject:
     return _with_handler(settings, {}, [])
 
 
-def _with_handler(
-    settings: emit_event.JsonObject, handler: emit_event.JsonObject, names: list[str]
-) -> emit_event.JsonObject:
+def _with_handler(settings: JsonObject, handler: JsonObject, names: list[str]) -> JsonObject:
     """Return `settings` with `handler` as the only one of ours under each of `names`, and none elsewhere."""
     hooks = _checked_hooks(settings)
-    changed: emit_event.JsonObject = {}
+    changed: JsonObject = {}
     for name, groups in hooks.items():
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is somebody else's
@@ -8764,9 +9249,7 @@ def _with_handler(
     return result
 
 
-def _groups_with(
-    groups: list[emit_event.JsonObject], handler: emit_event.JsonObject | None
-) -> list[emit_event.JsonObject]:
+def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
     """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
     result = []
     wanted = handler
@@ -8785,11 +9268,11 @@ def _groups_with(
     return result
 
 
-def _any_ours(groups: list[emit_event.JsonObject]) -> bool:
+def _any_ours(groups: list[JsonObject]) -> bool:
     return any(_is_ours(entry) for group in groups for entry in group["hooks"])
 
 
-def _is_ours(entry: emit_event.JsonObject) -> bool:
+def _is_ours(entry: JsonObject) -> bool:
     """Tell whether a handler runs a hook that we installed, with whatever interpreter, for whatever home.
 
     The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
@@ -8809,12 +9292,12 @@ def _is_ours(entry: emit_event.JsonObject) -> bool:
     )
 
 
-def _checked_hooks(settings: emit_event.JsonObject) -> dict[str, list[emit_event.JsonObject]]:
+def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
     """Return the hooks of `settings` by event name, {} when it has none.
 
     Raises InstallError with the place of whatever is not the documented object or list.
     """
-    hooks: dict[str, list[emit_event.JsonObject]] = settings.get("hooks", {})
+    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
     _expect(dict, hooks, "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -8833,10 +9316,10 @@ def _expect(kind: type, value: object, place: str) -> None:
         raise InstallError(f"{place}: expected {expected}; correct it by hand first, nothing was changed")
 
 
-# -- the settings file --------------------------------------------------------
+# The settings file
 
 
-def read_settings(path: str) -> tuple[str, emit_event.JsonObject]:
+def read_settings(path: str) -> tuple[str, JsonObject]:
     """Read a settings file; return its text, byte order mark and line ends included, and its object.
 
     A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
@@ -8880,7 +9363,7 @@ def _file_content(path: str) -> bytes | None:
         _refuse(f"{path} cannot be read", error)
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> emit_event.JsonObject:
+def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -8900,7 +9383,7 @@ def _finite_float(digits: str) -> float:
     return number
 
 
-def render_settings(settings: emit_event.JsonObject, like: str) -> str:
+def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
     Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
@@ -8983,16 +9466,53 @@ def _write_backup(path: str, content: bytes) -> str:
     return backup
 
 
+# Trying it
+
+
+def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
+    script = hook_script(settings.home)
+    if not os.path.exists(script):
+        script = os.path.abspath(emit_event.__file__)
+    payload = {
+        "session_id": "contextuate-test",
+        "hook_event_name": "Notification",
+        "cwd": os.getcwd(),
+        **fields,
+    }
+    environment = {
+        **os.environ,
+        "CONTEXTUATE_DEBUG": "1",
+        "CONTEXTUATE_HOME": settings.home,
+        "CONTEXTUATE_CONFIG": settings.config_path,
+    }
+    process = subprocess.run(
+        [base_interpreter(), "-I", "-S", script],
+        input=encode_json(payload),
+        capture_output=True,
+        env=environment,
+        timeout=30,
+        check=False,
+    )
+    return process.stderr.decode("utf-8", "replace")
+
+
+def was_delivered(words: str) -> bool:
+    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+
+
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# Each check yields findings; a check that fails does not keep the next from looking. Changes nothing but that
-# a test event is sent, as `test-event` does.
+# Each check of CHECKS yields findings; one that fails does not keep the next from looking. Changes nothing,
+# but a test event is sent, as `test-event` does.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
 LOW_DISK_BYTES = 200 << 20
 RECENT_FAILURE_S = 24 * 3600
+_RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
@@ -9003,370 +9523,357 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
+    def lines(self) -> List[str]:
+        """Return what `doctor` prints."""
+        lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
+        return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
-class Doctor:
-    """Examine what one configuration describes."""
 
-    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings = settings
-        self._warnings = warnings
-        self._about = running_monitor(settings)
-        self._client: Any = None  # redis-py's, once connected
+@dataclasses.dataclass
+class Examination:
+    """What the checks look at, and what an earlier one has left for the later ones."""
 
-    def examine(self) -> Iterator[Finding]:
-        """Yield the findings of every check, in the order in which an event travels."""
-        checks = [
-            self._config,
-            self._home,
-            self._claude,
-            self._hook,
-            self._registration,
-            self._spool,
-            self._monitor,
-        ]
-        if self._settings["mode"] == "redis":
-            checks += [self._redis_package, self._redis, self._redis_rights, self._publisher]
-        checks.append(self._probe)
-        for check in checks:
-            try:
-                yield from check()
-            except Exception as error:  # one check must not keep the others from looking
-                name = check.__name__.strip("_")
-                yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+    settings: Settings
+    warnings: Sequence[str]
+    about: Optional[JsonObject]  # the running monitor
+    redis: Any = None  # redis-py's client, once Redis has answered
 
     @property
-    def _only_shows(self) -> bool:
+    def only_shows(self) -> bool:
         """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
-        has_hook = os.path.exists(hook_script(self._settings.home))
-        return self._settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+        has_hook = os.path.exists(hook_script(self.settings.home))
+        return self.settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
 
-    def _config(self) -> Iterator[Finding]:
-        path = self._settings.config_path
-        where = path if os.path.exists(path) else f"no {path}, so defaults"
-        yield Finding(
-            "config", "ok", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}"
+
+def _check_config(case: Examination) -> Iterator[Finding]:
+    path = case.settings.config_path
+    where = path if os.path.exists(path) else f"no {path}, so defaults"
+    yield Finding(
+        "config", "ok", f"{where}; mode {case.settings['mode']}, machine {case.settings.machine_id}"
+    )
+    for warning in case.warnings:
+        yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+
+
+def _check_files(case: Examination) -> Iterator[Finding]:
+    home = case.settings.home
+    if not os.path.isdir(home):
+        yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
+        return
+    about = os.stat(home)
+    if about.st_uid != os.getuid():
+        yield Finding("files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
+    elif not os.access(home, os.W_OK):
+        yield Finding("files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+    elif about.st_mode & 0o077:
+        advice = f"run: chmod 700 {shlex.quote(home)}"
+        yield Finding("files", "warn", f"{home} is open to other users", advice)
+    else:
+        yield Finding("files", "ok", f"{home}, for this user only")
+    disk = os.statvfs(home)
+    free = disk.f_bavail * disk.f_frsize
+    if free < LOW_DISK_BYTES:
+        yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+
+
+def _check_claude(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    version = claude_version()
+    if version is None:
+        advice = (
+            "install it, or put it on the PATH; without its version only the oldest events are registered"
         )
-        for warning in self._warnings:
-            yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+        yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
+    else:
+        yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
 
-    def _home(self) -> Iterator[Finding]:
-        home = self._settings.home
-        if not os.path.isdir(home):
-            yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
-            return
-        about = os.stat(home)
-        if about.st_uid != os.getuid():
-            yield Finding(
-                "files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own"
-            )
-        elif not os.access(home, os.W_OK):
-            yield Finding(
-                "files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}"
-            )
-        elif about.st_mode & 0o077:
-            advice = f"run: chmod 700 {shlex.quote(home)}"
-            yield Finding("files", "warn", f"{home} is open to other users", advice)
-        else:
-            yield Finding("files", "ok", f"{home}, for this user only")
-        disk = os.statvfs(home)
-        free = disk.f_bavail * disk.f_frsize
-        if free < LOW_DISK_BYTES:
-            yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
 
-    def _claude(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        version = claude_version()
-        if version is None:
-            advice = (
-                "install it, or put it on the PATH; without its version only the oldest events are registered"
-            )
-            yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
-        else:
-            yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
+def _check_hook(case: Examination) -> Iterator[Finding]:
+    script = hook_script(case.settings.home)
+    if case.only_shows:
+        yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+        return
+    if not os.path.exists(script):
+        yield Finding("hook", "fail", f"no hook at {script}", _RUN_INSTALL)
+        return
+    with open(os.path.abspath(emit_event.__file__), "rb") as file:
+        current = file.read()
+    try:
+        with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
+            installed = file.read()
+    except OSError as error:
+        yield Finding("hook", "fail", f"the hook is not whole: {error}", _RUN_INSTALL)
+        return
+    if installed != current:
+        yield Finding("hook", "warn", f"{script} is of another version than the monitor", _RUN_INSTALL)
+    else:
+        yield Finding("hook", "ok", script)
+    yield from _hook_failures(case)
 
-    def _hook(self) -> Iterator[Finding]:
-        script = hook_script(self._settings.home)
-        advice = "run: python3 contextuate_monitor.py install"
-        if self._only_shows:
-            yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
+
+def _hook_failures(case: Examination) -> Iterator[Finding]:
+    path = case.settings.path("emit.log")
+    try:
+        if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
             return
-        if not os.path.exists(script):
-            yield Finding("hook", "fail", f"no hook at {script}", advice)
-            return
-        with open(os.path.abspath(emit_event.__file__), "rb") as file:
-            current = file.read()
+        with open(path, "rb") as file:
+            file.seek(max(0, os.path.getsize(path) - 4096))
+            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+    except OSError:
+        return
+    yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
+
+
+def _check_registration(case: Examination) -> Iterator[Finding]:
+    if case.only_shows:
+        return
+    plan = plan_install(case.settings.home, None, claude_version())
+    _, claude_settings = read_settings(plan.path)
+    advice = f"{_RUN_INSTALL}; then start Claude Code again"
+    if claude_settings.get("disableAllHooks"):
+        words = f"{plan.path} has disableAllHooks, so no hook runs"
+        yield Finding("registered", "fail", words, "take disableAllHooks out of it")
+    if plan.new_text == plan.old_text:
+        yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
+    elif remove_hooks(claude_settings) == claude_settings:
+        yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+    else:
+        yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+
+def _check_spool(case: Examination) -> Iterator[Finding]:
+    segments = emit_event.spool_segments(case.settings.path("spool"))
+    size = sum(size for _, size in segments)
+    if not size:
+        yield Finding("spool", "ok", "empty: no event waits on this machine")
+        return
+    oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+    waits_for = "the monitor" if case.settings["mode"] == "local" else "the publisher"
+    words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+    yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
+
+
+def _check_monitor(case: Examination) -> Iterator[Finding]:
+    if case.about is None:
+        yield from _without_monitor(case)
+        return
+    status = ask_monitor(case.settings, case.about, "/api/status")
+    page = page_links(case.settings, case.about, False)[0]
+    yield Finding("monitor", "ok", f"pid {case.about['pid']}, version {status['version']}, {page}")
+    if status["version"] != __version__ or status["mode"] != case.settings["mode"]:
+        words = f"it runs version {status['version']} in mode {status['mode']}"
+        advice = "run: python3 contextuate_monitor.py restart"
+        yield Finding(
+            "monitor", "warn", f"{words}, not {__version__} in mode {case.settings['mode']}", advice
+        )
+    if not status["store"]["ok"]:
+        yield Finding("store", "fail", f"events cannot be written: {status['store']['error']}", "make room")
+    if status["spool"]["dropped"]:
+        words = f"{status['spool']['dropped']} events were dropped by full spools"
+        yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
+    path = case.about["socketPath"]
+    if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+        yield Finding("socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own")
+    else:
+        yield Finding("socket", "ok", path)
+    yield from _about_index(status["index"])
+
+
+def _about_index(index: JsonObject) -> Iterator[Finding]:
+    if index["state"] == "ready":
+        yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
+    elif index["state"] == "building":
+        words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
+        yield Finding("index", "ok", words)
+    else:
+        words = f"off, so searches read every file: {index['error']}"
+        yield Finding("index", "warn", words, "make room, or correct what it says; it is then made by itself")
+
+
+def _without_monitor(case: Examination) -> Iterator[Finding]:
+    advice = "run: python3 contextuate_monitor.py start"
+    if case.settings["mode"] == "local":
+        yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
+    else:
+        yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
+        return
+    for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
         try:
-            with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
-                installed = file.read()
-        except OSError as error:
-            yield Finding("hook", "fail", f"the hook is not whole: {error}", advice)
+            bind_tcp(case.settings["server.host"], case.settings[key], key, option).close()
+        except StartError as error:
+            yield Finding("ports", "fail", str(error))
+
+
+# Redis
+
+
+def _check_redis_package(case: Examination) -> Iterator[Finding]:
+    python = emit_event.publisher_python(case.settings.home)
+    check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
+    try:
+        answer = subprocess.run(check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False)
+    except OSError as error:
+        yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
+        return
+    if answer.returncode:
+        advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+        yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
+    else:
+        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+
+
+def _check_redis(case: Examination) -> Iterator[Finding]:
+    values = case.settings.values
+    started = time.monotonic()
+    try:
+        client = emit_event.redis_client(values)
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
+    except Exception as error:
+        if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
             return
-        if installed != current:
-            yield Finding("hook", "warn", f"{script} is of another version than the monitor", advice)
-        else:
-            yield Finding("hook", "ok", script)
-        yield from self._recent_failures()
+    case.redis = client
+    yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+    yield from _compare_clocks(client)
 
-    def _recent_failures(self) -> Iterator[Finding]:
-        path = self._settings.path("emit.log")
-        try:
-            if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
-                return
-            with open(path, "rb") as file:
-                file.seek(max(0, os.path.getsize(path) - 4096))
-                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-        except OSError:
-            return
-        yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
 
-    def _registration(self) -> Iterator[Finding]:
-        if self._only_shows:
-            return
-        plan = plan_install(self._settings.home, None, claude_version())
-        _, claude_settings = read_settings(plan.path)
-        advice = "run: python3 contextuate_monitor.py install; then start Claude Code again"
-        if claude_settings.get("disableAllHooks"):
-            words = f"{plan.path} has disableAllHooks, so no hook runs"
-            yield Finding("registered", "fail", words, "take disableAllHooks out of it")
-        if plan.new_text == plan.old_text:
-            yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
-        elif remove_hooks(claude_settings) == claude_settings:
-            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
-        else:
-            yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+def _compare_clocks(client: Any) -> Iterator[Finding]:
+    try:
+        before = time.time()
+        seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
+    except Exception:
+        return  # TIME is no right that anybody needs
+    off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+    if abs(off_s) > 2:
+        side = "ahead of" if off_s > 0 else "behind"
+        words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
+        yield Finding("clock", "warn", words, "let a time service set both")
+    else:
+        yield Finding("clock", "ok", "this machine and Redis agree")
 
-    def _spool(self) -> Iterator[Finding]:
-        segments = emit_event.spool_segments(self._settings.path("spool"))
-        size = sum(size for _, size in segments)
-        if not size:
-            yield Finding("spool", "ok", "empty: no event waits on this machine")
-            return
-        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
-        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
 
-    def _monitor(self) -> Iterator[Finding]:
-        if self._about is None:
-            yield from self._no_monitor()
-            return
-        status = ask_monitor(self._settings, self._about, "/api/status")
-        page = page_links(self._settings, self._about, False)[0]
-        yield Finding("monitor", "ok", f"pid {self._about['pid']}, version {status['version']}, {page}")
-        if status["version"] != __version__ or status["mode"] != self._settings["mode"]:
-            words = f"it runs version {status['version']} in mode {status['mode']}"
-            advice = "run: python3 contextuate_monitor.py restart"
-            yield Finding(
-                "monitor", "warn", f"{words}, not {__version__} in mode {self._settings['mode']}", advice
-            )
-        if not status["store"]["ok"]:
-            yield Finding(
-                "store", "fail", f"events cannot be written: {status['store']['error']}", "make room"
-            )
-        if status["spool"]["dropped"]:
-            words = f"{status['spool']['dropped']} events were dropped by full spools"
-            yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
-        path = self._about["socketPath"]
-        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-            yield Finding(
-                "socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own"
-            )
-        else:
-            yield Finding("socket", "ok", path)
-        yield from self._index(status["index"])
+def _check_redis_rights(case: Examination) -> Iterator[Finding]:
+    """Try what a monitor needs; what an emitter needs the probe shows."""
+    if case.redis is None:
+        return
+    channel = case.settings["redis.channel"]
+    stream = f"{channel}:stream"
+    yield _try_right(case, "channel", channel, lambda: _subscribe(case.redis, channel).close())
+    if case.settings["redis.streamMaxLength"]:
+        yield _try_right(case, "stream", stream, lambda: case.redis.xrevrange(stream, "+", "-", 1))
+    else:
+        yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
 
-    @staticmethod
-    def _index(index: JsonObject) -> Iterator[Finding]:
-        if index["state"] == "ready":
-            yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
-        elif index["state"] == "building":
-            words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
-            yield Finding("index", "ok", words)
-        else:
-            words = f"off, so searches read every file: {index['error']}"
-            yield Finding(
-                "index", "warn", words, "make room, or correct what it says; it is then made by itself"
-            )
 
-    def _no_monitor(self) -> Iterator[Finding]:
-        advice = "run: python3 contextuate_monitor.py start"
-        if self._settings["mode"] == "local":
-            yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
-        else:
-            yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
-            return
-        for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
-            try:
-                bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
-            except StartError as error:
-                yield Finding("ports", "fail", str(error))
+def _try_right(case: Examination, check: str, name: str, attempt: Callable[[], Any]) -> Finding:
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
+    except Exception as error:
+        if case.about is None and lacks_right(error):
+            return Finding(check, "ok", "this user may not read it, which only a monitor needs")
+        return Finding(check, "fail", emit_event.redis_trouble(error, case.settings.values))
+    return Finding(check, "ok", name)
 
-    # Redis
 
-    def _redis_package(self) -> Iterator[Finding]:
-        python = emit_event.publisher_python(self._settings.home)
-        check = [python, "-E", "-c", "import redis; print(redis.__version__)"]
-        try:
-            answer = subprocess.run(
-                check, stdin=subprocess.DEVNULL, capture_output=True, timeout=30, check=False
-            )
-        except OSError as error:
-            yield Finding(
-                "redis-py", "fail", f"{python}: {error}", "run: python3 contextuate_monitor.py install"
-            )
-            return
-        if answer.returncode:
-            advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
-            yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
-        else:
-            yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
+def _subscribe(client: Any, channel: str) -> Any:
+    """Return a confirmed subscription of our own."""
+    pubsub = client.pubsub()
+    pubsub.subscribe(channel)
+    if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
+        raise emit_event.Overrun("no whole answer")
+    return pubsub
 
-    def _redis(self) -> Iterator[Finding]:
-        values = self._settings.values
-        started = time.monotonic()
-        try:
-            client = emit_event.redis_client(values)
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
-        except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
-                yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
-                return
-        self._client = client
-        yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-        yield from self._redis_clock(client)
 
-    def _redis_clock(self, client: Any) -> Iterator[Finding]:
-        try:
-            before = time.time()
-            seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
-        except Exception:
-            return  # TIME is no right that anybody needs
-        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
-        if abs(off_s) > 2:
-            side = "ahead of" if off_s > 0 else "behind"
-            words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
-            yield Finding("clock", "warn", words, "let a time service set both")
-        else:
-            yield Finding("clock", "ok", "this machine and Redis agree")
+def _check_publisher(case: Examination) -> Iterator[Finding]:
+    state = emit_event.publisher_state(case.settings.home)
+    if not state["running"]:
+        yield Finding(
+            "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
+        )
+    elif state.get("reason"):
+        yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
+    else:
+        heard = f"the last heard by {state['subscribers']} subscribers"
+        words = f"pid {state['pid']}, {state['published']} events published, {heard}"
+        yield Finding("publisher", "ok", words)
+        for name in ("channelReason", "streamReason"):
+            if state.get(name):
+                yield Finding("publisher", "warn", f"refused: {state[name]}")
 
-    def _redis_rights(self) -> Iterator[Finding]:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
-        if self._client is None:
-            return
-        channel = self._settings["redis.channel"]
-        stream = f"{channel}:stream"
-        for what, attempt in (
-            ("channel", lambda: self._subscribe(channel).close()),
-            ("stream", lambda: self._client.xrevrange(stream, "+", "-", 1)),
-        ):
-            if what == "stream" and not self._settings["redis.streamMaxLength"]:
-                yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
-                continue
-            try:
-                emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
-            except Exception as error:
-                if self._about is None and lacks_right(error):
-                    yield Finding(what, "ok", "this user may not read it, which only a monitor needs")
-                else:
-                    yield Finding(what, "fail", emit_event.redis_trouble(error, self._settings.values))
-            else:
-                yield Finding(what, "ok", channel if what == "channel" else stream)
 
-    def _subscribe(self, channel: str) -> Any:
-        """Return a confirmed subscription of our own."""
-        pubsub = self._client.pubsub()
-        pubsub.subscribe(channel)
-        if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-            raise emit_event.Overrun("no whole answer")
-        return pubsub
+# The probe
 
-    def _publisher(self) -> Iterator[Finding]:
-        state = emit_event.publisher_state(self._settings.home)
-        if not state["running"]:
-            yield Finding(
-                "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
-            )
-        elif state.get("reason"):
-            yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
-        else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            words = f"pid {state['pid']}, {state['published']} events published, {heard}"
-            yield Finding("publisher", "ok", words)
-            for name in ("channelReason", "streamReason"):
-                if state.get(name):
-                    yield Finding("publisher", "warn", f"refused: {state[name]}")
 
-    # The probe
+def _check_by_event(case: Examination) -> Iterator[Finding]:
+    """Send one event as Claude Code would, and look for it at the other end."""
+    token = f"doctor {uuid.uuid4()}"
+    started = time.monotonic()
+    heard = None
+    if case.redis is not None:
+        with contextlib.suppress(Exception):  # the check before this one has told why
+            heard = _subscribe(case.redis, case.settings["redis.channel"])
+    trouble = _send_to_redis(case, token) if case.only_shows else _send_by_hook(case, token)
+    if trouble is not None:
+        yield trouble
+        return
+    if heard is not None and not _hears(heard, token):
+        words = "the event is in Redis, but the channel did not bring it to a subscriber"
+        yield Finding("probe", "warn", words)
+    where = "in Redis" if case.settings["mode"] == "redis" else "stored"
+    if case.about is None:
+        yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
+    elif _monitor_shows(case, token):
+        yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
+    else:
+        advice = "look at `status` for what the monitor says of Redis"
+        yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
 
-    def _probe(self) -> Iterator[Finding]:
-        """Send one event as Claude Code would, and look for it at the other end."""
-        token = f"doctor {uuid.uuid4()}"
-        started = time.monotonic()
-        heard = None
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has told why
-                heard = self._subscribe(self._settings["redis.channel"])
-        trouble = self._send_to_redis(token) if self._only_shows else self._send_by_hook(token)
-        if trouble is not None:
-            yield trouble
-            return
-        if heard is not None and not self._hears(heard, token):
-            words = "the event is in Redis, but the channel did not bring it to a subscriber"
-            yield Finding("probe", "warn", words)
-        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
-        if self._about is None:
-            yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
-        elif self._monitor_shows(token):
-            yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
-        else:
-            advice = "look at `status` for what the monitor says of Redis"
-            yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
 
-    def _send_by_hook(self, token: str) -> Optional[Finding]:
-        """Send the probe through the hook; return what went wrong."""
-        words = send_through_hook(self._settings, {"message": token, "notification_type": "test"})
-        if was_delivered(words):
-            return None
-        last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
-
-    def _send_to_redis(self, token: str) -> Optional[Finding]:
-        """Publish the probe ourselves, where there is no hook; return what kept us from it."""
-        if self._client is None:
-            return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
-        event = test_event(self._settings.machine_id)
-        event["data"]["message"] = token
-        send = functools.partial(self._client.publish, self._settings["redis.channel"], encode_json(event))
-        try:
-            emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
-        except Exception as error:
-            if lacks_right(error):
-                words = "not sent: this user may not publish, which only a machine with a hook needs"
-                return Finding("probe", "ok", words)
-            words = emit_event.redis_trouble(error, self._settings.values)
-            return Finding("probe", "fail", f"an event could not be published: {words}")
+def _send_by_hook(case: Examination, token: str) -> Optional[Finding]:
+    """Send the probe through the hook; return what went wrong."""
+    words = send_through_hook(case.settings, {"message": token, "notification_type": "test"})
+    if was_delivered(words):
         return None
+    last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+    return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
 
-    @staticmethod
-    def _hears(pubsub: Any, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            message = pubsub.get_message(timeout=1.0)
-            if message is not None and token.encode() in (
-                message["data"] if message["type"] == "message" else b""
-            ):
-                return True
-        return False
 
-    def _monitor_shows(self, token: str) -> bool:
-        deadline = time.monotonic() + PROBE_DEADLINE_S
-        while time.monotonic() < deadline:
-            answer = ask_monitor(self._settings, self._about or {}, "/api/events?limit=200")
-            if any(event["data"].get("message") == token for event in answer["events"]):
-                return True
-            time.sleep(0.05)
-        return False
+def _send_to_redis(case: Examination, token: str) -> Optional[Finding]:
+    """Publish the probe ourselves, where there is no hook; return what kept us from it."""
+    if case.redis is None:
+        return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
+    event = test_event(case.settings.machine_id)
+    event["data"]["message"] = token
+    send = functools.partial(case.redis.publish, case.settings["redis.channel"], encode_json(event))
+    try:
+        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
+    except Exception as error:
+        if lacks_right(error):
+            words = "not sent: this user may not publish, which only a machine with a hook needs"
+            return Finding("probe", "ok", words)
+        words = emit_event.redis_trouble(error, case.settings.values)
+        return Finding("probe", "fail", f"an event could not be published: {words}")
+    return None
+
+
+def _hears(pubsub: Any, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        message = pubsub.get_message(timeout=1.0)
+        if message is not None and message["type"] == "message" and token.encode() in message["data"]:
+            return True
+    return False
+
+
+def _monitor_shows(case: Examination, token: str) -> bool:
+    deadline = time.monotonic() + PROBE_DEADLINE_S
+    while time.monotonic() < deadline:
+        answer = ask_monitor(case.settings, case.about or {}, "/api/events?limit=200")
+        if any(event["data"].get("message") == token for event in answer["events"]):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def lacks_right(error: BaseException) -> bool:
@@ -9378,6 +9885,35 @@ def _ms_since(started: float) -> str:
     return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
+# In the order in which an event travels: the mode that a check is for (None: both), its name, the check.
+CHECKS: Tuple[Tuple[Optional[str], str, Callable[[Examination], Iterator[Finding]]], ...] = (
+    (None, "config", _check_config),
+    (None, "files", _check_files),
+    (None, "claude", _check_claude),
+    (None, "hook", _check_hook),
+    (None, "registered", _check_registration),
+    (None, "spool", _check_spool),
+    (None, "monitor", _check_monitor),
+    ("redis", "redis-py", _check_redis_package),
+    ("redis", "redis", _check_redis),
+    ("redis", "rights", _check_redis_rights),
+    ("redis", "publisher", _check_publisher),
+    (None, "probe", _check_by_event),
+)
+
+
+def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
+    """Yield what every check of CHECKS finds; `warnings` are those of the configuration."""
+    case = Examination(settings, warnings, running_monitor(settings))
+    for mode, name, check in CHECKS:
+        if mode not in (None, settings["mode"]):
+            continue
+        try:
+            yield from check(case)
+        except Exception as error:  # one check must not keep the others from looking
+            yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
+
+
 # ---------------------------------------------------------------------------
 # Demo: a working day of a small team, made up, marked as a demo
 #
@@ -9386,7 +9922,7 @@ def _ms_since(started: float) -> str:
 # a day always tells the same.
 # ---------------------------------------------------------------------------
 
-_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _shape for each tool
+_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
 _Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
 
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -9544,9 +10080,84 @@ _DEMO_SESSIONS: Mapping[str, Tuple[Tuple[str, str, str], Tuple[_Turn, ...], str]
 
 
 def _uuid(rng: random.Random) -> str:
-    """Return a text shaped like a UUID v4."""
-    digits = f"{rng.getrandbits(128):032x}"
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{rng.choice('89ab')}{digits[17:20]}-{digits[20:]}"
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+
+
+class _Doing(NamedTuple):
+    """One step of _DEMO_STEPS as it is done: where, from which line on, and what its table says."""
+
+    cwd: str
+    start: int
+    target: str
+    detail: str
+    output: str
+
+    @property
+    def path(self) -> str:
+        """Return the file that the step is about."""
+        return f"{self.cwd}/{self.target}"
+
+
+_Shape = Tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
+
+
+def _shape(step: _Step, cwd: str, rng: random.Random) -> _Shape:
+    """Return what the client tells of one step of _DEMO_STEPS."""
+    tool, target, detail, output = (*step, "", "")[:4]
+    shape = _SHAPES.get(tool.rstrip("!"), _server_tool_shape)
+    return shape(_Doing(cwd, rng.randrange(12, 90), target, detail, output))
+
+
+def _bash_shape(it: _Doing) -> _Shape:
+    return {"command": it.target, "description": it.detail}, _bash_response(it.output), it.output
+
+
+def _bash_response(output: str) -> JsonObject:
+    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+
+
+def _read_shape(it: _Doing) -> _Shape:
+    lines = it.detail.splitlines()
+    file = {"filePath": it.path, "content": it.detail, "numLines": len(lines), "startLine": it.start}
+    file["totalLines"] = it.start + 40
+    words = "\n".join(f"{it.start + i}\t{line}" for i, line in enumerate(lines))
+    return {"file_path": it.path}, {"type": "text", "file": file}, words
+
+
+def _edit_shape(it: _Doing) -> _Shape:
+    old, new = it.detail.splitlines(), it.output.splitlines()
+    diff = [line[0] + line[2:] for line in difflib.ndiff(old, new) if line[0] != "?"]
+    hunk = {"oldStart": it.start, "oldLines": len(old), "newStart": it.start, "newLines": len(new)}
+    given = {"file_path": it.path, "old_string": it.detail, "new_string": it.output, "replace_all": False}
+    response: JsonObject = {"filePath": it.path, "oldString": it.detail, "newString": it.output}
+    response.update(originalFile=it.detail + "\n", structuredPatch=[{**hunk, "lines": diff}])
+    response.update(userModified=False, replaceAll=False)
+    return given, response, f"The file {it.path} has been updated successfully."
+
+
+def _write_shape(it: _Doing) -> _Shape:
+    response: JsonObject = {"type": "create", "filePath": it.path, "content": it.detail}
+    response.update(structuredPatch=[], originalFile=None, userModified=False)
+    given = {"file_path": it.path, "content": it.detail}
+    return given, response, f"File created successfully at: {it.path}"
+
+
+def _grep_shape(it: _Doing) -> _Shape:
+    given = {"pattern": it.target, "path": f"{it.cwd}/{it.detail}", "output_mode": "content", "-n": True}
+    response = {"mode": "content", "numFiles": 0, "filenames": [], "content": it.output}
+    return given, {**response, "numLines": len(it.output.splitlines())}, it.output
+
+
+def _glob_shape(it: _Doing) -> _Shape:
+    names = [f"{it.cwd}/{name}" for name in it.output.splitlines()]
+    response = {"filenames": names, "durationMs": it.start, "numFiles": len(names), "truncated": False}
+    return {"pattern": it.target}, response, "\n".join(names)
+
+
+def _todo_shape(it: _Doing) -> _Shape:
+    old_todos, new_todos = (_todos(it.detail.split("|"), int(it.target) - back) for back in (1, 0))
+    response = {"oldTodos": old_todos, "newTodos": new_todos}
+    return {"todos": new_todos}, response, "Todos have been modified successfully."
 
 
 def _todos(subjects: List[str], done: int) -> List[JsonObject]:
@@ -9554,61 +10165,40 @@ def _todos(subjects: List[str], done: int) -> List[JsonObject]:
     return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
 
 
-def _shape(step: _Step, cwd: str, rng: random.Random) -> Tuple[JsonObject, Any, Any]:
-    """Return the tool_input, the tool_response and the words the model gets for one step of _DEMO_STEPS."""
-    tool, target, detail, output = (*step, "", "")[:4]
-    path, lines, start = f"{cwd}/{target}", output.splitlines(), rng.randrange(12, 90)
-    given: JsonObject
-    response: JsonObject
-    if tool in ("Bash", "Bash!"):
-        return {"command": target, "description": detail}, _bash_response(output), output
-    if tool == "Read":
-        lines = detail.splitlines()
-        file = {"filePath": path, "content": detail, "numLines": len(lines), "startLine": start}
-        file["totalLines"] = start + 40
-        words = "\n".join(f"{start + i}\t{line}" for i, line in enumerate(lines))
-        return {"file_path": path}, {"type": "text", "file": file}, words
-    if tool == "Edit":
-        old = detail.splitlines()
-        diff = [line[0] + line[2:] for line in difflib.ndiff(old, lines) if line[0] != "?"]
-        hunk = {"oldStart": start, "oldLines": len(old), "newStart": start, "newLines": len(lines)}
-        given = {"file_path": path, "old_string": detail, "new_string": output, "replace_all": False}
-        response = {"filePath": path, "oldString": detail, "newString": output, "originalFile": detail + "\n"}
-        response.update(structuredPatch=[{**hunk, "lines": diff}], userModified=False, replaceAll=False)
-        return given, response, f"The file {path} has been updated successfully."
-    if tool == "Write":
-        response = {"type": "create", "filePath": path, "content": detail, "structuredPatch": []}
-        response.update(originalFile=None, userModified=False)
-        return {"file_path": path, "content": detail}, response, f"File created successfully at: {path}"
-    if tool == "Grep":
-        given = {"pattern": target, "path": f"{cwd}/{detail}", "output_mode": "content", "-n": True}
-        response = {"mode": "content", "numFiles": 0, "filenames": [], "content": output}
-        return given, {**response, "numLines": len(lines)}, output
-    if tool == "Glob":
-        names = [f"{cwd}/{name}" for name in lines]
-        response = {"filenames": names, "durationMs": start, "numFiles": len(names), "truncated": False}
-        return {"pattern": target}, response, "\n".join(names)
-    if tool == "TodoWrite":
-        old_todos, new_todos = (_todos(detail.split("|"), int(target) - back) for back in (1, 0))
-        response = {"oldTodos": old_todos, "newTodos": new_todos}
-        return {"todos": new_todos}, response, "Todos have been modified successfully."
-    if tool == "TaskCreate":
-        task = {"id": output, "subject": target, "description": detail}
-        given = {"subject": target, "description": detail, "activeForm": target}
-        return given, {"task": task}, f"Task #{output} created successfully: {target}"
-    if tool == "TaskUpdate":
-        change = {"from": "pending" if detail == "in_progress" else "in_progress", "to": detail}
-        response = {"success": True, "taskId": target, "updatedFields": ["status"], "statusChange": change}
-        return {"taskId": target, "status": detail}, response, f"Updated task #{target} status"
-    if tool == "WebFetch":
-        response = {"bytes": start * 731, "code": 200, "codeText": "OK", "result": output, "url": target}
-        return {"url": target, "prompt": detail}, {**response, "durationMs": start * 29}, output
-    content = [{"type": "text", "text": output}]
-    return json.loads(detail), content, content
+def _task_create_shape(it: _Doing) -> _Shape:
+    task = {"id": it.output, "subject": it.target, "description": it.detail}
+    given = {"subject": it.target, "description": it.detail, "activeForm": it.target}
+    return given, {"task": task}, f"Task #{it.output} created successfully: {it.target}"
 
 
-def _bash_response(output: str) -> JsonObject:
-    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
+def _task_update_shape(it: _Doing) -> _Shape:
+    change = {"from": "pending" if it.detail == "in_progress" else "in_progress", "to": it.detail}
+    response = {"success": True, "taskId": it.target, "updatedFields": ["status"], "statusChange": change}
+    return {"taskId": it.target, "status": it.detail}, response, f"Updated task #{it.target} status"
+
+
+def _fetch_shape(it: _Doing) -> _Shape:
+    response = {"bytes": it.start * 731, "code": 200, "codeText": "OK", "result": it.output, "url": it.target}
+    return {"url": it.target, "prompt": it.detail}, {**response, "durationMs": it.start * 29}, it.output
+
+
+def _server_tool_shape(it: _Doing) -> _Shape:
+    content = [{"type": "text", "text": it.output}]
+    return json.loads(it.detail), content, content
+
+
+_SHAPES: Mapping[str, Callable[[_Doing], _Shape]] = {
+    "Bash": _bash_shape,
+    "Read": _read_shape,
+    "Edit": _edit_shape,
+    "Write": _write_shape,
+    "Grep": _grep_shape,
+    "Glob": _glob_shape,
+    "TodoWrite": _todo_shape,
+    "TaskCreate": _task_create_shape,
+    "TaskUpdate": _task_update_shape,
+    "WebFetch": _fetch_shape,
+}
 
 
 class _Scene:
@@ -9922,7 +10512,7 @@ def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> Non
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was there
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of files in `import_sources`.
+# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
 # An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
 # of a session is never told again: of such a session only what was before is taken.
 # ---------------------------------------------------------------------------
@@ -9950,17 +10540,12 @@ def stored_session(store: EventStore, session_id: str) -> StoredSession:
     ids: Set[str] = set()
     tool_use_ids: Set[str] = set()
     first: Optional[int] = None
-    after = 0
-    while True:
-        lines = store.session_lines(session_id, 1000, after=after)
-        if not lines:
-            return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
-        after = line_seq(lines[-1])
-        for event in map(parse_stored, lines):
-            ids.add(event["id"])
-            tool_use_ids.add(text_of(event["data"].get("toolUseId")))
-            if not event.get("imported") and event["hookType"] != "Monitor":
-                first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    for event in map(parse_stored, export_lines(store, session_id, 0, 1 << 62)):
+        ids.add(event["id"])
+        tool_use_ids.add(text_of(event["data"].get("toolUseId")))
+        if not event.get("imported") and event["hookType"] != "Monitor":
+            first = event["timestamp"] if first is None else min(first, event["timestamp"])
+    return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
 
 
 def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
@@ -10123,9 +10708,9 @@ class TranscriptReader:
         models: Dict[str, JsonObject] = {}
         for used in self._messages.values():
             counts = models.setdefault(used.model, {})
-            add_counts(counts, used.counts)
+            emit_event.add_counts(counts, used.counts)
             if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
-                add_counts(counts.setdefault("over100k", {}), used.counts)
+                emit_event.add_counts(counts.setdefault("over100k", {}), used.counts)
         return {"usage": {"models": models, "agents": {}}} if models else {}
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -10143,12 +10728,6 @@ class TranscriptReader:
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
-
-
-def add_counts(totals: JsonObject, counts: Sequence[int]) -> None:
-    """Add the numbers of one message to totals by name."""
-    for name, count in zip(emit_event.COUNT_NAMES, counts):
-        totals[name] = totals.get(name, 0) + count
 
 
 def _block_text(content: Any) -> str:
@@ -10221,6 +10800,34 @@ def imported_event(given: JsonObject) -> JsonObject:
     return {"hook": rest, "id": str(digest), "imported": True}
 
 
+def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+    """Read a session's transcripts and return their events."""
+    lines: List[bytes] = []
+    for path in source.paths:
+        with open(path, "rb") as file:
+            lines += file.read().split(b"\n")
+    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
+
+
+def import_batches(
+    transcripts: Sequence[ImportSession], exports: Sequence[str], machine_id: str
+) -> Iterator[Tuple[str, List[JsonObject], int]]:
+    """Yield (session id, its events, bytes that were read for them); of transcripts the oldest first."""
+    seen: Set[str] = set()
+    for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
+        size = sum(map(os.path.getsize, source.paths))
+        yield source.session_id, transcript_events(source, machine_id, seen), size
+    for path in exports:
+        by_session: Dict[str, List[JsonObject]] = {}
+        for event in export_events(path):
+            built = emit_event.build_event(event, now_ms(), machine_id)
+            by_session.setdefault(built["sessionId"], []).append(built)
+        size = os.path.getsize(path)
+        for session_id, events in by_session.items():
+            yield session_id, events, size
+            size = 0
+
+
 # ---------------------------------------------------------------------------
 # Command line
 #
@@ -10230,7 +10837,6 @@ def imported_event(given: JsonObject) -> JsonObject:
 
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
-START_DEADLINE_S = 120.0
 STOP_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 2.0
 
@@ -10238,10 +10844,6 @@ PROGRESS_INTERVAL_S = 2.0
 def redis_py_advice() -> str:
     """Return what to type where this interpreter lacks redis-py."""
     return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
-
-
-class CommandError(Exception):
-    """A command that cannot be carried out; the message says what to do."""
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -10255,155 +10857,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for warning in warnings:
         tell(f"warning: {warning}")
     return settings
-
-
-def tell(words: str) -> None:
-    """Say something to the person, beside the output."""
-    print(f"contextuate: {words}", file=sys.stderr, flush=True)
-
-
-def running_monitor(settings: Settings) -> Optional[JsonObject]:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
-    is none.
-    """
-    try:
-        with open(settings.path("monitor.pid"), "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except OSError:
-                pid = int(file.read().strip() or b"0")
-        with open(settings.path("monitor.run.json"), "rb") as file:
-            about = emit_event.parse_event_line(file.read())
-    except (FileNotFoundError, MalformedEvent, ValueError):
-        return None
-    return about if about.get("pid") == pid else None
-
-
-def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
-    about = running_monitor(settings)
-    if about is None:
-        raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
-    return about
-
-
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
-    """Return the addresses of the page; with the token where one is needed to come in."""
-    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
-    token = (
-        f"?token={read_token(settings.path('token'))}"
-        if needs_token and settings["server.auth"] != "off"
-        else ""
-    )
-    links = []
-    for name in about["addresses"]:
-        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
-        links.append(f"http://{shown}:{about['port']}/{token}")
-    return links
-
-
-def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
-    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
-    host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-    connection = http.client.HTTPConnection(host, about["port"], timeout=15)
-    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
-
-
-def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
-    """GET one address of the running monitor's API; raise CommandError."""
-    connection, headers = connect_http(settings, about)
-    try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        answer = emit_event.parse_event_line(response.read())
-    except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise CommandError(f"the monitor answered {response.status}: {answer.get('error')}")
-    return answer
-
-
-class MonitorConnection:
-    """A WebSocket client of the running monitor, for the commands that follow or change it."""
-
-    def __init__(self, settings: Settings, about: JsonObject) -> None:
-        host = about["host"] if about["host"] not in ("0.0.0.0", "::") else "127.0.0.1"
-        shown = f"[{host}]" if ":" in host else host
-        self._sock = socket.create_connection((host, about["wsPort"]), timeout=10)
-        self._parser = FrameParser(masked=False)
-        self._messages: Deque[JsonObject] = collections.deque()
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._sock.sendall(
-            (
-                f"GET / HTTP/1.1\r\nHost: {shown}:{about['wsPort']}\r\n"
-                "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-                f"Authorization: Bearer {read_token(settings.path('token'))}\r\n\r\n"
-            ).encode()
-        )
-        head = b""
-        while b"\r\n\r\n" not in head:
-            piece = self._sock.recv(4096)
-            if not piece:
-                raise ConnectionError("the monitor closed the connection")
-            head += piece
-        head, _, rest = head.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
-            raise CommandError(
-                f"the monitor refused the connection: {head.splitlines()[0].decode('latin-1')}"
-            )
-        self._take(rest)
-
-    def send(self, message: JsonObject) -> None:
-        """Send one message."""
-        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
-
-    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
-        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
-        `timeout_s`.
-        """
-        self._sock.settimeout(timeout_s)
-        while not self._messages:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except socket.timeout:
-                raise TimeoutError("no answer from the monitor") from None
-            if not data:
-                raise ConnectionError("the monitor closed the connection")
-            self._take(data)
-        return self._messages.popleft()
-
-    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
-        """Return the next message of one type, passing over others; raise CommandError for an error."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            message = self.receive(max(0.01, deadline - time.monotonic()))
-            if message.get("type") == kind:
-                return message
-            if message.get("type") == "error":
-                raise CommandError(f"the monitor answered: {message.get('message')}")
-
-    def _take(self, data: bytes) -> None:
-        for received in self._parser.feed(data):
-            if isinstance(received, Text):
-                self._messages.append(
-                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
-                )
-            elif isinstance(received, Ping):
-                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
-            elif isinstance(received, (Close, Failure)):
-                raise ConnectionError(
-                    f"the monitor closed the connection: {received.reason or received.code}"
-                )
-
-    def close(self) -> None:
-        """Say goodbye."""
-        with contextlib.suppress(OSError):
-            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
-        self._sock.close()
 
 
 # Starting and stopping
@@ -10421,22 +10874,22 @@ def command_start(args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
-    links = page_links(settings, about, False)
+    tell_what_next(settings, about)
+    if not args.no_open and can_open_browser():
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def tell_what_next(settings: Settings, about: JsonObject) -> None:
+    """Say where the page is, how far loading is, and what to do for the first events."""
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
-    for link in links:
+    for link in page_links(settings, about, False):
         print(f"  {link}")
     loading = ask_monitor(settings, about, "/api/status")["loading"]
     if loading is not None:
         print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
-    try:
-        installed = os.path.exists(hook_script(settings.home))
-    except InstallError:
-        installed = False
-    if not installed:
+    if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    if not args.no_open and can_open_browser():
-        webbrowser.open(links[0])
-    return 0
 
 
 def can_open_browser() -> bool:
@@ -10505,6 +10958,23 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         log.error("cannot start: %s", error)
         report.error(str(error))
         raise StartError(str(error)) from None
+    about = write_run_file(settings, monitor)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: monitor.stop())
+    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    page = f"http://{about['host']}:{about['port']}/"
+    log.info("version %s serves %s, hooks on %s", __version__, page, about["socketPath"])
+    if args.report_fd is None:
+        for link in page_links(settings, about, False):
+            print(link, flush=True)
+    report.ready()
+    monitor.run()
+    log.info("stopped")
+    return 0
+
+
+def write_run_file(settings: Settings, monitor: Monitor) -> JsonObject:
+    """Leave where this monitor can be reached for `running_monitor`, and return it."""
     about = {
         "pid": os.getpid(),
         "host": settings["server.host"],
@@ -10516,23 +10986,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         "version": __version__,
     }
     emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: monitor.stop())
-    signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
-    log.info(
-        "version %s serves http://%s:%d/, hooks on %s",
-        __version__,
-        about["host"],
-        about["port"],
-        about["socketPath"],
-    )
-    if args.report_fd is None:
-        for link in page_links(settings, about, False):
-            print(link, flush=True)
-    report.ready()
-    monitor.run()
-    log.info("stopped")
-    return 0
+    return about
 
 
 class Reporter:
@@ -10562,9 +11016,7 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
     """A log that rotates, for our user only, and never written through a link."""
 
     def _open(self) -> Any:
-        def opener(path: str, _flags: int) -> int:
-            return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-
+        opener = emit_event.open_for_append
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
 
 
@@ -10655,59 +11107,57 @@ def command_status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"running": True, **status}))
         return 0
-    store, spool, events = status["store"], status["spool"], status["events"]
-    since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
-    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
-    print(f"hooks    {about['socketPath']}")
-    print(
-        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
-        f"{events['quarantined']} malformed"
-    )
-    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
-    print(f"sessions {status['sessions']}{loading}")
-    print(f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}")
-    print(f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped")
-    for line in redis_lines(status):
+    for line in status_lines(settings, about, status):
         print(line)
     return 0
 
 
-def redis_lines(status: JsonObject) -> List[str]:
-    """Say how Redis, this machine's publisher and every machine are doing; nothing in local mode."""
-    link, publisher = status["redis"], status["publisher"]
-    if link is None:
-        return []
+def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> List[str]:
+    """Say how the running monitor is doing."""
+    store, spool, events = status["store"], status["spool"], status["events"]
+    since = human_duration(now_ms() - status["startedAt"])
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    return [
+        f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}",
+        f"page     {page_links(settings, about, False)[0]}   {status['clients']} open",
+        f"hooks    {about['socketPath']}",
+        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
+        f"{events['quarantined']} malformed",
+        f"sessions {status['sessions']}{loading}",
+        f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}",
+        f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped",
+        *(redis_lines(status["redis"], status["publisher"]) if status["redis"] else ()),
+        *(map(machine_line, status["machines"]) if status["redis"] else ()),
+    ]
+
+
+def redis_lines(link: JsonObject, publisher: JsonObject) -> List[str]:
+    """Say how Redis and this machine's publisher are doing."""
     words = link["state"].replace("_", " ")
     if link["state"] != "connected":
         most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
         words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
-    stream = link["streamReason"] or {
-        "off": "off",
-        "ok": f"read up to {link['position'] or 'its start'}",
-    }.get(link["streamState"])
-    lines = [f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}", f"stream   {stream}"]
+    read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
+    lines = [
+        f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}",
+        f"stream   {link['streamReason'] or read.get(link['streamState'])}",
+    ]
     if link["gaps"]:
         lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
     about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
     lines.append(
         f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
     )
-    for machine in status["machines"]:
-        skew, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        clock = (
-            f", clock {human_duration(abs(skew))} {'behind' if skew > 0 else 'ahead'}"
-            if _is_skewed(skew)
-            else ""
-        )
-        lines.append(
-            f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
-        )
     return lines
 
 
-def _is_skewed(skew_ms: Optional[int]) -> bool:
-    return skew_ms is not None and abs(skew_ms) > 2000
+def machine_line(machine: JsonObject) -> str:
+    """Say how one machine is doing, and how far its clock is off where that is worth a word."""
+    skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+    clock = ""
+    if skew_ms is not None and abs(skew_ms) > 2000:
+        clock = f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
+    return f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
 
 
 def command_url(args: argparse.Namespace) -> int:
@@ -10761,39 +11211,6 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
-def send_through_hook(settings: Settings, fields: JsonObject) -> str:
-    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
-    script = hook_script(settings.home)
-    if not os.path.exists(script):
-        script = os.path.abspath(emit_event.__file__)
-    payload = {
-        "session_id": "contextuate-test",
-        "hook_event_name": "Notification",
-        "cwd": os.getcwd(),
-        **fields,
-    }
-    environment = {
-        **os.environ,
-        "CONTEXTUATE_DEBUG": "1",
-        "CONTEXTUATE_HOME": settings.home,
-        "CONTEXTUATE_CONFIG": settings.config_path,
-    }
-    process = subprocess.run(
-        [base_interpreter(), "-I", "-S", script],
-        input=encode_json(payload),
-        capture_output=True,
-        env=environment,
-        timeout=30,
-        check=False,
-    )
-    return process.stderr.decode("utf-8", "replace")
-
-
-def was_delivered(words: str) -> bool:
-    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
-
-
 def command_test_event(args: argparse.Namespace) -> int:
     """Send one event the way every hook's event goes, and tell what happened."""
     settings = settings_of(args)
@@ -10811,16 +11228,14 @@ def command_doctor(args: argparse.Namespace) -> int:
     """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
     try:
         settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = Doctor(settings, warnings).examine()
+        findings: Iterable[Finding] = examine(settings, warnings)
     except ConfigError as error:
         findings = [Finding("config", "fail", str(error), "correct the file")]
     told = []
     for finding in findings:
         told.append(finding)
         if not args.json:
-            print(f"{finding.level:5}{finding.check:11}{safe_line(finding.words)}", flush=True)
-            if finding.advice and finding.level != "ok":
-                print(f"{'':16}→ {finding.advice}", flush=True)
+            print("\n".join(finding.lines()), flush=True)
     broken = sum(finding.level == "fail" for finding in told)
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
@@ -10836,16 +11251,7 @@ def command_doctor(args: argparse.Namespace) -> int:
 
 def command_sessions(args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    settings = settings_of(args)
-    about = running_monitor(settings)
-    if about is not None:
-        answer = ask_monitor(settings, about, "/api/sessions?hidden=" + ("1" if args.all else "0"))
-        sessions = answer["sessions"]
-        if answer["loading"]:
-            tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
-    else:
-        tell("the monitor is not running; this is what the files tell")
-        sessions = stored_sessions(settings).all_json(args.all)
+    sessions = known_sessions(settings_of(args), args.all)
     if not args.all:
         sessions = [session for session in sessions if session["state"] != "ended"]
     sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
@@ -10855,13 +11261,33 @@ def command_sessions(args: argparse.Namespace) -> int:
     if not sessions:
         print("no sessions" + ("" if args.all else " that have not ended; --all shows those too"))
     for session in sessions:
-        since = human_duration(now_ms() - session["stateSince"])
-        reason = session["reason"]
-        stuck = session["stuck"][0]["detail"] if session["stuck"] and session["state"] == "working" else ""
-        detail = f"{reason['kind']}: {reason['detail']}" if reason else stuck or session["activity"]
-        label, machine = session["label"], session["machineId"]
-        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
+        print(session_line(session))
     return 0
+
+
+def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
+    """Return the sessions that the running monitor knows, else those that the files tell of."""
+    about = running_monitor(settings)
+    if about is None:
+        tell("the monitor is not running; this is what the files tell")
+        return stored_sessions(settings).all_json(with_hidden)
+    answer = ask_monitor(settings, about, f"/api/sessions?hidden={int(with_hidden)}")
+    if answer["loading"]:
+        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
+    sessions: List[JsonObject] = answer["sessions"]
+    return sessions
+
+
+def session_line(session: JsonObject) -> str:
+    """Return one line of `sessions`."""
+    reason, detail = session["reason"], session["activity"]
+    if reason:
+        detail = f"{reason['kind']}: {reason['detail']}"
+    elif session["stuck"] and session["state"] == "working":
+        detail = session["stuck"][0]["detail"] or detail
+    since = human_duration(now_ms() - session["stateSince"])
+    label, machine = session["label"], session["machineId"]
+    return safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}")
 
 
 def stored_sessions(settings: Settings) -> SessionBook:
@@ -10886,24 +11312,38 @@ def command_tail(args: argparse.Namespace) -> int:
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     while True:
         try:
-            connection = MonitorConnection(settings, about)
-            since = {} if last_seq is None else {"since": last_seq}
-            connection.send({"type": "subscribe", "view": "full", **since})
-            while True:
-                message = connection.receive()
-                if message.get("type") == "status" and message.get("loading") and last_seq is None:
-                    tell(f"{loading_words(message['loading'])}; new events are shown all the same")
-                    last_seq = message["seq"]
-                if message.get("type") == "event":
-                    last_seq = message["seq"]
-                    if tail_wants(args, message["event"]):
-                        print(tail_line(message["event"], args.json, colours), flush=True)
+            for seq, event in events_since(settings, about, last_seq):
+                last_seq = seq
+                if event is not None and tail_wants(args, event):
+                    print(tail_line(event, args.json, colours), flush=True)
         except OSError as error:
             tell(f"{error}; waiting for the monitor")
             while running_monitor(settings) is None:
                 time.sleep(1)
             time.sleep(0.5)
             about = needed_monitor(settings)
+
+
+def events_since(
+    settings: Settings, about: JsonObject, last_seq: Optional[int]
+) -> Iterator[Tuple[int, Optional[JsonObject]]]:
+    """Yield (seq, event) as events come, with what was missed since `last_seq`; OSError when it breaks off.
+
+    The event is None where only the number is known: of a monitor that still reads what it has stored.
+    """
+    connection = MonitorConnection(settings, about)
+    since = {} if last_seq is None else {"since": last_seq}
+    connection.send({"type": "subscribe", "view": "full", **since})
+    is_told = last_seq is not None
+    while True:
+        message = connection.receive()
+        if message.get("type") == "event":
+            is_told = True
+            yield message["seq"], message["event"]
+        elif message.get("type") == "status" and message.get("loading") and not is_told:
+            is_told = True
+            tell(f"{loading_words(message['loading'])}; new events are shown all the same")
+            yield message["seq"], None
 
 
 def tail_wants(args: argparse.Namespace, event: JsonObject) -> bool:
@@ -10932,28 +11372,6 @@ def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
     return f"\x1b[{code}m{line}\x1b[0m" if code else line
 
 
-def safe_line(text: str) -> str:
-    """Return text as one line that cannot steer the terminal it is printed on."""
-    return "".join(char if char.isprintable() else "�" for char in text).rstrip()
-
-
-def human_duration(duration_ms: float) -> str:
-    """Return a duration in its largest fitting unit."""
-    seconds = max(0, int(duration_ms / 1000))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes in its largest fitting unit."""
-    for unit, factor in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
-
-
 def command_prune(args: argparse.Namespace) -> int:
     """Delete what the configuration says is too old or too much, now, or only tell what would go."""
     settings = settings_of(args)
@@ -10969,7 +11387,7 @@ def command_prune(args: argparse.Namespace) -> int:
             with contextlib.suppress(MalformedEvent):
                 book.apply(parse_stored(line))
         kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
-        plan = retention_plan(settings, kept)
+        plan = retention_plan(settings, kept, now_ms())
         if not args.dry_run:
             carry_out(settings.home, plan)
         pruned = plan.to_json(args.dry_run)
@@ -10994,66 +11412,15 @@ def command_import(args: argparse.Namespace) -> int:
     sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
     progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
     store = EventStore(settings.path("events"))
-    seen: Set[str] = set()
     known = 0
-    with ImportConnection(about["socketPath"]) as connection:
-        for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
-            events = transcript_events(source, settings.machine_id, seen)
-            wanted = list(wanted_events(events, stored_session(store, source.session_id)))
+    with EventSender(about["socketPath"]) as sender:
+        for session_id, events, size in import_batches(transcripts, exports, settings.machine_id):
+            wanted = list(wanted_events(events, stored_session(store, session_id)))
             known += len(events) - len(wanted)
-            connection.send(wanted)
-            progress.add(len(wanted), sum(map(os.path.getsize, source.paths)))
-        for path in exports:
-            by_session: Dict[str, List[JsonObject]] = {}
-            for event in export_events(path):
-                built = emit_event.build_event(event, now_ms(), settings.machine_id)
-                by_session.setdefault(built["sessionId"], []).append(built)
-            for session_id, events in by_session.items():
-                wanted = list(wanted_events(events, stored_session(store, session_id)))
-                known += len(events) - len(wanted)
-                connection.send(wanted)
-                progress.add(len(wanted), 0)
-            progress.add(0, os.path.getsize(path))
+            sender.send(wanted)
+            progress.add(len(wanted), size)
     print(f"{progress.count} events imported, {known} were known already")
     return 0
-
-
-def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
-    """Read a session's transcripts and return their events."""
-    lines: List[bytes] = []
-    for path in source.paths:
-        with open(path, "rb") as file:
-            lines += file.read().split(b"\n")
-    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
-
-
-class ImportConnection:
-    """Hand events to the running monitor and wait until they are stored."""
-
-    BATCH = 200
-
-    def __init__(self, socket_path: str) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(60)
-        self._sock.connect(socket_path)
-
-    def __enter__(self) -> "ImportConnection":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-    def send(self, events: Sequence[JsonObject]) -> None:
-        """Send events; raise CommandError when they cannot be stored."""
-        for start in range(0, len(events), self.BATCH):
-            batch = events[start : start + self.BATCH]
-            self._sock.sendall(b"".join(encode_json(event) + b"\n" for event in batch))
-            taken = 0
-            while taken < len(batch):
-                answer = self._sock.recv(self.BATCH)
-                if not answer:
-                    raise CommandError("the monitor could not store an event; `status` may tell why")
-                taken += len(answer)
 
 
 def command_search(args: argparse.Namespace) -> int:
@@ -11068,24 +11435,31 @@ def command_search(args: argparse.Namespace) -> int:
         "state": args.state,
         "from": parse_time(args.start, 0) or None,
         "to": parse_time(args.end, 0) or None,
-        "limit": min(args.limit, SEARCH_LIMIT),
     }
-    ask = page_source(settings, wanted)
-    left, cursor = args.limit, None
-    while left > 0:
-        page = ask({**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor})
+    colours = sys.stdout.isatty()
+    count, page = 0, {}
+    for page in pages(page_source(settings, wanted), wanted, args.limit):
+        count += len(page["results"])
         for result in page["results"]:
-            print(json.dumps(result) if args.json else search_line(result, sys.stdout.isatty()), flush=True)
-        left, cursor = left - len(page["results"]), page["next"]
-        if cursor is None:
-            break
-    if left == args.limit and not args.json:
+            print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
+    if not count and not args.json:
         tell("nothing was found")
-    elif left <= 0 and cursor is not None:
+    elif page["next"] is not None:
         tell(f"there is more; --limit {args.limit * 4} shows it")
     if page["index"]["state"] == "building":
         tell("the index is still being made, so there may be more")
-    return 0 if left < args.limit else 1
+    return 0 if count else 1
+
+
+def pages(ask: Callable[[JsonObject], JsonObject], wanted: JsonObject, limit: int) -> Iterator[JsonObject]:
+    """Yield the pages of a search until there are no more results, or `limit`."""
+    cursor = None
+    while limit > 0:
+        page = ask({**wanted, "limit": min(limit, SEARCH_LIMIT), "cursor": cursor})
+        yield page
+        limit, cursor = limit - len(page["results"]), page["next"]
+        if cursor is None:
+            return
 
 
 def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
@@ -11152,32 +11526,6 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
-class Progress:
-    """Tell once a second how far long work is."""
-
-    def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
-        self.count = 0
-        self._done = 0
-        self._total = total_bytes
-        self._what = what
-        self._quiet = quiet
-        self._told = time.monotonic()
-
-    def add(self, count: int, size: int) -> None:
-        """Take note of work that is done."""
-        self.count += count
-        self._done += size
-        if not self._quiet and time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
-            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
-
-    def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
-        """Pass lines on and count them."""
-        for line in lines:
-            self.add(1, len(line) + 1)
-            yield line
-
-
 def parse_time(text: Optional[str], default: int) -> int:
     """Parse `--from` / `--to`: milliseconds since the epoch, or a date or time in ISO form (local time)."""
     if text is None:
@@ -11201,28 +11549,26 @@ def command_demo(args: argparse.Namespace) -> int:
     if ask_monitor(settings, about, "/api/status")["demo"]:
         remove_demo(settings, about)  # two of them would look like one that repeats itself
     begin = now_ms()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(30)
-        sock.connect(about["socketPath"])
-        sent = 0
+    sent = 0
+    with EventSender(about["socketPath"]) as sender:
         for timestamp, event in demo_day(begin, args.live):
             wait_s = (timestamp - now_ms()) / 1000
-            if wait_s > 0 and sys.stderr.isatty():
-                print(
-                    f"\rdemo: {sent} events sent, live for {(timestamp - begin) // 1000} s, Ctrl-C ends it ",
-                    end="",
-                    file=sys.stderr,
-                )
             if wait_s > 0:
+                tell_demo_progress(sent, (timestamp - begin) // 1000)
                 time.sleep(wait_s)
-            sock.sendall(encode_json(event) + b"\n")
-            if sock.recv(1) != emit_event.ACKNOWLEDGEMENT:
-                raise CommandError("the monitor did not take a demo event; `status` may tell why")
+            sender.send([event])
             sent += 1
     if sys.stderr.isatty():
         print(file=sys.stderr)
     print(f"{sent} demo events sent; `demo --remove` takes them out again")
     return 0
+
+
+def tell_demo_progress(sent: int, live_s: int) -> None:
+    """Say on a terminal, in the same line each time, how far the demo is."""
+    if sys.stderr.isatty():
+        words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
+        print(words, end="", file=sys.stderr)
 
 
 def remove_demo(settings: Settings, about: JsonObject) -> int:
@@ -11243,117 +11589,131 @@ def remove_demo(settings: Settings, about: JsonObject) -> int:
 # The parser
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line and end with status 2."""
+        self.exit(2, f"contextuate: error: {message}; `{self.prog} --help` tells more\n")
+
+
+class CommandOption(NamedTuple):
+    """One option or argument of a command, as `add_argument` takes it."""
+
+    names: Tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def option(*names: str, **about: Any) -> CommandOption:
+    """Describe an option or an argument."""
+    return CommandOption(names, about)
+
+
+def switch(name: str, words: str) -> CommandOption:
+    """Describe an option without a value."""
+    return option(name, action="store_true", help=words)
+
+
+def at_least_one(text: str) -> int:
+    """Parse a number of things."""
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return int(text)
+
+
+_CONFIG = option(
+    "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
+)
+_SERVING = (
+    option("--port", type=int, help="port of the page (default 3847, 0: any free one)"),
+    option("--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"),
+    option("--host", help="address to listen on (default 127.0.0.1)"),
+    switch("--foreground", "stay in the foreground and log to the terminal"),
+    switch("--no-open", "do not open a browser"),
+    option("--report-fd", type=int, help=argparse.SUPPRESS),
+)
+_INSTALLING = (
+    option("--project", nargs="?", const=".", metavar="DIR",
+           help="in the settings of one project (default: of the user)"),
+    switch("--dry-run", "show what would change, and change nothing"),
+)  # fmt: skip
+_TYPE = option("--type", help="only this hook or event type, such as PreToolUse or tool_error")
+_MACHINE = option("--machine", help="only this machine")
+_FILTERS = (
+    option("--session", metavar="ID", help="only this session"),
+    _MACHINE,
+    option("--tool", help="only this tool, such as Bash"),
+    _TYPE,
+    option("--from", dest="start", metavar="TIME", help="from this time on"),
+    option("--to", dest="end", metavar="TIME", help="before this time"),
+)
+_JSON = switch("--json", "for programs: as JSON")
+_JSON_LINES = switch("--json", "for programs: one JSON object a line")
+
+
+class Command(NamedTuple):
+    """One command: its name, what carries it out, what `--help` says of it, and its options."""
+
+    name: str
+    function: Callable[[argparse.Namespace], int]
+    words: str
+    options: Tuple[CommandOption, ...] = ()
+
+
+COMMANDS = (
+    Command("start", command_start, "start the monitor in the background and print the page's address",
+            _SERVING),
+    Command("stop", command_stop, "stop the monitor"),
+    Command("restart", command_restart, "stop the monitor and start it again", _SERVING),
+    Command("status", command_status, "tell how the monitor is", (_JSON,)),
+    Command("url", command_url, "print the page's address", (
+        switch("--token", "with the token, for another user or another machine"),)),
+    Command("install", command_install, "register the hook in Claude Code's settings", _INSTALLING),
+    Command("uninstall", command_uninstall, "take the hook out of Claude Code's settings", _INSTALLING),
+    Command("sessions", command_sessions, "list sessions, those that need you first", (
+        switch("--all", "ended and hidden ones too"), _JSON)),
+    Command("tail", command_tail, "print events as they happen", (
+        option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
+        _MACHINE, _TYPE, _JSON_LINES)),
+    Command("search", command_search, "find stored events, newest first", (
+        option("words", nargs="*", help='words, begin* or "words in a row" that must all occur'),
+        *_FILTERS,
+        option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
+        option("--limit", type=at_least_one, default=50, help="at most so many (default 50)"),
+        _JSON_LINES)),
+    Command("export", command_export, "write stored events as NDJSON, or tool calls as CSV", (
+        option("words", nargs="*", help="only events that hold these words, as in `search`"),
+        option("--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"),
+        *_FILTERS,
+        option("--output", metavar="FILE", help="write there (default: standard output)"))),
+    Command("import", command_import, "take in transcripts of Claude Code and exports of monitors", (
+        option("paths", nargs="*", metavar="PATH",
+               help="files or directories (default: every transcript of Claude Code)"),)),
+    Command("prune", command_prune, "delete events that are too old or too much for the configuration", (
+        switch("--dry-run", "tell what would go, and delete nothing"),)),
+    Command("doctor", command_doctor, "examine the whole chain and say what to do", (_JSON,)),
+    Command("test-event", command_test_event, "send one event through the hook and tell what happened"),
+    Command("demo", command_demo, "play a made-up working day into the running monitor", (
+        option("--live", type=float, default=300, metavar="SECONDS",
+               help="how long it goes on (default 300)"),
+        switch("--remove", "take the demo's sessions out again"))),
+)  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
-    )
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="contextuate_monitor.py",
         description="A live monitor for coding agents.",
-        epilog="See README.md for more.",
+        epilog="`COMMAND --help` tells more of one, README.md of everything.",
     )
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, function: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name, help=words, description=words[0].upper() + words[1:] + ".", parents=[common]
-        )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, function, words, options in COMMANDS:
+        command = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
         command.set_defaults(function=function)
-        return command
-
-    for name, function, words in (
-        ("start", command_start, "start the monitor in the background and print the page's address"),
-        ("restart", command_restart, "stop the monitor and start it again"),
-    ):
-        command = add(name, function, words)
-        command.add_argument("--port", type=int, help="port of the page (default 3847, 0: any free one)")
-        command.add_argument(
-            "--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"
-        )
-        command.add_argument("--host", help="address to listen on (default 127.0.0.1)")
-        command.add_argument(
-            "--foreground", action="store_true", help="stay in the foreground and log to the terminal"
-        )
-        command.add_argument("--no-open", action="store_true", help="do not open a browser")
-        command.add_argument("--report-fd", type=int, help=argparse.SUPPRESS)
-    add("stop", command_stop, "stop the monitor")
-    add("status", command_status, "tell how the monitor is").add_argument("--json", action="store_true")
-    add("url", command_url, "print the page's address").add_argument(
-        "--token", action="store_true", help="with the token, for another user or another machine"
-    )
-    for name, function, words in (
-        ("install", command_install, "register the hook in Claude Code's settings"),
-        ("uninstall", command_uninstall, "take the hook out of Claude Code's settings"),
-    ):
-        command = add(name, function, words)
-        command.add_argument(
-            "--project",
-            nargs="?",
-            const=".",
-            metavar="DIR",
-            help="in the settings of one project (default: of the user)",
-        )
-        command.add_argument(
-            "--dry-run", action="store_true", help="show what would change, and change nothing"
-        )
-    command = add("tail", command_tail, "print events as they happen")
-    command.add_argument("--session", metavar="ID", help="only this session (the id's beginning is enough)")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--json", action="store_true", help="whole events, one JSON object a line")
-    command = add("sessions", command_sessions, "list sessions, those that need you first")
-    command.add_argument("--all", action="store_true", help="ended and hidden ones too")
-    command.add_argument("--json", action="store_true")
-    command = add("prune", command_prune, "delete events that are too old or too much for the configuration")
-    command.add_argument("--dry-run", action="store_true", help="tell what would go, and delete nothing")
-    command = add(
-        "import", command_import, "take in transcripts of Claude Code and exports of monitors as history"
-    )
-    command.add_argument(
-        "paths",
-        nargs="*",
-        metavar="PATH",
-        help="files or directories (default: every transcript of Claude Code)",
-    )
-    command = add("search", command_search, "find stored events, newest first")
-    command.add_argument("words", nargs="*", help='words, begin* or "words in a row" that must all occur')
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument(
-        "--state",
-        choices=SESSION_STATES,
-        help="only sessions that are so now",
-    )
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--limit", type=int, default=50, help="at most so many (default 50)")
-    command.add_argument("--json", action="store_true", help="one JSON object a line")
-    command = add("export", command_export, "write stored events as NDJSON, or tool calls as CSV")
-    command.add_argument("words", nargs="*", help="only events that hold these words, as in `search`")
-    command.add_argument(
-        "--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"
-    )
-    command.add_argument("--session", metavar="ID", help="only this session")
-    command.add_argument("--machine", help="only this machine")
-    command.add_argument("--tool", help="only this tool, such as Bash")
-    command.add_argument("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-    command.add_argument("--from", dest="start", metavar="TIME", help="from this time on")
-    command.add_argument("--to", dest="end", metavar="TIME", help="before this time")
-    command.add_argument("--output", metavar="FILE", help="write there (default: standard output)")
-    add("doctor", command_doctor, "examine the whole chain and say what to do").add_argument(
-        "--json", action="store_true"
-    )
-    add("test-event", command_test_event, "send one event through the hook and tell what happened")
-    command = add("demo", command_demo, "play a made-up working day into the running monitor")
-    command.add_argument(
-        "--live", type=float, default=300, metavar="SECONDS", help="how long it goes on (default 300)"
-    )
-    command.add_argument("--remove", action="store_true", help="take the demo's sessions out again")
+        for names, about in (_CONFIG, *options):
+            command.add_argument(*names, **about)
     return parser
 
 

@@ -46,7 +46,7 @@ def run_hook() -> None:
     try:
         import _signal
 
-        # A hook of StopFailure is told to stop 40 ms after its start (CLAUDE_HOOKS: print mode).
+        # A hook of StopFailure is told to stop 40 ms after its start (print mode).
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -396,7 +396,20 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Set, Tuple  # noqa: E402
+from typing import (  # noqa: E402
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+)  # fmt: skip
 
 JsonObject = Dict[str, Any]
 
@@ -414,6 +427,28 @@ except BaseException:
     posix._exit(0)
 """
 HOT_PATH_END = "# --- end of the hot path ---\n"
+
+
+# ---------------------------------------------------------------------------
+# Common ground: the time, numbers, and files of our own
+#
+# Every file of ours is for this user only, never written through a link, and replaced whole or appended to.
+# ---------------------------------------------------------------------------
+
+
+def now_ms() -> int:
+    """Return the time in milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a number in JSON; for Python, true and false are numbers too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Tell whether a value is an integer in JSON."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def make_private_directory(path: str) -> None:
@@ -439,20 +474,28 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
         raise
 
 
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory.
+def open_for_append(path: str, _flags: int = 0) -> int:
+    """Open a file of ours to add to its end, made when there is none; `open` takes this as its opener."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
-    At 256 KiB the file is moved aside once, so two exist at most.
-    """
+
+def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
+    """Add to a file that is moved aside once it is beyond its limit, so two exist at most."""
+    if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
+        os.replace(path, path + ".1")
+    with os.fdopen(open_for_append(path), "wb") as file:
+        file.write(content)
+
+
+EMIT_LOG_LIMIT_BYTES = 256 << 10
+
+
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    path = home + "/emit.log"
-    if os.path.exists(path) and os.path.getsize(path) > 256 << 10:
-        os.replace(path, path + ".1")
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"{stamp} {os.getpid()} {reason}\n")
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {reason}\n"
+    append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
@@ -476,7 +519,7 @@ class Key:
 
 
 def _integer(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: is_integer(value) and low <= value <= high
 
 
 def _one_of(*choices: str) -> Callable[[Any], bool]:
@@ -530,7 +573,7 @@ def _price(value: Any) -> bool:
 
 
 def _amount(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1e6
+    return is_number(value) and 0 <= value <= 1e6
 
 
 KEYS: "Dict[str, Key]" = {
@@ -627,13 +670,33 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
     Returns every key of KEYS with its value, and warnings in words. A missing file means defaults.
     Raises ConfigError for what cannot be used.
     """
-    values = {name: key.default for name, key in KEYS.items()}
+    given, readable_by_others = _read_config(path)
+    told = dict(_flatten(given, path))
+    values = default_values()
+    values.update((name, _checked(name, value, path)) for name, value in told.items() if name in KEYS)
+    warnings = [_unknown_key(name, path) for name in told if name not in KEYS]
+    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
+        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
+    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
+    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
+        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
+    return values, warnings
+
+
+def default_values() -> "Dict[str, Any]":
+    """Return every key of KEYS with its default."""
+    return {name: key.default for name, key in KEYS.items()}
+
+
+def _read_config(path: str) -> "Tuple[JsonObject, bool]":
+    """Return what the file says, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
     except FileNotFoundError:
-        return values, []
+        return {}, False
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     try:
@@ -642,25 +705,21 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
-    warnings = []
-    told = dict(_flatten(given, path))
-    for name, value in told.items():
-        if name in KEYS:
-            if not KEYS[name].accepts(value):
-                shown = "something else" if name in SECRET_KEYS else _shown(value)
-                raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
-            values[name] = value
-        else:
-            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
-    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
-        values["limits.fieldBytes"] = REDIS_FIELD_BYTES
-    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
-        warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
-    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
-        warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
-    return values, warnings
+    return given, readable_by_others
+
+
+def _checked(name: str, value: Any, path: str) -> Any:
+    """Return the value of a key; raise ConfigError when it is not what the key takes."""
+    if KEYS[name].accepts(value):
+        return value
+    shown = "something else" if name in SECRET_KEYS else _shown(value)
+    raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
+
+
+def _unknown_key(name: str, path: str) -> str:
+    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{path}: {name}: unknown key, ignored{hint}"
 
 
 def _flatten(given: JsonObject, path: str) -> "Iterator[Tuple[str, Any]]":
@@ -763,7 +822,8 @@ _WRAPPER_FIELDS = (
     "seq",
     "received",
 )
-_HOOK_FIELDS = ("hook_event_name", "session_id", "cwd", "agent_id", "agent_type")
+# Of an event, not of the wrapper around a payload: where one says so all the same, it is content.
+_TOLD_BY_HOOK = ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data")
 _ID_LIMIT = 256
 
 
@@ -846,43 +906,44 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    hook_name = hook.get("hook_event_name")
-    hook_type = hook_name if isinstance(hook_name, str) else ""
-    data: JsonObject = {}
-    for field, new_name in DATA_NAMES.items():
-        if field in hook:
-            _keep(data, field if new_name in data else new_name, hook[field])
-    for field, value in hook.items():
-        if field not in DATA_NAMES and field not in _HOOK_FIELDS:
-            _keep(data, field, value)
+    data = _hook_data(hook)
     envelope = {
         "id": wrapper.get("id"),
         "timestamp": wrapper.get("timestamp"),
         "sessionId": hook["session_id"] if _is_id(hook.get("session_id")) else wrapper.get("sessionId"),
         "machineId": wrapper.get("machineId"),
-        "workingDirectory": hook["cwd"] if isinstance(hook.get("cwd"), str) else wrapper.get("cwd"),
+        "workingDirectory": hook["cwd"] if _is_text(hook.get("cwd")) else wrapper.get("cwd"),
         "agentId": hook.get("agent_id"),
         "parentSessionId": wrapper.get("parentSessionId"),
         "pid": wrapper.get("pid"),
     }
     for name, value in wrapper.items():
-        if name in ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"):
+        if name in _TOLD_BY_HOOK:
             _keep(data, name, value)
         elif name not in _WRAPPER_FIELDS:
             envelope[name] = value
-    for field, check in (("session_id", _is_id), ("cwd", _is_text), ("agent_id", _is_id)):
+    for field, check in _HOOK_CHECKS.items():
         if field in hook and not check(hook[field]):
             _keep(data, field, hook[field])
-    if not isinstance(hook_name, str) and hook_name is not None:
-        _keep(data, "hook_event_name", hook_name)
-    if "agent_type" in hook:
-        if _is_id(hook.get("agent_id")) and isinstance(hook["agent_type"], str):
-            envelope["agentType"] = hook["agent_type"]
-        else:
-            _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
-    return _envelope(
-        envelope, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data
-    )
+    if _is_id(hook.get("agent_id")) and _is_text(hook.get("agent_type")):
+        envelope["agentType"] = hook["agent_type"]
+    elif "agent_type" in hook:
+        _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
+    hook_type = hook["hook_event_name"] if _is_text(hook.get("hook_event_name")) else ""
+    event_type = EVENT_TYPES.get(hook_type, "message")
+    return _envelope(envelope, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _hook_data(hook: JsonObject) -> JsonObject:
+    """Return the fields of a payload that belong into `data`, under their names there."""
+    data: JsonObject = {}
+    for field, new_name in DATA_NAMES.items():
+        if field in hook:
+            _keep(data, field if new_name in data else new_name, hook[field])
+    for field, value in hook.items():
+        if field not in DATA_NAMES and field not in _HOOK_CHECKS and field != "agent_type":
+            _keep(data, field, value)
+    return data
 
 
 def _event_from_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -910,13 +971,20 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e14
+    return is_number(value) and 0 < value < 1e14
 
 
 def _is_pid(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return is_integer(value) and 0 < value < 1 << 31
 
 
+# What a payload says about itself, beside agent_type; a value of another type is kept in `data`.
+_HOOK_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
+    "session_id": _is_id,
+    "cwd": _is_text,
+    "agent_id": _is_id,
+    "hook_event_name": _optional(_is_text),
+}
 _ENVELOPE_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
     "id": _is_id,
     "timestamp": _is_time,
@@ -1009,6 +1077,7 @@ def this_machine() -> str:
 class SecretShape:
     """One kind of secret: without `hint` in the text there is none, which is quickly seen.
 
+    A hint that is in no harmless text spares the search: "ghp_", not "gh".
     A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
     the text. Its group `secret`, or the whole match, is what gets replaced. `folded` ones are matched against
@@ -1126,16 +1195,16 @@ SECRET_SHAPES = (
     ),
     _token("anthropic", "sk-ant-", r"[A-Za-z0-9_-]{20,}"),
     _token("openai", "sk-", r"(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
-    _token("github", "gh", r"[pousr]_[A-Za-z0-9]{30,}"),
+    *(_token("github", f"gh{letter}_", r"[A-Za-z0-9]{30,}") for letter in "pousr"),
     _token("github", "github_pat_", r"[A-Za-z0-9_]{40,}"),
-    _token("gitlab", "gl", r"(?:pat|ptt|dt|rt)-[A-Za-z0-9_-]{20,}"),
+    *(_token("gitlab", f"gl{kind}-", r"[A-Za-z0-9_-]{20,}") for kind in ("pat", "ptt", "dt", "rt")),
     _token("bitbucket", "ATATT3", r"[A-Za-z0-9_=-]{40,}"),
     _token("aws", "AKIA", r"[A-Z2-7]{16}\b"),
     _token("aws", "ASIA", r"[A-Z2-7]{16}\b"),
     _token("google", "AIza", r"[A-Za-z0-9_-]{35}"),
     _token("google", "ya29.", r"[A-Za-z0-9_-]{20,}"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
-    _token("digitalocean", "do", r"[por]_v1_[a-f0-9]{40,}"),
+    *(_token("digitalocean", f"do{letter}_v1_", r"[a-f0-9]{40,}") for letter in "por"),
     _token("vault", "hvs.", r"[A-Za-z0-9_-]{24,}"),
     _token("docker", "dckr_pat_", r"[A-Za-z0-9_-]{20,}"),
     _token("slack", "xox", r"[abeoprs]-[A-Za-z0-9-]{10,}"),
@@ -1174,7 +1243,7 @@ SECRET_SHAPES = (
         "://",
         r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@",
     ),
-    _assigned("pass", r"(?:word|wd|phrase)"),
+    *(_assigned(hint) for hint in ("password", "passwd", "passphrase")),
     _assigned("secret"),
     _assigned("token"),
     _assigned("credential", "s?"),
@@ -1232,6 +1301,10 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
+_RankedShape = Tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
+_RANKED_SHAPES: "Tuple[_RankedShape, ...]" = tuple(enumerate(SECRET_SHAPES))
+
+
 class _Secret(NamedTuple):
     """Where a secret stands in a text, and its shape's place in SECRET_SHAPES: the earlier names it."""
 
@@ -1240,34 +1313,50 @@ class _Secret(NamedTuple):
     rank: int
 
 
-def redact_text(text: str) -> str:
+def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    Once more while there was something, so that what is redacted already stays as it is: what stood beside a
-    secret may look like one only now.
+    `shapes` are those that `shapes_in` found in what `text` is part of. Once more while there was something,
+    so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
     """
     for _ in range(REDACTION_ROUNDS):
         if len(text) < SHORTEST_SECRET:
             break
+        shapes = shapes_in(text, shapes)
+        if not shapes:
+            break
         pieces: "List[str]" = []
         done = 0
-        for secret in _joined(sorted(_secrets_in(text))):
+        for secret in _joined(sorted(_secrets_in(text, shapes))):
             found = text[secret.start : secret.end]
             pieces += text[done : secret.start], _replacement(SECRET_SHAPES[secret.rank].kind, found)
             done = secret.end
         if not pieces:
             break
         text = "".join(pieces) + text[done:]
+        shapes = None
     return text
 
 
-def _secrets_in(text: str) -> "Iterator[_Secret]":
-    """Yield every match of every shape; they may overlap."""
-    lowered = text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
-    for rank, shape in enumerate(SECRET_SHAPES):
-        looked_at = lowered if shape.folded else text
-        if shape.hint not in looked_at:
-            continue
+def _folded_text(text: str) -> str:
+    return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
+
+
+def shapes_in(text: str, among: "Optional[Sequence[_RankedShape]]" = None) -> "List[_RankedShape]":
+    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
+    folded = _folded_text(text)
+    return [
+        ranked
+        for ranked in (_RANKED_SHAPES if among is None else among)
+        if ranked[1].hint in (folded if ranked[1].folded else text)
+    ]
+
+
+def _secrets_in(text: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
+    """Yield every match of some shapes; they may overlap."""
+    folded = _folded_text(text)
+    for rank, shape in shapes:
+        looked_at = folded if shape.folded else text
         match = shape.pattern.search(looked_at)
         while match is not None:
             end = match.end()
@@ -1309,76 +1398,110 @@ def protect(event: JsonObject, privacy: Privacy) -> JsonObject:
 
     `truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    cuts: "Dict[str, int]" = {}
     data = event["data"]
+    protector = _Protector(
+        privacy, {name: value for name, value in event.items() if name == "data" or name not in _EVENT_FIELDS}
+    )
+    if protector.changes_nothing and not privacy.metadata_only:
+        return event
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
         else:
-            event[name] = _protect_value(event[name], name, name, privacy, cuts, 0)
-    data = _protect_value(data, "", "", privacy, cuts, 0)
-    if cuts:
+            event[name] = protector.value(event[name], name, name)
+    data = protector.value(data, "", "")
+    if protector.cuts:
         earlier = data.get("truncated")  # what the hook has cut already keeps its first size
-        data["truncated"] = {**cuts, **(earlier if isinstance(earlier, dict) else {})}
+        data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event
 
 
-def _protect_value(
-    value: Any, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]", depth: int
-) -> Any:
-    if isinstance(value, str):
-        return _protect_text(value, key, path, privacy, cuts)
-    if depth >= _DEPTH_LIMIT and isinstance(value, (dict, list)):
-        return _protect_text(json.dumps(value), key, path, privacy, cuts)
-    if isinstance(value, dict):
-        kept: JsonObject = {}
-        for name, inner in value.items():
-            inner_path = f"{path}.{name}" if path else name
-            kept[redact_text(name) if privacy.redact else name] = _protect_value(
-                inner, name, inner_path, privacy, cuts, depth + 1
-            )
-        return kept
-    if isinstance(value, list):
-        return [
-            _protect_value(inner, key, f"{path}[{index}]", privacy, cuts, depth + 1)
-            for index, inner in enumerate(value)
-        ]
-    if privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
-        return _replacement("key", str(value))
-    return value
+class _Protector:
+    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes."""
+
+    def __init__(self, privacy: Privacy, whole: JsonObject) -> None:
+        self.cuts: "Dict[str, int]" = {}
+        self._privacy = privacy
+        # Few of the many shapes are anywhere in an object, so they are looked for once and not in each text.
+        # No hint has a character that JSON escapes.
+        self._shapes: "Optional[List[_RankedShape]]" = []
+        self.changes_nothing = False  # True: that was seen at once, as it is for nearly every event
+        try:
+            text = json.dumps(whole, ensure_ascii=False)
+        except RecursionError:
+            self._shapes = None if privacy.redact else []
+            return
+        if privacy.redact:
+            self._shapes = shapes_in(text)
+        names_matter = privacy.redact and _has_name_of_secret(whole)
+        self.changes_nothing = (
+            not self._shapes and not names_matter and len(text) <= privacy.field_limit_bytes // 4
+        )
+
+    def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
+        """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
+        if isinstance(value, str):
+            return self._text(value, key, path)
+        if depth >= _DEPTH_LIMIT and isinstance(value, (dict, list)):
+            return self._text(json.dumps(value), key, path)
+        if isinstance(value, dict):
+            return {
+                self._clean(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
+                for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [
+                self.value(inner, key, f"{path}[{index}]", depth + 1) for index, inner in enumerate(value)
+            ]
+        if self._privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
+            return _replacement("key", str(value))
+        return value
+
+    def _clean(self, text: str) -> str:
+        return redact_text(text, self._shapes) if self._shapes or self._shapes is None else text
+
+    def _text(self, text: str, key: str, path: str) -> str:
+        if self._privacy.redact and text and _names_a_secret(key):
+            return text if text.startswith("[redacted:") else _replacement("key", text)
+        limit = self._privacy.field_limit_bytes
+        if len(text) <= limit // 4:  # a character is at most four bytes
+            return self._clean(text)
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        if size <= limit:
+            return self._clean(text)
+        self.cuts[path] = size
+        # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+        half = max(1, (limit - CUT_WORDS_BYTES) // 2)
+        # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
+        # behind.
+        # The margin itself never shows, however much shorter what was redacted before it has become.
+        margin = 4096
+        head = self._clean(text[: half + margin])
+        tail = self._clean(text[-half - margin :])
+        unseen = margin if half + margin < len(text) else 0
+        head = _first_bytes(head[: max(0, len(head) - unseen)], half)
+        tail = _last_bytes(tail[unseen:], half)
+        return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
+
+
+def _has_name_of_secret(value: Any, depth: int = 0) -> bool:
+    """Tell whether something in a value has the name of a secret, or is so deep that it is not looked at."""
+    if depth >= _DEPTH_LIMIT:
+        return True
+    if isinstance(value, dict) and any(map(_names_a_secret, value)):
+        return True
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)) and _has_name_of_secret(inner, depth + 1):
+            return True
+    return False
 
 
 def _is_number_of_a_secret(value: Any) -> bool:
     """Tell whether a number could be a password or a PIN; a small one under such a name counts something."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= 1000
-
-
-def _protect_text(text: str, key: str, path: str, privacy: Privacy, cuts: "Dict[str, int]") -> str:
-    if privacy.redact and text and _names_a_secret(key):
-        return text if text.startswith("[redacted:") else _replacement("key", text)
-    clean = redact_text if privacy.redact else str
-    limit = privacy.field_limit_bytes
-    if len(text) <= limit // 4:  # a character is at most four bytes
-        return clean(text)
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    if size <= limit:
-        return clean(text)
-    cuts[path] = size
-    # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
-    half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-    # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
-    # behind.
-    # The margin itself never shows, however much shorter what was redacted before it has become.
-    margin = 4096
-    head = clean(text[: half + margin])
-    tail = clean(text[-half - margin :])
-    unseen = margin if half + margin < len(text) else 0
-    head = _first_bytes(head[: max(0, len(head) - unseen)], half)
-    tail = _last_bytes(tail[unseen:], half)
-    return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
+    return is_number(value) and abs(value) >= 1000
 
 
 def _first_bytes(text: str, limit: int) -> str:
@@ -1405,10 +1528,9 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
         redact = True
     limit = LINE_LIMIT_BYTES // 8
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
-        cuts: "Dict[str, int]" = {}
-        privacy = Privacy(redact=redact, field_limit_bytes=limit)
-        hook = _protect_value(wrapped["hook"], "", "", privacy, cuts, 0)
-        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(cuts)}}) + b"\n"
+        protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit), wrapped)
+        hook = protector.value(wrapped["hook"], "", "")
+        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(protector.cuts)}}) + b"\n"
         limit //= 4
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
@@ -1525,8 +1647,7 @@ class TranscriptParser:
 
 
 def _tokens(value: Any) -> int:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 40
-    return value if good else 0
+    return value if is_integer(value) and 0 <= value < 1 << 40 else 0
 
 
 class UsageReader:
@@ -1820,11 +1941,10 @@ def _mark(fd: int, position: int) -> bytes:
 
 def _session_number(database: Any, session_id: str) -> int:
     row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
-    now_ms = time.time_ns() // 1_000_000
     if row is None:
-        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms))
+        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms()))
         return int(made.lastrowid)
-    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms, row[0]))
+    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms(), row[0]))
     return int(row[0])
 
 
@@ -1890,9 +2010,9 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
     for agent, model, is_long, *counts, last in rows:
         newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
         for by_model in (models, agents.setdefault(agent, {})):
-            _add_counts(by_model.setdefault(model, {}), counts)
+            add_counts(by_model.setdefault(model, {}), counts)
             if is_long:
-                _add_counts(by_model[model].setdefault("over100k", {}), counts)
+                add_counts(by_model[model].setdefault("over100k", {}), counts)
     named = sorted(newest, key=lambda agent: -newest[agent])[:AGENTS_IN_USAGE]
     usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
     model = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()[0]
@@ -1902,7 +2022,8 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 
 
-def _add_counts(totals: JsonObject, counts: "List[int]") -> None:
+def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
+    """Add the numbers of COUNT_NAMES to totals by name; the last one is left out while it is 0."""
     for name, count in zip(COUNT_NAMES, counts):
         if count or name != "cacheCreation1h":
             totals[name] = totals.get(name, 0) + count
@@ -1922,7 +2043,7 @@ def drop_old_segments(directory: str) -> None:
     """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; count what is lost."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
-    oldest_ms = time.time_ns() // 1_000_000 - SPOOL_LIMIT_MS
+    oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
         too_old = segment_start_ms(path) < oldest_ms
         if total <= SPOOL_LIMIT_BYTES and not too_old:
@@ -1935,13 +2056,12 @@ def drop_old_segments(directory: str) -> None:
             continue  # another writer, or the drainer, was first
         total -= size
         record = {
-            "timestamp": time.time_ns() // 1_000_000,
+            "timestamp": now_ms(),
             "events": events,
             "bytes": size,
             "reason": "older than 7 days" if too_old else "over 64 MiB",
         }
-        fd = os.open(directory + "/dropped.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as log:
+        with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
             log.write(encode_json(record) + b"\n")
 
 
@@ -2009,17 +2129,10 @@ QUARANTINED_HEAD_BYTES = 4096
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
-    """Keep the beginning of what was not one JSON object, for a person to look at.
-
-    At 4 MiB the file is moved aside once, so two exist at most. Raises OSError.
-    """
-    record = {"received": time.time_ns() // 1_000_000, "reason": reason, "bytes": len(line)}
+    """Keep the beginning of what was not one JSON object, for a person to look at. Raises OSError."""
+    record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
     record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
-    if os.path.exists(path) and os.path.getsize(path) > QUARANTINE_LIMIT_BYTES:
-        os.replace(path, path + ".1")
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o600), "wb") as file:
-        file.write(encode_json(record) + b"\n")
+    append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
@@ -2295,7 +2408,7 @@ class Publisher:
         self._stopping = False
         self._outcomes: "Deque[List[Any]]" = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "since": _now_ms(), "server": None,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
             "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
             "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
         }  # fmt: skip
@@ -2369,10 +2482,7 @@ class Publisher:
             self._values = load_config(self._config_path)[0]
         except ConfigError as error:
             log_failure(f"the publisher goes on as before: {error}")
-            self._values = self._values or {
-                **{name: rule.default for name, rule in KEYS.items()},
-                "mode": "local",
-            }
+            self._values = self._values or default_values()
         self._state["server"] = redis_place(self._values)
         self._drop_client()
         self._failures, self._next_attempt = 0, 0.0
@@ -2423,7 +2533,7 @@ class Publisher:
     def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
         """Build and protect one event; what is none goes to the quarantine."""
         try:
-            event = build_event(parse_event_line(line), _now_ms(), this_machine())
+            event = build_event(parse_event_line(line), now_ms(), this_machine())
             self._usage.add_usage(event)
             self._agent_notes.add_note(event)
             event = protect(event, privacy)
@@ -2444,7 +2554,7 @@ class Publisher:
         self._state["dropped"] += events
         words = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
         report = {"eventType": "message", "data": {"message": words, "spoolDropped": events}}
-        event = build_event(report, _now_ms(), this_machine())
+        event = build_event(report, now_ms(), this_machine())
         self._batch.append(Outgoing(event["id"], encode_json(event)))
 
     # Sending
@@ -2514,7 +2624,7 @@ class Publisher:
         self._next_attempt = time.monotonic() + delay_s
         self._drop_client()
         self._enter("waiting", reason)
-        self._state["nextAttemptAt"] = _now_ms() + int(delay_s * 1000)
+        self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
 
     def _drop_client(self) -> None:
@@ -2528,7 +2638,7 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]") -> None:
         if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason, since=_now_ms())
+            self._state.update(state=state, reason=reason, since=now_ms())
             if reason:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
@@ -2539,21 +2649,21 @@ class Publisher:
         if self._state == self._told or (not now and time.monotonic() - self._told_at < STATE_INTERVAL_S):
             return
         self._told_at = time.monotonic()
-        content = {**self._state, "updatedAt": _now_ms(), "recent": list(self._outcomes)}
+        content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
             self._told = dict(self._state)
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def _read_publisher_state(home: str) -> JsonObject:
+    with open(home + "/publisher.json", "rb") as file:
+        return parse_event_line(file.read(1 << 20))
 
 
 def publisher_state(home: str) -> JsonObject:
     """Return what publisher.json says, and whether that process runs (`running`)."""
     try:
-        with open(home + "/publisher.json", "rb") as file:
-            state = parse_event_line(file.read(1 << 20))
+        state = _read_publisher_state(home)
     except (OSError, MalformedEvent):
         return {"state": "stopped", "running": False}
     running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
@@ -2602,8 +2712,8 @@ def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "List[
     deadline = time.monotonic() + deadline_s
     state: JsonObject = {}
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, MalformedEvent), open(home + "/publisher.json", "rb") as file:
-            state = parse_event_line(file.read(1 << 20))
+        with contextlib.suppress(OSError, MalformedEvent):
+            state = _read_publisher_state(home)
         for known, subscribers, streamed in state.get("recent", []):
             if known == event_id:
                 heard = (
