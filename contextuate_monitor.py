@@ -2660,6 +2660,8 @@ class SessionBook:
         if kind == "session_meta":
             for session in self._versions(session_id):
                 _apply_user_action(session, event["data"])
+                if isinstance(event["data"].get("usage"), dict):  # counted later than the event it belongs to
+                    _learn_usage(session, event["data"]["usage"], timestamp)
         else:
             self._apply_hook(event, kind)
         session = self.sessions[session_id]
@@ -3175,7 +3177,7 @@ def event_row(event: JsonObject) -> JsonObject:
 # next number that is free.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_BATCH_EVENTS = 1000
 INDEX_BATCH_BYTES = 2 << 20
 INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
@@ -3233,6 +3235,7 @@ _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
 _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])")  # scripts without spaces
 _MARKS = re.compile("[\u0300-\u036f]")
+_TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
 # What nobody searches for, or what stands in every event of a session.
@@ -3262,6 +3265,11 @@ def fold(text: str) -> str:
         return text.lower()
     plain = unicodedata.normalize("NFD", _APART.sub(r" \1 ", _UNFIT.sub(" ", text)))
     return _BETWEEN_WORDS.sub(" ", _MARKS.sub("", plain).lower())
+
+
+def without_colours(text: str) -> str:
+    """Return a text without what sets colours on a terminal."""
+    return _TERMINAL_CODE.sub("", text) if "\x1b" in text else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3302,7 +3310,7 @@ def parse_terms(text: str) -> Tuple[Term, ...]:
 def collect_texts(value: Any, found: List[str]) -> None:
     """Append every text inside a JSON value that a person may search for."""
     if isinstance(value, str):
-        found.append(value)
+        found.append(without_colours(value))
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in _NOT_SEARCHED:
@@ -4532,7 +4540,7 @@ class Statistics:
         for target, failures, number in rows:
             event = self._event(number)
             if event is not None:
-                last_error = one_line(text_of(event["data"].get("error")), 300)
+                last_error = one_line(without_colours(text_of(event["data"].get("error"))), 300)
                 counts = {"failures": failures, "calls": calls.get(target, failures)}
                 found.append({**counts, "lastError": last_error, **_example(event)})
         return found
@@ -4979,7 +4987,7 @@ def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) ->
         tool_target(call.get("toolInput"), event["workingDirectory"]),
         _OUTCOME_WORDS[fact.outcome],
         duration if duration is not None else "",
-        text_of(call.get("error")) if failed else "",
+        without_colours(text_of(call.get("error"))) if failed else "",
         text_of(call.get("toolUseId")),
     )
     return _csv_row(values)
@@ -5234,12 +5242,22 @@ def _escaped_label(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
 
-def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, int], queued: int) -> bytes:
-    """Return everything that can be measured; `states` are sessions by state, `queued` bytes for clients."""
+class QueueFigures(NamedTuple):
+    """What waits in memory for others to take it, and how often one was cut off for not taking it."""
+
+    client_bytes: int
+    clients_closed: int
+    redis_bytes: int  # that Redis brought and the loop has not stored yet
+
+
+def metrics_text(
+    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: QueueFigures
+) -> bytes:
+    """Return everything that can be measured; `states` are sessions by state."""
     text = MetricsText()
     about = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
     text.add("contextuate_build_info", "gauge", "What runs here.", [(about, 1)])
-    for name, kind, words, value in _single_metrics(status, queued):
+    for name, kind, words, value in _single_metrics(status, queues):
         text.add(f"contextuate_{name}", kind, words, [({}, value)])
     events = [
         ({"machine": machine, "type": kind}, count)
@@ -5265,13 +5283,15 @@ def metrics_text(status: JsonObject, counts: EventCounts, states: Mapping[str, i
     if redis:
         connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))]
         text.add("contextuate_redis_connected", "gauge", "1 when Redis is connected.", connected)
-        text.add(
-            "contextuate_redis_gaps_total", "counter", "Times events may be missing.", [({}, redis["gaps"])]
-        )
+        for name, kind, words, value in (
+            ("inbox_bytes", "gauge", "Bytes from Redis that are not stored yet.", queues.redis_bytes),
+            ("gaps_total", "counter", "Times events may be missing.", redis["gaps"]),
+        ):
+            text.add(f"contextuate_redis_{name}", kind, words, [({}, value)])
     return text.encode()
 
 
-def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str, str, float]]:
+def _single_metrics(status: JsonObject, queues: QueueFigures) -> Iterator[Tuple[str, str, str, float]]:
     """Yield (name, kind, words, value) of what has no labels."""
     events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
     yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
@@ -5279,7 +5299,8 @@ def _single_metrics(status: JsonObject, queued: int) -> Iterator[Tuple[str, str,
     yield "duplicates_total", "counter", "Events that were delivered twice.", events["duplicates"]
     yield "quarantined_total", "counter", "Lines that were no events.", events["quarantined"]
     yield "clients", "gauge", "Subscribed WebSocket clients.", status["clients"]
-    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queued
+    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queues.client_bytes
+    yield "clients_closed_slow_total", "counter", "Clients cut off: they did not read.", queues.clients_closed
     yield "store_ok", "gauge", "1 when events can be written.", int(status["store"]["ok"])
     yield "spool_bytes", "gauge", "Bytes that wait in the spool.", spool["bytes"]
     yield "spool_segments", "gauge", "Files that wait in the spool.", spool["segments"]
@@ -5622,6 +5643,7 @@ class ClientServer:
         queue_limit_bytes: int,
     ) -> None:
         self.clients: Dict[socket.socket, Client] = {}
+        self.closed_slow = 0  # clients that did not read, since the start
         self._loop = loop
         self._admit = admit
         self._opened = opened
@@ -5658,6 +5680,7 @@ class ClientServer:
         client.answer_bytes += client.queued_bytes - before
 
     def _close_slow(self, client: Client) -> None:
+        self.closed_slow += 1
         log.info("a client does not read; closed until it comes back for what it missed")
         self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
 
@@ -5945,16 +5968,16 @@ class Inbox:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._items: Deque[RemoteLine] = collections.deque()
-        self._size = 0
+        self.size = 0  # bytes
         self._awaited = True  # the loop has seen it empty and wants to be woken
 
     def put(self, item: RemoteLine, wake: Callable[[], None]) -> bool:
         """Add one item and wake the loop if it waits; False while there is no room."""
         with self._lock:
-            if self._size > self._limit_bytes:
+            if self.size > self._limit_bytes:
                 return False
             self._items.append(item)
-            self._size += len(item.line)
+            self.size += len(item.line)
             awaited, self._awaited = self._awaited, False
         if awaited:
             wake()
@@ -5970,7 +5993,7 @@ class Inbox:
         """Forget the first items."""
         with self._lock:
             for _ in range(count):
-                self._size -= len(self._items.popleft().line)
+                self.size -= len(self._items.popleft().line)
 
 
 class Subscription(threading.Thread):
@@ -6178,6 +6201,11 @@ class RedisLink:
         """Let go of the connection and note the position."""
         self._drop_subscription()
         self._save_position()
+
+    @property
+    def inbox_bytes(self) -> int:
+        """Return how much was received and is not stored yet."""
+        return self._inbox.size
 
     def status(self) -> JsonObject:
         """Return how things stand, for /api/status; never a password."""
@@ -7453,6 +7481,61 @@ def loading_words(progress: JsonObject) -> str:
     return f"{progress['done']} of {progress['total']} stored sessions have been read"
 
 
+CATCH_UP_INTERVAL_S = 1.0
+CATCH_UP_SESSIONS = 1000
+CATCH_UP_PATIENCE = 20  # readings without a new total: one line may be larger than what is read at once
+
+
+class Behind(NamedTuple):
+    """The event that told a session's usage last, and how often reading on has told nothing new since."""
+
+    event: JsonObject
+    idle: int
+
+
+class UsageCatchUp:
+    """Read on, a little at a time, where a session's transcripts were too much to be read at its event.
+
+    Without it the totals of a session that says nothing more would stay "at least" for ever. Each reading
+    takes no longer than one at an event, which hooks wait for.
+    """
+
+    def __init__(self, usage: emit_event.UsageReader) -> None:
+        self._usage = usage
+        self._behind: Dict[str, Behind] = {}  # by session
+
+    def note(self, event: JsonObject) -> None:
+        """Take note of how far the transcripts of an event's session were read."""
+        if event["hookType"] not in emit_event.USAGE_HOOKS:
+            return
+        session_id, usage = event["sessionId"], event["data"].get("usage")
+        self._behind.pop(session_id, None)
+        is_behind = isinstance(usage, dict) and usage.get("partial") is True
+        if is_behind and len(self._behind) < CATCH_UP_SESSIONS:
+            data = event["data"]
+            paths = {name: data.get(name) for name in ("transcriptPath", "agent_transcript_path")}
+            self._behind[session_id] = Behind({**event, "data": {**paths, "usage": usage}}, 0)
+
+    def read_on(self) -> Optional[JsonObject]:
+        """Read on for one session; return an event with its totals when they are complete."""
+        if not self._behind:
+            return None
+        session_id, (event, idle) = self._behind.popitem()
+        before = event["data"].pop("usage")
+        self._usage.add_usage(event)
+        usage = event["data"].get("usage")
+        if usage is None:  # the transcripts are gone
+            return None
+        if usage.get("partial"):
+            idle = idle + 1 if usage == before else 0
+            if idle < CATCH_UP_PATIENCE:
+                self._behind[session_id] = Behind(event, idle)
+            return None
+        kept = {name: event[name] for name in ("sessionId", "machineId", "workingDirectory")}
+        told = {"action": "usage", "usage": usage}
+        return {"eventType": "session_meta", "hookType": "Monitor", **kept, "data": told}
+
+
 class Intake:
     """Make events of the lines that come in, store each once, and know what came from which machine."""
 
@@ -7468,6 +7551,7 @@ class Intake:
         self._privacy = settings.privacy
         # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
         self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
+        self.catch_up = UsageCatchUp(self._usage)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
     def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
@@ -7534,6 +7618,7 @@ class Intake:
             else:  # of a remote event the publisher has read the transcripts
                 event = emit_event.build_event(given, received_ms, self._machine_id)
                 self._usage.add_usage(event)
+                self.catch_up.note(event)
                 self._agent_notes.add_note(event)
             return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
@@ -8082,8 +8167,13 @@ class Overview:
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.book.sessions.values())
-        queued = sum(client.queued_bytes for client in self._monitor.clients.clients.values())
-        return metrics_text(self.status(), self._monitor.counts, states, queued)
+        clients, redis = self._monitor.clients, self._monitor.redis
+        queues = QueueFigures(
+            sum(client.queued_bytes for client in clients.clients.values()),
+            clients.closed_slow,
+            redis.inbox_bytes if redis else 0,
+        )
+        return metrics_text(self.status(), self._monitor.counts, states, queues)
 
     def _dropped(self) -> int:
         """Return how many events full spools had to drop, as far as this monitor was told."""
@@ -8213,6 +8303,7 @@ class Monitor:
         self._connect_sources()
         self.loop.call_every(TICK_INTERVAL_S, self._tick)
         self.loop.call_every(5.0, self._look_after_files)
+        self.loop.call_every(CATCH_UP_INTERVAL_S, self._catch_up)
         self.history.start()
 
     def _connect_sources(self) -> None:
@@ -8367,6 +8458,11 @@ class Monitor:
                 emit_event.ensure_publisher(self.settings.home)
             except OSError as error:
                 log.warning("the publisher cannot be started: %s", error)
+
+    def _catch_up(self) -> None:
+        event = self.intake.catch_up.read_on()
+        if event is not None and event["sessionId"] in self.book.sessions:  # it may be deleted by now
+            self.take_now(encode_json(event))
 
     def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
@@ -11430,7 +11526,7 @@ def search_line(result: JsonObject, colours: bool) -> str:
     pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
     words = []
     for piece in pieces:
-        text = "".join(char if char.isprintable() else " " for char in piece["text"])
+        text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
         words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
     return (head + " " + "".join(words)).rstrip()
 

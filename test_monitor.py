@@ -4587,6 +4587,7 @@ def test_a_client_that_never_reads_is_closed_and_the_others_get_everything(monit
     ]
     assert got == list(range(1, len(got) + 1))
     assert len(got) < total, "it was never closed"
+    assert metrics_of(monitor)["contextuate_clients_closed_slow_total"][()] >= 1
     if frames[-1][0] == 8:
         assert protocol_close_code(frames) == 1013
     slow.close()
@@ -7854,6 +7855,33 @@ def test_a_large_transcript_is_read_in_parts_and_the_totals_say_so(tmp_path, mon
     assert [usage_output(each) for each in told] == sorted({usage_output(each) for each in told})
 
 
+def test_large_transcripts_are_read_on_without_another_event(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 20_000)
+    monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
+    monkeypatch.setattr(cm, "CATCH_UP_INTERVAL_S", 0.01)
+    path = tmp_path / "s1.jsonl"
+    huge = b'{"type":"user","message":"' + b"x" * 50_000 + b'"}\n'
+    path.write_bytes(
+        b"".join(usage_line(f"m{number}", 1) for number in range(300)) + huge + usage_line("m", 1)
+    )
+    with protocol_inside() as monitor:
+        stop = json.dumps(payload("Stop", "s1", transcript_path=str(path))).encode()
+        session = monitor.loop.call(lambda: monitor.take_now(stop) and monitor.overview.session_json("s1"))
+        assert session["tokenUsage"]["partial"] is True
+        session = eventually(
+            lambda: (
+                (told := monitor.loop.call(lambda: monitor.overview.session_json("s1")))
+                and "partial" not in told["tokenUsage"]
+                and told
+            )
+        )
+        assert session["tokenUsage"]["totalOutput"] == 301 and session["counts"]["events"] == 1
+        stored = [json.loads(line) for line in monitor.store.all_lines()]
+        assert [event["eventType"] for event in stored] == ["turn_end", "session_meta"]
+        book = cm.stored_sessions(monitor.settings)
+        assert book.to_json(book.sessions["s1"])["tokenUsage"] == session["tokenUsage"]
+
+
 def test_a_line_larger_than_what_is_read_at_once_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "TRANSCRIPT_LIMIT_BYTES", 4000)
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 1000)
@@ -10212,6 +10240,12 @@ def test_garbage_from_redis_is_quarantined_and_never_stops_the_stream(team: Redi
             )
         )
         assert now["quarantined"] <= events["quarantined"] + len(garbage) + 2
+        measured = eventually(
+            lambda monitor=monitor: (
+                (told := metrics_of(monitor))["contextuate_redis_inbox_bytes"][()] == 0 and told
+            )
+        )
+        assert measured["contextuate_redis_connected"] == {(("state", "connected"),): 1}
         assert len(monitor.arrivals("odd").popitem()[1]) > 0
         assert sum(map(len, monitor.arrivals("odd").values())) == len(odd) or len(monitor.arrivals("odd")) > 1
         with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
@@ -12539,17 +12573,21 @@ def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     tab.said.clear()
 
 
-def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
-    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there."""
+def browser_bar(tab: BrowserTab, target: str, at_ms: "int | None" = None) -> "dict[str, Any]":
+    """Return where the timeline shows a call: the middle of its bar in the page, and its colour there.
+
+    With `at_ms` it is that moment in the call's lane.
+    """
     return dict(tab.page.evaluate(
-        """(target) => {
+        """([target, at]) => {
           const { timeline, store } = contextuate;
           const row = store.rows.find((row) => row.target === target);
           const index = timeline.shown.findIndex((lane) => lane.sid === row.sid && lane.agent === row.agent);
           const to = timeline.live ? Date.now() + timeline.span * 0.02 : timeline.to;
           const place = (ms) => timeline.left + (ms - to + timeline.span) / timeline.span * (timeline.width - timeline.left);
           const end = row.outcome ? row.time + row.duration : Date.now();
-          const x = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const middle = Math.max(place(row.time) + 1, Math.min(place((row.time + end) / 2), place(row.time) + 30));
+          const x = at === null ? middle : place(at);
           const y = 24 + 2 + index * 20 + 5 - timeline.top;
           const canvas = document.querySelector('#timeline-canvas');
           const box = canvas.getBoundingClientRect();
@@ -12559,7 +12597,7 @@ def browser_bar(tab: BrowserTab, target: str) -> "dict[str, Any]":
           pen.drawImage(canvas, Math.round(x * scale), Math.round(y * scale), 1, 1, 0, 0, 1, 1);
           const pixel = pen.getImageData(0, 0, 1, 1).data;
           return { x: box.x + x, y: box.y + y, index, colour: [...pixel.slice(0, 3)] };
-        }""", target
+        }""", [target, at_ms]
     ))  # fmt: skip
 
 
@@ -12609,6 +12647,61 @@ def test_the_timeline_shows_each_agent_with_its_calls_and_how_they_went(
     name = tab.page.query_selector("#timeline-canvas").bounding_box()
     tab.page.mouse.click(name["x"] + 40, name["y"] + 24 + 2 + 20 * 2 + 10)
     eventually(lambda: "a=a1" in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_the_timeline_shows_who_waited_for_a_person_and_how_long(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    start = cm.now_ms() - 600_000
+    agent = {"agent_id": "a1", "agent_type": "explorer"}
+
+    def at(second: int, event: "dict[str, Any]") -> "dict[str, Any]":
+        return {
+            "hook": event,
+            "id": str(uuid.uuid4()),
+            "timestamp": start + second * 1000,
+            "machineId": "testbox",
+        }
+
+    granted, rejected, agents = (
+        page_ask("s1", command, command) for command in ("granted", "rejected", "agents")
+    )
+    question = {
+        "tool_name": "AskUserQuestion",
+        "tool_use_id": "q",
+        "tool_input": {"questions": [{"question": "Which?"}]},
+    }
+    running.emit(
+        at(0, payload("UserPromptSubmit", prompt="go")),
+        at(10, granted[0]), at(10, granted[1]), at(170, {**granted[2], "duration_ms": 60_000}),
+        at(180, rejected[0]), at(180, rejected[1]), at(240, payload("UserPromptSubmit", prompt="not that")),
+        at(250, payload("PreToolUse", **question)),
+        at(310, payload("PostToolUse", tool_response={}, duration_ms=5, **question)),
+        at(320, payload("Stop", last_assistant_message="done")),
+        at(330, {**agents[0], **agent}), at(331, {**agents[1], **agent}),
+    )  # fmt: skip
+    tab = open_tab(running)
+    eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 2)
+    amber, bar, ground = (
+        browser_colour(tab, "amber"),
+        browser_colour(tab, "bar"),
+        [0, 0, 0],
+    )  # nothing is drawn
+
+    def colours(target: str, *seconds: int) -> "list[Any]":
+        return [browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds]
+
+    eventually(lambda: colours("granted", 40, 140) == [amber, bar])
+    assert colours("granted", 3, 200, 235, 245, 280, 315, 330) == [
+        ground, amber, amber, ground, amber, ground, ground,
+    ]  # fmt: skip
+    assert colours("agents", 200, 400, 590) == [ground, amber, amber], "it still waits"
+    place = browser_bar(tab, "granted", start + 60_000)
+    tab.page.mouse.click(place["x"], place["y"])
+    tab.shows("drawer", "granted")
+    running.emit(at(600, {**agents[2], **agent, "duration_ms": 100_000}))
+    eventually(lambda: colours("agents", 400, 590) == [amber, bar], what="it was decided after 170 s")
 
 
 @needs_browser
@@ -13608,6 +13701,18 @@ def test_history_goes_on_to_the_oldest(running: RunningMonitor, open_tab: Any) -
         eventually(lambda wanted=wanted: tab.page.evaluate(found) == wanted)
     words = tab.page.evaluate("[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)")
     assert sorted(words) == sorted(f"word {n}" for n in range(250))
+    start = cm.now_ms() - 60_000
+    call, result = browser_call(1, "s0", tool_response="")
+    running.emit(*(
+        {"hook": hook, "id": str(uuid.uuid4()), "timestamp": start + at_ms, "machineId": "testbox"}
+        for at_ms, hook in ((0, call), (5000, payload("UserPromptSubmit", "s1", prompt="before step-1 ends")), (9000, result))
+    ))  # fmt: skip
+    eventually(lambda: len(running.get("/api/search?q=step-1")["results"]) == 3)
+    tab.page.fill("[data-testid=history-query]", "step-1")
+    told = "[...document.querySelectorAll('.hit .c-target')].map((el) => el.textContent)"
+    eventually(
+        lambda: tab.page.evaluate(told) == ["before step-1 ends", "make step-1"], what="the newest first"
+    )
     assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
 
 
@@ -13973,9 +14078,9 @@ def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> "d
     [
         ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
         ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
-        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
-        ("日本", [5]), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
-        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
+        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [7, 6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
+        ("日本", [5]), ("fail", [7]), ('"fail cart"', [7]), ("31mFAIL", []), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
+        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [7, 6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
@@ -13983,7 +14088,7 @@ def test_words_beginnings_and_phrases_are_found_newest_first(
     indexed: IndexCase, monkeypatch: Any, how: str, typed: str, found: "list[int]"
 ) -> None:
     texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-             "これは日本語です", "naïve_name \ud83d and more")  # fmt: skip
+             "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
     indexed.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
     if how == "no full text":
         monkeypatch.setattr(cm, "has_full_text", lambda db: False)
@@ -14645,7 +14750,7 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
     running: RunningMonitor,
 ) -> None:
     running.emit(
-        payload("UserPromptSubmit", "a", prompt="where is the quokka\x1b[31m?"),
+        payload("UserPromptSubmit", "a", prompt="where is the \x1b[1;31mquokka\x1b[31m?"),
         payload(
             "PreToolUse",
             "b",
@@ -14659,7 +14764,7 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
     answers = []
     for _ in range(2):
         lines = running.command("search", "quok*").stdout.splitlines()
-        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka" in lines[1]
+        assert "grep -r quokka src" in lines[0] and "Bash" in lines[0] and "where is the quokka?" in lines[1]
         assert len(lines) == 2 and "\x1b" not in lines[1]
         assert "there is more" in running.command("search", "quokka", "--limit", "1").stderr
         answers.append(
@@ -15024,7 +15129,7 @@ def test_the_table_survives_any_text_and_no_cell_is_a_formula(indexed: IndexCase
     indexed.add(
         payload("PreToolUse", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty}),
         payload("PostToolUseFailure", "+s", tool_name="-Bash", tool_use_id="@t1", tool_input={"command": nasty},
-                error=nasty, duration_ms=5),
+                error="\x1b[31m" + nasty, duration_ms=5),
         payload("PreToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
         payload("PostToolUse", "old", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.txt"}),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
@@ -15343,6 +15448,7 @@ def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
         "contextuate_spool_bytes",
         "contextuate_spool_dropped_total",
         "contextuate_client_queue_bytes",
+        "contextuate_clients_closed_slow_total",
     } <= names
 
 
