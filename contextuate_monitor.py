@@ -3574,7 +3574,6 @@ class IndexFile:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
             self.is_new = True
-        self.inode = os.stat(path).st_ino
         self.full_text = has_full_text(self.db)
         self._names: Dict[Tuple[str, str], int] = {
             (kind, name): number
@@ -3582,6 +3581,7 @@ class IndexFile:
                 "SELECT id, kind, name FROM names LIMIT ?", (NAMES_KEPT,)
             )
         }
+        self.inodes = index_inodes(path)
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3598,11 +3598,8 @@ class IndexFile:
         self.db.close()
 
     def is_gone(self) -> bool:
-        """Tell whether somebody has removed or replaced the file."""
-        try:
-            return os.stat(self.path).st_ino != self.inode
-        except FileNotFoundError:
-            return True
+        """Tell whether somebody has removed or replaced the file, or one that SQLite keeps beside it."""
+        return index_inodes(self.path) != self.inodes
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -3799,6 +3796,11 @@ def has_full_text(db: sqlite3.Connection) -> bool:
     return True
 
 
+def index_inodes(path: str) -> Tuple[int, ...]:
+    """Return the inodes of the index and of what SQLite keeps beside it while it is open; 0 for none."""
+    return inode_of(path), inode_of(path + "-wal"), inode_of(path + "-shm")
+
+
 def remove_index(path: str) -> None:
     """Remove the index and what SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm", "-journal"):
@@ -3861,6 +3863,7 @@ class Indexer:
 
     def make_anew(self) -> None:
         """Throw the index away and fill a new one: what was read from it made no sense."""
+        self._state = "building"  # before anybody can find the new one empty
         with contextlib.suppress(OSError):
             remove_index(self._path)
         self._wake.set()
@@ -3889,6 +3892,11 @@ class Indexer:
                 self._state = "building"
                 self._look_again = True
                 self._fill(self._file)
+                if not self._stopping:
+                    log.warning("the index is made anew: its files were removed or replaced")
+                    self._state = "building"
+                    self._close()
+                    remove_index(self._path)
             except (sqlite3.Error, OSError) as error:
                 self._fail(error)
             except Exception:  # nobody foresaw it; searching the files still works
@@ -3909,6 +3917,7 @@ class Indexer:
         words = str(error)
         if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
             log.warning("the index is made anew: %s", words)
+            self._state = "building"
             self._close()
             with contextlib.suppress(OSError):
                 remove_index(self._path)
@@ -3937,6 +3946,8 @@ class Indexer:
                 self._read_files(file, sorted(grown))
             if self._stopping or self._look_again:
                 continue
+            if file.is_gone():
+                return
             if self._state != "ready":
                 log.info("the index is complete: %d bytes of events", self._done)
             self._state, self._error = "ready", ""
@@ -4117,18 +4128,17 @@ class IndexReader:
         self._root = root
         self._lock = threading.Lock()
         self._db: Optional[sqlite3.Connection] = None
-        self._inode = 0
+        self._inodes: Tuple[int, ...] = ()
         self._is_full_text = True
 
     @contextlib.contextmanager
     def _reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
         """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none."""
         with self._lock:
-            try:
-                inode = os.stat(self._path).st_ino
-            except FileNotFoundError:
-                raise sqlite3.OperationalError("there is no index") from None
-            if self._db is not None and inode != self._inode:
+            inodes = index_inodes(self._path)
+            if not inodes[0]:
+                raise sqlite3.OperationalError("there is no index")
+            if self._db is not None and inodes != self._inodes:
                 self._db.close()
                 self._db = None
             if self._db is None:
@@ -4136,7 +4146,7 @@ class IndexReader:
                 self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
                 self._is_full_text = has_full_text(self._db)
                 self._db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-                self._inode = inode
+                self._inodes = inodes
             db = self._db
             deadline = time.monotonic() + budget_s
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
@@ -4707,7 +4717,7 @@ class History:
         if status["state"] != "off" and not began_in_files:
             try:
                 page = self._searcher.search(query)
-                page["complete"] = page["complete"] and status["state"] == "ready"
+                page["complete"] = page["complete"] and status["state"] == self.status()["state"] == "ready"
             except sqlite3.Error as error:
                 self._complain(error)
         if page is None:

@@ -11889,6 +11889,30 @@ def test_clients_whose_cable_is_cut_are_dropped_and_hold_up_nobody(monkeypatch: 
         near.close()
 
 
+@pytest.mark.parametrize("damage", ["deleted with its log", "another file in its place", "overwritten"])
+def test_an_index_that_goes_under_a_running_monitor_comes_back_and_disturbs_nobody(
+    running: RunningMonitor, damage: str
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", prompt=f"quokka {number}") for number in range(60)))
+    index_ready(running)
+    client = running.websocket("rows")
+    INDEX_DAMAGE[damage](running.home + "/index.db")
+    for number in range(3):
+        running.emit(payload("UserPromptSubmit", prompt=f"later {number}"))
+        assert client.next("event")["event"]["sessionId"] == "s1"
+        page = running.get("/api/search?q=quokka&limit=100")
+        assert len(page["results"]) == 60 or not page["complete"]
+
+    def counted() -> "int | None":
+        status, _, body = running.request("/api/stats")
+        return json.loads(body)["totals"]["events"] if status == 200 else None
+
+    eventually(lambda: counted() == 63, 30, "statistics of the new index")
+    assert len(running.get("/api/search?q=later")["results"]) == 3
+    assert index_ready(running)["error"] is None
+    assert running.get("/api/status")["store"]["ok"] is True
+
+
 SAFE_GARBAGE = {
     "empty": b"", "zeros": b"\0" * 4096, "text": b"garbage\n", "json": b'{"pid": "x", "position": [], "state": 7}\n',
     "list": b"[1, 2]\n", "huge": b'{"pid": 99999999999999999999999}', "not utf-8": b"\xff\xfe" * 100,
@@ -14002,7 +14026,17 @@ INDEX_DAMAGE: "dict[str, Any]" = {
     "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
     "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
     "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
+    "without its log": lambda path: remove_beside(path, "-wal", "-shm"),
+    "without its map": lambda path: remove_beside(path, "-shm"),
+    "another file in its place": lambda path: ee.write_atomically(path, b"this is no database" * 4000),
 }
+
+
+def remove_beside(path: str, *suffixes: str) -> None:
+    """Remove what SQLite keeps beside its file while it is open."""
+    for suffix in suffixes:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
 
 
 def write_at(path: str, offset: int, content: bytes) -> None:
@@ -15797,7 +15831,7 @@ def bench_restart(sessions: int = 5000, events: int = 1_000_000) -> "list[tuple[
     monitor = RunningMonitor(new_home(), {"server": {"port": port}})
     try:
         write_history(monitor.home + "/events", sessions, events, cm.now_ms())
-        subprocess.run(["sync", "-f", self.place], check=True)
+        os.sync()
         monitor.about = {"port": port}
         begin = time.perf_counter()
         starting = subprocess.Popen(
