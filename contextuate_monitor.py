@@ -644,6 +644,7 @@ class EventStore:
         self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
         self.newest_day = max(self.days(), default="")  # that events were written to
+        self.in_order = True  # False: the clock was set back by days, so later days do not hold later numbers
 
     # Writing
 
@@ -693,6 +694,7 @@ class EventStore:
         day = day_of(received_ms)
         if day < self.newest_day <= day_of(received_ms + 24 * 3_600_000):
             return self.newest_day
+        self.in_order = self.in_order and day >= self.newest_day
         self.newest_day = day
         return day
 
@@ -780,9 +782,13 @@ class EventStore:
     def last_seqs(self) -> Dict[str, int]:
         """Return the last number of every session by its files' name; reads no more than the files' ends."""
         found: Dict[str, int] = {}
+        highest = 0
         for day in self.days():
-            for name, _ in stored_files(self.root, day):
-                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
+            paths = {name: f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day)}
+            lasts = {name: last_seq(path) for name, path in paths.items()}
+            found.update((name, max(found.get(name, 0), last)) for name, last in lasts.items())
+            self.in_order = self.in_order and all(first_seq(path) > highest for path in paths.values())
+            highest = max([highest, *lasts.values()])
         return found
 
     def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
@@ -791,8 +797,10 @@ class EventStore:
         streams = []
         for name in names:
             paths = self._paths_of(name, days)
-            if paths:
-                lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+            lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+            if not self.in_order:
+                streams += [(max(after, first_seq(path)), each) for path, each in zip(paths, lines)]
+            elif paths:
                 streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
         return streams[0][1] if len(streams) == 1 else merged(streams)
 
@@ -804,6 +812,12 @@ class EventStore:
         """
         lines: List[bytes] = []
         paths = self._session_paths(session_id)
+        if not self.in_order:
+            found = self.lines_of([session_file_name(session_id)], after or 0)
+            if after is not None:
+                found = itertools.islice(found, limit)
+            chosen = (line for line in found if before is None or line_seq(line) < before)
+            return list(collections.deque(chosen, limit))
         if after is not None:
             for path in paths:
                 lines.extend(itertools.islice(lines_from(path, after + 1), limit - len(lines)))
@@ -816,6 +830,8 @@ class EventStore:
         self, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
         """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
+        if not self.in_order:
+            return self._recent_by_number(limit, before, after)
         lines: List[bytes] = []
         for day in reversed(self.days()):
             readers = [lines_back(path, before) for path in self.day_paths(day)]
@@ -824,6 +840,17 @@ class EventStore:
                     return lines[::-1]
                 lines.append(line)
         return lines[::-1]
+
+    def _recent_by_number(self, limit: int, before: Optional[int], after: Optional[int]) -> List[bytes]:
+        """Do the same whatever the days are called: read the files' ends, the latest number first."""
+        lasts = [(last_seq(path), path) for day in self.days() for path in self.day_paths(day)]
+        lines: List[bytes] = []
+        for last, path in sorted(lasts, reverse=True):
+            if len(lines) >= limit and last < line_seq(lines[-1]):
+                break
+            lines += itertools.islice(lines_back(path, before), limit)
+            lines = sorted(lines, key=line_seq, reverse=True)[:limit]
+        return [line for line in reversed(lines) if after is None or line_seq(line) > after]
 
     def find(
         self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
@@ -4795,20 +4822,35 @@ def plan_retention(
     # What a day's events free in the index comes a little later, but it belongs to them.
     with_index = 1 + index_bytes(os.path.join(home, "index.db")) / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
+    today = day_of(time_ms)
     paths: List[str] = []
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
         going = {name: about.bytes_on_disk for name, about in files.items() if name not in kept_names}
-        if day >= day_of(time_ms) or not (day < first_kept or is_over):
+        if (
+            day >= today
+            or not (day < first_kept or is_over)
+            or going
+            and not arrived_first(store, day, [later for later in sizes if day < later < today])
+        ):
             going = {}
         if len(going) < len(files):
             oldest = oldest or day
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    closed = tuple(day for day in sizes if day < today)
     return RetentionPlan(tuple(paths), size, total, events, oldest, closed)
+
+
+def arrived_first(store: EventStore, day: str, later_days: Sequence[str]) -> bool:
+    """Tell whether all of a day's events came before those of later days.
+
+    If not, the clock was wrong when they came, and the day is not as old as it is called.
+    """
+    last = max(map(last_seq, store.day_paths(day)), default=0)
+    return all(first_seq(path) > last for later in later_days for path in store.day_paths(later)[:1])
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:

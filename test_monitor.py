@@ -14706,6 +14706,26 @@ def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
 
 
+def test_a_clock_set_back_by_days_puts_no_number_out_of_order_and_makes_no_event_old(tmp_path: Any) -> None:
+    store = cm.EventStore(str(tmp_path / "events"))
+    day_ms, now = 86_400_000, cm.now_ms()
+    for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
+        event = ee.build_event(index_prompt(number, "x"), now, "m")
+        store.append([event], now - age * day_ms)
+    store.close()
+    again = cm.EventStore(store.root)
+    assert again.last_seqs() == {"s1.jsonl": 5}
+    for each in (store, again):
+        assert not each.in_order
+        for lines in (each.recent_lines(9), each.session_lines("s1", 9), list(each.lines_of(["s1.jsonl"]))):
+            assert [cm.line_seq(line) for line in lines] == [1, 2, 3, 4, 5]
+        assert [cm.line_seq(line) for line in each.recent_lines(2, before=5)] == [3, 4]
+        assert [cm.line_seq(line) for line in each.session_lines("s1", 2, before=4)] == [2, 3]
+        assert [cm.line_seq(line) for line in each.session_lines("s1", 2, after=2)] == [3, 4]
+    assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).paths == ()
+    assert len(cm.plan_retention(str(tmp_path), now + 40 * day_ms, 30, None, frozenset()).paths) >= 2
+
+
 def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
     retention_fill(monitor.home, tuple(range(90)), sessions=5)
     rng = random.Random(2)
