@@ -699,6 +699,7 @@ class EventStore:
         self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
         self.newest_day = max(self.days(), default="")  # that events were written to
+        self.in_order = True  # False: the clock was set back by days, so later days do not hold later numbers
 
     # Writing
 
@@ -748,6 +749,7 @@ class EventStore:
         day = day_of(received_ms)
         if day < self.newest_day <= day_of(received_ms + 24 * 3_600_000):
             return self.newest_day
+        self.in_order = self.in_order and day >= self.newest_day
         self.newest_day = day
         return day
 
@@ -835,9 +837,13 @@ class EventStore:
     def last_seqs(self) -> Dict[str, int]:
         """Return the last number of every session by its files' name; reads no more than the files' ends."""
         found: Dict[str, int] = {}
+        highest = 0
         for day in self.days():
-            for name, _ in stored_files(self.root, day):
-                found[name] = max(found.get(name, 0), last_seq(f"{self.root}/{day}/{name}"))
+            paths = {name: f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day)}
+            lasts = {name: last_seq(path) for name, path in paths.items()}
+            found.update((name, max(found.get(name, 0), last)) for name, last in lasts.items())
+            self.in_order = self.in_order and all(first_seq(path) > highest for path in paths.values())
+            highest = max([highest, *lasts.values()])
         return found
 
     def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
@@ -846,8 +852,10 @@ class EventStore:
         streams = []
         for name in names:
             paths = self._paths_of(name, days)
-            if paths:
-                lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+            lines = [lines_from(path, after + 1 if after else 0) for path in paths]
+            if not self.in_order:
+                streams += [(max(after, first_seq(path)), each) for path, each in zip(paths, lines)]
+            elif paths:
                 streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
         return streams[0][1] if len(streams) == 1 else merged(streams)
 
@@ -859,6 +867,12 @@ class EventStore:
         """
         lines: List[bytes] = []
         paths = self._session_paths(session_id)
+        if not self.in_order:
+            found = self.lines_of([session_file_name(session_id)], after or 0)
+            if after is not None:
+                found = itertools.islice(found, limit)
+            chosen = (line for line in found if before is None or line_seq(line) < before)
+            return list(collections.deque(chosen, limit))
         if after is not None:
             for path in paths:
                 lines.extend(itertools.islice(lines_from(path, after + 1), limit - len(lines)))
@@ -871,6 +885,8 @@ class EventStore:
         self, limit: int, before: Optional[int] = None, after: Optional[int] = None
     ) -> List[bytes]:
         """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
+        if not self.in_order:
+            return self._recent_by_number(limit, before, after)
         lines: List[bytes] = []
         for day in reversed(self.days()):
             readers = [lines_back(path, before) for path in self.day_paths(day)]
@@ -879,6 +895,17 @@ class EventStore:
                     return lines[::-1]
                 lines.append(line)
         return lines[::-1]
+
+    def _recent_by_number(self, limit: int, before: Optional[int], after: Optional[int]) -> List[bytes]:
+        """Do the same whatever the days are called: read the files' ends, the latest number first."""
+        lasts = [(last_seq(path), path) for day in self.days() for path in self.day_paths(day)]
+        lines: List[bytes] = []
+        for last, path in sorted(lasts, reverse=True):
+            if len(lines) >= limit and last < line_seq(lines[-1]):
+                break
+            lines += itertools.islice(lines_back(path, before), limit)
+            lines = sorted(lines, key=line_seq, reverse=True)[:limit]
+        return [line for line in reversed(lines) if after is None or line_seq(line) > after]
 
     def find(
         self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
@@ -3672,7 +3699,6 @@ class IndexFile:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
             self.is_new = True
-        self.inode = os.stat(path).st_ino
         self.full_text = has_full_text(self.db)
         self._names: Dict[Tuple[str, str], int] = {
             (kind, name): number
@@ -3680,6 +3706,7 @@ class IndexFile:
                 "SELECT id, kind, name FROM names LIMIT ?", (NAMES_KEPT,)
             )
         }
+        self.inodes = index_inodes(path)
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
@@ -3696,11 +3723,8 @@ class IndexFile:
         self.db.close()
 
     def is_gone(self) -> bool:
-        """Tell whether somebody has removed or replaced the file."""
-        try:
-            return os.stat(self.path).st_ino != self.inode
-        except FileNotFoundError:
-            return True
+        """Tell whether somebody has removed or replaced the file, or one that SQLite keeps beside it."""
+        return index_inodes(self.path) != self.inodes
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -3897,6 +3921,11 @@ def has_full_text(db: sqlite3.Connection) -> bool:
     return True
 
 
+def index_inodes(path: str) -> Tuple[int, ...]:
+    """Return the inodes of the index and of what SQLite keeps beside it while it is open; 0 for none."""
+    return inode_of(path), inode_of(path + "-wal"), inode_of(path + "-shm")
+
+
 def remove_index(path: str) -> None:
     """Remove the index and what SQLite keeps beside it."""
     for suffix in ("", "-wal", "-shm", "-journal"):
@@ -3959,6 +3988,7 @@ class Indexer:
 
     def make_anew(self) -> None:
         """Throw the index away and fill a new one: what was read from it made no sense."""
+        self._state = "building"  # before anybody can find the new one empty
         with contextlib.suppress(OSError):
             remove_index(self._path)
         self._wake.set()
@@ -3987,6 +4017,11 @@ class Indexer:
                 self._state = "building"
                 self._look_again = True
                 self._fill(self._file)
+                if not self._stopping:
+                    log.warning("the index is made anew: its files were removed or replaced")
+                    self._state = "building"
+                    self._close()
+                    remove_index(self._path)
             except (sqlite3.Error, OSError) as error:
                 self._fail(error)
             except Exception:  # nobody foresaw it; searching the files still works
@@ -4007,6 +4042,7 @@ class Indexer:
         words = str(error)
         if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
             log.warning("the index is made anew: %s", words)
+            self._state = "building"
             self._close()
             with contextlib.suppress(OSError):
                 remove_index(self._path)
@@ -4035,6 +4071,8 @@ class Indexer:
                 self._read_files(file, sorted(grown))
             if self._stopping or self._look_again:
                 continue
+            if file.is_gone():
+                return
             if self._state != "ready":
                 log.info("the index is complete: %d bytes of events", self._done)
             self._state, self._error = "ready", ""
@@ -4215,18 +4253,17 @@ class IndexReader:
         self._root = root
         self._lock = threading.Lock()
         self._db: Optional[sqlite3.Connection] = None
-        self._inode = 0
+        self._inodes: Tuple[int, ...] = ()
         self._is_full_text = True
 
     @contextlib.contextmanager
     def _reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
         """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none."""
         with self._lock:
-            try:
-                inode = os.stat(self._path).st_ino
-            except FileNotFoundError:
-                raise sqlite3.OperationalError("there is no index") from None
-            if self._db is not None and inode != self._inode:
+            inodes = index_inodes(self._path)
+            if not inodes[0]:
+                raise sqlite3.OperationalError("there is no index")
+            if self._db is not None and inodes != self._inodes:
                 self._db.close()
                 self._db = None
             if self._db is None:
@@ -4234,7 +4271,7 @@ class IndexReader:
                 self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
                 self._is_full_text = has_full_text(self._db)
                 self._db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-                self._inode = inode
+                self._inodes = inodes
             db = self._db
             deadline = time.monotonic() + budget_s
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
@@ -4818,7 +4855,7 @@ class History:
         if status["state"] != "off" and not began_in_files:
             try:
                 page = self._searcher.search(query)
-                page["complete"] = page["complete"] and status["state"] == "ready"
+                page["complete"] = page["complete"] and status["state"] == self.status()["state"] == "ready"
             except sqlite3.Error as error:
                 self._complain(error)
         if page is None:
@@ -5061,19 +5098,31 @@ def plan_retention(
     index_size = index_bytes(os.path.join(home, "index.db"))
     with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
+    today = day_of(time_ms)
     paths: List[str] = []
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
-        goes = day < day_of(time_ms) and (day < first_kept or is_over)
-        going = {name: it.bytes_on_disk for name, it in files.items() if goes and name not in kept_names}
+        going = {name: it.bytes_on_disk for name, it in files.items() if name not in kept_names}
+        goes = going and day < today and (day < first_kept or is_over)
+        if not goes or not arrived_first(store, day, [later for later in sizes if day < later < today]):
+            going = {}
         if len(going) < len(files):
             oldest = oldest or day
         paths += (f"{store.root}/{day}/{name}" for name in going)
         size += sum(going.values())
         left -= sum(going.values()) * with_index
-    closed = tuple(day for day in sizes if day < day_of(time_ms))
+    closed = tuple(day for day in sizes if day < today)
     return RetentionPlan(tuple(paths), size, total, events, index_size, oldest, closed)
+
+
+def arrived_first(store: EventStore, day: str, later_days: Sequence[str]) -> bool:
+    """Tell whether all of a day's events came before those of later days.
+
+    If not, the clock was wrong when they came, and the day is not as old as it is called.
+    """
+    last = max(map(last_seq, store.day_paths(day)), default=0)
+    return all(first_seq(path) > last for later in later_days for path in store.day_paths(later)[:1])
 
 
 def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:

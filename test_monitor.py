@@ -11981,6 +11981,30 @@ def test_clients_whose_cable_is_cut_are_dropped_and_hold_up_nobody(monkeypatch: 
         near.close()
 
 
+@pytest.mark.parametrize("damage", ["deleted with its log", "another file in its place", "overwritten"])
+def test_an_index_that_goes_under_a_running_monitor_comes_back_and_disturbs_nobody(
+    running: RunningMonitor, damage: str
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", prompt=f"quokka {number}") for number in range(60)))
+    index_ready(running)
+    client = running.websocket("rows")
+    INDEX_DAMAGE[damage](running.home + "/index.db")
+    for number in range(3):
+        running.emit(payload("UserPromptSubmit", prompt=f"later {number}"))
+        assert client.next("event")["event"]["sessionId"] == "s1"
+        page = running.get("/api/search?q=quokka&limit=100")
+        assert len(page["results"]) == 60 or not page["complete"]
+
+    def counted() -> "int | None":
+        status, _, body = running.request("/api/stats")
+        return json.loads(body)["totals"]["events"] if status == 200 else None
+
+    eventually(lambda: counted() == 63, 30, "statistics of the new index")
+    assert len(running.get("/api/search?q=later")["results"]) == 3
+    assert index_ready(running)["error"] is None
+    assert running.get("/api/status")["store"]["ok"] is True
+
+
 SAFE_GARBAGE = {
     "empty": b"", "zeros": b"\0" * 4096, "text": b"garbage\n", "json": b'{"pid": "x", "position": [], "state": 7}\n',
     "list": b"[1, 2]\n", "huge": b'{"pid": 99999999999999999999999}', "not utf-8": b"\xff\xfe" * 100,
@@ -14220,7 +14244,17 @@ INDEX_DAMAGE: "dict[str, Any]" = {
     "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
     "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
     "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
+    "without its log": lambda path: remove_beside(path, "-wal", "-shm"),
+    "without its map": lambda path: remove_beside(path, "-shm"),
+    "another file in its place": lambda path: ee.write_atomically(path, b"this is no database" * 4000),
 }
+
+
+def remove_beside(path: str, *suffixes: str) -> None:
+    """Remove what SQLite keeps beside its file while it is open."""
+    for suffix in suffixes:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + suffix)
 
 
 def write_at(path: str, offset: int, content: bytes) -> None:
@@ -14933,6 +14967,26 @@ def test_a_foreign_file_in_a_day_is_left_alone(monitor: RunningMonitor) -> None:
         file.write("mine")
     monitor.start()
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
+
+
+def test_a_clock_set_back_by_days_puts_no_number_out_of_order_and_makes_no_event_old(tmp_path: Any) -> None:
+    store = cm.EventStore(str(tmp_path / "events"))
+    day_ms, now = 86_400_000, cm.now_ms()
+    for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
+        event = ee.build_event(index_prompt(number, "x"), now, "m")
+        store.append([event], now - age * day_ms)
+    store.close()
+    again = cm.EventStore(store.root)
+    assert again.last_seqs() == {"s1.jsonl": 5}
+    for each in (store, again):
+        assert not each.in_order
+        for lines in (each.recent_lines(9), each.session_lines("s1", 9), list(each.lines_of(["s1.jsonl"]))):
+            assert [cm.line_seq(line) for line in lines] == [1, 2, 3, 4, 5]
+        assert [cm.line_seq(line) for line in each.recent_lines(2, before=5)] == [3, 4]
+        assert [cm.line_seq(line) for line in each.session_lines("s1", 2, before=4)] == [2, 3]
+        assert [cm.line_seq(line) for line in each.session_lines("s1", 2, after=2)] == [3, 4]
+    assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).paths == ()
+    assert len(cm.plan_retention(str(tmp_path), now + 40 * day_ms, 30, None, frozenset()).paths) >= 2
 
 
 def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: RunningMonitor) -> None:
