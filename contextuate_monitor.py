@@ -344,6 +344,7 @@ class FrameParser:
         self._opcode: Optional[Opcode] = None  # of the message whose fragments are coming in, else None
         self._size = 0  # of that message so far, bytes
         self._parts: List[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
+        self._in_frame = False  # also when nothing more is to be parsed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._parser = self._parse()
         next(self._parser)
@@ -355,10 +356,16 @@ class FrameParser:
         received, self._received = self._received, []
         return received
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Tell whether nothing is under way: a new parser would go on in the same way."""
+        return not self._in_frame and not self._buffer and self._opcode is None
+
     def _parse(self) -> Generator[None, None, None]:
         try:
             while True:
                 yield from self._parse_frame()
+                self._in_frame = False
         except ProtocolError as error:
             self._received.append(Failure(error.code, error.reason))
         except StopIteration:
@@ -378,6 +385,7 @@ class FrameParser:
 
     def _parse_frame(self) -> Generator[None, None, None]:
         first, second = yield from self._take(2)
+        self._in_frame = True
         final, opcode = bool(first & 0x80), self._check_head(first, second)
         size = second & 0x7F
         if size == 126:
@@ -2978,7 +2986,7 @@ def event_row(event: JsonObject) -> JsonObject:
 INDEX_VERSION = 1
 INDEX_BATCH_EVENTS = 1000
 INDEX_BATCH_BYTES = 2 << 20
-INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
+INDEX_SLICE_EVENTS = 2  # after so many it looks whether the live path wants the time, which waits as long
 INDEX_BATCH_S = 0.5
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
@@ -4924,9 +4932,9 @@ class EventLoop:
         Replaces an earlier watch of the same socket.
         """
         try:
-            self._selector.modify(sock, events, callback)
-        except KeyError:
             self._selector.register(sock, events, callback)
+        except KeyError:
+            self._selector.modify(sock, events, callback)
 
     def forget(self, sock: socket.socket) -> None:
         """Stop watching a socket; harmless when it is not watched."""
@@ -4998,7 +5006,7 @@ class EventLoop:
         elif self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())
         for key, events in self._selector.select(timeout):
-            self._guarded(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
+            self._guarded(key.data, events)
         while self._timers and self._timers[0][0] <= time.monotonic():
             timer = heapq.heappop(self._timers)[2]
             if timer.callback:
@@ -5008,9 +5016,9 @@ class EventLoop:
         self._guarded(self.turn_end)
 
     @staticmethod
-    def _guarded(callback: Callable[[], None]) -> None:
+    def _guarded(callback: Callable[..., None], *arguments: int) -> None:
         try:
-            callback()
+            callback(*arguments)
         except Exception:  # one connection's fault must not stop everybody's stream
             log.exception("unexpected error in the event loop; it goes on")
 
@@ -5163,13 +5171,19 @@ class IngestConnection:
 
 
 class Client:
-    """One WebSocket client: what it wants, and what is queued for it."""
+    """One WebSocket client: what it wants, and what is queued for it. It is small: there may be thousands."""
+
+    __slots__ = (
+        "sock", "head", "is_open", "parser", "queue", "queued_bytes", "answer_bytes", "unanswered_pings",
+        "closing", "peer_closed", "view", "session_ids", "show_hidden",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.head = bytearray()  # of the opening handshake, as far as it came
-        self.parser: Optional[FrameParser] = None  # None until the handshake is done
-        self.queue: Deque[memoryview] = collections.deque()
+        self.head = b""  # of the opening handshake, as far as it came
+        self.is_open = False  # the handshake is done
+        self.parser: Optional[FrameParser] = None  # while a message of the client is coming in
+        self.queue: List[memoryview] = []
         self.queued_bytes = 0
         self.answer_bytes = 0  # of those: at most this many are answers to its own requests
         self.unanswered_pings = 0
@@ -5219,8 +5233,7 @@ class ClientServer:
         """Send whole frames to one client, or queue them; one that does not read is closed with 1013."""
         if client.closing:
             return
-        waiting = client.queued_bytes - client.answer_bytes
-        if client.queue and waiting + len(frames) > self._queue_limit_bytes:
+        if client.queue and client.queued_bytes - client.answer_bytes + len(frames) > self._queue_limit_bytes:
             self._close_slow(client)
             return
         self._write(client, frames)
@@ -5248,16 +5261,16 @@ class ClientServer:
 
     def broadcast_json(self, message: JsonObject) -> None:
         """Send one message, encoded once, to every subscribed client."""
-        frame = b""
-        for client in list(self.clients.values()):
-            if client.view is not None:
-                frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
-                self.send(client, frame)
+        if self.clients:
+            self.broadcast_events((), encode_frame(Opcode.TEXT, encode_json(message)))
 
-    def broadcast_events(self, stored: Sequence[StoredEvent]) -> None:
-        """Send the events of one turn to everyone who wants them: encoded once a view, joined, one call a
-        client.
+    def broadcast_events(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+        """Send the events of one turn to everyone who wants them, and after them some frames to everyone.
+
+        Encoded once a view, joined, one call a client.
         """
+        if not stored and not frames_for_all:
+            return
         frames: Dict[str, List[bytes]] = {}
         joined: Dict[str, bytes] = {}
         for client in list(self.clients.values()):
@@ -5266,7 +5279,7 @@ class ClientServer:
                 continue
             if view not in frames:
                 frames[view] = [event_frame(entry, view) for entry in stored]
-                joined[view] = b"".join(frames[view])
+                joined[view] = b"".join(frames[view]) + frames_for_all
             if client.session_ids is None:
                 self.send(client, joined[view])
                 continue
@@ -5275,8 +5288,8 @@ class ClientServer:
                 for entry, frame in zip(stored, frames[view])
                 if entry.event["sessionId"] in client.session_ids
             ]
-            if wanted:
-                self.send(client, b"".join(wanted))
+            if wanted or frames_for_all:
+                self.send(client, b"".join(wanted) + frames_for_all)
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
         """Begin the closing handshake (RFC 6455 section 7.1.2).
@@ -5285,7 +5298,7 @@ class ClientServer:
         """
         if client.closing:
             return
-        if client.parser is None:
+        if not client.is_open:
             self._drop(client)
             return
         self._write(client, encode_close(code, reason))
@@ -5330,14 +5343,14 @@ class ClientServer:
             if sent < len(piece):
                 client.queue[0] = piece[sent:]
                 return
-            client.queue.popleft()
+            del client.queue[0]
         self._watch(client)
         self._finish_close(client)
 
     def _watch(self, client: Client) -> None:
         if client.sock in self.clients:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
-            self._loop.watch(client.sock, events, lambda ready: self._ready(client, ready))
+            self._loop.watch(client.sock, events, functools.partial(self._ready, client))
 
     def _finish_close(self, client: Client) -> None:
         """Once both close frames have passed, end our side.
@@ -5363,7 +5376,7 @@ class ClientServer:
         client = Client(sock)
         self.clients[sock] = client
         self._watch(client)
-        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.parser else self._drop(client))
+        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
         if ready & selectors.EVENT_WRITE:
@@ -5377,14 +5390,14 @@ class ClientServer:
                 data = b""
             if not data:
                 self._drop(client)
-            elif client.parser is None:
-                self._take_head(client, data)
+            elif client.is_open:
+                self._take_frames(client, data)
             else:
-                self._take_frames(client, client.parser.feed(data))
+                self._take_head(client, data)
 
     def _take_head(self, client: Client, data: bytes) -> None:
         client.head += data
-        head, end, rest = bytes(client.head).partition(b"\r\n\r\n")
+        head, end, rest = client.head.partition(b"\r\n\r\n")
         if not end and len(client.head) <= HEAD_LIMIT_BYTES:
             return
         try:
@@ -5398,13 +5411,16 @@ class ClientServer:
                 client.sock.send(refusal(error))
             self._drop(client)
             return
-        client.head.clear()
-        client.parser = FrameParser()
+        client.head, client.is_open = b"", True
         self._write(client, response)
         self._opened(client)
-        self._take_frames(client, client.parser.feed(rest))
+        self._take_frames(client, rest)
 
-    def _take_frames(self, client: Client, received: Sequence[Received]) -> None:
+    def _take_frames(self, client: Client, data: bytes) -> None:
+        """Act on what the client says; between its messages it needs no parser, which has most memory."""
+        parser = client.parser or FrameParser()
+        received = parser.feed(data)
+        client.parser = None if parser.is_at_rest else parser
         for message in received:
             if isinstance(message, Text):
                 if not client.closing:
@@ -5425,7 +5441,7 @@ class ClientServer:
 
     def _ping_all(self) -> None:
         for client in list(self.clients.values()):
-            if client.parser is None or client.closing:
+            if not client.is_open or client.closing:
                 continue
             if client.unanswered_pings >= UNANSWERED_PINGS:
                 log.info("a client has not answered %d pings; closed", client.unanswered_pings)
@@ -5440,7 +5456,7 @@ class ClientServer:
         self._loop.forget(client.sock)
         client.sock.close()
         client.queue.clear()
-        if client.parser is not None:
+        if client.is_open:
             self._gone(client)
 
 
@@ -7734,6 +7750,8 @@ class Monitor:
         safe, stored = self._store([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
         self._answer(arrivals, safe)
         self._show(stored)
+        if self._changed:
+            self._send_updates_soon()
 
     @staticmethod
     def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
@@ -7806,9 +7824,8 @@ class Monitor:
             if session is not None:
                 self._changed[session.session_id] = session
         self._note_linked_changes()
-        self.clients.broadcast_events(stored)
+        self.clients.broadcast_events(stored, b"" if self._updates_due else self._take_updates())
         self.history.grown(stored)
-        self._send_updates_soon()
 
     def _note_linked_changes(self) -> None:
         for session in self.book.linked_changes():
@@ -7829,24 +7846,27 @@ class Monitor:
     def _send_updates_soon(self) -> None:
         """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
         if not self._updates_due:
-            self._updates_due = True
-            self._send_updates()
-            self.loop.call_later(UPDATE_INTERVAL_S, self._end_update_interval)
+            self.clients.broadcast_events((), self._take_updates())
+
+    def _take_updates(self) -> bytes:
+        """Return the messages about the changed sessions; what changes from now on is told in a moment."""
+        self._updates_due = True
+        self.loop.call_later(UPDATE_INTERVAL_S, self._end_update_interval)
+        changed, self._changed = self._changed, {}
+        if not self.clients.clients:
+            return b""
+        children = self.book.children() if len(changed) > 1 else None
+        messages = (
+            {"type": "session_update", "session": self.book.to_json(session, children)}
+            for session in changed.values()
+            if session.session_id in self.book.sessions
+        )
+        return b"".join(encode_frame(Opcode.TEXT, encode_json(message)) for message in messages)
 
     def _end_update_interval(self) -> None:
         self._updates_due = False
-        if self._changed:
+        if self._changed and not self._arrivals:  # what has just come in is sent together with them
             self._send_updates_soon()
-
-    def _send_updates(self) -> None:
-        changed, self._changed = self._changed, {}
-        if not self.clients.clients:
-            return
-        children = self.book.children() if len(changed) > 1 else None
-        for session in changed.values():
-            if session.session_id in self.book.sessions:
-                message = {"type": "session_update", "session": self.book.to_json(session, children)}
-                self.clients.broadcast_json(message)
 
     # Time
 
@@ -10308,6 +10328,10 @@ def can_open_browser() -> bool:
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
+# The loop lets the interpreter go several times an event; the index may keep it so long each time.
+SWITCH_INTERVAL_S = 0.0005
+
+
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
@@ -10347,6 +10371,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """Run the monitor in this process until it is told to stop."""
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if args.report_fd is not None:
         os.chdir("/")  # in the background no directory is kept from being removed or unmounted
     emit_event.make_private_directory(settings.home)
