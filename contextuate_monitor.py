@@ -41,6 +41,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -621,7 +622,12 @@ def session_file_name(session_id: str) -> str:
 
 def day_of(time_ms: int) -> str:
     """Return the UTC day, YYYY-MM-DD, whose folder holds what arrived at `time_ms`."""
-    return time.strftime("%Y-%m-%d", time.gmtime(time_ms / 1000))
+    return _day_name(time_ms // 86_400_000)
+
+
+@functools.lru_cache(maxsize=64)
+def _day_name(days: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(days * 86_400))
 
 
 def numbered_line(seq: int, received_ms: int, event: JsonObject) -> bytes:
@@ -3744,7 +3750,8 @@ class Indexer:
                 name = f"{self._store.newest_day}/{session_file_name(entry.event['sessionId'])}"
                 self._grown[name] = self._grown.get(name, 0) + len(entry.line) + 1
         self._last_live = time.monotonic()
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def look_again(self) -> None:
         """Compare with the files on disk once more: some were removed, replaced or added."""
@@ -7637,6 +7644,7 @@ class Monitor:
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
+        gc.freeze()  # what is there stays: looking through it for garbage would only hold up the loop
         try:
             self.loop.run()
         finally:
@@ -7709,6 +7717,7 @@ class Monitor:
         self._end_sessions_whose_process_is_gone()
         self.book.linked_changes()
         self._changed.clear()
+        gc.freeze()
         self.send_session_list()
         self._send_status_if_changed()
 
