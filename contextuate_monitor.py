@@ -2992,7 +2992,7 @@ def event_row(event: JsonObject) -> JsonObject:
 INDEX_VERSION = 1
 INDEX_BATCH_EVENTS = 1000
 INDEX_BATCH_BYTES = 2 << 20
-INDEX_SLICE_EVENTS = 2  # after so many it looks whether the live path wants the time, which waits as long
+INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
 INDEX_BATCH_S = 0.5
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
@@ -10337,10 +10337,6 @@ def can_open_browser() -> bool:
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-# The loop lets the interpreter go several times an event; the index may keep it so long each time.
-SWITCH_INTERVAL_S = 0.0005
-
-
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
@@ -10380,7 +10376,6 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
 def serve(settings: Settings, args: argparse.Namespace) -> int:
     """Run the monitor in this process until it is told to stop."""
     os.umask(0o077)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     if args.report_fd is not None:
         os.chdir("/")  # in the background no directory is kept from being removed or unmounted
     emit_event.make_private_directory(settings.home)

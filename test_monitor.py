@@ -15517,11 +15517,11 @@ def bench_clients(sizes: Sizes) -> "Iterator[Figure]":
         monitor.start()
         with monitor_teller(monitor, output_lines=800) as say, listened_to(monitor, 18) as others:
             others.listen(say, 32, 1.0)
-            settled(monitor)
-            before_mb = bench_memory_mb(monitor.pid, "VmRSS")
             rates, grown_mb = [], []
             for _ in range(sizes.rounds):
                 alone, _ = others.listen(say, 32, 2 * sizes.round_s)
+                settled(monitor)
+                before_mb = bench_memory_mb(monitor.pid, "VmRSS")
                 with listened_to(monitor, 2, receive_bytes=4096):
                     beside, _ = others.listen(say, 32, 2 * sizes.round_s)
                     rates.append((beside, alone))
@@ -15628,9 +15628,10 @@ def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
         ("sessions", GROWTH_SESSIONS, lambda count: growth_of_history(count, count * 30, sizes)),
     ):
         found = [measure(count) for count in counts]
-        starts = [(one.start_ms - empty.start_ms) * 1000 / count for one, count in zip(found, counts)]
+        starts = [one.start_ms * 1000 / count for one, count in zip(found, counts, strict=True)]
         memory = [
-            max(0.01, one.memory_mb - empty.memory_mb) * 1024 / count for one, count in zip(found, counts)
+            max(0.01, one.memory_mb - empty.memory_mb) * 1024 / count
+            for one, count in zip(found, counts, strict=True)
         ]
         yield growth_figure(f"start, for each of {growth_words(counts, thing)}", starts, "us")
         yield growth_figure(f"memory, for each of {growth_words(counts, thing)}", memory, "kB")
