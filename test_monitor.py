@@ -3409,6 +3409,18 @@ def protocol_feed(parser: "cm.FrameParser", data: bytes, sizes: "list[int]") -> 
     return received
 
 
+def protocol_feed_anew(data: bytes, sizes: "list[int]", masked: bool = True) -> "list[Any]":
+    """Feed bytes in chunks as the monitor does: whenever a parser is at rest it is thrown away."""
+    received: list[Any] = []
+    parser, turn = cm.FrameParser(masked), itertools.cycle(sizes)
+    while data:
+        size = next(turn)
+        received += parser.feed(data[:size])
+        data = data[size:]
+        parser = cm.FrameParser(masked) if parser.is_at_rest else parser
+    return received
+
+
 def protocol_pieces(data: bytes, cuts: "list[int]") -> "list[bytes]":
     """Cut bytes at these places, taken modulo their length."""
     places = sorted(cut % (len(data) + 1) for cut in cuts)
@@ -3454,6 +3466,7 @@ def test_messages_come_out_the_same_whatever_the_fragments_and_chunks(
                 wire += protocol_frame(control, content, mask=masked)
                 expected.append(cm.Ping(content) if control == 9 else cm.Pong(content))
     assert protocol_feed(cm.FrameParser(masked), wire, sizes) == expected
+    assert protocol_feed_anew(wire, sizes, masked) == expected
 
 
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=4), st.lists(st.integers(0, 100), max_size=5))
@@ -3651,6 +3664,7 @@ def test_frames_of_any_kind_never_raise_and_chunks_change_nothing(
     )
     whole = cm.FrameParser().feed(data)
     assert protocol_feed(cm.FrameParser(), data, sizes) == whole
+    assert protocol_feed_anew(data, sizes) == whole
     for item in whole[:-1]:
         assert not isinstance(item, (cm.Close, cm.Failure))
 
