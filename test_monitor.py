@@ -14980,7 +14980,7 @@ def paired(name: str, pairs: "list[tuple[float, float]]", unit: str, peer: str, 
 
 
 def against(
-    name: str, ours: float, limit: float, unit: str, peer: str = "the goal", at_most: float = 1.0
+    name: str, ours: float, limit: float, unit: str, peer: str = "the goal", at_most: "float | None" = 1.0
 ) -> Figure:
     """Return the row of one figure that must not be above its limit."""
     return Figure(name, ours, unit, limit, peer, ours / limit, at_most=at_most)
@@ -15532,7 +15532,7 @@ def bench_clients(sizes: Sizes) -> "Iterator[Figure]":
         with monitor_teller(monitor, output_lines=800) as say, listened_to(monitor, 18) as others:
             others.listen(say, 32, 1.0)
             rates, grown_mb = [], []
-            for _ in range(sizes.rounds):
+            for _ in range(sizes.rounds // 2 + 1):
                 alone, _ = others.listen(say, 32, 2 * sizes.round_s)
                 settled(monitor)
                 before_mb = bench_memory_mb(monitor.pid, "VmRSS")
@@ -15756,8 +15756,11 @@ def bench_latency(sizes: Sizes) -> "Iterator[Figure]":
                     )
                 else:
                     name = f"{config['mode']}, event to client, {rate} a second"
-                    yield against(f"{name}, p50", share(delays_ms, 50), 2, "ms")
-                    yield against(f"{name}, p99", share(delays_ms, 99), 15, "ms")
+                    is_goal = config["mode"] == "local"
+                    for percent, limit_ms in ((50, 2.0), (99, 15.0)):
+                        ours = share(delays_ms, percent)
+                        peer, at_most = ("the goal", 1.0) if is_goal else ("the goal of local mode", None)
+                        yield against(f"{name}, p{percent}", ours, limit_ms, "ms", peer, at_most)
             client.close()
             machine.stop()
 
@@ -16024,7 +16027,7 @@ def bench_page(sizes: Sizes) -> "Iterator[Figure]":
             with page_load(made, 400_000, PAGE_EVENTS_PER_S):
                 tab.evaluate(USE_THE_PAGE, sizes.page_s * 1000)
                 seen = watch_page(tab, sizes.page_s)
-            name = f"{sizes.page_events:,} events read, 1,000 a second, scrolled and zoomed"
+            name = f"with {sizes.page_events:,} events, scrolled and zoomed"
             yield from page_rows(name, seen, while_busy)
         finally:
             browser.close()
