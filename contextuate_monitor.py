@@ -41,6 +41,7 @@ import enum
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -404,6 +405,7 @@ class FrameParser:
         self._opcode: Optional[Opcode] = None  # of the message whose fragments are coming in, else None
         self._size = 0  # of that message so far, bytes
         self._parts: List[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
+        self._in_frame = False  # also when nothing more is to be parsed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._parser = self._parse()
         next(self._parser)
@@ -415,10 +417,16 @@ class FrameParser:
         received, self._received = self._received, []
         return received
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Tell whether nothing is under way: a new parser would go on in the same way."""
+        return not self._in_frame and not self._buffer and self._opcode is None
+
     def _parse(self) -> Generator[None, None, None]:
         try:
             while True:
                 yield from self._parse_frame()
+                self._in_frame = False
         except ProtocolError as error:
             self._received.append(Failure(error.code, error.reason))
         except StopIteration:
@@ -438,6 +446,7 @@ class FrameParser:
 
     def _parse_frame(self) -> Generator[None, None, None]:
         first, second = yield from self._take(2)
+        self._in_frame = True
         final, opcode = bool(first & 0x80), self._check_head(first, second)
         size = second & 0x7F
         if size == 126:
@@ -674,7 +683,12 @@ def session_file_name(session_id: str) -> str:
 
 def day_of(time_ms: int) -> str:
     """Return the UTC day, YYYY-MM-DD, whose folder holds what arrived at `time_ms`."""
-    return time.strftime("%Y-%m-%d", time.gmtime(time_ms / 1000))
+    return _day_name(time_ms // 86_400_000)
+
+
+@functools.lru_cache(maxsize=64)
+def _day_name(days: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(days * 86_400))
 
 
 def numbered_line(seq: int, received_ms: int, event: JsonObject) -> bytes:
@@ -3979,7 +3993,8 @@ class Indexer:
                 name = f"{self._store.newest_day}/{session_file_name(entry.event['sessionId'])}"
                 self._grown[name] = self._grown.get(name, 0) + len(entry.line) + 1
         self._last_live = time.monotonic()
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def look_again(self) -> None:
         """Compare with the files on disk once more: some were removed, replaced or added."""
@@ -5413,9 +5428,9 @@ class EventLoop:
         Replaces an earlier watch of the same socket.
         """
         try:
-            self._selector.modify(sock, events, callback)
-        except KeyError:
             self._selector.register(sock, events, callback)
+        except KeyError:
+            self._selector.modify(sock, events, callback)
 
     def forget(self, sock: socket.socket) -> None:
         """Stop watching a socket; harmless when it is not watched."""
@@ -5487,7 +5502,7 @@ class EventLoop:
         elif self._timers:
             timeout = max(0.0, self._timers[0][0] - time.monotonic())
         for key, events in self._selector.select(timeout):
-            self._guarded(lambda key=key, events=events: key.data(events))  # type: ignore[misc]
+            self._guarded(key.data, events)
         while self._timers and self._timers[0][0] <= time.monotonic():
             timer = heapq.heappop(self._timers)[2]
             if timer.callback:
@@ -5497,9 +5512,9 @@ class EventLoop:
         self._guarded(self.turn_end)
 
     @staticmethod
-    def _guarded(callback: Callable[[], None]) -> None:
+    def _guarded(callback: Callable[..., None], *arguments: int) -> None:
         try:
-            callback()
+            callback(*arguments)
         except Exception:  # one connection's fault must not stop everybody's stream
             log.exception("unexpected error in the event loop; it goes on")
 
@@ -5652,13 +5667,19 @@ class IngestConnection:
 
 
 class Client:
-    """One WebSocket client: what it wants, and what is queued for it."""
+    """One WebSocket client: what it wants, and what is queued for it. It is small: there may be thousands."""
+
+    __slots__ = (
+        "sock", "head", "is_open", "parser", "queue", "queued_bytes", "answer_bytes", "unanswered_pings",
+        "closing", "peer_closed", "view", "session_ids", "show_hidden",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.head = bytearray()  # of the opening handshake, as far as it came
-        self.parser: Optional[FrameParser] = None  # None until the handshake is done
-        self.queue: Deque[memoryview] = collections.deque()
+        self.head = b""  # of the opening handshake, as far as it came
+        self.is_open = False  # the handshake is done
+        self.parser: Optional[FrameParser] = None  # while a message of the client is coming in
+        self.queue: List[memoryview] = []
         self.queued_bytes = 0
         self.answer_bytes = 0  # of those: at most this many are answers to its own requests
         self.unanswered_pings = 0
@@ -5709,8 +5730,7 @@ class ClientServer:
         """Send whole frames to one client, or queue them; one that does not read is closed with 1013."""
         if client.closing:
             return
-        waiting = client.queued_bytes - client.answer_bytes
-        if client.queue and waiting + len(frames) > self._queue_limit_bytes:
+        if client.queue and client.queued_bytes - client.answer_bytes + len(frames) > self._queue_limit_bytes:
             self._close_slow(client)
             return
         self._write(client, frames)
@@ -5739,16 +5759,16 @@ class ClientServer:
 
     def broadcast_json(self, message: JsonObject) -> None:
         """Send one message, encoded once, to every subscribed client."""
-        frame = b""
-        for client in list(self.clients.values()):
-            if client.view is not None:
-                frame = frame or encode_frame(Opcode.TEXT, encode_json(message))
-                self.send(client, frame)
+        if self.clients:
+            self.broadcast_events((), encode_frame(Opcode.TEXT, encode_json(message)))
 
-    def broadcast_events(self, stored: Sequence[StoredEvent]) -> None:
-        """Send the events of one turn to everyone who wants them: encoded once a view, joined, one call a
-        client.
+    def broadcast_events(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+        """Send the events of one turn to everyone who wants them, and after them some frames to everyone.
+
+        Encoded once a view, joined, one call a client.
         """
+        if not stored and not frames_for_all:
+            return
         frames: Dict[str, List[bytes]] = {}
         joined: Dict[str, bytes] = {}
         for client in list(self.clients.values()):
@@ -5757,7 +5777,7 @@ class ClientServer:
                 continue
             if view not in frames:
                 frames[view] = [event_frame(entry, view) for entry in stored]
-                joined[view] = b"".join(frames[view])
+                joined[view] = b"".join(frames[view]) + frames_for_all
             if client.session_ids is None:
                 self.send(client, joined[view])
                 continue
@@ -5766,8 +5786,8 @@ class ClientServer:
                 for entry, frame in zip(stored, frames[view])
                 if entry.event["sessionId"] in client.session_ids
             ]
-            if wanted:
-                self.send(client, b"".join(wanted))
+            if wanted or frames_for_all:
+                self.send(client, b"".join(wanted) + frames_for_all)
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
         """Begin the closing handshake (RFC 6455 section 7.1.2).
@@ -5776,7 +5796,7 @@ class ClientServer:
         """
         if client.closing:
             return
-        if client.parser is None:
+        if not client.is_open:
             self._drop(client)
             return
         self._write(client, encode_close(code, reason))
@@ -5821,14 +5841,14 @@ class ClientServer:
             if sent < len(piece):
                 client.queue[0] = piece[sent:]
                 return
-            client.queue.popleft()
+            del client.queue[0]
         self._watch(client)
         self._finish_close(client)
 
     def _watch(self, client: Client) -> None:
         if client.sock in self.clients:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
-            self._loop.watch(client.sock, events, lambda ready: self._ready(client, ready))
+            self._loop.watch(client.sock, events, functools.partial(self._ready, client))
 
     def _finish_close(self, client: Client) -> None:
         """Once both close frames have passed, end our side.
@@ -5854,7 +5874,7 @@ class ClientServer:
         client = Client(sock)
         self.clients[sock] = client
         self._watch(client)
-        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.parser else self._drop(client))
+        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
         if ready & selectors.EVENT_WRITE:
@@ -5868,14 +5888,14 @@ class ClientServer:
                 data = b""
             if not data:
                 self._drop(client)
-            elif client.parser is None:
-                self._take_head(client, data)
+            elif client.is_open:
+                self._take_frames(client, data)
             else:
-                self._take_frames(client, client.parser.feed(data))
+                self._take_head(client, data)
 
     def _take_head(self, client: Client, data: bytes) -> None:
         client.head += data
-        head, end, rest = bytes(client.head).partition(b"\r\n\r\n")
+        head, end, rest = client.head.partition(b"\r\n\r\n")
         if not end and len(client.head) <= HEAD_LIMIT_BYTES:
             return
         try:
@@ -5889,13 +5909,16 @@ class ClientServer:
                 client.sock.send(refusal(error))
             self._drop(client)
             return
-        client.head.clear()
-        client.parser = FrameParser()
+        client.head, client.is_open = b"", True
         self._write(client, response)
         self._opened(client)
-        self._take_frames(client, client.parser.feed(rest))
+        self._take_frames(client, rest)
 
-    def _take_frames(self, client: Client, received: Sequence[Received]) -> None:
+    def _take_frames(self, client: Client, data: bytes) -> None:
+        """Act on what the client says; between its messages it needs no parser, which has most memory."""
+        parser = client.parser or FrameParser()
+        received = parser.feed(data)
+        client.parser = None if parser.is_at_rest else parser
         for message in received:
             if isinstance(message, Text):
                 if not client.closing:
@@ -5916,7 +5939,7 @@ class ClientServer:
 
     def _ping_all(self) -> None:
         for client in list(self.clients.values()):
-            if client.parser is None or client.closing:
+            if not client.is_open or client.closing:
                 continue
             if client.unanswered_pings >= UNANSWERED_PINGS:
                 log.info("a client has not answered %d pings; closed", client.unanswered_pings)
@@ -5931,7 +5954,7 @@ class ClientServer:
         self._loop.forget(client.sock)
         client.sock.close()
         client.queue.clear()
-        if client.parser is not None:
+        if client.is_open:
             self._gone(client)
 
 
@@ -7730,26 +7753,30 @@ class SessionFeed:
         for session in itertools.chain(sessions, self._book.linked_changes()):
             self._changed[session.session_id] = session
 
+    def take(self) -> bytes:
+        """Return the updates to be sent now; b"" soon after the last ones, the next come in a moment."""
+        if self._updates_due or not self._changed:
+            return b""
+        self._updates_due = True
+        self._loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+        changed, self._changed = self._changed, {}
+        if not self._clients.clients:
+            return b""
+        children = self._book.children() if len(changed) > 1 else None
+        messages = (
+            {"type": "session_update", "session": self._book.to_json(session, children)}
+            for session in changed.values()
+            if session.session_id in self._book.sessions
+        )
+        return b"".join(encode_frame(Opcode.TEXT, encode_json(message)) for message in messages)
+
     def send_soon(self) -> None:
-        """Send the changed sessions at once if the last update is a while ago, else together in a moment."""
-        if self._changed and not self._updates_due:
-            self._updates_due = True
-            self._send()
-            self._loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+        """Send the changed sessions at once, or together in a moment."""
+        self._clients.broadcast_events((), self.take())
 
     def _end_interval(self) -> None:
         self._updates_due = False
         self.send_soon()
-
-    def _send(self) -> None:
-        changed, self._changed = self._changed, {}
-        if not self._clients.clients:
-            return
-        children = self._book.children() if len(changed) > 1 else None
-        for session in changed.values():
-            if session.session_id in self._book.sessions:
-                message = {"type": "session_update", "session": self._book.to_json(session, children)}
-                self._clients.broadcast_json(message)
 
     def forget(self, session_id: str) -> None:
         """Tell that a session is deleted."""
@@ -8367,6 +8394,7 @@ class Monitor:
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
+        gc.freeze()  # what is there stays: looking through it for garbage would only hold up the loop
         try:
             self.loop.run()
         finally:
@@ -8432,6 +8460,7 @@ class Monitor:
         log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
         self.book.tick(now_ms())
         self._end_sessions_whose_process_is_gone()
+        gc.freeze()
         self.feed.send_list()
         self._tell_status()
         self._begin_to_retain()
@@ -8537,9 +8566,8 @@ class Monitor:
             self.counts.note(entry.event)
             changed += self._take_into_account(entry.event)
         self.feed.note(changed)
-        self.clients.broadcast_events(stored)
+        self.clients.broadcast_events(stored, self.feed.take())
         self.history.grown(stored)
-        self.feed.send_soon()
 
     def _take_into_account(self, event: JsonObject) -> Tuple[Session, ...]:
         """Let an event change its session, and return it; whatever a stored event does, it stops nothing."""
