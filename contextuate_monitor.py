@@ -57,7 +57,6 @@ import json
 import logging
 import logging.handlers
 import math
-import mmap
 import operator
 import os
 import py_compile
@@ -935,9 +934,8 @@ class EventStore:
                 line = next(lines_from(path, seq), b"")
                 if line_seq(line) == seq and needle in line:
                     return line
-        return next(
-            (line for path in paths for line in lines_with(path, needle) if line_id(line) == event_id), None
-        )
+        lines = (line for path in paths for line in lines_from(path, 0) if needle in line)
+        return next((line for line in lines if line_id(line) == event_id), None)
 
     def ids(self, session_id: str) -> Set[str]:
         """Return the ids of every stored event of a session."""
@@ -1214,25 +1212,6 @@ def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
             if in_whole_line and _SEQ.match(line):
                 yield line
     except FileNotFoundError:
-        return
-
-
-def lines_with(path: str, needle: bytes) -> Iterator[bytes]:
-    """Yield the lines of a file that hold `needle`."""
-    if not os.path.exists(path):
-        yield from (line for line in lines_from(path, 0) if needle in line)
-        return
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            at = content.find(needle)
-            while at >= 0:
-                start = content.rfind(b"\n", 0, at) + 1
-                end = content.find(b"\n", at)
-                if end < 0:
-                    return
-                yield content[start:end]
-                at = content.find(needle, end)
-    except (FileNotFoundError, ValueError):  # an empty file cannot be mapped
         return
 
 
@@ -3703,7 +3682,6 @@ class IndexFile:
     def __init__(self, path: str) -> None:
         """Open the file; begin a new one when there is none, or one of another version."""
         self.path = path
-        self.is_new = False
         self.db = self._connect()
         if self.db.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:
             self.db.close()
@@ -3712,7 +3690,6 @@ class IndexFile:
             self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
-            self.is_new = True
         self.full_text = has_full_text(self.db)
         self._names: Dict[Tuple[str, str], int] = {
             (kind, name): number
@@ -5574,11 +5551,6 @@ class LineSplitter:
         self._pieces: List[bytes] = []  # of the line that is not finished
         self._size = 0
         self._discarding = False  # the rest of a line that was too long
-
-    @property
-    def unfinished(self) -> int:
-        """Return how many bytes of an unfinished line are held."""
-        return self._size
 
     def feed(self, data: bytes) -> List[Union[bytes, TooLong]]:
         """Take bytes; return the lines they finished, without newlines and without empty ones."""

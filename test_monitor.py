@@ -2588,7 +2588,6 @@ def test_files_without_events_have_no_lines(tmp_path, content):
         == list(cm.lines_from(str(path), 1))
         == []
     )
-    assert list(cm.lines_with(str(path), b'"id":"x"')) == []
     assert list(cm.lines_back(str(path) + ".none")) == list(cm.lines_from(str(path) + ".none", 0)) == []
 
 
@@ -6827,6 +6826,21 @@ def test_replaying_what_a_machine_said_around_a_step_of_its_clock_gives_the_same
         loading_check(book, root, NOW_MS)
 
 
+def test_a_clock_that_is_set_is_noticed_and_makes_nothing_older(monkeypatch):
+    wall_ms, steady_ms = NOW_MS, 5_000.0
+    monkeypatch.setattr(cm, "now_ms", lambda: wall_ms)
+    monkeypatch.setattr(cm, "steady_ms", lambda: steady_ms)
+    watch = cm.ClockWatch()
+    wall_ms, steady_ms = wall_ms + 90_000, steady_ms + 90_000
+    assert (watch.step_ms(), watch.least_ms()) == (0, wall_ms)
+    wall_ms += 3_600_000
+    assert (watch.step_ms(), watch.step_ms()) == (3_600_000, 0)
+    assert watch.least_ms() == wall_ms - 3_600_000  # retention goes by this
+    wall_ms -= 2 * 3_600_000
+    assert (watch.step_ms(), watch.step_ms()) == (-2 * 3_600_000, 0)
+    assert watch.least_ms() == wall_ms
+
+
 @pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
 @pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
 def test_nobody_is_silent_for_the_time_that_our_own_clock_was_set_by(machine, step_ms):
@@ -8935,26 +8949,37 @@ for line in sys.stdin.buffer:
 """
 
 
+@contextlib.contextmanager
+def hooks_in_a_row(environment: "dict[str, str]") -> "Iterator[Any]":
+    """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
+    command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT]
+    environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as hooks:
+
+        def call(event: "dict[str, Any]") -> str:
+            print(json.dumps(event), file=hooks.stdin, flush=True)
+            status, words = json.loads(hooks.stdout.readline())
+            assert status == 0
+            return str(words)
+
+        yield call
+
+
 def test_kill_9_at_any_moment_loses_no_event(running: RunningMonitor) -> None:
-    environment = {**running.environment, "CONTEXTUATE_DEBUG": "1"}
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
     outcomes: dict[str, bool] = {}  # marker → whether the hook got its acknowledgement
 
     def emit(worker: int) -> None:
-        command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT]
-        with subprocess.Popen(
-            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as hooks:
+        with hooks_in_a_row(running.environment) as call:
             for number in itertools.count():
                 permitted.acquire()
                 if stopping.is_set():
                     return
                 marker = f"{worker}-{number}"
-                event = payload("PreToolUse", f"w{worker}", tool_use_id=marker)
-                print(json.dumps(event), file=hooks.stdin, flush=True)
-                status, words = json.loads(hooks.stdout.readline())
-                assert status == 0
+                words = call(payload("PreToolUse", f"w{worker}", tool_use_id=marker))
                 assert ("has stored" in words) != ("kept in the spool" in words), words
                 outcomes[marker] = "has stored" in words
 
@@ -8964,25 +8989,43 @@ def test_kill_9_at_any_moment_loses_no_event(running: RunningMonitor) -> None:
     dice = random.Random(5)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(emit, worker) for worker in range(4)]
-        for _ in range(20):
-            permitted.release(150)
-            enough = len(outcomes) + dice.randrange(20, 100)  # the others find a monitor that dies, or nobody
-            eventually(lambda enough=enough: len(outcomes) >= enough, 60)
-            running.kill()
-            acknowledged = {marker for marker, stored in outcomes.items() if stored}
-            torn_allowed = running.stored_events_allowing_a_torn_line()
-            assert acknowledged <= {event["data"]["toolUseId"] for event in torn_allowed}
-            some_more = len(outcomes) + 5
-            eventually(lambda some_more=some_more: len(outcomes) >= some_more, 60)
-            running.start()
-        stopping.set()
-        permitted.release(4)
+        try:
+            for _ in range(20):
+                permitted.release(150)
+                # the others find a monitor that dies, or nobody
+                enough = len(outcomes) + dice.randrange(20, 100)
+                eventually(lambda enough=enough: len(outcomes) >= enough, 60)
+                running.kill()
+                acknowledged = {marker for marker, stored in outcomes.items() if stored}
+                torn_allowed = running.stored_events_allowing_a_torn_line()
+                assert acknowledged <= {event["data"]["toolUseId"] for event in torn_allowed}
+                some_more = len(outcomes) + 5
+                eventually(lambda some_more=some_more: len(outcomes) >= some_more, 60)
+                running.start()
+        finally:
+            stopping.set()
+            permitted.release(4)
         for worker in workers:
             worker.result()
     eventually(lambda: not ee.spool_segments(running.home + "/spool"), 30, "an empty spool")
     assert sorted(stored_markers()) == sorted(outcomes)
     assert len(outcomes) > 2000
     assert 100 < sum(outcomes.values()) < len(outcomes)
+
+
+def test_ten_thousand_hooks_in_a_row_at_full_speed_are_each_stored_once(running: RunningMonitor) -> None:
+    workers, each = 4, 2500
+
+    def emit(worker: int) -> None:
+        with hooks_in_a_row(running.environment) as call:
+            for number in range(each):
+                call(payload("UserPromptSubmit", f"w{worker}", prompt=str(number)))
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(emit, range(workers)))
+    eventually(lambda: running.get("/api/status")["events"]["stored"] >= workers * each, 120)
+    told = [(event["sessionId"], int(event["data"]["message"])) for event in running.stored_events()]
+    assert sorted(told) == [(f"w{worker}", number) for worker in range(workers) for number in range(each)]
 
 
 def test_a_thousand_hooks_at_once_while_the_monitor_is_paused(running: RunningMonitor) -> None:
@@ -11645,6 +11688,8 @@ def test_a_disk_that_is_full_for_everything_loses_nothing_that_was_acknowledged(
         sure += refused + safe_told(monitor, list(range(200, 210)))
         assert set(sure) <= set(safe_stored(monitor)) and set(range(200, 210)) <= set(sure)
         assert monitor.get("/api/status")["store"]["ok"] is True
+        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
+            assert "events can be written again" in file.read()  # the log goes on, too
         monitor.kill()
         monitor.start()
         assert set(sure) <= set(safe_stored(monitor))
