@@ -1322,12 +1322,13 @@ def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) ->
     for _ in range(REDACTION_ROUNDS):
         if len(text) < SHORTEST_SECRET:
             break
-        shapes = shapes_in(text, shapes)
+        folded = _folded_text(text)
+        shapes = _shapes_in(text, folded, shapes)
         if not shapes:
             break
         pieces: "List[str]" = []
         done = 0
-        for secret in _joined(sorted(_secrets_in(text, shapes))):
+        for secret in _joined(sorted(_secrets_in(text, folded, shapes))):
             found = text[secret.start : secret.end]
             pieces += text[done : secret.start], _replacement(SECRET_SHAPES[secret.rank].kind, found)
             done = secret.end
@@ -1339,12 +1340,18 @@ def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) ->
 
 
 def _folded_text(text: str) -> str:
+    """Return the text in lower case, each character in its place."""
+    if text.isascii():
+        return text.lower()
     return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
 
 
-def shapes_in(text: str, among: "Optional[Sequence[_RankedShape]]" = None) -> "List[_RankedShape]":
+def shapes_in(text: str) -> "List[_RankedShape]":
     """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    folded = _folded_text(text)
+    return _shapes_in(text, _folded_text(text), None)
+
+
+def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]") -> "List[_RankedShape]":
     return [
         ranked
         for ranked in (_RANKED_SHAPES if among is None else among)
@@ -1352,9 +1359,8 @@ def shapes_in(text: str, among: "Optional[Sequence[_RankedShape]]" = None) -> "L
     ]
 
 
-def _secrets_in(text: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
+def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
     """Yield every match of some shapes; they may overlap."""
-    folded = _folded_text(text)
     for rank, shape in shapes:
         looked_at = folded if shape.folded else text
         match = shape.pattern.search(looked_at)
