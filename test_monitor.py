@@ -12312,7 +12312,7 @@ def test_no_transcript_breaks_the_count(text: bytes) -> None:
 
 BROWSER_OPTIONS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", "--in-process-gpu",
 ]  # fmt: skip
 
 
@@ -13305,7 +13305,7 @@ def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
         ]
         return max(rows, key=lambda row: int(row.get_attribute("aria-rowindex")), default=None)
 
-    return eventually(found, 10, f"a row {tool} {words}")
+    return eventually(found, 30, f"a row {tool} {words}")
 
 
 @pytest.fixture(scope="module")
