@@ -8996,7 +8996,7 @@ def test_kill_9_at_any_moment_loses_no_event(running: RunningMonitor) -> None:
                 enough = len(outcomes) + dice.randrange(20, 100)
                 eventually(lambda enough=enough: len(outcomes) >= enough, 60)
                 running.kill()
-                acknowledged = {marker for marker, stored in outcomes.items() if stored}
+                acknowledged = {marker for marker, stored in list(outcomes.items()) if stored}
                 torn_allowed = running.stored_events_allowing_a_torn_line()
                 assert acknowledged <= {event["data"]["toolUseId"] for event in torn_allowed}
                 some_more = len(outcomes) + 5
