@@ -690,9 +690,9 @@ def _day_name(days: int) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(days * 86_400))
 
 
-def numbered_line(seq: int, received_ms: int, event: JsonObject) -> bytes:
-    """Encode an event as its line in the store, without the newline."""
-    return b'{"seq":%d,"received":%d,' % (seq, received_ms) + encode_json(event)[1:]
+def numbered_line(seq: int, received_ms: int, encoded: bytes) -> bytes:
+    """Make the JSON of an event its line in the store, without the newline."""
+    return b'{"seq":%d,"received":%d,' % (seq, received_ms) + encoded[1:]
 
 
 class EventStore:
@@ -716,17 +716,20 @@ class EventStore:
 
     # Writing
 
-    def append(self, events: Sequence[JsonObject], received_ms: int) -> List[Optional[StoredEvent]]:
+    def append(
+        self, events: Sequence[JsonObject], received_ms: int, encoded: Optional[Sequence[bytes]] = None
+    ) -> List[Optional[StoredEvent]]:
         """Number the events and write them, with one write for each file; return them in the same order.
 
-        None stands where the event could not be written; `error` then says why.
+        `encoded` is the JSON of each, where the caller has it. None stands where the event could not be
+        written; `error` then says why.
         """
         stored: List[Optional[StoredEvent]] = []
         by_path: Dict[str, List[int]] = {}
         day = self._day_for(received_ms)
-        for index, event in enumerate(events):
+        for index, (event, text) in enumerate(zip(events, encoded or map(encode_json, events))):
             self.seq += 1
-            line = numbered_line(self.seq, received_ms, event)
+            line = numbered_line(self.seq, received_ms, text)
             stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
             by_path.setdefault(f"{self.root}/{day}/{session_file_name(event['sessionId'])}", []).append(index)
         self.error = None
@@ -967,12 +970,14 @@ class MemoryStore:
         self._bytes = 0
         self._lock = threading.Lock()  # the loop thread appends while others read
 
-    def append(self, events: Sequence[JsonObject], received_ms: int) -> List[Optional[StoredEvent]]:
+    def append(
+        self, events: Sequence[JsonObject], received_ms: int, encoded: Optional[Sequence[bytes]] = None
+    ) -> List[Optional[StoredEvent]]:
         """Keep the events, forgetting the oldest ones beyond the limit."""
         stored: List[Optional[StoredEvent]] = []
-        for event in events:
+        for event, text in zip(events, encoded or map(encode_json, events)):
             self.seq += 1
-            line = numbered_line(self.seq, received_ms, event)
+            line = numbered_line(self.seq, received_ms, text)
             stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
         with self._lock:
             for kept in stored:
@@ -7612,26 +7617,28 @@ class Intake:
         """
         received_ms = now_ms()
         events: List[JsonObject] = []
+        encoded: List[bytes] = []
         sources: List[Incoming] = []  # for each event the line that it came in
         places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
         batch_ids: Set[str] = set()
         for incoming in lines:
             self.received += 1
-            event = self._event_of(incoming, received_ms)
+            event, text = self._event_of(incoming, received_ms)
             if event is None:
                 places.append(None)
             elif event["id"] in batch_ids or self._is_stored(event, incoming):
                 self.duplicates += 1
                 places.append(None)
             else:
-                event.pop("spooled", None)
-                if incoming.via is Via.SPOOL:
-                    event["spooled"] = True  # it may come long after what happened later
+                if incoming.via is Via.SPOOL:  # it may come long after what happened later
+                    event["spooled"] = True
+                    text = text[:-1] + b',"spooled":true}'
                 batch_ids.add(event["id"])
                 places.append(len(events))
                 events.append(event)
+                encoded.append(text)
                 sources.append(incoming)
-        stored = self._store.append(events, received_ms)
+        stored = self._store.append(events, received_ms, encoded)
         for entry, incoming in zip(stored, sources):
             if entry is not None:
                 self.seen.add(entry.event["id"])
@@ -7656,12 +7663,12 @@ class Intake:
             log.info("%d events from machine %s since the start", machine.events, name)
         self._usage.close()
 
-    def _event_of(self, incoming: Incoming, received_ms: int) -> Optional[JsonObject]:
-        """Parse, build and redact one event; what is none goes to the quarantine."""
+    def _event_of(self, incoming: Incoming, received_ms: int) -> Tuple[Optional[JsonObject], bytes]:
+        """Parse, build, redact and encode one event; what is none goes to the quarantine."""
         remote = incoming.via in (Via.CHANNEL, Via.STREAM)
         if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
             self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
-            return None
+            return None, b""
         try:
             given = emit_event.parse_event_line(incoming.line)
             if remote:
@@ -7671,13 +7678,14 @@ class Intake:
                 self._usage.add_usage(event)
                 self.catch_up.note(event)
                 self._agent_notes.add_note(event)
+            event.pop("spooled", None)  # we alone say so
             return emit_event.protect(event, self._privacy)
         except MalformedEvent as error:
             self.quarantine.add(incoming.line, str(error))
         except Exception:  # no event may stop the stream; the log tells what nobody foresaw
             log.exception("an event could not be built")
             self.quarantine.add(incoming.line, "could not be built")
-        return None
+        return None, b""
 
     def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
         """Tell whether the event is a second delivery."""

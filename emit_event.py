@@ -832,6 +832,7 @@ class MalformedEvent(ValueError):
 
 
 _parse_json = json.JSONDecoder(parse_constant=str).decode
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 def parse_event_line(line: bytes) -> JsonObject:
@@ -873,9 +874,9 @@ def is_json_object(data: bytes) -> bool:
 def encode_json(value: Any) -> bytes:
     """Encode to one line of compact ASCII JSON: lone surrogates stay escaped, infinities become strings."""
     try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+        return _to_json(value).encode("ascii")
     except ValueError:
-        return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).encode("ascii")
+        return _to_json(_finite(value)).encode("ascii")
 
 
 def _finite(value: Any) -> Any:
@@ -1399,17 +1400,15 @@ class Privacy:
     field_limit_bytes: int = 1 << 20
 
 
-def protect(event: JsonObject, privacy: Privacy) -> JsonObject:
-    """Return `event` with its `data` redacted and cut as `privacy` says; cuts are named in `data.truncated`.
+def protect(event: JsonObject, privacy: Privacy) -> "Tuple[JsonObject, bytes]":
+    """Return `event` with its `data` redacted and cut as `privacy` says, and its JSON.
 
-    `truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
+    `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    data = event["data"]
-    protector = _Protector(
-        privacy, {name: value for name, value in event.items() if name == "data" or name not in _EVENT_FIELDS}
-    )
+    protector = _Protector(privacy, event)
     if protector.changes_nothing and not privacy.metadata_only:
-        return event
+        return event, protector.encoded
+    data = event["data"]
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
     for name in [name for name in event if name not in _EVENT_FIELDS]:
@@ -1422,7 +1421,7 @@ def protect(event: JsonObject, privacy: Privacy) -> JsonObject:
         earlier = data.get("truncated")  # what the hook has cut already keeps its first size
         data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
-    return event
+    return event, encode_json(event)
 
 
 class _Protector:
@@ -1430,21 +1429,28 @@ class _Protector:
 
     def __init__(self, privacy: Privacy, whole: JsonObject) -> None:
         self.cuts: "Dict[str, int]" = {}
+        self.encoded = b""  # the whole as JSON
         self._privacy = privacy
         # Few of the many shapes are anywhere in an object, so they are looked for once and not in each text.
-        # No hint has a character that JSON escapes.
+        # No hint has a character that JSON must escape.
         self._shapes: "Optional[List[_RankedShape]]" = []
         self.changes_nothing = False  # True: that was seen at once, as it is for nearly every event
         try:
-            text = json.dumps(whole, ensure_ascii=False)
+            self.encoded = encode_json(whole)
         except RecursionError:
             self._shapes = None if privacy.redact else []
             return
+        names_matter = False
         if privacy.redact:
+            text = self.encoded.decode("ascii")
+            if "\\u" in text:  # what stands for it may be a letter of a hint in lower case
+                text = json.dumps(whole, ensure_ascii=False)
             self._shapes = shapes_in(text)
-        names_matter = privacy.redact and _has_name_of_secret(whole)
+            # Every other name of a secret has a hint in it.
+            is_in_doubt = "pwd" in text.lower() or text.count("{") + text.count("[") >= _DEPTH_LIMIT
+            names_matter = is_in_doubt and _has_name_of_secret(whole)
         self.changes_nothing = (
-            not self._shapes and not names_matter and len(text) <= privacy.field_limit_bytes // 4
+            not self._shapes and not names_matter and len(self.encoded) <= privacy.field_limit_bytes // 4
         )
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
@@ -2548,8 +2554,8 @@ class Publisher:
             event = build_event(parse_event_line(line), now_ms(), this_machine())
             self._usage.add_usage(event)
             self._agent_notes.add_note(event)
-            event = protect(event, privacy)
-            return Outgoing(event["id"], encode_json(event))
+            event, encoded = protect(event, privacy)
+            return Outgoing(event["id"], encoded)
         except Exception as error:  # no line may stop those after it
             reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {error!r}"
         self._state["quarantined"] += 1
