@@ -10931,6 +10931,7 @@ def import_batches(
 
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
+START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 2.0
 
@@ -11009,7 +11010,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
                 f"--{option.replace('_', '-')}",
                 os.path.abspath(value) if option == "config" else str(value),
             ]
-    subprocess.Popen(
+    process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -11019,14 +11020,31 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
         cwd=folder,
     )
     os.close(writer)
-    with os.fdopen(reader, encoding="utf-8") as reports:
-        for report in reports:
-            kind, _, words = report.rstrip("\n").partition(" ")
-            if kind == "ready":
-                return needed_monitor(settings)
-            if kind == "error":
-                raise StartError(words)
-    raise StartError(f"the monitor ended at once; {settings.path('monitor.log')} may tell why")
+    with open(reader, "rb", buffering=0) as reports:
+        report = read_report(reports, START_DEADLINE_S)
+    kind, _, words = report.partition(" ")
+    if kind == "ready":
+        return needed_monitor(settings)
+    if kind == "error":
+        raise StartError(words)
+    what = "ended at once" if report else f"(process {process.pid}) says nothing; end it and start it again"
+    raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may tell why")
+
+
+def read_report(pipe: io.FileIO, deadline_s: float) -> str:
+    """Return a Reporter's line; "ended" when it ends without one, "" when it says nothing in time."""
+    deadline = time.monotonic() + deadline_s
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return ""
+            piece = pipe.read(4096)
+            if not piece:
+                return "ended"
+            line += piece
+    return line.decode("utf-8", "replace").rstrip("\n")
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
