@@ -10019,6 +10019,7 @@ def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
 _Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
 _Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
 
+_DEMO_MODEL = "claude-opus-5-5"
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
 _DEMO_HOMES = {"mira-laptop": "/home/mira", "build-box": "/home/ci", "jonas-mac": "/Users/jonas"}
 
@@ -10311,6 +10312,7 @@ class _Scene:
         self.prompt_id = ""
         self.events: List[Tuple[int, JsonObject]] = []  # shared with the subagents, as is the next one
         self.background: List[JsonObject] = []  # background_tasks that run
+        self.spent: Dict[str, Dict[str, int]] = {}  # agent id, "" for the main one → its tokens so far
         self.agent_fields: JsonObject = {}  # agent_id, agent_type of a subagent
         self.agent_call: JsonObject = {}  # the Agent call that started this subagent
         self.began = self.at
@@ -10318,7 +10320,7 @@ class _Scene:
         self.pace_s = (1.2, 6.0)  # between two batches
         self.longest_ms = 60_000  # of one call
         interactive = self.mode != "bypassPermissions" and source == "startup"
-        self.emit("SessionStart", source=source, **({"model": "claude-opus-5-5"} if interactive else {}))
+        self.emit("SessionStart", source=source, **({"model": _DEMO_MODEL} if interactive else {}))
         path = f"{self.cwd}/CLAUDE.md"
         self.emit("InstructionsLoaded", file_path=path, memory_type="Project", load_reason="session_start")
 
@@ -10383,6 +10385,27 @@ class _Scene:
             batch.append({**told, "tool_response": words})
         self.at += self.rng.randrange(4, 25)
         self.emit("PostToolBatch", tool_calls=batch)
+        self.answer_is_made()
+
+    def answer_is_made(self) -> None:
+        """Count the tokens of one answer: it reads what was read before from the cache, and a little more."""
+        spent = self.spent.setdefault(
+            self.agent_fields.get("agent_id", ""),
+            {"input": 0, "output": 0, "cacheRead": 0, "cacheCreation": 14_000},
+        )
+        spent["cacheRead"] += spent["cacheCreation"]
+        spent["cacheCreation"] += 900
+        spent["input"] += 6
+        spent["output"] += 280
+
+    def usage(self) -> JsonObject:
+        """Return the session's tokens so far, as they are told on the real client's events."""
+        total: Dict[str, int] = {}
+        for spent in self.spent.values():
+            for name, count in spent.items():
+                total[name] = total.get(name, 0) + count
+        agents = {agent: {_DEMO_MODEL: dict(spent)} for agent, spent in self.spent.items()}
+        return {"models": {_DEMO_MODEL: total}, "agents": agents, "model": _DEMO_MODEL}
 
     def work(self, letters: str) -> None:
         """Do steps of the project's table; those of one word run in parallel."""
@@ -10442,7 +10465,7 @@ class _Scene:
             self.background.append({**task, "agent_type": kind})
             output = f"/tmp/claude-501/{self.session_id}/tasks/{agent_id}.output"
             launched: JsonObject = {"isAsync": True, "status": "async_launched", "agentId": agent_id}
-            launched.update(description=title, resolvedModel="claude-opus-5-5", prompt=brief)
+            launched.update(description=title, resolvedModel=_DEMO_MODEL, prompt=brief)
             launched.update(outputFile=output, canReadOutputFile=True, canContinueAgent=True)
             words = [{"type": "text", "text": f"Async agent launched successfully.\nagentId: {agent_id}"}]
             self.close_calls([(self.at + 130, 15, call, launched, words)])
@@ -10451,11 +10474,12 @@ class _Scene:
     def hand_back(self, child: _Scene, report: str) -> None:
         """End a subagent: the result of its call, or for a background one the notification."""
         child.pause(1, 3)
+        child.answer_is_made()
         agent_id, call = child.agent_fields["agent_id"], child.agent_call
         ended: JsonObject = {"background_tasks": list(self.background), "session_crons": []}
         path = f"{self.transcript}/subagents/agent-{agent_id}.jsonl"
         ended.update(agent_transcript_path=path, last_assistant_message=report)
-        child.emit("SubagentStop", stop_hook_active=False, **ended)
+        child.emit("SubagentStop", stop_hook_active=False, usage=child.usage(), **ended)
         duration_ms, uses = child.at - child.began, len(child.tools_used)
         tokens = 9000 + 1_700 * uses
         self.wait_until(child.at + 8)
@@ -10474,14 +10498,15 @@ class _Scene:
         child_fields = {"agentId": agent_id, "agentType": child.agent_fields["agent_type"]}
         response: JsonObject = {"status": "completed", "prompt": call["tool_input"]["prompt"]}
         response.update(child_fields, toolsUsed=sorted(set(child.tools_used)))
-        response.update(content=content, resolvedModel="claude-opus-5-5", totalDurationMs=duration_ms)
+        response.update(content=content, resolvedModel=_DEMO_MODEL, totalDurationMs=duration_ms)
         response.update(totalTokens=tokens, totalToolUseCount=uses, canContinueAgent=True)
         self.close_calls([(self.at, duration_ms, call, response, content)])
 
     def stop(self, answer: str) -> None:
         self.pause(1, 3)
+        self.answer_is_made()
         tasks = {"background_tasks": list(self.background), "session_crons": []}
-        self.emit("Stop", stop_hook_active=False, last_assistant_message=answer, **tasks)
+        self.emit("Stop", stop_hook_active=False, last_assistant_message=answer, usage=self.usage(), **tasks)
 
 
 def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:

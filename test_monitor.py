@@ -9575,6 +9575,7 @@ def test_the_demo_fills_every_state_and_can_be_removed(running: RunningMonitor) 
     sessions = running.sessions()
     assert all(session["demo"] for session in sessions.values() if session["sessionId"] != "mine")
     assert any(agent["state"] == "working" for session in sessions.values() for agent in session["agents"])
+    assert sum(bool(session["estimatedCostUsd"]) for session in sessions.values()) >= 10
     running.command("demo", "--remove")
     assert list(running.sessions()) == ["mine"]
     assert {event["sessionId"] for event in running.stored_events()} == {"mine"}
