@@ -11468,20 +11468,36 @@ def safe_serve_echo(listener: socket.socket) -> None:
     loop.run()
 
 
-def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
+def safe_run_cases(port: int, **which: Any) -> "dict[str, Any]":
+    """Let the fuzzing client run cases against a server; return their results by number."""
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
+    try:
+        results = asyncio.run(safe_awaited(kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)))
+    except kosoku.FailureError as failure:
+        results = failure.results
+    return {result.case_id: result for result in results}
+
+
+def safe_given_up_early(result: Any) -> bool:
+    """Tell whether the client closed before the time was over that it says it gave the case.
+
+    It (kosoku 0.1.0) does so now and then on a busy machine, whatever the server does.
+    """
+    allowed = re.search(r"not .* within (\d+) seconds", result.result)
+    return allowed is not None and result.duration < int(allowed.group(1)) * 1000
+
+
+def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener, serving(safe_serve_echo, listener):
         port = listener.getsockname()[1]
-        try:
-            # 12 and 13 are of compression, which is declined
-            running = kosoku.run_fuzzingclient(
-                f"ws://127.0.0.1:{port}", exclude_cases=["12.*", "13.*"], concurrency=4
-            )
-            results = asyncio.run(safe_awaited(running))
-        except kosoku.FailureError as failure:
-            results = failure.results
-    verdicts = {result.case_id: (str(result.behavior), str(result.behavior_close)) for result in results}
-    assert len(verdicts) == 301
+        # 12 and 13 are of compression, which is declined
+        results = safe_run_cases(port, exclude_cases=["12.*", "13.*"], concurrency=4)
+        assert len(results) == 301
+        for _ in range(5):
+            again = [case for case, result in results.items() if safe_given_up_early(result)]
+            if again:
+                results.update(safe_run_cases(port, cases=again))
+    verdicts = {case: (str(result.behavior), str(result.behavior_close)) for case, result in results.items()}
     good = {("Behavior.OK", "BehaviorClose.OK"), ("Behavior.INFORMATIONAL", "BehaviorClose.INFORMATIONAL")}
     assert {case: verdict for case, verdict in verdicts.items() if verdict not in good} == {}
 
