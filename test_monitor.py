@@ -342,6 +342,25 @@ class RunningMonitor:
     def start(self) -> "RunningMonitor":
         """Start it in the background, as a user does."""
         self.command("start", "--no-open")
+        return self.know()
+
+    def serve(self) -> "RunningMonitor":
+        """Start what `start` starts, without the process in between: a quarter of a second less for each test."""
+        reader, writer = os.pipe()
+        command = ["-m", "contextuate_monitor", "start", "--foreground", "--report-fd", str(writer)]
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=self.environment, pass_fds=[writer],
+            start_new_session=True, **quiet,
+        )  # fmt: skip
+        threading.Thread(target=process.wait, daemon=True).start()  # nobody shall find a zombie
+        os.close(writer)
+        with open(reader, "rb", buffering=0) as reports:
+            assert cm.read_report(reports, 60) == "ready"
+        return self.know()
+
+    def know(self) -> "RunningMonitor":
+        """Read what the running monitor says about itself."""
         with open(self.home + "/monitor.run.json", encoding="utf-8") as file:
             self.about = json.load(file)
         return self
@@ -552,7 +571,7 @@ def monitor() -> "Iterator[RunningMonitor]":
 @pytest.fixture
 def running(monitor: RunningMonitor) -> RunningMonitor:
     """A running monitor of its own."""
-    return monitor.start()
+    return monitor.serve()
 
 
 @pytest.fixture(scope="module")
