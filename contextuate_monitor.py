@@ -3004,6 +3004,10 @@ class SessionBook:
         """Return every session, newest event first."""
         return list(self.each_json(with_hidden))
 
+    def in_state(self, state: str) -> FrozenSet[str]:
+        """Return the ids of the sessions that are in a state now."""
+        return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
+
 
 class ReplayBook(SessionBook):
     """A book that is told one session's history and asked only after `finish`: then it is as SessionBook is.
@@ -4941,8 +4945,9 @@ def _session_lines(store: Union[EventStore, MemoryStore], session_id: str) -> It
 
 def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that a query asks for, as they are in the files."""
-    only = next(iter(query.session_ids)) if query.session_ids is not None else None
-    is_filtered = query.terms or query.machine or query.tool or query.kind
+    only = next(iter(query.session_ids)) if query.session_ids and len(query.session_ids) == 1 else None
+    is_one_of_many = query.session_ids is not None and only is None
+    is_filtered = query.terms or query.machine or query.tool or query.kind or is_one_of_many
     for line in export_lines(store, only, query.from_ms, query.to_ms):
         with contextlib.suppress(MalformedEvent):
             if not is_filtered or query.takes(parse_stored(line)):
@@ -6731,11 +6736,7 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        names = ("session", "machine", "tool", "type", "q")
-        times = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to")}
-        lines = chosen_lines(
-            self._store, search_query({**{name: query.text(name) for name in names}, **times})
-        )
+        lines = chosen_lines(self._store, self._query(query))
         form = query.text("format") or "ndjson"
         if form not in EXPORT_FORMS:
             raise ParameterError("format", " or ".join(EXPORT_FORMS))
@@ -6754,12 +6755,19 @@ class Api:
         return json_response({})
 
     def _search(self, query: Query, _body: bytes) -> Response:
+        try:
+            return json_response(self._history.search(self._query(query)))
+        except SearchError as error:
+            raise ParameterError(error.field, error.expected) from None
+
+    def _query(self, query: Query) -> SearchQuery:
+        """Return the query that a request asks for."""
         wanted = {name: query.text(name) for name in SEARCH_FIELDS}
         numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
         in_state = wanted["state"]
         sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
         try:
-            return json_response(self._history.search(search_query({**wanted, **numbers}, sessions)))
+            return search_query({**wanted, **numbers}, sessions)
         except SearchError as error:
             raise ParameterError(error.field, error.expected) from None
 
@@ -8219,9 +8227,7 @@ class Overview:
 
     def sessions_in_state(self, state: str) -> FrozenSet[str]:
         """Return the ids of the sessions that are in a state now."""
-        return frozenset(
-            session.session_id for session in self._monitor.book.sessions.values() if session.state == state
-        )
+        return self._monitor.book.in_state(state)
 
     def labels(self) -> Dict[str, str]:
         """Return the label of every session."""
@@ -11603,14 +11609,13 @@ def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[Json
     """Return what answers for one page of a search: the running monitor, or the event files."""
     about = running_monitor(settings)
     if about is None:
-        if wanted["state"]:
-            raise CommandError("--state needs the running monitor: only it knows what sessions do now")
         tell("the monitor is not running; the event files are read, which takes longer")
         store = EventStore(settings.path("events"))
+        sessions = stored_sessions(settings).in_state(wanted["state"]) if wanted["state"] else None
         nothing = {"index": {"state": "off"}}
 
         def scan(parameters: JsonObject) -> JsonObject:
-            query = search_query(parameters)
+            query = search_query(parameters, sessions)
             return {**search_page(query, scan_candidates(store, query)), **nothing}
 
         return scan
@@ -11644,7 +11649,11 @@ def command_export(args: argparse.Namespace) -> int:
     store = EventStore(settings.path("events"))
     start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
     wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
-    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end})
+    sessions = None
+    if args.state:
+        known = known_sessions(settings, with_hidden=True)
+        sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
+    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end}, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
     if args.format == "csv":
@@ -11781,6 +11790,7 @@ _FILTERS = (
     _MACHINE,
     option("--tool", help="only this tool, such as Bash"),
     _TYPE,
+    option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
     option("--from", dest="start", metavar="TIME", help="from this time on"),
     option("--to", dest="end", metavar="TIME", help="before this time"),
 )
@@ -11815,7 +11825,6 @@ COMMANDS = (
     Command("search", command_search, "find stored events, newest first", (
         option("words", nargs="*", help='words, begin* or "words in a row" that must all occur'),
         *_FILTERS,
-        option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
         option("--limit", type=at_least_one, default=50, help="at most so many (default 50)"),
         _JSON_LINES)),
     Command("export", command_export, "write stored events as NDJSON, or tool calls as CSV", (

@@ -14953,6 +14953,8 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
         nothing = running.command("search", "wombat", check=False)
         assert (nothing.returncode, nothing.stdout) == (1, "") and "nothing was found" in nothing.stderr
         assert running.command("search", "quokka", "--to", "2020-01-01", check=False).returncode == 1
+        assert "src" in running.command("search", "quokka", "--state", "working").stdout
+        assert running.command("search", "quokka", "--state", "idle", check=False).returncode == 1
         refused = running.command("search", "--from", "soon", check=False)
         assert refused.returncode == 1 and "no time" in refused.stderr
         refused = running.command("search", "--limit", "0", check=False)
@@ -14960,7 +14962,6 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
         if not running.command("status", check=False).returncode:
             running.stop()
     assert answers[0] == answers[1] and [one["sessionId"] for one in answers[0]] == ["b"]
-    assert "--state" in running.command("search", "--state", "idle", check=False).stderr
 
 
 def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor) -> None:
@@ -15357,15 +15358,20 @@ def test_export_takes_the_filters_of_search_over_http_and_from_the_command_line(
             payload("PreToolUse", f"s{number % 3}", **about),
             payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
         )
+    running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
     for parameters, command, chosen in (
         ("", (), lambda event: True),
         ("tool=Bash&session=s0", ("--tool", "Bash", "--session", "s0"),
-         lambda event: event["sessionId"] == "s0" and event["data"]["toolName"] == "Bash"),
+         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
         ("type=PostToolUse&machine=testbox", ("--type", "PostToolUse", "--machine", "testbox"),
          lambda event: event["hookType"] == "PostToolUse"),
-        ("q=word3", ("word3",), lambda event: event["data"]["toolInput"]["command"] == "word3"),
+        ("q=word3", ("word3",), lambda event: event["data"].get("toolInput") == {"command": "word3"}),
         ("machine=other", ("--machine", "other"), lambda event: False),
+        ("state=idle", ("--state", "idle"), lambda event: event["sessionId"] != "s0"),
+        ("state=working&session=s0", ("--state", "working", "--session", "s0"),
+         lambda event: event["sessionId"] == "s0"),
+        ("state=failed", ("--state", "failed"), lambda event: False),
     ):  # fmt: skip
         expected = [event["id"] for event in stored if chosen(event)]
         status, headers, body = running.request(f"/api/export?{parameters}")
@@ -15379,7 +15385,7 @@ def test_export_takes_the_filters_of_search_over_http_and_from_the_command_line(
     rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
     assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
     target = running.home + "/calls.csv"
-    assert "12 events" in running.command("export", "--format", "csv", "--output", target).stdout
+    assert "14 events" in running.command("export", "--format", "csv", "--output", target).stdout
     with open(target, newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 6
     assert stat.S_IMODE(os.stat(target).st_mode) == 0o600
