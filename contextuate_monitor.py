@@ -3549,6 +3549,7 @@ class Document(NamedTuple):
     """One event, ready for the index."""
 
     timestamp: int
+    seq: int
     file_id: int
     offset: int
     length: int
@@ -3805,7 +3806,7 @@ class IndexFile:
 
     def add(self, day_id: int, documents: List[Document], positions: Mapping[int, int]) -> None:
         """Write events of one day, and how far their files have been read (file number → position)."""
-        documents.sort(key=lambda document: (document.timestamp, document.file_id, document.offset))
+        documents.sort(key=lambda document: (document.timestamp, document.seq))
         numbered = list(zip(self._free_ids(documents), documents))
         self.db.executemany(
             "INSERT INTO events(id, file, offset, length) VALUES(?, ?, ?, ?)",
@@ -4140,7 +4141,7 @@ class Indexer:
                     if file_id is None:
                         with file.transaction():
                             file_id = file.add_file(day, name, inode_of(path), event)
-                    batch.documents.append(self._document(file, event, file_id, position, len(line)))
+                    batch.documents.append(self._document(file, event, file_id, position, line))
                 position += len(line)
                 batch.size += len(line)
                 if file_id is not None:
@@ -4168,7 +4169,7 @@ class Indexer:
             return None
 
     def _document(
-        self, file: IndexFile, event: JsonObject, file_id: int, offset: int, length: int
+        self, file: IndexFile, event: JsonObject, file_id: int, offset: int, line: bytes
     ) -> Document:
         kind = effective_type(event)
         calls = self._unnamed.paired(event, call_facts(event, kind))
@@ -4196,9 +4197,10 @@ class Indexer:
         marked = " ".join(f"{_MARK}{file.name_id(mark, name)}" for mark, name in marks)
         return Document(
             event["timestamp"],
+            line_seq(line),
             file_id,
             offset,
-            length,
+            len(line),
             fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked,
             kind != "session_meta",
             _is_persons_prompt(event, kind),

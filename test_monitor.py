@@ -12846,14 +12846,12 @@ def test_the_timeline_shows_who_waited_for_a_person_and_how_long(
     )  # fmt: skip
     tab = open_tab(running)
     eventually(lambda: tab.page.evaluate("contextuate.timeline.shown.length") == 2)
-    amber, bar, ground = (
-        browser_colour(tab, "amber"),
-        browser_colour(tab, "bar"),
-        [0, 0, 0],
-    )  # nothing is drawn
+    amber, bar, ground = "amber", "bar", ""  # of the last there is nothing, or a line that marks a minute
+    names = {str(browser_colour(tab, name)): name for name in (amber, bar)}
 
-    def colours(target: str, *seconds: int) -> "list[Any]":
-        return [browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds]
+    def colours(target: str, *seconds: int) -> "list[str]":
+        seen = (browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds)
+        return [names.get(str(colour), ground) for colour in seen]
 
     eventually(lambda: colours("granted", 40, 140) == [amber, bar])
     assert colours("granted", 6, 200, 235, 245, 280, 315, 330) == [
@@ -14816,6 +14814,14 @@ def index_ready(monitor: RunningMonitor) -> "dict[str, Any]":
         return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
 
     return dict(eventually(complete, 30, "a complete index"))
+
+
+def test_what_happened_in_the_same_millisecond_is_found_in_the_order_of_its_arrival(
+    indexed: IndexCase,
+) -> None:
+    names = [f"s{number * 7 % 20}" for number in range(20)]
+    indexed.add(*(payload("UserPromptSubmit", name, prompt="quokka", timestamp=NOW_MS) for name in names))
+    assert [found["sessionId"] for found in indexed.ready().search("quokka")] == names[::-1]
 
 
 def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningMonitor) -> None:
