@@ -1741,6 +1741,8 @@ class UsageReader:
     def _read(self, session_id: str, files: "List[Tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
         database = self._open()
+        if not _is_known(database, session_id) and not any(_stat_transcript(path) for path, _ in files):
+            return None  # nobody here can read them, and nothing need be remembered of that
         budget = ReadingBudget(TRANSCRIPT_LIMIT_BYTES, self._limit_s)
         with database:
             session = _session_number(database, session_id)
@@ -1949,6 +1951,11 @@ def _mark(fd: int, position: int) -> bytes:
     """Return what tells whether a file still has the same bytes before `position`."""
     length = min(position, 256)
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
+
+
+def _is_known(database: Any, session_id: str) -> bool:
+    row = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session_id,)).fetchone()
+    return row is not None
 
 
 def _session_number(database: Any, session_id: str) -> int:

@@ -7955,6 +7955,16 @@ def test_a_reader_that_is_out_of_time_goes_on_at_the_next_event(tmp_path, monkey
     assert told == sorted(told) and told[0] < 10 and told[-1] == 50
 
 
+def test_transcripts_that_nobody_can_read_leave_no_trace_and_those_that_went_keep_their_count(tmp_path):
+    reader, path = usage_reader(tmp_path), tmp_path / "s1.jsonl"
+    assert usage_read(reader, str(path)) is None
+    assert reader._open().execute("SELECT COUNT(*) FROM sessions").fetchone()[0] == 0
+    path.write_bytes(usage_line("m1", 5))
+    assert usage_output(usage_read(reader, str(path))) == 5
+    path.unlink()
+    assert usage_output(usage_read(reader, str(path))) == 5
+
+
 def test_the_file_of_what_was_counted_is_private_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
     reader = usage_reader(tmp_path)
@@ -15795,6 +15805,7 @@ class Sizes:
         "tuple[tuple[int, int, bool], ...]"  # events a second, seconds, whether each is a hook process
     )
     restart: "tuple[int, int]"  # sessions, events
+    growth_events: "tuple[int, int, int]"
     page_s: float  # of watching one state of the page
     page_events: int  # that the page has read
     history_events: int
@@ -15809,6 +15820,7 @@ FULL_SIZES = Sizes(
     hook_pairs=60,
     latency_rates=((1, 10, True), (20, 5, True), (100, 4, False), (1000, 4, False)),
     restart=(5000, 1_000_000),
+    growth_events=(10_000, 30_000, 100_000),
     page_s=10,
     page_events=100_000,
     history_events=int(os.environ.get("CONTEXTUATE_BENCH_EVENTS", "1000000")),
@@ -15821,6 +15833,7 @@ SMALL_SIZES = Sizes(
     hook_pairs=20,
     latency_rates=((20, 2, True), (100, 2, False), (1000, 2, False)),
     restart=(500, 100_000),
+    growth_events=(5_000, 15_000, 50_000),
     page_s=2,
     page_events=20_000,
     history_events=100_000,
@@ -16080,7 +16093,7 @@ def settled(monitor: RunningMonitor) -> None:
 INGEST_WAYS = (
     ("ingest over one connection, one event after the other", rate_over_one_connection, {"at_least": 0.5}),
     ("ingest, a connection for each event", rate_over_a_connection_each, {"at_least": 0.6}),
-    ("ingest over one connection, 32 events under way", rate_of_a_stream, {}),
+    ("ingest over one connection, 32 under way", rate_of_a_stream, {}),
 )
 
 
@@ -16106,11 +16119,10 @@ def bench_ingest(sizes: Sizes) -> "Iterator[Figure]":
                 settled(monitor)
                 bare, least = (rate(path, lines, sizes.round_s) for path in paths)
                 rounds.append((rate(monitor.socket_path, lines, sizes.round_s), bare, least))
-            yield paired(
-                name, [(ours, bare) for ours, bare, _ in rounds], "/s", "a bare loop that appends", **goal
-            )
-            limit = "a bare loop that also parses, looks for hints of secrets and encodes"
-            yield paired(f"{name}; again", [(ours, least) for ours, _, least in rounds], "/s", limit)
+            bare_pairs = [(ours, bare) for ours, bare, _ in rounds]
+            yield paired(name, bare_pairs, "/s", "a bare loop that appends", **goal)
+            least_pairs = [(ours, least) for ours, _, least in rounds]
+            yield paired(f"{name}; the least", least_pairs, "/s", "that loop with the least of the work")
 
 
 # Broadcast: from the store to many clients
@@ -16431,7 +16443,6 @@ def bench_memory_mb(pid: int, field: str) -> float:
 # Growth: what each more of it costs
 
 
-GROWTH_EVENTS = (10_000, 30_000, 100_000)
 GROWTH_SESSIONS = (100, 300, 1000)
 GROWTH_CLIENTS = (100, 300, 1000)
 GROWTH_AT_MOST = 1.2  # times the cost of one at the smallest size; 1 is linear
@@ -16452,7 +16463,7 @@ def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
     """
     empty = growth_of_history(1, 2, sizes)
     for thing, counts, measure in (
-        ("events", GROWTH_EVENTS, lambda count: growth_of_history(100, count, sizes)),
+        ("events", sizes.growth_events, lambda count: growth_of_history(100, count, sizes)),
         ("sessions", GROWTH_SESSIONS, lambda count: growth_of_history(count, count * 30, sizes)),
     ):
         found = [measure(count) for count in counts]
