@@ -257,15 +257,19 @@ def append_to_spool(directory: str, line: bytes) -> str:
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only when the locked file still has its name; the drainer renames a segment first and
     then asks for the exclusive lock, after which nobody can be writing to it. Nobody waits for a lock, so a
-    writer that was stopped holds up no other. A line begins with a newline of its own, so what a full disk or
-    a kill tore stands alone.
+    writer that was stopped holds up no other. No segment is begun under a name that was taken: what has it
+    may still wait to be read. A line begins with a newline of its own, so what a full disk or a kill tore
+    stands alone.
     """
     import fcntl
 
     for _ in range(1000):
-        path = current_segment(directory)
-        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
-        fd = posix.open(path, flags, 0o600)
+        path, is_new = current_segment(directory)
+        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW
+        try:
+            fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
+        except FileNotFoundError:
+            continue  # the drainer has just taken it
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if posix.stat(path).st_ino != posix.fstat(fd).st_ino:
@@ -281,8 +285,8 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str) -> str:
-    """Return the path of the segment to append to; begin a new one when the newest is full or a day old.
+def current_segment(directory: str) -> "tuple[str, bool]":
+    """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
 
     Segments are read in the order of their names, so a new one never has the time of one that is there.
     """
@@ -293,7 +297,7 @@ def current_segment(directory: str) -> str:
         whole().make_private_directory(directory)
         names = []
     if not names:
-        return new_segment(directory, now_ms)
+        return new_segment(directory, now_ms), True
     newest = max(names)
     started = newest.partition("-")[0]
     age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
@@ -301,11 +305,11 @@ def current_segment(directory: str) -> str:
         path = f"{directory}/{newest}"
         try:
             if -1000 < age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
-                return path
+                return path, False
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms)
+    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms), True
 
 
 def new_segment(directory: str, start_ms: int) -> str:
@@ -2085,10 +2089,12 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "List[Tuple[str, int]]":
-    """List the spool's segments as (path, bytes), oldest first."""
+    """List the spool's segments as (path, bytes), oldest first; of one name what was taken comes first."""
     segments = []
     try:
-        names = sorted(os.listdir(directory))
+        names = sorted(
+            os.listdir(directory), key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))
+        )
     except FileNotFoundError:
         return []
     for name in names:
@@ -2109,10 +2115,13 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Take one segment away from its writers and return its new path; after this nobody writes to it.
 
-    Raises BlockingIOError while a writer that opened it under its old name is not done: try again later.
+    Raises BlockingIOError while a writer that opened it under its old name is not done, or while one that was
+    taken under the same name is not drained (a hook of an older version begins one anew): try again later.
     """
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
+        if os.path.lexists(taken):
+            raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
     fd = os.open(taken, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
