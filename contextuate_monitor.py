@@ -4081,6 +4081,9 @@ class Indexer:
                 return
             if self._state != "ready":
                 log.info("the index is complete: %d bytes of events", self._done)
+            self._total = (
+                self._done
+            )  # all is read; what came since, or was read before it was told, is in _grown
             self._state, self._error = "ready", ""
             self._wake.wait(2.0)
             time.sleep(INDEX_GATHER_S)

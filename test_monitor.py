@@ -14855,6 +14855,17 @@ def index_ready(monitor: RunningMonitor) -> "dict[str, Any]":
     return dict(eventually(complete, 30, "a complete index"))
 
 
+def test_what_is_indexed_before_the_index_is_told_of_it_is_not_counted_as_missing(indexed: IndexCase) -> None:
+    stored = indexed.store.append([ee.build_event(index_prompt(1, "quokka"), NOW_MS, "testbox")], NOW_MS)
+    indexed.ready()
+    indexed.history.grown(stored)
+    assert indexed.history.status()["lagEvents"] <= 1
+    eventually(lambda: indexed.history.status()["lagEvents"] == 0)
+    indexed.add(index_prompt(2, "wombat"))
+    eventually(lambda: indexed.ids("wombat"))
+    eventually(lambda: indexed.history.status()["lagEvents"] == 0)
+
+
 def test_what_happened_in_the_same_millisecond_is_found_in_the_order_of_its_arrival(
     indexed: IndexCase,
 ) -> None:
