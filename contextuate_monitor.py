@@ -5104,9 +5104,9 @@ def plan_retention(
     store = EventStore(os.path.join(home, "events"))
     sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
     events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
-    total = bytes_below(home)
     # What a day's events free in the index comes a little later, but it belongs to them.
     index_size = index_bytes(os.path.join(home, "index.db"))
+    total = bytes_below(home)  # after its parts, which grow meanwhile
     with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
