@@ -4081,9 +4081,8 @@ class Indexer:
                 return
             if self._state != "ready":
                 log.info("the index is complete: %d bytes of events", self._done)
-            self._total = (
-                self._done
-            )  # all is read; what came since, or was read before it was told, is in _grown
+            # All is read. What came since is in _grown, and so is what was read before it was told.
+            self._total = self._done
             self._state, self._error = "ready", ""
             self._wake.wait(2.0)
             time.sleep(INDEX_GATHER_S)

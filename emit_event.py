@@ -1745,7 +1745,8 @@ class UsageReader:
     def _read(self, session_id: str, files: "List[Tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
         database = self._open()
-        if not _is_known(database, session_id) and not any(_stat_transcript(path) for path, _ in files):
+        is_known = _known_session(database, session_id) is not None
+        if not is_known and not any(_stat_transcript(path) for path, _ in files):
             return None  # nobody here can read them, and nothing need be remembered of that
         budget = ReadingBudget(TRANSCRIPT_LIMIT_BYTES, self._limit_s)
         with database:
@@ -1957,18 +1958,18 @@ def _mark(fd: int, position: int) -> bytes:
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
 
 
-def _is_known(database: Any, session_id: str) -> bool:
-    row = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session_id,)).fetchone()
-    return row is not None
+def _known_session(database: Any, session_id: str) -> "int | None":
+    row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
+    return None if row is None else int(row[0])
 
 
 def _session_number(database: Any, session_id: str) -> int:
-    row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
-    if row is None:
+    number = _known_session(database, session_id)
+    if number is None:
         made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms()))
         return int(made.lastrowid)
-    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms(), row[0]))
-    return int(row[0])
+    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms(), number))
+    return number
 
 
 def _make_room(database: Any, session: int) -> bool:
