@@ -430,11 +430,18 @@ class RunningMonitor:
         return {session["sessionId"]: session for session in self.get("/api/sessions?hidden=1")["sessions"]}
 
     def stored_events(self) -> "list[dict[str, Any]]":
-        """Read every event file, in order of arrival."""
+        """Read every event file, in order of arrival; a write that is under way is waited for."""
+
+        def whole_lines(path: str) -> "list[str]":
+            with open(path, encoding="ascii") as file:
+                content = file.read()
+            return content.splitlines() if content.endswith("\n") else []
+
         events = []
         for path in glob.glob(self.home + "/events/*/*.jsonl"):
-            with open(path, encoding="ascii") as file:
-                events += [json.loads(line) for line in file]
+            if os.path.getsize(path):
+                lines = eventually(functools.partial(whole_lines, path), 5, f"a whole last line in {path}")
+                events += [json.loads(line) for line in lines]
         return sorted(events, key=lambda event: event["seq"])
 
     def stored_events_allowing_a_torn_line(self) -> "list[dict[str, Any]]":
@@ -11073,7 +11080,7 @@ def test_without_the_publishers_python_no_event_is_lost_and_the_log_says_why(mak
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     machine.say("first")
-    eventually(lambda: len(server.streamed()) == 1)
+    eventually(lambda: len(server.streamed()) == 1 and not ee.spool_segments(machine.home + "/spool"))
     machine.end_publisher()
     with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
         file.write("/nowhere/python\n")
