@@ -3218,6 +3218,7 @@ INDEX_BATCH_S = 0.5
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
 INDEX_RETRY_S = 10.0
+INDEX_OPENS_S = 3.0  # at most, on a busy machine
 LIVE_S = 0.1  # events are arriving when the last one came within this time
 LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
 SEARCH_BUDGET_S = 2.0
@@ -3955,6 +3956,7 @@ class Indexer:
         self._grown: Dict[str, int] = {}  # "day/name" → bytes that were added and not yet looked at
         self._look_again = True
         self._wake = threading.Event()
+        self._is_open = threading.Event()  # there is an index that can be asked, complete or not
         self._stopping = False
         self._last_live = 0.0  # time.monotonic() of the last event
         self._state, self._error = "building", ""
@@ -3995,6 +3997,7 @@ class Indexer:
     def make_anew(self) -> None:
         """Throw the index away and fill a new one: what was read from it made no sense."""
         self._state = "building"  # before anybody can find the new one empty
+        self._is_open.clear()
         with contextlib.suppress(OSError):
             remove_index(self._path)
         self._wake.set()
@@ -4015,10 +4018,16 @@ class Indexer:
             "error": self._error or None,
         }
 
+    def wait_until_open(self) -> None:
+        """Wait, not for long, while the index is just being opened or made anew."""
+        if self._state == "building" and self._thread.is_alive():
+            self._is_open.wait(INDEX_OPENS_S)
+
     def _run(self) -> None:
         while not self._stopping:
             try:
                 self._file = IndexFile(self._path)
+                self._is_open.set()
                 self._full_text = self._file.full_text
                 self._state = "building"
                 self._look_again = True
@@ -4038,6 +4047,7 @@ class Indexer:
                 self._close()
 
     def _close(self) -> None:
+        self._is_open.clear()
         if self._file is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._file.close()
@@ -4875,6 +4885,8 @@ class History:
         self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int
     ) -> JsonObject:
         """Return the figures of a stretch of time; raise NoStatistics when there is no index to count in."""
+        if self._indexer is not None:
+            self._indexer.wait_until_open()
         status = self.status()
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")

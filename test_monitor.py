@@ -14498,6 +14498,23 @@ def test_an_index_that_cannot_be_kept_hinders_nothing_and_comes_back(
     assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 1
 
 
+def test_statistics_that_are_asked_for_while_the_index_is_made_wait_for_it(
+    indexed: IndexCase, monkeypatch: Any
+) -> None:
+    connect = cm.IndexFile._connect
+
+    def connect_slowly(file: Any) -> Any:
+        db = connect(file)
+        time.sleep(0.3)  # there is a file, and nothing in it
+        return db
+
+    monkeypatch.setattr(cm.IndexFile, "_connect", connect_slowly)
+    indexed.history.start()
+    indexed.started = True
+    assert indexed.history.statistics(0, 1 << 53, None, 0)["totals"]["events"] == 0
+    assert indexed.history.search(cm.search_query({"q": "nothing"}))["results"] == []
+
+
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 def test_a_disk_that_is_too_small_for_the_index_hinders_nothing_and_heals(
