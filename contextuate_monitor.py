@@ -5663,7 +5663,8 @@ class IngestConnection:
         """Let go of the connection; a sender that still waits for an acknowledgement learns that there is
         none.
         """
-        self._loop.forget(self.sock)
+        if not self._at_end:
+            self._loop.forget(self.sock)
         self.sock.close()
         self._closed(self)
 

@@ -835,7 +835,7 @@ class MalformedEvent(ValueError):
     """What came is not one JSON object."""
 
 
-_parse_json = json.JSONDecoder(parse_constant=str).decode
+_parse_json = json.JSONDecoder(parse_constant=str).raw_decode
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -850,8 +850,10 @@ def parse_event_line(line: bytes) -> JsonObject:
         except UnicodeDecodeError:
             text = line.decode("utf-8", "replace")
         try:
-            value = _parse_json(text)
-        except ValueError:  # perhaps only for an integer longer than Python converts
+            value, end = _parse_json(text)
+            if end < len(text) and not text[end:].isspace():
+                raise ValueError("Extra data")
+        except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
@@ -1292,6 +1294,7 @@ _METADATA_KEYS = frozenset(
     )
 )
 _DEPTH_LIMIT = 100
+_NAME_CHARS = 40  # of most names in an object; there are few different ones
 CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
 
 
@@ -1307,7 +1310,21 @@ def _replacement(kind: str, secret: str) -> str:
 
 
 _RankedShape = Tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
-_RANKED_SHAPES: "Tuple[_RankedShape, ...]" = tuple(enumerate(SECRET_SHAPES))
+# Hints have these parts in common: a text without the part is not searched for each of them.
+_COMMON_PARTS = ("gh", "gl", "pat_", "_v1_", "IA", "sk_", "sk-", "pass")
+
+
+def _by_part(folded: bool) -> "Tuple[Tuple[str, Tuple[_RankedShape, ...]], ...]":
+    """Return (what stands in each of their hints, shapes)."""
+    shapes: "Dict[str, List[_RankedShape]]" = {}
+    for ranked in enumerate(SECRET_SHAPES):
+        hint = ranked[1].hint
+        if ranked[1].folded == folded:
+            shapes.setdefault(next((part for part in _COMMON_PARTS if part in hint), hint), []).append(ranked)
+    return tuple((part, tuple(of_part)) for part, of_part in shapes.items())
+
+
+_SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
 
 
 class _Secret(NamedTuple):
@@ -1321,7 +1338,7 @@ class _Secret(NamedTuple):
 def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes` are those that `shapes_in` found in what `text` is part of. Once more while there was something,
+    `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
     so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
     """
     for _ in range(REDACTION_ROUNDS):
@@ -1351,17 +1368,18 @@ def _folded_text(text: str) -> str:
     return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
 
 
-def shapes_in(text: str) -> "List[_RankedShape]":
-    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    return _shapes_in(text, _folded_text(text), None)
-
-
 def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]") -> "List[_RankedShape]":
-    return [
-        ranked
-        for ranked in (_RANKED_SHAPES if among is None else among)
-        if ranked[1].hint in (folded if ranked[1].folded else text)
-    ]
+    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
+    if among is None:
+        return [
+            ranked
+            for by_part, looked_at in ((_SHAPES, text), (_FOLDED_SHAPES, folded))
+            for part, shapes in by_part
+            if part in looked_at
+            for ranked in shapes
+            if part is ranked[1].hint or ranked[1].hint in looked_at
+        ]
+    return [ranked for ranked in among if ranked[1].hint in (folded if ranked[1].folded else text)]
 
 
 def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
@@ -1449,9 +1467,12 @@ class _Protector:
             text = self.encoded.decode("ascii")
             if "\\u" in text:  # what stands for it may be a letter of a hint in lower case
                 text = json.dumps(whole, ensure_ascii=False)
-            self._shapes = shapes_in(text)
+            if whole.keys() <= _EVENT_FIELDS:
+                text = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+            folded = _folded_text(text)
+            self._shapes = _shapes_in(text, folded, None)
             # Every other name of a secret has a hint in it.
-            is_in_doubt = "pwd" in text.lower() or text.count("{") + text.count("[") >= _DEPTH_LIMIT
+            is_in_doubt = "pwd" in folded or text.count("{") + text.count("[") >= _DEPTH_LIMIT
             names_matter = is_in_doubt and _has_name_of_secret(whole)
         self.changes_nothing = (
             not self._shapes and not names_matter and len(self.encoded) <= privacy.field_limit_bytes // 4
@@ -1465,7 +1486,7 @@ class _Protector:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             return {
-                self._clean(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
+                self._name(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1477,7 +1498,12 @@ class _Protector:
         return value
 
     def _clean(self, text: str) -> str:
-        return redact_text(text, self._shapes) if self._shapes or self._shapes is None else text
+        if self._shapes is None:
+            return redact_text(text)
+        return redact_text(text, self._shapes) if self._shapes and len(text) >= SHORTEST_SECRET else text
+
+    def _name(self, name: str) -> str:
+        return _redacted_name(name) if self._shapes and len(name) <= _NAME_CHARS else self._clean(name)
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key):
@@ -1501,6 +1527,11 @@ class _Protector:
         head = _first_bytes(head[: max(0, len(head) - unseen)], half)
         tail = _last_bytes(tail[unseen:], half)
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _redacted_name(name: str) -> str:
+    return redact_text(name)
 
 
 def _has_name_of_secret(value: Any, depth: int = 0) -> bool:
