@@ -354,20 +354,26 @@ class Failure:
 Received = Union[Text, Binary, Ping, Pong, Close, Failure]
 
 
+_SHORT_HEAD, _MEDIUM_HEAD, _LONG_HEAD = map(struct.Struct, ("!BB", "!BBH", "!BBQ"))
+
+
+def frame_head(opcode: Opcode, size: int, masked: int = 0) -> bytes:
+    """Encode what stands before the payload of a final frame; `masked` is 0x80 where a mask follows."""
+    if size < 126:
+        return _SHORT_HEAD.pack(0x80 | opcode, masked | size)
+    if size < 1 << 16:
+        return _MEDIUM_HEAD.pack(0x80 | opcode, masked | 126, size)
+    return _LONG_HEAD.pack(0x80 | opcode, masked | 127, size)
+
+
 def encode_frame(opcode: Opcode, payload: bytes, mask: Optional[bytes] = None) -> bytes:
     """Encode one final frame in the minimal length form (RFC 6455 section 5.2).
 
     `mask` is a client's 4 bytes.
     """
-    size = len(payload)
-    masked = 0x80 if mask else 0
-    if size < 126:
-        head = struct.pack("!BB", 0x80 | opcode, masked | size)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", 0x80 | opcode, masked | 126, size)
-    else:
-        head = struct.pack("!BBQ", 0x80 | opcode, masked | 127, size)
-    return head + mask + apply_mask(payload, mask) if mask else head + payload
+    if mask is None:
+        return frame_head(opcode, len(payload)) + payload
+    return frame_head(opcode, len(payload), 0x80) + mask + apply_mask(payload, mask)
 
 
 def encode_close(code: int, reason: str = "", mask: Optional[bytes] = None) -> bytes:
@@ -5779,7 +5785,7 @@ class ClientServer:
             if view is None:
                 continue
             if view not in frames:
-                frames[view] = [event_frame(entry, view) for entry in stored]
+                frames[view] = event_frames(stored, view)
                 joined[view] = b"".join(frames[view]) + frames_for_all
             if client.session_ids is None:
                 self.send(client, joined[view])
@@ -5964,10 +5970,15 @@ class ClientServer:
             self._gone(client)
 
 
-def event_frame(entry: StoredEvent, view: str) -> bytes:
-    """Encode one event's message for a view; the full view carries the very bytes that were stored."""
-    line = entry.line if view == "full" else encode_json(event_row(entry.event))
-    return encode_frame(Opcode.TEXT, b'{"type":"event","seq":%d,"event":%b}' % (entry.seq, line))
+def event_frames(stored: Iterable[StoredEvent], view: str) -> List[bytes]:
+    """Encode each event's message for a view; the full view carries the very bytes that were stored."""
+    opcode = Opcode.TEXT
+    messages = [
+        b'{"type":"event","seq":%d,"event":%b}'
+        % (seq, line if view == "full" else encode_json(event_row(event)))
+        for seq, event, line in stored
+    ]
+    return [frame_head(opcode, len(message)) + message for message in messages]
 
 
 def refusal(error: RequestError) -> bytes:
@@ -7977,7 +7988,7 @@ class Conversation:
         if since is not None and not resync:
             missed = self._monitor.store.recent_lines(CATCH_UP_EVENTS, after=since)
         entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
-        frames = [event_frame(entry, view) for entry in entries if client.wants(entry.event["sessionId"])]
+        frames = event_frames([entry for entry in entries if client.wants(entry.event["sessionId"])], view)
         reply = {
             "type": "subscribed",
             "seq": self._monitor.store.seq,

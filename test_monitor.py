@@ -16370,7 +16370,7 @@ def audience_of(serve: Any, count: int, *arguments: Any) -> "Iterator[tuple[Audi
 
 def bench_broadcast(sizes: Sizes) -> "Iterator[Figure]":
     """Send stored events to many clients by the monitor's own loop, and by a bare one, in turn."""
-    frame = cm.event_frame(stored_event(1), "full")
+    [frame] = cm.event_frames([stored_event(1)], "full")
     for count in LISTENERS:
         bench_tell(f"{count} clients")
         with (
