@@ -5436,14 +5436,12 @@ class EventLoop:
         self.watch(self._wake_reader, selectors.EVENT_READ, self._drain_wake_ups)
 
     def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call `callback(ready events)` when the socket is ready.
+        """Call `callback(ready events)` whenever the socket, which is not watched yet, is ready."""
+        self._selector.register(sock, events, callback)
 
-        Replaces an earlier watch of the same socket.
-        """
-        try:
-            self._selector.register(sock, events, callback)
-        except KeyError:
-            self._selector.modify(sock, events, callback)
+    def wait_for(self, sock: socket.socket, events: int) -> None:
+        """Change what a watched socket is to be ready for."""
+        self._selector.modify(sock, events, self._selector.get_key(sock).data)
 
     def forget(self, sock: socket.socket) -> None:
         """Stop watching a socket; harmless when it is not watched."""
@@ -5831,9 +5829,9 @@ class ClientServer:
                 return
             if sent == len(data):
                 return
+            self._loop.wait_for(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
         client.queue.append(memoryview(data)[sent:])
         client.queued_bytes += len(data) - sent
-        self._watch(client)
 
     def _flush(self, client: Client) -> None:
         while client.queue:
@@ -5851,13 +5849,8 @@ class ClientServer:
                 client.queue[0] = piece[sent:]
                 return
             del client.queue[0]
-        self._watch(client)
+        self._loop.wait_for(client.sock, selectors.EVENT_READ)
         self._finish_close(client)
-
-    def _watch(self, client: Client) -> None:
-        if client.sock in self.clients:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.queue else 0)
-            self._loop.watch(client.sock, events, functools.partial(self._ready, client))
 
     def _finish_close(self, client: Client) -> None:
         """Once both close frames have passed, end our side.
@@ -5882,7 +5875,7 @@ class ClientServer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = Client(sock)
         self.clients[sock] = client
-        self._watch(client)
+        self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
         self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
