@@ -16510,14 +16510,15 @@ GROWTH_EVENTS = (10_000, 30_000, 100_000)
 GROWTH_SESSIONS = (100, 300, 1000)
 GROWTH_CLIENTS = (100, 300, 1000)
 GROWTH_AT_MOST = 1.2  # times the cost of one at the smallest size; 1 is linear
+GROWTH_ROUNDS = 3
 
 
-class Growth(NamedTuple):
-    """What a monitor costs at one size."""
+class StartedOnHistory(NamedTuple):
+    """A monitor that has read what was stored, and what that cost."""
 
+    monitor: RunningMonitor
     start_ms: float
     memory_mb: float
-    ingest_us: float  # an event
 
 
 def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
@@ -16525,21 +16526,23 @@ def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
 
     The limit is what it costs at the smallest.
     """
-    empty = growth_of_history(1, 2, sizes)
-    for thing, counts, measure in (
-        ("events", GROWTH_EVENTS, lambda count: growth_of_history(100, count, sizes)),
-        ("sessions", GROWTH_SESSIONS, lambda count: growth_of_history(count, count * 30, sizes)),
+    with started_on_history(1, 2) as empty:
+        empty_mb = empty.memory_mb
+    for thing, counts, histories in (
+        ("events", GROWTH_EVENTS, [(100, count) for count in GROWTH_EVENTS]),
+        ("sessions", GROWTH_SESSIONS, [(count, count * 30) for count in GROWTH_SESSIONS]),
     ):
-        found = [measure(count) for count in counts]
+        with contextlib.ExitStack() as stack:
+            found = [stack.enter_context(started_on_history(*history)) for history in histories]
+            ingest_us = ingest_in_turn([one.monitor for one in found], sizes)
         starts = [one.start_ms * 1000 / count for one, count in zip(found, counts, strict=True)]
         memory = [
-            max(0.01, one.memory_mb - empty.memory_mb) * 1024 / count
+            max(0.01, one.memory_mb - empty_mb) * 1024 / count
             for one, count in zip(found, counts, strict=True)
         ]
         yield growth_figure(f"start, for each of {growth_words(counts, thing)}", starts, "us")
         yield growth_figure(f"memory, for each of {growth_words(counts, thing)}", memory, "kB")
-        ingest = [one.ingest_us for one in found]
-        yield growth_figure(f"ingest of an event beside {growth_words(counts, thing)}", ingest, "us")
+        yield growth_figure(f"ingest of an event beside {growth_words(counts, thing)}", ingest_us, "us")
     yield from growth_of_clients(sizes)
 
 
@@ -16554,24 +16557,32 @@ def growth_figure(name: str, costs: "list[float]", unit: str) -> Figure:
     return against(name, costs[2], costs[0], unit, peer, at_most=GROWTH_AT_MOST)
 
 
-def growth_of_history(sessions: int, events: int, sizes: Sizes) -> Growth:
-    """Start a monitor on a history; return what it costs."""
+@contextlib.contextmanager
+def started_on_history(sessions: int, events: int) -> "Iterator[StartedOnHistory]":
+    """Start a monitor on a history, measure what that costs, and leave it running for a while."""
     monitor = RunningMonitor(new_home())
     try:
         write_history(monitor.home + "/events", sessions, events, cm.now_ms())
+        os.sync()  # what was just written is not written out while time is taken
         begin = time.perf_counter()
         monitor.start()
         eventually(lambda: monitor.get("/api/status")["loading"] is None, 300, "the stored sessions")
         start_ms = (time.perf_counter() - begin) * 1000
         settled(monitor)
-        memory_mb = bench_memory_mb(monitor.pid, "VmRSS")
-        rates = []
-        for _ in range(sizes.rounds):
-            lines = hook_lines(int(40_000 * sizes.round_s))
-            rates.append(rate_of_a_stream(monitor.socket_path, lines, sizes.round_s))
-        return Growth(start_ms, memory_mb, 1e6 / statistics.median(rates))
+        yield StartedOnHistory(monitor, start_ms, bench_memory_mb(monitor.pid, "VmRSS"))
     finally:
         clean_up(monitor)
+
+
+def ingest_in_turn(monitors: "list[RunningMonitor]", sizes: Sizes) -> "list[float]":
+    """Return for each monitor the microseconds that an event of a stream takes."""
+    rates: "list[list[float]]" = [[] for _ in monitors]
+    for _ in range(GROWTH_ROUNDS):
+        for monitor, found in zip(monitors, rates, strict=True):
+            lines = hook_lines(int(40_000 * sizes.round_s))
+            settled(monitor)
+            found.append(rate_of_a_stream(monitor.socket_path, lines, sizes.round_s))
+    return [1e6 / statistics.median(found) for found in rates]
 
 
 def growth_of_clients(sizes: Sizes) -> "Iterator[Figure]":
