@@ -851,7 +851,7 @@ def parse_event_line(line: bytes) -> JsonObject:
             text = line.decode("utf-8", "replace")
         try:
             value, end = _parse_json(text)
-            if end < len(text) and not text[end:].isspace():
+            if text[end:].strip(" \t\r\n"):
                 raise ValueError("Extra data")
         except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
             value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
@@ -1377,7 +1377,7 @@ def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]"
             for part, shapes in by_part
             if part in looked_at
             for ranked in shapes
-            if part is ranked[1].hint or ranked[1].hint in looked_at
+            if ranked[1].hint == part or ranked[1].hint in looked_at
         ]
     return [ranked for ranked in among if ranked[1].hint in (folded if ranked[1].folded else text)]
 

@@ -1723,6 +1723,8 @@ def test_deep_objects_are_kept_with_their_depth_as_text_below_a_hundred_levels(d
         b"null",
         b'{"a":',
         b"{}{}",
+        b"{} x",
+        b"{}\xc2\xa0",  # a space, but none of JSON's
         b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
 )
@@ -9447,8 +9449,16 @@ def test_everything_of_ours_is_for_our_user_only(running: RunningMonitor) -> Non
                 assert stat.S_IMODE(os.stat(path).st_mode) & 0o077 == 0, path
 
 
-def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> None:
-    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
+@pytest.fixture
+def client() -> "Iterator[subprocess.Popen[bytes]]":
+    """Give a process that stands for Claude Code's client and does nothing."""
+    process = subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor, client: Any) -> None:
     command = running.installed_command()
     environment = {**running.environment, "CLAUDE_PID": str(client.pid)}
     for line in recorded_lines("i-sigKILL"):
@@ -9467,9 +9477,8 @@ def test_a_client_that_was_killed_ends_its_session(running: RunningMonitor) -> N
 
 
 def test_a_client_that_was_killed_while_nobody_looked_ended_with_its_last_event(
-    running: RunningMonitor,
+    running: RunningMonitor, client: Any
 ) -> None:
-    client = subprocess.Popen([PYTHON, "-c", "import time; time.sleep(100)"])
     command = running.installed_command()
     line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
     run_hook(command, line, {**running.environment, "CLAUDE_PID": str(client.pid)})
@@ -11999,6 +12008,23 @@ def test_a_hook_that_is_killed_at_any_moment_spoils_no_other_event(
     assert len(events) >= ended_well + 1
     assert {event["data"].get("message") for event in events} == {"x" * 20_000}
     assert not os.path.exists(monitor.home + "/quarantine.log")
+
+
+def test_a_client_that_went_earlier_in_the_same_turn_is_left_alone() -> None:
+    loop = cm.EventLoop()
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.closing(loop):
+        server = cm.ClientServer(
+            loop, listener, admit=lambda request, sock: None, opened=lambda client: None,
+            received=lambda client, text: None, gone=lambda client: None, connection_limit=9, queue_limit_bytes=1 << 20,
+        )  # fmt: skip
+        with socket.create_connection(listener.getsockname()):
+            loop._turn()
+            [client] = server.clients.values()
+            server.send(client, bytes(16 << 20))
+            assert client.queue, "the test needs a client that could not take all"
+            server._drop(client)  # as another one's message may have it
+            server._ready(client, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        assert not server.clients
 
 
 def test_a_stuck_tab_among_fifty_holds_up_nobody(running: RunningMonitor) -> None:
