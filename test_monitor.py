@@ -13225,6 +13225,40 @@ def test_a_session_is_replayed_as_it_went(running: RunningMonitor, open_tab: Any
     eventually(lambda: tab.text("replay") == "" and tab.page.evaluate("location.hash") == "#s=s1")
 
 
+@needs_browser
+def test_a_replay_that_begins_before_its_session_is_loaded_plays_when_it_is(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    start = cm.now_ms() - 3_600_000
+    running.emit(
+        *({"hook": browser_call(number)[0], "id": str(uuid.uuid4()), "timestamp": start + number * 60_000}
+          for number in range(3))
+    )  # fmt: skip
+    held: list[Any] = []
+
+    def hold_pages(page_side: Any) -> None:
+        monitor_side = page_side.connect_to_server()
+
+        def pass_on(text: str) -> None:
+            held.append(text) if json.loads(text)["type"] == "events" else page_side.send(text)
+
+        page_side.on_message(monitor_side.send)
+        monitor_side.on_message(pass_on)
+        held.append(page_side)
+
+    tab = open_tab(running, "#s=s1")
+    tab.page.route_web_socket("**/*", hold_pages)
+    tab.page.reload()
+    tab.row_with("make step-2")
+    page_side, page_of_rows = eventually(lambda: held if len(held) == 2 else None)
+    tab.page.keyboard.press("y")
+    tab.shows("replay", "Loading\u2026")
+    tab.page.evaluate("new Promise((seen) => requestAnimationFrame(() => requestAnimationFrame(seen)))")
+    page_side.send(page_of_rows)
+    tab.shows("replay", " of 2 min")
+    eventually(lambda: tab.rows("step-1") and not tab.rows("step-2"), what="it plays")
+
+
 REDIS_AWAY = {
     "state": "waiting", "server": "cache:6379/0", "tls": True, "channel": "contextuate:events",
     "stream": "contextuate:events:stream", "attempt": 3, "maxRetries": 10, "reason": "connection refused",
