@@ -13225,6 +13225,47 @@ def test_a_session_is_replayed_as_it_went(running: RunningMonitor, open_tab: Any
     eventually(lambda: tab.text("replay") == "" and tab.page.evaluate("location.hash") == "#s=s1")
 
 
+def browser_press(tab: BrowserTab, part: Any, meanwhile: Any) -> None:
+    """Press the middle of a part of the page, and let the button go when something has happened."""
+    box = part.bounding_box()
+    tab.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tab.page.mouse.down()
+    meanwhile()
+    tab.page.mouse.up()
+
+
+@needs_browser
+def test_what_was_pressed_is_clicked_though_events_come_before_the_button_is_let_go(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(browser_call(number)[0] for number in range(60)))
+    tab = open_tab(running, "#s=s1")
+    tab.row_with("make step-59")
+    counter = itertools.count(60)
+
+    def come() -> None:
+        number = next(counter)
+        running.emit(*browser_call(number))
+        eventually(lambda: f"{number + 1} calls" in tab.page.inner_text("#panehead"))
+        tab.row_with(f"make step-{number}")
+
+    browser_press(tab, tab.row_with("make step-59"), come)
+    tab.shows("drawer", "make step-59")
+    tab.page.keyboard.press("Escape")
+    follow = tab.page.query_selector("[aria-label=Follow]")
+    browser_press(tab, follow, come)
+    eventually(lambda: follow.get_attribute("aria-pressed") == "false")
+    come()
+    tab.shows("new-count", "1 new")
+    browser_press(tab, tab.page.query_selector("[data-testid=new-count] svg"), come)
+    eventually(lambda: tab.text("new-count") == "" and follow.get_attribute("aria-pressed") == "true")
+    follow.focus()
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: follow.get_attribute("aria-pressed") == "false")
+    come()
+    assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
+
+
 @needs_browser
 def test_a_replay_that_begins_before_its_session_is_loaded_plays_when_it_is(
     running: RunningMonitor, open_tab: Any
@@ -13485,6 +13526,14 @@ BROWSER_DRAWERS = [
 ]
 
 
+def browser_rows_are_of(tab: BrowserTab, session: str) -> bool:
+    """Tell whether the table shows no row of another session."""
+    rows = "[...document.querySelectorAll('[data-testid=row]:not([hidden])')]"
+    return bool(
+        browser_store(tab, f"{rows}.every((row) => store.byId.get(row.dataset.eventId).sid === '{session}')")
+    )
+
+
 def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
     """Return the last row of one tool, or of one kind of event, with these words."""
 
@@ -13512,7 +13561,9 @@ def test_the_drawer_shows_of_every_kind_what_a_person_wants(
     tab = open_tab(browser_recordings)
     eventually(lambda: browser_store(tab, "store.loaded"))  # until then it may write the link of its own view
     for name, tool, words, wanted in BROWSER_DRAWERS:
-        tab.page.evaluate(f"location.hash = 's={name.replace('.', '-')}'")
+        session = name.replace(".", "-")
+        tab.page.evaluate(f"location.hash = 's={session}'")
+        eventually(lambda session=session: browser_rows_are_of(tab, session))
         browser_row_of(tab, tool, words).click()
         for each in wanted:
             eventually(
