@@ -13577,6 +13577,23 @@ def test_the_drawer_shows_of_every_kind_what_a_person_wants(
 
 
 @needs_browser
+def test_an_event_that_the_monitor_cannot_read_is_not_loading_for_ever(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*browser_call(1))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    (path,) = glob.glob(running.home + "/events/*/s1.jsonl")
+    os.rename(path, f"{path}.away")
+    os.mkdir(path)  # a file that root, too, cannot read
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "The monitor cannot read this event")
+    assert "make step-1" in tab.text("drawer")
+    os.rmdir(path)
+    os.rename(f"{path}.away", path)
+
+
+@needs_browser
 def test_colours_of_a_terminal_are_colours_and_no_text(running: RunningMonitor, open_tab: Any) -> None:
     words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
     words += " \x1b]0;title\x07end\x1b[2J"
