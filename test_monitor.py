@@ -14026,6 +14026,31 @@ def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open
 
 
 @needs_browser
+def test_what_sessions_do_takes_the_keyboards_place_from_no_hit_and_no_session(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", f"s{n}", prompt=f"word {n}") for n in range(5)))
+    eventually(lambda: len(running.get("/api/search?q=word")["results"]) == 5)
+    tab = open_tab(running, "#history&q=word")
+    tab.page.focus("[data-testid=hit] >> nth=2")
+    focused = tab.page.evaluate("document.activeElement.innerText")
+    running.emit(payload("Stop", "s0"), payload("UserPromptSubmit", "s9", prompt="another"))
+    eventually(lambda: browser_store(tab, "store.sessions.size") == 6)
+    browser_told(tab)  # the view is drawn anew
+    eventually(lambda: "word 0" in tab.text("sheet"))
+    assert tab.page.evaluate("document.activeElement.innerText") == focused
+    tab.page.evaluate(
+        """() => { window.moved = []; new MutationObserver((changes) => {
+          for (const { addedNodes } of changes) for (const el of addedNodes) moved.push(el.dataset.sessionId); })
+          .observe(document.getElementById('tree'), { childList: true }); }"""
+    )
+    before = [session for session, _ in page_rail(tab)]
+    running.emit(payload("Stop", before[0]))
+    eventually(lambda: [session for session, _ in page_rail(tab)] != before)
+    assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
+
+
+@needs_browser
 def test_history_goes_on_to_the_oldest(running: RunningMonitor, open_tab: Any) -> None:
     running.emit(*(payload("UserPromptSubmit", f"s{n % 3}", prompt=f"word {n}") for n in range(250)))
     eventually(lambda: running.get("/api/status")["index"]["lagEvents"] == 0)
