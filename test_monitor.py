@@ -246,6 +246,11 @@ BROWSER = find_program(CHROMIUM_NAMES)
 NOW_MS = 1_795_500_000_000  # a fixed "now" for tests without a clock
 
 
+def unmount(place: "str | os.PathLike[str]") -> None:
+    """Take a mounted disk away, though the threads of a killed process may hold its files a moment longer."""
+    subprocess.run(["umount", "-l", place], check=True)
+
+
 def eventually(condition: Any, timeout_s: float = 15.0, what: str = "") -> Any:
     """Return the condition's first true value; fail when there is none in time."""
     deadline = time.monotonic() + timeout_s
@@ -2796,7 +2801,7 @@ def store_tiny_disk(tmp_path):
     ).returncode:
         pytest.skip("no small file system can be mounted here")
     yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    unmount(place)
 
 
 @needs_root
@@ -9334,7 +9339,7 @@ def test_a_full_disk_loses_nothing_and_heals_by_itself(monitor: RunningMonitor) 
         if about:
             os.kill(about["pid"], signal.SIGKILL)
             eventually(lambda: not alive(about["pid"]))
-        subprocess.run(["umount", events], check=True)
+        unmount(events)
 
 
 def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> None:
@@ -11129,7 +11134,7 @@ def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> 
         if alive(machine.pid):
             machine.kill()
         machine.end_publisher()
-        subprocess.run(["umount", events], check=True)
+        unmount(events)
 
 
 # The publisher's exit ---------------------------------------------------------------------------------------------
@@ -11770,7 +11775,7 @@ def safe_disk(monitor: RunningMonitor, size: str) -> "Iterator[Any]":
         if about:
             os.kill(about["pid"], signal.SIGKILL)
             eventually(lambda: not alive(about["pid"]))
-        eventually(lambda: not subprocess.run(["umount", monitor.home], check=False).returncode)
+        unmount(monitor.home)
 
 
 @needs_root
@@ -11873,7 +11878,7 @@ class SafeFailingDisk:
         shutil.copyfile(self.image, self.image + "2")
         self.image += "2"
         subprocess.run(["e2fsck", "-fy", self.image], capture_output=True, check=False)
-        subprocess.run(["umount", "-l", self.place], check=True)
+        unmount(self.place)
         self.mount()
 
     def remove(self) -> None:
@@ -12489,7 +12494,15 @@ class BrowserTab:
 
     def row_with(self, words: str, timeout_s: float = 15) -> Any:
         """Return the first row that shows these words, once there is one."""
-        return eventually(lambda: self.rows(words), timeout_s, words)[0]
+        return self.row_of(
+            eventually(
+                lambda: [row.get_attribute("data-event-id") for row in self.rows(words)], timeout_s, words
+            )[0]
+        )
+
+    def row_of(self, event_id: str) -> Any:
+        """Return the row of one event, wherever it moves: the page fills its elements with other rows."""
+        return self.page.locator(f'[data-testid=row][data-event-id="{event_id}"]').locator("visible=true")
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page, "" when it is hidden."""
@@ -13539,9 +13552,10 @@ def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
 
     def found() -> Any:
         rows = [row for row in tab.rows(words) if row.query_selector(".c-tool").inner_text() == tool]
-        return max(rows, key=lambda row: int(row.get_attribute("aria-rowindex")), default=None)
+        last = max(rows, key=lambda row: int(row.get_attribute("aria-rowindex")), default=None)
+        return last and last.get_attribute("data-event-id")
 
-    return eventually(found, 30, f"a row {tool} {words}")
+    return tab.row_of(eventually(found, 30, f"a row {tool} {words}"))
 
 
 @pytest.fixture(scope="module")
@@ -14696,7 +14710,7 @@ def test_a_disk_that_is_too_small_for_the_index_hinders_nothing_and_heals(
         assert [one["id"] for one in history.search(cm.search_query({"q": "quokka"}))["results"]] == ["e9999"]
     finally:
         history.stop()
-        subprocess.run(["umount", "-l", place], check=False)
+        unmount(place)
 
 
 def test_files_removed_changed_or_added_by_hand_are_noticed(indexed: IndexCase) -> None:
