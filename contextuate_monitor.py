@@ -104,6 +104,8 @@ from typing import (
     Union,
 )
 
+if sys.version_info < (3, 9):
+    sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
 except ModuleNotFoundError:
@@ -186,7 +188,8 @@ def load_settings(
     same_port = settings["server.port"] == settings["server.wsPort"] != 0
     if same_port:
         raise ConfigError(
-            f"{path}: server.wsPort: expected a port other than server.port ({settings['server.port']})"
+            f"{'command line' if overrides else path}: server.wsPort: expected a port other than server.port "
+            f"({settings['server.port']}){'; give --ws-port, too' if overrides else ''}"
         )
     return settings, warnings
 
@@ -6505,7 +6508,7 @@ class Access:
         if self._auth == "auto" and same_user_on_loopback(sock):
             return
         raise RequestError(
-            401, "a token is needed: `contextuate_monitor.py url` prints the link that carries it"
+            401, "a token is needed: `contextuate_monitor.py url --token` prints the link that carries it"
         )
 
     def has_token(self, request: Request) -> bool:
@@ -7112,7 +7115,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         token = query.text("token") or ""
         if not access.is_token(token):
             raise RequestError(
-                401, "this link's token is not valid here; `contextuate_monitor.py url` prints a new one"
+                401,
+                "this link's token is not valid here; `contextuate_monitor.py url --token` prints a new one",
             )
         cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
         return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
@@ -7316,7 +7320,10 @@ class HookPort:
         self._path = path
         self._received = received
         self._connections: Set[IngestConnection] = set()
-        self._lock = lock_file(path + ".lock", f"another monitor uses {path}")
+        otherwise = (
+            f"another monitor uses {path} (pid {{pid}}); `kill {{pid}}` ends it, or choose another socketPath"
+        )
+        self._lock = lock_file(path + ".lock", otherwise)
         self._listening = False
         self._listen()
 
@@ -7352,7 +7359,7 @@ class HookPort:
             self.stop_listening()
         for connection in list(self._connections):
             connection.close()
-        os.close(self._lock)
+        unlock_file(self._path + ".lock", self._lock)
 
 
 class SpoolDrain:
@@ -8357,7 +8364,8 @@ class Monitor:
     def open(self) -> None:
         """Open every port and begin to serve the page; raise StartError."""
         emit_event.make_private_directory(self.settings.home)
-        self._lock = lock_file(self.settings.path("monitor.pid"), "another monitor runs for this directory")
+        otherwise = "another monitor runs for this directory (pid {pid}); `stop` ends it"
+        self._lock = lock_file(self.settings.path("monitor.pid"), otherwise)
         token = read_token(self.settings.path("token"))
         host = self.settings["server.host"]
         self.addresses = own_addresses(host)
@@ -8785,26 +8793,59 @@ def _locked_soon(fd: int) -> bool:
 
 
 def lock_file(path: str, otherwise: str) -> int:
-    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`.
+    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`,
+    in which "{pid}" is who has it.
 
-    The file holds our pid, for whoever wants to know who has the lock.
+    The file holds our pid, for whoever wants to know who has the lock. `unlock_file` takes it away again.
     """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise StartError(f"{path}: cannot be opened: {error.strerror}") from None
-    about = os.fstat(fd)
-    if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
-        os.close(fd)
-        whose = "belongs to another user" if about.st_uid != os.getuid() else "is not a file of ours"
-        raise StartError(f"{path}: {whose}; choose another socketPath in the configuration")
-    if not _locked_soon(fd):
-        owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-        os.close(fd)
-        raise StartError(f"{otherwise} (pid {owner or 'unknown'}); `stop` ends it") from None
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise StartError(_no_lock(path, f"cannot be opened: {error.strerror}")) from None
+        about = os.fstat(fd)
+        if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
+            os.close(fd)
+            raise StartError(_no_lock(path, "is not a file of ours"))
+        if not _locked_soon(fd):
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            os.close(fd)
+            raise StartError(otherwise.replace("{pid}", owner or "unknown"))
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path), about):
+                break
+        os.close(fd)  # taken away between our opening and locking it
     os.ftruncate(fd, 0)
     os.pwrite(fd, str(os.getpid()).encode(), 0)
     return fd
+
+
+def unlock_file(path: str, fd: int) -> None:
+    """Give the lock back and leave no file, which would be in the way of another user."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), os.fstat(fd)):
+            os.unlink(path)
+    os.close(fd)
+
+
+def lock_holder(path: str) -> Optional[int]:
+    """Return the process that has the lock at `path`, None when nobody has it."""
+    try:
+        with open(path, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except OSError:
+                return int(file.read(32).strip() or b"0") or None
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _no_lock(path: str, why: str) -> str:
+    with contextlib.suppress(OSError):
+        if os.lstat(path).st_uid != os.getuid():
+            why = "belongs to another user"
+    return f"{path}: {why}; choose another socketPath in the configuration"
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
@@ -8895,16 +8936,13 @@ def running_monitor(settings: Settings) -> Optional[JsonObject]:
     """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
     is none.
     """
+    pid = lock_holder(settings.path("monitor.pid"))
+    if pid is None:
+        return None
     try:
-        with open(settings.path("monitor.pid"), "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except OSError:
-                pid = int(file.read().strip() or b"0")
         with open(settings.path("monitor.run.json"), "rb") as file:
             about = emit_event.parse_event_line(file.read())
-    except (FileNotFoundError, MalformedEvent, ValueError):
+    except (FileNotFoundError, MalformedEvent):
         return None
     return about if about.get("pid") == pid else None
 
@@ -9080,6 +9118,7 @@ class EventSender:
 Version = tuple[int, int, int]
 
 HOOK_TIMEOUT_S = 10
+CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
 
 # Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
@@ -9163,6 +9202,11 @@ def plan_install(home: str, project: str | None, version: Version | None) -> Ins
     path = _existing_project_settings(project)
     old_text, settings = read_settings(path)
     with _naming(path):
+        if version is None:  # what was registered when it was known stays
+            had = [name for name, groups in _checked_hooks(settings).items() if _any_ours(groups)]
+            names += [
+                name for _, later in EVENT_NAMES_SINCE for name in later if name in had and name not in names
+            ]
         merged = merge_hooks(settings, command, names)
         new_text = old_text if merged == settings else render_settings(merged, old_text)
     return InstallPlan(path, old_text, new_text, tuple(names), command, version)
@@ -9206,8 +9250,11 @@ def event_names(version: Version | None) -> list[str]:
 
 
 def claude_version() -> Version | None:
-    """Ask the `claude` on the search path for its version; None when there is none or it does not tell."""
-    program = shutil.which("claude")
+    """Ask `claude` for its version; None when there is none or it does not tell.
+
+    It is looked for on the search path, then where its installers put it: a shell may know that by an alias.
+    """
+    program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     if program is None:
         return None
     try:
@@ -9758,9 +9805,24 @@ def _check_registration(case: Examination) -> Iterator[Finding]:
     if plan.new_text == plan.old_text:
         yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
     elif remove_hooks(claude_settings) == claude_settings:
-        yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
+        here = _registered_in_project(os.getcwd())
+        if here:
+            yield Finding("registered", "ok", f"in {here}, for this project only")
+        else:
+            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
     else:
         yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+
+
+def _registered_in_project(directory: str) -> str:
+    """Return the settings of a project in which our hook is registered, "" when it is in none."""
+    for name in ("settings.json", "settings.local.json"):
+        path = os.path.join(directory, ".claude", name)
+        with contextlib.suppress(InstallError):
+            settings = read_settings(path)[1]
+            if remove_hooks(settings) != settings:
+                return path
+    return ""
 
 
 def _check_spool(case: Examination) -> Iterator[Finding]:
@@ -9837,7 +9899,7 @@ def _check_redis_package(case: Examination) -> Iterator[Finding]:
         yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
         return
     if answer.returncode:
-        advice = f"run `{shlex.quote(python)} -m pip install redis`, or install with a Python that has it"
+        advice = emit_event.redis_py_advice(python)
         yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
     else:
         yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
@@ -10987,11 +11049,6 @@ STOP_DEADLINE_S = 15.0
 PROGRESS_INTERVAL_S = 2.0
 
 
-def redis_py_advice() -> str:
-    """Return what to type where this interpreter lacks redis-py."""
-    return f"run `{shlex.quote(sys.executable)} -m pip install redis`, then try again"
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
     overrides = {
@@ -11012,10 +11069,12 @@ def command_start(args: argparse.Namespace) -> int:
     """Start the monitor, in the background unless --foreground."""
     settings = settings_of(args)
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
-        raise StartError(f'mode "redis" needs redis-py: {redis_py_advice()}')
+        raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and args.report_fd is None:
         print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
+        if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
+            tell("it stays where it is; `restart` with the same options moves it")
         return 0
     if args.foreground:
         return serve(settings, args)
@@ -11114,8 +11173,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     allow_many_files()
     if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
         record_publisher_python(settings.home)
-    monitor = Monitor(settings)
     try:
+        monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
         log.error("cannot start: %s", error)
@@ -11224,6 +11283,12 @@ def command_stop(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is None:
+        stray = lock_holder(settings["socketPath"] + ".lock")
+        if stray is not None:
+            raise CommandError(
+                f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}; "
+                f"`kill {stray}` ends it"
+            )
         print("not running")
         return 0
     stop_monitor(settings, about)
@@ -11340,7 +11405,10 @@ def command_install(args: argparse.Namespace) -> int:
     version = claude_version()
     plan = plan_install(settings.home, args.project, version)
     if version is None:
-        tell("`claude` was not found: only the events that every version knows are registered")
+        tell(
+            "`claude` did not tell its version, so only events that every version knows are added; put it on "
+            "the PATH and run install again"
+        )
     if args.dry_run:
         print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
         return 0
@@ -11351,7 +11419,10 @@ def command_install(args: argparse.Namespace) -> int:
         backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
-        tell(f"redis-py is missing, so no event can leave this machine: {redis_py_advice()}")
+        tell(
+            "redis-py is missing, so no event can leave this machine: "
+            + emit_event.redis_py_advice(sys.executable)
+        )
     if backup:
         print(f"backup   {backup}")
     print("Sessions of Claude Code that are open now pick the hook up when they are started again.")
@@ -11591,13 +11662,13 @@ def command_search(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     wanted: Dict[str, Any] = {
         "q": " ".join(args.words),
-        "session": args.session,
+        "session": whole_session_id(settings, args.session),
         "machine": args.machine,
         "tool": args.tool,
         "type": args.type,
         "state": args.state,
-        "from": parse_time(args.start, 0) or None,
-        "to": parse_time(args.end, 0) or None,
+        "from": args.start,
+        "to": args.end,
     }
     colours = sys.stdout.isatty()
     count, page = 0, {}
@@ -11667,13 +11738,14 @@ def command_export(args: argparse.Namespace) -> int:
     """Write stored events as NDJSON, or tool calls as CSV."""
     settings = settings_of(args)
     store = EventStore(settings.path("events"))
-    start, end = parse_time(args.start, 0), parse_time(args.end, 1 << 53)
-    wanted = {name: getattr(args, name) for name in ("session", "machine", "tool", "type")}
+    wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
+    wanted["session"] = whole_session_id(settings, args.session)
     sessions = None
     if args.state:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
-    query = search_query({**wanted, "q": " ".join(args.words), "from": start, "to": end}, sessions)
+    period = {"from": args.start or 0, "to": args.end or 1 << 53}
+    query = search_query({**wanted, **period, "q": " ".join(args.words)}, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
     if args.format == "csv":
@@ -11692,18 +11764,21 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_time(text: Optional[str], default: int) -> int:
-    """Parse `--from` / `--to`: milliseconds since the epoch, or a date or time in ISO form (local time)."""
-    if text is None:
-        return default
-    if re.fullmatch(r"\d{10,16}", text):
-        return int(text)
-    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
-        with contextlib.suppress(ValueError):
-            return int(time.mktime(time.strptime(text, form)) * 1000)
-    raise CommandError(
-        f"{text!r} is no time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
+def whole_session_id(settings: Settings, beginning: Optional[str]) -> Optional[str]:
+    """Return the id of the one stored session whose id begins so; raise CommandError if several do."""
+    if beginning is None:
+        return None
+    store = EventStore(settings.path("events"))
+    names = {
+        os.path.basename(path).partition(".jsonl")[0] for day in store.days() for path in store.day_paths(day)
+    }
+    found = (
+        [beginning] if beginning in names else sorted(name for name in names if name.startswith(beginning))
     )
+    if len(found) > 1:
+        shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
+        raise CommandError(f"{len(found)} sessions begin with {beginning!r}: {shown}; write more of the id")
+    return found[0] if found else beginning
 
 
 def command_demo(args: argparse.Namespace) -> int:
@@ -11780,6 +11855,26 @@ def switch(name: str, words: str) -> CommandOption:
     return option(name, action="store_true", help=words)
 
 
+def moment_ms(text: str) -> int:
+    """Parse milliseconds since the epoch, or a date or time in ISO form (local time)."""
+    if re.fullmatch(r"\d{10,16}", text):
+        return int(text)
+    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
+        with contextlib.suppress(ValueError):
+            return int(time.mktime(time.strptime(text, form)) * 1000)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
+    )
+
+
+def seconds(text: str) -> float:
+    """Parse a length of time."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+
+
 def at_least_one(text: str) -> int:
     """Parse a number of things."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
@@ -11806,13 +11901,19 @@ _INSTALLING = (
 _TYPE = option("--type", help="only this hook or event type, such as PreToolUse or tool_error")
 _MACHINE = option("--machine", help="only this machine")
 _FILTERS = (
-    option("--session", metavar="ID", help="only this session"),
+    option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
     _MACHINE,
     option("--tool", help="only this tool, such as Bash"),
     _TYPE,
     option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
-    option("--from", dest="start", metavar="TIME", help="from this time on"),
-    option("--to", dest="end", metavar="TIME", help="before this time"),
+    option(
+        "--from",
+        dest="start",
+        type=moment_ms,
+        metavar="TIME",
+        help="from then on: 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch",
+    ),
+    option("--to", dest="end", type=moment_ms, metavar="TIME", help="before that time"),
 )
 _JSON = switch("--json", "for programs: as JSON")
 _JSON_LINES = switch("--json", "for programs: one JSON object a line")
@@ -11860,8 +11961,8 @@ COMMANDS = (
     Command("doctor", command_doctor, "examine the whole chain and say what to do", (_JSON,)),
     Command("test-event", command_test_event, "send one event through the hook and tell what happened"),
     Command("demo", command_demo, "play a made-up working day into the running monitor", (
-        option("--live", type=float, default=300, metavar="SECONDS",
-               help="how long it goes on (default 300)"),
+        option("--live", type=seconds, default=300, metavar="SECONDS",
+               help="how long it goes on (default 300); 0: the past only"),
         switch("--remove", "take the demo's sessions out again"))),
 )  # fmt: skip
 
@@ -11908,6 +12009,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except OUR_ERRORS as error:
         tell(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a file or directory that is not as we need it
+        tell(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+        return 1
 
 
 if __name__ == "__main__":

@@ -387,6 +387,7 @@ import dataclasses  # noqa: E402
 import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
+import glob  # noqa: E402
 import hashlib  # noqa: E402
 import inspect  # noqa: E402
 import itertools  # noqa: E402
@@ -394,6 +395,7 @@ import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import stat  # noqa: E402
@@ -2204,6 +2206,9 @@ def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
+PUBLISHER_PYTHON = (
+    "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to, if it has
+)
 BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two looks at the spool
 IDLE_POLL_S = 0.02
@@ -2312,10 +2317,22 @@ def redis_place(values: "Dict[str, Any]") -> str:
     )
 
 
+def redis_py_advice(python: str) -> str:
+    """Say what to do where an interpreter lacks redis-py: pip, unless a distribution manages it (PEP 668)."""
+    prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
+    managed = glob.glob(glob.escape(prefix) + "/lib/python3*/EXTERNALLY-MANAGED")
+    if managed and not os.path.exists(prefix + "/pyvenv.cfg"):
+        return (
+            "install your system's package for it (Debian, Ubuntu: apt install python3-redis), or run "
+            "`install` and `start` with the Python of a venv that has it"
+        )
+    return f"run `{shlex.quote(python)} -m pip install --upgrade redis`, then try again"
+
+
 # What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
-    ("No module named 'redis'", "redis-py is missing: run {python} -m pip install redis"),
-    ("No module named 'redis.", "redis-py is too old: run {python} -m pip install --upgrade redis"),
+    ("No module named 'redis'", "redis-py is missing: {advice}"),
+    ("No module named 'redis.", "redis-py is too old: {advice}"),
     (
         "Authentication required|NOAUTH",
         "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
@@ -2394,7 +2411,7 @@ def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: boo
         "place": redis_place(values),
         "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
         "missing": ", ".join(_missing_redis_files(values)) or "a file",
-        "python": sys.executable,
+        "advice": redis_py_advice(sys.executable),
         "closed_hint": "" if connected else closed_hint,
         "silence_hint": "" if connected else silence_hint,
     }
@@ -2634,6 +2651,8 @@ class Publisher:
             self._client = client = self._client or redis_client(self._values)
             replies = within(deadline_s, lambda: self._send(client, batch, stream))
         except Exception as error:  # whatever it is, the events stay in the spool
+            if isinstance(error, ImportError):
+                self._change_interpreter()
             self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
             return
         self._settle(batch, replies, stream)
@@ -2692,6 +2711,15 @@ class Publisher:
         self._enter("waiting", reason)
         self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
+
+    def _change_interpreter(self) -> None:
+        """Go on in the interpreter that `install` has recorded meanwhile; the lock goes with us."""
+        python = publisher_python(self._home)
+        if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
+            return
+        os.set_inheritable(self._lock_fd, True)
+        arguments = [python, "-E", os.path.abspath(__file__), "--publish", str(self._lock_fd)]
+        os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
         """Close the connection, also under the hands of an exchange that was left behind."""

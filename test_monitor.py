@@ -3413,6 +3413,27 @@ def test_the_diff_shows_what_will_change(install_project):
     assert cm.diff_settings("/new", "", "{}\n") == "--- /dev/null\n+++ /new\n@@ -0,0 +1 @@\n+{}\n"
 
 
+def test_where_claude_does_not_tell_its_version_what_was_registered_stays(install_project):
+    path = install_project / ".claude/settings.json"
+    known = cm.plan_install("/h", str(install_project), (2, 1, 200))
+    path.write_text(known.new_text)
+    again = cm.plan_install("/h", str(install_project), None)
+    assert again.new_text == known.new_text and sorted(again.names) == sorted(known.names)
+    path.write_text("{}")
+    assert len(cm.plan_install("/h", str(install_project), None).names) < len(known.names)
+
+
+def test_claude_is_found_where_its_installers_put_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "/bin")
+    assert cm.claude_version() is None
+    program = tmp_path / ".claude/local/claude"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho '2.1.200 (Claude Code)'\n")
+    program.chmod(0o700)
+    assert cm.claude_version() == (2, 1, 200)
+
+
 def test_the_commands_install_and_uninstall_do_what_their_dry_runs_say(monitor):
     path = monitor.claude_home + "/settings.json"
     dry = monitor.command("install", "--dry-run")
@@ -9532,10 +9553,85 @@ def test_a_look_whether_a_monitor_runs_keeps_none_from_starting(tmp_path, monkey
         monkeypatch.setattr(cm.time, "sleep", lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
         os.close(cm.lock_file(path, "another monitor runs"))
     monkeypatch.setattr(cm.time, "sleep", lambda _: None)
-    holder = cm.lock_file(path, "another monitor runs")
+    holder = cm.lock_file(path, "another monitor runs (pid {pid})")
     with pytest.raises(cm.StartError, match=rf"another monitor runs \(pid {os.getpid()}\)"):
-        cm.lock_file(path, "another monitor runs")
+        cm.lock_file(path, "another monitor runs (pid {pid})")
     os.close(holder)
+
+
+def test_a_monitor_that_has_stopped_leaves_nothing_in_the_way_of_another_user(
+    monitor: RunningMonitor,
+) -> None:
+    monitor.start()
+    lock = monitor.socket_path + ".lock"
+    assert cm.lock_holder(lock) == monitor.pid
+    monitor.stop()
+    assert not os.path.exists(lock) and not os.path.exists(monitor.socket_path)
+
+
+def test_a_lock_that_is_taken_away_while_it_is_waited_for_is_taken_anew(tmp_path, monkeypatch):
+    path = str(tmp_path / "lock")
+    holder = cm.lock_file(path, "held by {pid}")
+    monkeypatch.setattr(cm.time, "sleep", lambda _: cm.unlock_file(path, holder))
+    second = cm.lock_file(path, "held by {pid}")
+    assert cm.lock_holder(path) == os.getpid()
+    with open(path, "rb") as file:
+        assert os.path.samestat(os.fstat(file.fileno()), os.fstat(second)), "not the one that is gone"
+    cm.unlock_file(path, second)
+    assert not os.path.exists(path)
+
+
+def test_stop_names_a_monitor_whose_directory_was_removed(monitor: RunningMonitor) -> None:
+    monitor.start()
+    pid = monitor.pid
+    os.rename(monitor.home + "/monitor.pid", monitor.home + "/away")
+    refused = monitor.command("stop", check=False)
+    assert refused.returncode == 1 and f"`kill {pid}` ends it" in refused.stderr
+    os.rename(monitor.home + "/away", monitor.home + "/monitor.pid")
+    monitor.stop()
+
+
+def test_the_beginning_of_a_sessions_id_is_enough_where_it_is_the_only_one(running: RunningMonitor) -> None:
+    running.emit(*(payload("UserPromptSubmit", f"{name}-4711", prompt=f"of {name}") for name in ("ab", "ac")))
+    assert "of ab" in eventually(lambda: running.command("search", "--session", "ab", check=False).stdout)
+    assert running.command("export", "--session", "ac").stdout.count("\n") == 1
+    refused = running.command("export", "--session", "a", check=False)
+    assert refused.returncode == 1 and "ab-4711, ac-4711; write more" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("search", "--from", "yesterday", "x"), "write 2026-11-24"),
+        (("export", "--to", "24.11.2026"), "write 2026-11-24"),
+        (("demo", "--live", "-5"), "expected a number of seconds"),
+        (("start", "--port", "4711", "--ws-port", "4711"), "command line: server.wsPort"),
+    ],
+)
+def test_a_wrong_option_is_status_2_and_one_line(monitor: RunningMonitor, command: Any, words: str) -> None:
+    refused = monitor.command(*command, check=False)
+    assert refused.returncode == 2 and words in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@needs_root
+def test_a_start_with_another_users_events_says_so(monitor: RunningMonitor) -> None:
+    events = monitor.home + "/events"
+    os.makedirs(events)
+    os.chown(events, 65534, 65534)
+    refused = monitor.command("start", "--no-open", check=False)
+    assert refused.returncode == 1
+    assert refused.stderr == f"contextuate: error: {events} is not a directory of this user\n"
+
+
+def test_a_file_or_directory_that_cannot_be_used_is_one_line(running: RunningMonitor) -> None:
+    running.emit(payload("Stop"))
+    for command, words in (
+        (("export", "--output", "/nonexistent/x"), "/nonexistent/x: No such file or directory"),
+        (("export", "--output", running.home), f"{running.home}: Is a directory"),
+    ):
+        refused = running.command(*command, check=False)
+        assert refused.returncode == 1
+        assert refused.stderr == f"contextuate: error: {words}\n"
 
 
 def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
@@ -9724,6 +9820,19 @@ def test_doctor_says_that_the_hook_is_missing_not_registered_or_of_another_versi
     assert status == 0 and levels(findings, "hook") == ["warn"]
     os.unlink(running.home + "/hooks/lib/emit_event.py")
     assert levels(examine(running)[1], "hook")[0] == "fail"
+
+
+def test_doctor_knows_a_hook_that_is_registered_for_the_project_only(running):
+    project = running.home + "/project"
+    os.mkdir(project)
+    running.command("install", "--project", project)
+    asked = subprocess.run(
+        [sys.executable, running.program, "doctor", "--json"], cwd=project, env=running.environment,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    (told,) = [one for one in json.loads(asked.stdout)["findings"] if one["check"] == "registered"]
+    assert told["level"] == "ok" and project in told["words"]
+    assert levels(examine(running)[1], "registered") == ["fail"]
 
 
 def test_doctor_sees_that_claude_code_runs_no_hooks(running):
@@ -11135,6 +11244,36 @@ def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> 
             machine.kill()
         machine.end_publisher()
         unmount(events)
+
+
+def test_a_publisher_without_redis_py_goes_on_in_the_python_that_install_finds(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    without = machine.home + "/python-without"
+    with open(without, "w", encoding="utf-8") as file:
+        file.write(f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n')
+    os.chmod(without, 0o700)
+    hook = machine.hook
+    with open(machine.home + "/hooks/publisher-python", "w", encoding="utf-8") as file:
+        file.write(without + "\n")
+    hook_call(hook, payload("PreToolUse", tool_use_id="first"), machine.environment)
+    eventually(lambda: "redis-py is missing" in str(machine.publisher().get("reason")))
+    pid = machine.publisher()["pid"]
+    assert not server.streamed()
+    assert cm.record_publisher_python(machine.home)
+    eventually(lambda: len(server.streamed()) == 1, 60, "by itself")
+    assert machine.publisher()["pid"] == pid, "the lock went with it"
+
+
+def test_what_to_do_without_redis_py_depends_on_whose_python_it_is(tmp_path: Any) -> None:
+    python = tmp_path / "bin" / "python3"
+    assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
+    library = tmp_path / "lib" / "python3.11"
+    library.mkdir(parents=True)
+    (library / "EXTERNALLY-MANAGED").write_text("")
+    assert "apt install python3-redis" in ee.redis_py_advice(str(python))
+    (tmp_path / "pyvenv.cfg").write_text("")
+    assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
 
 
 # The publisher's exit ---------------------------------------------------------------------------------------------
@@ -15204,7 +15343,7 @@ def test_the_search_command_finds_the_same_with_and_without_a_running_monitor(
         assert "src" in running.command("search", "quokka", "--state", "working").stdout
         assert running.command("search", "quokka", "--state", "idle", check=False).returncode == 1
         refused = running.command("search", "--from", "soon", check=False)
-        assert refused.returncode == 1 and "no time" in refused.stderr
+        assert refused.returncode == 2 and "no time" in refused.stderr
         refused = running.command("search", "--limit", "0", check=False)
         assert refused.returncode == 2 and "at least 1" in refused.stderr
         if not running.command("status", check=False).returncode:
