@@ -104,7 +104,7 @@ from typing import (
     Union,
 )
 
-if sys.version_info < (3, 9):
+if sys.version_info < (3, 9):  # noqa: UP036 - it is told in words and not by a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
