@@ -1600,6 +1600,9 @@ class Agent:
     tool_errors: int = 0
 
 
+TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
+
+
 @with_slots
 @dataclasses.dataclass
 class Session:
@@ -1689,6 +1692,8 @@ class Session:
             return self.title, "title"
         if self.first_prompt:
             return self.first_prompt, "prompt"
+        if self.session_id == TEST_SESSION_ID:
+            return "Test events", "title"
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
 
     @property
@@ -8773,7 +8778,7 @@ def test_event(machine_id: str) -> JsonObject:
     return {
         "id": str(uuid.uuid4()),
         "timestamp": now_ms(),
-        "sessionId": "contextuate-test",
+        "sessionId": TEST_SESSION_ID,
         "machineId": machine_id,
         "workingDirectory": os.getcwd(),
         "hookType": "Notification",
@@ -9643,7 +9648,7 @@ def send_through_hook(settings: Settings, fields: JsonObject) -> str:
     if not os.path.exists(script):
         script = os.path.abspath(emit_event.__file__)
     payload = {
-        "session_id": "contextuate-test",
+        "session_id": TEST_SESSION_ID,
         "hook_event_name": "Notification",
         "cwd": os.getcwd(),
         **fields,
@@ -10782,11 +10787,14 @@ def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]
     for path in found:
         if path.endswith(".meta.json"):
             continue
-        session_id = transcript_session(first_lines(path))
+        lines = first_lines(path)
+        session_id = transcript_session(lines)
         if session_id is not None:
             transcripts.setdefault(session_id, []).append(path)
-        elif path in paths or path.endswith((".jsonl", ".ndjson")):
-            exports.append(path)
+        elif path in paths or (
+            path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
+        ):
+            exports.append(path)  # what a directory holds besides is nobody's business here
     return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
 
 
@@ -11279,8 +11287,14 @@ def allow_many_files() -> None:
 
 
 def command_stop(args: argparse.Namespace) -> int:
-    """Stop the running monitor and wait until it is gone."""
-    settings = settings_of(args)
+    """Stop the running monitor and wait until it is gone; a configuration that is wrong is no hindrance."""
+    try:
+        settings = settings_of(args)
+    except ConfigError as error:
+        tell(f"warning: {error}")
+        home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
+        machine_id, defaults = emit_event.this_machine(), emit_event.default_values()
+        settings = Settings(os.path.abspath(home), os.path.abspath(path), machine_id, defaults)
     about = running_monitor(settings)
     if about is None:
         stray = lock_holder(settings["socketPath"] + ".lock")
@@ -11418,6 +11432,8 @@ def command_install(args: argparse.Namespace) -> int:
     if plan.new_text != plan.old_text:
         backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if read_settings(plan.path)[1].get("disableAllHooks"):
+        tell(f"{plan.path} has disableAllHooks, so no hook runs: take it out")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         tell(
             "redis-py is missing, so no event can leave this machine: "
@@ -11455,7 +11471,8 @@ def command_test_event(args: argparse.Namespace) -> int:
     if was_delivered(words):
         return 0
     goal = "a monitor" if settings["mode"] == "local" else "Redis"
-    raise CommandError(f"the event did not reach {goal}; it waits in the spool. `doctor` looks for the cause")
+    left = "waits in the spool" if "kept in the spool" in words else "is lost"
+    raise CommandError(f"the event did not reach {goal}; it {left}. `doctor` looks for the cause")
 
 
 def command_doctor(args: argparse.Namespace) -> int:
@@ -11745,6 +11762,8 @@ def command_export(args: argparse.Namespace) -> int:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
     period = {"from": args.start or 0, "to": args.end or 1 << 53}
+    if not settings["persistence.enabled"]:
+        tell("persistence.enabled is false: only what was stored before is there to export")
     query = search_query({**wanted, **period, "q": " ".join(args.words)}, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
