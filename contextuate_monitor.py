@@ -2133,28 +2133,28 @@ def _not_settled(session: Session) -> List[Agent]:
 
 
 def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
-    """End agents and everything below them.
+    """End agents and everything below them, but for what began after `time_ms`.
 
     Their open calls are interrupted and nobody waits there any more.
     """
     gone = {
         agent.agent_id
         for agent in _not_settled(session)
-        if any(above.agent_id in agent_ids for above in _lineage(session, agent))
+        if agent.start <= time_ms and any(above.agent_id in agent_ids for above in _lineage(session, agent))
     }
     for agent_id in gone:
         agent = session.agents[agent_id]
         agent.end = time_ms if agent.end is None else agent.end
     session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
     session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
-    _interrupt(session, gone)
+    _interrupt(session, gone, time_ms)
 
 
 def _end_foreground(session: Session, time_ms: int) -> None:
     """End what cannot outlive the main agent's turn: its own calls, and agents that do not run in the
     background.
     """
-    _interrupt(session, {MAIN})
+    _interrupt(session, {MAIN}, time_ms)
     foreground = {
         agent.agent_id
         for agent in _not_settled(session)
@@ -2183,14 +2183,14 @@ def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str
     elif kind == "permission_denied" and event["data"].get("toolUseId"):
         closed = _close_call(session, event, agent_id, "failed")  # it will not run
     elif kind == "session_end" or (kind == "session_start" and _begins_process(event, kind)):
-        _interrupt(session, None)
+        _interrupt(session, None, time_ms)
         _end_agents(session, set(session.agents), time_ms)
     elif kind == "user_prompt":
         _end_before_prompt(session, event)
     elif kind in ("turn_end", "turn_error") and agent_id == MAIN:
         _end_turn(session, event)
     elif kind in ("turn_end", "turn_error"):
-        _interrupt(session, {agent_id})
+        _interrupt(session, {agent_id}, time_ms)
     return closed
 
 
@@ -2309,10 +2309,10 @@ def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> 
     return True
 
 
-def _interrupt(session: Session, agent_ids: Optional[Set[str]]) -> None:
-    """Close the open calls of some agents (None: of all) that nothing else will close."""
+def _interrupt(session: Session, agent_ids: Optional[Set[str]], time_ms: int) -> None:
+    """Close the open calls of some agents (None: of all) that nothing else will close, begun by `time_ms`."""
     for call in list(session.open_calls.values()):
-        if agent_ids is None or call.agent_id in agent_ids:
+        if call.since <= time_ms and (agent_ids is None or call.agent_id in agent_ids):
             del session.open_calls[call.tool_use_id]
             session.calls[call.tool_use_id] = "interrupted"
             session.interrupted += 1
@@ -2423,8 +2423,19 @@ def _end_waits(session: Session, event: JsonObject, kind: str, closed: Optional[
     """End the waits that an event shows to be over."""
     if kind == "session_end" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
         session.waits = []
-    else:
-        session.waits = [wait for wait in session.waits if not _ends_wait(session, wait, event, kind, closed)]
+        return
+    session.waits = [wait for wait in session.waits if not _ends_wait(session, wait, event, kind, closed)]
+    if kind == "tool_call" and text_of(event["data"].get("toolUseId")):
+        session.waits = [_beside_call(session, wait, event) for wait in session.waits]
+
+
+def _beside_call(session: Session, wait: Reason, event: JsonObject) -> Reason:
+    """Return a wait that knows of another call of its round, which began after the request and may end."""
+    data = event["data"]
+    its = (text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory))
+    if wait.agent_id != event.get("agentId", MAIN) or its == (wait.tool, wait.detail):
+        return wait
+    return dataclasses.replace(wait, beside=wait.beside | {data["toolUseId"]})
 
 
 def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, closed: Optional[str]) -> bool:
@@ -2540,11 +2551,20 @@ def _notified_reason(session: Session, event: JsonObject) -> Optional[Reason]:
 # Turns
 
 
+def _has_just_ended(session: Session, time_ms: int) -> bool:
+    """Tell whether the client said a moment ago that the session is over."""
+    ended = session.turn == "ended" and not session.end_presumed
+    return ended and time_ms - (session.end or 0) <= TOGETHER_MS
+
+
 def _apply_turn(session: Session, event: JsonObject, kind: str) -> None:
     turn = TURN_AFTER.get(kind)
     data = event["data"]
     if turn is None or "agentId" in event or (turn == "idle" and not _ends_or_begins(event, kind)):
         return  # a subagent's events do not move the main agent's turn, nor does compaction
+    begins = kind == "session_start" or _is_persons_prompt(event, kind)
+    if _has_just_ended(session, event["timestamp"]) and turn != "ended" and not begins:
+        return  # it was overtaken by the word that all is over
     if turn == "working" and (session.turn != "working" or _is_persons_prompt(event, kind)):
         _begin_turn(session, event["timestamp"])
     elif kind in ("turn_end", "turn_error"):
@@ -2585,8 +2605,8 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
     """End a session and everything in it; `presumed` when nobody said so."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
-    _interrupt(session, None)
-    _end_agents(session, set(session.agents), time_ms)
+    _interrupt(session, None, max(time_ms, session.last_event))
+    _end_agents(session, set(session.agents), max(time_ms, session.last_event))
 
 
 # All sessions
@@ -2705,9 +2725,33 @@ class SessionBook:
         else:
             self._apply_hook(event, kind)
         session = self.sessions[session_id]
+        if session.parent_id != parent_before and self._stands_below(session.parent_id, session_id):
+            for version in self._versions(session_id):
+                version.parent_id = parent_before
         if session.parent_id != parent_before:
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
+
+    def _stands_below(self, session_id: Optional[str], above_id: str) -> bool:
+        """Tell whether a session is another one or, by its parents, below it."""
+        seen: Set[str] = set()
+        while session_id and session_id not in seen:
+            if session_id == above_id:
+                return True
+            seen.add(session_id)
+            session_id = self.sessions[session_id].parent_id if session_id in self.sessions else None
+        return False
+
+    def _went_on_as(self, session: Session, later: Session) -> bool:
+        """Tell whether one session, by way of others, continues another."""
+        seen: Set[str] = set()
+        earlier = later.continued_from
+        while earlier and earlier not in seen:
+            if earlier == session.session_id:
+                return True
+            seen.add(earlier)
+            earlier = self.sessions[earlier].continued_from if earlier in self.sessions else None
+        return False
 
     def linked_changes(self) -> List[Session]:
         """Return, once, the sessions that changed because of another one: its parents, those it continues."""
@@ -2723,6 +2767,7 @@ class SessionBook:
         self._received_ms[session_id] = arrived_ms
         self._set_forward_ms.pop(session_id, None)
         self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
+        self._follow_to_machine(event, kind)
         self._tell(session_id, event, kind)
         self._link(self.sessions[session_id], kind)
 
@@ -2740,6 +2785,17 @@ class SessionBook:
             skew.begin_anew(seq)
             self._set_clock_back(event["sessionId"], timestamp)
         skew.add(arrived_ms - timestamp, arrived_ms, seq)
+
+    def _follow_to_machine(self, event: JsonObject, kind: str) -> None:
+        """Go on with a session on the machine where it is resumed: its pid and its clock are that one's."""
+        session = self.sessions[event["sessionId"]]
+        if event["machineId"] == session.machine_id or event.get("imported") or "agentId" in event:
+            return
+        if not _begins_process(event, kind) and event["timestamp"] < self._latest_ms(session.session_id):
+            return  # from before it moved
+        self._set_clock_back(session.session_id, event["timestamp"])
+        for version in self._versions(session.session_id):
+            version.machine_id, version.pid = event["machineId"], None
 
     def _latest_ms(self, session_id: str) -> int:
         """Return the timestamp of a session's latest event."""
@@ -2909,12 +2965,15 @@ class SessionBook:
             before = [
                 other for other in before if self._continued_by.get(other.session_id) not in self.sessions
             ]
+            before = [other for other in before if not self._went_on_as(session, other)]
             if before and not session.continued_from:
                 self._continue(session, max(before, key=lambda other: other.end or 0))
         elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
             self._note_place(session)
             after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
-            after = [other for other in after if not other.continued_from]
+            after = [
+                other for other in after if not other.continued_from and not self._went_on_as(other, session)
+            ]
             if after:
                 self._continue(min(after, key=lambda other: other.source_time), session)
 
@@ -2939,7 +2998,8 @@ class SessionBook:
             version.user_label = version.user_label or before.user_label
             version.model = version.model or before.model
             version.pinned = version.pinned or before.pinned
-            if not version.parent_by_user and version.parent_id is None:
+            inherits = not version.parent_by_user and version.parent_id is None
+            if inherits and not self._stands_below(before.parent_id, session.session_id):
                 version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
 
     # What others ask
@@ -8096,16 +8156,15 @@ class Conversation:
         session = self._known_session(message)
         parent = message.get("parentSessionId")
         ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
-        while ancestor:
+        above: Set[str] = set()
+        while ancestor and ancestor not in above:
             if ancestor == session.session_id:
                 raise MessageError("parentSessionId: a session cannot stand below itself")
             if self._monitor.loader.holds(ancestor):
                 raise StillLoading
-            ancestor = (
-                self._monitor.book.sessions[ancestor].parent_id
-                if ancestor in self._monitor.book.sessions
-                else None
-            )
+            above.add(ancestor)
+            known = self._monitor.book.sessions.get(ancestor)
+            ancestor = known.parent_id if known else None
         self._act(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
@@ -11633,11 +11692,8 @@ def command_prune(args: argparse.Namespace) -> int:
         pruned = connection.wait_for("pruned", 120)
         connection.close()
     else:
-        book = session_book(settings)
-        for line in EventStore(settings.path("events")).all_lines():
-            with contextlib.suppress(MalformedEvent):
-                book.apply(parse_stored(line))
-        kept = frozenset(session_file_name(name) for name, session in book.sessions.items() if session.pinned)
+        sessions = stored_sessions(settings).sessions
+        kept = frozenset(session_file_name(name) for name, session in sessions.items() if session.pinned)
         plan = retention_plan(settings, kept, now_ms())
         if not args.dry_run:
             carry_out(settings.home, plan)

@@ -5811,6 +5811,86 @@ def test_a_parallel_calls_result_does_not_end_a_permission_wait(other):
     assert tale.result("Bash", "t2", command="make install")["state"] == "working"
 
 
+def test_a_call_of_the_round_that_began_after_the_request_does_not_end_a_permission_wait():
+    tale = session_tale()
+    tale.call("WebFetch", "t1", url="https://one.example")
+    tale.ask("WebFetch", url="https://one.example")
+    assert tale.call("Read", "t2", file_path="/w/a")["state"] == "waiting"
+    assert tale.result("Read", "t2", file_path="/w/a")["state"] == "waiting"
+    assert tale.result("WebFetch", "t1", url="https://one.example")["state"] == "working"
+
+
+def test_a_request_that_overtook_its_call_ends_with_it():
+    tale = session_tale()
+    tale.ask("Bash", command="make")
+    tale.call("Bash", "t1", command="make")
+    assert tale.result("Bash", "t1", command="make")["state"] == "working"
+
+
+@pytest.mark.parametrize("hook", ["Stop", "StopFailure", "PostToolUseFailure"])
+def test_what_the_end_of_the_session_overtook_does_not_bring_it_back(hook):
+    tale = session_tale()
+    tale.call("Bash", "t1", command="make")
+    tale.say("SessionEnd", reason="other")
+    told = tale.say(
+        hook, tool_name="Bash", tool_use_id="t1", tool_input={"command": "make"}, error="rate_limit"
+    )
+    assert told["state"] == "ended" and told["openCalls"] == []
+    assert tale.say("SessionStart", source="resume")["state"] == "idle"
+
+
+def test_what_closes_ends_nothing_that_began_after_it():
+    tale = session_tale()
+    tale.launch("ag1", "t1")
+    tale.call("Bash", "t2", "ag1", command="make test")
+    tale.stop("ag1")
+    for hook in ("Stop", "SessionStart", "UserPromptSubmit", "SessionEnd"):
+        tale.wait(10_000)  # long after, so that it is late
+        told = tale.say(hook, at=NOW_MS - 3_600_000, prompt="of long ago", source="startup", reason="other")
+        assert [call["toolName"] for call in told["openCalls"]] == ["Bash"], hook
+        assert [agent["state"] for agent in told["agents"]] == ["working"], hook
+    assert told["counts"]["interrupted"] == 0
+
+
+def test_a_session_that_is_resumed_on_another_machine_is_that_ones():
+    tale = session_tale(pid=4711)
+    tale.say("SessionEnd", reason="other")
+    tale.machine, tale.pid = "laptop", 999_999
+    tale.say("SessionStart", source="resume")
+    told = tale.prompt()
+    assert (told["state"], told["machineId"], told["pid"]) == ("working", "laptop", 999_999)
+    assert cm.end_sessions_without_process(tale.book, SESSION_MACHINE, {}) == []
+    tale.machine, tale.pid = SESSION_MACHINE, 4711
+    assert tale.say("Stop", at=NOW_MS)["machineId"] == "laptop", "that is from before"
+
+
+def test_a_session_that_goes_on_in_a_new_container_is_not_silent():
+    tale = session_tale(machine="container1")
+    tale.say("SessionEnd", reason="other")
+    tale.time += 13 * 3_600_000
+    tale.machine = "container2"
+    tale.say("SessionStart", source="resume")
+    tale.prompt()
+    assert tale.wait(1000)["state"] == "working"
+
+
+def test_no_session_stands_below_itself_whatever_is_told_of_parents():
+    tale = session_tale(session="A")
+    tale.say("SessionEnd", reason="clear")
+    tale.say("SessionStart", session="B", source="clear")
+    book = tale.book
+    parent = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "B"}
+    tale.apply({**parent, "data": {"action": "set_parent", "parentSessionId": "A"}})
+    tale.say("SessionEnd", session="B", reason="resume")
+    tale.say("SessionStart", source="resume")
+    assert (book.sessions["A"].parent_id, book.sessions["B"].parent_id) == (None, "A")
+    assert (book.sessions["A"].continued_from, book.sessions["B"].continued_from) == (None, "A")
+    for child, above in (("C", "D"), ("D", "E"), ("E", "C")):
+        said = {"eventType": "user_prompt", "sessionId": child, "parentSessionId": above}
+        tale.apply({**said, "timestamp": tale.time, "data": {}})
+    assert [book.sessions[name].parent_id for name in "CDE"] == ["D", "E", None]
+
+
 def test_a_parallel_failure_does_not_end_a_permission_wait():
     tale = session_tale()
     tale.call("Bash", "t1", command="false")
