@@ -1248,6 +1248,9 @@ class StoredFile(NamedTuple):
     bytes_on_disk: int
 
 
+_UID = os.getuid()
+
+
 def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
     """Yield what each file of a day is, by the name it has when it is not packed."""
     found: Dict[str, StoredFile] = {}
@@ -1255,7 +1258,11 @@ def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 about = entry.stat()
-                if entry.name.endswith(".jsonl"):
+                if not (about.st_uid == _UID or os.access(entry.path, os.R_OK)):
+                    note_damage(entry.path)  # another user's: it must not keep us from the others
+                elif not stat.S_ISREG(about.st_mode):
+                    continue
+                elif entry.name.endswith(".jsonl"):
                     found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
                 elif entry.name.endswith(".jsonl" + PACKED):
                     size = packed_size(entry.path)
@@ -1307,8 +1314,8 @@ class PackedFile(io.RawIOBase):
                 return
             *_, kind, _, length, content = _PACK_HEAD.unpack(head)
             if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
-                self._file.close()
-                raise OSError(errno.EINVAL, f"{path} was not packed by this program")
+                note_damage(path)
+                return  # where the next member begins is not known
             if kind == _PACK_BLOCK:
                 self._starts.append(self._size)
                 self._blocks.append((offset, length))
@@ -1334,19 +1341,38 @@ class PackedFile(io.RawIOBase):
             return 0
         number = bisect.bisect_right(self._starts, self._at) - 1
         if number != self._number:
-            offset, length = self._blocks[number]
-            self._file.seek(offset)
-            self._content, self._number = gzip.decompress(self._file.read(length)), number
+            self._content, self._number = self._unpacked(number), number
         start = self._at - self._starts[number]
         piece = self._content[start : start + len(target)]
         target[: len(piece)] = piece
         self._at += len(piece)
         return len(piece)
 
+    def _unpacked(self, number: int) -> bytes:
+        """Return a block's content; of a damaged one nothing but empty lines, as many bytes."""
+        offset, length = self._blocks[number]
+        end = self._starts[number + 1] if number + 1 < len(self._starts) else self._size
+        size = end - self._starts[number]
+        self._file.seek(offset)
+        try:
+            content = gzip.decompress(self._file.read(length))
+        except (OSError, EOFError, zlib.error, struct.error):
+            content = b""
+        if len(content) == size:
+            return content
+        note_damage(str(self._file.name))
+        return b"\n" * size
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
         super().close()
+
+
+@functools.lru_cache(maxsize=1000)
+def note_damage(path: str) -> None:
+    """Say once of a file that a part of it cannot be read."""
+    log.warning("%s is damaged: the events in that part of it are left out", path)
 
 
 def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
@@ -6472,7 +6498,12 @@ class RedisLink:
         batch = self._inbox.head(INBOX_LINES_A_TURN)
         if not batch:
             return
-        if not self._take([remote for remote in batch if not remote.is_marker]):
+        try:
+            safe = self._take([remote for remote in batch if not remote.is_marker])
+        except Exception:  # whatever it is: who stops here stops for good
+            log.exception("Redis: events could not be taken; trying again")
+            safe = False
+        if not safe:
             self._loop.call_later(1.0, self._take_some)
             return
         self._inbox.drop(len(batch))
@@ -7304,7 +7335,11 @@ class StoredIds:
             self._known = {}
             self._read_seq = self._store.seq
         if session_id not in self._known:
-            self._known[session_id] = self._store.ids(session_id)
+            try:
+                self._known[session_id] = self._store.ids(session_id)
+            except OSError as error:  # rather twice than not at all
+                log.warning("what is stored of session %s cannot be read: %s", session_id, error)
+                self._known[session_id] = set()
         return event_id in self._known[session_id]
 
 
@@ -7469,16 +7504,21 @@ class SpoolDrain:
         self._loop.call_soon(lambda: self._drain_some(file, path))
 
     def _drain_some(self, file: Any, path: str) -> None:
-        lines = [line.strip() for line in itertools.islice(file, SPOOL_LINES_A_TURN)]
-        finished = len(lines) < SPOOL_LINES_A_TURN
-        safe = self._take([line for line in lines if line])
+        try:
+            lines = [line.strip() for line in itertools.islice(file, SPOOL_LINES_A_TURN)]
+            finished = len(lines) < SPOOL_LINES_A_TURN
+            safe = self._take([line for line in lines if line])
+        except Exception:  # whatever it is: who stops here stops for good
+            log.exception("the spool could not be drained; trying again")
+            safe = finished = False
         if safe and not finished:
             self._loop.call_soon(lambda: self._drain_some(file, path))
             return
         file.close()
         self._draining = False
         if safe:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large and dropped it
+                os.unlink(path)
             self._loop.call_soon(self.look)
 
 
@@ -8469,6 +8509,7 @@ class Monitor:
 
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
+        self._bring_back_unsaved()
         self.spool: Optional[SpoolDrain] = None
         self.redis: Optional[RedisLink] = None
         if self.settings["mode"] == "local":
@@ -8593,20 +8634,44 @@ class Monitor:
             connection.close()  # its sender spools at once instead of waiting
 
     def _take_spooled(self, lines: Sequence[bytes]) -> bool:
-        return all(self._store_lines([Incoming(line, Via.SPOOL, None) for line in lines]))
+        return self._take_all([Incoming(line, Via.SPOOL, None) for line in lines])
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         received_ms = now_ms()
-        return all(
-            self._store_lines(
-                [
-                    Incoming(remote.line, Via.STREAM, stream_time(remote.position))
-                    if remote.position
-                    else Incoming(remote.line, Via.CHANNEL, received_ms)
-                    for remote in lines
-                ]
-            )
+        return self._take_all(
+            [
+                Incoming(remote.line, Via.STREAM, stream_time(remote.position))
+                if remote.position
+                else Incoming(remote.line, Via.CHANNEL, received_ms)
+                for remote in lines
+            ]
         )
+
+    def _take_all(self, lines: Sequence[Incoming]) -> bool:
+        """Store lines that wait in order; tell whether nothing more need be done about any of them.
+
+        Where one session's file cannot be written and others can, its events must not hold up the rest: they
+        are put into unsaved/ and come back through the spool at the next start.
+        """
+        safe = self._store_lines(lines)
+        if all(safe):
+            return True
+        if not self.store.has_room():
+            return False
+        left = [line.line for line, is_safe in zip(lines, safe) if not is_safe]
+        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.store.error)
+        place = self.settings.path("unsaved")
+        emit_event.make_private_directory(place)
+        for line in left:
+            emit_event.append_to_spool(place, line + b"\n")
+        return True
+
+    def _bring_back_unsaved(self) -> None:
+        """Let what could not be saved before come in by the spool again."""
+        spool = self.settings.path("spool")
+        for path, _ in emit_event.spool_segments(self.settings.path("unsaved")):
+            emit_event.make_private_directory(spool)
+            os.rename(path, os.path.join(spool, os.path.basename(path)))
 
     def take_now(self, line: bytes) -> bool:
         """Store one line at once, without a connection that waits for it; return whether it is safe."""
@@ -9890,6 +9955,11 @@ def _registered_in_project(directory: str) -> str:
 
 
 def _check_spool(case: Examination) -> Iterator[Finding]:
+    unsaved = sum(size for _, size in emit_event.spool_segments(case.settings.path("unsaved")))
+    if unsaved:
+        words = f"{human_size(unsaved)} of events could not be written to their session's file"
+        advice = f"{case.settings.path('monitor.log')} names it; correct it, then run: restart"
+        yield Finding("unsaved", "warn", words, advice)
     segments = emit_event.spool_segments(case.settings.path("spool"))
     size = sum(size for _, size in segments)
     if not size:

@@ -1435,6 +1435,8 @@ def protect(event: JsonObject, privacy: Privacy) -> "Tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
+        if event["hookType"] != "SessionEnd":
+            data.pop("reason", None)  # of a denial it is prose
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
@@ -2103,8 +2105,8 @@ def drop_old_segments(directory: str) -> None:
     oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
         too_old = segment_start_ms(path) < oldest_ms
-        if total <= SPOOL_LIMIT_BYTES and not too_old:
-            continue
+        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
+            continue  # what is taken is being delivered
         try:
             with open(path, "rb") as file:
                 events = sum(1 for line in file if line.strip())
@@ -2588,7 +2590,8 @@ class Publisher:
                 size += len(event.line)
         if not self._batch:
             self._segment.close()
-            os.unlink(self._segment.name)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._segment.name)
             self._segment = None
             return self._read_batch()
         return True

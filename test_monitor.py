@@ -657,10 +657,10 @@ def hook_call(command: str, given_payload: Any, environment: "dict[str, str]", *
     return done.stderr.decode()
 
 
-def hook_spooled(home: str) -> "list[Any]":
+def hook_spooled(home: str, place: str = "spool") -> "list[Any]":
     """Return what lies in the spool, parsed, in the order of its segments."""
     found = []
-    for path, _ in ee.spool_segments(home + "/spool"):
+    for path, _ in ee.spool_segments(f"{home}/{place}"):
         with open(path, "rb") as file:
             found += [json.loads(line) for line in file.read().split(b"\n") if line]
     return found
@@ -2204,6 +2204,12 @@ def test_at_the_level_of_metadata_no_content_leaves():
     assert event["sessionId"] == "s1" and event["hookType"] == "PostToolUse"
 
 
+def test_at_the_level_of_metadata_the_reason_of_an_end_stays_and_prose_goes():
+    for hook, kept in (("SessionEnd", "other"), ("PermissionDenied", None)):
+        event = ee.build_event(payload(hook, reason="other"), NOW_MS, "box")
+        assert ee.protect(event, ee.Privacy(True, True, 1 << 20))[0]["data"].get("reason") == kept
+
+
 @pytest.mark.parametrize(
     "given_object",
     [
@@ -2445,6 +2451,95 @@ def test_what_the_spool_dropped_is_told_by_the_monitor(monitor, monkeypatch):
     monkeypatch.undo()
     ee.append_to_spool(directory, spool_line("kept"))
     eventually(lambda: [event["id"] for event in monitor.stored_events()] == ["kept"])
+
+
+def test_what_is_being_delivered_is_never_dropped_as_too_old(tmp_path):
+    day_ms = 86_400_000
+    for number, name in enumerate(("taken", "jsonl")):
+        (tmp_path / f"{ee.now_ms() - 9 * day_ms + number:013d}-x.{name}").write_text("{}\n")
+    ee.drop_old_segments(str(tmp_path))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".log", ".taken"]
+    assert ee.take_dropped(str(tmp_path))[0] == 1
+
+
+def test_a_fault_while_the_spool_is_drained_does_not_stop_it_for_good(tmp_path):
+    calls: list[Any] = []
+    loop = types.SimpleNamespace(call_every=lambda *_: None, call_soon=calls.append)
+    (tmp_path / "spool").mkdir()
+    ee.append_to_spool(str(tmp_path / "spool"), b'{"a":1}\n')
+    taken: list[bytes] = []
+
+    def take(lines: "list[bytes]") -> bool:
+        if not taken:
+            taken.append(b"")
+            raise OSError("a damaged file")
+        taken.extend(lines)
+        return True
+
+    drain = cm.SpoolDrain(loop, str(tmp_path), take)
+    for _ in range(2):
+        drain.look()
+        while calls:
+            calls.pop(0)()
+    assert taken == [b"", b'{"a":1}'] and not ee.spool_segments(str(tmp_path / "spool"))
+
+
+def test_one_file_that_cannot_be_written_does_not_hold_up_other_sessions(monitor: RunningMonitor) -> None:
+    in_the_way = f"{monitor.home}/events/{cm.day_of(cm.now_ms())}/bad.jsonl"
+    os.makedirs(in_the_way)
+    spool = monitor.home + "/spool"
+    ee.make_private_directory(spool)
+    for number, session in enumerate(("bad", "good", "bad", "better")):
+        wrapped = {"hook": payload("UserPromptSubmit", session, prompt=str(number)), "id": f"e{number}"}
+        ee.append_to_spool(spool, json.dumps({**wrapped, "timestamp": cm.now_ms()}).encode() + b"\n")
+    monitor.start()
+    eventually(lambda: {"good", "better"} <= monitor.sessions().keys() and not ee.spool_segments(spool))
+    assert len(hook_spooled(monitor.home, "unsaved")) == 2
+    assert levels(examine(monitor)[1], "unsaved") == ["warn"]
+    monitor.stop()
+    os.rmdir(in_the_way)
+    monitor.start()
+    eventually(lambda: "bad" in monitor.sessions() and monitor.sessions()["bad"]["counts"]["prompts"] == 2)
+    assert not ee.spool_segments(monitor.home + "/unsaved")
+
+
+PACK_DAMAGES = {
+    "cut short": lambda content: content[:-5000],
+    "a wrong byte in its middle": lambda content: (
+        content[: len(content) // 3] + b"!" + content[len(content) // 3 + 1 :]
+    ),
+    "a wrong byte at its end": lambda content: content[:-3000] + b"!" + content[-2999:],
+    "garbage behind its first part": lambda content: content[: len(content) // 2] + bytes(5000),
+}
+
+
+@pytest.mark.parametrize("damage", PACK_DAMAGES.values(), ids=PACK_DAMAGES.keys())
+def test_a_damaged_packed_file_costs_only_what_is_damaged(monitor: RunningMonitor, damage: Any) -> None:
+    day = monitor.home + "/events/2026-01-20"
+    os.makedirs(day, 0o700)
+    number = 0
+    for session in ("whole", "broken"):
+        with open(f"{day}/{session}.jsonl", "wb") as file:
+            for _ in range(600):
+                number += 1
+                given = {"hook": payload("UserPromptSubmit", session, prompt=os.urandom(1000).hex())}
+                event = ee.build_event({**given, "id": f"e{number}", "timestamp": NOW_MS}, NOW_MS, "box")
+                file.write(cm.numbered_line(number, NOW_MS, ee.encode_json(event)) + b"\n")
+        cm.pack_file(f"{day}/{session}.jsonl")
+    with open(day + "/broken.jsonl.gz", "r+b") as file:
+        content = damage(file.read())
+        file.seek(0)
+        file.write(content)
+        file.truncate()
+    monitor.write_config({"retention": {"days": None}})
+    monitor.start()
+    eventually(lambda: monitor.sessions().get("whole", {}).get("counts", {}).get("prompts") == 600)
+    kept = eventually(lambda: monitor.sessions()["broken"]["counts"]["prompts"])
+    assert 0 < kept < 600
+    with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
+        assert file.read().count("broken.jsonl.gz is damaged") >= 1
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "ready", 30)
+    monitor.emit(payload("UserPromptSubmit", "broken", prompt="it goes on"))
 
 
 def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_installed, monitor):
