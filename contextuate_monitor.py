@@ -7352,6 +7352,9 @@ class Via(enum.Enum):
     STREAM = "stream"  # the same, perhaps late and for the second time
 
 
+LATE_MS = 60_000  # in the stream of Redis
+
+
 class Incoming(NamedTuple):
     """One line that wants to be an event; `sent_ms` is when it was sent on, None if long before."""
 
@@ -7750,6 +7753,13 @@ class Intake:
         self.catch_up = UsageCatchUp(self._usage)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
+    @staticmethod
+    def _is_late(incoming: Incoming, received_ms: int) -> bool:
+        """Tell whether an event may come long after what happened later: its delay says nothing of clocks."""
+        if incoming.via is Via.STREAM:
+            return received_ms - (incoming.sent_ms or 0) > LATE_MS
+        return incoming.via is Via.SPOOL
+
     def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
         """Store the events of a batch of lines.
 
@@ -7770,7 +7780,7 @@ class Intake:
                 self.duplicates += 1
                 places.append(None)
             else:
-                if incoming.via is Via.SPOOL:  # it may come long after what happened later
+                if self._is_late(incoming, received_ms):
                     event["spooled"] = True
                     text = text[:-1] + b',"spooled":true}'
                 batch_ids.add(event["id"])

@@ -288,7 +288,8 @@ def append_to_spool(directory: str, line: bytes) -> str:
 def current_segment(directory: str) -> "tuple[str, bool]":
     """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
 
-    Segments are read in the order of their names, so a new one never has the time of one that is there.
+    Segments are read in the order of their names, so a new one never has the time of one that is there, also
+    when the clock was set back since.
     """
     now_ms = time.time_ns() // 1_000_000
     try:
@@ -304,12 +305,12 @@ def current_segment(directory: str) -> "tuple[str, bool]":
     if newest.endswith(".jsonl"):
         path = f"{directory}/{newest}"
         try:
-            if -1000 < age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
+            if age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
                 return path, False
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return new_segment(directory, now_ms + 1 - age_ms if -1000 < age_ms <= 0 else now_ms), True
+    return new_segment(directory, max(now_ms, now_ms - age_ms + 1)), True
 
 
 def new_segment(directory: str, start_ms: int) -> str:

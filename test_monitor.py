@@ -2453,6 +2453,16 @@ def test_what_the_spool_dropped_is_told_by_the_monitor(monitor, monkeypatch):
     eventually(lambda: [event["id"] for event in monitor.stored_events()] == ["kept"])
 
 
+def test_after_the_clock_was_set_back_the_spool_goes_on_where_it_was(tmp_path):
+    name = f"{ee.now_ms() + 3_600_000:013d}-abcdef01.jsonl"
+    (tmp_path / name).write_bytes(b"")
+    for _ in range(3):
+        assert os.path.basename(ee.append_to_spool(str(tmp_path), b"{}\n")) == name
+    (tmp_path / name).write_bytes(bytes(ee.SEGMENT_LIMIT_BYTES))
+    following = os.path.basename(ee.append_to_spool(str(tmp_path), b"{}\n"))
+    assert following > name and len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_is_being_delivered_is_never_dropped_as_too_old(tmp_path):
     day_ms = 86_400_000
     for number, name in enumerate(("taken", "jsonl")):
@@ -11449,6 +11459,23 @@ def test_what_to_do_without_redis_py_depends_on_whose_python_it_is(tmp_path: Any
     assert "apt install python3-redis" in ee.redis_py_advice(str(python))
     (tmp_path / "pyvenv.cfg").write_text("")
     assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
+
+
+def test_what_waited_in_the_stream_for_long_says_nothing_of_a_machines_clock(make: Any) -> None:
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings())
+    for session, hours in (("days", 60), ("hours", 2)):
+        at = cm.now_ms() - hours * 3_600_000
+        for number in range(2):
+            hook = payload("UserPromptSubmit", session, prompt="go")
+            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
+            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
+            server.cli("XADD", "contextuate:events:stream", f"{at}-{number + 1}", "event", event)
+    machine.start()
+    eventually(lambda: machine.has("hours", 2) and machine.has("days", 2))
+    eventually(
+        lambda: [machine.sessions()[name]["state"] for name in ("days", "hours")] == ["ended", "quiet"]
+    )
 
 
 # The publisher's exit ---------------------------------------------------------------------------------------------
