@@ -13620,6 +13620,157 @@ def test_what_was_pressed_is_clicked_though_events_come_before_the_button_is_let
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
 
 
+class BrowserWire:
+    """A page's connection to the monitor: `cut` takes it away until `mend`."""
+
+    def __init__(self, tab: BrowserTab) -> None:
+        self._sides: list[Any] = []
+        self._is_cut = False
+        tab.page.route_web_socket("**/*", self._opened)
+        tab.page.reload()
+
+    def _opened(self, page_side: Any) -> None:
+        if self._is_cut:
+            page_side.close()
+            return
+        monitor_side = page_side.connect_to_server()
+        page_side.on_message(monitor_side.send)
+        monitor_side.on_message(page_side.send)
+        self._sides.append(page_side)
+
+    def cut(self) -> None:
+        """Close the connection, and every one that is tried."""
+        self._is_cut = True
+        while self._sides:
+            self._sides.pop().close()
+
+    def mend(self, tab: BrowserTab) -> None:
+        """Let the page connect again, and wait until it has."""
+        self._is_cut = False
+        eventually(lambda: browser_store(tab, "store.phase") == "open", 30)
+
+
+# A page that nobody looks at, whose notifications are kept in `notes`.
+BROWSER_UNWATCHED = """
+  window.notes = [];
+  window.Notification = class { constructor(words) { notes.push(words); } static permission = 'granted'; };
+  Document.prototype.hasFocus = () => false;
+  localStorage.setItem('contextuate.notify', 'true');
+"""
+
+
+@needs_browser
+def test_what_happened_while_the_link_was_away_is_alerted_loaded_and_let_go(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    start = cm.now_ms() - 3_600_000
+    call, result = browser_call(1, "old", tool_response={"stdout": "out of long ago", "stderr": ""})
+    hooks = [call, result, *(payload("UserPromptSubmit", "busy", prompt=f"word {n}") for n in range(1100))]
+    running.emit(
+        *(
+            {"hook": hook, "id": f"e{number}", "timestamp": start + number}
+            for number, hook in enumerate(hooks)
+        ),
+        *browser_call(2, "gone"),
+    )
+    tab = open_tab(running)
+    tab.page.add_init_script(BROWSER_UNWATCHED)
+    wire = BrowserWire(tab)
+    tab.row_with("make step-2")
+    wire.cut()
+    tab.shows("banner", "Not connected")
+    running.emit(payload("PermissionRequest", "busy", tool_name="Bash", tool_input={"command": "rm x"}))
+    client = running.websocket("rows")
+    client.ask("session_deleted", type="delete_session", sessionId="gone")
+    wire.mend(tab)
+    eventually(lambda: len(tab.page.evaluate("notes")) == 1, what="the wait is alerted, once")
+    eventually(lambda: not tab.rows("make step-2"), what="the deleted session's rows are gone")
+    wire.cut()
+    tab.page.evaluate("location.hash = '#s=old'")
+    wire.mend(tab)
+    assert tab.row_with("make step-1").get_attribute("data-status") == "done"
+    alone = open_tab(running, "#s0=old&e=e0")
+    alone.shows("drawer", "out of long ago")
+    assert len(tab.page.evaluate("notes")) == 1
+
+
+@needs_browser
+def test_the_details_of_a_deleted_session_are_closed(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1, "s1"), payload("UserPromptSubmit", "s2", prompt="stays"))
+    tab = open_tab(running)
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "make step-1")
+    running.websocket("rows").ask("session_deleted", type="delete_session", sessionId="s1")
+    eventually(lambda: tab.text("drawer") == "" and "e=" not in tab.page.evaluate("location.hash"))
+
+
+@needs_browser
+def test_the_keyboard_stays_where_it_is_in_details_replay_and_head(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*browser_call(1), *browser_call(2))
+    tab = open_tab(running, "#s=s1")
+    focused = "document.activeElement.dataset.act || document.activeElement.id"
+    tab.row_with("make step-1").click()
+    tab.shows("drawer", "make step-1")
+    tab.page.focus(".drawerbody")
+    running.emit(browser_call(1, tool_response={"stdout": "here it is", "stderr": ""})[1])
+    tab.shows("drawer", "here it is")
+    assert tab.page.evaluate(focused) == "body"
+    tab.page.keyboard.press("Escape")
+    tab.page.keyboard.press("y")
+    tab.shows("replay", " of ")
+    skip = tab.page.query_selector("[data-testid=replay] input[type=checkbox]")
+    skip.focus()
+    tab.page.keyboard.press(" ")
+    assert not skip.is_checked()
+    tab.page.keyboard.press("Escape")
+    tab.page.focus("[aria-label='Show all sessions']")
+    tab.page.keyboard.press("Enter")
+    eventually(lambda: tab.page.evaluate(focused) == "grid")
+
+
+@needs_browser
+def test_a_link_that_changes_while_its_view_is_open_is_followed(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    running.emit(*(payload("UserPromptSubmit", f"s{n}", prompt=f"zebra {n}") for n in range(3)))
+    running.emit(*browser_call(1, tool_response={"stdout": "ok", "stderr": ""}))
+    eventually(lambda: len(running.get("/api/search?q=zebra")["results"]) == 3)
+    tab = open_tab(running, "#history&q=zebra")
+    found = "document.querySelectorAll('[data-testid=hit]').length"
+    eventually(lambda: tab.page.evaluate(found) == 3)
+    tab.page.evaluate("location.hash = '#history&q=step-1'")
+    eventually(lambda: tab.page.evaluate(found) == 1 and "make step-1" in tab.text("sheet"))
+    (event,) = [one for one in running.stored_events() if one["data"].get("message") == "zebra 1"]
+    for _ in range(2):
+        tab.page.evaluate(f"location.hash = '#s0=s1&e={event['id']}'")
+        tab.shows("drawer", "zebra 1")
+        tab.page.keyboard.press("Escape")
+        eventually(lambda: tab.text("drawer") == "")
+
+
+@needs_browser
+def test_at_360_pixels_a_replay_is_seen(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1), payload("Stop"))
+    tab = open_tab(running, width=360)
+    tab.page.click("[data-session-id=s1] [aria-label=Actions]")
+    tab.page.click("[data-testid=menu] >> text=Replay")
+    tab.shows("replay", "60\u00d7")
+
+
+@needs_browser
+def test_what_the_filter_looks_for_may_come_with_a_result(running: RunningMonitor, open_tab: Any) -> None:
+    running.emit(*browser_call(1))
+    tab = open_tab(running)
+    tab.row_with("make step-1")
+    tab.page.fill("#filter", "boomerr")
+    eventually(lambda: not tab.rows("make step-1"))
+    failing = browser_call(1, tool_response="")[1]
+    running.emit({**failing, "hook_event_name": "PostToolUseFailure", "error": "boomerr"})
+    tab.row_with("make step-1")
+
+
 @needs_browser
 def test_a_replay_that_begins_before_its_session_is_loaded_plays_when_it_is(
     running: RunningMonitor, open_tab: Any
