@@ -13695,6 +13695,34 @@ def test_what_happened_while_the_link_was_away_is_alerted_loaded_and_let_go(
 
 
 @needs_browser
+def test_a_wait_on_a_machine_whose_clock_is_wrong_is_as_long_as_it_is(
+    running: RunningMonitor, open_tab: Any
+) -> None:
+    for session, machine, minutes in (
+        ("first", "testbox", 0),
+        ("behind", "laptop", -20),
+        ("ahead", "desk", 10),
+    ):
+        events = [
+            {"hook": hook, "id": str(uuid.uuid4()), "timestamp": cm.now_ms() + minutes * 60_000 + number,
+             "machineId": machine}
+            for number, hook in enumerate((
+                payload("UserPromptSubmit", session, prompt=session),
+                payload("PermissionRequest", session, tool_name="Bash", tool_input={"command": "rm x"}),
+            ))
+        ]  # fmt: skip
+        running.emit(*events)
+        time.sleep(1.1)  # so that they can be told apart
+    tab = open_tab(running)
+    order = ["first", "behind", "ahead"]
+    eventually(lambda: [session for session, _ in page_rail(tab)] == order, what="the longest wait first")
+    timers = "[...document.querySelectorAll('[data-testid=session] .timer')].map((el) => el.textContent)"
+    eventually(
+        lambda: all(re.fullmatch(r"\d+ s", words) and words != "0 s" for words in tab.page.evaluate(timers))
+    )
+
+
+@needs_browser
 def test_the_details_of_a_deleted_session_are_closed(running: RunningMonitor, open_tab: Any) -> None:
     running.emit(*browser_call(1, "s1"), payload("UserPromptSubmit", "s2", prompt="stays"))
     tab = open_tab(running)
