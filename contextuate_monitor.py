@@ -7825,6 +7825,8 @@ class Intake:
                 event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
             else:  # of a remote event the publisher has read the transcripts
                 event = emit_event.build_event(given, received_ms, self._machine_id)
+                if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
+                    event["machineId"] = self._machine_id  # the host has got another name since the start
                 self._usage.add_usage(event)
                 self.catch_up.note(event)
                 self._agent_notes.add_note(event)

@@ -1625,6 +1625,17 @@ def hook_all_values(value: Any) -> "list[str]":
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
 
+def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(ee, "this_machine", lambda: "box.example.org")
+    intake = cm.Intake(cm.Settings(str(tmp_path), "", "box", ee.default_values()), cm.MemoryStore())
+    stored = []
+    for number, name in enumerate(("box", "box.example.org", "elsewhere")):
+        wrapped = {"hook": payload("Stop"), "id": f"e{number}", "timestamp": NOW_MS, "machineId": name}
+        stored += intake.take([cm.Incoming(json.dumps(wrapped).encode(), cm.Via.LOCAL, NOW_MS)])[1]
+    assert [entry.event["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
+    assert [json.loads(entry.line)["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
+
+
 @settings(deadline=None, max_examples=200)
 @given(hook_anything)
 def test_every_value_that_came_is_somewhere_in_the_event(given_object):
