@@ -1259,7 +1259,7 @@ def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
             with contextlib.suppress(FileNotFoundError):
                 about = entry.stat()
                 if not (about.st_uid == _UID or os.access(entry.path, os.R_OK)):
-                    note_damage(entry.path)  # another user's: it must not keep us from the others
+                    note_left_out(entry.path, "belongs to another user: its events")
                 elif not stat.S_ISREG(about.st_mode):
                     continue
                 elif entry.name.endswith(".jsonl"):
@@ -1314,7 +1314,7 @@ class PackedFile(io.RawIOBase):
                 return
             *_, kind, _, length, content = _PACK_HEAD.unpack(head)
             if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
-                note_damage(path)
+                note_left_out(path, "is damaged: the events from there on")
                 return  # where the next member begins is not known
             if kind == _PACK_BLOCK:
                 self._starts.append(self._size)
@@ -1360,7 +1360,7 @@ class PackedFile(io.RawIOBase):
             content = b""
         if len(content) == size:
             return content
-        note_damage(str(self._file.name))
+        note_left_out(str(self._file.name), "is damaged: the events in that part of it")
         return b"\n" * size
 
     def close(self) -> None:
@@ -1370,9 +1370,9 @@ class PackedFile(io.RawIOBase):
 
 
 @functools.lru_cache(maxsize=1000)
-def note_damage(path: str) -> None:
-    """Say once of a file that a part of it cannot be read."""
-    log.warning("%s is damaged: the events in that part of it are left out", path)
+def note_left_out(path: str, why: str) -> None:
+    """Say once of a file that something in it cannot be read."""
+    log.warning("%s %s are left out", path, why)
 
 
 def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
@@ -2451,7 +2451,7 @@ def _end_waits(session: Session, event: JsonObject, kind: str, closed: Optional[
         session.waits = []
         return
     session.waits = [wait for wait in session.waits if not _ends_wait(session, wait, event, kind, closed)]
-    if kind == "tool_call" and text_of(event["data"].get("toolUseId")):
+    if kind == "tool_call" and isinstance(event["data"].get("toolUseId"), str):
         session.waits = [_beside_call(session, wait, event) for wait in session.waits]
 
 
@@ -11438,7 +11438,9 @@ def command_stop(args: argparse.Namespace) -> int:
         settings = Settings(os.path.abspath(home), os.path.abspath(path), machine_id, defaults)
     about = running_monitor(settings)
     if about is None:
-        stray = lock_holder(settings["socketPath"] + ".lock")
+        stray = None
+        with contextlib.suppress(PermissionError):  # another user's
+            stray = lock_holder(settings["socketPath"] + ".lock")
         if stray is not None:
             raise CommandError(
                 f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}; "
