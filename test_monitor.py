@@ -15877,6 +15877,30 @@ def test_all_our_files_count_and_the_oldest_days_go_first_but_never_today(tmp_pa
     assert retention_days(home) == [days[0]]
 
 
+def test_prune_without_a_monitor_keeps_what_took_its_pin_over(monitor: RunningMonitor) -> None:
+    monitor.write_config({"retention": {"days": 5}})
+    began = cm.now_ms() - 10 * 86_400_000
+    store = cm.EventStore(monitor.home + "/events")
+
+    def tell(at_ms: int, session: str, hook: str = "", **fields: Any) -> None:
+        given = payload(hook, session, **fields) if hook else {
+            "eventType": "session_meta", "hookType": "Monitor", "sessionId": session, "data": fields
+        }  # fmt: skip
+        event = {**ee.build_event(given, began + at_ms, "testbox"), "timestamp": began + at_ms}
+        store.append([event], began + at_ms)
+
+    tell(0, "before", "SessionStart", source="startup")
+    tell(1000, "before", action="pin", pinned=True)
+    tell(2000, "before", "SessionEnd", reason="clear")
+    tell(2010, "after", "SessionStart", source="clear")
+    tell(3000, "after", "SessionEnd", reason="other")
+    tell(60_000, "before", action="pin", pinned=False)
+    store.close()
+    monitor.command("prune")
+    left = glob.glob(monitor.home + "/events/*/*.jsonl")
+    assert [os.path.basename(path) for path in left] == ["after.jsonl"]
+
+
 @pytest.mark.parametrize("running_too", [True, False])
 def test_prune_tells_what_would_go_and_deletes_it(monitor: RunningMonitor, running_too: bool) -> None:
     monitor.write_config({"retention": {"days": 1000}})
