@@ -2751,33 +2751,27 @@ class SessionBook:
         else:
             self._apply_hook(event, kind)
         session = self.sessions[session_id]
-        if session.parent_id != parent_before and self._stands_below(session.parent_id, session_id):
+        if session.parent_id != parent_before and session_id in self.lineage(session.parent_id):
             for version in self._versions(session_id):
                 version.parent_id = parent_before
         if session.parent_id != parent_before:
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
-    def _stands_below(self, session_id: Optional[str], above_id: str) -> bool:
-        """Tell whether a session is another one or, by its parents, below it."""
+    def lineage(self, session_id: Optional[str]) -> Iterator[str]:
+        """Yield a session's id and those of its parents, the nearest first, each once even in a ring."""
+        return self._chain(session_id, "parent_id")
+
+    def _chain(self, session_id: Optional[str], link: str) -> Iterator[str]:
         seen: Set[str] = set()
         while session_id and session_id not in seen:
-            if session_id == above_id:
-                return True
             seen.add(session_id)
-            session_id = self.sessions[session_id].parent_id if session_id in self.sessions else None
-        return False
+            yield session_id
+            session_id = getattr(self.sessions.get(session_id), link, None)
 
     def _went_on_as(self, session: Session, later: Session) -> bool:
         """Tell whether one session, by way of others, continues another."""
-        seen: Set[str] = set()
-        earlier = later.continued_from
-        while earlier and earlier not in seen:
-            if earlier == session.session_id:
-                return True
-            seen.add(earlier)
-            earlier = self.sessions[earlier].continued_from if earlier in self.sessions else None
-        return False
+        return session.session_id in self._chain(later.continued_from, "continued_from")
 
     def linked_changes(self) -> List[Session]:
         """Return, once, the sessions that changed because of another one: its parents, those it continues."""
@@ -3025,7 +3019,7 @@ class SessionBook:
             version.model = version.model or before.model
             version.pinned = version.pinned or before.pinned
             inherits = not version.parent_by_user and version.parent_id is None
-            if inherits and not self._stands_below(before.parent_id, session.session_id):
+            if inherits and session.session_id not in self.lineage(before.parent_id):
                 version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
 
     # What others ask
@@ -8207,16 +8201,13 @@ class Conversation:
     def _on_set_parent(self, client: Client, message: JsonObject) -> None:
         session = self._known_session(message)
         parent = message.get("parentSessionId")
-        ancestor = None if parent is None else self._known_session(message, "parentSessionId").session_id
-        above: Set[str] = set()
-        while ancestor and ancestor not in above:
-            if ancestor == session.session_id:
-                raise MessageError("parentSessionId: a session cannot stand below itself")
-            if self._monitor.loader.holds(ancestor):
-                raise StillLoading
-            above.add(ancestor)
-            known = self._monitor.book.sessions.get(ancestor)
-            ancestor = known.parent_id if known else None
+        if parent is not None:
+            self._known_session(message, "parentSessionId")
+            for ancestor in self._monitor.book.lineage(parent):
+                if ancestor == session.session_id:
+                    raise MessageError("parentSessionId: a session cannot stand below itself")
+                if self._monitor.loader.holds(ancestor):
+                    raise StillLoading
         self._act(session, {"action": "set_parent", "parentSessionId": parent})
 
     def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
