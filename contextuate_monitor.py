@@ -81,28 +81,8 @@ import urllib.parse
 import uuid
 import webbrowser
 import zlib
-from collections.abc import Mapping
-from typing import (
-    Any,
-    BinaryIO,
-    Callable,
-    Deque,
-    Dict,
-    FrozenSet,
-    Generator,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Protocol,
-    Sequence,
-    Set,
-    Tuple,
-    TypeVar,
-    Union,
-)
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
 
 if sys.version_info < (3, 9):  # noqa: UP036 - it is told in words and not by a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
@@ -147,7 +127,7 @@ class Settings:
     home: str
     config_path: str
     machine_id: str
-    values: Dict[str, Any]
+    values: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -163,8 +143,8 @@ class Settings:
 
 
 def load_settings(
-    config_path: Optional[str] = None, overrides: Optional[Dict[str, Any]] = None
-) -> Tuple[Settings, List[str]]:
+    config_path: str | None = None, overrides: dict[str, Any] | None = None
+) -> tuple[Settings, list[str]]:
     """Read the configuration; return settings and warnings in words. Raise ConfigError if it cannot be used.
 
     `overrides` maps configuration keys to values of the command line, which win over the file.
@@ -342,7 +322,7 @@ class Pong:
 class Close:
     """The peer's close frame; code None when it carried none. Nothing follows it."""
 
-    code: Optional[int]
+    code: int | None
     reason: str
 
 
@@ -366,7 +346,7 @@ def frame_head(opcode: Opcode, size: int, mask_bit: int = 0) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, mask_bit | 127, size)
 
 
-def encode_frame(opcode: Opcode, payload: bytes, mask: Optional[bytes] = None) -> bytes:
+def encode_frame(opcode: Opcode, payload: bytes, mask: bytes | None = None) -> bytes:
     """Encode one final frame in the minimal length form (RFC 6455 section 5.2).
 
     `mask` is a client's 4 bytes.
@@ -376,7 +356,7 @@ def encode_frame(opcode: Opcode, payload: bytes, mask: Optional[bytes] = None) -
     return frame_head(opcode, len(payload), 0x80) + mask + apply_mask(payload, mask)
 
 
-def encode_close(code: int, reason: str = "", mask: Optional[bytes] = None) -> bytes:
+def encode_close(code: int, reason: str = "", mask: bytes | None = None) -> bytes:
     """Encode a close frame; the reason is cut to the 123 bytes that a control frame has for it."""
     text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
     return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text, mask)
@@ -406,16 +386,16 @@ class FrameParser:
         self._masked = masked
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
-        self._received: List[Received] = []
-        self._opcode: Optional[Opcode] = None  # of the message whose fragments are coming in, else None
+        self._received: list[Received] = []
+        self._opcode: Opcode | None = None  # of the message whose fragments are coming in, else None
         self._size = 0  # of that message so far, bytes
-        self._parts: List[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
+        self._parts: list[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
         self._in_frame = False  # also when nothing more is to be parsed
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._parser = self._parse()
         next(self._parser)
 
-    def feed(self, data: bytes) -> List[Received]:
+    def feed(self, data: bytes) -> list[Received]:
         """Take bytes of any size; return the messages they completed."""
         self._buffer += data
         next(self._parser)
@@ -566,7 +546,7 @@ def parse_close(payload: bytes) -> Close:
 class RequestError(Exception):
     """A request that is refused: HTTP status, reason in words, and headers that help the client."""
 
-    def __init__(self, status: int, reason: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
+    def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(f"{status} {reason}")
         self.status = status
         self.reason = reason
@@ -579,9 +559,9 @@ class Request:
 
     method: str
     target: str
-    headers: Tuple[Tuple[str, str], ...]
+    headers: tuple[tuple[str, str], ...]
 
-    def all(self, name: str) -> List[str]:
+    def all(self, name: str) -> list[str]:
         """Return every value of one header."""
         return [value for field, value in self.headers if field == name]
 
@@ -595,7 +575,7 @@ class Request:
             raise RequestError(400, f"several {name} headers")
         return values[0] if values else ""
 
-    def tokens(self, name: str) -> List[str]:
+    def tokens(self, name: str) -> list[str]:
         """Return the comma-separated tokens of a header in lower case, over all its lines."""
         return [token.strip().lower() for value in self.all(name) for token in value.split(",")]
 
@@ -712,10 +692,10 @@ class EventStore:
     def __init__(self, root: str) -> None:
         self.root = root
         self.seq = 0  # the number last given
-        self.error: Optional[str] = None  # why the last write failed, in words; None when it did not
+        self.error: str | None = None  # why the last write failed, in words; None when it did not
         self.repaired = 0  # torn last lines found
-        self._files: "collections.OrderedDict[str, int]" = collections.OrderedDict()  # path → descriptor
-        self._listings: Dict[str, Tuple[int, FrozenSet[str]]] = {}  # day → (time of change, files' names)
+        self._files: collections.OrderedDict[str, int] = collections.OrderedDict()  # path → descriptor
+        self._listings: dict[str, tuple[int, frozenset[str]]] = {}  # day → (time of change, files' names)
         emit_event.make_private_directory(root)
         self.newest_day = max(self.days(), default="")  # that events were written to
         self.in_order = True  # False: the clock was set back by days, so later days do not hold later numbers
@@ -723,15 +703,15 @@ class EventStore:
     # Writing
 
     def append(
-        self, events: Sequence[JsonObject], received_ms: int, encoded: Optional[Sequence[bytes]] = None
-    ) -> List[Optional[StoredEvent]]:
+        self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
+    ) -> list[StoredEvent | None]:
         """Number the events and write them, with one write for each file; return them in the same order.
 
         `encoded` is the JSON of each, where the caller has it. None stands where the event could not be
         written; `error` then says why.
         """
-        stored: List[Optional[StoredEvent]] = []
-        by_path: Dict[str, List[int]] = {}
+        stored: list[StoredEvent | None] = []
+        by_path: dict[str, list[int]] = {}
         day = self._day_for(received_ms)
         for index, (event, text) in enumerate(zip(events, encoded or map(encode_json, events))):
             self.seq += 1
@@ -824,25 +804,25 @@ class EventStore:
 
     # Reading
 
-    def days(self) -> List[str]:
+    def days(self) -> list[str]:
         """List the days that have events, oldest first."""
         try:
             return sorted(name for name in os.listdir(self.root) if _DAY.match(name))
         except FileNotFoundError:
             return []
 
-    def day_paths(self, day: str) -> List[str]:
+    def day_paths(self, day: str) -> list[str]:
         """List the files of a day in the order in which their sessions began that day."""
         paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
         return sorted(paths, key=first_seq)
 
-    def _session_paths(self, session_id: str) -> List[str]:
+    def _session_paths(self, session_id: str) -> list[str]:
         return self._paths_of(session_file_name(session_id), self.days())
 
-    def _paths_of(self, name: str, days: Sequence[str]) -> List[str]:
+    def _paths_of(self, name: str, days: Sequence[str]) -> list[str]:
         return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
 
-    def _names_of(self, day: str) -> FrozenSet[str]:
+    def _names_of(self, day: str) -> frozenset[str]:
         """Return the names of a day's files; a day is listed anew only when its directory has changed."""
         try:
             changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
@@ -856,9 +836,9 @@ class EventStore:
             self._listings[day] = (changed_ns, names)
         return names
 
-    def last_seqs(self) -> Dict[str, int]:
+    def last_seqs(self) -> dict[str, int]:
         """Return the last number of every session by its files' name; reads no more than the files' ends."""
-        found: Dict[str, int] = {}
+        found: dict[str, int] = {}
         highest = 0
         for day in self.days():
             paths = {name: f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day)}
@@ -882,12 +862,12 @@ class EventStore:
         return streams[0][1] if len(streams) == 1 else merged(streams)
 
     def session_lines(
-        self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
-    ) -> List[bytes]:
+        self, session_id: str, limit: int, before: int | None = None, after: int | None = None
+    ) -> list[bytes]:
         """Return at most `limit` lines of a session in order of arrival: the last, the last before, or the
         first after.
         """
-        lines: List[bytes] = []
+        lines: list[bytes] = []
         paths = self._session_paths(session_id)
         if not self.in_order:
             found = self.lines_of([session_file_name(session_id)], after or 0)
@@ -903,13 +883,11 @@ class EventStore:
             lines.extend(itertools.islice(lines_back(path, before), limit - len(lines)))
         return lines[::-1]
 
-    def recent_lines(
-        self, limit: int, before: Optional[int] = None, after: Optional[int] = None
-    ) -> List[bytes]:
+    def recent_lines(self, limit: int, before: int | None = None, after: int | None = None) -> list[bytes]:
         """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
         if not self.in_order:
             return self._recent_by_number(limit, before, after)
-        lines: List[bytes] = []
+        lines: list[bytes] = []
         for day in reversed(self.days()):
             readers = [lines_back(path, before) for path in self.day_paths(day)]
             for line in heapq.merge(*readers, key=line_seq, reverse=True):
@@ -918,10 +896,10 @@ class EventStore:
                 lines.append(line)
         return lines[::-1]
 
-    def _recent_by_number(self, limit: int, before: Optional[int], after: Optional[int]) -> List[bytes]:
+    def _recent_by_number(self, limit: int, before: int | None, after: int | None) -> list[bytes]:
         """Do the same whatever the days are called: read the files' ends, the latest number first."""
         lasts = [(last_seq(path), path) for day in self.days() for path in self.day_paths(day)]
-        lines: List[bytes] = []
+        lines: list[bytes] = []
         for last, path in sorted(lasts, reverse=True):
             if len(lines) >= limit and last < line_seq(lines[-1]):
                 break
@@ -929,9 +907,7 @@ class EventStore:
             lines = sorted(lines, key=line_seq, reverse=True)[:limit]
         return [line for line in reversed(lines) if after is None or line_seq(line) > after]
 
-    def find(
-        self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
-    ) -> Optional[bytes]:
+    def find(self, event_id: str, session_id: str | None = None, seq: int | None = None) -> bytes | None:
         """Return the line of one event; a session, and better still a seq, saves reading every file."""
         if session_id is not None:
             paths = self._session_paths(session_id)[::-1]
@@ -946,7 +922,7 @@ class EventStore:
         lines = (line for path in paths for line in lines_from(path, 0) if needle in line)
         return next((line for line in lines if line_id(line) == event_id), None)
 
-    def ids(self, session_id: str) -> Set[str]:
+    def ids(self, session_id: str) -> set[str]:
         """Return the ids of every stored event of a session."""
         return {line_id(line) for path in self._session_paths(session_id) for line in lines_from(path, 0)}
 
@@ -956,7 +932,7 @@ class EventStore:
             for path in self.day_paths(day):
                 yield from lines_from(path, 0)
 
-    def size(self) -> Tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Return (files, bytes of lines) of everything stored."""
         sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
         return len(sizes), sum(sizes)
@@ -970,17 +946,19 @@ class MemoryStore:
     def __init__(self) -> None:
         self.root = ""
         self.seq = 0
-        self.error: Optional[str] = None
+        self.error: str | None = None
         self.repaired = 0
-        self._lines: Deque[Tuple[int, str, bytes]] = collections.deque()  # (seq, session id, line)
+        self._lines: collections.deque[tuple[int, str, bytes]] = (
+            collections.deque()
+        )  # (seq, session id, line)
         self._bytes = 0
         self._lock = threading.Lock()  # the loop thread appends while others read
 
     def append(
-        self, events: Sequence[JsonObject], received_ms: int, encoded: Optional[Sequence[bytes]] = None
-    ) -> List[Optional[StoredEvent]]:
+        self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
+    ) -> list[StoredEvent | None]:
         """Keep the events, forgetting the oldest ones beyond the limit."""
-        stored: List[Optional[StoredEvent]] = []
+        stored: list[StoredEvent | None] = []
         for event, text in zip(events, encoded or map(encode_json, events)):
             self.seq += 1
             line = numbered_line(self.seq, received_ms, text)
@@ -1010,8 +988,8 @@ class MemoryStore:
         """Do nothing: there is no file."""
 
     def _select(
-        self, session_id: Optional[str], limit: int, before: Optional[int], after: Optional[int]
-    ) -> List[bytes]:
+        self, session_id: str | None, limit: int, before: int | None, after: int | None
+    ) -> list[bytes]:
         with self._lock:
             lines = [
                 line
@@ -1022,7 +1000,7 @@ class MemoryStore:
             ]
         return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
 
-    def last_seqs(self) -> Dict[str, int]:
+    def last_seqs(self) -> dict[str, int]:
         """Return nothing: what memory held before this monitor is gone."""
         return {}
 
@@ -1034,25 +1012,21 @@ class MemoryStore:
         return (line for seq, owner, line in kept if seq > after and session_file_name(owner) in wanted)
 
     def session_lines(
-        self, session_id: str, limit: int, before: Optional[int] = None, after: Optional[int] = None
-    ) -> List[bytes]:
+        self, session_id: str, limit: int, before: int | None = None, after: int | None = None
+    ) -> list[bytes]:
         """Return lines as EventStore.session_lines does."""
         return self._select(session_id, limit, before, after)
 
-    def recent_lines(
-        self, limit: int, before: Optional[int] = None, after: Optional[int] = None
-    ) -> List[bytes]:
+    def recent_lines(self, limit: int, before: int | None = None, after: int | None = None) -> list[bytes]:
         """Return lines as EventStore.recent_lines does."""
         return self._select(None, limit, before, after)
 
-    def find(
-        self, event_id: str, session_id: Optional[str] = None, seq: Optional[int] = None
-    ) -> Optional[bytes]:
+    def find(self, event_id: str, session_id: str | None = None, seq: int | None = None) -> bytes | None:
         """Return the line of one event."""
         lines = self._select(session_id, len(self._lines) + 1, None, None)
         return next((line for line in lines if line_id(line) == event_id), None)
 
-    def ids(self, session_id: str) -> Set[str]:
+    def ids(self, session_id: str) -> set[str]:
         """Return the ids of the events that are still kept of a session."""
         return {line_id(line) for line in self._select(session_id, len(self._lines) + 1, None, None)}
 
@@ -1060,7 +1034,7 @@ class MemoryStore:
         """Yield every line that is still kept."""
         return iter(self._select(None, len(self._lines) + 1, None, None))
 
-    def size(self) -> Tuple[int, int]:
+    def size(self) -> tuple[int, int]:
         """Return (0 files, bytes in memory)."""
         return 0, self._bytes
 
@@ -1145,10 +1119,10 @@ def last_seq(path: str) -> int:
         os.close(fd)
 
 
-def merged(streams: Sequence[Tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
+def merged(streams: Sequence[tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
     """Merge sorted streams of lines by seq; each comes with its first seq and is not begun before that."""
     waiting = sorted(streams, key=lambda stream: stream[0], reverse=True)
-    heads: List[Tuple[int, int, bytes, Iterator[bytes]]] = []
+    heads: list[tuple[int, int, bytes, Iterator[bytes]]] = []
     number = 0
     while waiting or heads:
         if waiting and (not heads or waiting[-1][0] <= heads[0][0]):
@@ -1202,14 +1176,14 @@ def lines_from(path: str, seq: int) -> Iterator[bytes]:
         return
 
 
-def lines_back(path: str, before: Optional[int] = None) -> Iterator[bytes]:
+def lines_back(path: str, before: int | None = None) -> Iterator[bytes]:
     """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
     try:
         with open_stored(path) as file:
             end = file.seek(0, os.SEEK_END)
             if before is not None:
                 end = offset_of_seq(file, end, before)
-            rest: List[bytes] = []  # of the line that is being read backwards: its pieces, last one first
+            rest: list[bytes] = []  # of the line that is being read backwards: its pieces, last one first
             in_whole_line = False  # what stands after the last newline is still being written
             while end > 0:
                 start = max(0, end - _BLOCK_BYTES)
@@ -1251,9 +1225,9 @@ class StoredFile(NamedTuple):
 _UID = os.getuid()
 
 
-def stored_files(root: str, day: str) -> Iterator[Tuple[str, StoredFile]]:
+def stored_files(root: str, day: str) -> Iterator[tuple[str, StoredFile]]:
     """Yield what each file of a day is, by the name it has when it is not packed."""
-    found: Dict[str, StoredFile] = {}
+    found: dict[str, StoredFile] = {}
     with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
@@ -1286,7 +1260,7 @@ def open_stored(path: str) -> BinaryIO:
     return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
 
 
-def packed_size(path: str) -> Optional[int]:
+def packed_size(path: str) -> int | None:
     """Return the bytes of lines in a packed file; None when it was not packed by this program."""
     try:
         with open(path, "rb") as file:
@@ -1302,8 +1276,8 @@ class PackedFile(io.RawIOBase):
     def __init__(self, path: str) -> None:
         super().__init__()
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
-        self._starts: List[int] = []  # where each block begins in the content
-        self._blocks: List[Tuple[int, int]] = []  # (offset, bytes) of each member in the file
+        self._starts: list[int] = []  # where each block begins in the content
+        self._blocks: list[tuple[int, int]] = []  # (offset, bytes) of each member in the file
         self._at = self._size = 0
         self._number, self._content = -1, b""  # the block that was read last
         offset = 0
@@ -1420,8 +1394,8 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._young: Set[str] = set()
-        self._old: Set[str] = set()
+        self._young: set[str] = set()
+        self._old: set[str] = set()
 
     def add(self, event_id: str) -> None:
         """Remember an id."""
@@ -1464,7 +1438,7 @@ TURN_AFTER = {
 }
 
 # State → what holds in it, in words and as a test; the first row that holds is the session's state.
-STATES: Tuple[Tuple[str, str, Callable[["Session"], bool]], ...] = (
+STATES: tuple[tuple[str, str, Callable[[Session], bool]], ...] = (
     ("ended", "it ended, its process is gone, or its machine is silent", lambda it: it.turn == "ended"),
     ("waiting", "some agent of it waits for a person", lambda it: bool(it.waits)),
     ("failed", "the last turn ended with an error", lambda it: it.turn == "failed"),
@@ -1540,12 +1514,12 @@ class Reason:
     """Why a session waits, failed or ended."""
 
     kind: str  # permission, question, input, error, ended
-    tool: Optional[str]
+    tool: str | None
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
-    tool_use_id: Optional[str] = None  # the call that waits, where it is known: requests do not name theirs
-    beside: FrozenSet[str] = frozenset()  # calls that run beside it: their results do not end the wait
+    tool_use_id: str | None = None  # the call that waits, where it is known: requests do not name theirs
+    beside: frozenset[str] = frozenset()  # calls that run beside it: their results do not end the wait
 
 
 class Tokens(NamedTuple):
@@ -1557,10 +1531,10 @@ class Tokens(NamedTuple):
     cache_creation: int = 0
     cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
 
-    def __add__(self, other: "Tokens") -> "Tokens":  # type: ignore[override]
+    def __add__(self, other: Tokens) -> Tokens:  # type: ignore[override]
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
 
-    def __sub__(self, other: "Tokens") -> "Tokens":
+    def __sub__(self, other: Tokens) -> Tokens:
         return Tokens(*map(operator.sub, tuple(self), tuple(other)))
 
     def to_json(self) -> JsonObject:
@@ -1586,8 +1560,8 @@ class SessionUsage:
     """What a session used until `time`, by model."""
 
     time: int
-    models: Dict[str, ModelUsage]
-    model: Optional[str] = None  # that the main agent used last
+    models: dict[str, ModelUsage]
+    model: str | None = None  # that the main agent used last
     partial: bool = False  # its transcripts could not be read to their end yet
 
     @property
@@ -1620,7 +1594,7 @@ class Agent:
     parent_id: str = MAIN
     background: bool = False  # it outlives the turn that launched it
     is_told: bool = False  # label and parent come from the client's own note on it
-    end: Optional[int] = None
+    end: int | None = None
     events: int = 0
     tool_calls: int = 0
     tool_errors: int = 0
@@ -1644,22 +1618,22 @@ class Session:
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
-    last_prompt: Optional[Tuple[int, str, str]] = None  # (timestamp, prompt id, its beginning)
-    model: Optional[str] = None
-    usage: Optional[SessionUsage] = None
-    agent_usage: Dict[str, Tuple[int, Tokens]] = dataclasses.field(
+    last_prompt: tuple[int, str, str] | None = None  # (timestamp, prompt id, its beginning)
+    model: str | None = None
+    usage: SessionUsage | None = None
+    agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(
         default_factory=dict
     )  # agent id → (timestamp, tokens)
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
     turn_since: int = 0  # timestamp of the event that set the turn
-    last_step: Dict[str, int] = dataclasses.field(
+    last_step: dict[str, int] = dataclasses.field(
         default_factory=dict
     )  # agent id → timestamp of the last event that moved it
-    background: List[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
-    failure: Optional[Reason] = None
-    streaks: Dict[Tuple[str, str], Streak] = dataclasses.field(
+    background: list[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
+    failure: Reason | None = None
+    streaks: dict[tuple[str, str], Streak] = dataclasses.field(
         default_factory=dict
     )  # (agent id, tool) → its last failures
     clock: int = 0  # the time it is on its machine, as far as known
@@ -1668,33 +1642,33 @@ class Session:
     turn_changed: bool = False  # a file was changed since then
     unchanged_turns: int = 0  # the last turns in a row that used tools and changed no file
     unchanged_since: int = 0  # when the first of them began
-    end: Optional[int] = None
+    end: int | None = None
     end_reason: str = ""
     end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
-    waits: List[Reason] = dataclasses.field(default_factory=list)
-    agents: Dict[str, Agent] = dataclasses.field(default_factory=dict)
-    launched: Dict[str, Tuple[str, str, bool]] = dataclasses.field(
+    waits: list[Reason] = dataclasses.field(default_factory=list)
+    agents: dict[str, Agent] = dataclasses.field(default_factory=dict)
+    launched: dict[str, tuple[str, str, bool]] = dataclasses.field(
         default_factory=dict
     )  # agent id → (label, parent, background), from launch results
-    open_calls: Dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    calls: Dict[str, str] = dataclasses.field(
+    open_calls: dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
+    calls: dict[str, str] = dataclasses.field(
         default_factory=dict
     )  # tool use id → open, ok, failed, interrupted
-    parent_id: Optional[str] = None
+    parent_id: str | None = None
     parent_by_user: bool = False
-    continued_from: Optional[str] = None
+    continued_from: str | None = None
     events: int = 0
     tool_calls: int = 0
     tool_errors: int = 0
     interrupted: int = 0
     prompts: int = 0
-    pid: Optional[int] = None
+    pid: int | None = None
     demo: bool = False
     imported: bool = False  # some of its history came by `import`
     pinned: bool = False
     hidden: bool = False
 
-    def clone(self) -> "Session":
+    def clone(self) -> Session:
         """Return a copy that shares nothing that changes."""
         return dataclasses.replace(
             self,
@@ -1710,7 +1684,7 @@ class Session:
         )
 
     @property
-    def label(self) -> Tuple[str, str]:
+    def label(self) -> tuple[str, str]:
         """Return (label, where it comes from): the user, the title, the first prompt or the project."""
         if self.user_label:
             return self.user_label, "user"
@@ -1723,7 +1697,7 @@ class Session:
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
 
     @property
-    def reason(self) -> Optional[Reason]:
+    def reason(self) -> Reason | None:
         """Return why the session is in its state, where that needs saying; of several waits the first."""
         if self.state == "ended":
             return Reason("ended", None, self.end_reason, self.end or self.last_event)
@@ -1800,7 +1774,7 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
-def task_notification(event: JsonObject) -> Optional[str]:
+def task_notification(event: JsonObject) -> str | None:
     """Return the id of the background task whose end a UserPromptSubmit tells, None for a person's prompt.
 
     The client tells itself so; "" when it names none.
@@ -2023,16 +1997,16 @@ class PriceList:
     Those are named by model, by family ("opus-4-5") or by kind ("opus").
     """
 
-    def __init__(self, configured: Optional[Dict[str, Dict[str, float]]] = None) -> None:
+    def __init__(self, configured: dict[str, dict[str, float]] | None = None) -> None:
         self._own = {name: _configured_price(given) for name, given in (configured or {}).items()}
 
-    def estimate(self, usage: SessionUsage) -> Optional[float]:
+    def estimate(self, usage: SessionUsage) -> float | None:
         """Return what a session cost, in USD; None when a model is not known: half a sum would mislead."""
         costs = [self._cost(model, used) for model, used in usage.models.items()]
         known = [cost for cost in costs if cost is not None]
         return round(sum(known), 6) if len(known) == len(costs) else None
 
-    def _cost(self, model: str, used: ModelUsage) -> Optional[float]:
+    def _cost(self, model: str, used: ModelUsage) -> float | None:
         family = model_family(model)
         for name in (model, family, family.partition("-")[0]):
             if name in self._own:
@@ -2044,7 +2018,7 @@ class PriceList:
         return price.cost(used.all - used.long_prompts) + long_price.cost(used.long_prompts)
 
 
-def _configured_price(given: Dict[str, float]) -> Price:
+def _configured_price(given: dict[str, float]) -> Price:
     """Return a price; what was left out follows from the price of input as it does for most models."""
     base = given["input"]
     return Price(
@@ -2139,7 +2113,7 @@ def _was_over(session: Session, agent_id: str, time_ms: int) -> bool:
     return agent.end is not None and time_ms <= agent.end
 
 
-def _lineage(session: Session, agent: Agent) -> List[Agent]:
+def _lineage(session: Session, agent: Agent) -> list[Agent]:
     """Return an agent and those above it, the nearest first."""
     line = [agent]
     while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
@@ -2147,18 +2121,18 @@ def _lineage(session: Session, agent: Agent) -> List[Agent]:
     return line
 
 
-def _not_settled(session: Session) -> List[Agent]:
+def _not_settled(session: Session) -> list[Agent]:
     """Return the agents that run, wait or have open calls, and those above them: ends concern no others."""
     busy = {call.agent_id for call in session.open_calls.values()}
     busy.update(wait.agent_id for wait in session.waits)
-    found: Dict[str, Agent] = {}
+    found: dict[str, Agent] = {}
     for agent in session.agents.values():
         if agent.end is None or agent.agent_id in busy:
             found.update((above.agent_id, above) for above in _lineage(session, agent))
     return list(found.values())
 
 
-def _end_agents(session: Session, agent_ids: Set[str], time_ms: int) -> None:
+def _end_agents(session: Session, agent_ids: set[str], time_ms: int) -> None:
     """End agents and everything below them, but for what began after `time_ms`.
 
     Their open calls are interrupted and nobody waits there any more.
@@ -2192,7 +2166,7 @@ def _end_foreground(session: Session, time_ms: int) -> None:
 # Calls
 
 
-def _apply_calls(session: Session, event: JsonObject, kind: str) -> Optional[str]:
+def _apply_calls(session: Session, event: JsonObject, kind: str) -> str | None:
     """Pair tool calls with what closes them; what nothing closed is interrupted, never running for ever.
 
     Returns the tool use id of the call that the event closed, if it closed one.
@@ -2287,7 +2261,7 @@ def _count_call(session: Session, tool_use_id: str, agent_id: str, outcome: str)
         session.agents[agent_id].tool_calls += 1
 
 
-def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> Optional[str]:
+def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> str | None:
     """Close the call that a result belongs to; return its id, None when it is not known."""
     data, tool = event["data"], text_of(event["data"].get("toolName"))
     named = data.get("toolUseId")
@@ -2305,7 +2279,7 @@ def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str
     return tool_use_id
 
 
-def _newest_call(session: Session, agent_id: str, tool: str) -> Optional[str]:
+def _newest_call(session: Session, agent_id: str, tool: str) -> str | None:
     same = [
         call.tool_use_id
         for call in session.open_calls.values()
@@ -2335,7 +2309,7 @@ def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> 
     return True
 
 
-def _interrupt(session: Session, agent_ids: Optional[Set[str]], time_ms: int) -> None:
+def _interrupt(session: Session, agent_ids: set[str] | None, time_ms: int) -> None:
     """Close the open calls of some agents (None: of all) that nothing else will close, begun by `time_ms`."""
     for call in list(session.open_calls.values()):
         if call.since <= time_ms and (agent_ids is None or call.agent_id in agent_ids):
@@ -2344,7 +2318,7 @@ def _interrupt(session: Session, agent_ids: Optional[Set[str]], time_ms: int) ->
             session.interrupted += 1
 
 
-def _batch_calls(event: JsonObject) -> List[JsonObject]:
+def _batch_calls(event: JsonObject) -> list[JsonObject]:
     calls = event["data"].get("tool_calls")
     return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
 
@@ -2407,7 +2381,7 @@ def _finish_turn(session: Session) -> None:
     session.turn_calls, session.turn_changed = 0, False
 
 
-def _busy_since(session: Session) -> Optional[int]:
+def _busy_since(session: Session) -> int | None:
     """Return since when a turn or an agent runs without an end, None when none does."""
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
@@ -2420,7 +2394,7 @@ def _runs_too_long(session: Session) -> bool:
     return busy_since is not None and session.clock - busy_since >= STUCK_MS
 
 
-def stuck_signals(session: Session) -> List[JsonObject]:
+def stuck_signals(session: Session) -> list[JsonObject]:
     """Return what makes one think that a session goes in circles: signs, no verdict."""
     if session.state == "ended":
         return []
@@ -2445,7 +2419,7 @@ def stuck_signals(session: Session) -> List[JsonObject]:
 # Waits
 
 
-def _end_waits(session: Session, event: JsonObject, kind: str, closed: Optional[str]) -> None:
+def _end_waits(session: Session, event: JsonObject, kind: str, closed: str | None) -> None:
     """End the waits that an event shows to be over."""
     if kind == "session_end" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
         session.waits = []
@@ -2464,7 +2438,7 @@ def _beside_call(session: Session, wait: Reason, event: JsonObject) -> Reason:
     return dataclasses.replace(wait, beside=wait.beside | {data["toolUseId"]})
 
 
-def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, closed: Optional[str]) -> bool:
+def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, closed: str | None) -> bool:
     """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
     data = event["data"]
     same_agent = wait.agent_id == event.get("agentId", MAIN)
@@ -2519,7 +2493,7 @@ def _asks_for_open_call(session: Session, event: JsonObject, kind: str) -> bool:
     )
 
 
-def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Reason]:
+def _wait_reason(session: Session, event: JsonObject, kind: str) -> Reason | None:
     """Return why a person is needed after this event, None when nobody is."""
     data = event["data"]
     agent_id = event.get("agentId", MAIN)
@@ -2538,7 +2512,7 @@ def _wait_reason(session: Session, event: JsonObject, kind: str) -> Optional[Rea
 
 
 def _wait_for_call(
-    session: Session, event: JsonObject, what: str, tool: Optional[str], target: str, agent_id: str
+    session: Session, event: JsonObject, what: str, tool: str | None, target: str, agent_id: str
 ) -> Reason:
     """Return a wait for the call that a request is about: the first open one of the same tool and target."""
     taken = {wait.tool_use_id for wait in session.waits if (wait.tool, wait.detail) != (tool, target)}
@@ -2554,7 +2528,7 @@ def _wait_for_call(
     return Reason(what, tool, target, event["timestamp"], agent_id, call_id, frozenset(beside))
 
 
-def _notified_reason(session: Session, event: JsonObject) -> Optional[Reason]:
+def _notified_reason(session: Session, event: JsonObject) -> Reason | None:
     """Return what a notification asks a person for; old clients give it no type, only words."""
     words = one_line(text_of(event["data"].get("message")))
     about = event["data"].get("notificationType")
@@ -2615,7 +2589,7 @@ def _ends_or_begins(event: JsonObject, kind: str) -> bool:
     return kind == "turn_end" or _begins_process(event, kind)
 
 
-def _running_background(event: JsonObject) -> List[str]:
+def _running_background(event: JsonObject) -> list[str]:
     """Return what runs on in the background after a turn, in words."""
     tasks = event["data"].get("background_tasks")
     if not isinstance(tasks, list):
@@ -2644,7 +2618,7 @@ class Track:
     """What puts a session's events in order: as it was some seconds ago, and what happened since."""
 
     base: Session
-    recent: List[Tuple[int, int, JsonObject, str]] = dataclasses.field(
+    recent: list[tuple[int, int, JsonObject, str]] = dataclasses.field(
         default_factory=list
     )  # timestamp, number, …
 
@@ -2660,7 +2634,7 @@ class ClockSkew:
 
     WINDOW_MS = 300_000
 
-    windows: Dict[int, Tuple[int, int]] = dataclasses.field(
+    windows: dict[int, tuple[int, int]] = dataclasses.field(
         default_factory=dict
     )  # window → (its last number, least difference)
     since_seq: int = 0  # when the clock was last set back, as far as its events show
@@ -2678,14 +2652,14 @@ class ClockSkew:
         """Go on after our own clock was set forward by so much."""
         self.windows = {number: (seq, least + step_ms) for number, (seq, least) in self.windows.items()}
 
-    def merge(self, other: "ClockSkew") -> None:
+    def merge(self, other: ClockSkew) -> None:
         """Take over what another replay knows of the same machine."""
         for number, (seq, least) in other.windows.items():
             self._note(number, seq, least)
         self.begin_anew(other.since_seq)
 
     @property
-    def value_ms(self) -> Optional[int]:
+    def value_ms(self) -> int | None:
         """Return the skew in ms; None before the first event."""
         return min((least for _, least in self.windows.values()), default=None)
 
@@ -2709,27 +2683,27 @@ class SessionBook:
         quiet_ms: int = 120_000,
         ended_ms: int = 12 * 3_600_000,
         own_machine: str = "",
-        prices: Optional[PriceList] = None,
+        prices: PriceList | None = None,
     ) -> None:
-        self.sessions: Dict[str, Session] = {}
+        self.sessions: dict[str, Session] = {}
         self.patience = (quiet_ms, ended_ms, own_machine)  # what makes another book like this one
-        self._tracks: Dict[str, Track] = {}
+        self._tracks: dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
         self._prices = prices or PriceList()
-        self._skews: Dict[str, ClockSkew] = {}  # of other machines
-        self._set_forward_ms: Dict[
+        self._skews: dict[str, ClockSkew] = {}  # of other machines
+        self._set_forward_ms: dict[
             str, int
         ] = {}  # session of ours → steps of our clock since its latest event
-        self._heard_ms: Dict[str, int] = {}  # machine → timestamp of its latest event
-        self._received_ms: Dict[str, int] = {}  # session id → when its latest event arrived
+        self._heard_ms: dict[str, int] = {}  # machine → timestamp of its latest event
+        self._received_ms: dict[str, int] = {}  # session id → when its latest event arrived
         self._numbers = itertools.count()
         # Sorted (time, session id): who made way for another session, and who began after such a one.
-        self._ends: List[Tuple[int, str]] = []
-        self._starts: List[Tuple[int, str]] = []
-        self._continued_by: Dict[str, str] = {}
-        self._linked: Set[str] = set()  # ids of sessions that changed because of another one
+        self._ends: list[tuple[int, str]] = []
+        self._starts: list[tuple[int, str]] = []
+        self._continued_by: dict[str, str] = {}
+        self._linked: set[str] = set()  # ids of sessions that changed because of another one
         self.complete = True  # False while stored sessions are still to come: no machine's silence is known
 
     # What happens
@@ -2758,12 +2732,12 @@ class SessionBook:
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
-    def lineage(self, session_id: Optional[str]) -> Iterator[str]:
+    def lineage(self, session_id: str | None) -> Iterator[str]:
         """Yield a session's id and those of its parents, the nearest first, each once even in a ring."""
         return self._chain(session_id, "parent_id")
 
-    def _chain(self, session_id: Optional[str], link: str) -> Iterator[str]:
-        seen: Set[str] = set()
+    def _chain(self, session_id: str | None, link: str) -> Iterator[str]:
+        seen: set[str] = set()
         while session_id and session_id not in seen:
             seen.add(session_id)
             yield session_id
@@ -2773,7 +2747,7 @@ class SessionBook:
         """Tell whether one session, by way of others, continues another."""
         return session.session_id in self._chain(later.continued_from, "continued_from")
 
-    def linked_changes(self) -> List[Session]:
+    def linked_changes(self) -> list[Session]:
         """Return, once, the sessions that changed because of another one: its parents, those it continues."""
         linked, self._linked = self._linked, set()
         return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
@@ -2873,11 +2847,11 @@ class SessionBook:
     def _up_to_date(self, session_id: str, track: Track) -> Session:
         return self.sessions[session_id]
 
-    def _versions(self, session_id: str) -> List[Session]:
+    def _versions(self, session_id: str) -> list[Session]:
         track = self._tracks.get(session_id)
         return [self.sessions[session_id], *([track.base] if track else [])]
 
-    def tick(self, time_ms: int) -> List[Session]:
+    def tick(self, time_ms: int) -> list[Session]:
         """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
         changed = []
         for session in list(self.sessions.values()):
@@ -2958,7 +2932,7 @@ class SessionBook:
     def finish(self) -> None:
         """Bring every session up to date."""
 
-    def take_over(self, other: "SessionBook") -> None:
+    def take_over(self, other: SessionBook) -> None:
         """Take over the sessions of another book, in place of ours, and what it has heard of machines."""
         other.finish()
         self.sessions.update(other.sessions)
@@ -3004,7 +2978,7 @@ class SessionBook:
         if session.end is not None and session.end_reason in _MADE_WAY.values():
             _insert_once(self._ends, (session.end, session.session_id))
 
-    def _near(self, times: List[Tuple[int, str]], time_ms: int) -> List[Session]:
+    def _near(self, times: list[tuple[int, str]], time_ms: int) -> list[Session]:
         """Return the sessions that began, or ended, about that time."""
         first = bisect.bisect_left(times, (time_ms - LINK_MS, ""))
         last = bisect.bisect_left(times, (time_ms + LINK_MS + 1, ""))
@@ -3024,7 +2998,7 @@ class SessionBook:
 
     # What others ask
 
-    def to_json(self, session: Session, children: Optional[Dict[str, List[str]]] = None) -> JsonObject:
+    def to_json(self, session: Session, children: dict[str, list[str]] | None = None) -> JsonObject:
         """Return a session as the API and the WebSocket give it (README "WebSocket")."""
         label, source = session.label
         reason = session.reason
@@ -3076,9 +3050,9 @@ class SessionBook:
             "pid": session.pid,
         }
 
-    def children(self, parent_id: Optional[str] = None) -> Dict[str, List[str]]:
+    def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the sessions below each session, or below one."""
-        children: Dict[str, List[str]] = {}
+        children: dict[str, list[str]] = {}
         for session in self.sessions.values():
             if session.parent_id and parent_id in (None, session.parent_id):
                 children.setdefault(session.parent_id, []).append(session.session_id)
@@ -3091,11 +3065,11 @@ class SessionBook:
         chosen.sort(key=lambda session: session.last_event, reverse=True)
         return (self.to_json(session, children) for session in chosen)
 
-    def all_json(self, with_hidden: bool) -> List[JsonObject]:
+    def all_json(self, with_hidden: bool) -> list[JsonObject]:
         """Return every session, newest event first."""
         return list(self.each_json(with_hidden))
 
-    def in_state(self, state: str) -> FrozenSet[str]:
+    def in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
         return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
 
@@ -3110,7 +3084,7 @@ class ReplayBook(SessionBook):
 
     def __init__(self, *patience: Any) -> None:
         super().__init__(*patience)
-        self._kept: Set[str] = set()  # ids of those that `sessions` has as they are now
+        self._kept: set[str] = set()  # ids of those that `sessions` has as they are now
 
     def finish(self) -> None:
         for session_id, track in self._tracks.items():
@@ -3133,7 +3107,7 @@ class ReplayBook(SessionBook):
         return self.sessions[session_id]
 
 
-def _insert_once(times: List[Tuple[int, str]], entry: Tuple[int, str]) -> None:
+def _insert_once(times: list[tuple[int, str]], entry: tuple[int, str]) -> None:
     place = bisect.bisect_left(times, entry)
     if times[place : place + 1] != [entry]:
         times.insert(place, entry)
@@ -3165,7 +3139,7 @@ class LinkPoint(NamedTuple):
     time_ms: int
 
 
-def link_point(session: Session, event: JsonObject) -> Optional[LinkPoint]:
+def link_point(session: Session, event: JsonObject) -> LinkPoint | None:
     """Return what an event of a session has to do with links between sessions, None for most."""
     kind = effective_type(event)
     if kind == "session_start":
@@ -3180,15 +3154,15 @@ def link_point(session: Session, event: JsonObject) -> Optional[LinkPoint]:
     return LinkPoint(session.session_id, session.machine_id, reason, begins, event["timestamp"])
 
 
-def may_be_linked(points: Iterable[LinkPoint]) -> List[FrozenSet[str]]:
+def may_be_linked(points: Iterable[LinkPoint]) -> list[frozenset[str]]:
     """Group the ids of sessions that may be linked with each other, directly or through others.
 
     A group may be too large, never too small: nothing outside of it can change the links within.
     """
-    chronicle: Dict[Tuple[str, str], List[LinkPoint]] = {}
+    chronicle: dict[tuple[str, str], list[LinkPoint]] = {}
     for point in points:
         chronicle.setdefault((point.machine_id, point.reason), []).append(point)
-    group_of: Dict[str, Set[str]] = {}
+    group_of: dict[str, set[str]] = {}
     for moments in chronicle.values():
         ends = sorted((point.time_ms, point.session_id) for point in moments if not point.begins)
         for point in moments:
@@ -3401,7 +3375,7 @@ def without_colours(text: str) -> str:
 class Term:
     """Words that must stand next to each other; the last one may be only a beginning."""
 
-    words: Tuple[str, ...]
+    words: tuple[str, ...]
     is_prefix: bool = False
 
     def found_in(self, folded: str) -> bool:
@@ -3422,7 +3396,7 @@ class Term:
         return start + between + (r"\w*" if self.is_prefix else end)
 
 
-def parse_terms(text: str) -> Tuple[Term, ...]:
+def parse_terms(text: str) -> tuple[Term, ...]:
     """Parse what a person types: words, `begin*`, `"words in a row"`; src/app.py is a row of three."""
     terms = []
     for quoted, bare in _QUERY_PART.findall(text):
@@ -3432,7 +3406,7 @@ def parse_terms(text: str) -> Tuple[Term, ...]:
     return tuple(dict.fromkeys(terms))
 
 
-def collect_texts(value: Any, found: List[str]) -> None:
+def collect_texts(value: Any, found: list[str]) -> None:
     """Append every text inside a JSON value that a person may search for."""
     if isinstance(value, str):
         found.append(without_colours(value))
@@ -3445,16 +3419,16 @@ def collect_texts(value: Any, found: List[str]) -> None:
             collect_texts(inner, found)
 
 
-def event_texts(event: JsonObject) -> Iterator[Tuple[str, str]]:
+def event_texts(event: JsonObject) -> Iterator[tuple[str, str]]:
     """Yield (name in data, text) of everything in an event that a person may search for."""
     for name, value in event["data"].items():
         if name not in _NOT_SEARCHED:
-            found: List[str] = []
+            found: list[str] = []
             collect_texts(value, found)
             yield from ((name, text) for text in found)
 
 
-def snippet_of(event: JsonObject, terms: Sequence[Term]) -> Tuple[Optional[str], List[JsonObject]]:
+def snippet_of(event: JsonObject, terms: Sequence[Term]) -> tuple[str | None, list[JsonObject]]:
     """Return the field in which the terms are found and a line of it, in pieces, those found marked."""
     pattern = re.compile("|".join(term.pattern for term in terms), re.IGNORECASE)
     first = ""
@@ -3466,10 +3440,10 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> Tuple[Optional[str],
     return first or None, []
 
 
-def _marked(text: str, match: "re.Match[str]", pattern: "re.Pattern[str]") -> List[JsonObject]:
+def _marked(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> list[JsonObject]:
     start = max(0, match.start() - SNIPPET_CHARS // 3)
     end = min(len(text), max(match.end(), start + SNIPPET_CHARS))
-    pieces: List[JsonObject] = []
+    pieces: list[JsonObject] = []
     at = start
     for hit in pattern.finditer(text, start, end):
         if hit.end() > hit.start() >= at:
@@ -3487,15 +3461,15 @@ def _marked(text: str, match: "re.Match[str]", pattern: "re.Pattern[str]") -> Li
 class SearchQuery:
     """What is searched for. `session_ids` (None: any) and times in ms, from <= timestamp < to."""
 
-    terms: Tuple[Term, ...] = ()
-    session_ids: Optional[FrozenSet[str]] = None
-    machine: Optional[str] = None
-    tool: Optional[str] = None
-    kind: Optional[str] = None  # eventType or hookType
+    terms: tuple[Term, ...] = ()
+    session_ids: frozenset[str] | None = None
+    machine: str | None = None
+    tool: str | None = None
+    kind: str | None = None  # eventType or hookType
     from_ms: int = 0
     to_ms: int = 1 << 53
     limit: int = 50
-    cursor: Optional[str] = None
+    cursor: str | None = None
 
     def takes(self, event: JsonObject) -> bool:
         """Tell whether an event is one of those searched for."""
@@ -3518,7 +3492,7 @@ class SearchQuery:
 SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
 
 
-def search_query(wanted: Mapping[str, Any], session_ids: Optional[FrozenSet[str]] = None) -> SearchQuery:
+def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None = None) -> SearchQuery:
     """Return the query that some SEARCH_FIELDS, `from`, `to` and `limit` ask for; raise SearchError.
 
     `session_ids` are those of the state that was asked for, if one was.
@@ -3558,13 +3532,13 @@ class SearchError(Exception):
         self.expected = expected
 
 
-def search_page(query: SearchQuery, candidates: Iterator[Tuple[str, bytes]]) -> JsonObject:
+def search_page(query: SearchQuery, candidates: Iterator[tuple[str, bytes]]) -> JsonObject:
     """Return the first events among candidates (cursor, line) that are searched for, as the API gives them.
 
     Ends early, with a cursor to go on from, when the time for one answer is over.
     """
     begin = time.monotonic()
-    results: List[JsonObject] = []
+    results: list[JsonObject] = []
     cursor, complete = query.cursor, True
     for next_cursor, line in candidates:
         if len(results) == query.limit:
@@ -3592,7 +3566,7 @@ def _search_result(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
     return row
 
 
-def scan_candidates(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[Tuple[str, bytes]]:
+def scan_candidates(store: EventStore | MemoryStore, query: SearchQuery) -> Iterator[tuple[str, bytes]]:
     """Yield every stored line that may be one, last arrived first, where there is no index to ask."""
     before = None
     if query.cursor:
@@ -3607,7 +3581,7 @@ def scan_candidates(store: Union[EventStore, MemoryStore], query: SearchQuery) -
             yield f"s{line_seq(line)}", line
 
 
-def lines_newest_first(store: Union[EventStore, MemoryStore], before: Optional[int]) -> Iterator[bytes]:
+def lines_newest_first(store: EventStore | MemoryStore, before: int | None) -> Iterator[bytes]:
     """Yield every stored line (with a number below `before`), last arrived first."""
     if isinstance(store, MemoryStore):
         yield from reversed(store.recent_lines(1 << 30, before))
@@ -3632,8 +3606,8 @@ class CallFact(NamedTuple):
     tool: str
     target: int
     start: int
-    finish: Optional[int]
-    duration: Optional[int]
+    finish: int | None
+    duration: int | None
     outcome: Outcome
 
 
@@ -3648,8 +3622,8 @@ class Document(NamedTuple):
     words: str
     counts: bool  # False for what the user did to a session: it is no event of it
     is_prompt: bool
-    calls: Tuple[CallFact, ...]
-    usage: Tuple[Tuple[str, ModelUsage], ...]  # (model, what the session has used of it until now)
+    calls: tuple[CallFact, ...]
+    usage: tuple[tuple[str, ModelUsage], ...]  # (model, what the session has used of it until now)
 
 
 def stable_hash(*parts: str) -> int:
@@ -3663,7 +3637,7 @@ def is_duration(value: Any) -> bool:
     return emit_event.is_number(value) and 0 <= value < 1 << 40
 
 
-def call_facts(event: JsonObject, kind: str) -> Tuple[CallFact, ...]:
+def call_facts(event: JsonObject, kind: str) -> tuple[CallFact, ...]:
     """Return what an event says about tool calls that have a name (clients since 2.0.43)."""
     data = event["data"]
     timestamp = event["timestamp"]
@@ -3696,7 +3670,7 @@ def _call_fact(
     tool_input: Any,
     use_id: str,
     start: int,
-    duration: Optional[int],
+    duration: int | None,
     outcome: Outcome,
 ) -> CallFact:
     target = stable_hash(tool, tool_target(tool_input, event["workingDirectory"]))
@@ -3711,9 +3685,9 @@ class UnnamedCalls:
     """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
 
     def __init__(self) -> None:
-        self._open: Dict[Tuple[str, str, str], List[int]] = {}  # (session, agent, tool) → keys
+        self._open: dict[tuple[str, str, str], list[int]] = {}  # (session, agent, tool) → keys
 
-    def paired(self, event: JsonObject, facts: Tuple[CallFact, ...]) -> Tuple[CallFact, ...]:
+    def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
         """Return the facts of an event, a result with the key of the call that it belongs to."""
         if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
             return facts
@@ -3727,7 +3701,7 @@ class UnnamedCalls:
         return facts
 
 
-def usage_facts(event: JsonObject) -> Tuple[Tuple[str, ModelUsage], ...]:
+def usage_facts(event: JsonObject) -> tuple[tuple[str, ModelUsage], ...]:
     """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
     usage = event["data"].get("usage")
     models = usage.get("models") if isinstance(usage, dict) else None
@@ -3797,7 +3771,7 @@ class IndexFile:
             self.db.execute("PRAGMA journal_mode = WAL")
             self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
         self.full_text = has_full_text(self.db)
-        self._names: Dict[Tuple[str, str], int] = {
+        self._names: dict[tuple[str, str], int] = {
             (kind, name): number
             for number, kind, name in self.db.execute(
                 "SELECT id, kind, name FROM names LIMIT ?", (NAMES_KEPT,)
@@ -3872,7 +3846,7 @@ class IndexFile:
             )
         return number
 
-    def files(self) -> Dict[str, Tuple[int, int, int]]:
+    def files(self) -> dict[str, tuple[int, int, int]]:
         """Return "day/name" → (number, inode, position) of every file that is known."""
         rows = self.db.execute(
             "SELECT days.name, files.name, files.id, inode, position FROM files JOIN days ON days.id = day"
@@ -3896,7 +3870,7 @@ class IndexFile:
         )
         return added.lastrowid or 0
 
-    def add(self, day_id: int, documents: List[Document], positions: Mapping[int, int]) -> None:
+    def add(self, day_id: int, documents: list[Document], positions: Mapping[int, int]) -> None:
         """Write events of one day, and how far their files have been read (file number → position)."""
         documents.sort(key=lambda document: (document.timestamp, document.seq))
         numbered = list(zip(self._free_ids(documents), documents))
@@ -3934,8 +3908,8 @@ class IndexFile:
             yield number
 
     def _call_rows(
-        self, numbered: Sequence[Tuple[int, Document]], sessions: Mapping[int, int]
-    ) -> Iterator[Tuple[Any, ...]]:
+        self, numbered: Sequence[tuple[int, Document]], sessions: Mapping[int, int]
+    ) -> Iterator[tuple[Any, ...]]:
         for number, document in numbered:
             for call in document.calls:
                 yield (
@@ -3952,7 +3926,7 @@ class IndexFile:
                     number,
                 )
 
-    def _usage_rows(self, documents: Sequence[Document]) -> Iterator[Tuple[int, ...]]:
+    def _usage_rows(self, documents: Sequence[Document]) -> Iterator[tuple[int, ...]]:
         for document in documents:
             for model, used in document.usage:
                 quarter = document.timestamp // QUARTER_MS
@@ -3979,7 +3953,7 @@ class IndexFile:
         if self.full_text:
             self.db.execute(f"DROP TABLE IF EXISTS words_{day_id}")
 
-    def worn_days(self) -> List[int]:
+    def worn_days(self) -> list[int]:
         """Return the days whose words are mostly of files that are gone: they are worth reading anew."""
         rows = self.db.execute(
             "SELECT id FROM days WHERE removed > 1000 AND removed > "
@@ -3994,9 +3968,9 @@ class IndexFile:
             self.db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
 
-def activity_rows(documents: Sequence[Document]) -> List[Tuple[int, ...]]:
+def activity_rows(documents: Sequence[Document]) -> list[tuple[int, ...]]:
     """Return (file, quarter of an hour, events, prompts, first ms, last ms) of some events."""
-    rows: Dict[Tuple[int, int], List[int]] = {}
+    rows: dict[tuple[int, int], list[int]] = {}
     for document in documents:
         if not document.counts:
             continue
@@ -4018,7 +3992,7 @@ def has_full_text(db: sqlite3.Connection) -> bool:
     return True
 
 
-def index_inodes(path: str) -> Tuple[int, ...]:
+def index_inodes(path: str) -> tuple[int, ...]:
     """Return the inodes of the index and of what SQLite keeps beside it while it is open; 0 for none."""
     return inode_of(path), inode_of(path + "-wal"), inode_of(path + "-shm")
 
@@ -4042,9 +4016,9 @@ class Indexer:
     def __init__(self, store: EventStore, path: str) -> None:
         self._store = store
         self._path = path
-        self._file: Optional[IndexFile] = None
+        self._file: IndexFile | None = None
         self._lock = threading.Lock()
-        self._grown: Dict[str, int] = {}  # "day/name" → bytes that were added and not yet looked at
+        self._grown: dict[str, int] = {}  # "day/name" → bytes that were added and not yet looked at
         self._look_again = True
         self._wake = threading.Event()
         self._is_open = threading.Event()  # there is an index that can be asked, complete or not
@@ -4220,7 +4194,7 @@ class Indexer:
                     return
             self._write(file, day, batch)
 
-    def _read_file(self, file: IndexFile, day: str, name: str, batch: "IndexBatch") -> None:
+    def _read_file(self, file: IndexFile, day: str, name: str, batch: IndexBatch) -> None:
         row = file.db.execute(
             "SELECT files.id, position FROM files JOIN days ON days.id = day "
             "WHERE days.name = ? AND files.name = ?",
@@ -4265,7 +4239,7 @@ class Indexer:
         return time.monotonic()
 
     @staticmethod
-    def _event_of(line: bytes) -> Optional[JsonObject]:
+    def _event_of(line: bytes) -> JsonObject | None:
         try:
             return parse_stored(line)
         except MalformedEvent:  # edited by hand
@@ -4276,7 +4250,7 @@ class Indexer:
     ) -> Document:
         kind = effective_type(event)
         calls = self._unnamed.paired(event, call_facts(event, kind))
-        texts: List[str] = []
+        texts: list[str] = []
         for name, value in event["data"].items():
             if name == "tool_calls" and event["hookType"] == "PostToolBatch":
                 # Each call has told the same itself; what only its round tells is not in the set.
@@ -4311,7 +4285,7 @@ class Indexer:
             usage_facts(event),
         )
 
-    def _write(self, file: IndexFile, day: str, batch: "IndexBatch") -> None:
+    def _write(self, file: IndexFile, day: str, batch: IndexBatch) -> None:
         if batch.positions:
             with file.transaction():
                 file.add(file.day_id(day), batch.documents, batch.positions)
@@ -4329,8 +4303,8 @@ class IndexBatch:
 
     def clear(self) -> None:
         """Begin anew."""
-        self.documents: List[Document] = []
-        self.positions: Dict[int, int] = {}
+        self.documents: list[Document] = []
+        self.positions: dict[int, int] = {}
         self.size = 0
         self._began = time.monotonic()
 
@@ -4362,8 +4336,8 @@ class IndexReader:
         self._path = path
         self._root = root
         self._lock = threading.Lock()
-        self._db: Optional[sqlite3.Connection] = None
-        self._inodes: Tuple[int, ...] = ()
+        self._db: sqlite3.Connection | None = None
+        self._inodes: tuple[int, ...] = ()
         self._is_full_text = True
 
     @contextlib.contextmanager
@@ -4417,7 +4391,7 @@ class IndexReader:
                 raise
 
     def statistics(
-        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int, prices: PriceList
+        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, prices: PriceList
     ) -> JsonObject:
         """Return the figures of [from_ms, to_ms) in whole quarters of an hour, as /api/stats gives them."""
         with self._reading(60.0) as db, LineReader(db, self._root) as lines:
@@ -4430,9 +4404,9 @@ class LineReader:
     def __init__(self, db: sqlite3.Connection, root: str) -> None:
         self._db = db
         self._root = root
-        self._sources: Dict[int, Any] = {}  # file number → open file, None when it is gone
+        self._sources: dict[int, Any] = {}  # file number → open file, None when it is gone
 
-    def __enter__(self) -> "LineReader":
+    def __enter__(self) -> LineReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -4440,7 +4414,7 @@ class LineReader:
             if source is not None:
                 source.close()
 
-    def line(self, number: int) -> Optional[bytes]:
+    def line(self, number: int) -> bytes | None:
         """Return a line without its newline; None when it is gone."""
         row = self._db.execute("SELECT file, offset, length FROM events WHERE id = ?", (number,)).fetchone()
         if row is None:
@@ -4465,7 +4439,7 @@ class LineReader:
         except FileNotFoundError:
             return None
 
-    def numbered(self, numbers: Iterable[int]) -> Iterator[Tuple[str, bytes]]:
+    def numbered(self, numbers: Iterable[int]) -> Iterator[tuple[str, bytes]]:
         """Yield (cursor, line) for each number whose line is there."""
         for number in numbers:
             line = self.line(number)
@@ -4474,7 +4448,7 @@ class LineReader:
 
 
 def index_candidates(
-    db: sqlite3.Connection, query: SearchQuery, below: Optional[int], is_full_text: bool
+    db: sqlite3.Connection, query: SearchQuery, below: int | None, is_full_text: bool
 ) -> Iterator[int]:
     """Yield the numbers of the events that may be searched for, newest first."""
     # Where more events came than milliseconds passed, numbers ran ahead of timestamps; by no more than that.
@@ -4497,19 +4471,21 @@ def _word_candidates(
 ) -> Iterator[int]:
     """Merge what the days' tables of words answer; an older day is asked only when it is reached."""
     sql = "SELECT id, high FROM days WHERE high >= ? AND low < ?"
-    parameters: List[Any] = [low, high]
+    parameters: list[Any] = [low, high]
     if query.session_ids is not None and len(query.session_ids) == 1:
         sql += (
             " AND id IN (SELECT day FROM files WHERE session IN "
             "(SELECT id FROM names WHERE kind = 'session' AND name = ?))"
         )
         parameters += map(fit_name, query.session_ids)
-    waiting: Deque[Tuple[int, int]] = collections.deque(db.execute(sql + " ORDER BY high DESC", parameters))
-    heads: List[Tuple[int, int, Iterator[Tuple[int]]]] = []  # (minus the next number, day, what follows)
+    waiting: collections.deque[tuple[int, int]] = collections.deque(
+        db.execute(sql + " ORDER BY high DESC", parameters)
+    )
+    heads: list[tuple[int, int, Iterator[tuple[int]]]] = []  # (minus the next number, day, what follows)
     while waiting or heads:
         while waiting and (not heads or waiting[0][1] >= -heads[0][0]):
             day_id, _ = waiting.popleft()
-            rows: Iterator[Tuple[int]] = db.execute(
+            rows: Iterator[tuple[int]] = db.execute(
                 f"SELECT rowid FROM words_{day_id} WHERE words_{day_id} MATCH ? AND rowid >= ? AND rowid < ? "
                 "ORDER BY rowid DESC",
                 (match, low, high),
@@ -4528,7 +4504,7 @@ def _word_candidates(
             heapq.heapreplace(heads, (-following[0], day_id, rows))
 
 
-def match_expression(db: sqlite3.Connection, query: SearchQuery) -> Optional[str]:
+def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
     """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
     sessions = query.session_ids
     if sessions is not None and len(sessions) > SESSIONS_MATCHED:
@@ -4569,7 +4545,7 @@ class Statistics:
         lines: LineReader,
         from_ms: int,
         to_ms: int,
-        session_id: Optional[str],
+        session_id: str | None,
         offset_minutes: int,
         prices: PriceList,
     ) -> None:
@@ -4582,8 +4558,8 @@ class Statistics:
         self._from, self._to = from_ms // QUARTER_MS, -(-to_ms // QUARTER_MS)
         shown_from = max(self._from, first or 0)
         self._shown = (shown_from, max(shown_from, min(self._to, (last or -1) + 1)))
-        self._names: Dict[int, str] = dict(db.execute("SELECT id, name FROM names"))
-        self._bounds: Tuple[Any, ...] = (self._from, self._to)
+        self._names: dict[int, str] = dict(db.execute("SELECT id, name FROM names"))
+        self._bounds: tuple[Any, ...] = (self._from, self._to)
         self._where = "quarter >= ? AND quarter < ?"
         if session_id is not None:
             self._where += " AND session = ?"
@@ -4607,9 +4583,9 @@ class Statistics:
             "failing": self._failing(),
         }
 
-    def _tools(self) -> Iterator[Tuple[JsonObject, List[Tuple[int, int, int]]]]:
+    def _tools(self) -> Iterator[tuple[JsonObject, list[tuple[int, int, int]]]]:
         """Yield each tool's figures and its slowest calls (duration, outcome, event), most calls first."""
-        ends: Dict[int, Dict[int, int]] = collections.defaultdict(dict)
+        ends: dict[int, dict[int, int]] = collections.defaultdict(dict)
         for tool, outcome, count in self._db.execute(
             f"""SELECT tool, outcome, count(*) FROM calls INDEXED BY calls_by_tool
             WHERE outcome <> {Outcome.OK:d} AND {self._where} GROUP BY tool, outcome""",
@@ -4640,7 +4616,7 @@ class Statistics:
                 slowest,
             )
 
-    def _slowest_of(self, tool: int) -> List[Tuple[int, int, int]]:
+    def _slowest_of(self, tool: int) -> list[tuple[int, int, int]]:
         return self._db.execute(
             f"""SELECT duration, outcome, event FROM calls INDEXED BY calls_by_tool
             WHERE tool = ? AND duration IS NOT NULL AND {self._where}
@@ -4648,7 +4624,7 @@ class Statistics:
             (tool, *self._bounds),
         ).fetchall()
 
-    def _percentile(self, tool: int, count: int, percent: int) -> Optional[int]:
+    def _percentile(self, tool: int, count: int, percent: int) -> int | None:
         """Return the duration that so many percent of the calls do not exceed (the nearest rank)."""
         if not count:
             return None
@@ -4659,7 +4635,7 @@ class Statistics:
         ).fetchone()
         return int(row[0])
 
-    def _slowest(self, calls: Iterable[Tuple[int, int, int]]) -> List[JsonObject]:
+    def _slowest(self, calls: Iterable[tuple[int, int, int]]) -> list[JsonObject]:
         found = []
         for duration, outcome, number in heapq.nlargest(EXTREMES, calls):
             event = self._event(number)
@@ -4668,7 +4644,7 @@ class Statistics:
                 found.append({"durationMs": duration, "failed": failed, **_example(event)})
         return found
 
-    def _failing(self) -> List[JsonObject]:
+    def _failing(self) -> list[JsonObject]:
         rows = self._db.execute(
             f"""SELECT target, count(*), max(event) FROM calls INDEXED BY calls_failed
             WHERE outcome IN (1, 3) AND {self._where} GROUP BY tool, target
@@ -4692,7 +4668,7 @@ class Statistics:
                 found.append({**counts, "lastError": last_error, **_example(event)})
         return found
 
-    def _event(self, number: int) -> Optional[JsonObject]:
+    def _event(self, number: int) -> JsonObject | None:
         line = self._lines.line(number)
         try:
             return parse_stored(line) if line is not None else None
@@ -4702,9 +4678,9 @@ class Statistics:
     # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
 
     def _sums(self) -> JsonObject:
-        by_session: Dict[int, Sums] = collections.defaultdict(Sums)
-        by_hour: Dict[int, Sums] = collections.defaultdict(Sums)
-        places: Dict[int, Tuple[int, int]] = {}  # session → (machine, project)
+        by_session: dict[int, Sums] = collections.defaultdict(Sums)
+        by_hour: dict[int, Sums] = collections.defaultdict(Sums)
+        places: dict[int, tuple[int, int]] = {}  # session → (machine, project)
         for session, machine, project, hour, events, prompts, first, last in self._activity():
             places.setdefault(session, (machine, project))
             for sums in (by_session[session], by_hour[hour]):
@@ -4714,7 +4690,7 @@ class Statistics:
                 places[session] = self._place_of(session)
             for sums in (by_session[session], by_hour[hour]):
                 sums.add_calls(session, calls, failures)
-        models: Dict[int, ModelUsage] = {}
+        models: dict[int, ModelUsage] = {}
         for session, model, quarter, used in self._usage():
             models[model] = add_usage(models.get(model), used)
             if session not in places:
@@ -4735,10 +4711,10 @@ class Statistics:
         self,
         by_session: Mapping[int, Sums],
         by_hour: Mapping[int, Sums],
-        places: Mapping[int, Tuple[int, int]],
-    ) -> Dict[str, Dict[Any, Sums]]:
+        places: Mapping[int, tuple[int, int]],
+    ) -> dict[str, dict[Any, Sums]]:
         """Add up sessions by machine and project, hours (since the epoch, of the viewer) by day and time."""
-        groups: Dict[str, Dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
+        groups: dict[str, dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
         for session, sums in by_session.items():
             machine, project = places[session]
             for group, key in (("all", None), ("machine", machine), ("project", project)):
@@ -4749,7 +4725,7 @@ class Statistics:
                 groups[group][key].merge(sums)
         return groups
 
-    def _usage(self) -> Iterator[Tuple[int, int, int, ModelUsage]]:
+    def _usage(self) -> Iterator[tuple[int, int, int, ModelUsage]]:
         """Yield (session, model, quarter, used in it): what the totals grew by that sessions tell."""
         where = "quarter < ?" + (" AND session = ?" if self._session_id is not None else "")
         rows = self._db.execute(
@@ -4758,8 +4734,8 @@ class Statistics:
             GROUP BY session, model, quarter ORDER BY session, model, quarter""",
             self._bounds[1:],
         )
-        of: Optional[Tuple[int, int]] = None
-        before: List[int] = []
+        of: tuple[int, int] | None = None
+        before: list[int] = []
         for session, model, quarter, *counts in rows:
             if (session, model) != of:
                 of, before = (session, model), [0] * len(counts)
@@ -4768,18 +4744,18 @@ class Statistics:
             if quarter >= self._from:
                 yield session, model, quarter, ModelUsage(Tokens(*grown[:5]), Tokens(*grown[5:]))
 
-    def _tokens_json(self, usage: Dict[str, ModelUsage]) -> JsonObject:
+    def _tokens_json(self, usage: dict[str, ModelUsage]) -> JsonObject:
         told = SessionUsage(0, usage)
         return {
             "tokenUsage": told.to_json() if usage else None,
             "estimatedCostUsd": self._prices.estimate(told) if usage else None,
         }
 
-    def _group_json(self, sums: "Sums") -> JsonObject:
+    def _group_json(self, sums: Sums) -> JsonObject:
         return {**sums.to_json(), **self._tokens_json(sums.usage)}
 
     def _sums_json(
-        self, groups: Mapping[str, Mapping[Any, "Sums"]], places: Mapping[int, Tuple[int, int]]
+        self, groups: Mapping[str, Mapping[Any, Sums]], places: Mapping[int, tuple[int, int]]
     ) -> JsonObject:
         by_size = {
             name: sorted(groups.get(name, {}).items(), key=lambda item: (-item[1].events, item[0]))
@@ -4817,7 +4793,7 @@ class Statistics:
             ],
         }
 
-    def _activity(self) -> Iterator[Tuple[int, ...]]:
+    def _activity(self) -> Iterator[tuple[int, ...]]:
         yield from self._db.execute(
             f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
             sum(events), sum(prompts), min(first), max(last)
@@ -4826,7 +4802,7 @@ class Statistics:
             self._bounds,
         )
 
-    def _calls(self) -> Iterator[Tuple[int, ...]]:
+    def _calls(self) -> Iterator[tuple[int, ...]]:
         # The inner groups are in the order of the index, so that only their few sums are sorted.
         yield from self._db.execute(
             f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
@@ -4837,7 +4813,7 @@ class Statistics:
             self._bounds,
         )
 
-    def _place_of(self, session: int) -> Tuple[int, int]:
+    def _place_of(self, session: int) -> tuple[int, int]:
         row = self._db.execute("SELECT machine, project FROM files WHERE session = ?", (session,)).fetchone()
         return (int(row[0]), int(row[1]))
 
@@ -4854,7 +4830,7 @@ def _example(event: JsonObject) -> JsonObject:
     }
 
 
-def add_usage(one: Optional[ModelUsage], other: ModelUsage) -> ModelUsage:
+def add_usage(one: ModelUsage | None, other: ModelUsage) -> ModelUsage:
     """Add two amounts of one model's tokens."""
     return other if one is None else ModelUsage(one.all + other.all, one.long_prompts + other.long_prompts)
 
@@ -4863,11 +4839,11 @@ class Sums:
     """What is added up for a group: a day, a project, a session …"""
 
     def __init__(self) -> None:
-        self.sessions: Set[int] = set()
+        self.sessions: set[int] = set()
         self.events = self.prompts = self.calls = self.failures = 0
-        self.first: Optional[int] = None
+        self.first: int | None = None
         self.last = 0
-        self.usage: Dict[str, ModelUsage] = {}
+        self.usage: dict[str, ModelUsage] = {}
 
     def add_usage(self, session: int, model: str, used: ModelUsage) -> None:
         """Add what one session used of one model in one quarter of an hour."""
@@ -4888,7 +4864,7 @@ class Sums:
         self.calls += calls
         self.failures += failures
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: Sums) -> None:
         """Add what another group has added up."""
         self.sessions |= other.sessions
         self.events += other.events
@@ -4919,9 +4895,7 @@ class Sums:
 class History:
     """Search and statistics, for any thread: from the index, or from the events when there is none."""
 
-    def __init__(
-        self, store: Union[EventStore, MemoryStore], path: str, prices: Optional[PriceList] = None
-    ) -> None:
+    def __init__(self, store: EventStore | MemoryStore, path: str, prices: PriceList | None = None) -> None:
         self._store = store
         self._prices = prices or PriceList()
         self._indexer = Indexer(store, path) if isinstance(store, EventStore) else None
@@ -4960,7 +4934,7 @@ class History:
     def search(self, query: SearchQuery) -> JsonObject:
         """Return a page of results, newest first; raise SearchError for a search that makes no sense."""
         status = self.status()
-        page: Optional[JsonObject] = None
+        page: JsonObject | None = None
         began_in_files = (query.cursor or "").startswith("s")
         if status["state"] != "off" and not began_in_files:
             try:
@@ -4972,9 +4946,7 @@ class History:
             page = search_page(query, scan_candidates(self._store, query))
         return {**page, "index": status}
 
-    def statistics(
-        self, from_ms: int, to_ms: int, session_id: Optional[str], offset_minutes: int
-    ) -> JsonObject:
+    def statistics(self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int) -> JsonObject:
         """Return the figures of a stretch of time; raise NoStatistics when there is no index to count in."""
         if self._indexer is not None:
             self._indexer.wait_until_open()
@@ -5034,7 +5006,7 @@ _OUTCOME_WORDS = {
 
 
 def export_lines(
-    store: Union[EventStore, MemoryStore], session_id: Optional[str], from_ms: int, to_ms: int
+    store: EventStore | MemoryStore, session_id: str | None, from_ms: int, to_ms: int
 ) -> Iterator[bytes]:
     """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
     files.
@@ -5043,14 +5015,14 @@ def export_lines(
     return (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
 
 
-def _session_lines(store: Union[EventStore, MemoryStore], session_id: str) -> Iterator[bytes]:
+def _session_lines(store: EventStore | MemoryStore, session_id: str) -> Iterator[bytes]:
     after = 0
     while page := store.session_lines(session_id, EXPORT_PAGE_EVENTS, after=after):
         yield from page
         after = line_seq(page[-1])
 
 
-def chosen_lines(store: Union[EventStore, MemoryStore], query: SearchQuery) -> Iterator[bytes]:
+def chosen_lines(store: EventStore | MemoryStore, query: SearchQuery) -> Iterator[bytes]:
     """Yield the stored lines that a query asks for, as they are in the files."""
     only = next(iter(query.session_ids)) if query.session_ids and len(query.session_ids) == 1 else None
     is_one_of_many = query.session_ids is not None and only is None
@@ -5072,7 +5044,7 @@ _TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","ti
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Join lines, each with its newline, into chunks worth sending."""
-    chunk: List[bytes] = []
+    chunk: list[bytes] = []
     size = 0
     for line in lines:
         chunk.append(line + b"\n")
@@ -5088,8 +5060,8 @@ def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
     yield _csv_row(CALL_COLUMNS)
     unnamed = UnnamedCalls()
-    begun: Dict[int, Tuple[CallFact, JsonObject]] = {}
-    ended: Set[int] = set()
+    begun: dict[int, tuple[CallFact, JsonObject]] = {}
+    ended: set[int] = set()
     for event in _readable_events(lines):
         for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
             if fact.key in ended:
@@ -5110,7 +5082,7 @@ def _readable_events(lines: Iterable[bytes]) -> Iterator[JsonObject]:
             yield parse_stored(line)
 
 
-def _note_begun(begun: Dict[int, Tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
+def _note_begun(begun: dict[int, tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
     """Keep of a call that has not ended when it began, and the event that tells most of it."""
     earlier = begun.get(fact.key)
     if earlier is None:
@@ -5119,7 +5091,7 @@ def _note_begun(begun: Dict[int, Tuple[CallFact, JsonObject]], fact: CallFact, e
         begun[fact.key] = (earlier[0]._replace(outcome=fact.outcome), event)
 
 
-def _call_row(fact: CallFact, event: JsonObject, earlier: Optional[CallFact]) -> bytes:
+def _call_row(fact: CallFact, event: JsonObject, earlier: CallFact | None) -> bytes:
     start = earlier.start if earlier else fact.start
     duration = fact.duration
     if duration is None and earlier is not None and fact.finish is not None:
@@ -5176,16 +5148,16 @@ RETENTION_INTERVAL_S = 60.0
 class RetentionPlan(NamedTuple):
     """What is to be deleted, and what there is; sizes in bytes."""
 
-    paths: Tuple[str, ...]  # event files
+    paths: tuple[str, ...]  # event files
     size: int  # of these files
     total: int  # of every file of ours
     events: int  # of all event files
     index_size: int
-    oldest_day: Optional[str]  # that stays
-    closed_days: Tuple[str, ...]  # to which no event can come any more
+    oldest_day: str | None  # that stays
+    closed_days: tuple[str, ...]  # to which no event can come any more
 
     @property
-    def days(self) -> List[str]:
+    def days(self) -> list[str]:
         """Return the days that lose files."""
         return sorted({os.path.basename(os.path.dirname(path)) for path in self.paths})
 
@@ -5197,7 +5169,7 @@ class RetentionPlan(NamedTuple):
 
 
 def plan_retention(
-    home: str, time_ms: int, days: Optional[int], limit_bytes: Optional[int], kept_names: FrozenSet[str]
+    home: str, time_ms: int, days: int | None, limit_bytes: int | None, kept_names: frozenset[str]
 ) -> RetentionPlan:
     """Choose what goes: what is older than `days`, then more, until everything of ours is within the limit.
 
@@ -5212,7 +5184,7 @@ def plan_retention(
     with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
-    paths: List[str] = []
+    paths: list[str] = []
     size, left, oldest = 0, float(total), None
     for day, files in sizes.items():
         is_over = limit_bytes is not None and left > limit_bytes
@@ -5238,7 +5210,7 @@ def arrived_first(store: EventStore, day: str, later_days: Sequence[str]) -> boo
     return all(first_seq(path) > last for later in later_days for path in store.day_paths(later)[:1])
 
 
-def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
+def carry_out(home: str, plan: RetentionPlan) -> frozenset[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
     if plan.paths:
         remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
@@ -5254,7 +5226,7 @@ def carry_out(home: str, plan: RetentionPlan) -> FrozenSet[str]:
     return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
 
 
-def files_to_pack(root: str, time_ms: int, days: int) -> List[str]:
+def files_to_pack(root: str, time_ms: int, days: int) -> list[str]:
     """Return the plain files of days that were closed at least `days` days ago."""
     last = day_of(time_ms - days * 86_400_000)
     return [
@@ -5291,13 +5263,13 @@ class DiskUse:
     For the loop thread.
     """
 
-    def __init__(self, limit_bytes: Optional[int]) -> None:
+    def __init__(self, limit_bytes: int | None) -> None:
         self.events_added = 0  # bytes since the start, less what the user deleted
         self._limit_bytes = limit_bytes
-        self._plan: Optional[RetentionPlan] = None
+        self._plan: RetentionPlan | None = None
         self._deleted = 0
         self._added_before = 0
-        self._error: Optional[str] = None
+        self._error: str | None = None
 
     def measured(self, plan: RetentionPlan, was_carried_out: bool, events_added: int) -> None:
         """Take what a plan has measured; `events_added` is from when it began to."""
@@ -5308,7 +5280,7 @@ class DiskUse:
         """Note why nothing can be measured or deleted."""
         self._error = words
 
-    def to_json(self, index_size: int) -> Optional[JsonObject]:
+    def to_json(self, index_size: int) -> JsonObject | None:
         """Return what the status shows, None before the first measurement; `index_size` is that of now."""
         plan = self._plan
         if plan is None:
@@ -5338,10 +5310,10 @@ class EventCounts:
     """Counts of events, failures and durations since the start; for the loop thread."""
 
     def __init__(self) -> None:
-        self.events: Dict[Tuple[str, str], int] = {}  # (machine, our type) → events
-        self.failures: Dict[str, int] = {}  # tool → calls that failed
-        self.durations: Dict[str, List[int]] = {}  # tool → calls in each bucket, the last one without end
-        self.duration_sums_ms: Dict[str, float] = {}
+        self.events: dict[tuple[str, str], int] = {}  # (machine, our type) → events
+        self.failures: dict[str, int] = {}  # tool → calls that failed
+        self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last one without end
+        self.duration_sums_ms: dict[str, float] = {}
 
     def note(self, event: JsonObject) -> None:
         """Count one event."""
@@ -5367,10 +5339,10 @@ class MetricsText:
     """Write metrics one after the other."""
 
     def __init__(self) -> None:
-        self._lines: List[str] = []
+        self._lines: list[str] = []
 
     def add(
-        self, name: str, kind: str, about: str, values: Iterable[Tuple[Mapping[str, str], float]]
+        self, name: str, kind: str, about: str, values: Iterable[tuple[Mapping[str, str], float]]
     ) -> None:
         """Add one metric with its values by labels; one without values is left out."""
         lines = [_sample(name, labels, value) for labels, value in values]
@@ -5453,7 +5425,7 @@ def metrics_text(
     return text.encode()
 
 
-def _single_metrics(status: JsonObject, queues: QueueFigures) -> Iterator[Tuple[str, str, str, float]]:
+def _single_metrics(status: JsonObject, queues: QueueFigures) -> Iterator[tuple[str, str, str, float]]:
     """Yield (name, kind, words, value) of what has no labels."""
     events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
     yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
@@ -5494,7 +5466,7 @@ class Timer:
     """A call that the loop makes later; `cancel` takes it back."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Optional[Callable[[], None]] = callback
+        self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
         """Take the call back; harmless when it has been made."""
@@ -5510,11 +5482,11 @@ class EventLoop:
     def __init__(self) -> None:
         self.turn_end: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
-        self._timers: List[Tuple[float, int, Timer]] = []  # heap of (time.monotonic, number, timer)
+        self._timers: list[tuple[float, int, Timer]] = []  # heap of (time.monotonic, number, timer)
         self._timer_numbers = itertools.count()
-        self._calls: Deque[Callable[[], None]] = collections.deque()  # appended by any thread
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()  # appended by any thread
         self._running = False
-        self._thread: Optional[threading.Thread] = None
+        self._thread: threading.Thread | None = None
         self._wake_reader, self.wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
@@ -5560,7 +5532,7 @@ class EventLoop:
         """Run `function` in the loop thread and return its result to another thread; raise TimeoutError."""
         if threading.current_thread() is self._thread:
             return function()
-        future: "concurrent.futures.Future[Any]" = concurrent.futures.Future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:
             try:
@@ -5592,7 +5564,7 @@ class EventLoop:
         self.wake_writer.close()
 
     def _turn(self) -> None:
-        timeout: Optional[float] = None
+        timeout: float | None = None
         if self._calls:
             timeout = 0
         elif self._timers:
@@ -5667,13 +5639,13 @@ class LineSplitter:
 
     def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._pieces: List[bytes] = []  # of the line that is not finished
+        self._pieces: list[bytes] = []  # of the line that is not finished
         self._size = 0
         self._discarding = False  # the rest of a line that was too long
 
-    def feed(self, data: bytes) -> List[Union[bytes, TooLong]]:
+    def feed(self, data: bytes) -> list[bytes | TooLong]:
         """Take bytes; return the lines they finished, without newlines and without empty ones."""
-        lines: List[Union[bytes, TooLong]] = []
+        lines: list[bytes | TooLong] = []
         *finished, rest = data.split(b"\n")
         for piece in finished:
             self._add(piece, lines)
@@ -5685,7 +5657,7 @@ class LineSplitter:
             self._add(rest, lines)
         return lines
 
-    def _add(self, piece: bytes, lines: List[Union[bytes, TooLong]]) -> None:
+    def _add(self, piece: bytes, lines: list[bytes | TooLong]) -> None:
         if self._discarding:
             return
         self._pieces.append(piece)
@@ -5702,8 +5674,8 @@ class IngestConnection:
         self,
         loop: EventLoop,
         sock: socket.socket,
-        received: Callable[["IngestConnection", Union[bytes, TooLong]], None],
-        closed: Callable[["IngestConnection"], None],
+        received: Callable[[IngestConnection, bytes | TooLong], None],
+        closed: Callable[[IngestConnection], None],
     ) -> None:
         self.sock = sock
         self._loop = loop
@@ -5770,15 +5742,15 @@ class Client:
         self.sock = sock
         self.head = b""  # of the opening handshake, as far as it came
         self.is_open = False  # the handshake is done
-        self.parser: Optional[FrameParser] = None  # while a message of the client is coming in
-        self.queue: List[memoryview] = []
+        self.parser: FrameParser | None = None  # while a message of the client is coming in
+        self.queue: list[memoryview] = []
         self.queued_bytes = 0
         self.answer_bytes = 0  # of those: at most this many are answers to its own requests
         self.unanswered_pings = 0
         self.closing = False  # our close frame is queued or sent: nothing may follow it
         self.peer_closed = False  # its close frame came: the TCP connection ends once ours is out
-        self.view: Optional[str] = None  # "full" or "rows" once subscribed
-        self.session_ids: Optional[Set[str]] = None  # None: all
+        self.view: str | None = None  # "full" or "rows" once subscribed
+        self.session_ids: set[str] | None = None  # None: all
         self.show_hidden = False
 
     def wants(self, session_id: str) -> bool:
@@ -5804,7 +5776,7 @@ class ClientServer:
         connection_limit: int,
         queue_limit_bytes: int,
     ) -> None:
-        self.clients: Dict[socket.socket, Client] = {}
+        self.clients: dict[socket.socket, Client] = {}
         self.closed_slow = 0  # clients that did not read, since the start
         self._loop = loop
         self._admit = admit
@@ -5861,8 +5833,8 @@ class ClientServer:
         """
         if not stored and not frames_for_all:
             return
-        frames: Dict[str, List[bytes]] = {}
-        joined: Dict[str, bytes] = {}
+        frames: dict[str, list[bytes]] = {}
+        joined: dict[str, bytes] = {}
         for client in list(self.clients.values()):
             view = client.view
             if view is None:
@@ -6050,7 +6022,7 @@ class ClientServer:
             self._gone(client)
 
 
-def event_frames(stored: Iterable[StoredEvent], view: str) -> List[bytes]:
+def event_frames(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
     """Encode each event's message for a view; the full view carries the very bytes that were stored."""
     opcode = Opcode.TEXT  # looking it up for each event takes half as long as the head itself
     messages = [
@@ -6105,7 +6077,7 @@ class RemoteLine(NamedTuple):
     """
 
     line: bytes
-    position: Optional[str]
+    position: str | None
 
     @property
     def is_marker(self) -> bool:
@@ -6113,7 +6085,7 @@ class RemoteLine(NamedTuple):
         return not self.line and self.position is not None
 
 
-def position_key(position: str) -> Tuple[int, int]:
+def position_key(position: str) -> tuple[int, int]:
     """Return what stream ids are ordered by: the time in ms of the clock of Redis, then a number."""
     time_part, _, number = position.partition("-")
     return int(time_part), int(number or 0)
@@ -6136,7 +6108,7 @@ class Inbox:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._items: Deque[RemoteLine] = collections.deque()
+        self._items: collections.deque[RemoteLine] = collections.deque()
         self.size = 0  # bytes
         self._awaited = True  # the loop has seen it empty and wants to be woken
 
@@ -6152,7 +6124,7 @@ class Inbox:
             wake()
         return True
 
-    def head(self, count: int) -> List[RemoteLine]:
+    def head(self, count: int) -> list[RemoteLine]:
         """Return the first items; after an empty list `put` wakes the loop again."""
         with self._lock:
             self._awaited = not self._items
@@ -6224,7 +6196,7 @@ class Subscription(threading.Thread):
             if self.confirmed and now >= self._next_look:
                 self._look_into_stream()
 
-    def _take(self, message: Dict[str, Any]) -> None:
+    def _take(self, message: dict[str, Any]) -> None:
         if message["type"] == "subscribe":
             self._link.subscribed(self)
             self._catch_up()
@@ -6343,15 +6315,15 @@ class RedisLink:
         self._position = self._load_position()  # stored up to here
         self._saved_position = self._position
         self._inbox = Inbox(INBOX_LIMIT_BYTES)
-        self._subscription: Optional[Subscription] = None
+        self._subscription: Subscription | None = None
         self._failures = 0  # in a row
-        self._retry: Optional[Timer] = None
-        self._retry_at: Optional[int] = None  # ms
+        self._retry: Timer | None = None
+        self._retry_at: int | None = None  # ms
         self._state = "connecting"
-        self._reason: Optional[str] = None
+        self._reason: str | None = None
         self._since = now_ms()
-        self._stream_reason: Optional[str] = None
-        self._heard_ms: Optional[int] = None
+        self._stream_reason: str | None = None
+        self._heard_ms: int | None = None
         self._gaps = 0
         self._by_channel = 0
         self._by_stream = 0
@@ -6443,7 +6415,7 @@ class RedisLink:
         log.warning("Redis: attempt %d%s: %s; next in %.1f s", self._failures, of, reason, delay_s)
         self._enter("waiting", reason)
 
-    def _enter(self, state: str, reason: Optional[str]) -> None:
+    def _enter(self, state: str, reason: str | None) -> None:
         if state != self._state:
             self._since = now_ms()
         self._state, self._reason = state, reason
@@ -6460,7 +6432,7 @@ class RedisLink:
         )
         self._enter("connected", None)
 
-    def _note_stream(self, subscription: Subscription, reason: Optional[str]) -> None:
+    def _note_stream(self, subscription: Subscription, reason: str | None) -> None:
         if subscription is not self._subscription or reason == self._stream_reason:
             return
         self._stream_reason = reason
@@ -6543,7 +6515,7 @@ class RedisLink:
         """Note a confirmation of the subscription."""
         self._loop.call_soon(lambda: self._note_subscribed(subscription))
 
-    def stream_read(self, subscription: Subscription, error: Optional[BaseException]) -> None:
+    def stream_read(self, subscription: Subscription, error: BaseException | None) -> None:
         """Note that the stream was read, or why not."""
         reason = emit_event.redis_trouble(error, self.values) if error else None
         if reason != self._stream_reason:
@@ -6627,11 +6599,11 @@ class Access:
                 return name
         raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    def _is_allowed(self, host: str, name: str, given_port: Optional[int], port: int) -> bool:
+    def _is_allowed(self, host: str, name: str, given_port: int | None, port: int) -> bool:
         """Tell whether server.allowedHosts has it: with this very port, or without one for the usual ones."""
         return host in self._allowed or (name in self._allowed and given_port in (None, 80, 443, port))
 
-    def _is_own(self, name: str, given_port: Optional[int], port: int) -> bool:
+    def _is_own(self, name: str, given_port: int | None, port: int) -> bool:
         is_ours = is_loopback(name) or name.strip("[]") in self._own_names
         return is_ours and (80 if given_port is None else given_port) == port
 
@@ -6662,7 +6634,7 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
     return peer_user(peer, local) == os.getuid()
 
 
-def peer_user(peer: Tuple[Any, ...], local: Tuple[Any, ...]) -> Optional[int]:
+def peer_user(peer: tuple[Any, ...], local: tuple[Any, ...]) -> int | None:
     """Look up the user of the other end of a loopback connection in /proc/net/tcp.
 
     None if it is not there.
@@ -6683,7 +6655,7 @@ def peer_user(peer: Tuple[Any, ...], local: Tuple[Any, ...]) -> Optional[int]:
     return None
 
 
-def _proc_address(address: Tuple[Any, ...]) -> Dict[str, str]:
+def _proc_address(address: tuple[Any, ...]) -> dict[str, str]:
     """Write an address as both tables of /proc/net do: 32-bit words in machine byte order, port in hex."""
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     v4 = ip if ip.version == 4 else getattr(ip, "ipv4_mapped", None)
@@ -6711,7 +6683,7 @@ def read_token(path: str) -> str:
     return token
 
 
-def own_addresses(host: str) -> List[str]:
+def own_addresses(host: str) -> list[str]:
     """List the names and addresses under which a server bound to `host` can be reached."""
     if host not in ("0.0.0.0", "::", ""):
         return [host]
@@ -6733,9 +6705,9 @@ class Response:
     """What a handler answers; `body` is bytes, or an iterator of bytes that is sent as it comes."""
 
     status: int
-    body: Union[bytes, Iterator[bytes]]
+    body: bytes | Iterator[bytes]
     content_type: str = "application/json"
-    headers: Tuple[Tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -6757,12 +6729,12 @@ class Query:
     def __init__(self, text: str) -> None:
         self._values = urllib.parse.parse_qs(text, keep_blank_values=True)
 
-    def text(self, name: str) -> Optional[str]:
+    def text(self, name: str) -> str | None:
         """Return a parameter; None when it is missing."""
         values = self._values.get(name)
         return values[-1] if values else None
 
-    def integer(self, name: str, default: Optional[int], low: int, high: int) -> Optional[int]:
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
         """Return an integer parameter within its bounds."""
         text = self.text(name)
         if text is None:
@@ -6781,9 +6753,9 @@ class Api:
 
     def __init__(
         self,
-        store: Union[EventStore, MemoryStore],
+        store: EventStore | MemoryStore,
         ask: Callable[[Callable[[], Any]], Any],
-        state: "ApiState",
+        state: ApiState,
         history: History,
         take: Callable[[bytes], bool],
     ) -> None:
@@ -6831,12 +6803,12 @@ class Api:
         limit, before, _ = self._page(query)
         return self._events_response(self._store.recent_lines(limit + 1, before), limit, from_start=False)
 
-    def _page(self, query: Query) -> Tuple[int, Optional[int], Optional[int]]:
+    def _page(self, query: Query) -> tuple[int, int | None, int | None]:
         limit = query.integer("limit", 100, 1, self.LIMIT) or 100
         return limit, query.integer("before", None, 0, 1 << 53), query.integer("after", None, 0, 1 << 53)
 
     @staticmethod
-    def _events_response(lines: List[bytes], limit: int, from_start: bool) -> Response:
+    def _events_response(lines: list[bytes], limit: int, from_start: bool) -> Response:
         more = len(lines) > limit
         page = (lines[:limit] if from_start else lines[-limit:]) if more else lines
         body = b'{"events":[' + b",".join(page) + b'],"more":' + (b"true}" if more else b"false}")
@@ -6903,7 +6875,7 @@ class Api:
     def _metrics(self, _query: Query, _body: bytes) -> Response:
         return Response(200, self._ask(self._state.metrics), "text/plain; version=0.0.4; charset=utf-8")
 
-    ROUTES: Tuple[Tuple[str, str, Callable[..., Response]], ...] = (
+    ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
         ("GET", r"/health", _health),
         ("GET", r"/api/status", _status),
         ("GET", r"/api/config", _config),
@@ -6935,10 +6907,10 @@ class ApiState(Protocol):
     def session_json(self, session_id: str) -> JsonObject:
         """Return one session; raise RequestError(404), or 503 while it is being loaded."""
 
-    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+    def sessions_in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
 
-    def labels(self) -> Dict[str, str]:
+    def labels(self) -> dict[str, str]:
         """Return the label of every session."""
 
     def metrics(self) -> bytes:
@@ -7017,7 +6989,7 @@ class Page:
         self._path = os.path.join(folder, "index.html")
         self._ws_port = ws_port
         self._lock = threading.Lock()
-        self._key: Optional[Tuple[int, int, int]] = None  # of the file as it was read: inode, size, time
+        self._key: tuple[int, int, int] | None = None  # of the file as it was read: inode, size, time
         self._body = b""
         self._sources = ""
 
@@ -7038,7 +7010,7 @@ class Page:
     def _refresh(self) -> None:
         try:
             about = os.stat(self._path)
-            key: Optional[Tuple[int, int, int]] = (about.st_ino, about.st_size, about.st_mtime_ns)
+            key: tuple[int, int, int] | None = (about.st_ino, about.st_size, about.st_mtime_ns)
         except OSError:
             key = None
         if key == self._key and self._body:
@@ -7082,7 +7054,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.api = api
         self._places = threading.BoundedSemaphore(connection_limit)
         self._lock = threading.Lock()
-        self._awaited: Dict[socket.socket, float] = {}  # connection whose request comes in → deadline
+        self._awaited: dict[socket.socket, float] = {}  # connection whose request comes in → deadline
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
@@ -7235,7 +7207,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self._send_body(response.body)
 
-    def _ends_of(self, body: Union[bytes, Iterator[bytes]]) -> List[Tuple[str, str]]:
+    def _ends_of(self, body: bytes | Iterator[bytes]) -> list[tuple[str, str]]:
         """Return the headers that tell where the body ends, and whether the connection does too."""
         headers = []
         if isinstance(body, bytes):
@@ -7248,7 +7220,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             headers.append(("Connection", "close"))
         return headers
 
-    def _send_body(self, body: Union[bytes, Iterator[bytes]]) -> None:
+    def _send_body(self, body: bytes | Iterator[bytes]) -> None:
         if isinstance(body, bytes):
             self.wfile.write(body)
         elif self.request_version == "HTTP/1.0":
@@ -7257,7 +7229,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.writelines(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
             self.wfile.write(b"0\r\n\r\n")
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what BaseHTTPRequestHandler refuses in our form."""
         self.close_connection = True
         self.request_version = "HTTP/1.1"
@@ -7317,9 +7289,9 @@ class StoredIds:
 
     LIMIT = 100_000  # ids
 
-    def __init__(self, store: Union[EventStore, MemoryStore]) -> None:
+    def __init__(self, store: EventStore | MemoryStore) -> None:
         self._store = store
-        self._known: Dict[str, Set[str]] = {}  # session → ids
+        self._known: dict[str, set[str]] = {}  # session → ids
         self._read_seq = 0  # the store's number when the first of them was read
 
     def has(self, session_id: str, event_id: str) -> bool:
@@ -7354,7 +7326,7 @@ class Incoming(NamedTuple):
 
     line: bytes
     via: Via
-    sent_ms: Optional[int]
+    sent_ms: int | None
 
 
 class ClockWatch:
@@ -7398,7 +7370,7 @@ class Arrival(NamedTuple):
     """One line that came in, and the connection that waits for its acknowledgement (None: the spool)."""
 
     line: bytes
-    connection: Optional[IngestConnection]
+    connection: IngestConnection | None
 
 
 class HookPort:
@@ -7408,15 +7380,12 @@ class HookPort:
     """
 
     def __init__(
-        self,
-        loop: EventLoop,
-        path: str,
-        received: Callable[[IngestConnection, Union[bytes, TooLong]], None],
+        self, loop: EventLoop, path: str, received: Callable[[IngestConnection, bytes | TooLong], None]
     ) -> None:
         self._loop = loop
         self._path = path
         self._received = received
-        self._connections: Set[IngestConnection] = set()
+        self._connections: set[IngestConnection] = set()
         otherwise = (
             f"another monitor uses {path} (pid {{pid}}); `kill {{pid}}` ends it, or choose another socketPath"
         )
@@ -7523,8 +7492,8 @@ class SpoolDrain:
 class Telling:
     """Sessions that are told their stored events together, in a book of their own until all is told."""
 
-    names: FrozenSet[str]  # of their files
-    book: Optional[SessionBook] = None  # None: not begun
+    names: frozenset[str]  # of their files
+    book: SessionBook | None = None  # None: not begun
     steps: Iterator[None] = iter(())
 
 
@@ -7538,7 +7507,7 @@ class Loader:
 
     def __init__(
         self,
-        store: Union[EventStore, MemoryStore],
+        store: EventStore | MemoryStore,
         book: SessionBook,
         seen: SeenIds,
         loaded: Callable[[Iterable[Session]], None],
@@ -7548,11 +7517,11 @@ class Loader:
         self._book = book
         self._seen = seen
         self._loaded = loaded
-        self._queue: List[Telling] = []  # the next one last
-        self._held: Dict[str, Telling] = {}  # file name → the telling that is still to be done
-        self._touched: Set[str] = set()  # file names of held sessions that got live events
-        self._points: Set[LinkPoint] = set()
-        self._together: Dict[str, FrozenSet[str]] = {}  # file name → those it was told together with
+        self._queue: list[Telling] = []  # the next one last
+        self._held: dict[str, Telling] = {}  # file name → the telling that is still to be done
+        self._touched: set[str] = set()  # file names of held sessions that got live events
+        self._points: set[LinkPoint] = set()
+        self._together: dict[str, frozenset[str]] = {}  # file name → those it was told together with
         last_seqs = store.last_seqs()
         store.seq = max([store.seq, *last_seqs.values()])
         self._recent_seq = store.seq - REMEMBERED_IDS // 2
@@ -7562,7 +7531,7 @@ class Loader:
         book.complete = not last_seqs
 
     @property
-    def progress(self) -> Optional[JsonObject]:
+    def progress(self) -> JsonObject | None:
         """Return how many sessions are complete, of how many; None when all are."""
         return {"done": self._total - len(self._held), "total": self._total} if self._held else None
 
@@ -7606,12 +7575,12 @@ class Loader:
                 log.error("stored events cannot be read: %s", error)
             self._finish(telling.names, telling.book)
 
-    def _enqueue(self, names: FrozenSet[str]) -> None:
+    def _enqueue(self, names: frozenset[str]) -> None:
         telling = Telling(names)
         self._queue.append(telling)
         self._held.update(dict.fromkeys(names, telling))
 
-    def _steps(self, names: FrozenSet[str], book: SessionBook) -> Iterator[None]:
+    def _steps(self, names: frozenset[str], book: SessionBook) -> Iterator[None]:
         """Tell sessions all that is stored, one event a step; also what is stored meanwhile."""
         told_seq = 0
         while not told_seq or names & self._touched:
@@ -7637,7 +7606,7 @@ class Loader:
             if line_seq(line) > self._recent_seq:
                 self._seen.add(event["id"])
 
-    def _finish(self, names: FrozenSet[str], book: SessionBook) -> None:
+    def _finish(self, names: frozenset[str], book: SessionBook) -> None:
         """Let sessions appear whose events are all told; look for links now and then, and at the end."""
         self._queue.pop()
         for name in names:
@@ -7695,7 +7664,7 @@ class UsageCatchUp:
 
     def __init__(self, usage: emit_event.UsageReader) -> None:
         self._usage = usage
-        self._behind: Dict[str, Behind] = {}  # by session
+        self._behind: dict[str, Behind] = {}  # by session
 
     def note(self, event: JsonObject) -> None:
         """Take note of how far the transcripts of an event's session were read."""
@@ -7709,7 +7678,7 @@ class UsageCatchUp:
             paths = {name: data.get(name) for name in ("transcriptPath", "agent_transcript_path")}
             self._behind[session_id] = Behind({**event, "data": {**paths, "usage": usage}}, 0)
 
-    def read_on(self) -> Optional[JsonObject]:
+    def read_on(self) -> JsonObject | None:
         """Read on for one session; return an event with its totals when they are complete."""
         if not self._behind:
             return None
@@ -7732,11 +7701,11 @@ class UsageCatchUp:
 class Intake:
     """Make events of the lines that come in, store each once, and know what came from which machine."""
 
-    def __init__(self, settings: Settings, store: Union[EventStore, MemoryStore]) -> None:
+    def __init__(self, settings: Settings, store: EventStore | MemoryStore) -> None:
         self.received = 0
         self.duplicates = 0
         self.quarantine = Quarantine(settings.path("quarantine.log"))
-        self.machines: Dict[str, Machine] = {}
+        self.machines: dict[str, Machine] = {}
         self.seen = SeenIds()
         self._store = store
         self._stored_ids = StoredIds(store)
@@ -7754,17 +7723,17 @@ class Intake:
             return received_ms - (incoming.sent_ms or 0) > LATE_MS
         return incoming.via is Via.SPOOL
 
-    def take(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+    def take(self, lines: Sequence[Incoming]) -> tuple[list[bool], list[StoredEvent]]:
         """Store the events of a batch of lines.
 
         Returns for each line whether nothing more need be done about it, and what was stored.
         """
         received_ms = now_ms()
-        events: List[JsonObject] = []
-        encoded: List[bytes] = []
-        sources: List[Incoming] = []  # for each event the line that it came in
-        places: List[Optional[int]] = []  # for each line its place in events; None: nothing to store
-        batch_ids: Set[str] = set()
+        events: list[JsonObject] = []
+        encoded: list[bytes] = []
+        sources: list[Incoming] = []  # for each event the line that it came in
+        places: list[int | None] = []  # for each line its place in events; None: nothing to store
+        batch_ids: set[str] = set()
         for incoming in lines:
             self.received += 1
             event, text = self._event_of(incoming, received_ms)
@@ -7807,7 +7776,7 @@ class Intake:
             log.info("%d events from machine %s since the start", machine.events, name)
         self._usage.close()
 
-    def _event_of(self, incoming: Incoming, received_ms: int) -> Tuple[Optional[JsonObject], bytes]:
+    def _event_of(self, incoming: Incoming, received_ms: int) -> tuple[JsonObject | None, bytes]:
         """Parse, build, redact and encode one event; what is none goes to the quarantine."""
         remote = incoming.via in (Via.CHANNEL, Via.STREAM)
         if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
@@ -7878,7 +7847,7 @@ class SessionFeed:
         self._loop = loop
         self._book = book
         self._clients = clients
-        self._changed: Dict[str, Session] = {}  # sessions whose update is still to be sent
+        self._changed: dict[str, Session] = {}  # sessions whose update is still to be sent
         self._updates_due = False
 
     def note(self, sessions: Iterable[Session]) -> None:
@@ -7957,8 +7926,8 @@ class Retention:
         settings: Settings,
         loop: EventLoop,
         clock: ClockWatch,
-        pinned: Callable[[], FrozenSet[str]],
-        removed: Callable[[FrozenSet[str]], None],
+        pinned: Callable[[], frozenset[str]],
+        removed: Callable[[frozenset[str]], None],
     ) -> None:
         megabytes = settings["retention.maxMegabytes"]
         self.disk = DiskUse(megabytes and megabytes << 20)
@@ -8015,7 +7984,7 @@ class Retention:
         if paths:
             log.info("%d files of closed days are packed", len(paths))
 
-    def _pruned(self, plan: RetentionPlan, gone: FrozenSet[str], dry_run: bool) -> None:
+    def _pruned(self, plan: RetentionPlan, gone: frozenset[str], dry_run: bool) -> None:
         if plan.paths and not dry_run:
             days, size = plan.days, human_size(plan.size)
             log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
@@ -8091,7 +8060,7 @@ class Conversation:
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
         client.view, client.session_ids = view, wanted
-        missed: List[bytes] = []
+        missed: list[bytes] = []
         resync = since is not None and (
             since > self._monitor.store.seq or self._monitor.store.seq - since > CATCH_UP_EVENTS
         )
@@ -8144,7 +8113,7 @@ class Conversation:
         self._read(client, message, read)
 
     @staticmethod
-    def _page_of(message: JsonObject) -> Tuple[int, Optional[int]]:
+    def _page_of(message: JsonObject) -> tuple[int, int | None]:
         limit = _integer_field(message, "limit", 100) or 100
         return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
 
@@ -8275,7 +8244,7 @@ class Conversation:
             dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
         )
 
-    HANDLERS: Dict[str, Callable[["Conversation", Client, JsonObject], None]] = {
+    HANDLERS: dict[str, Callable[[Conversation, Client, JsonObject], None]] = {
         "subscribe": _on_subscribe,
         "unsubscribe": _on_unsubscribe,
         "get_sessions": _on_get_sessions,
@@ -8359,11 +8328,11 @@ class Overview:
             "demo": any(session.demo for session in self._monitor.book.sessions.values()),
         }
 
-    def sessions_in_state(self, state: str) -> FrozenSet[str]:
+    def sessions_in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
         return self._monitor.book.in_state(state)
 
-    def labels(self) -> Dict[str, str]:
+    def labels(self) -> dict[str, str]:
         """Return the label of every session."""
         return {session.session_id: session.label[0] for session in self._monitor.book.sessions.values()}
 
@@ -8416,7 +8385,7 @@ class Overview:
             raise RequestError(404, "no session with this id is known")
         return self._monitor.book.to_json(session)
 
-    def news(self) -> Optional[JsonObject]:
+    def news(self) -> JsonObject | None:
         """Return the status when more than its counters changed since the last time, else None."""
         status = self.status()
         steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
@@ -8451,15 +8420,15 @@ class Monitor:
         self.started_at = now_ms()
         self._clock = ClockWatch()
         self.book = session_book(settings)
-        self.store: Union[EventStore, MemoryStore] = (
+        self.store: EventStore | MemoryStore = (
             EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
         )
         self.intake = Intake(settings, self.store)
         self.stored = 0  # events since the start
         self.counts = EventCounts()
-        self.store_error: Optional[str] = None  # as it was told last
-        self._arrivals: List[Arrival] = []  # of this turn
-        self._alive_ms: Dict[str, int] = {}  # session → when its process was last seen
+        self.store_error: str | None = None  # as it was told last
+        self._arrivals: list[Arrival] = []  # of this turn
+        self._alive_ms: dict[str, int] = {}  # session → when its process was last seen
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
         self.retention = Retention(settings, self.loop, self._clock, self._pinned_files, self._removed)
@@ -8513,8 +8482,8 @@ class Monitor:
     def _connect_sources(self) -> None:
         """Read our own spool, or, with Redis, what everybody's publishers send there."""
         self._bring_back_unsaved()
-        self.spool: Optional[SpoolDrain] = None
-        self.redis: Optional[RedisLink] = None
+        self.spool: SpoolDrain | None = None
+        self.redis: RedisLink | None = None
         if self.settings["mode"] == "local":
             self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
             return
@@ -8601,7 +8570,7 @@ class Monitor:
 
     # Events that come in
 
-    def _line_arrived(self, connection: IngestConnection, line: Union[bytes, TooLong]) -> None:
+    def _line_arrived(self, connection: IngestConnection, line: bytes | TooLong) -> None:
         if isinstance(line, TooLong):
             self.intake.take_too_long(line)
             connection.acknowledge(1)
@@ -8621,8 +8590,8 @@ class Monitor:
     @staticmethod
     def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
         """Acknowledge what is safe; close the connection of what could not be stored."""
-        counts: Dict[IngestConnection, int] = {}
-        failed: Set[IngestConnection] = set()
+        counts: dict[IngestConnection, int] = {}
+        failed: set[IngestConnection] = set()
         for arrival, is_safe in zip(arrivals, safe):
             connection = arrival.connection
             if connection is None or connection in failed:
@@ -8695,13 +8664,13 @@ class Monitor:
         if event is not None and event["sessionId"] in self.book.sessions:  # it may be deleted by now
             self.take_now(encode_json(event))
 
-    def _store_lines(self, lines: Sequence[Incoming]) -> List[bool]:
+    def _store_lines(self, lines: Sequence[Incoming]) -> list[bool]:
         """Store and show a batch of lines; return for each whether nothing more need be done about it."""
         safe, stored = self._store(lines)
         self._show(stored)
         return safe
 
-    def _store(self, lines: Sequence[Incoming]) -> Tuple[List[bool], List[StoredEvent]]:
+    def _store(self, lines: Sequence[Incoming]) -> tuple[list[bool], list[StoredEvent]]:
         """Store a batch of lines; return for each whether nothing more need be done, and the new events."""
         self._follow_clock()
         safe, stored = self.intake.take(lines)
@@ -8713,7 +8682,7 @@ class Monitor:
         if not stored:
             return
         self.stored += len(stored)
-        changed: List[Session] = []
+        changed: list[Session] = []
         self.retention.disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
             self.counts.note(entry.event)
@@ -8722,7 +8691,7 @@ class Monitor:
         self.clients.broadcast_events(stored, self.feed.take())
         self.history.grown(stored)
 
-    def _take_into_account(self, event: JsonObject) -> Tuple[Session, ...]:
+    def _take_into_account(self, event: JsonObject) -> tuple[Session, ...]:
         """Let an event change its session, and return it; whatever a stored event does, it stops nothing."""
         if self.loader.takes(event):
             return ()
@@ -8759,7 +8728,7 @@ class Monitor:
         if status is not None:
             self.clients.broadcast_json({"type": "status", **status})
 
-    def _end_sessions_whose_process_is_gone(self) -> List[Session]:
+    def _end_sessions_whose_process_is_gone(self) -> list[Session]:
         return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
 
     def _look_after_files(self) -> None:
@@ -8806,12 +8775,12 @@ class Monitor:
 
     # What retention asks and tells
 
-    def _pinned_files(self) -> FrozenSet[str]:
+    def _pinned_files(self) -> frozenset[str]:
         return frozenset(
             session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
         )
 
-    def _removed(self, names: FrozenSet[str]) -> None:
+    def _removed(self, names: frozenset[str]) -> None:
         """Let go of sessions that have no events left; look, too, at what was removed or added by hand."""
         self.history.look_again()
         for session in list(self.book.sessions.values()):
@@ -8821,7 +8790,7 @@ class Monitor:
         self.feed.send_soon()
 
 
-def retention_plan(settings: Settings, kept_names: FrozenSet[str], time_ms: int) -> RetentionPlan:
+def retention_plan(settings: Settings, kept_names: frozenset[str], time_ms: int) -> RetentionPlan:
     """Return what the configuration says is to be deleted at this time."""
     limit = settings["retention.maxMegabytes"]
     return plan_retention(
@@ -8840,8 +8809,8 @@ def session_book(settings: Settings) -> SessionBook:
 
 
 def end_sessions_without_process(
-    book: SessionBook, machine_id: str, alive_ms: Dict[str, int]
-) -> List[Session]:
+    book: SessionBook, machine_id: str, alive_ms: dict[str, int]
+) -> list[Session]:
     """End the sessions of this machine whose client is no longer there: a kill fires no hook.
 
     `alive_ms` is kept here: session → when its process was last seen. A process may have gone long before
@@ -8874,14 +8843,14 @@ def _text_field(message: JsonObject, name: str) -> str:
     return value
 
 
-def _text_list(message: JsonObject, name: str) -> List[str]:
+def _text_list(message: JsonObject, name: str) -> list[str]:
     value = message.get(name)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise MessageError(f"{name}: expected a list of texts")
     return value
 
 
-def _integer_field(message: JsonObject, name: str, default: Optional[int]) -> Optional[int]:
+def _integer_field(message: JsonObject, name: str, default: int | None) -> int | None:
     value = message.get(name)
     if value is None:
         return default
@@ -8890,7 +8859,7 @@ def _integer_field(message: JsonObject, name: str, default: Optional[int]) -> Op
     return value
 
 
-def _page_reply(lines: List[bytes], limit: int, view: Optional[str]) -> JsonObject:
+def _page_reply(lines: list[bytes], limit: int, view: str | None) -> JsonObject:
     """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is
     more.
     """
@@ -8960,7 +8929,7 @@ def unlock_file(path: str, fd: int) -> None:
     os.close(fd)
 
 
-def lock_holder(path: str) -> Optional[int]:
+def lock_holder(path: str) -> int | None:
     """Return the process that has the lock at `path`, None when nobody has it."""
     try:
         with open(path, "rb") as file:
@@ -9064,7 +9033,7 @@ class CommandError(Exception):
     """A command that cannot be carried out; the message says what to do."""
 
 
-def running_monitor(settings: Settings) -> Optional[JsonObject]:
+def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
     is none.
     """
@@ -9087,7 +9056,7 @@ def needed_monitor(settings: Settings) -> JsonObject:
     return about
 
 
-def page_links(settings: Settings, about: JsonObject, with_token: bool) -> List[str]:
+def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[str]:
     """Return the addresses of the page; with the token where one is needed to come in."""
     needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
     token = (
@@ -9107,7 +9076,7 @@ def reachable_host(about: JsonObject) -> str:
     return "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else text_of(about["host"])
 
 
-def connect_http(settings: Settings, about: JsonObject) -> Tuple[http.client.HTTPConnection, Dict[str, str]]:
+def connect_http(settings: Settings, about: JsonObject) -> tuple[http.client.HTTPConnection, dict[str, str]]:
     """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
     connection = http.client.HTTPConnection(reachable_host(about), about["port"], timeout=15)
     return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -9136,7 +9105,7 @@ class MonitorConnection:
         address = reachable_host(about), about["wsPort"]
         self._sock = socket.create_connection(address, timeout=10)
         self._parser = FrameParser(masked=False)
-        self._messages: Deque[JsonObject] = collections.deque()
+        self._messages: collections.deque[JsonObject] = collections.deque()
         self._take(self._upgrade(*address, read_token(settings.path("token"))))
 
     def _upgrade(self, host: str, port: int, token: str) -> bytes:
@@ -9165,7 +9134,7 @@ class MonitorConnection:
         """Send one message."""
         self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
 
-    def receive(self, timeout_s: Optional[float] = None) -> JsonObject:
+    def receive(self, timeout_s: float | None = None) -> JsonObject:
         """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
         `timeout_s`.
         """
@@ -9220,7 +9189,7 @@ class EventSender:
         self._sock.settimeout(60)
         self._sock.connect(socket_path)
 
-    def __enter__(self) -> "EventSender":
+    def __enter__(self) -> EventSender:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -9488,7 +9457,7 @@ def install_hook_files(home: str) -> str:
     return script
 
 
-def run_in_python(python: str, line: str) -> "subprocess.CompletedProcess[bytes]":
+def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
     """Run a line in an interpreter that is started as the publisher is: PYTHONPATH does not count."""
     return subprocess.run([python, "-E", "-c", line], stdin=subprocess.DEVNULL, capture_output=True)
 
@@ -9706,11 +9675,7 @@ def render_settings(settings: JsonObject, like: str) -> str:
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
     """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
     lines = difflib.unified_diff(
-        _diff_lines(old_text),
-        _diff_lines(new_text),
-        path if old_text else "/dev/null",
-        path,
-        lineterm="",
+        _diff_lines(old_text), _diff_lines(new_text), path if old_text else "/dev/null", path, lineterm=""
     )
     return "".join(line + "\n" for line in lines)
 
@@ -9774,12 +9739,7 @@ def send_through_hook(settings: Settings, fields: JsonObject) -> str:
     script = hook_script(settings.home)
     if not os.path.exists(script):
         script = os.path.abspath(emit_event.__file__)
-    payload = {
-        "session_id": TEST_SESSION_ID,
-        "hook_event_name": "Notification",
-        "cwd": os.getcwd(),
-        **fields,
-    }
+    payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd(), **fields}
     environment = {
         **os.environ,
         "CONTEXTUATE_DEBUG": "1",
@@ -9823,7 +9783,7 @@ class Finding(NamedTuple):
     words: str
     advice: str = ""
 
-    def lines(self) -> List[str]:
+    def lines(self) -> list[str]:
         """Return what `doctor` prints."""
         lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
         return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
@@ -9835,7 +9795,7 @@ class Examination:
 
     settings: Settings
     warnings: Sequence[str]
-    about: Optional[JsonObject]  # the running monitor
+    about: JsonObject | None  # the running monitor
     redis: Any = None  # redis-py's client, once Redis has answered
 
     @property
@@ -10149,7 +10109,7 @@ def _check_by_event(case: Examination) -> Iterator[Finding]:
         yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
 
 
-def _send_by_hook(case: Examination, token: str) -> Optional[Finding]:
+def _send_by_hook(case: Examination, token: str) -> Finding | None:
     """Send the probe through the hook; return what went wrong."""
     words = send_through_hook(case.settings, {"message": token, "notification_type": "test"})
     if was_delivered(words):
@@ -10158,7 +10118,7 @@ def _send_by_hook(case: Examination, token: str) -> Optional[Finding]:
     return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
 
 
-def _send_to_redis(case: Examination, token: str) -> Optional[Finding]:
+def _send_to_redis(case: Examination, token: str) -> Finding | None:
     """Publish the probe ourselves, where there is no hook; return what kept us from it."""
     if case.redis is None:
         return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
@@ -10205,7 +10165,7 @@ def _ms_since(started: float) -> str:
 
 
 # In the order in which an event travels: the mode that a check is for (None: both), its name, the check.
-CHECKS: Tuple[Tuple[Optional[str], str, Callable[[Examination], Iterator[Finding]]], ...] = (
+CHECKS: tuple[tuple[str | None, str, Callable[[Examination], Iterator[Finding]]], ...] = (
     (None, "config", _check_config),
     (None, "files", _check_files),
     (None, "claude", _check_claude),
@@ -10241,8 +10201,8 @@ def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
 # a day always tells the same.
 # ---------------------------------------------------------------------------
 
-_Step = Tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
-_Turn = Tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
+_Step = tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
+_Turn = tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
 
 _DEMO_MODEL = "claude-opus-5-5"
 _RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -10256,7 +10216,7 @@ _DEMO_MODES: Mapping[str, str] = {
     "SubagentStop": "PE",
 }
 # "<tool> <target>" begins with → from, to (ms); the first that fits.
-_DEMO_DURATIONS_MS: Tuple[Tuple[str, int, int], ...] = (
+_DEMO_DURATIONS_MS: tuple[tuple[str, int, int], ...] = (
     ("Bash npm", 3800, 14000), ("Bash uv run", 2900, 9000), ("Bash cargo", 2500, 16000),
     ("Bash terraform", 5000, 21000), ("Bash mkdocs", 1800, 4200), ("Bash", 35, 900), ("WebFetch", 900, 3800),
     ("mcp__", 250, 1400), ("", 4, 60),
@@ -10349,7 +10309,7 @@ _DEMO_STEPS: Mapping[str, Mapping[str, _Step]] = {
     "meter-pipeline": _DATA_STEPS, "handbook": _DOCS_STEPS,
 }
 # name: (machine, project, permission mode), its turns, how it ended ("" = it did not)
-_DEMO_SESSIONS: Mapping[str, Tuple[Tuple[str, str, str], Tuple[_Turn, ...], str]] = {
+_DEMO_SESSIONS: Mapping[str, tuple[tuple[str, str, str], tuple[_Turn, ...], str]] = {
     "nightly": (("build-box", "tidewater-shop", "bypassPermissions"), (
         (480, "Update the patch-level dependencies and report what breaks.", "gG r t l d T r e t l d",
          "All updates are in. A changed rounding helper broke one cart test; it is fixed."),), "other"),
@@ -10418,7 +10378,7 @@ class _Doing(NamedTuple):
         return f"{self.cwd}/{self.target}"
 
 
-_Shape = Tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
+_Shape = tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
 
 
 def _shape(step: _Step, cwd: str, rng: random.Random) -> _Shape:
@@ -10480,7 +10440,7 @@ def _todo_shape(it: _Doing) -> _Shape:
     return {"todos": new_todos}, response, "Todos have been modified successfully."
 
 
-def _todos(subjects: List[str], done: int) -> List[JsonObject]:
+def _todos(subjects: list[str], done: int) -> list[JsonObject]:
     statuses = ["completed"] * done + ["in_progress"] + ["pending"] * len(subjects)
     return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
 
@@ -10524,7 +10484,7 @@ _SHAPES: Mapping[str, Callable[[_Doing], _Shape]] = {
 class _Scene:
     """One session, or one of its subagents, and its clock `at` (ms); each method tells what happens next."""
 
-    def __init__(self, key: str, at: float, place: Tuple[str, str, str], source: str = "startup") -> None:
+    def __init__(self, key: str, at: float, place: tuple[str, str, str], source: str = "startup") -> None:
         """Start a session; all its ids come from `key`; `place` is machine, project, permission mode."""
         self.at = int(at)
         self.key = key
@@ -10535,13 +10495,13 @@ class _Scene:
         self.session_id = _uuid(self.rng)
         self.transcript = f"{home}/.claude/projects/{self.cwd.replace('/', '-')}/{self.session_id}"
         self.prompt_id = ""
-        self.events: List[Tuple[int, JsonObject]] = []  # shared with the subagents, as is the next one
-        self.background: List[JsonObject] = []  # background_tasks that run
-        self.spent: Dict[str, Dict[str, int]] = {}  # agent id, "" for the main one → its tokens so far
+        self.events: list[tuple[int, JsonObject]] = []  # shared with the subagents, as is the next one
+        self.background: list[JsonObject] = []  # background_tasks that run
+        self.spent: dict[str, dict[str, int]] = {}  # agent id, "" for the main one → its tokens so far
         self.agent_fields: JsonObject = {}  # agent_id, agent_type of a subagent
         self.agent_call: JsonObject = {}  # the Agent call that started this subagent
         self.began = self.at
-        self.tools_used: List[str] = []
+        self.tools_used: list[str] = []
         self.pace_s = (1.2, 6.0)  # between two batches
         self.longest_ms = 60_000  # of one call
         interactive = self.mode != "bypassPermissions" and source == "startup"
@@ -10591,7 +10551,7 @@ class _Scene:
         self.emit("PreToolUse", **call)
         return call
 
-    def close_calls(self, closing: List[Tuple[int, int, JsonObject, Any, Any]]) -> None:
+    def close_calls(self, closing: list[tuple[int, int, JsonObject, Any, Any]]) -> None:
         """Emit results and their batch from (end, duration in ms, call, response or None, words)."""
         batch = []
         for end, duration_ms, call, response, words in sorted(closing, key=lambda result: result[0]):
@@ -10625,7 +10585,7 @@ class _Scene:
 
     def usage(self) -> JsonObject:
         """Return the session's tokens so far, as they are told on the real client's events."""
-        total: Dict[str, int] = {}
+        total: dict[str, int] = {}
         for spent in self.spent.values():
             for name, count in spent.items():
                 total[name] = total.get(name, 0) + count
@@ -10734,14 +10694,14 @@ class _Scene:
         self.emit("Stop", stop_hook_active=False, last_assistant_message=answer, usage=self.usage(), **tasks)
 
 
-def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[Tuple[int, JsonObject]]:
+def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[tuple[int, JsonObject]]:
     """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
 
     All ids come from `seed` and `now_ms`.
     """
     story = f"{seed}/{now_ms}"
     end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
-    scenes: Dict[str, _Scene] = {}
+    scenes: dict[str, _Scene] = {}
     for name, (place, turns, ending) in _DEMO_SESSIONS.items():
         scene = scenes[name] = _Scene(f"{story}/{name}", now_ms - turns[0][0] * 60_000 - 9000, place)
         for minutes, prompt, letters, answer in turns:
@@ -10868,22 +10828,22 @@ class ImportSession(NamedTuple):
     """The files that tell of one session: a transcript and those of its subagents."""
 
     session_id: str
-    paths: Tuple[str, ...]
+    paths: tuple[str, ...]
 
 
 class StoredSession(NamedTuple):
     """What is stored of a session already."""
 
-    ids: FrozenSet[str]
-    tool_use_ids: FrozenSet[str]
-    first_told_ms: Optional[int]  # of the first event that did not come by import
+    ids: frozenset[str]
+    tool_use_ids: frozenset[str]
+    first_told_ms: int | None  # of the first event that did not come by import
 
 
 def stored_session(store: EventStore, session_id: str) -> StoredSession:
     """Read what is stored of a session."""
-    ids: Set[str] = set()
-    tool_use_ids: Set[str] = set()
-    first: Optional[int] = None
+    ids: set[str] = set()
+    tool_use_ids: set[str] = set()
+    first: int | None = None
     for event in map(parse_stored, export_lines(store, session_id, 0, 1 << 62)):
         ids.add(event["id"])
         tool_use_ids.add(text_of(event["data"].get("toolUseId")))
@@ -10906,15 +10866,15 @@ def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterat
         yield event
 
 
-def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]]:
+def import_sources(paths: Sequence[str]) -> tuple[list[ImportSession], list[str]]:
     """Return the transcripts and the exports among some files and directories."""
-    found: List[str] = []
+    found: list[str] = []
     for path in paths:
         if os.path.isdir(path):
             found += sorted(glob.glob(f"{glob.escape(path)}/**/*.json*", recursive=True))
         else:
             found.append(path)
-    transcripts: Dict[str, List[str]] = {}
+    transcripts: dict[str, list[str]] = {}
     exports = []
     for path in found:
         if path.endswith(".meta.json"):
@@ -10930,7 +10890,7 @@ def import_sources(paths: Sequence[str]) -> Tuple[List[ImportSession], List[str]
     return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
 
 
-def first_lines(path: str) -> List[bytes]:
+def first_lines(path: str) -> list[bytes]:
     """Return a few lines of a file, whole ones of a sane length."""
     try:
         with open(path, "rb") as file:
@@ -10939,7 +10899,7 @@ def first_lines(path: str) -> List[bytes]:
         raise CommandError(f"{path}: {error.strerror or error}") from None
 
 
-def transcript_session(lines: Iterable[bytes]) -> Optional[str]:
+def transcript_session(lines: Iterable[bytes]) -> str | None:
     """Return whose transcript these lines begin, None when they are none of Claude Code's."""
     for line in lines:
         with contextlib.suppress(MalformedEvent):
@@ -10956,16 +10916,16 @@ def transcript_session(lines: Iterable[bytes]) -> Optional[str]:
 class TranscriptReader:
     """Turn a session's transcript, and those of its subagents, into the events that hooks would have told."""
 
-    def __init__(self, session_id: str, machine_id: str, seen: Set[str]) -> None:
+    def __init__(self, session_id: str, machine_id: str, seen: set[str]) -> None:
         self._session_id = session_id
         self._machine_id = machine_id
         self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
-        self._calls: Dict[str, JsonObject] = {}  # tool use id → its block
-        self._agents: Set[str] = set()
-        self._messages: Dict[Tuple[str, str], emit_event.MessageUsage] = {}
-        self._model: Optional[str] = None
+        self._calls: dict[str, JsonObject] = {}  # tool use id → its block
+        self._agents: set[str] = set()
+        self._messages: dict[tuple[str, str], emit_event.MessageUsage] = {}
+        self._model: str | None = None
 
-    def events(self, lines: Iterable[bytes]) -> List[JsonObject]:
+    def events(self, lines: Iterable[bytes]) -> list[JsonObject]:
         """Return the events in order of time; [] when the lines tell nothing new."""
         entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
@@ -10981,7 +10941,7 @@ class TranscriptReader:
             self._event({**end, "agentId": None}, "SessionEnd", "end", closing),
         ]
 
-    def _entry_of(self, line: bytes) -> Optional[JsonObject]:
+    def _entry_of(self, line: bytes) -> JsonObject | None:
         try:
             entry = emit_event.parse_event_line(line)
         except MalformedEvent:
@@ -11008,7 +10968,7 @@ class TranscriptReader:
         else:
             yield from self._of_assistant(entry, blocks)
 
-    def _of_user(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+    def _of_user(self, entry: JsonObject, blocks: list[JsonObject]) -> Iterator[JsonObject]:
         texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
         results = [block for block in blocks if block.get("type") == "tool_result"]
         if texts and not results and not isinstance(entry.get("agentId"), str):
@@ -11025,7 +10985,7 @@ class TranscriptReader:
                 data["toolOutput"] = told if told is not None else block.get("content")
                 yield self._event(entry, "PostToolUse", f"result{number}", data)
 
-    def _of_assistant(self, entry: JsonObject, blocks: List[JsonObject]) -> Iterator[JsonObject]:
+    def _of_assistant(self, entry: JsonObject, blocks: list[JsonObject]) -> Iterator[JsonObject]:
         message = entry["message"]
         self._count(entry)
         for number, block in enumerate(blocks):
@@ -11052,7 +11012,7 @@ class TranscriptReader:
 
     def _usage(self) -> JsonObject:
         """Return `data.usage` with what was used so far: totals, each message once."""
-        models: Dict[str, JsonObject] = {}
+        models: dict[str, JsonObject] = {}
         for used in self._messages.values():
             counts = models.setdefault(used.model, {})
             emit_event.add_counts(counts, used.counts)
@@ -11083,7 +11043,7 @@ def _block_text(content: Any) -> str:
     return text_of(content)
 
 
-def iso_time_ms(text: Any) -> Optional[int]:
+def iso_time_ms(text: Any) -> int | None:
     """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
     match = (
         re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
@@ -11147,9 +11107,9 @@ def imported_event(given: JsonObject) -> JsonObject:
     return {"hook": rest, "id": str(digest), "imported": True}
 
 
-def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) -> List[JsonObject]:
+def transcript_events(source: ImportSession, machine_id: str, seen: set[str]) -> list[JsonObject]:
     """Read a session's transcripts and return their events."""
-    lines: List[bytes] = []
+    lines: list[bytes] = []
     for path in source.paths:
         with open(path, "rb") as file:
             lines += file.read().split(b"\n")
@@ -11158,14 +11118,14 @@ def transcript_events(source: ImportSession, machine_id: str, seen: Set[str]) ->
 
 def import_batches(
     transcripts: Sequence[ImportSession], exports: Sequence[str], machine_id: str
-) -> Iterator[Tuple[str, List[JsonObject], int]]:
+) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes that were read for them); of transcripts the oldest first."""
-    seen: Set[str] = set()
+    seen: set[str] = set()
     for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
         size = sum(map(os.path.getsize, source.paths))
         yield source.session_id, transcript_events(source, machine_id, seen), size
     for path in exports:
-        by_session: Dict[str, List[JsonObject]] = {}
+        by_session: dict[str, list[JsonObject]] = {}
         for event in export_events(path):
             built = emit_event.build_event(event, now_ms(), machine_id)
             by_session.setdefault(built["sessionId"], []).append(built)
@@ -11354,7 +11314,7 @@ def write_run_file(settings: Settings, monitor: Monitor) -> JsonObject:
 class Reporter:
     """Tell the process that started us how it went, in one line: "ready" or "error …"."""
 
-    def __init__(self, fd: Optional[int]) -> None:
+    def __init__(self, fd: int | None) -> None:
         self._fd = fd
 
     def _write(self, line: str) -> None:
@@ -11384,7 +11344,7 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
 
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
     """Log to monitor.log, which rotates, and in the foreground to standard error too."""
-    handlers: List[logging.Handler] = [
+    handlers: list[logging.Handler] = [
         PrivateLog(
             settings.path("monitor.log"),
             maxBytes=LOG_LIMIT_BYTES,
@@ -11488,7 +11448,7 @@ def command_status(args: argparse.Namespace) -> int:
     return 0
 
 
-def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> List[str]:
+def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> list[str]:
     """Say how the running monitor is doing."""
     store, spool, events = status["store"], status["spool"], status["events"]
     since = human_duration(now_ms() - status["startedAt"])
@@ -11507,7 +11467,7 @@ def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> L
     ]
 
 
-def redis_lines(link: JsonObject, publisher: JsonObject) -> List[str]:
+def redis_lines(link: JsonObject, publisher: JsonObject) -> list[str]:
     """Say how Redis and this machine's publisher are doing."""
     words = link["state"].replace("_", " ")
     if link["state"] != "connected":
@@ -11650,7 +11610,7 @@ def command_sessions(args: argparse.Namespace) -> int:
     return 0
 
 
-def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
+def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
     """Return the sessions that the running monitor knows, else those that the files tell of."""
     about = running_monitor(settings)
     if about is None:
@@ -11659,7 +11619,7 @@ def known_sessions(settings: Settings, with_hidden: bool) -> List[JsonObject]:
     answer = ask_monitor(settings, about, f"/api/sessions?hidden={int(with_hidden)}")
     if answer["loading"]:
         tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
-    sessions: List[JsonObject] = answer["sessions"]
+    sessions: list[JsonObject] = answer["sessions"]
     return sessions
 
 
@@ -11693,7 +11653,7 @@ def command_tail(args: argparse.Namespace) -> int:
     """Print events as they happen until Ctrl-C."""
     settings = settings_of(args)
     about = needed_monitor(settings)
-    last_seq: Optional[int] = None
+    last_seq: int | None = None
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     while True:
         try:
@@ -11710,8 +11670,8 @@ def command_tail(args: argparse.Namespace) -> int:
 
 
 def events_since(
-    settings: Settings, about: JsonObject, last_seq: Optional[int]
-) -> Iterator[Tuple[int, Optional[JsonObject]]]:
+    settings: Settings, about: JsonObject, last_seq: int | None
+) -> Iterator[tuple[int, JsonObject | None]]:
     """Yield (seq, event) as events come, with what was missed since `last_seq`; OSError when it breaks off.
 
     The event is None where only the number is known: of a monitor that still reads what it has stored.
@@ -11808,7 +11768,7 @@ def command_import(args: argparse.Namespace) -> int:
 def command_search(args: argparse.Namespace) -> int:
     """Find stored events; without a running monitor their files are read."""
     settings = settings_of(args)
-    wanted: Dict[str, Any] = {
+    wanted: dict[str, Any] = {
         "q": " ".join(args.words),
         "session": whole_session_id(settings, args.session),
         "machine": args.machine,
@@ -11914,7 +11874,7 @@ def command_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def whole_session_id(settings: Settings, beginning: Optional[str]) -> Optional[str]:
+def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
     """Return the id of the one stored session whose id begins so; raise CommandError if several do."""
     if beginning is None:
         return None
@@ -11991,7 +11951,7 @@ class CommandParser(argparse.ArgumentParser):
 class CommandOption(NamedTuple):
     """One option or argument of a command, as `add_argument` takes it."""
 
-    names: Tuple[str, ...]
+    names: tuple[str, ...]
     about: Mapping[str, Any]
 
 
@@ -12075,7 +12035,7 @@ class Command(NamedTuple):
     name: str
     function: Callable[[argparse.Namespace], int]
     words: str
-    options: Tuple[CommandOption, ...] = ()
+    options: tuple[CommandOption, ...] = ()
 
 
 COMMANDS = (
@@ -12134,18 +12094,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-OUR_ERRORS = (
-    ConfigError,
-    StartError,
-    CommandError,
-    InstallError,
-    SearchError,
-    ConnectionError,
-    TimeoutError,
-)
+OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, ConnectionError, TimeoutError)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 1 for what could not be done, 2 for a command line that is wrong."""
     args = build_parser().parse_args(arguments)
     try:

@@ -42,7 +42,7 @@ DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
 
 def run_hook() -> None:
     """Take one hook call from standard input to the monitor or the spool; end the process with status 0."""
-    notes: "list[str]" = []
+    notes: list[str] = []
     try:
         import _signal
 
@@ -85,7 +85,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
     poll = select.poll()
     poll.register(fd, select.POLLIN | select.POLLHUP)
-    chunks: "list[bytes]" = []
+    chunks: list[bytes] = []
     size = 0
     tail = b""  # the last three bytes of all chunks
     one_line = True  # no newline so far but the last byte
@@ -111,7 +111,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
 def deliver(payload: bytes, notes: "list[str]") -> None:
     """Send one payload the way the configuration says; append to `notes` what happened."""
-    environ: "dict[bytes, bytes]" = posix.environ
+    environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
@@ -403,22 +403,10 @@ import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
 import uuid  # noqa: E402
-from typing import (  # noqa: E402
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    NamedTuple,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-)  # fmt: skip
+from collections.abc import Iterable, Iterator, Sequence  # noqa: E402
+from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
-JsonObject = Dict[str, Any]
+JsonObject = dict[str, Any]
 
 # What Claude Code runs once it is installed; a fault of any kind ends without a word, as in run_hook.
 LAUNCHER = """\
@@ -583,7 +571,7 @@ def _amount(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 1e6
 
 
-KEYS: "Dict[str, Key]" = {
+KEYS: "dict[str, Key]" = {
     "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
     "socketPath": Key(
         DEFAULT_SOCKET_PATH,
@@ -671,7 +659,7 @@ def parse_relaxed_json(text: str) -> Any:
     return json.loads(_TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text)))
 
 
-def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
+def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
     """Read the configuration at `path`.
 
     Returns every key of KEYS with its value, and warnings in words. A missing file means defaults.
@@ -691,12 +679,12 @@ def load_config(path: str) -> "Tuple[Dict[str, Any], List[str]]":
     return values, warnings
 
 
-def default_values() -> "Dict[str, Any]":
+def default_values() -> "dict[str, Any]":
     """Return every key of KEYS with its default."""
     return {name: key.default for name, key in KEYS.items()}
 
 
-def _read_config(path: str) -> "Tuple[JsonObject, bool]":
+def _read_config(path: str) -> "tuple[JsonObject, bool]":
     """Return what the file says, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8") as file:
@@ -729,7 +717,7 @@ def _unknown_key(name: str, path: str) -> str:
     return f"{path}: {name}: unknown key, ignored{hint}"
 
 
-def _flatten(given: JsonObject, path: str) -> "Iterator[Tuple[str, Any]]":
+def _flatten(given: JsonObject, path: str) -> "Iterator[tuple[str, Any]]":
     sections = {name.partition(".")[0] for name in KEYS if "." in name}
     for name, value in given.items():
         if name in sections:
@@ -746,7 +734,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def derive_hook_settings(home: str, config_path: str, key: str) -> "Tuple[str, str]":
+def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Read mode and socket path from the configuration and leave them for the next hooks in hook.cache.
 
     `key` names the configuration file's device, inode, size and time; the derived file is valid for it alone.
@@ -989,13 +977,13 @@ def _is_pid(value: Any) -> bool:
 
 
 # What a payload says about itself, beside agent_type; a value of another type is kept in `data`.
-_HOOK_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
+_HOOK_CHECKS: "dict[str, Callable[[Any], bool]]" = {
     "session_id": _is_id,
     "cwd": _is_text,
     "agent_id": _is_id,
     "hook_event_name": _optional(_is_text),
 }
-_ENVELOPE_CHECKS: "Dict[str, Callable[[Any], bool]]" = {
+_ENVELOPE_CHECKS: "dict[str, Callable[[Any], bool]]" = {
     "id": _is_id,
     "timestamp": _is_time,
     "sessionId": _is_id,
@@ -1312,14 +1300,14 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
-_RankedShape = Tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
+_RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
 # Hints have these parts in common: a text without the part is not searched for each of them.
 _COMMON_PARTS = ("gh", "gl", "pat_", "_v1_", "IA", "sk_", "sk-", "pass")
 
 
-def _by_part(folded: bool) -> "Tuple[Tuple[str, Tuple[_RankedShape, ...]], ...]":
+def _by_part(folded: bool) -> "tuple[tuple[str, tuple[_RankedShape, ...]], ...]":
     """Return (what stands in each of their hints, shapes)."""
-    shapes: "Dict[str, List[_RankedShape]]" = {}
+    shapes: dict[str, list[_RankedShape]] = {}
     for ranked in enumerate(SECRET_SHAPES):
         hint = ranked[1].hint
         if ranked[1].folded == folded:
@@ -1351,7 +1339,7 @@ def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) ->
         shapes = _shapes_in(text, folded, shapes)
         if not shapes:
             break
-        pieces: "List[str]" = []
+        pieces: list[str] = []
         done = 0
         for secret in _joined(sorted(_secrets_in(text, folded, shapes))):
             found = text[secret.start : secret.end]
@@ -1371,7 +1359,7 @@ def _folded_text(text: str) -> str:
     return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
 
 
-def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]") -> "List[_RankedShape]":
+def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]") -> "list[_RankedShape]":
     """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
     if among is None:
         return [
@@ -1404,7 +1392,7 @@ def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "It
 
 def _joined(secrets: "Iterable[_Secret]") -> "Iterator[_Secret]":
     """Join secrets that overlap; they come sorted by their starts."""
-    current: "Optional[_Secret]" = None
+    current: Optional[_Secret] = None
     for secret in secrets:
         if current is None or secret.start >= current.end:
             if current is not None:
@@ -1425,7 +1413,7 @@ class Privacy:
     field_limit_bytes: int = 1 << 20
 
 
-def protect(event: JsonObject, privacy: Privacy) -> "Tuple[JsonObject, bytes]":
+def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     """Return `event` with its `data` redacted and cut as `privacy` says, and its JSON.
 
     `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
@@ -1455,12 +1443,12 @@ class _Protector:
     """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes."""
 
     def __init__(self, privacy: Privacy, whole: JsonObject) -> None:
-        self.cuts: "Dict[str, int]" = {}
+        self.cuts: dict[str, int] = {}
         self.encoded = b""  # the whole as JSON
         self._privacy = privacy
         # Few of the many shapes are anywhere in an object, so they are looked for once and not in each text.
         # No hint has a character that JSON must escape.
-        self._shapes: "Optional[List[_RankedShape]]" = []
+        self._shapes: Optional[list[_RankedShape]] = []
         self.changes_nothing = False  # True: that was seen at once, as it is for nearly every event
         try:
             self.encoded = encode_json(whole)
@@ -1589,7 +1577,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     return line
 
 
-def _named_in_data(cuts: "Dict[str, int]") -> "Dict[str, int]":
+def _named_in_data(cuts: "dict[str, int]") -> "dict[str, int]":
     """Rename the paths of a payload's cut fields to those that the fields have in `data`."""
     renamed = {}
     for path, size in cuts.items():
@@ -1633,7 +1621,7 @@ class MessageUsage:
     cache_creation_1h: int  # the part of cache_creation that is kept for an hour
 
     @property
-    def counts(self) -> "Tuple[int, int, int, int, int]":
+    def counts(self) -> "tuple[int, int, int, int, int]":
         """Return the five numbers."""
         return self.input, self.output, self.cache_read, self.cache_creation, self.cache_creation_1h
 
@@ -1647,9 +1635,9 @@ class TranscriptParser:
     def __init__(self, agent_id: str = "") -> None:
         self.consumed = 0
         self._agent_id = agent_id
-        self._begun: "List[bytes]" = []  # of a line whose end has not come yet
+        self._begun: list[bytes] = []  # of a line whose end has not come yet
 
-    def feed(self, data: bytes) -> "List[MessageUsage]":
+    def feed(self, data: bytes) -> "list[MessageUsage]":
         """Take the next bytes; return the usage in the lines that they complete, one entry a line."""
         head, newline, rest = data.partition(b"\n")
         self._begun.append(head)
@@ -1778,7 +1766,7 @@ class UsageReader:
         self._database = database
         return database
 
-    def _read(self, session_id: str, files: "List[Tuple[str, str]]") -> "JsonObject | None":
+    def _read(self, session_id: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
         database = self._open()
         is_known = _known_session(database, session_id) is not None
@@ -1830,7 +1818,7 @@ class AgentNoteReader:
     def __init__(self, machine_id: str) -> None:
         self._machine_id = machine_id
         # (session, agent) → id of the event that carried the note on the agent
-        self._told: "Dict[Tuple[str, str], str]" = {}
+        self._told: dict[tuple[str, str], str] = {}
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
@@ -1887,7 +1875,7 @@ CREATE INDEX files_of_session ON files (session)
 """
 
 
-def transcripts_of(main_path: Any, agent_path: Any = None) -> "List[Tuple[str, str]]":
+def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
     """List a session's transcripts as (path, agent id): the main one, then those of its subagents.
 
     Subagents write beside the session in older clients, and into `<session>/subagents/` in newer ones.
@@ -1959,7 +1947,7 @@ def _read_transcript(database: Any, session: int, path: str, agent_id: str, budg
         os.close(fd)
 
 
-def _identity(about: os.stat_result) -> "Tuple[int, int]":
+def _identity(about: os.stat_result) -> "tuple[int, int]":
     """Return device and inode as SQLite can hold them: some file systems use all 64 bits."""
     return int(about.st_dev) & (1 << 63) - 1, int(about.st_ino) & (1 << 63) - 1
 
@@ -2026,7 +2014,7 @@ def _make_room(database: Any, session: int) -> bool:
     return True
 
 
-def _count_messages(database: Any, session: int, messages: "List[MessageUsage]") -> None:
+def _count_messages(database: Any, session: int, messages: "list[MessageUsage]") -> None:
     """Count each message once; of several lines of one message the largest numbers are true."""
     for message in {(each.message_id, each.counts): each for each in messages}.values():
         key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -2064,9 +2052,9 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
     ).fetchall()
     if not rows:
         return None
-    models: "Dict[str, JsonObject]" = {}
-    agents: "Dict[str, Dict[str, JsonObject]]" = {}
-    newest: "Dict[str, int]" = {}
+    models: dict[str, JsonObject] = {}
+    agents: dict[str, dict[str, JsonObject]] = {}
+    newest: dict[str, int] = {}
     for agent, model, is_long, *counts, last in rows:
         newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
         for by_model in (models, agents.setdefault(agent, {})):
@@ -2125,7 +2113,7 @@ def drop_old_segments(directory: str) -> None:
             log.write(encode_json(record) + b"\n")
 
 
-def spool_segments(directory: str) -> "List[Tuple[str, int]]":
+def spool_segments(directory: str) -> "list[tuple[str, int]]":
     """List the spool's segments as (path, bytes), oldest first; of one name what was taken comes first."""
     segments = []
     try:
@@ -2168,7 +2156,7 @@ def take_segment(path: str) -> str:
     return taken
 
 
-def take_dropped(directory: str) -> "Tuple[int, int]":
+def take_dropped(directory: str) -> "tuple[int, int]":
     """Return how many (events, bytes) the spool has had to drop since the last call, and forget them."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
@@ -2232,7 +2220,7 @@ class Overrun(Exception):
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread of its own and return its result; leave it at the deadline and raise Overrun."""
-    outcome: "List[Tuple[Any, Any]]" = []
+    outcome: list[tuple[Any, Any]] = []
 
     def run() -> None:
         try:
@@ -2256,7 +2244,7 @@ def backoff_s(failures: int) -> float:
     return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 20)))
 
 
-def redis_client(values: "Dict[str, Any]") -> Any:
+def redis_client(values: "dict[str, Any]") -> Any:
     """Return a redis-py client for a configuration; it has not connected yet.
 
     Raises ModuleNotFoundError without redis-py and ValueError for a url that it cannot use. Off are its
@@ -2267,7 +2255,7 @@ def redis_client(values: "Dict[str, Any]") -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    options: "Dict[str, Any]" = {"host": values["redis.host"], "port": values["redis.port"]}
+    options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
     kind: Any = redis.connection.SSLConnection if values["redis.tls"] else redis.connection.Connection
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
@@ -2287,7 +2275,7 @@ def redis_client(values: "Dict[str, Any]") -> Any:
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
 
 
-def _tls_options(values: "Dict[str, Any]") -> "Dict[str, Any]":
+def _tls_options(values: "dict[str, Any]") -> "dict[str, Any]":
     files = {"ssl_ca_certs": "redis.caFile", "ssl_certfile": "redis.certFile", "ssl_keyfile": "redis.keyFile"}
     return {
         **{name: values[key] and os.path.expanduser(values[key]) for name, key in files.items()},
@@ -2296,9 +2284,9 @@ def _tls_options(values: "Dict[str, Any]") -> "Dict[str, Any]":
     }
 
 
-def _options_of(kind: type) -> "Set[str]":
+def _options_of(kind: type) -> "set[str]":
     """Return the names that a class takes, itself or, by **options, the classes that it is made of."""
-    names: "Set[str]" = set()
+    names: set[str] = set()
     for base in kind.__mro__:
         parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         names.update(parameters)
@@ -2307,7 +2295,7 @@ def _options_of(kind: type) -> "Set[str]":
     return names
 
 
-def redis_place(values: "Dict[str, Any]") -> str:
+def redis_place(values: "dict[str, Any]") -> str:
     """Return where Redis is, for people: "host:port/db" or a socket's path, never a password."""
     url = values["redis.url"]
     if not url:
@@ -2397,7 +2385,7 @@ _REDIS_TROUBLES = (
 )
 
 
-def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: bool = False) -> str:
+def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
     """Say in one sentence what is wrong with Redis and what to do about it.
 
     `connected` tells that this configuration has worked before: a connection that ends has other causes then.
@@ -2424,7 +2412,7 @@ def redis_trouble(error: BaseException, values: "Dict[str, Any]", connected: boo
     return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
 
 
-def _missing_redis_files(values: "Dict[str, Any]") -> "List[str]":
+def _missing_redis_files(values: "dict[str, Any]") -> "list[str]":
     """Return which of the files and sockets that the configuration names do not exist."""
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     if (values["redis.url"] or "").startswith("unix:"):
@@ -2432,7 +2420,7 @@ def _missing_redis_files(values: "Dict[str, Any]") -> "List[str]":
     return [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
 
 
-def privacy_of(values: "Dict[str, Any]") -> Privacy:
+def privacy_of(values: "dict[str, Any]") -> Privacy:
     """Return what a configuration lets out."""
     return Privacy(
         redact=values["privacy.redact"],
@@ -2478,18 +2466,18 @@ class Publisher:
         self._spool = home + "/spool"
         self._config_path = config_path
         self._lock_fd = lock_fd
-        self._values: "Dict[str, Any]" = {}
+        self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
         self._usage = UsageReader(home, this_machine(), limit_s=0.5)
         self._agent_notes = AgentNoteReader(this_machine())
         self._segment: Any = None  # the file that is being read
-        self._blocked_since: "Optional[float]" = None  # time.monotonic; a writer holds the oldest segment
-        self._batch: "List[Outgoing]" = []  # read, not delivered yet
+        self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
+        self._batch: list[Outgoing] = []  # read, not delivered yet
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self._stopping = False
-        self._outcomes: "Deque[List[Any]]" = collections.deque(maxlen=RECENT_OUTCOMES)
+        self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
             "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
             "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
@@ -2661,7 +2649,7 @@ class Publisher:
             return
         self._settle(batch, replies, stream)
 
-    def _send(self, client: Any, batch: "List[Outgoing]", stream: "Optional[str]") -> "List[Any]":
+    def _send(self, client: Any, batch: "list[Outgoing]", stream: "Optional[str]") -> "list[Any]":
         """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
         pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
         for event in batch:
@@ -2671,7 +2659,7 @@ class Publisher:
                 pipeline.xadd(stream, {"event": event.line}, maxlen=limit, approximate=True)
         return list(pipeline.execute(raise_on_error=False))
 
-    def _settle(self, batch: "List[Outgoing]", replies: "List[Any]", stream: "Optional[str]") -> None:
+    def _settle(self, batch: "list[Outgoing]", replies: "list[Any]", stream: "Optional[str]") -> None:
         """Forget what has arrived, keep the rest.
 
         An event has arrived when it is in the stream, or, where there is none, when a subscriber got it.
@@ -2804,7 +2792,7 @@ def lock_is_held(path: str) -> bool:
     return False
 
 
-def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "List[str]":
+def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[str]":
     """Wait for the publisher to tell what became of one wrapped line; return it in words, for debugging."""
     event_id = parse_event_line(line)["id"]
     deadline = time.monotonic() + deadline_s

@@ -53,7 +53,7 @@ SYSTEM_PROGRAMS = {
 }
 
 
-def find_program(names: "tuple[str, ...]") -> "str | None":
+def find_program(names: tuple[str, ...]) -> str | None:
     """Return the path of the first of some programs that is there."""
     return next((path for path in map(shutil.which, names) if path), None)
 
@@ -96,7 +96,7 @@ def set_up_environment() -> None:
         file.write(wanted)
 
 
-def install_programs(missing: "list[str]") -> None:
+def install_programs(missing: list[str]) -> None:
     """Install missing programs with the system's package manager where we may.
 
     The tests tell what they skip.
@@ -123,7 +123,7 @@ def install_programs(missing: "list[str]") -> None:
         say(f"{manager} could not install them; by hand: {' '.join(['sudo', manager, *options, *packages])}")
 
 
-def parse_command_line() -> "tuple[argparse.Namespace, list[str]]":
+def parse_command_line() -> tuple[argparse.Namespace, list[str]]:
     """Return our own options, and those for pytest."""
     parser = argparse.ArgumentParser(description="Tests and benchmarks of the Contextuate Monitor.")
     parser.add_argument(
@@ -246,7 +246,7 @@ BROWSER = find_program(CHROMIUM_NAMES)
 NOW_MS = 1_795_500_000_000  # a fixed "now" for tests without a clock
 
 
-def unmount(place: "str | os.PathLike[str]") -> None:
+def unmount(place: str | os.PathLike[str]) -> None:
     """Take a mounted disk away, though the threads of a killed process may hold its files a moment longer."""
     subprocess.run(["umount", "-l", place], check=True)
 
@@ -263,30 +263,30 @@ def eventually(condition: Any, timeout_s: float = 15.0, what: str = "") -> Any:
         time.sleep(0.02)
 
 
-def protected(event: "dict[str, Any]", privacy: "ee.Privacy") -> "dict[str, Any]":
+def protected(event: dict[str, Any], privacy: ee.Privacy) -> dict[str, Any]:
     """Protect an event; its JSON, which comes along, must be what anybody would make of it."""
     event, encoded = ee.protect(event, privacy)
     assert encoded == ee.encode_json(event)
     return event
 
 
-def recording_names() -> "list[str]":
+def recording_names() -> list[str]:
     """List the recorded sessions."""
     return sorted(os.path.basename(path)[: -len(".jsonl")] for path in glob.glob(RECORDED + "/*.jsonl"))
 
 
-def recorded_lines(name: str) -> "list[bytes]":
+def recorded_lines(name: str) -> list[bytes]:
     """Return a recording's payloads as the client sent them; lines end at \\n only."""
     with open(f"{RECORDED}/{name}.jsonl", "rb") as file:
         return [line for line in file.read().split(b"\n") if line]
 
 
 @functools.cache
-def _recorded(name: str) -> "tuple[str, ...]":
+def _recorded(name: str) -> tuple[str, ...]:
     return tuple(line.decode("utf-8") for line in recorded_lines(name))
 
 
-def recorded(name: str) -> "list[dict[str, Any]]":
+def recorded(name: str) -> list[dict[str, Any]]:
     """Return a recording's payloads, parsed."""
     return [json.loads(line) for line in _recorded(name)]
 
@@ -296,7 +296,7 @@ class RunningMonitor:
     """A monitor process of its own home, and what tests do with it."""
 
     home: str
-    config: "dict[str, Any]" = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     program: str = os.path.join(ROOT, "contextuate_monitor.py")
 
     def __post_init__(self) -> None:
@@ -305,7 +305,7 @@ class RunningMonitor:
         self.write_config({})
         self.about: dict[str, Any] = {}
 
-    def write_config(self, more: "dict[str, Any]") -> None:
+    def write_config(self, more: dict[str, Any]) -> None:
         """Write the configuration: free ports, a socket of its own, and what the test wants."""
         config: dict[str, Any] = {"socketPath": self.socket_path, "server": {"port": 0, "wsPort": 0}}
         for key, value in {**self.config, **more}.items():
@@ -314,7 +314,7 @@ class RunningMonitor:
             json.dump(config, file)
 
     @property
-    def environment(self) -> "dict[str, str]":
+    def environment(self) -> dict[str, str]:
         """The environment of every process that belongs to this monitor."""
         kept = {
             name: value
@@ -331,7 +331,7 @@ class RunningMonitor:
 
     def command(
         self, *arguments: str, check: bool = True, **options: Any
-    ) -> "subprocess.CompletedProcess[str]":
+    ) -> subprocess.CompletedProcess[str]:
         """Run one command of the command line: the program as a module, so that it is compiled only once."""
         program = [self.program]
         if self.program == os.path.join(ROOT, "contextuate_monitor.py") and "cwd" not in options:
@@ -344,12 +344,12 @@ class RunningMonitor:
             raise AssertionError(f"{arguments} gave {done.returncode}: {done.stdout}{done.stderr}")
         return done
 
-    def start(self) -> "RunningMonitor":
+    def start(self) -> RunningMonitor:
         """Start it in the background, as a user does."""
         self.command("start", "--no-open")
         return self.know()
 
-    def serve(self) -> "RunningMonitor":
+    def serve(self) -> RunningMonitor:
         """Start what `start` starts, without the process in between: a quarter of a second less for each test."""
         reader, writer = os.pipe()
         command = ["-m", "contextuate_monitor", "start", "--foreground", "--report-fd", str(writer)]
@@ -364,7 +364,7 @@ class RunningMonitor:
             assert cm.read_report(reports, 60) == "ready"
         return self.know()
 
-    def know(self) -> "RunningMonitor":
+    def know(self) -> RunningMonitor:
         """Read what the running monitor says about itself."""
         with open(self.home + "/monitor.run.json", encoding="utf-8") as file:
             self.about = json.load(file)
@@ -400,12 +400,8 @@ class RunningMonitor:
         self.command("stop")
 
     def request(
-        self,
-        path: str,
-        method: str = "GET",
-        body: "bytes | None" = None,
-        headers: "dict[str, str] | None" = None,
-    ) -> "tuple[int, dict[str, str], bytes]":
+        self, path: str, method: str = "GET", body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
         """Make one HTTP request; return status, headers in lower case, body."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
@@ -425,19 +421,19 @@ class RunningMonitor:
         assert status == 200, (path, status, body)
         return json.loads(body)
 
-    def sessions(self) -> "dict[str, dict[str, Any]]":
+    def sessions(self) -> dict[str, dict[str, Any]]:
         """Return every session by its id, once every stored one has been read."""
         eventually(lambda: self.get("/api/status")["loading"] is None, 60, "the stored sessions")
         return self.sessions_so_far()
 
-    def sessions_so_far(self) -> "dict[str, dict[str, Any]]":
+    def sessions_so_far(self) -> dict[str, dict[str, Any]]:
         """Return the sessions that have been read by now."""
         return {session["sessionId"]: session for session in self.get("/api/sessions?hidden=1")["sessions"]}
 
-    def stored_events(self) -> "list[dict[str, Any]]":
+    def stored_events(self) -> list[dict[str, Any]]:
         """Read every event file, in order of arrival; a write that is under way is waited for."""
 
-        def whole_lines(path: str) -> "list[str]":
+        def whole_lines(path: str) -> list[str]:
             with open(path, encoding="ascii") as file:
                 content = file.read()
             return content.splitlines() if content.endswith("\n") else []
@@ -449,7 +445,7 @@ class RunningMonitor:
                 events += [json.loads(line) for line in lines]
         return sorted(events, key=lambda event: event["seq"])
 
-    def stored_events_allowing_a_torn_line(self) -> "list[dict[str, Any]]":
+    def stored_events_allowing_a_torn_line(self) -> list[dict[str, Any]]:
         """Read every event file right after a kill: a last line may be torn, it was not acknowledged."""
         events = []
         for path in glob.glob(self.home + "/events/*/*.jsonl"):
@@ -457,7 +453,7 @@ class RunningMonitor:
                 events += [json.loads(line) for line in file if line.endswith(b"\n")]
         return events
 
-    def websocket(self, view: "str | None" = "full", **subscription: Any) -> "TestClient":
+    def websocket(self, view: str | None = "full", **subscription: Any) -> TestClient:
         """Connect an independent WebSocket client, and subscribe."""
         client = TestClient(websockets.sync.client.connect(
             f"ws://127.0.0.1:{self.ws_port}/", max_size=None, open_timeout=10, close_timeout=2,
@@ -476,7 +472,7 @@ class RunningMonitor:
         sock.connect(self.socket_path)
         return sock
 
-    def emit(self, *events: "dict[str, Any]") -> None:
+    def emit(self, *events: dict[str, Any]) -> None:
         """Send events over the Unix socket and wait until they are stored."""
         with self.connect() as sock:
             sock.sendall(b"".join(json.dumps(event).encode() + b"\n" for event in events))
@@ -511,7 +507,7 @@ class TestClient:
         """Send one message."""
         self.connection.send(json.dumps(message))
 
-    def next(self, kind: str, timeout_s: float = 15.0, **fields: Any) -> "dict[str, Any]":
+    def next(self, kind: str, timeout_s: float = 15.0, **fields: Any) -> dict[str, Any]:
         """Return the next message of one kind with these fields; others are kept for later."""
         for message in list(self.others):
             if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
@@ -524,12 +520,12 @@ class TestClient:
                 return dict(message)
             self.others.append(message)
 
-    def ask(self, answer: str, **message: Any) -> "dict[str, Any]":
+    def ask(self, answer: str, **message: Any) -> dict[str, Any]:
         """Send one message and return the answer of one kind."""
         self.send(**message)
         return self.next(answer)
 
-    def events(self, count: int, timeout_s: float = 30.0) -> "list[dict[str, Any]]":
+    def events(self, count: int, timeout_s: float = 30.0) -> list[dict[str, Any]]:
         """Return the next `count` events."""
         return [self.next("event", timeout_s)["event"] for _ in range(count)]
 
@@ -548,8 +544,8 @@ def alive(pid: int) -> bool:
 
 
 def run_hook(
-    command: str, payload: bytes, environment: "dict[str, str]", timeout_s: float = 30
-) -> "subprocess.CompletedProcess[bytes]":
+    command: str, payload: bytes, environment: dict[str, str], timeout_s: float = 30
+) -> subprocess.CompletedProcess[bytes]:
     """Run the hook as Claude Code does: through /bin/sh, in a session of its own."""
     return subprocess.run(
         ["/bin/sh", "-c", command], input=payload, env=environment, capture_output=True, timeout=timeout_s,
@@ -573,7 +569,7 @@ def clean_up(monitor: RunningMonitor) -> None:
 
 
 @pytest.fixture
-def monitor() -> "Iterator[RunningMonitor]":
+def monitor() -> Iterator[RunningMonitor]:
     """A monitor of its own, not yet started."""
     made = RunningMonitor(new_home())
     yield made
@@ -587,7 +583,7 @@ def running(monitor: RunningMonitor) -> RunningMonitor:
 
 
 @pytest.fixture(scope="module")
-def shared() -> "Iterator[RunningMonitor]":
+def shared() -> Iterator[RunningMonitor]:
     """A running monitor for tests that leave no trace for others."""
     made = RunningMonitor(new_home()).start()
     yield made
@@ -598,7 +594,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="Chromium is missing"
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that")
 
 
-def payload(hook: str, session: str = "s1", **fields: Any) -> "dict[str, Any]":
+def payload(hook: str, session: str = "s1", **fields: Any) -> dict[str, Any]:
     """Return a hook payload with the fields every payload has."""
     return {
         "session_id": session, "transcript_path": "/nowhere.jsonl", "cwd": "/home/dev/shop",
@@ -624,13 +620,13 @@ class HookInstallation:
     default_socket: str
 
     @property
-    def argv(self) -> "list[str]":
+    def argv(self) -> list[str]:
         """The command without the shell."""
         return shlex.split(self.command)[:4]
 
 
 @pytest.fixture(scope="module")
-def hook_installed() -> "Iterator[HookInstallation]":
+def hook_installed() -> Iterator[HookInstallation]:
     made = RunningMonitor(new_home())
     command = made.installed_command()
     directory, default_socket = made.home + "/hooks", made.home + "/default.sock"
@@ -649,7 +645,7 @@ def hook_replace(path: str, old: str, new: str) -> None:
         file.write(text.replace(old, new))
 
 
-def hook_call(command: str, given_payload: Any, environment: "dict[str, str]", **more: str) -> str:
+def hook_call(command: str, given_payload: Any, environment: dict[str, str], **more: str) -> str:
     """Run the hook on bytes or an object; check what must hold for every run; return its standard error."""
     line = given_payload if isinstance(given_payload, bytes) else json.dumps(given_payload).encode() + b"\n"
     done = run_hook(command, line, {**environment, **more})
@@ -657,7 +653,7 @@ def hook_call(command: str, given_payload: Any, environment: "dict[str, str]", *
     return done.stderr.decode()
 
 
-def hook_spooled(home: str, place: str = "spool") -> "list[Any]":
+def hook_spooled(home: str, place: str = "spool") -> list[Any]:
     """Return what lies in the spool, parsed, in the order of its segments."""
     found = []
     for path, _ in ee.spool_segments(f"{home}/{place}"):
@@ -764,7 +760,7 @@ def hook_unread(fd: int) -> int:
 @pytest.mark.parametrize("given_input", [b'{"a":{"b":1}}\n', b'{"a":\n{"b":1}\r\n}\n', b'{"a":{"b":1}}'])
 def test_a_payload_that_comes_byte_by_byte_into_an_open_pipe_is_whole_at_its_end(given_input):
     reader, writer = os.pipe()
-    taken: "list[bytes]" = []
+    taken: list[bytes] = []
     thread = threading.Thread(
         target=lambda: taken.append(ee.read_payload(reader, time.monotonic() + 3600)), daemon=True
     )
@@ -997,13 +993,13 @@ def test_a_sigterm_at_any_moment_loses_nothing_of_a_hook_that_ends_with_0(hook_i
     assert set(survived) <= set(running.sessions())
 
 
-def hook_listen(path: str, answer: "Any") -> "tuple[threading.Thread, list[bytes]]":
+def hook_listen(path: str, answer: Any) -> tuple[threading.Thread, list[bytes]]:
     """Listen in the monitor's place for one hook; `answer(connection)` decides what it gets."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(8)
     listener.settimeout(20)
-    received: "list[bytes]" = []
+    received: list[bytes] = []
 
     def serve() -> None:
         with listener, contextlib.suppress(TimeoutError):
@@ -1240,7 +1236,7 @@ def test_what_is_still_no_json_is_refused_with_its_line(text, place):
 
 
 # For every key: values that must be refused, and one that is taken.
-HOOK_WRONG_VALUES: "dict[str, tuple[list[Any], Any]]" = {
+HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "mode": (["", "Local", "both", 1, None, ["local"]], "local"),
     "socketPath": (["", "relative.sock", 5, None, "/" + "x" * 100, "/" + "é" * 50, ["/a"]], "/" + "x" * 99),
     "server.host": (["", 1, None, ["127.0.0.1"]], "::1"),
@@ -1468,7 +1464,7 @@ HOOK_REQUIRED = {
 HOOK_OPTIONAL = {"agentId": str, "agentType": str, "parentSessionId": str, "pid": int}
 
 
-def hook_check_form(event: "dict[str, Any]") -> None:
+def hook_check_form(event: dict[str, Any]) -> None:
     """Check that an event has every field in its type, goes through the encoder, and comes back the same."""
     for name, kind in HOOK_REQUIRED.items():
         assert type(event[name]) is kind, (name, event[name])
@@ -1481,7 +1477,7 @@ def hook_check_form(event: "dict[str, Any]") -> None:
     assert ee.encode_json(ee.parse_event_line(line)) == line
 
 
-def hook_wrapped(given_payload: Any, **more: Any) -> "dict[str, Any]":
+def hook_wrapped(given_payload: Any, **more: Any) -> dict[str, Any]:
     return {"id": "5f0c", "timestamp": 1_795_500_000_000, "machineId": "box", "hook": given_payload, **more}
 
 
@@ -1619,7 +1615,7 @@ def test_no_object_is_too_odd_for_an_event(given_object):
     ee.encode_json(cm.event_row({"seq": 1, "received": 1_795_500_000_000, **event}))
 
 
-def hook_all_values(value: Any) -> "list[str]":
+def hook_all_values(value: Any) -> list[str]:
     """List the JSON text of a value and of everything in it."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
@@ -1790,7 +1786,7 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
     return f"-----BEGIN {kind}PRIVATE " + f"KEY-----\n{lines}\n-----END {kind}PRIVATE " + "KEY-----"
 
 
-def hook_secrets() -> "list[tuple[str, str, str]]":
+def hook_secrets() -> list[tuple[str, str, str]]:
     """List (kind, secret, text around it with {} in its place)."""
     jwt = ".".join((hook_token("ey" + "J", 30), hook_token("ey" + "J", 60), hook_token("", 43)))
     plain = [
@@ -1867,14 +1863,14 @@ def hook_secrets() -> "list[tuple[str, str, str]]":
     return [(kind, secret, "see {} there") for kind, secret in plain] + around
 
 
-def hook_traces(secret: str, event: Any, length: int = 8) -> "list[str]":
+def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
     """List the pieces of a secret that stand in an event."""
     text = json.dumps(event)
     pieces = {secret[at : at + length] for at in range(4, len(secret) - length + 1)}
     return sorted(piece for piece in pieces if json.dumps(piece)[1:-1] in text)
 
 
-def hook_surroundings(secret: str) -> "dict[str, str]":
+def hook_surroundings(secret: str) -> dict[str, str]:
     """Return texts that a secret may stand in: what tools read, write and print."""
     return {
         "shell output": f"$ cat x\n{secret}\n$ ",
@@ -1889,7 +1885,7 @@ def hook_surroundings(secret: str) -> "dict[str, str]":
     }
 
 
-def hook_corpus() -> "list[tuple[str, str, str]]":
+def hook_corpus() -> list[tuple[str, str, str]]:
     """List (kind, secret, text) for every secret in every surrounding that it can stand in."""
     corpus = []
     for kind, secret, around in hook_secrets():
@@ -1900,7 +1896,7 @@ def hook_corpus() -> "list[tuple[str, str, str]]":
     return corpus
 
 
-def hook_missed() -> "list[tuple[str, str]]":
+def hook_missed() -> list[tuple[str, str]]:
     """List (kind, text) of the corpus that still show eight letters of their secret."""
     return [(kind, text) for kind, secret, text in hook_corpus() if hook_traces(secret, ee.redact_text(text))]
 
@@ -1971,7 +1967,7 @@ def test_the_value_of_any_other_name_stays(name):
     assert data["toolInput"] == {name: "some value", "usage": {name: 12}}
 
 
-def hook_harmless_texts() -> "list[str]":
+def hook_harmless_texts() -> list[str]:
     rng = random.Random(9)
     image = base64.b64encode(rng.randbytes(60_000)).decode()
     return [
@@ -2044,7 +2040,7 @@ def test_no_number_or_switch_that_can_be_no_password_is_replaced(value):
     assert told == {"password": value, "n": {"token": value}}
 
 
-def hook_hints() -> "list[str]":
+def hook_hints() -> list[str]:
     return sorted({shape.hint for shape in ee.SECRET_SHAPES})
 
 
@@ -2280,7 +2276,7 @@ def spool_line(event_id: str, session: str = "s1", **fields: Any) -> bytes:
     )
 
 
-def spool_read(path: str) -> "list[bytes]":
+def spool_read(path: str) -> list[bytes]:
     with open(path, "rb") as file:
         return [line for line in file.read().split(b"\n") if line]
 
@@ -2291,7 +2287,7 @@ def test_many_writers_and_a_drainer_at_once_lose_double_and_tear_nothing(tmp_pat
         subprocess.Popen([PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory, str(writer), str(each)])
         for writer in range(writers)
     ]
-    drained: "list[bytes]" = []
+    drained: list[bytes] = []
     segments = 0
 
     def drain() -> bool:
@@ -2489,7 +2485,7 @@ def test_a_fault_while_the_spool_is_drained_does_not_stop_it_for_good(tmp_path):
     ee.append_to_spool(str(tmp_path / "spool"), b'{"a":1}\n')
     taken: list[bytes] = []
 
-    def take(lines: "list[bytes]") -> bool:
+    def take(lines: list[bytes]) -> bool:
         if not taken:
             taken.append(b"")
             raise OSError("a damaged file")
@@ -2580,7 +2576,7 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_instal
 def test_what_is_stored_already_is_not_stored_again_out_of_the_spool(monitor):
     directory = monitor.home + "/spool"
 
-    def ids() -> "list[str]":
+    def ids() -> list[str]:
         return [event["id"] for event in monitor.stored_events()]
 
     monitor.start()
@@ -2647,7 +2643,7 @@ STORE_DAY_MS = 86_400_000
 STORE_SESSIONS = ("s1", "s2", "../../etc/x", "odd id \u2028")
 
 
-def store_event(number: int, session: str, size: int = 0) -> "dict[str, Any]":
+def store_event(number: int, session: str, size: int = 0) -> dict[str, Any]:
     return ee.build_event(
         {"eventType": "message", "id": f"id-{number}", "timestamp": NOW_MS, "sessionId": session,
         "data": {"x": "é" * (size // 6)}},
@@ -2683,7 +2679,7 @@ def store_make(kind: str, root: str) -> Any:
 def test_the_store_gives_back_what_a_list_would(kind, batches, questions):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root:
         store = store_make(kind, root)
-        kept: "list[tuple[int, str, bytes]]" = []
+        kept: list[tuple[int, str, bytes]] = []
         time_ms = NOW_MS
         for days, batch in batches:
             time_ms += days * STORE_DAY_MS
@@ -2947,7 +2943,7 @@ def test_an_empty_store_answers_with_nothing(tmp_path, kind):
 @pytest.mark.parametrize("name", ["EventStore", "MemoryStore"])
 def test_both_stores_have_one_interface(name):
 
-    def interface(kind: type) -> "dict[str, str]":
+    def interface(kind: type) -> dict[str, str]:
         return {
             key: str(inspect.signature(value))
             for key, value in vars(kind).items()
@@ -3059,7 +3055,7 @@ install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), s
 install_examples = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
-def install_handlers_in(value: "dict[str, Any]", entry: "dict[str, Any]") -> "list[str]":
+def install_handlers_in(value: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Name the event of every handler that equals `entry`."""
     return [
         name
@@ -3070,7 +3066,7 @@ def install_handlers_in(value: "dict[str, Any]", entry: "dict[str, Any]") -> "li
     ]
 
 
-def install_without_emptied(value: "dict[str, Any]", names: "list[str]") -> "dict[str, Any]":
+def install_without_emptied(value: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Apply the documented removal: an empty list that was given our entry goes when the entry goes."""
     if "hooks" not in value:
         return value
@@ -3602,7 +3598,7 @@ def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True, mask: bo
 
 
 def protocol_raw_frame(
-    first: int, payload: bytes = b"", length_bytes: int = 0, mask: "bytes | None" = PROTOCOL_MASK
+    first: int, payload: bytes = b"", length_bytes: int = 0, mask: bytes | None = PROTOCOL_MASK
 ) -> bytes:
     """Build a frame by hand, valid or not: any first byte, the length in 0, 2 or 8 extra bytes."""
     flag = 0x80 if mask else 0
@@ -3616,7 +3612,7 @@ def protocol_raw_frame(
     return head + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
 
 
-def protocol_feed(parser: "cm.FrameParser", data: bytes, sizes: "list[int]") -> "list[Any]":
+def protocol_feed(parser: cm.FrameParser, data: bytes, sizes: list[int]) -> list[Any]:
     """Feed bytes in chunks of these sizes, in turn; return everything that came out."""
     received: list[Any] = []
     turn = itertools.cycle(sizes)
@@ -3627,7 +3623,7 @@ def protocol_feed(parser: "cm.FrameParser", data: bytes, sizes: "list[int]") -> 
     return received
 
 
-def protocol_feed_anew(data: bytes, sizes: "list[int]", masked: bool = True) -> "list[Any]":
+def protocol_feed_anew(data: bytes, sizes: list[int], masked: bool = True) -> list[Any]:
     """Feed bytes in chunks as the monitor does: whenever a parser is at rest it is thrown away."""
     received: list[Any] = []
     parser, turn = cm.FrameParser(masked), itertools.cycle(sizes)
@@ -3639,7 +3635,7 @@ def protocol_feed_anew(data: bytes, sizes: "list[int]", masked: bool = True) -> 
     return received
 
 
-def protocol_pieces(data: bytes, cuts: "list[int]") -> "list[bytes]":
+def protocol_pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     """Cut bytes at these places, taken modulo their length."""
     places = sorted(cut % (len(data) + 1) for cut in cuts)
     return [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
@@ -3659,7 +3655,7 @@ protocol_conversations = st.lists(
 
 
 @pytest.fixture(scope="module")
-def spoken() -> "Iterator[RunningMonitor]":
+def spoken() -> Iterator[RunningMonitor]:
     """A running monitor for this section; every test uses sessions of its own."""
     made = RunningMonitor(new_home()).start()
     yield made
@@ -3669,7 +3665,7 @@ def spoken() -> "Iterator[RunningMonitor]":
 @given(protocol_conversations, st.lists(st.integers(1, 70000), min_size=1, max_size=8), st.booleans())
 @settings(deadline=None, max_examples=150)
 def test_messages_come_out_the_same_whatever_the_fragments_and_chunks(
-    conversation: "list[Any]", sizes: "list[int]", masked: bool
+    conversation: list[Any], sizes: list[int], masked: bool
 ) -> None:
     wire, expected = b"", []
     for message, cuts, controls in conversation:
@@ -3689,9 +3685,7 @@ def test_messages_come_out_the_same_whatever_the_fragments_and_chunks(
 
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=4), st.lists(st.integers(0, 100), max_size=5))
 @settings(deadline=None, max_examples=80)
-def test_every_message_comes_out_with_the_byte_that_completes_it(
-    texts: "list[str]", cuts: "list[int]"
-) -> None:
+def test_every_message_comes_out_with_the_byte_that_completes_it(texts: list[str], cuts: list[int]) -> None:
     parser = cm.FrameParser()
     for text in texts:
         pieces = protocol_pieces(text.encode(), cuts)
@@ -3859,7 +3853,7 @@ def test_the_limit_counts_all_fragments_of_one_message_and_no_control_frames() -
 @given(st.binary(max_size=300), st.lists(st.integers(1, 40), min_size=1, max_size=5), st.booleans())
 @settings(deadline=None, max_examples=400)
 def test_arbitrary_bytes_never_raise_and_chunks_change_nothing(
-    data: bytes, sizes: "list[int]", masked: bool
+    data: bytes, sizes: list[int], masked: bool
 ) -> None:
     whole = cm.FrameParser(masked).feed(data)
     assert protocol_feed(cm.FrameParser(masked), data, sizes) == whole
@@ -3875,7 +3869,7 @@ def test_arbitrary_bytes_never_raise_and_chunks_change_nothing(
 )
 @settings(deadline=None, max_examples=300)
 def test_frames_of_any_kind_never_raise_and_chunks_change_nothing(
-    frames: "list[tuple[int, bytes, int]]", sizes: "list[int]"
+    frames: list[tuple[int, bytes, int]], sizes: list[int]
 ) -> None:
     data = b"".join(
         protocol_raw_frame(first, content if form else content[:125], form) for first, content, form in frames
@@ -3891,7 +3885,7 @@ def test_frames_of_any_kind_never_raise_and_chunks_change_nothing(
 
 
 def protocol_head(
-    *changes: "tuple[str, str | None]", line: str = "GET / HTTP/1.1", more: "tuple[str, ...]" = ()
+    *changes: tuple[str, str | None], line: str = "GET / HTTP/1.1", more: tuple[str, ...] = ()
 ) -> bytes:
     """Return a request head for a WebSocket without its blank line; changes replace headers, None removes one."""
     headers: dict[str, str | None] = {
@@ -3903,7 +3897,7 @@ def protocol_head(
     return "\r\n".join(lines).encode("latin-1")
 
 
-def protocol_answer(head: bytes) -> "tuple[int, dict[str, str]]":
+def protocol_answer(head: bytes) -> tuple[int, dict[str, str]]:
     """Return the status and the headers that a head gets."""
     try:
         response = cm.handshake_response(cm.parse_request_head(head)).decode("ascii")
@@ -3984,7 +3978,7 @@ def test_a_correct_handshake_in_any_spelling_is_accepted_without_extensions(head
     ],
 )  # fmt: skip
 def test_each_violation_of_the_handshake_is_refused_with_its_status(
-    head: bytes, status: int, header: "tuple[str, str] | None"
+    head: bytes, status: int, header: tuple[str, str] | None
 ) -> None:
     got, headers = protocol_answer(head)
     assert got == status
@@ -4005,7 +3999,7 @@ class ProtocolPeer:
     """A WebSocket client that sends whatever bytes it is told, and reads frames by hand."""
 
     def __init__(
-        self, port: int, receive_bytes: int = 0, host: str = "127.0.0.1", more: "tuple[str, ...]" = ()
+        self, port: int, receive_bytes: int = 0, host: str = "127.0.0.1", more: tuple[str, ...] = ()
     ) -> None:
         self.sock = socket.socket()
         if receive_bytes:
@@ -4028,7 +4022,7 @@ class ProtocolPeer:
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    def frame(self) -> "tuple[int, bytes] | None":
+    def frame(self) -> tuple[int, bytes] | None:
         """Return the next frame's opcode and payload; None when the connection has ended."""
         try:
             first, second = self._take(2)
@@ -4042,7 +4036,7 @@ class ProtocolPeer:
         except (EOFError, ConnectionError):
             return None
 
-    def rest(self) -> "list[tuple[int, bytes]]":
+    def rest(self) -> list[tuple[int, bytes]]:
         """Return every frame until the connection ends."""
         return list(iter(self.frame, None))
 
@@ -4067,7 +4061,7 @@ class ProtocolPeer:
         self.sock.close()
 
 
-def protocol_close_code(frames: "list[tuple[int, bytes]]") -> int:
+def protocol_close_code(frames: list[tuple[int, bytes]]) -> int:
     """Return the code of the close frame that ends a list of frames."""
     opcode, content = frames[-1]
     assert opcode == 8, frames[-1]
@@ -4078,7 +4072,7 @@ def protocol_close_code(frames: "list[tuple[int, bytes]]") -> int:
 
 def protocol_exchange(
     port: int, data: bytes, method: str = "GET"
-) -> "tuple[int, list[tuple[str, str]], bytes]":
+) -> tuple[int, list[tuple[str, str]], bytes]:
     """Send a request's bytes to either port; return status, headers in lower case, body."""
     with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
         sock.sendall(data)
@@ -4091,14 +4085,14 @@ def protocol_exchange(
         )
 
 
-def protocol_events(session: str, count: int, **fields: Any) -> "list[dict[str, Any]]":
+def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, Any]]:
     """Make some events of a session, told apart by their prompt."""
     return [
         payload("UserPromptSubmit", session, prompt=f"{session} {index}", **fields) for index in range(count)
     ]
 
 
-def protocol_lines(monitor: RunningMonitor, session: "str | None" = None) -> "list[bytes]":
+def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[bytes]:
     """Read the stored lines of a session (or all) from the files, in order of arrival."""
     lines: list[bytes] = []
     for path in glob.glob(f"{monitor.home}/events/*/{session or '*'}.jsonl"):
@@ -4156,7 +4150,7 @@ def test_a_ping_gets_its_payload_back_also_between_fragments(spoken: RunningMoni
     ("content", "codes"), [(b"\x03\xe8bye", {1000}), (b"\x03\xe9", {1001}), (b"\x0f\xa0", {4000}), (b"", {1000, None})]
 )  # fmt: skip
 def test_a_close_frame_is_answered_and_the_connection_ends(
-    spoken: RunningMonitor, content: bytes, codes: "set[int | None]"
+    spoken: RunningMonitor, content: bytes, codes: set[int | None]
 ) -> None:
     peer = ProtocolPeer(spoken.ws_port)
     peer.next("hello")
@@ -4239,7 +4233,7 @@ PROTOCOL_BAD_MESSAGES = [
 
 @pytest.mark.parametrize(("text", "request_type"), PROTOCOL_BAD_MESSAGES)
 def test_a_message_that_cannot_be_carried_out_gets_an_error_that_names_it(
-    spoken: RunningMonitor, text: str, request_type: "str | None"
+    spoken: RunningMonitor, text: str, request_type: str | None
 ) -> None:
     client = spoken.websocket(None)
     client.connection.send(text)
@@ -4279,7 +4273,7 @@ def test_a_request_id_of_any_kind_comes_back(spoken: RunningMonitor, request_id:
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_no_fields_of_any_type_end_a_connection(
-    spoken: RunningMonitor, messages: "list[dict[str, Any]]"
+    spoken: RunningMonitor, messages: list[dict[str, Any]]
 ) -> None:
     client = spoken.websocket(None)
     for message in messages:
@@ -4463,7 +4457,7 @@ def test_a_client_that_comes_and_goes_while_events_flow_misses_and_doubles_none(
 
 @pytest.mark.parametrize("view", ["full", "rows", None])
 def test_paging_back_through_a_session_loses_and_doubles_nothing(
-    spoken: RunningMonitor, view: "str | None"
+    spoken: RunningMonitor, view: str | None
 ) -> None:
     name = f"paging-{view}"
     for index in range(23):
@@ -4567,7 +4561,7 @@ def test_rename_reaches_the_other_client_and_an_empty_name_takes_it_back(spoken:
     mine.close(), other.close()
 
 
-def protocol_update(client: TestClient, session_id: str, **fields: Any) -> "dict[str, Any]":
+def protocol_update(client: TestClient, session_id: str, **fields: Any) -> dict[str, Any]:
     """Wait until an update tells these fields of a session."""
     while True:
         session = client.next("session_update")["session"]
@@ -4843,7 +4837,7 @@ def test_a_client_that_reads_is_not_closed_for_a_large_answer(monitor: RunningMo
 
 
 @contextlib.contextmanager
-def protocol_inside(**config: Any) -> "Iterator[cm.Monitor]":
+def protocol_inside(**config: Any) -> Iterator[cm.Monitor]:
     """Run a monitor in a thread of this process, so that a test can shorten its deadlines beforehand."""
     place = RunningMonitor(new_home(), config)
     values, _ = ee.load_config(place.home + "/monitor.config.json")
@@ -4990,7 +4984,7 @@ def test_a_head_that_is_too_large_is_refused_on_both_ports(spoken: RunningMonito
     ],
 )
 def test_a_bad_handshake_gets_its_status_in_json_and_the_connection_ends(
-    spoken: RunningMonitor, changes: "tuple[tuple[str, str | None], ...]", line: str, status: int
+    spoken: RunningMonitor, changes: tuple[tuple[str, str | None], ...], line: str, status: int
 ) -> None:
     head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), *changes, line=line)
     got, headers, body = protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")
@@ -5002,7 +4996,7 @@ def test_a_bad_handshake_gets_its_status_in_json_and_the_connection_ends(
 # -- HTTP ----------------------------------------------------------------------
 
 
-def protocol_origin(monitor: RunningMonitor) -> "dict[str, str]":
+def protocol_origin(monitor: RunningMonitor) -> dict[str, str]:
     """Return the page's Origin header."""
     return {"Origin": f"http://127.0.0.1:{monitor.port}"}
 
@@ -5073,7 +5067,7 @@ def test_one_connection_serves_many_requests(spoken: RunningMonitor) -> None:
     connection.close()
 
 
-def protocol_policy(headers: "dict[str, str]") -> "dict[str, list[str]]":
+def protocol_policy(headers: dict[str, str]) -> dict[str, list[str]]:
     """Parse a Content-Security-Policy into its directives."""
     parts = [part.split() for part in headers["content-security-policy"].split(";")]
     assert len({part[0] for part in parts}) == len(parts)
@@ -5131,13 +5125,13 @@ def test_a_built_in_page_stands_in_for_a_missing_one(monitor: RunningMonitor) ->
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
-def protocol_get(host: "str | None", *more: str, path: str = "/health", method: str = "GET") -> bytes:
+def protocol_get(host: str | None, *more: str, path: str = "/health", method: str = "GET") -> bytes:
     """Return the bytes of an HTTP request with this Host."""
     lines = [f"{method} {path} HTTP/1.1", *([f"Host: {host}"] if host is not None else []), *more]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def protocol_upgrade(host: "str | None", *more: str) -> bytes:
+def protocol_upgrade(host: str | None, *more: str) -> bytes:
     """Return the bytes of a handshake with this Host."""
     return protocol_head(("Host", host), more=more) + b"\r\n\r\n"
 
@@ -5154,7 +5148,7 @@ def protocol_upgrade(host: "str | None", *more: str) -> bytes:
     ],
 )  # fmt: skip
 def test_a_host_that_is_not_ours_is_refused_on_both_ports(
-    spoken: RunningMonitor, host: "str | None", good: "bool | None"
+    spoken: RunningMonitor, host: str | None, good: bool | None
 ) -> None:
     for port, other, build, success in (
         (spoken.port, spoken.ws_port, protocol_get, 200),
@@ -5458,7 +5452,7 @@ def test_an_export_is_the_stored_lines_with_its_filters(running: RunningMonitor)
     everything = protocol_lines(running)
     assert len(everything) == 1200
 
-    def exported(query: str = "") -> "list[bytes]":
+    def exported(query: str = "") -> list[bytes]:
         status, headers, body = running.request(f"/api/export{query}")
         assert (status, headers["content-type"]) == (200, "application/x-ndjson")
         assert "attachment" in headers["content-disposition"]
@@ -5473,7 +5467,7 @@ def test_an_export_is_the_stored_lines_with_its_filters(running: RunningMonitor)
         )
     assert exported("?session=nobody") == []
 
-    def within(start: int, end: int) -> "list[bytes]":
+    def within(start: int, end: int) -> list[bytes]:
         return sorted(line for line in everything if start <= json.loads(line)["timestamp"] < end)
 
     assert sorted(exported("?from=1000010&to=1000020")) == within(1_000_010, 1_000_020)
@@ -5499,7 +5493,7 @@ def test_pages_of_events_lose_and_double_nothing_in_either_direction(running: Ru
     for index in range(29):
         running.emit(payload("UserPromptSubmit", f"pages-{index % 2}", prompt=f"n {index}"))
 
-    def back(path: str) -> "list[dict[str, Any]]":
+    def back(path: str) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         more = True
         while more:
@@ -5579,47 +5573,47 @@ class SessionTale:
     time: int = NOW_MS
     count: int = 0
     session: str = "s1"
-    pid: "int | None" = None
+    pid: int | None = None
     machine: str = SESSION_MACHINE
 
     def say(
-        self, hook: str, *, agent: str = "", at: "int | None" = None, session: str = "", **fields: Any
-    ) -> "dict[str, Any]":
+        self, hook: str, *, agent: str = "", at: int | None = None, session: str = "", **fields: Any
+    ) -> dict[str, Any]:
         """Let a hook payload arrive a second after the last one; `at`: it happened then and was overtaken."""
         self.time += 1000
         if agent:
             fields.update(agent_id=agent, agent_type="general-purpose")
         return self.tell(payload(hook, session or self.session, **fields), at)
 
-    def tell(self, hook_payload: "dict[str, Any]", at: "int | None" = None) -> "dict[str, Any]":
+    def tell(self, hook_payload: dict[str, Any], at: int | None = None) -> dict[str, Any]:
         """Let one payload arrive now."""
         self.count += 1
         wrapped = {"hook": hook_payload, "id": f"e{self.count}", "machineId": self.machine, "pid": self.pid}
         return self.apply({**wrapped, "timestamp": self.time if at is None else at})
 
-    def apply(self, given: "dict[str, Any]") -> "dict[str, Any]":
+    def apply(self, given: dict[str, Any]) -> dict[str, Any]:
         """Let anything arrive now, as the monitor would take it."""
         event = ee.build_event(given, self.time, self.machine)
         return self.book.to_json(self.book.apply({"seq": self.count, "received": self.time, **event}))
 
-    def call(self, tool: str, call_id: str, agent: str = "", **tool_input: Any) -> "dict[str, Any]":
+    def call(self, tool: str, call_id: str, agent: str = "", **tool_input: Any) -> dict[str, Any]:
         """Begin a tool call."""
         return self.say("PreToolUse", agent=agent, tool_name=tool, tool_input=tool_input, tool_use_id=call_id)
 
-    def ask(self, tool: str, agent: str = "", at: "int | None" = None, **tool_input: Any) -> "dict[str, Any]":
+    def ask(self, tool: str, agent: str = "", at: int | None = None, **tool_input: Any) -> dict[str, Any]:
         """Ask for a permission; such requests name no call."""
         return self.say("PermissionRequest", agent=agent, at=at, tool_name=tool, tool_input=tool_input)
 
     def result(
         self, tool: str, call_id: str, agent: str = "", response: Any = "", **tool_input: Any
-    ) -> "dict[str, Any]":
+    ) -> dict[str, Any]:
         """End a tool call."""
         return self.say(
             "PostToolUse", agent=agent, tool_name=tool, tool_input=tool_input, tool_use_id=call_id,
             tool_response=response,
         )  # fmt: skip
 
-    def batch(self, *calls: "tuple[str, str, Any]", agent: str = "") -> "dict[str, Any]":
+    def batch(self, *calls: tuple[str, str, Any], agent: str = "") -> dict[str, Any]:
         """End a round of (tool, id, response)."""
         listed = [
             {"tool_name": tool, "tool_input": {}, "tool_use_id": call_id, "tool_response": response}
@@ -5627,24 +5621,24 @@ class SessionTale:
         ]
         return self.say("PostToolBatch", agent=agent, tool_calls=listed)
 
-    def notify(self, kind: "str | None", message: str = "Claude needs you") -> "dict[str, Any]":
+    def notify(self, kind: str | None, message: str = "Claude needs you") -> dict[str, Any]:
         """Notify, as new clients with a type, as old ones without."""
         return self.say(
             "Notification", message=message, **({} if kind is None else {"notification_type": kind})
         )
 
-    def stop(self, *running: str, **fields: Any) -> "dict[str, Any]":
+    def stop(self, *running: str, **fields: Any) -> dict[str, Any]:
         """End the turn while the named tasks run on."""
         tasks = [
             {"id": name, "type": "subagent", "status": "running", "description": name} for name in running
         ]
         return self.say("Stop", stop_hook_active=False, background_tasks=tasks, **fields)
 
-    def prompt(self, words: str = "go on") -> "dict[str, Any]":
+    def prompt(self, words: str = "go on") -> dict[str, Any]:
         """Say what a person typed."""
         return self.say("UserPromptSubmit", prompt=words)
 
-    def task_ended(self, task: str, status: str = "completed") -> "dict[str, Any]":
+    def task_ended(self, task: str, status: str = "completed") -> dict[str, Any]:
         """Let the client tell itself that a background task is over."""
         words = (
             f"<task-notification>\n<task-id>{task}</task-id>\n<status>{status}</status>\n</task-notification>"
@@ -5658,11 +5652,11 @@ class SessionTale:
         launched = {"isAsync": True, "status": "async_launched", "agentId": agent}
         self.result("Agent", call_id, by, launched, description=description, prompt="do it")
 
-    def now(self) -> "dict[str, Any]":
+    def now(self) -> dict[str, Any]:
         """Return the session as it stands."""
         return self.book.to_json(self.book.sessions[self.session])
 
-    def wait(self, milliseconds: int) -> "dict[str, Any]":
+    def wait(self, milliseconds: int) -> dict[str, Any]:
         """Let time pass."""
         self.time += milliseconds
         self.book.tick(self.time)
@@ -5677,7 +5671,7 @@ def session_tale(**fields: Any) -> SessionTale:
     return tale
 
 
-def session_events(name: str) -> "list[dict[str, Any]]":
+def session_events(name: str) -> list[dict[str, Any]]:
     """Build the events of a recording, a second apart."""
     return [
         {
@@ -5691,7 +5685,7 @@ def session_events(name: str) -> "list[dict[str, Any]]":
     ]  # fmt: skip
 
 
-def session_replay(events: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+def session_replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every session after these events, in order of their start."""
     book = cm.SessionBook(own_machine=SESSION_MACHINE)
     for event in events:
@@ -5699,24 +5693,24 @@ def session_replay(events: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
     return sorted((book.to_json(each) for each in book.sessions.values()), key=lambda each: each["startTime"])
 
 
-def session_steps(name: str) -> "Iterator[tuple[dict[str, Any], dict[str, Any]]]":
+def session_steps(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Replay a recording; yield each event and its session after it."""
     book = cm.SessionBook(own_machine=SESSION_MACHINE)
     for event in session_events(name):
         yield event, book.to_json(book.apply(event))
 
 
-def session_after(name: str, hook: str, which: int = 0) -> "tuple[dict[str, Any], dict[str, Any]]":
+def session_after(name: str, hook: str, which: int = 0) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a recording's nth event of a hook, and the session right after it."""
     return [(event, told) for event, told in session_steps(name) if event["hookType"] == hook][which]
 
 
-def session_open(told: "dict[str, Any]") -> "list[str]":
+def session_open(told: dict[str, Any]) -> list[str]:
     """Return the tools that a session shows as running."""
     return [call["toolName"] for call in told["openCalls"]]
 
 
-def session_agent(told: "dict[str, Any]", agent_id: str) -> "dict[str, Any]":
+def session_agent(told: dict[str, Any], agent_id: str) -> dict[str, Any]:
     """Return one agent of a session."""
     return next(agent for agent in told["agents"] if agent["agentId"] == agent_id)
 
@@ -5754,7 +5748,7 @@ SESSION_ENDS = {
 }
 
 
-def session_end_of(told: "dict[str, Any]") -> "tuple[Any, ...]":
+def session_end_of(told: dict[str, Any]) -> tuple[Any, ...]:
     """Return what the table of ends says of a session."""
     labels = {agent["agentId"]: agent["label"] for agent in told["agents"]}
     counts = told["counts"]
@@ -7055,11 +7049,11 @@ def test_quiet_is_measured_on_the_other_machines_clock():
         assert tale.wait(1_000)["state"] == "quiet", skew
 
 
-def session_far(clock_ms: int = 0) -> "tuple[SessionTale, Any]":
+def session_far(clock_ms: int = 0) -> tuple[SessionTale, Any]:
     """Return a tale of another machine that works, and a way to let it speak with its clock so far off."""
     tale = SessionTale(machine="far")
 
-    def say(hook: str, clock_ms: int = clock_ms, **fields: Any) -> "dict[str, Any]":
+    def say(hook: str, clock_ms: int = clock_ms, **fields: Any) -> dict[str, Any]:
         return tale.say(hook, at=tale.time + 1000 + clock_ms, **fields)
 
     say("UserPromptSubmit", prompt="go")
@@ -7274,7 +7268,7 @@ def session_fail(
     )["stuck"]
 
 
-def session_turn(tale: SessionTale, number: int, tool: "str | None", **tool_input: Any) -> "list[str]":
+def session_turn(tale: SessionTale, number: int, tool: str | None, **tool_input: Any) -> list[str]:
     """Let a turn with one call pass; return the kinds of signals."""
     tale.prompt()
     if tool:
@@ -7697,7 +7691,7 @@ def test_other_programs_events_of_wrong_types_never_raise(hook, data):
 # Order ---------------------------------------------------------------------
 
 
-def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
+def session_essence(told: list[dict[str, Any]]) -> list[Any]:
     """Return what must not depend on the order in which events arrive."""
     return [
         (
@@ -7711,8 +7705,8 @@ def session_essence(told: "list[dict[str, Any]]") -> "list[Any]":
 
 
 def session_arrivals(
-    events: "list[dict[str, Any]]", gaps: "list[int]", delays: "list[int]"
-) -> "list[dict[str, Any]]":
+    events: list[dict[str, Any]], gaps: list[int], delays: list[int]
+) -> list[dict[str, Any]]:
     """Return the events as they arrive: happened `gaps` apart, each on its way for one of `delays`."""
     happened = itertools.accumulate(gaps[: len(events)], initial=NOW_MS)
     moved = [
@@ -7903,14 +7897,14 @@ def usage_transcript(name: str) -> str:
     return path
 
 
-def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> "dict[str, Any]":
+def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> dict[str, Any]:
     """Return the event of one hook that names a transcript."""
     return ee.build_event(
         {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
     )
 
 
-def usage_read(reader: "ee.UsageReader", path: str, session: str = "s1", **fields: Any) -> Any:
+def usage_read(reader: ee.UsageReader, path: str, session: str = "s1", **fields: Any) -> Any:
     """Return what the reader tells on an event about a transcript; None when it tells nothing."""
     event = usage_event(path, session, **fields)
     reader.add_usage(event)
@@ -7918,7 +7912,7 @@ def usage_read(reader: "ee.UsageReader", path: str, session: str = "s1", **field
     return event["data"].get("usage")
 
 
-def usage_reader(home: object) -> "ee.UsageReader":
+def usage_reader(home: object) -> ee.UsageReader:
     """Return a reader with its own directory."""
     return ee.UsageReader(str(home), USAGE_MACHINE)
 
@@ -7935,7 +7929,7 @@ def usage_output(usage: Any) -> int:
     return sum(counts["output"] for counts in usage["models"].values())
 
 
-def usage_cost_state(name: str) -> "dict[str, Any]":
+def usage_cost_state(name: str) -> dict[str, Any]:
     """Return the client's own sums at the end of a recorded transcript."""
     with open(usage_transcript(name), encoding="utf-8") as file:
         return [json.loads(line) for line in file if '"cost-state"' in line][-1]
@@ -8290,7 +8284,7 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(tmp_path):
 # Where subagents come from ---------------------------------------------------
 
 
-def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
+def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
     """Copy a recording's transcripts; return its payloads with their paths in the copy."""
     (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
     shutil.copytree(os.path.dirname(path), f"{directory}/{name}")
@@ -8299,7 +8293,7 @@ def usage_copied(name: str, directory: object) -> "list[dict[str, Any]]":
     ]
 
 
-def usage_noted(told: "list[dict[str, Any]]") -> "list[dict[str, Any]]":
+def usage_noted(told: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of these payloads with the client's notes on them."""
     reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
     for number, each in enumerate(told):
@@ -8423,7 +8417,7 @@ def test_nested_agents_know_their_parents_through_real_hooks_and_after_a_restart
 # In sessions ----------------------------------------------------------------
 
 
-def usage_told(output: int, model: str = "claude-opus-4-5", **more: Any) -> "dict[str, Any]":
+def usage_told(output: int, model: str = "claude-opus-4-5", **more: Any) -> dict[str, Any]:
     """Return `data.usage` with one model."""
     counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
     return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
@@ -8514,7 +8508,7 @@ def test_the_family_of_a_model_is_found_in_any_clouds_spelling(model, family):
     assert cm.model_family(model) == family
 
 
-def usage_cost(model: str, prices: "dict[str, Any] | None" = None, **counts: int) -> Any:
+def usage_cost(model: str, prices: dict[str, Any] | None = None, **counts: int) -> Any:
     """Return the estimate for a million tokens of each named kind."""
     usage = cm.SessionUsage(1, {model: cm.ModelUsage(cm.Tokens(**counts), cm.Tokens())})
     return cm.PriceList(prices).estimate(usage)
@@ -8633,7 +8627,7 @@ HISTORY_DAYS = 30
 
 
 @functools.cache
-def history_turn(name: str) -> "tuple[bytes, ...]":
+def history_turn(name: str) -> tuple[bytes, ...]:
     """Return the events of a recorded turn from their directory on, with SESSION and TURN for its ids."""
     lines = []
     for given_payload in recorded(name):
@@ -8669,7 +8663,7 @@ class HistorySession:
     session_id: str
     machine: bytes
     pid: int
-    said: "list[tuple[int, int, bytes]]" = dataclasses.field(default_factory=list)
+    said: list[tuple[int, int, bytes]] = dataclasses.field(default_factory=list)
 
     def work(self, rng: random.Random, begin_ms: int, events: int, source: str) -> int:
         """Begin, and do turns until there are so many events; return when the last one was."""
@@ -8709,7 +8703,7 @@ def history_goes_on(number: int) -> bool:
     return number % 8 == 7 or number % 40 in (26, 27, 28, 29)
 
 
-def history_sessions(sessions: int, events: int, now_ms: int, seed: int) -> "list[HistorySession]":
+def history_sessions(sessions: int, events: int, now_ms: int, seed: int) -> list[HistorySession]:
     """Make up sessions of the last days.
 
     One in four goes on after /clear as the next one, some are resumed from within another, some have a name,
@@ -8747,7 +8741,7 @@ def history_sessions(sessions: int, events: int, now_ms: int, seed: int) -> "lis
     return made
 
 
-def write_history(root: str, sessions: int, events: int, now_ms: int, seed: int = 1) -> "list[str]":
+def write_history(root: str, sessions: int, events: int, now_ms: int, seed: int = 1) -> list[str]:
     """Write a made-up history as the store writes it; return the ids of the sessions, oldest first."""
     made = history_sessions(sessions, events, now_ms, seed)
     order = sorted(
@@ -8774,7 +8768,7 @@ def write_history(root: str, sessions: int, events: int, now_ms: int, seed: int 
 # What was loaded
 
 
-def loading_reference(root: str) -> "cm.SessionBook":
+def loading_reference(root: str) -> cm.SessionBook:
     """Tell everything that is stored to one book, in the order of arrival."""
     lines = []
     for path in glob.glob(glob.escape(root) + "/*/*.jsonl"):
@@ -8785,12 +8779,12 @@ def loading_reference(root: str) -> "cm.SessionBook":
     return book
 
 
-def loading_loader(store: "cm.EventStore") -> "tuple[cm.SessionBook, cm.Loader]":
+def loading_loader(store: cm.EventStore) -> tuple[cm.SessionBook, cm.Loader]:
     book = cm.SessionBook(own_machine="testbox")
     return book, cm.Loader(store, book, cm.SeenIds(), lambda sessions: None)
 
 
-def loading_check(book: "cm.SessionBook", root: str, now_ms: int) -> None:
+def loading_check(book: cm.SessionBook, root: str, now_ms: int) -> None:
     """Check that a book knows what a replay knows, before and after time has passed."""
     expected = loading_reference(root)
     assert book.sessions == expected.sessions
@@ -8964,7 +8958,7 @@ def test_a_session_of_many_days_is_read_in_order_and_with_others(tmp_path):
 
 
 @contextlib.contextmanager
-def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> "Iterator[Any]":
+def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> Iterator[Any]:
     """Run a monitor here that reads nothing of what is stored until the gate is opened."""
     gate = threading.Event()
     work = cm.Loader.work
@@ -8991,10 +8985,10 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> "I
         assert not thread.is_alive()
 
 
-def loading_same(place: RunningMonitor, leave_out: "tuple[str, ...]" = ()) -> bool:
+def loading_same(place: RunningMonitor, leave_out: tuple[str, ...] = ()) -> bool:
     """Tell whether the monitor's sessions are those of a replay; what the present changes is left out."""
 
-    def essence(told: "dict[str, Any]") -> "dict[str, Any]":
+    def essence(told: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value
             for name, value in told.items()
@@ -9158,7 +9152,7 @@ RENAMED_FIELDS = {
 ENVELOPE_FIELDS = {"session_id", "cwd", "hook_event_name", "agent_id", "agent_type"}
 
 
-def expected_data(sent: "dict[str, Any]") -> "dict[str, Any]":
+def expected_data(sent: dict[str, Any]) -> dict[str, Any]:
     """Return what `data` must be for a recorded payload: every other field, under the names of the README."""
     data = {
         RENAMED_FIELDS.get(name, name): value for name, value in sent.items() if name not in ENVELOPE_FIELDS
@@ -9168,7 +9162,7 @@ def expected_data(sent: "dict[str, Any]") -> "dict[str, Any]":
     return data
 
 
-def check_event(event: "dict[str, Any]", sent: "dict[str, Any]") -> None:
+def check_event(event: dict[str, Any], sent: dict[str, Any]) -> None:
     """Compare one event, however it came, with the payload it was made from."""
     assert event["data"] == expected_data(sent)
     assert event["sessionId"] == sent["session_id"]
@@ -9246,7 +9240,7 @@ for line in sys.stdin.buffer:
 
 
 @contextlib.contextmanager
-def hooks_in_a_row(environment: "dict[str, str]") -> "Iterator[Any]":
+def hooks_in_a_row(environment: dict[str, str]) -> Iterator[Any]:
     """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
     command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT]
     environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
@@ -9254,7 +9248,7 @@ def hooks_in_a_row(environment: "dict[str, str]") -> "Iterator[Any]":
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as hooks:
 
-        def call(event: "dict[str, Any]") -> str:
+        def call(event: dict[str, Any]) -> str:
             print(json.dumps(event), file=hooks.stdin, flush=True)
             status, words = json.loads(hooks.stdout.readline())
             assert status == 0
@@ -9279,7 +9273,7 @@ def test_kill_9_at_any_moment_loses_no_event(running: RunningMonitor) -> None:
                 assert ("has stored" in words) != ("kept in the spool" in words), words
                 outcomes[marker] = "has stored" in words
 
-    def stored_markers() -> "list[str]":
+    def stored_markers() -> list[str]:
         return [event["data"]["toolUseId"] for event in running.stored_events()]
 
     dice = random.Random(5)
@@ -9671,7 +9665,7 @@ def test_everything_of_ours_is_for_our_user_only(running: RunningMonitor) -> Non
 
 
 @pytest.fixture
-def client() -> "Iterator[subprocess.Popen[bytes]]":
+def client() -> Iterator[subprocess.Popen[bytes]]:
     """Give a process that stands for Claude Code's client and does nothing."""
     process = subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"])
     yield process
@@ -9963,7 +9957,7 @@ def test_an_installed_hook_belongs_to_the_directory_it_is_installed_in(running: 
 # ---------------------------------------------------------------------------
 
 
-def examine(monitor: RunningMonitor) -> "tuple[int, dict[str, list[dict[str, str]]]]":
+def examine(monitor: RunningMonitor) -> tuple[int, dict[str, list[dict[str, str]]]]:
     """Run `doctor --json`; return its exit status and the findings by the name of their check."""
     done = monitor.command("doctor", "--json", check=False)
     answer = json.loads(done.stdout)
@@ -9974,7 +9968,7 @@ def examine(monitor: RunningMonitor) -> "tuple[int, dict[str, list[dict[str, str
     return done.returncode, findings
 
 
-def levels(findings: "dict[str, list[dict[str, str]]]", check: str) -> "list[str]":
+def levels(findings: dict[str, list[dict[str, str]]], check: str) -> list[str]:
     return [finding["level"] for finding in findings[check]]
 
 
@@ -10074,7 +10068,7 @@ REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
 
-def redis_ports() -> "Iterator[int]":
+def redis_ports() -> Iterator[int]:
     """Give each port once: no outgoing connection and no other test is given it while its server is down."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 10
     first = 20_000 + 1_000 * worker
@@ -10102,7 +10096,7 @@ class RedisCertificates:
     directory: str
 
     @classmethod
-    def make(cls, directory: str, names: str = "DNS:localhost,IP:127.0.0.1") -> "RedisCertificates":
+    def make(cls, directory: str, names: str = "DNS:localhost,IP:127.0.0.1") -> RedisCertificates:
         """Make them with openssl; `names` is what the server's certificate is for."""
         made = cls(directory)
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
@@ -10143,7 +10137,7 @@ class RedisServer:
         *lines: str,
         user: str = "default",
         password: str = "",
-        certificates: "RedisCertificates | None" = None,
+        certificates: RedisCertificates | None = None,
         port: int = 0,
     ) -> None:
         self.directory = new_home()
@@ -10168,10 +10162,10 @@ class RedisServer:
         ]  # fmt: skip
         with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
             file.write("\n".join((*ports, *common, *secret, *lines)) + "\n")
-        self.process: "subprocess.Popen[bytes] | None" = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
-    def start(self) -> "RedisServer":
+    def start(self) -> RedisServer:
         """Start it, on the same port, with what it had, and wait until it answers."""
         command = ["redis-server", self.directory + "/redis.conf"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -10208,7 +10202,7 @@ class RedisServer:
         self.kill()
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def cli(self, *arguments: str, check: bool = True, given: "bytes | None" = None) -> str:
+    def cli(self, *arguments: str, check: bool = True, given: bytes | None = None) -> str:
         """Run redis-cli and return what it says; bytes given on standard input are the last argument."""
         login = ["--user", self.user] if self.password else []
         done = subprocess.run(
@@ -10225,7 +10219,7 @@ class RedisServer:
         """Publish any bytes on the channel."""
         self.cli("PUBLISH", REDIS_CHANNEL, given=message)
 
-    def streamed(self) -> "list[str]":
+    def streamed(self) -> list[str]:
         """Return every event in the stream, as text, oldest first."""
         said = self.cli("--json", "XRANGE", REDIS_STREAM, "-", "+")
         return [dict(zip(fields[::2], fields[1::2]))["event"] for _, fields in json.loads(said)]
@@ -10239,7 +10233,7 @@ class RedisServer:
         for kind in ("normal", "pubsub"):
             self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
-    def settings(self, **more: Any) -> "dict[str, Any]":
+    def settings(self, **more: Any) -> dict[str, Any]:
         """Return the configuration of a machine that uses it."""
         redis = {"host": "127.0.0.1", "port": self.port, **more}
         if self.certificates is not None:
@@ -10252,10 +10246,10 @@ class RedisMachine(RunningMonitor):
     """One machine in Redis mode: its hook, its spool, its publisher, and a monitor if one is started."""
 
     machine_id: str = "testbox"
-    more_environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+    more_environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def environment(self) -> "dict[str, str]":
+    def environment(self) -> dict[str, str]:
         """The environment of every process of this machine."""
         return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
 
@@ -10278,11 +10272,11 @@ class RedisMachine(RunningMonitor):
         """Count the bytes in the spool."""
         return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
 
-    def redis(self) -> "dict[str, Any]":
+    def redis(self) -> dict[str, Any]:
         """Return what the monitor says about its Redis."""
         return dict(self.get("/api/status")["redis"])
 
-    def publisher(self) -> "dict[str, Any]":
+    def publisher(self) -> dict[str, Any]:
         """Return what the publisher has told about itself; nothing before it has begun."""
         try:
             with open(self.home + "/publisher.json", encoding="utf-8") as file:
@@ -10290,7 +10284,7 @@ class RedisMachine(RunningMonitor):
         except FileNotFoundError:
             return {}
 
-    def wait_until(self, state: str, timeout_s: float = 60.0) -> "dict[str, Any]":
+    def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """Wait until the monitor's Redis is in a state; return what it says then."""
         return dict(
             eventually(
@@ -10299,9 +10293,9 @@ class RedisMachine(RunningMonitor):
             )
         )  # fmt: skip
 
-    def arrivals(self, session: str = "s1") -> "dict[str, list[str]]":
+    def arrivals(self, session: str = "s1") -> dict[str, list[str]]:
         """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
-        found: "dict[str, list[str]]" = {}
+        found: dict[str, list[str]] = {}
         for event in self.stored_events():
             if event["sessionId"] == session:
                 found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
@@ -10311,7 +10305,7 @@ class RedisMachine(RunningMonitor):
         """Tell whether the monitor shows at least so many events of a session."""
         return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
 
-    def publishers(self) -> "list[int]":
+    def publishers(self) -> list[int]:
         """List the process ids of this machine's publishers."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -10338,18 +10332,18 @@ class RedisMachine(RunningMonitor):
         clean_up(self)
 
 
-def at_once(*jobs: Any) -> "list[Any]":
+def at_once(*jobs: Any) -> list[Any]:
     """Call all of some functions at the same time; return what they returned, in order."""
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
 
 
 @contextlib.contextmanager
-def redis_parts() -> "Iterator[Any]":
+def redis_parts() -> Iterator[Any]:
     """Give a function that makes servers and machines (by class and arguments); remove them all at the end."""
     if not shutil.which("redis-server"):
         pytest.skip("redis-server is missing")
-    made: "list[Any]" = []
+    made: list[Any] = []
 
     def make(kind: Any, *arguments: Any, **options: Any) -> Any:
         if kind is RedisMachine:
@@ -10365,7 +10359,7 @@ def redis_parts() -> "Iterator[Any]":
 
 
 @pytest.fixture
-def make() -> "Iterator[Any]":
+def make() -> Iterator[Any]:
     """Make servers and machines for one test."""
     with redis_parts() as maker:
         yield maker
@@ -10376,8 +10370,8 @@ class RedisTeam:
     """Three machines that emit, two that only watch, one Redis."""
 
     server: RedisServer
-    emitters: "list[RedisMachine]"
-    monitors: "list[RedisMachine]"
+    emitters: list[RedisMachine]
+    monitors: list[RedisMachine]
 
     def mend(self) -> None:
         """Undo whatever a test has done to it."""
@@ -10396,7 +10390,7 @@ class RedisTeam:
 
 
 @pytest.fixture(scope="module")
-def redis_team() -> "Iterator[RedisTeam]":
+def redis_team() -> Iterator[RedisTeam]:
     with redis_parts() as maker:
         server = maker(RedisServer)
         made = RedisTeam(
@@ -10410,7 +10404,7 @@ def redis_team() -> "Iterator[RedisTeam]":
 
 
 @pytest.fixture
-def team(redis_team: RedisTeam) -> "Iterator[RedisTeam]":
+def team(redis_team: RedisTeam) -> Iterator[RedisTeam]:
     """The team in good order: every monitor is connected, and each test leaves it so."""
     redis_team.mend()
     yield redis_team
@@ -10423,7 +10417,7 @@ class RedisFlow:
     def __init__(self, team: RedisTeam, session: str) -> None:
         self.team = team
         self.session = session
-        self.said: "dict[str, list[str]]" = {machine.machine_id: [] for machine in team.emitters}
+        self.said: dict[str, list[str]] = {machine.machine_id: [] for machine in team.emitters}
 
     def hooks(self, count: int) -> None:
         """Run so many real hooks, on all machines at once; every one has returned when this returns."""
@@ -10444,9 +10438,9 @@ class RedisFlow:
                 machine.spool(marker, self.session, **fields)
             machine.say(last, self.session, **fields)
 
-    def _shares(self, count: int) -> "dict[str, list[str]]":
+    def _shares(self, count: int) -> dict[str, list[str]]:
         machines = self.team.emitters
-        shares: "dict[str, list[str]]" = {machine.machine_id: [] for machine in machines}
+        shares: dict[str, list[str]] = {machine.machine_id: [] for machine in machines}
         for number in range(count):
             name = machines[number % len(machines)].machine_id
             shares[name].append(f"{name}-{len(self.said[name])}")
@@ -10467,7 +10461,7 @@ class RedisFlow:
             assert monitor.arrivals(self.session) == self.said
 
 
-def without_arrival(event: "dict[str, Any]") -> "dict[str, Any]":
+def without_arrival(event: dict[str, Any]) -> dict[str, Any]:
     """Return an event without what each monitor adds for itself."""
     return {name: value for name, value in event.items() if name not in ("seq", "received")}
 
@@ -10601,7 +10595,7 @@ def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any
     ],
     ids=["no right to XADD", "no right to the key", "out of memory", "no stream under its name"],
 )
-def test_a_refused_xadd_does_not_stop_the_publish(team: RedisTeam, refuse: "list[str]", words: str) -> None:
+def test_a_refused_xadd_does_not_stop_the_publish(team: RedisTeam, refuse: list[str], words: str) -> None:
     stream_before = team.server.streamed()
     if refuse[0] == "SET":
         team.server.cli("RENAME", REDIS_STREAM, "aside")
@@ -10731,7 +10725,7 @@ HOSTILE_NAMES = (
 
 
 def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
-    def places(monitor: RedisMachine) -> "set[str]":
+    def places(monitor: RedisMachine) -> set[str]:
         return {
             os.path.relpath(os.path.join(folder, name), monitor.home)
             for folder, _, names in os.walk(monitor.home)
@@ -10839,7 +10833,7 @@ def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
     machine = team.emitters[1]
     machine.end_publisher()
     flow = RedisFlow(team, "one-publisher")
-    seen: "set[int]" = set()
+    seen: set[int] = set()
     stop = threading.Event()
 
     def watch() -> None:
@@ -10895,10 +10889,10 @@ class RedisFault:
     """What is wrong, as a machine's configuration, and the words that its reason must and must not have."""
 
     words: str
-    config: "dict[str, Any]"
+    config: dict[str, Any]
 
 
-def redis_faults(make: Any) -> "dict[str, RedisFault]":
+def redis_faults(make: Any) -> dict[str, RedisFault]:
     """Make the servers; return name → fault."""
     certificates, strange, elsewhere = (
         RedisCertificates.make(make(Folder).path),
@@ -10917,7 +10911,7 @@ def redis_faults(make: Any) -> "dict[str, RedisFault]":
     tls_asking = make(RedisServer, "tls-auth-clients yes", certificates=certificates)
     replica = make(RedisServer, f"replicaof 127.0.0.1 {plain.port}")
 
-    def with_password(server: RedisServer, **more: Any) -> "dict[str, Any]":
+    def with_password(server: RedisServer, **more: Any) -> dict[str, Any]:
         return server.settings(password=REDIS_PASSWORD, **more)
 
     return {
@@ -10958,11 +10952,11 @@ class RedisComplaint:
 
     machine: RedisMachine
     fault: RedisFault
-    words: "dict[str, str]"
+    words: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def redis_complaints() -> "Iterator[dict[str, RedisComplaint]]":
+def redis_complaints() -> Iterator[dict[str, RedisComplaint]]:
     """Let every fault happen, all at the same time."""
     with redis_parts() as maker:
         faults = redis_faults(maker)
@@ -10996,7 +10990,7 @@ REDIS_FAULT_NAMES = [
 
 @pytest.mark.parametrize("name", REDIS_FAULT_NAMES)
 def test_every_fault_has_its_own_clear_sentence(
-    redis_complaints: "dict[str, RedisComplaint]", name: str
+    redis_complaints: dict[str, RedisComplaint], name: str
 ) -> None:
     assert set(redis_complaints) == set(REDIS_FAULT_NAMES)
     complaint = redis_complaints[name]
@@ -11008,7 +11002,7 @@ def test_every_fault_has_its_own_clear_sentence(
         assert sentence not in others.values(), (who, sentence)
 
 
-def test_no_password_is_told_anywhere(redis_complaints: "dict[str, RedisComplaint]") -> None:
+def test_no_password_is_told_anywhere(redis_complaints: dict[str, RedisComplaint]) -> None:
     machines = [
         told.machine for told in redis_complaints.values() if "password" in told.machine.config["redis"]
     ]
@@ -11033,7 +11027,7 @@ def test_no_password_is_told_anywhere(redis_complaints: "dict[str, RedisComplain
 
 
 def test_an_event_that_redis_does_not_take_stays_in_the_spool(
-    redis_complaints: "dict[str, RedisComplaint]",
+    redis_complaints: dict[str, RedisComplaint],
 ) -> None:
     for name, complaint in redis_complaints.items():
         if name == "read-only replica":  # its monitor has got it by the channel
@@ -11053,8 +11047,8 @@ class RedisWay:
     redis: Any  # server, certificates → keys of the section `redis`
     tls: bool = False
     password: str = ""
-    lines: "tuple[str, ...]" = ()
-    environment: "dict[str, str]" = dataclasses.field(default_factory=dict)
+    lines: tuple[str, ...] = ()
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
     database: str = "0"
     channel: str = REDIS_CHANNEL
     has_stream: bool = True
@@ -11111,7 +11105,7 @@ def test_every_way_to_a_redis_works(make: Any, redis_certificates: RedisCertific
 
 
 @pytest.fixture(scope="module")
-def redis_certificates() -> "Iterator[RedisCertificates]":
+def redis_certificates() -> Iterator[RedisCertificates]:
     folder = Folder()
     yield RedisCertificates.make(folder.path)
     folder.remove()
@@ -11178,7 +11172,7 @@ class StubbornServer:
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.listener.bind(("127.0.0.1", self.port))
         self.listener.listen(0 if manner == "deaf" else 16)
-        self.connections: "list[socket.socket]" = []
+        self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._fill if manner == "deaf" else self._serve)
         self.thread.start()
@@ -11603,7 +11597,7 @@ print(json.dumps(told))
 """
 
 
-def safe_stranger(monitor: RunningMonitor, **more: Any) -> "dict[str, Any]":
+def safe_stranger(monitor: RunningMonitor, **more: Any) -> dict[str, Any]:
     """Let another user of this machine try everything; return what it got."""
     with open(monitor.home + "/token", encoding="ascii") as file:
         token = file.read().strip()
@@ -11650,10 +11644,7 @@ def test_tokens_are_compared_in_constant_time_only(monkeypatch: Any) -> None:
     real = cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     access = cm.Access("token", "t" * 32, [], [])
-    ways = (
-        (("authorization", "Bearer {}"),),
-        (("cookie", "a=b; contextuate_token_0={}"),),
-    )
+    ways = ((("authorization", "Bearer {}"),), (("cookie", "a=b; contextuate_token_0={}"),))
     for candidate, good in (
         ("t" * 32, True),
         ("t" * 31 + "u", False),
@@ -11761,7 +11752,7 @@ def test_every_line_of_the_readmes_list_names_tests_that_exist() -> None:
 # -- files and sockets ----------------------------------------------------------
 
 
-def safe_open_modes(home: str, until: "threading.Event") -> "set[str]":
+def safe_open_modes(home: str, until: threading.Event) -> set[str]:
     """Return what of ours was ever open to others, looking without a pause until told to stop."""
     seen = set()
     while not until.is_set():
@@ -11874,16 +11865,16 @@ def test_who_squats_on_the_sockets_place_gets_neither_events_nor_files(
 class SafeEcho(cm.ClientServer):
     """The monitor's own WebSocket side, which gives back what it gets."""
 
-    def __init__(self, loop: "cm.EventLoop", listener: socket.socket) -> None:
+    def __init__(self, loop: cm.EventLoop, listener: socket.socket) -> None:
         super().__init__(
             loop, listener, lambda request, sock: None, lambda client: None, self._echo, lambda client: None,
             connection_limit=64, queue_limit_bytes=1 << 20,
         )  # fmt: skip
 
-    def _echo(self, client: "cm.Client", text: str) -> None:
+    def _echo(self, client: cm.Client, text: str) -> None:
         self.answer(client, cm.encode_frame(cm.Opcode.TEXT, text.encode()))
 
-    def _take_messages(self, client: "cm.Client", received: Any) -> None:
+    def _take_messages(self, client: cm.Client, received: Any) -> None:
         for message in received:
             if isinstance(message, cm.Binary):
                 self.answer(client, cm.encode_frame(cm.Opcode.BINARY, message.data))
@@ -11898,7 +11889,7 @@ def safe_serve_echo(listener: socket.socket) -> None:
     loop.run()
 
 
-def safe_run_cases(port: int, **which: Any) -> "dict[str, Any]":
+def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
     """Let the fuzzing client run cases against a server; return their results by number."""
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
@@ -11990,7 +11981,7 @@ class SafeClockMonitor(RunningMonitor):
     """A monitor whose clock a test can set."""
 
     @property
-    def environment(self) -> "dict[str, str]":
+    def environment(self) -> dict[str, str]:
         return {**super().environment, "SAFE_CLOCK": self.home + "/clock", "PYTHONPATH": self.home + "/site"}
 
     def set_clock(self, shift_ms: int) -> None:
@@ -12019,7 +12010,7 @@ SAFE_NUMBERS = itertools.count()
 
 
 @pytest.fixture
-def clocked() -> "Iterator[SafeClockMonitor]":
+def clocked() -> Iterator[SafeClockMonitor]:
     """A running monitor with a clock of its own."""
     made = SafeClockMonitor(new_home())
     made.set_clock(0)
@@ -12087,7 +12078,7 @@ def test_midnight_passes_in_the_middle_of_a_session(clocked: SafeClockMonitor) -
 # -- bad days -------------------------------------------------------------------
 
 
-def safe_told(monitor: RunningMonitor, numbers: "list[int]") -> "list[int]":
+def safe_told(monitor: RunningMonitor, numbers: list[int]) -> list[int]:
     """Send one numbered event each on a connection of its own; return the numbers that were acknowledged."""
     acknowledged = []
     for number in numbers:
@@ -12099,13 +12090,13 @@ def safe_told(monitor: RunningMonitor, numbers: "list[int]") -> "list[int]":
     return acknowledged
 
 
-def safe_stored(monitor: RunningMonitor) -> "list[int]":
+def safe_stored(monitor: RunningMonitor) -> list[int]:
     """Return the numbers of all stored events."""
     return sorted(int(event["data"]["message"]) for event in monitor.stored_events())
 
 
 @contextlib.contextmanager
-def safe_disk(monitor: RunningMonitor, size: str) -> "Iterator[Any]":
+def safe_disk(monitor: RunningMonitor, size: str) -> Iterator[Any]:
     """Put the monitor's whole directory on a small disk of its own; give a function that remounts it."""
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "tmpfs", monitor.home], check=False
@@ -12200,7 +12191,7 @@ class SafeFailingDisk:
 
     place: str
     image: str
-    devices: "list[str]"
+    devices: list[str]
 
     def mount(self) -> None:
         """Put the disk in its place."""
@@ -12445,7 +12436,7 @@ class SafeCable:
 
 
 @contextlib.contextmanager
-def safe_cable() -> "Iterator[SafeCable]":
+def safe_cable() -> Iterator[SafeCable]:
     """Lay a cable to a network of its own; skip where that is not permitted."""
     number = os.getpid() % 60_000
     name, net = f"cm{number}", f"10.213.{number >> 8}.{number & 0xFC}"
@@ -12549,7 +12540,7 @@ def test_an_index_that_goes_under_a_running_monitor_comes_back_and_disturbs_nobo
         page = running.get("/api/search?q=quokka&limit=100")
         assert len(page["results"]) == 60 or not page["complete"]
 
-    def counted() -> "int | None":
+    def counted() -> int | None:
         status, _, body = running.request("/api/stats")
         return json.loads(body)["totals"]["events"] if status == 200 else None
 
@@ -12665,7 +12656,7 @@ SAFE_SPLICES = (
 
 
 @st.composite
-def safe_mutants(draw: Any, corpus: "tuple[bytes, ...]") -> bytes:
+def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     """Take one of the corpus and cut, repeat, splice and flip it here and there."""
     data = draw(st.sampled_from(corpus))
     for _ in range(draw(st.integers(1, 4))):
@@ -12717,7 +12708,7 @@ def test_no_bytes_sent_to_either_port_do_harm(spoken: RunningMonitor, data: byte
 
 @SAFE_FUZZ
 @given(st.lists(safe_mutants(SAFE_LINES), min_size=1, max_size=5))
-def test_no_bytes_sent_by_a_hook_stop_the_next_event(shared: RunningMonitor, lines: "list[bytes]") -> None:
+def test_no_bytes_sent_by_a_hook_stop_the_next_event(shared: RunningMonitor, lines: list[bytes]) -> None:
     with shared.connect() as sock:
         sock.sendall(b"\n".join(lines) + b"\n")
         sock.shutdown(socket.SHUT_WR)
@@ -12811,7 +12802,7 @@ BROWSER_OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def chromium() -> "Iterator[Any]":
+def chromium() -> Iterator[Any]:
     """One browser for this section."""
     with playwright.sync_api.sync_playwright() as tool:
         browser = tool.chromium.launch(executable_path=BROWSER, args=BROWSER_OPTIONS)
@@ -12832,9 +12823,9 @@ class BrowserTab:
 
     page: Any
     url: str
-    said: "list[str]" = dataclasses.field(default_factory=list)
+    said: list[str] = dataclasses.field(default_factory=list)
 
-    def rows(self, words: str = "", **marks: str) -> "list[Any]":
+    def rows(self, words: str = "", **marks: str) -> list[Any]:
         """Return the visible rows that show some words and have these data attributes, from the top."""
         wanted = "".join(f'[data-{name}="{value}"]' for name, value in marks.items())
         found = self.page.evaluate_handle(
@@ -12872,7 +12863,7 @@ class BrowserTab:
 
 
 @pytest.fixture
-def open_tab(chromium: Any) -> "Iterator[Any]":
+def open_tab(chromium: Any) -> Iterator[Any]:
     """Open tabs that fail the test when the console says anything at all."""
     tabs = []
 
@@ -12893,7 +12884,7 @@ def open_tab(chromium: Any) -> "Iterator[Any]":
         assert tab.said == []
 
 
-def browser_call(number: int, session: str = "s1", **result: Any) -> "list[dict[str, Any]]":
+def browser_call(number: int, session: str = "s1", **result: Any) -> list[dict[str, Any]]:
     """Return a call of Bash, with its result if there is one."""
     call = {
         "tool_name": "Bash",
@@ -13172,7 +13163,7 @@ def test_a_lost_connection_is_shown_and_heals_without_a_reload(
     tab.said.clear()
 
 
-def browser_bar(tab: BrowserTab, target: str, at_ms: "int | None" = None) -> "dict[str, Any]":
+def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
     """Return where the timeline shows a call: the middle of its bar in the page, and its colour there.
 
     With `at_ms` it is that moment in the call's lane.
@@ -13200,7 +13191,7 @@ def browser_bar(tab: BrowserTab, target: str, at_ms: "int | None" = None) -> "di
     ))  # fmt: skip
 
 
-def browser_colour(tab: BrowserTab, name: str) -> "list[int]":
+def browser_colour(tab: BrowserTab, name: str) -> list[int]:
     """Return one colour of the page's palette as red, green, blue."""
     words = tab.page.evaluate(
         f"getComputedStyle(document.documentElement).getPropertyValue('--{name}')"
@@ -13255,7 +13246,7 @@ def test_the_timeline_shows_who_waited_for_a_person_and_how_long(
     start = cm.now_ms() - 600_000
     agent = {"agent_id": "a1", "agent_type": "explorer"}
 
-    def at(second: int, event: "dict[str, Any]") -> "dict[str, Any]":
+    def at(second: int, event: dict[str, Any]) -> dict[str, Any]:
         return {
             "hook": event,
             "id": str(uuid.uuid4()),
@@ -13285,7 +13276,7 @@ def test_the_timeline_shows_who_waited_for_a_person_and_how_long(
     amber, bar, ground = "amber", "bar", ""  # of the last there is nothing, or a line that marks a minute
     names = {str(browser_colour(tab, name)): name for name in (amber, bar)}
 
-    def colours(target: str, *seconds: int) -> "list[str]":
+    def colours(target: str, *seconds: int) -> list[str]:
         seen = (browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds)
         return [names.get(str(colour), ground) for colour in seen]
 
@@ -13404,7 +13395,7 @@ def test_two_fingers_zoom_the_timeline_and_one_moves_it(running: RunningMonitor,
     assert tab.page.evaluate("contextuate.timeline.span") == span
 
 
-def page_ask(session: str, command: str, use: str = "asked") -> "list[dict[str, Any]]":
+def page_ask(session: str, command: str, use: str = "asked") -> list[dict[str, Any]]:
     """Return a call of Bash that waits for a permission, and its result."""
     call = {"tool_name": "Bash", "tool_input": {"command": command}}
     return [
@@ -13514,7 +13505,7 @@ def test_the_status_view_tells_what_the_monitor_tells(running: RunningMonitor, o
     tab.row_with("first")
 
 
-def browser_views(tab: BrowserTab) -> "list[dict[str, str]]":
+def browser_views(tab: BrowserTab) -> list[dict[str, str]]:
     """Return the views that the page offers, in their order."""
     return list(tab.page.evaluate(
         "[...document.querySelectorAll('.views button')].map((el) => ({ id: el.dataset.view, name: el.title }))"
@@ -13903,7 +13894,7 @@ def test_the_page_fits_every_width(
 
 
 @pytest.fixture(scope="module")
-def shared_demo() -> "Iterator[RunningMonitor]":
+def shared_demo() -> Iterator[RunningMonitor]:
     """A running monitor with the demo in it."""
     made = RunningMonitor(new_home()).start()
     made.command("demo", "--live", "0")
@@ -13911,7 +13902,7 @@ def shared_demo() -> "Iterator[RunningMonitor]":
     clean_up(made)
 
 
-def page_rail(tab: BrowserTab) -> "list[tuple[str, str]]":
+def page_rail(tab: BrowserTab) -> list[tuple[str, str]]:
     """Return the sessions of the rail, from the top: id and state."""
     found = tab.page.evaluate(
         "[...document.querySelectorAll('[data-testid=session]')]"
@@ -13920,7 +13911,7 @@ def page_rail(tab: BrowserTab) -> "list[tuple[str, str]]":
     return [(session, state) for session, state in found]
 
 
-def page_counts(tab: BrowserTab) -> "dict[str, int]":
+def page_counts(tab: BrowserTab) -> dict[str, int]:
     """Return the numbers of the counters in the top bar, -1 where it says "?"."""
     found = tab.page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('.counter')].map((el) => "
@@ -14093,7 +14084,7 @@ def browser_row_of(tab: BrowserTab, tool: str, words: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def browser_recordings() -> "Iterator[RunningMonitor]":
+def browser_recordings() -> Iterator[RunningMonitor]:
     """A running monitor into which one of each recording that the drawer is shown for was played."""
     made = RunningMonitor(new_home()).start()
     for name in dict.fromkeys(name for name, *_ in BROWSER_DRAWERS):
@@ -14178,7 +14169,7 @@ def test_rows_stay_where_they_are_while_others_come_above_and_below(
     eventually(lambda: browser_store(tab, "store.rows[0].seq") < oldest, 15, "an older page")
     eventually(lambda: not browser_store(tab, "store.loadingOlder"))
 
-    def at_top() -> "list[str]":
+    def at_top() -> list[str]:
         return sorted(row.inner_text() for row in tab.rows("step") if row.bounding_box()["y"] < 400)
 
     tab.page.mouse.wheel(0, 1300)
@@ -14529,7 +14520,7 @@ def test_history_finds_what_is_stored_and_opens_it(running: RunningMonitor, open
     eventually(lambda: running.get("/api/search?q=zebra")["results"], what="the index to know it")
     tab = open_tab(running, "#history&q=zebra")
 
-    def hits() -> "list[str]":
+    def hits() -> list[str]:
         return [hit.inner_text() for hit in tab.page.query_selector_all("[data-testid=hit]")]
 
     eventually(lambda: len(hits()) == 3)
@@ -14777,7 +14768,7 @@ def test_widths_are_kept(running: RunningMonitor, open_tab: Any) -> None:
     tab = open_tab(running)
     tab.row_with("make step-1").click()
 
-    def widths() -> "list[float]":
+    def widths() -> list[float]:
         return [round(tab.page.query_selector(part).bounding_box()["width"]) for part in (".rail", ".drawer")]
 
     eventually(lambda: tab.text("drawer"))
@@ -14851,7 +14842,7 @@ def test_trouble_with_disk_spool_and_versions_is_said_and_taken_back(
 
 
 # What a person has done before the page is checked: a link, then clicks and keys.
-CHECKED_SCREENS: "dict[str, tuple[str, list[str]]]" = {
+CHECKED_SCREENS: dict[str, tuple[str, list[str]]] = {
     "live": ("", []),
     "call": ("", ["click [data-testid=session]", "click [data-testid=row]"]),
     "replay": ("", ["click [data-testid=session][data-state=idle]", "press y"]),
@@ -14919,13 +14910,13 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any
 class IndexCase:
     """Event files and the history over them, in this process; `store` is written to as the monitor would."""
 
-    def __init__(self, folder: "str | None" = None) -> None:
+    def __init__(self, folder: str | None = None) -> None:
         self.home = folder or new_home()
         self.store = cm.EventStore(self.home + "/events")
         self.history = cm.History(self.store, self.home + "/index.db")
         self.started = False
 
-    def add(self, *events: "dict[str, Any]", day_ms: int = NOW_MS) -> None:
+    def add(self, *events: dict[str, Any], day_ms: int = NOW_MS) -> None:
         """Store events as if they arrived at `day_ms`; payloads are made events."""
         built = [ee.build_event(given, given.get("timestamp", day_ms), "testbox") for given in events]
         stored = self.store.append(built, day_ms)
@@ -14933,7 +14924,7 @@ class IndexCase:
         if self.started:
             self.history.grown(stored)
 
-    def ready(self) -> "IndexCase":
+    def ready(self) -> IndexCase:
         """Start the index, and wait until it is complete."""
         if not self.started:
             self.started = True
@@ -14946,7 +14937,7 @@ class IndexCase:
         stored = sum(os.path.getsize(path) for path in glob.glob(self.home + "/events/*/*.jsonl"))
         return bool(status["state"] == "ready" and status["done"] == stored)
 
-    def search(self, words: str = "", **wanted: Any) -> "list[dict[str, Any]]":
+    def search(self, words: str = "", **wanted: Any) -> list[dict[str, Any]]:
         """Return every result, over all pages."""
         results, cursor = [], None
         while True:
@@ -14962,10 +14953,10 @@ class IndexCase:
             if cursor is None:
                 return results
 
-    def ids(self, words: str = "", **wanted: Any) -> "list[str]":
+    def ids(self, words: str = "", **wanted: Any) -> list[str]:
         return [result["id"] for result in self.search(words, **wanted)]
 
-    def events(self) -> "list[dict[str, Any]]":
+    def events(self) -> list[dict[str, Any]]:
         """Read every event in the files."""
         found = []
         for path in glob.glob(self.home + "/events/*/*.jsonl"):
@@ -14975,7 +14966,7 @@ class IndexCase:
 
 
 @pytest.fixture
-def indexed() -> "Iterator[IndexCase]":
+def indexed() -> Iterator[IndexCase]:
     """An empty store with a history."""
     case = IndexCase()
     yield case
@@ -14984,7 +14975,7 @@ def indexed() -> "Iterator[IndexCase]":
     shutil.rmtree(case.home, ignore_errors=True)
 
 
-def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> "dict[str, Any]":
+def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> dict[str, Any]:
     """Return a prompt event with a known id, a second after the one with the number before."""
     return {
         "eventType": "user_prompt", "hookType": "UserPromptSubmit", "id": f"e{number}", "sessionId": session,
@@ -15004,7 +14995,7 @@ def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> "d
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
 def test_words_beginnings_and_phrases_are_found_newest_first(
-    indexed: IndexCase, monkeypatch: Any, how: str, typed: str, found: "list[int]"
+    indexed: IndexCase, monkeypatch: Any, how: str, typed: str, found: list[int]
 ) -> None:
     texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
              "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
@@ -15028,7 +15019,7 @@ index_texts = st.lists(
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(index_texts, st.data())
-def test_the_index_finds_just_what_reading_every_event_finds(texts: "list[str]", data: Any) -> None:
+def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], data: Any) -> None:
     case = IndexCase()
     try:
         case.add(*(index_prompt(number, text, f"s{number % 2}") for number, text in enumerate(texts)))
@@ -15131,7 +15122,7 @@ def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     assert result["data"]["target"] == "find hay" and result["partial"] is True
 
 
-INDEX_DAMAGE: "dict[str, Any]" = {
+INDEX_DAMAGE: dict[str, Any] = {
     "deleted": os.unlink,
     "deleted with its log": cm.remove_index,
     "truncated": lambda path: os.truncate(path, 5000),
@@ -15312,7 +15303,7 @@ def test_the_space_of_deleted_days_is_given_back(indexed: IndexCase) -> None:
 # Statistics
 
 
-def calls_by_hand(events: "list[dict[str, Any]]") -> "dict[Any, dict[str, Any]]":
+def calls_by_hand(events: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """Tell of every call its tool, when it began and ended, and how."""
     calls: dict[Any, dict[str, Any]] = {}
     for event in sorted(events, key=lambda event: event["seq"]):
@@ -15339,7 +15330,7 @@ def calls_by_hand(events: "list[dict[str, Any]]") -> "dict[Any, dict[str, Any]]"
     return calls
 
 
-def tools_by_hand(calls: "dict[Any, dict[str, Any]]") -> "dict[str, Any]":
+def tools_by_hand(calls: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     """Count calls by tool."""
     tools: dict[str, Any] = {}
     for call in calls.values():
@@ -15367,7 +15358,7 @@ def tools_by_hand(calls: "dict[Any, dict[str, Any]]") -> "dict[str, Any]":
     return tools
 
 
-def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "dict[str, Any]":
+def count_by_hand(events: list[dict[str, Any]], offset_minutes: int = 0) -> dict[str, Any]:
     """Count what the statistics tell, another way: one event after the other, all durations in lists."""
     events = [event for event in events if event["hookType"] != "Monitor"]
     calls = calls_by_hand(events)
@@ -15391,7 +15382,7 @@ def count_by_hand(events: "list[dict[str, Any]]", offset_minutes: int = 0) -> "d
     }
 
 
-def check_statistics(figures: "dict[str, Any]", by_hand: "dict[str, Any]") -> None:
+def check_statistics(figures: dict[str, Any], by_hand: dict[str, Any]) -> None:
     """Compare the statistics with what was counted by hand."""
     names = ("calls", "failures", "interrupted", "timed", "maxMs", "totalMs", "p50Ms", "p95Ms")
     assert {tool["toolName"]: {name: tool[name] for name in names} for tool in figures["tools"]} == by_hand[
@@ -15413,7 +15404,7 @@ def check_statistics(figures: "dict[str, Any]", by_hand: "dict[str, Any]") -> No
     assert sum(row["failures"] for row in figures["failing"]) <= totals["failures"]
 
 
-def index_work(rng: random.Random, count: int) -> "list[dict[str, Any]]":
+def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
     """Return made-up work of some sessions on two machines over three days, told out of order."""
     told = []
     for number in range(count):
@@ -15460,7 +15451,7 @@ def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: 
         check_statistics(indexed.history.statistics(0, 1 << 53, session, offset), count_by_hand(own, offset))
 
 
-def index_usage(number: int, session: str, **models: "tuple[int, int]") -> "dict[str, Any]":
+def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[str, Any]:
     """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
     told = {
         name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
@@ -15484,7 +15475,7 @@ def test_tokens_count_on_the_day_they_were_used_by_model_project_and_session(ind
     )
     figures = indexed.ready().history.statistics(0, 1 << 53, None, 0)
 
-    def tokens(rows: str, name: str) -> "dict[str, Any]":
+    def tokens(rows: str, name: str) -> dict[str, Any]:
         return {row[name]: row["tokenUsage"] and (row["tokenUsage"]["totalInput"], row["tokenUsage"]["totalOutput"])
                 for row in figures[rows]}  # fmt: skip
 
@@ -15579,10 +15570,10 @@ def test_a_recorded_session_counts_the_same_in_statistics_and_in_its_state(
 # In the running monitor
 
 
-def index_ready(monitor: RunningMonitor) -> "dict[str, Any]":
+def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
     """Wait until everything that is stored is in the index; return its status."""
 
-    def complete() -> "dict[str, Any] | None":
+    def complete() -> dict[str, Any] | None:
         index: dict[str, Any] = monitor.get("/api/status")["index"]
         return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
 
@@ -15773,14 +15764,12 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
 # ---------------------------------------------------------------------------
 
 
-def retention_days(home: str) -> "list[str]":
+def retention_days(home: str) -> list[str]:
     """List the days that have events."""
     return sorted(os.listdir(home + "/events"))
 
 
-def retention_fill(
-    home: str, ages: "tuple[int, ...]", size: int = 100, sessions: int = 2
-) -> "dict[int, str]":
+def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: int = 2) -> dict[int, str]:
     """Store events that arrived so many days ago; return the name of each day."""
     store = cm.EventStore(home + "/events")
     now, made = cm.now_ms(), {}
@@ -15823,7 +15812,7 @@ def test_days_that_are_too_old_go_with_their_sessions_and_pinned_ones_stay(monit
 
 
 def test_the_status_says_how_much_is_on_disk_while_events_come_and_go(running: RunningMonitor) -> None:
-    def told() -> "dict[str, Any]":
+    def told() -> dict[str, Any]:
         return dict(running.get("/api/status")["disk"])
 
     def on_disk() -> int:
@@ -15856,8 +15845,8 @@ def test_all_our_files_count_and_the_oldest_days_go_first_but_never_today(tmp_pa
     now = cm.now_ms()
 
     def going(
-        limit_megabytes: "int | None", kept: "frozenset[str]" = frozenset(), keep_days: "int | None" = None
-    ) -> "list[str]":
+        limit_megabytes: int | None, kept: frozenset[str] = frozenset(), keep_days: int | None = None
+    ) -> list[str]:
         limit = None if limit_megabytes is None else limit_megabytes << 20
         return cm.plan_retention(home, now, keep_days, limit, kept).days
 
@@ -15978,7 +15967,7 @@ def test_killed_at_any_moment_of_deleting_the_rest_goes_the_next_time(monitor: R
     st.lists(st.tuples(st.integers(0, 15_000), st.integers(-1, 900)), max_size=20),
 )
 def test_a_packed_file_reads_as_the_plain_one_from_any_place(
-    tmp_path: Any, lengths: "list[int]", reads: "list[tuple[int, int]]"
+    tmp_path: Any, lengths: list[int], reads: list[tuple[int, int]]
 ) -> None:
     content = b"".join(bytes([65 + number % 26]) * length + b"\n" for number, length in enumerate(lengths))
     path = f"{tmp_path}/{uuid.uuid4()}.jsonl"
@@ -16005,7 +15994,7 @@ def test_a_packed_file_reads_as_the_plain_one_from_any_place(
         assert not os.path.exists(path + ".gz")
 
 
-def packed_paths(home: str) -> "list[str]":
+def packed_paths(home: str) -> list[str]:
     """List the packed files."""
     return sorted(glob.glob(home + "/events/*/*.jsonl.gz"))
 
@@ -16019,7 +16008,7 @@ def test_every_question_to_the_store_has_the_same_answer_when_days_are_packed(
     root = home + "/events"
     store = cm.EventStore(root)
 
-    def answers() -> "list[Any]":
+    def answers() -> list[Any]:
         return [
             store.size(), store.days(), [store.day_paths(day) for day in store.days()], list(store.all_lines()),
             store.recent_lines(100), store.recent_lines(4, before=9), store.recent_lines(100, after=5),
@@ -16111,7 +16100,7 @@ def test_killed_at_any_moment_of_packing_nothing_is_lost_or_doubled(monitor: Run
 # ---------------------------------------------------------------------------
 
 
-def export_table(lines: "list[bytes]") -> "list[dict[str, str]]":
+def export_table(lines: list[bytes]) -> list[dict[str, str]]:
     """Read a table of calls the way a spreadsheet does."""
     text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))
@@ -16407,7 +16396,7 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
 # ---------------------------------------------------------------------------
 
 
-def metrics_of(monitor: RunningMonitor) -> "dict[str, dict[tuple[tuple[str, str], ...], float]]":
+def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Return what /metrics tells: sample's name → labels → value."""
     status, headers, body = monitor.request("/metrics")
     assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -16484,7 +16473,7 @@ def test_made_up_names_do_not_make_metrics_endless() -> None:
 # ---------------------------------------------------------------------------
 
 
-def uses_of_names(code: types.CodeType) -> "Iterator[tuple[int, set[str]]]":
+def uses_of_names(code: types.CodeType) -> Iterator[tuple[int, set[str]]]:
     """Yield the first line of each function, class and lambda below `code`, and the module's names it uses."""
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
@@ -16500,7 +16489,7 @@ def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
     tree = ast.parse(source)
     starts = [source.count("\n", 0, it.start()) + 1 for it in re.finditer(r"(?m)^# -{75}\n# [A-Z]", source)]
     assert len(starts) > 7
-    defined: "dict[str, int]" = {}
+    defined: dict[str, int] = {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node.lineno
@@ -16538,12 +16527,12 @@ class Figure:
     name: str
     ours: float
     unit: str
-    limit: "float | None"
+    limit: float | None
     peer: str  # what `limit` is
-    ratio: "float | None"
-    at_most: "float | None" = None  # the goal for the ratio
-    at_least: "float | None" = None
-    spread: "tuple[float, float] | None" = None  # the least and the largest ratio of the rounds
+    ratio: float | None
+    at_most: float | None = None  # the goal for the ratio
+    at_least: float | None = None
+    spread: tuple[float, float] | None = None  # the least and the largest ratio of the rounds
 
     @property
     def misses(self) -> bool:
@@ -16575,7 +16564,7 @@ def bench_number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def paired(name: str, pairs: "list[tuple[float, float]]", unit: str, peer: str, **goal: float) -> Figure:
+def paired(name: str, pairs: list[tuple[float, float]], unit: str, peer: str, **goal: float) -> Figure:
     """Return the row of pairs (ours, limit), one a round: their medians, the median ratio and its spread."""
     ratios = [ours / limit for ours, limit in pairs]
     ours, limit = (statistics.median(values) for values in zip(*pairs, strict=True))
@@ -16584,7 +16573,7 @@ def paired(name: str, pairs: "list[tuple[float, float]]", unit: str, peer: str, 
 
 
 def against(
-    name: str, ours: float, limit: float, unit: str, peer: str = "the goal", at_most: "float | None" = 1.0
+    name: str, ours: float, limit: float, unit: str, peer: str = "the goal", at_most: float | None = 1.0
 ) -> Figure:
     """Return the row of one figure that must not be above its limit."""
     return Figure(name, ours, unit, limit, peer, ours / limit, at_most=at_most)
@@ -16601,9 +16590,9 @@ class Sizes:
 
     hook_pairs: int
     latency_rates: (
-        "tuple[tuple[int, int, bool], ...]"  # events a second, seconds, whether each is a hook process
+        tuple[tuple[int, int, bool], ...]  # events a second, seconds, whether each is a hook process
     )
-    restart: "tuple[int, int]"  # sessions, events
+    restart: tuple[int, int]  # sessions, events
     page_s: float  # of watching one state of the page
     page_events: int  # that the page has read
     history_events: int
@@ -16640,7 +16629,7 @@ SMALL_SIZES = Sizes(
 )
 
 
-def bench_hook(sizes: Sizes) -> "Iterator[Figure]":
+def bench_hook(sizes: Sizes) -> Iterator[Figure]:
     """Time the hook against a bare interpreter, in turn."""
     monitor = RunningMonitor(new_home())
     try:
@@ -16660,7 +16649,7 @@ def bench_hook(sizes: Sizes) -> "Iterator[Figure]":
         clean_up(monitor)
 
 
-def bench_hook_redis(sizes: Sizes) -> "Iterator[Figure]":
+def bench_hook_redis(sizes: Sizes) -> Iterator[Figure]:
     """Time the part of Redis mode that Claude Code waits for, against a bare interpreter, in turn."""
     with redis_parts() as maker:
         server = maker(RedisServer)
@@ -16690,13 +16679,13 @@ WARM_UP_PAIRS = 3
 
 
 def timed_hook(
-    name: str, ours: "list[str]", line: bytes, monitor: RunningMonitor, sizes: Sizes,
+    name: str, ours: list[str], line: bytes, monitor: RunningMonitor, sizes: Sizes,
     before_each: Any = lambda: None, **goal: float,
 ) -> Figure:  # fmt: skip
     """Run our command and a bare interpreter in turn, each after `before_each()`; return the row."""
     bare = [ours[0], "-I", "-S", "-c", "pass"]
 
-    def timed(command: "list[str]") -> float:
+    def timed(command: list[str]) -> float:
         before_each()
         return timed_run(command, line, monitor.environment) * 1000
 
@@ -16706,7 +16695,7 @@ def timed_hook(
     return paired(name, pairs, "ms", "a bare interpreter", **goal)
 
 
-def timed_run(command: "list[str]", line: bytes, environment: "dict[str, str]") -> float:
+def timed_run(command: list[str], line: bytes, environment: dict[str, str]) -> float:
     """Return the seconds one process takes, from its start to its end; its input lies ready in a pipe."""
     reader, writer = os.pipe()
     os.write(writer, line)
@@ -16722,7 +16711,7 @@ def timed_run(command: "list[str]", line: bytes, environment: "dict[str, str]") 
     return seconds
 
 
-def bench_storm(sizes: Sizes) -> "Iterator[Figure]":
+def bench_storm(sizes: Sizes) -> Iterator[Figure]:
     """Run hooks at full speed, as many at once as there are processors, and bare interpreters likewise, in turn.
 
     Each event must be stored once.
@@ -16752,7 +16741,7 @@ def bench_storm(sizes: Sizes) -> "Iterator[Figure]":
         clean_up(monitor)
 
 
-def storm_rate(pool: Any, command: "list[str]", lines: "list[bytes]", monitor: RunningMonitor) -> float:
+def storm_rate(pool: Any, command: list[str], lines: list[bytes], monitor: RunningMonitor) -> float:
     """Return how many processes a second come to their end."""
     begin = time.perf_counter()
     list(pool.map(lambda line: timed_run(command, line, monitor.environment), lines))
@@ -16806,7 +16795,7 @@ def serve_bare_ingest(listener: socket.socket, path: str, work: Any = bytes) -> 
 
 
 @contextlib.contextmanager
-def serving(serve: Any, *arguments: Any) -> "Iterator[None]":
+def serving(serve: Any, *arguments: Any) -> Iterator[None]:
     """Let a function serve in a process of its own while the block runs."""
     process = multiprocessing.get_context("fork").Process(target=serve, args=arguments, daemon=True)
     process.start()
@@ -16817,7 +16806,7 @@ def serving(serve: Any, *arguments: Any) -> "Iterator[None]":
         process.join()
 
 
-def hook_lines(count: int) -> "list[bytes]":
+def hook_lines(count: int) -> list[bytes]:
     """Return lines as the hook sends them, each event once: recorded sessions, over and over, of 20 sessions."""
     told = [line for name in ("simple", "parallel", "subagent") for line in recorded_lines(name)]
     lines = []
@@ -16836,7 +16825,7 @@ def acknowledged(sock: socket.socket, line: bytes) -> None:
         raise BenchError("an event was not acknowledged")
 
 
-def rate_over_one_connection(socket_path: str, lines: "list[bytes]", seconds: float) -> float:
+def rate_over_one_connection(socket_path: str, lines: list[bytes], seconds: float) -> float:
     """Return the events a second that are acknowledged when one is said after the other over one connection."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(15)
@@ -16848,7 +16837,7 @@ def rate_over_one_connection(socket_path: str, lines: "list[bytes]", seconds: fl
         return said / (time.perf_counter() - begin)
 
 
-def rate_over_a_connection_each(socket_path: str, lines: "list[bytes]", seconds: float) -> float:
+def rate_over_a_connection_each(socket_path: str, lines: list[bytes], seconds: float) -> float:
     """Return the events a second that are acknowledged when each comes over a connection of its own, as hooks do."""
     said, begin = 0, time.perf_counter()
     while said < len(lines) and time.perf_counter() - begin < seconds:
@@ -16860,7 +16849,7 @@ def rate_over_a_connection_each(socket_path: str, lines: "list[bytes]", seconds:
     return said / (time.perf_counter() - begin)
 
 
-def rate_of_a_stream(socket_path: str, lines: "list[bytes]", seconds: float) -> float:
+def rate_of_a_stream(socket_path: str, lines: list[bytes], seconds: float) -> float:
     """Return the events a second that are acknowledged when 32 may be under way over one connection."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(15)
@@ -16893,7 +16882,7 @@ INGEST_WAYS = (
 )
 
 
-def bench_ingest(sizes: Sizes) -> "Iterator[Figure]":
+def bench_ingest(sizes: Sizes) -> Iterator[Figure]:
     """Send the hooks' lines to the monitor and to two bare loops in turn; the limits are `serve_bare_ingest`.
 
     The first loop knows nothing of what it writes; the second does `least_work`.
@@ -16927,7 +16916,7 @@ EVENT_MARK = b"`"  # stands once in every event of these benchmarks, and in no o
 LISTENERS = (1, 50, 200, 1000)
 
 
-def marked_payload(output_lines: int) -> "dict[str, Any]":
+def marked_payload(output_lines: int) -> dict[str, Any]:
     """Return a payload whose event has EVENT_MARK once, as a row, too."""
     return payload(
         "PostToolUse", "marked", tool_name="Bash", tool_use_id=EVENT_MARK.decode(), duration_ms=1200,
@@ -16936,7 +16925,7 @@ def marked_payload(output_lines: int) -> "dict[str, Any]":
     )  # fmt: skip
 
 
-def stored_event(seq: int) -> "cm.StoredEvent":
+def stored_event(seq: int) -> cm.StoredEvent:
     """Return a marked event as the store gives it to the broadcast."""
     event = ee.build_event(marked_payload(output_lines=20), NOW_MS, "testbox")
     numbered = {"seq": seq, "received": NOW_MS, **event}
@@ -16955,10 +16944,10 @@ class Audience:
     """WebSocket clients in one loop that only counts events, so that the server's time is what is measured."""
 
     def __init__(
-        self, port: int, count: int, ready: bytes, view: str = "full", receive_bytes: "int | None" = None
+        self, port: int, count: int, ready: bytes, view: str = "full", receive_bytes: int | None = None
     ) -> None:
         """Connect and subscribe; a client is ready when it has got `ready`."""
-        self.sockets: "list[socket.socket]" = []
+        self.sockets: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
         message = ee.encode_json({"type": "subscribe", "view": view})
         opening = websocket_request(port) + cm.encode_frame(cm.Opcode.TEXT, message, b"mask")
@@ -16985,15 +16974,15 @@ class Audience:
         for sock in self.sockets:
             sock.close()
 
-    def listen(self, say: Any, in_flight: int, seconds: float) -> "tuple[float, list[float]]":
+    def listen(self, say: Any, in_flight: int, seconds: float) -> tuple[float, list[float]]:
         """Have `say(count)` say events for some time, at most `in_flight` that not everybody has got.
 
         Returns the events a second that everybody got, and for each time that somebody got some the seconds since
         the first of them was said, sorted.
         """
         got = [0] * len(self.sockets)
-        said_at: "list[float]" = []
-        delays: "list[float]" = []
+        said_at: list[float] = []
+        delays: list[float] = []
         begin = time.perf_counter()
         complete = 0
         while True:
@@ -17007,7 +16996,7 @@ class Audience:
             self._take(got, complete + 1, said_at, delays)
             complete = min(got)
 
-    def _take(self, got: "list[int]", wanted: int, said_at: "list[float]", delays: "list[float]") -> None:
+    def _take(self, got: list[int], wanted: int, said_at: list[float], delays: list[float]) -> None:
         """Read until everybody has got `wanted` events."""
         behind = sum(count < wanted for count in got)
         while behind:
@@ -17025,13 +17014,13 @@ class Audience:
                     behind -= before < wanted <= before + count
 
 
-def share(values: "list[float]", percent: int) -> float:
+def share(values: list[float], percent: int) -> float:
     """Return the value that `percent` of 100 sorted values do not exceed."""
     return values[max(0, -(-len(values) * percent // 100) - 1)]
 
 
 @functools.lru_cache(maxsize=1)
-def events_to_frame() -> "list[cm.StoredEvent]":
+def events_to_frame() -> list[cm.StoredEvent]:
     """Return more events than are ever in flight."""
     return [stored_event(seq) for seq in range(1, 65)]
 
@@ -17053,7 +17042,7 @@ def serve_bare_broadcast(listener: socket.socket, told: socket.socket, frames_of
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(told, selectors.EVENT_READ)
-    clients: "list[socket.socket]" = []
+    clients: list[socket.socket] = []
     while True:
         for key, _ in selector.select():
             if key.fileobj is listener:
@@ -17078,7 +17067,7 @@ def serve_broadcast(listener: socket.socket, told: socket.socket) -> None:
     loop = cm.EventLoop()
     waiting = 0
 
-    def opened(client: "cm.Client") -> None:
+    def opened(client: cm.Client) -> None:
         client.view = "full"
 
     def take(_ready: int) -> None:
@@ -17101,7 +17090,7 @@ def serve_broadcast(listener: socket.socket, told: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def audience_of(serve: Any, count: int, *arguments: Any) -> "Iterator[tuple[Audience, Any]]":
+def audience_of(serve: Any, count: int, *arguments: Any) -> Iterator[tuple[Audience, Any]]:
     """Give clients of a server that runs in a process of its own, and the function that has it send events."""
     ours, told = socket.socketpair()
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener, ours, told:
@@ -17114,7 +17103,7 @@ def audience_of(serve: Any, count: int, *arguments: Any) -> "Iterator[tuple[Audi
                 audience.close()
 
 
-def bench_broadcast(sizes: Sizes) -> "Iterator[Figure]":
+def bench_broadcast(sizes: Sizes) -> Iterator[Figure]:
     """Send stored events to many clients by the monitor's own loop, and by a bare one, in turn.
 
     Beside one client there is a second bare loop, which frames each event.
@@ -17134,8 +17123,8 @@ def bench_broadcast(sizes: Sizes) -> "Iterator[Figure]":
 
 
 def broadcast_figures(
-    name: str, audiences: "list[tuple[Audience, Any]]", in_flight: int, peer: str, sizes: Sizes
-) -> "Iterator[Figure]":
+    name: str, audiences: list[tuple[Audience, Any]], in_flight: int, peer: str, sizes: Sizes
+) -> Iterator[Figure]:
     """Compare the first audience's server with the others' in turn: rates and delays, of a third one rates only."""
     rounds = [
         [audience.listen(say, in_flight, sizes.round_s) for audience, say in audiences]
@@ -17151,7 +17140,7 @@ def broadcast_figures(
 
 
 @contextlib.contextmanager
-def listened_to(monitor: RunningMonitor, count: int, **options: Any) -> "Iterator[Audience]":
+def listened_to(monitor: RunningMonitor, count: int, **options: Any) -> Iterator[Audience]:
     """Give a monitor an audience for a while."""
     audience = Audience(monitor.ws_port, count, b'"type":"status"', **options)
     try:
@@ -17161,7 +17150,7 @@ def listened_to(monitor: RunningMonitor, count: int, **options: Any) -> "Iterato
 
 
 @contextlib.contextmanager
-def monitor_teller(monitor: RunningMonitor, output_lines: int = 20) -> "Iterator[Any]":
+def monitor_teller(monitor: RunningMonitor, output_lines: int = 20) -> Iterator[Any]:
     """Give a function that has a monitor take so many marked events."""
     line = ee.encode_json(marked_payload(output_lines)) + b"\n"
     with monitor.connect() as sock:
@@ -17174,7 +17163,7 @@ def monitor_teller(monitor: RunningMonitor, output_lines: int = 20) -> "Iterator
         yield say
 
 
-def bench_clients(sizes: Sizes) -> "Iterator[Figure]":
+def bench_clients(sizes: Sizes) -> Iterator[Figure]:
     """Measure what clients cost the whole monitor: memory of each, and what those that never read do to others."""
     monitor = RunningMonitor(new_home(), {"limits": {"connections": 2000}})
     try:
@@ -17226,7 +17215,7 @@ def client_memory_kb(count: int) -> float:
 # A monitor that has nothing to do
 
 
-def bench_idle(sizes: Sizes) -> "Iterator[Figure]":
+def bench_idle(sizes: Sizes) -> Iterator[Figure]:
     """Measure what the monitor needs while nothing happens, without and with a page's connection."""
     monitor = RunningMonitor(new_home())
     try:
@@ -17240,7 +17229,7 @@ def bench_idle(sizes: Sizes) -> "Iterator[Figure]":
         clean_up(monitor)
 
 
-def idle_figures(monitor: RunningMonitor, name: str, sizes: Sizes) -> "Iterator[Figure]":
+def idle_figures(monitor: RunningMonitor, name: str, sizes: Sizes) -> Iterator[Figure]:
     """Watch a monitor for some seconds."""
     before, begin = bench_processor_s(monitor.pid), time.monotonic()
     time.sleep(sizes.idle_s)
@@ -17282,7 +17271,7 @@ class StartedOnHistory(NamedTuple):
     memory_mb: float
 
 
-def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
+def bench_growth(sizes: Sizes) -> Iterator[Figure]:
     """Measure what an event, a session and a client costs at three sizes each.
 
     The limit is what it costs at the smallest.
@@ -17307,19 +17296,19 @@ def bench_growth(sizes: Sizes) -> "Iterator[Figure]":
     yield from growth_of_clients(sizes)
 
 
-def growth_words(counts: "tuple[int, ...]", thing: str) -> str:
+def growth_words(counts: tuple[int, ...], thing: str) -> str:
     """Say the sizes."""
     return "/".join(f"{count:,}" for count in counts) + " " + thing
 
 
-def growth_figure(name: str, costs: "list[float]", unit: str) -> Figure:
+def growth_figure(name: str, costs: list[float], unit: str) -> Figure:
     """Return the row of the costs of one at three sizes; the smaller two are in the name of the limit."""
     peer = "each at the smallest; at the second " + f"{bench_number(costs[1])} {unit}"
     return against(name, costs[2], costs[0], unit, peer, at_most=GROWTH_AT_MOST)
 
 
 @contextlib.contextmanager
-def started_on_history(sessions: int, events: int) -> "Iterator[StartedOnHistory]":
+def started_on_history(sessions: int, events: int) -> Iterator[StartedOnHistory]:
     """Start a monitor on a history, measure what that costs, and leave it running for a while."""
     monitor = RunningMonitor(new_home())
     try:
@@ -17335,9 +17324,9 @@ def started_on_history(sessions: int, events: int) -> "Iterator[StartedOnHistory
         clean_up(monitor)
 
 
-def ingest_in_turn(monitors: "list[RunningMonitor]", sizes: Sizes) -> "list[float]":
+def ingest_in_turn(monitors: list[RunningMonitor], sizes: Sizes) -> list[float]:
     """Return for each monitor the microseconds that an event of a stream takes."""
-    rates: "list[list[float]]" = [[] for _ in monitors]
+    rates: list[list[float]] = [[] for _ in monitors]
     for _ in range(GROWTH_ROUNDS):
         for monitor, found in zip(monitors, rates, strict=True):
             lines = hook_lines(int(40_000 * sizes.round_s))
@@ -17346,7 +17335,7 @@ def ingest_in_turn(monitors: "list[RunningMonitor]", sizes: Sizes) -> "list[floa
     return [1e6 / statistics.median(found) for found in rates]
 
 
-def growth_of_clients(sizes: Sizes) -> "Iterator[Figure]":
+def growth_of_clients(sizes: Sizes) -> Iterator[Figure]:
     """Measure what each client costs, for memory and for an event that all of them get."""
     monitor = RunningMonitor(new_home(), {"limits": {"connections": 2000}})
     try:
@@ -17398,7 +17387,7 @@ print(job["count"] / (time.monotonic() - begin))
 """
 
 
-def bench_latency(sizes: Sizes) -> "Iterator[Figure]":
+def bench_latency(sizes: Sizes) -> Iterator[Figure]:
     """Measure from the start of the hook to the WebSocket client, on one machine, in both modes."""
     with redis_parts() as maker:
         server = maker(RedisServer)
@@ -17428,7 +17417,7 @@ def bench_latency(sizes: Sizes) -> "Iterator[Figure]":
             machine.stop()
 
 
-def process_latency(name: str, delays_ms: "list[float]", command: "list[str]") -> Figure:
+def process_latency(name: str, delays_ms: list[float], command: list[str]) -> Figure:
     """Return the row of whole hook processes, whose interpreter alone takes most of the time."""
     bare = [timed_run([command[0], "-I", "-S", "-c", "pass"], b"", {}) * 1000 for _ in range(20)]
     ours, limit = statistics.median(delays_ms), statistics.median(bare)
@@ -17439,8 +17428,8 @@ def process_latency(name: str, delays_ms: "list[float]", command: "list[str]") -
 
 
 def latencies_ms(
-    machine: RedisMachine, client: TestClient, rate: int, count: int, command: "list[str]"
-) -> "list[float]":
+    machine: RedisMachine, client: TestClient, rate: int, count: int, command: list[str]
+) -> list[float]:
     """Say `count` events at a rate; return the ms that each took to the client, sorted."""
     job = {
         "root": ROOT, "mode": machine.config["mode"], "socket": machine.socket_path, "spool": machine.home + "/spool",
@@ -17467,7 +17456,7 @@ def latencies_ms(
 # Redaction
 
 
-def bench_redact(sizes: Sizes) -> "Iterator[Figure]":
+def bench_redact(sizes: Sizes) -> Iterator[Figure]:
     """Measure redaction: what it finds of the corpus, what it takes for a secret, and how fast it is.
 
     The limit is the time of one `in` for each hint over the same text in the same run; the text has every hint.
@@ -17563,7 +17552,7 @@ PAGE_EVENTS_PER_S = 1000
 PAGE_EVENTS_LOADED = 100_000
 
 
-def page_traffic(first: int, count: int) -> "list[dict[str, Any]]":
+def page_traffic(first: int, count: int) -> list[dict[str, Any]]:
     """Return calls and results of 20 sessions, two agents each; some fail, some start a turn."""
     events = []
     for number in range(first, first + count // 2):
@@ -17576,7 +17565,7 @@ def page_traffic(first: int, count: int) -> "list[dict[str, Any]]":
 
 
 @contextlib.contextmanager
-def page_load(monitor: RunningMonitor, first: int, per_s: int) -> "Iterator[None]":
+def page_load(monitor: RunningMonitor, first: int, per_s: int) -> Iterator[None]:
     """Send events at a steady rate while the block runs."""
     ended = threading.Event()
 
@@ -17603,7 +17592,7 @@ SEE_WAITS = """() => {
 }"""
 
 
-def page_wait_times(monitor: RunningMonitor, tab: Any, command: str, count: int) -> "list[float]":
+def page_wait_times(monitor: RunningMonitor, tab: Any, command: str, count: int) -> list[float]:
     """Run the installed hook with permission requests; return the ms from its start to the rail's amber row."""
     tab.evaluate(SEE_WAITS)
     times = []
@@ -17651,7 +17640,7 @@ def watch_page(tab: Any, seconds: float) -> PageFigures:
     return PageFigures(share(frames, 95), frames[-1], max(found["long"], default=0), busy_ms, heap / 1e6)
 
 
-def page_rows(name: str, seen: PageFigures, empty: PageFigures) -> "Iterator[Figure]":
+def page_rows(name: str, seen: PageFigures, empty: PageFigures) -> Iterator[Figure]:
     """Return the rows of one state of the page, beside an empty page."""
     bench_tell(f"{name}: longest frame {seen.longest_frame:.1f} ms, longest task {seen.longest_task:.1f} ms")
     yield against(
@@ -17661,7 +17650,7 @@ def page_rows(name: str, seen: PageFigures, empty: PageFigures) -> "Iterator[Fig
     yield Figure(f"page, {name}: heap", seen.heap_mb, "MB", empty.heap_mb, "an empty page", None)
 
 
-def bench_page(sizes: Sizes) -> "Iterator[Figure]":
+def bench_page(sizes: Sizes) -> Iterator[Figure]:
     """Measure frames, work and memory of the page under load, beside an empty page in the same run."""
     if BROWSER is None:
         raise BenchError("Chromium is missing")
@@ -17738,7 +17727,7 @@ class HistoryMaker:
     def text(self, phrases: int) -> str:
         return "\n".join(self.rng.choices(self.phrases, k=phrases))
 
-    def event(self, number: int, timestamp: int, session: str) -> "dict[str, Any]":
+    def event(self, number: int, timestamp: int, session: str) -> dict[str, Any]:
         """Return event `number`: a call, or the result of the call before it."""
         tool = HISTORY_TOOLS[(number // 2) % len(HISTORY_TOOLS)]
         call = {
@@ -17788,7 +17777,7 @@ def write_long_history(root: str, maker: HistoryMaker, now_ms: int) -> int:
     return size
 
 
-def bench_history(sizes: Sizes) -> "Iterator[Figure]":
+def bench_history(sizes: Sizes) -> Iterator[Figure]:
     """Search and count in events of 2 kB (CONTEXTUATE_BENCH_EVENTS at full size), and ingest with the index and
     without.
     """
@@ -17812,7 +17801,7 @@ def bench_history(sizes: Sizes) -> "Iterator[Figure]":
         shutil.rmtree(home)
 
 
-def history_figures(history: Any, maker: HistoryMaker, root: str, size: int) -> "Iterator[Figure]":
+def history_figures(history: Any, maker: HistoryMaker, root: str, size: int) -> Iterator[Figure]:
     """Time searches and statistics (95th percentile), and take the size of the index."""
     session, among = "session-8", f"in {maker.count:,} events"
     common = cm.SearchQuery(cm.parse_terms(maker.common))
@@ -17871,7 +17860,7 @@ sys.exit(cm.main(sys.argv[1:]))
 """
 
 
-def bench_index(sizes: Sizes) -> "Iterator[Figure]":
+def bench_index(sizes: Sizes) -> Iterator[Figure]:
     """Send events of 2 kB as fast as they are taken, with the index and without, in turn."""
     count = int(40_000 * sizes.round_s)
     maker = HistoryMaker(count)
@@ -17884,7 +17873,7 @@ def bench_index(sizes: Sizes) -> "Iterator[Figure]":
     )
 
 
-def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
+def ingest_rate(lines: list[bytes], with_index: bool) -> float:
     """Return the events a second that a new monitor stores and acknowledges."""
     home = new_home()
     monitor = RunningMonitor(home)
@@ -17924,7 +17913,7 @@ def ingest_rate(lines: "list[bytes]", with_index: bool) -> float:
 # Start
 
 
-def bench_restart(sizes: Sizes) -> "Iterator[Figure]":
+def bench_restart(sizes: Sizes) -> Iterator[Figure]:
     """Start the monitor on a long history with a page open."""
     sessions, events = sizes.restart
     with socket.socket() as probe:
@@ -17970,7 +17959,7 @@ def bench_page_answers(monitor: RunningMonitor) -> bool:
     return status == 200 and body.rstrip().endswith(b"</html>")
 
 
-BENCHMARKS: "dict[str, Any]" = {
+BENCHMARKS: dict[str, Any] = {
     "hook": bench_hook,
     "hook-redis": bench_hook_redis,
     "storm": bench_storm,
@@ -17988,7 +17977,7 @@ BENCHMARKS: "dict[str, Any]" = {
 }
 
 
-def run_benchmarks(name: str, json_path: "str | None") -> int:
+def run_benchmarks(name: str, json_path: str | None) -> int:
     """Run one benchmark at full size, or all at small sizes; print one table, and write it as JSON, too."""
     if name != "all" and name not in BENCHMARKS:
         print(f"no benchmark is called {name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
