@@ -5,18 +5,21 @@
     python3 contextuate_monitor.py install    register the hook in Claude Code's settings
     python3 contextuate_monitor.py --help     everything else
 
-Claude Code's hooks (`emit_event.py`) hand events to the monitor over a Unix socket, or over Redis from any
-number of machines. The monitor writes each event to a file before it acknowledges it, keeps the state of
-every session, and sends both to the dashboard (`index.html`) over WebSocket. The README describes events,
-files and protocol.
+Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
+number of machines. All behind the journal are consumers with a position, so a restart is a short absence:
+
+    hook → ingest → journal (files; then the acknowledgement) → sessions (a fold) → clients, over WebSocket
+                                                              → index.db (search, statistics, snapshots)
+
+The README describes events, files and protocol.
 
 Threads, and who owns what:
-- The loop thread owns all state: sessions, clients, ingest connections, and every write to the event store.
-- HTTP threads (one a request) and the reader thread (history for WebSocket clients) read event files, which
-  only ever grow or go as a whole, and ask the loop thread for anything else through `EventLoop.call`.
-- The Redis subscriber thread owns its connections; it puts lines into an inbox that the loop empties.
-- The index thread fills index.db from the event files; who searches or counts has connections of its own.
-- The retention thread plans, deletes and packs whole days of files; the loop forgets what is gone.
+- The loop thread owns all state: sessions, clients, ingest connections, and every write to the journal.
+- HTTP threads and the reader thread (history for clients) read journal files, which only ever grow or go as
+  a whole, and ask the loop thread for anything else through `EventLoop.call`.
+- The Redis subscriber thread owns its connections; it has the loop store what it brings, batch by batch.
+- The index thread fills index.db from the journal; readers have their own connections to it.
+- The retention thread plans and deletes whole days of files; the loop drops the sessions that are gone.
 Nothing else is shared but the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
@@ -26,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import bisect
 import calendar
 import codecs
@@ -40,6 +42,7 @@ import difflib
 import enum
 import errno
 import fcntl
+import filecmp
 import functools
 import gc
 import glob
@@ -59,6 +62,7 @@ import logging.handlers
 import math
 import operator
 import os
+import pickle
 import py_compile
 import random
 import re
@@ -74,6 +78,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unicodedata
@@ -82,9 +87,9 @@ import uuid
 import webbrowser
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Protocol, TypeVar, Union
+from typing import Any, Callable, NamedTuple, NoReturn, Union
 
-if sys.version_info < (3, 9):  # noqa: UP036 - it is told in words and not by a traceback
+if sys.version_info < (3, 9):  # noqa: UP036 - print a message, not a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
     import emit_event
@@ -94,27 +99,18 @@ except ModuleNotFoundError:
 from emit_event import ConfigError, JsonObject, MalformedEvent, Privacy, encode_json, now_ms
 
 __version__ = "0.1.0"
-__all__ = [
-    "EventLoop",
-    "EventStore",
-    "FrameParser",
-    "Monitor",
-    "SessionBook",
-    "Settings",
-    "load_settings",
-    "main",
-]
+__all__ = ["EventLoop", "Journal", "Monitor", "Sessions", "Settings", "load_settings", "main"]
 
 log = logging.getLogger("contextuate")
 
 
 def steady_ms() -> float:
-    """Return the milliseconds of a clock that nobody sets and that goes on while the machine sleeps."""
+    """Return the milliseconds of a clock that is never set and goes on while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * 1000
 
 
 # ---------------------------------------------------------------------------
-# Config: what the monitor is told, checked once
+# Config: the settings of the monitor, checked once
 #
 # Owns: Settings, and where each of our files lies. The keys themselves are in emit_event.KEYS.
 # ---------------------------------------------------------------------------
@@ -122,7 +118,7 @@ def steady_ms() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything the monitor is told, from the configuration file, the environment and the command line."""
+    """Every setting, from the configuration file, the environment and the command line."""
 
     home: str
     config_path: str
@@ -134,7 +130,7 @@ class Settings:
 
     @property
     def privacy(self) -> Privacy:
-        """Return what may be stored."""
+        """What may be stored."""
         return emit_event.privacy_of(self.values)
 
     def path(self, name: str) -> str:
@@ -145,7 +141,7 @@ class Settings:
 def load_settings(
     config_path: str | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[Settings, list[str]]:
-    """Read the configuration; return settings and warnings in words. Raise ConfigError if it cannot be used.
+    """Read the configuration; return settings and warnings. Raise ConfigError if it cannot be used.
 
     `overrides` maps configuration keys to values of the command line, which win over the file.
     """
@@ -161,21 +157,18 @@ def load_settings(
         values[key] = value
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
-        raise ConfigError(
-            f'{path}: server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in '
-            'the network could read your sessions; use "auto" or "token", or bind 127.0.0.1'
-        )
-    same_port = settings["server.port"] == settings["server.wsPort"] != 0
-    if same_port:
-        raise ConfigError(
-            f"{'command line' if overrides else path}: server.wsPort: expected a port other than server.port "
-            f"({settings['server.port']}){'; give --ws-port, too' if overrides else ''}"
-        )
+        words = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in the'
+        raise ConfigError(f'{path}: {words} network could read your sessions; use "auto" or bind 127.0.0.1')
+    if settings["server.port"] == settings["server.wsPort"] != 0:
+        place, advice = ("command line", "; give --ws-port, too") if overrides else (path, "")
+        port = settings["server.port"]
+        words = f"server.wsPort: expected a port other than server.port ({port}){advice}"
+        raise ConfigError(f"{place}: {words}")
     return settings, warnings
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address means this machine only."""
+    """True if a host name or address means this machine only."""
     if host.lower().rstrip(".") == "localhost":
         return True
     try:
@@ -185,14 +178,14 @@ def is_loopback(host: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
-# Words for people: on a terminal and in the log
+# Console: output for people, on a terminal and in the log
 #
 # What comes from elsewhere may hold anything; on a terminal it goes through `safe_line`.
 # ---------------------------------------------------------------------------
 
 
 def tell(words: str) -> None:
-    """Say something to the person, beside the output."""
+    """Print a message for the person on stderr, beside the output."""
     print(f"contextuate: {words}", file=sys.stderr, flush=True)
 
 
@@ -204,10 +197,8 @@ def safe_line(text: str) -> str:
 def human_duration(duration_ms: float) -> str:
     """Return a duration in its largest fitting unit."""
     seconds = max(0, int(duration_ms / 1000))
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
+    unit, size = next((it for it in (("d", 86400), ("h", 3600), ("m", 60)) if seconds >= it[1]), ("s", 1))
+    return f"{seconds // size} {unit}"
 
 
 def human_size(size: int) -> str:
@@ -219,23 +210,22 @@ def human_size(size: int) -> str:
 
 
 class Progress:
-    """Tell once a second how far long work is."""
+    """Print once a second how far long work is."""
 
     def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
         self.count = 0
         self._done = 0
-        self._total = total_bytes
+        self._total = human_size(total_bytes)
         self._what = what
-        self._quiet = quiet
-        self._told = time.monotonic()
+        self._next_s = math.inf if quiet else time.monotonic() + 1
 
     def add(self, count: int, size: int) -> None:
-        """Take note of work that is done."""
+        """Note work that is done."""
         self.count += count
         self._done += size
-        if not self._quiet and time.monotonic() - self._told > 1:
-            self._told = time.monotonic()
-            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {human_size(self._total)}")
+        if time.monotonic() > self._next_s:
+            self._next_s = time.monotonic() + 1
+            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {self._total}")
 
     def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Pass lines on and count them."""
@@ -247,7 +237,8 @@ class Progress:
 # ---------------------------------------------------------------------------
 # WebSocket framing: RFC 6455 without I/O
 #
-# Bytes in, messages out, in wire order. Knows: frames. Does not know: sockets, clients, what messages mean.
+# The server's side: bytes in, messages out, in wire order, and the opening handshake. Knows: frames. Does not
+# know: sockets, clients, what messages mean.
 # Extensions are never agreed on, so every reserved bit is an error (section 5.2).
 # ---------------------------------------------------------------------------
 
@@ -276,7 +267,6 @@ class CloseCode(enum.IntEnum):
     PROTOCOL_ERROR = 1002
     UNSUPPORTED_DATA = 1003
     INVALID_DATA = 1007
-    POLICY_VIOLATION = 1008
     MESSAGE_TOO_BIG = 1009
     TRY_AGAIN_LATER = 1013
 
@@ -290,76 +280,48 @@ class ProtocolError(Exception):
         self.reason = reason
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """One whole text message."""
+class Message(NamedTuple):
+    """A whole TEXT (data: str) or BINARY message (bytes), or a PING or PONG (bytes)."""
 
-    text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Binary:
-    """One whole binary message."""
-
-    data: bytes
+    opcode: Opcode
+    data: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Ping:
-    """A ping, to be answered by a pong with the same payload."""
-
-    payload: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Pong:
-    """A pong."""
-
-    payload: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Close:
-    """The peer's close frame; code None when it carried none. Nothing follows it."""
+class Close(NamedTuple):
+    """The end: the peer's close frame, code None when it has none; not `by_peer`: the one it is to get."""
 
     code: int | None
     reason: str
+    by_peer: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    """The peer broke the protocol; answer with a close frame of this code. Nothing follows it."""
-
-    code: CloseCode
-    reason: str
-
-
-Received = Union[Text, Binary, Ping, Pong, Close, Failure]
-
-
-def frame_head(opcode: Opcode, size: int, mask_bit: int = 0) -> bytes:
-    """Encode what stands before a final frame's mask and payload; `mask_bit` is 0x80 where a mask is."""
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """Encode one final frame of a server in the minimal length form (RFC 6455 section 5.2)."""
+    size = len(payload)
     if size < 126:
-        return struct.pack("!BB", 0x80 | opcode, mask_bit | size)
+        return struct.pack("!BB", 0x80 | opcode, size) + payload
     if size < 1 << 16:
-        return struct.pack("!BBH", 0x80 | opcode, mask_bit | 126, size)
-    return struct.pack("!BBQ", 0x80 | opcode, mask_bit | 127, size)
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
-def encode_frame(opcode: Opcode, payload: bytes, mask: bytes | None = None) -> bytes:
-    """Encode one final frame in the minimal length form (RFC 6455 section 5.2).
-
-    `mask` is a client's 4 bytes.
-    """
-    if mask is None:
-        return frame_head(opcode, len(payload)) + payload
-    return frame_head(opcode, len(payload), 0x80) + mask + apply_mask(payload, mask)
-
-
-def encode_close(code: int, reason: str = "", mask: bytes | None = None) -> bytes:
+def encode_close(code: int, reason: str = "") -> bytes:
     """Encode a close frame; the reason is cut to the 123 bytes that a control frame has for it."""
     text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
-    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text, mask)
+    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
+
+
+def parse_close(payload: bytes) -> Close:
+    """Parse a close frame's payload (RFC 6455 sections 5.5.1 and 7.4); raise ProtocolError."""
+    if not payload:
+        return Close(None, "")
+    code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
+    if not (3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))):
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "this is no close code that may be sent")
+    try:
+        return Close(code, payload[2:].decode())
+    except UnicodeDecodeError:
+        raise ProtocolError(CloseCode.INVALID_DATA, "a close reason must be UTF-8") from None
 
 
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
@@ -370,23 +332,16 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
     return (int.from_bytes(data, "big") ^ int.from_bytes(key[:size], "big")).to_bytes(size, "big")
 
 
-def is_sendable_close_code(code: int) -> bool:
-    """Tell whether a peer may send this code in a close frame (RFC 6455 section 7.4)."""
-    return 3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))
-
-
 class FrameParser:
-    """Turn a peer's bytes into messages.
+    """Turn a client's bytes into messages.
 
-    `feed(data)` returns what became whole, in wire order; after a Close or a Failure it returns nothing more.
-    `masked` says which side this is: a server takes masked frames only, a client unmasked ones only.
+    `feed(data)` returns what became whole, in wire order; after a Close it returns nothing more.
     """
 
-    def __init__(self, masked: bool = True, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
-        self._masked = masked
+    def __init__(self, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
-        self._received: list[Received] = []
+        self._received: list[Message | Close] = []
         self._opcode: Opcode | None = None  # of the message whose fragments are coming in, else None
         self._size = 0  # of that message so far, bytes
         self._parts: list[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
@@ -395,7 +350,7 @@ class FrameParser:
         self._parser = self._parse()
         next(self._parser)
 
-    def feed(self, data: bytes) -> list[Received]:
+    def feed(self, data: bytes) -> list[Message | Close]:
         """Take bytes of any size; return the messages they completed."""
         self._buffer += data
         next(self._parser)
@@ -404,22 +359,19 @@ class FrameParser:
 
     @property
     def is_at_rest(self) -> bool:
-        """Tell whether nothing is under way: a new parser would go on in the same way."""
+        """True if nothing is under way: a new parser would go on in the same way."""
         return not self._in_frame and not self._buffer and self._opcode is None
 
     def _parse(self) -> Generator[None, None, None]:
         try:
-            while True:
-                yield from self._parse_frame()
+            while not (self._received and isinstance(self._received[-1], Close)):
                 self._in_frame = False
+                yield from self._parse_frame()
         except ProtocolError as error:
-            self._received.append(Failure(error.code, error.reason))
-        except StopIteration:
-            pass
-        # Closed is another parser, not a flag that every step tests.
-        while True:
+            self._received.append(Close(error.code, error.reason, by_peer=False))
+        self._parts.clear()
+        while True:  # what follows is not looked at (section 5.5.1); closed is another parser, not a flag
             self._buffer.clear()
-            self._parts.clear()
             yield
 
     def _take(self, size: int) -> Generator[None, None, bytes]:
@@ -432,56 +384,47 @@ class FrameParser:
     def _parse_frame(self) -> Generator[None, None, None]:
         first, second = yield from self._take(2)
         self._in_frame = True
-        final, opcode = bool(first & 0x80), self._check_head(first, second)
+        opcode = self._check_head(first, second)
         size = second & 0x7F
-        if size == 126:
-            (size,) = struct.unpack("!H", (yield from self._take(2)))
-            self._check_minimal(size, 126)
-        elif size == 127:
-            (size,) = struct.unpack("!Q", (yield from self._take(8)))
+        if size > 125:
+            width, least = (2, 126) if size == 126 else (8, 1 << 16)
+            size = int.from_bytes((yield from self._take(width)), "big")
             if size >> 63:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length has its top bit set")
-            self._check_minimal(size, 1 << 16)
+            if size < least:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length is not in its shortest form")
         if opcode < Opcode.CLOSE and self._size + size > self._limit_bytes:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self._limit_bytes} bytes")
-        mask = (yield from self._take(4)) if self._masked else b""
+        mask = yield from self._take(4)
         if opcode >= Opcode.CLOSE:
-            payload = yield from self._take(size)
-            yield from self._finish_control(opcode, apply_mask(payload, mask) if mask else payload)
-        else:
-            self._opcode = self._opcode if opcode is Opcode.CONTINUATION else opcode
-            yield from self._parse_data(size, mask, final)
+            payload = apply_mask((yield from self._take(size)), mask)
+            message = parse_close(payload) if opcode is Opcode.CLOSE else Message(opcode, payload)
+            self._received.append(message)
+            return
+        if opcode is not Opcode.CONTINUATION:
+            self._opcode = opcode
+        yield from self._parse_data(size, mask)
+        if first & 0x80:
+            self._finish_message()
 
     def _check_head(self, first: int, second: int) -> Opcode:
-        """Check the two first bytes of a frame; return its opcode."""
-        if first & 0x70:
-            raise ProtocolError(
-                CloseCode.PROTOCOL_ERROR, "a reserved bit is set and no extension was agreed on"
-            )
-        try:
-            opcode = Opcode(first & 0x0F)
-        except ValueError:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"unknown opcode {first & 0x0F}") from None
-        if bool(second & 0x80) is not self._masked:
-            wanted = "masked" if self._masked else "unmasked"
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"every frame must be {wanted}")
-        if opcode >= Opcode.CLOSE:
-            if not first & 0x80:
-                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame must not be fragmented")
-            if second & 0x7F > CONTROL_LIMIT_BYTES:
-                raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a control frame has at most 125 bytes")
-        elif opcode is Opcode.CONTINUATION and self._opcode is None:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "nothing to continue")
-        elif opcode is not Opcode.CONTINUATION and self._opcode is not None:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the message before this one is not finished")
+        is_known = first & 0x0F in Opcode.__members__.values()
+        opcode = Opcode(first & 0x0F) if is_known else Opcode.CONTINUATION
+        is_control, is_begun = opcode >= Opcode.CLOSE, self._opcode is not None
+        for is_wrong, reason in (
+            (first & 0x70, "a reserved bit is set and no extension was agreed on"),
+            (not is_known, f"unknown opcode {first & 0x0F}"),
+            (not second & 0x80, "every frame of a client must be masked"),
+            (is_control and not first & 0x80, "a control frame must not be fragmented"),
+            (is_control and second & 0x7F > CONTROL_LIMIT_BYTES, "a control frame has at most 125 bytes"),
+            (opcode is Opcode.CONTINUATION and not is_begun, "nothing to continue"),
+            (opcode in (1, 2) and is_begun, "the message before this one is not finished"),
+        ):
+            if is_wrong:
+                raise ProtocolError(CloseCode.PROTOCOL_ERROR, reason)
         return opcode
 
-    @staticmethod
-    def _check_minimal(size: int, least: int) -> None:
-        if size < least:
-            raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length is not in its shortest form")
-
-    def _parse_data(self, size: int, mask: bytes, final: bool) -> Generator[None, None, None]:
+    def _parse_data(self, size: int, mask: bytes) -> Generator[None, None, None]:
         """Take a data frame's payload as it arrives, so that bad UTF-8 fails at once and not at the end."""
         done = 0
         while done < size:
@@ -489,11 +432,9 @@ class FrameParser:
                 yield
             piece = bytes(self._buffer[: size - done])
             del self._buffer[: size - done]
-            self._add(apply_mask(piece, mask, done) if mask else piece)
+            self._add(apply_mask(piece, mask, done))
             done += len(piece)
         self._size += size
-        if final:
-            self._finish_message()
 
     def _add(self, piece: bytes, last: bool = False) -> None:
         if self._opcode is Opcode.BINARY:
@@ -501,50 +442,24 @@ class FrameParser:
             return
         try:
             self._parts.append(self._decoder.decode(piece, last))
+            pending = self._decoder.getstate()[0]
+            # A surrogate; Python sees it a byte late.
+            is_bad = pending[:1] == b"\xed" and pending[1:2] >= b"\xa0"
         except UnicodeDecodeError:
-            raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8") from None
-        pending = self._decoder.getstate()[0]
-        if pending[:1] == b"\xed" and pending[1:2] >= b"\xa0":  # a surrogate, which Python judges a byte late
+            is_bad = True
+        if is_bad:
             raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8")
 
     def _finish_message(self) -> None:
-        if self._opcode is Opcode.BINARY:
-            self._received.append(Binary(b"".join(self._parts)))
-        else:
-            self._add(b"", last=True)
-            self._received.append(Text("".join(self._parts)))
+        self._add(b"", last=True)
+        opcode = self._opcode or Opcode.TEXT
+        self._received.append(Message(opcode, (b"" if opcode is Opcode.BINARY else "").join(self._parts)))
         self._opcode, self._size, self._parts = None, 0, []
         self._decoder.reset()
 
-    def _finish_control(self, opcode: Opcode, payload: bytes) -> Generator[None, None, None]:
-        if opcode is Opcode.PING:
-            self._received.append(Ping(payload))
-        elif opcode is Opcode.PONG:
-            self._received.append(Pong(payload))
-        else:
-            self._received.append(parse_close(payload))
-            while True:  # whatever follows a close frame is not looked at (section 5.5.1)
-                self._buffer.clear()
-                yield
-
-
-def parse_close(payload: bytes) -> Close:
-    """Parse a close frame's payload (RFC 6455 section 5.5.1); raise ProtocolError."""
-    if not payload:
-        return Close(None, "")
-    if len(payload) == 1:
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "a close code has two bytes")
-    (code,) = struct.unpack("!H", payload[:2])
-    if not is_sendable_close_code(code):
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, f"close code {code} must not be sent")
-    try:
-        return Close(code, payload[2:].decode())
-    except UnicodeDecodeError:
-        raise ProtocolError(CloseCode.INVALID_DATA, "a close reason must be UTF-8") from None
-
 
 class RequestError(Exception):
-    """A request that is refused: HTTP status, reason in words, and headers that help the client."""
+    """A request that is refused: HTTP status, reason in words, headers that help the client."""
 
     def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(f"{status} {reason}")
@@ -566,10 +481,7 @@ class Request:
         return [value for field, value in self.headers if field == name]
 
     def one(self, name: str) -> str:
-        """Return the value of a header, "" when it is missing.
-
-        Raise RequestError(400) when it comes twice.
-        """
+        """Return the value of a header, "" if it is missing; raise RequestError(400) if it comes twice."""
         values = self.all(name)
         if len(values) > 1:
             raise RequestError(400, f"several {name} headers")
@@ -602,9 +514,11 @@ def parse_request_head(head: bytes) -> Request:
     return Request(parts[0].decode("latin-1"), parts[1].decode("latin-1"), tuple(headers))
 
 
-def accept_key(key: str) -> str:
-    """Compute Sec-WebSocket-Accept for a client's key (RFC 6455 section 4.2.2)."""
-    return base64.b64encode(hashlib.sha1(key.encode("ascii") + WEBSOCKET_GUID).digest()).decode("ascii")
+def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Encode the head of an HTTP response, blank line and all."""
+    words = http.client.responses.get(status, "Refused")
+    lines = [f"HTTP/1.1 {status} {words}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1")
 
 
 def handshake_response(request: Request) -> bytes:
@@ -614,40 +528,37 @@ def handshake_response(request: Request) -> bytes:
     """
     if request.method != "GET":
         raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
+    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
     if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
-        raise RequestError(
-            426, "this is the WebSocket port", [("Upgrade", "websocket"), ("Connection", "Upgrade")]
-        )
+        raise RequestError(426, "this is the WebSocket port", upgrade)
     if request.one("sec-websocket-version") != "13":
         raise RequestError(426, "WebSocket version 13 is needed", [("Sec-WebSocket-Version", "13")])
     key = request.one("sec-websocket-key")
-    try:
-        good_key = len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
-    except (binascii.Error, UnicodeEncodeError):
-        good_key = False
-    if not good_key:
+    if not re.fullmatch(r"[A-Za-z0-9+/]{22}==", key):
         raise RequestError(400, "Sec-WebSocket-Key must be 16 bytes in base64")
-    return (
-        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        f"Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n"
-    ).encode("ascii")
+    accept = base64.b64encode(hashlib.sha1(key.encode() + WEBSOCKET_GUID).digest()).decode("ascii")
+    return response_head(101, [*upgrade, ("Sec-WebSocket-Accept", accept)])
 
 
 # ---------------------------------------------------------------------------
-# Event store: events on disk, one file per day and session
+# Journal: events on disk, one file per day and session
 #
 # Owns: the files below events/, and the numbers (seq) that order arrival.
 # Knows: nothing of clients, sessions' states or sockets.
-# A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON.
+# A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON. The
+# numbers of a file grow. Those of a later day are higher unless the clock was set back by more than a day:
+# while the empty file events/.in-order is there they are; without it all days are merged, which is slower.
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
-_DAY = re.compile(r"\d{4}-\d\d-\d\d\Z")
 _SEQ = re.compile(rb'\{"seq":(\d+),')
-_BLOCK_BYTES = 64 << 10
-FREE_BYTES_TO_GO_ON = 4 << 20
-DIRECTORY_SETTLES_NS = 2_000_000_000  # two changes of a directory within a tick of the clock look like one
+_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
+_PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # where one begins
+_DAY_MS = 86_400_000
+_BLOCK_BYTES = 64 << 10  # read of a file at a time; less of each where many are merged
 _TAIL_BYTES = 4 << 10
+FREE_BYTES_TO_GO_ON = 4 << 20
+REMEMBERED_IDS = 64_000
 
 
 class StoredEvent(NamedTuple):
@@ -668,831 +579,476 @@ def session_file_name(session_id: str) -> str:
 
 def day_of(time_ms: int) -> str:
     """Return the UTC day, YYYY-MM-DD, whose folder holds what arrived at `time_ms`."""
-    return _day_name(time_ms // 86_400_000)
-
-
-@functools.lru_cache(maxsize=64)
-def _day_name(days: int) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(days * 86_400))
+    return time.strftime("%Y-%m-%d", time.gmtime(time_ms // 1000))
 
 
 def numbered_line(seq: int, received_ms: int, encoded: bytes) -> bytes:
-    """Make the JSON of an event its line in the store, without the newline."""
+    """Make the JSON of an event its line in the journal, without the newline."""
     return b'{"seq":%d,"received":%d,' % (seq, received_ms) + encoded[1:]
 
 
-class EventStore:
-    """Append events to the session files of a day and read them back.
-
-    `append` is for the loop thread; everything that reads is safe in any thread.
-    """
+class Journal:
+    """Append events to the session files of a day, in the loop thread, and read them back, in any."""
 
     OPEN_FILES = 64
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.seq = 0  # the number last given
-        self.error: str | None = None  # why the last write failed, in words; None when it did not
+        self.seq = 0  # the last number that was written
+        self.error: str | None = None  # why the last write failed; None when it did not
         self.repaired = 0  # torn last lines found
-        self._files: collections.OrderedDict[str, int] = collections.OrderedDict()  # path → descriptor
-        self._listings: dict[str, tuple[int, frozenset[str]]] = {}  # day → (time of change, files' names)
+        self._descriptors: dict[str, int] = {}  # session id → its open file of newest_day
+        self._day_number = -1  # of the last write, in days since 1970
+        self._is_open = False  # events may come in while others read
         emit_event.make_private_directory(root)
-        self.newest_day = max(self.days(), default="")  # that events were written to
-        self.in_order = True  # False: the clock was set back by days, so later days do not hold later numbers
+        self.newest_day = max(self.days(), default="")  # that events are written to
+        self.in_order = not self.newest_day or os.path.exists(root + "/.in-order")
 
-    # Writing
+    def open(self) -> None:
+        """Unpack what an older version packed, and find the last number; to be called before `append`."""
+        for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
+            unpack(path)
+        if not self.in_order:
+            days = [[file for file in self.day_files(day) if file.last] for day in self.days()]
+            ends = [(min(f.first for f in files), max(f.last for f in files)) for files in days if files]
+            self.in_order = all(ends[i][1] < ends[i + 1][0] for i in range(len(ends) - 1))
+        if self.in_order:
+            with contextlib.suppress(OSError), open(self.root + "/.in-order", "wb"):
+                pass
+        newest = next(filter(None, self._runs(None, 0, sys.maxsize)), [])
+        self.seq = max([self.seq, *(file.last for file in newest)])
+        self._is_open = True
 
     def append(
         self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
     ) -> list[StoredEvent | None]:
-        """Number the events and write them, with one write for each file; return them in the same order.
-
-        `encoded` is the JSON of each, where the caller has it. None stands where the event could not be
-        written; `error` then says why.
-        """
+        """Number the events and write them, one write a file; return None for what failed, see `error`."""
         stored: list[StoredEvent | None] = []
-        by_path: dict[str, list[int]] = {}
-        day = self._day_for(received_ms)
-        for index, (event, text) in enumerate(zip(events, encoded or map(encode_json, events))):
-            self.seq += 1
-            line = numbered_line(self.seq, received_ms, text)
-            stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
-            by_path.setdefault(f"{self.root}/{day}/{session_file_name(event['sessionId'])}", []).append(index)
+        by_session: dict[str, list[StoredEvent]] = {}
+        seq = before = self.seq
+        for event, text in zip(events, encoded or map(encode_json, events)):
+            seq += 1
+            line = numbered_line(seq, received_ms, text)
+            entry = StoredEvent(seq, {"seq": seq, "received": received_ms, **event}, line)
+            stored.append(entry)
+            by_session.setdefault(event["sessionId"], []).append(entry)
         self.error = None
-        for path, indexes in by_path.items():
-            data = b"".join(stored[index].line + b"\n" for index in indexes)  # type: ignore[union-attr]
+        for session_id, entries in by_session.items():
             try:
-                self._write(path, data)
+                self._write(session_id, b"".join([entry.line + b"\n" for entry in entries]), received_ms)
             except OSError as error:
-                self._forget(path)
-                self.error = f"{path}: {error.strerror or error}"
-                for index in indexes:
-                    stored[index] = None
+                self.close()
+                self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
+                for entry in entries:
+                    stored[entry.seq - before - 1] = None
+        # Only now: what is read ends here, so that it has no later one of these without an earlier one.
+        self.seq = seq
         return stored
 
-    def has_room(self) -> bool:
-        """Tell whether events can be written: a disk that broke, or a quota, shows only when one tries."""
-        path = f"{self.root}/.room"
-        try:
-            free = os.statvfs(self.root)
-            if free.f_bavail * free.f_frsize <= FREE_BYTES_TO_GO_ON:
-                return False
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
-                return os.write(fd, bytes(_BLOCK_BYTES)) == _BLOCK_BYTES
-            finally:
-                os.close(fd)
-                os.unlink(path)
-        except OSError:
-            return False
-
-    def _day_for(self, received_ms: int) -> str:
-        """Return the day to write to: a clock set back over midnight does not put numbers out of order."""
-        day = day_of(received_ms)
-        if day < self.newest_day <= day_of(received_ms + 24 * 3_600_000):
-            return self.newest_day
-        self.in_order = self.in_order and day >= self.newest_day
-        self.newest_day = day
-        return day
-
-    def _write(self, path: str, data: bytes) -> None:
-        fd = self._open(path)
+    def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
+        if received_ms // _DAY_MS != self._day_number:
+            self._turn_day(received_ms)
+        fd = self._descriptors.get(session_id)
+        if fd is None or not os.fstat(fd).st_nlink:  # `rm` is how events are deleted by hand
+            fd = self._open_to_append(session_id)
         written = os.write(fd, data)
         if written != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _open(self, path: str) -> int:
-        fd = self._files.get(path)
-        if fd is not None:
-            if os.fstat(fd).st_nlink:
-                self._files.move_to_end(path)
-                return fd
-            self._forget(path)  # somebody has removed the file: `rm` is how events are deleted by hand
+    def _turn_day(self, received_ms: int) -> None:
+        """Write to the day of this time; a clock set back over midnight puts no number out of order."""
+        self.close()
+        self._day_number = received_ms // _DAY_MS
+        day = day_of(received_ms)
+        if day >= self.newest_day:
+            self.newest_day = day
+        elif day_of(received_ms + _DAY_MS) < self.newest_day:
+            self.newest_day, self.in_order = day, False
+            with contextlib.suppress(OSError):
+                os.unlink(self.root + "/.in-order")
+
+    def _open_to_append(self, session_id: str) -> int:
+        if session_id in self._descriptors or len(self._descriptors) == self.OPEN_FILES:
+            self.close()
+        path = f"{self.root}/{self.newest_day}/{session_file_name(session_id)}"
         emit_event.make_private_directory(os.path.dirname(path))
-        if os.path.exists(path + PACKED) and not os.path.exists(path):
-            unpack_file(path)  # the clock was set back to a day that is closed
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._files[path] = fd
-        self.repaired += repair_last_line(fd)
-        while len(self._files) > self.OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+        self._descriptors[session_id] = fd
+        torn = next(JournalFile(path, os.fstat(fd)).segments_back())
+        self.repaired += bool(torn)
+        if torn and emit_event.is_json_object(torn):
+            os.write(fd, b"\n")  # it lacks only that
+        elif torn:  # its event was never acknowledged
+            os.ftruncate(fd, os.fstat(fd).st_size - len(torn))
         return fd
-
-    def _forget(self, path: str) -> None:
-        fd = self._files.pop(path, None)
-        if fd is not None:
-            os.close(fd)
-
-    def delete_session(self, session_id: str) -> int:
-        """Remove every file of a session; return the bytes that became free."""
-        freed = 0
-        for path in self._session_paths(session_id):
-            self._forget(path)
-            for kept_as in (path, path + PACKED):
-                with contextlib.suppress(FileNotFoundError):
-                    freed += os.path.getsize(kept_as)
-                    os.unlink(kept_as)
-            with contextlib.suppress(OSError):  # other sessions' files keep the day
-                os.rmdir(os.path.dirname(path))
-        return freed
 
     def close(self) -> None:
         """Close every file."""
-        for path in list(self._files):
-            self._forget(path)
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
-    # Reading
-
-    def days(self) -> list[str]:
-        """List the days that have events, oldest first."""
+    def has_room(self) -> bool:
+        """Return True if events can be written; a disk that broke, or a quota, shows only when one tries."""
         try:
-            return sorted(name for name in os.listdir(self.root) if _DAY.match(name))
-        except FileNotFoundError:
-            return []
+            free = os.statvfs(self.root)
+            with tempfile.TemporaryFile(dir=self.root, buffering=0) as file:
+                written = file.write(bytes(_BLOCK_BYTES))
+        except OSError:
+            return False
+        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON
 
-    def day_paths(self, day: str) -> list[str]:
-        """List the files of a day in the order in which their sessions began that day."""
-        paths = sorted(f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day))
-        return sorted(paths, key=first_seq)
+    def delete_session(self, session_id: str) -> int:
+        """Remove every file of a session; return the bytes that became free."""
+        self.close()
+        freed = 0
+        for file in self.files(session_id):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(file.path)
+                freed += file.size
+            with contextlib.suppress(OSError):  # other sessions' files keep the day
+                os.rmdir(os.path.dirname(file.path))
+        return freed
 
-    def _session_paths(self, session_id: str) -> list[str]:
-        return self._paths_of(session_file_name(session_id), self.days())
+    def lines(
+        self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
+    ) -> Iterator[bytes]:
+        """Yield the stored lines with after < seq < before, of one session or of all, in order of seq.
 
-    def _paths_of(self, name: str, days: Sequence[str]) -> list[str]:
-        return [f"{self.root}/{day}/{name}" for day in days if name in self._names_of(day)]
-
-    def _names_of(self, day: str) -> frozenset[str]:
-        """Return the names of a day's files; a day is listed anew only when its directory has changed."""
-        try:
-            changed_ns = os.stat(f"{self.root}/{day}").st_mtime_ns
-        except FileNotFoundError:
-            return frozenset()
-        known = self._listings.get(day)
-        if known is not None and known[0] == changed_ns:
-            return known[1]
-        names = frozenset(name for name, _ in stored_files(self.root, day))
-        if time.time_ns() - changed_ns > DIRECTORY_SETTLES_NS:
-            self._listings[day] = (changed_ns, names)
-        return names
-
-    def last_seqs(self) -> dict[str, int]:
-        """Return the last number of every session by its files' name; reads no more than the files' ends."""
-        found: dict[str, int] = {}
-        highest = 0
-        for day in self.days():
-            paths = {name: f"{self.root}/{day}/{name}" for name, _ in stored_files(self.root, day)}
-            lasts = {name: last_seq(path) for name, path in paths.items()}
-            found.update((name, max(found.get(name, 0), last)) for name, last in lasts.items())
-            self.in_order = self.in_order and all(first_seq(path) > highest for path in paths.values())
-            highest = max([highest, *lasts.values()])
-        return found
-
-    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
-        """Yield the lines of sessions, by their files' names, in order of arrival; those after a seq."""
-        days = self.days()
-        streams = []
-        for name in names:
-            paths = self._paths_of(name, days)
-            lines = [lines_from(path, after + 1 if after else 0) for path in paths]
-            if not self.in_order:
-                streams += [(max(after, first_seq(path)), each) for path, each in zip(paths, lines)]
-            elif paths:
-                streams.append((max(after, first_seq(paths[0])), itertools.chain.from_iterable(lines)))
-        return streams[0][1] if len(streams) == 1 else merged(streams)
-
-    def session_lines(
-        self, session_id: str, limit: int, before: int | None = None, after: int | None = None
-    ) -> list[bytes]:
-        """Return at most `limit` lines of a session in order of arrival: the last, the last before, or the
-        first after.
+        They come without newlines; none that was stored after the first was asked for. No file is kept open.
         """
-        lines: list[bytes] = []
-        paths = self._session_paths(session_id)
-        if not self.in_order:
-            found = self.lines_of([session_file_name(session_id)], after or 0)
-            if after is not None:
-                found = itertools.islice(found, limit)
-            chosen = (line for line in found if before is None or line_seq(line) < before)
-            return list(collections.deque(chosen, limit))
-        if after is not None:
-            for path in paths:
-                lines.extend(itertools.islice(lines_from(path, after + 1), limit - len(lines)))
-            return [line for line in lines if before is None or line_seq(line) < before]
-        for path in reversed(paths):
-            lines.extend(itertools.islice(lines_back(path, before), limit - len(lines)))
-        return lines[::-1]
+        end = min(sys.maxsize if before is None else before, self.seq + 1 if self._is_open else sys.maxsize)
+        runs = self._runs(session, after, end)
+        for files in runs if backwards else reversed(list(runs)):
+            block = min(_BLOCK_BYTES, max(_TAIL_BYTES, (8 << 20) // max(1, len(files))))
+            keyed = heapq.merge(*(file.lines(after, end, backwards, block) for file in files))
+            yield from (line for _, line in keyed if line)
 
-    def recent_lines(self, limit: int, before: int | None = None, after: int | None = None) -> list[bytes]:
-        """Return at most `limit` last lines of all sessions (before / after a seq), in order of arrival."""
-        if not self.in_order:
-            return self._recent_by_number(limit, before, after)
-        lines: list[bytes] = []
-        for day in reversed(self.days()):
-            readers = [lines_back(path, before) for path in self.day_paths(day)]
-            for line in heapq.merge(*readers, key=line_seq, reverse=True):
-                if len(lines) == limit or (after is not None and line_seq(line) <= after):
-                    return lines[::-1]
-                lines.append(line)
-        return lines[::-1]
-
-    def _recent_by_number(self, limit: int, before: int | None, after: int | None) -> list[bytes]:
-        """Do the same whatever the days are called: read the files' ends, the latest number first."""
-        lasts = [(last_seq(path), path) for day in self.days() for path in self.day_paths(day)]
-        lines: list[bytes] = []
-        for last, path in sorted(lasts, reverse=True):
-            if len(lines) >= limit and last < line_seq(lines[-1]):
-                break
-            lines += itertools.islice(lines_back(path, before), limit)
-            lines = sorted(lines, key=line_seq, reverse=True)[:limit]
-        return [line for line in reversed(lines) if after is None or line_seq(line) > after]
+    def _runs(self, session: str | None, after: int, before: int) -> Iterator[list[JournalFile]]:
+        """Yield for each day, the last one first, the files that may hold such numbers."""
+        days = self.days()[::-1]
+        for group in [[day] for day in days] if self.in_order else [days]:
+            files = [file for day in group for file in self.day_files(day, session) if file.last]
+            if files and max(file.last for file in files) <= after:
+                return
+            yield [file for file in files if file.last > after and file.first < before]
 
     def find(self, event_id: str, session_id: str | None = None, seq: int | None = None) -> bytes | None:
         """Return the line of one event; a session, and better still a seq, saves reading every file."""
-        if session_id is not None:
-            paths = self._session_paths(session_id)[::-1]
-        else:
-            paths = [path for day in reversed(self.days()) for path in self.day_paths(day)]
+        near = [] if seq is None else self.lines(session_id, seq - 1, seq + 1)
+        lines = itertools.chain(near, self.lines(session_id, backwards=True))
         needle = b'"id":' + encode_json(event_id)
-        for path in paths:
-            if seq is not None:
-                line = next(lines_from(path, seq), b"")
-                if line_seq(line) == seq and needle in line:
-                    return line
-        lines = (line for path in paths for line in lines_from(path, 0) if needle in line)
-        return next((line for line in lines if line_id(line) == event_id), None)
+        return next((line for line in lines if needle in line and line_id(line) == event_id), None)
 
-    def ids(self, session_id: str) -> set[str]:
-        """Return the ids of every stored event of a session."""
-        return {line_id(line) for path in self._session_paths(session_id) for line in lines_from(path, 0)}
+    def days(self) -> list[str]:
+        """List the days that have events, oldest first."""
+        return sorted(map(os.path.basename, glob.glob(glob.escape(self.root) + "/[12]???-[01]?-[0-3]?")))
 
-    def all_lines(self) -> Iterator[bytes]:
-        """Yield every stored line, session after session within a day, in the order the sessions began."""
-        for day in self.days():
-            for path in self.day_paths(day):
-                yield from lines_from(path, 0)
+    def day_files(self, day: str, session: str | None = None) -> list[JournalFile]:
+        """Return the files of a day, of one session or of all."""
+        found = []
+        folder = f"{self.root}/{day}/"
+        one = [folder + session_file_name(session)] if session is not None else None
+        for path in one or glob.glob(glob.escape(folder) + "*.jsonl"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                about = os.stat(path)
+                if stat.S_ISREG(about.st_mode) and os.access(path, os.R_OK):
+                    found.append(JournalFile(path, about))
+                else:
+                    warn_skipped_once(path)
+        return found
+
+    def files(self, session: str | None = None) -> list[JournalFile]:
+        """Return the files of all days, of one session or of all."""
+        return [file for day in self.days() for file in self.day_files(day, session)]
+
+    def line(self, seq: int, day: str, name: str) -> bytes | None:
+        """Return the line with a number in a file of a day; None when it is gone."""
+        path = f"{self.root}/{day}/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            return JournalFile(path, os.stat(path)).line(seq)
+        return None
 
     def size(self) -> tuple[int, int]:
-        """Return (files, bytes of lines) of everything stored."""
-        sizes = [about.size for day in self.days() for _, about in stored_files(self.root, day)]
+        """Return (files, bytes) of everything stored."""
+        sizes = [file.size for file in self.files()]
         return len(sizes), sum(sizes)
 
 
-class MemoryStore:
-    """The same as EventStore for `persistence.enabled: false`: the last events, in memory only."""
+class MemoryJournal(Journal):
+    """The same for `persistence.enabled: false`: the last events, in memory only."""
 
     LIMIT_BYTES = 64 << 20
 
     def __init__(self) -> None:
-        self.root = ""
-        self.seq = 0
-        self.error: str | None = None
-        self.repaired = 0
-        self._lines: collections.deque[tuple[int, str, bytes]] = (
-            collections.deque()
-        )  # (seq, session id, line)
+        self.root, self.seq, self.error, self.repaired = "", 0, None, 0
+        self._descriptors = {}
+        self._kept: collections.deque[tuple[int, str, bytes]] = collections.deque()  # (seq, session id, line)
         self._bytes = 0
         self._lock = threading.Lock()  # the loop thread appends while others read
 
-    def append(
-        self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
-    ) -> list[StoredEvent | None]:
-        """Keep the events, forgetting the oldest ones beyond the limit."""
-        stored: list[StoredEvent | None] = []
-        for event, text in zip(events, encoded or map(encode_json, events)):
-            self.seq += 1
-            line = numbered_line(self.seq, received_ms, text)
-            stored.append(StoredEvent(self.seq, {"seq": self.seq, "received": received_ms, **event}, line))
+    def open(self) -> None:
+        """Do nothing: there is no file."""
+
+    def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
         with self._lock:
-            for kept in stored:
-                if kept is not None:
-                    self._lines.append((kept.seq, kept.event["sessionId"], kept.line))
-                    self._bytes += len(kept.line)
+            self._kept.extend((line_seq(line), session_id, line) for line in data.splitlines())
+            self._bytes += len(data)
             while self._bytes > self.LIMIT_BYTES:
-                self._bytes -= len(self._lines.popleft()[2])
-        return stored
+                self._bytes -= len(self._kept.popleft()[2]) + 1
+
+    def has_room(self) -> bool:
+        """Return True: the oldest events make room."""
+        return True
 
     def delete_session(self, session_id: str) -> int:
         """Forget a session's events; return their bytes."""
         with self._lock:
-            before = self._bytes
-            self._lines = collections.deque(entry for entry in self._lines if entry[1] != session_id)
-            self._bytes = sum(len(entry[2]) for entry in self._lines)
-            return before - self._bytes
+            freed = sum(len(line) + 1 for _, owner, line in self._kept if owner == session_id)
+            self._kept = collections.deque(entry for entry in self._kept if entry[1] != session_id)
+            self._bytes -= freed
+        return freed
 
-    def has_room(self) -> bool:
-        """Tell that events can be kept: the oldest make room."""
-        return True
-
-    def close(self) -> None:
-        """Do nothing: there is no file."""
-
-    def _select(
-        self, session_id: str | None, limit: int, before: int | None, after: int | None
-    ) -> list[bytes]:
+    def lines(
+        self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
+    ) -> Iterator[bytes]:
+        """Yield lines as those of a Journal."""
+        end = self.seq + 1 if before is None else before
         with self._lock:
-            lines = [
-                line
-                for seq, session, line in self._lines
-                if (session_id is None or session == session_id)
-                and (before is None or seq < before)
-                and (after is None or seq > after)
-            ]
-        return lines[:limit] if after is not None and session_id is not None else lines[-limit:]
-
-    def last_seqs(self) -> dict[str, int]:
-        """Return nothing: what memory held before this monitor is gone."""
-        return {}
-
-    def lines_of(self, names: Iterable[str], after: int = 0) -> Iterator[bytes]:
-        """Yield lines as EventStore.lines_of does."""
-        wanted = set(names)
-        with self._lock:
-            kept = list(self._lines)
-        return (line for seq, owner, line in kept if seq > after and session_file_name(owner) in wanted)
-
-    def session_lines(
-        self, session_id: str, limit: int, before: int | None = None, after: int | None = None
-    ) -> list[bytes]:
-        """Return lines as EventStore.session_lines does."""
-        return self._select(session_id, limit, before, after)
-
-    def recent_lines(self, limit: int, before: int | None = None, after: int | None = None) -> list[bytes]:
-        """Return lines as EventStore.recent_lines does."""
-        return self._select(None, limit, before, after)
-
-    def find(self, event_id: str, session_id: str | None = None, seq: int | None = None) -> bytes | None:
-        """Return the line of one event."""
-        lines = self._select(session_id, len(self._lines) + 1, None, None)
-        return next((line for line in lines if line_id(line) == event_id), None)
-
-    def ids(self, session_id: str) -> set[str]:
-        """Return the ids of the events that are still kept of a session."""
-        return {line_id(line) for line in self._select(session_id, len(self._lines) + 1, None, None)}
-
-    def all_lines(self) -> Iterator[bytes]:
-        """Yield every line that is still kept."""
-        return iter(self._select(None, len(self._lines) + 1, None, None))
-
-    def size(self) -> tuple[int, int]:
-        """Return (0 files, bytes in memory)."""
-        return 0, self._bytes
+            kept = [it for it in self._kept if after < it[0] < end and session in (None, it[1])]
+        for _, _, line in sorted(kept, reverse=backwards):  # a batch was written session after session
+            yield line
 
 
-def repair_last_line(fd: int) -> int:
-    """Mend a file whose last line has no newline; return 1 if it was torn, else 0.
+class JournalFile:
+    """A file of lines as it was when it was listed, opened for each piece that is read of it."""
 
-    A whole event that lacks only its newline gets it; the torn beginning of one, never acknowledged, goes.
-    """
-    size = os.fstat(fd).st_size
-    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+    def __init__(self, path: str, about: os.stat_result) -> None:
+        self.path, self.inode, self.size = path, about.st_ino, about.st_size
+        *_, self.day, self.name = path.split("/")
+
+    @functools.cached_property
+    def last(self) -> int:
+        """The number of the last event, also of a torn one; 0 when there is none. Reads the end only."""
+        return next(filter(None, map(line_seq, self.segments_back(block=_TAIL_BYTES))), 0)
+
+    @functools.cached_property
+    def first(self) -> int:
+        """The number of the first whole event, else the last."""
+        return next(filter(None, map(line_seq, self._whole_lines(0, _TAIL_BYTES))), self.last)
+
+    def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (seq or -seq, line), first one without a line: a merge then opens no file before its turn."""
+        yield (-self.last if backwards else self.first), b""
+        if backwards:
+            segments = self.segments_back(self.size if self.last < before else self._offset_of(before), block)
+            next(segments)
+        else:
+            segments = self._whole_lines(self._offset_of(after + 1) if self.first <= after else 0, block)
+        for line in segments:
+            seq = line_seq(line)
+            if after < seq < before:
+                yield (-seq if backwards else seq), line
+            elif seq and (seq <= after) == backwards:
+                return
+
+    def line(self, seq: int) -> bytes | None:
+        """Return the line with a number; all is read of a file that was edited and is out of order."""
+        near = itertools.islice(self._whole_lines(self._offset_of(seq), _TAIL_BYTES), 1)
+        lines = itertools.chain(near, self._whole_lines(0, _BLOCK_BYTES))
+        return next((line for line in lines if line_seq(line) == seq), None)
+
+    def _whole_lines(self, start: int, block: int) -> Iterator[bytes]:
+        rest, size = b"", block
+        while data := self._read(size, start):
+            start += len(data)
+            *lines, rest = (rest + data).split(b"\n")
+            size = block if lines else 2 * size
+            yield from lines
+
+    def segments_back(self, end: int | None = None, block: int = _BLOCK_BYTES) -> Iterator[bytes]:
+        """Yield what stands between newlines from the end to the start; the first is empty or a torn line."""
+        rest, size, end = b"", block, self.size if end is None else end
+        while end > 0:
+            start = max(0, end - size)
+            rest, *lines = (self._read(end - start, start) + rest).split(b"\n")
+            end, size = start, block if lines else 2 * size
+            yield from reversed(lines)
+        yield rest
+
+    def _read(self, size: int, offset: int) -> bytes:
+        """Read a piece; nothing when the file was removed or replaced."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_ino == self.inode:
+                return os.pread(file.fileno(), size, offset)
+        return b""
+
+    def _offset_of(self, seq: int) -> int:
+        """Find by bisection where the first line with a number of at least `seq` begins, else the end."""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            low, high = (
+                0,
+                self.size,
+            )  # lines that begin before low have smaller numbers, those from high on not
+            while high - low > _TAIL_BYTES:
+                middle = (low + high) // 2
+                file.seek(middle - 1)
+                file.readline()
+                if next(filter(None, map(line_seq, file)), seq) < seq:
+                    low = file.tell()
+                else:
+                    high = middle
+            file.seek(low)
+            for line in file:
+                if low >= high or line_seq(line) >= seq:
+                    break
+                low += len(line)
+            return low
         return 0
-    start = size
-    tail = b""
-    while start > 0 and b"\n" not in tail:
-        start = max(0, start - _BLOCK_BYTES)
-        tail = os.pread(fd, size - start, start)
-    last_line = tail.rpartition(b"\n")[2]
-    if emit_event.is_json_object(last_line):
-        os.write(fd, b"\n")
-    else:
-        os.ftruncate(fd, size - len(last_line))
-    return 1
 
 
 def line_seq(line: bytes) -> int:
     """Return the number at the front of a stored line, 0 when there is none."""
     match = _SEQ.match(line)
-    return int(match.group(1)) if match else 0
-
-
-def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that somebody edited is made an event again.
-
-    Raise MalformedEvent if it is none.
-    """
-    event = emit_event.parse_event_line(line)
-    if emit_event.is_whole_event(event) and isinstance(event.get("received"), int):
-        return event
-    received = event.get("received")
-    received_ms = received if isinstance(received, int) else 0
-    rebuilt = emit_event.build_event(event, received_ms, "unknown")
-    return {"seq": line_seq(line), "received": received_ms or rebuilt["timestamp"], **rebuilt}
-
-
-_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
+    return int(match[1]) if match else 0
 
 
 def line_id(line: bytes) -> str:
     """Return the event id at the front of a stored line, "" when there is none."""
     match = _ID.match(line)
-    return str(json.loads(match.group(1))) if match else ""
+    return str(json.loads(match[1])) if match else ""
 
 
-def first_seq(path: str) -> int:
-    """Return the number of the first event in a file, 0 when there is none."""
-    try:
-        with open_stored(path) as file:
-            head = file.readline(64)
-            return line_seq(head) if len(head) == 64 or head.endswith(b"\n") else 0
-    except FileNotFoundError:
-        return 0
-
-
-def last_seq(path: str) -> int:
-    """Return the number of the last event in a file, also of one that lacks its newline; 0 for none."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return next(map(line_seq, lines_back(path)), 0)  # a packed one ends with a whole line
-    try:
-        start, tail = os.fstat(fd).st_size, b""
-        while start > 0:
-            size = min(start, len(tail) + _TAIL_BYTES)  # ever longer steps, should the last line be long
-            start -= size
-            tail = os.pread(fd, size, start) + tail
-            numbers = [line_seq(line) for line in tail.split(b"\n")[1 if start else 0 :]]
-            if any(numbers):
-                return max(numbers)
-        return 0
-    finally:
-        os.close(fd)
-
-
-def merged(streams: Sequence[tuple[int, Iterator[bytes]]]) -> Iterator[bytes]:
-    """Merge sorted streams of lines by seq; each comes with its first seq and is not begun before that."""
-    waiting = sorted(streams, key=lambda stream: stream[0], reverse=True)
-    heads: list[tuple[int, int, bytes, Iterator[bytes]]] = []
-    number = 0
-    while waiting or heads:
-        if waiting and (not heads or waiting[-1][0] <= heads[0][0]):
-            stream = waiting.pop()[1]
-        else:
-            _, _, line, stream = heapq.heappop(heads)
-            yield line
-        following = next(stream, None)
-        if following is not None:
-            number += 1
-            heapq.heappush(heads, (line_seq(following), number, following, stream))
-
-
-def offset_of_seq(file: Any, size: int, seq: int) -> int:
-    """Find by bisection where the first line with a number of at least `seq` begins.
-
-    `size` if there is none.
-    """
-    # Lines that begin before low are smaller; those that begin in [low, high) are unknown; answer is the
-    # first known one.
-    low, high, answer = 0, size, size
-    while low < high:
-        middle = (low + high) // 2
-        start = low
-        if middle > low:
-            file.seek(middle - 1)
-            file.readline()
-            start = file.tell()
-        if start >= high:
-            high = middle
-            continue
-        file.seek(start)
-        line = file.readline()
-        if line_seq(line) >= seq:
-            answer, high = start, middle
-        else:
-            low = start + len(line)
-    return answer
-
-
-def lines_from(path: str, seq: int) -> Iterator[bytes]:
-    """Yield the whole lines of a file, without newlines, from the first with a number of at least `seq`."""
-    try:
-        with open_stored(path) as file:
-            if seq > 0:
-                file.seek(offset_of_seq(file, file.seek(0, os.SEEK_END), seq))
-            for line in file:
-                if line.endswith(b"\n") and _SEQ.match(line):
-                    yield line[:-1]
-    except FileNotFoundError:
-        return
-
-
-def lines_back(path: str, before: int | None = None) -> Iterator[bytes]:
-    """Yield the whole lines of a file from the last one (with a number below `before`) to the first."""
-    try:
-        with open_stored(path) as file:
-            end = file.seek(0, os.SEEK_END)
-            if before is not None:
-                end = offset_of_seq(file, end, before)
-            rest: list[bytes] = []  # of the line that is being read backwards: its pieces, last one first
-            in_whole_line = False  # what stands after the last newline is still being written
-            while end > 0:
-                start = max(0, end - _BLOCK_BYTES)
-                file.seek(start)
-                first, *others = file.read(end - start).split(b"\n")
-                end = start
-                for piece in reversed(others):
-                    line = piece + b"".join(reversed(rest))
-                    rest = []
-                    if in_whole_line and _SEQ.match(line):
-                        yield line
-                    in_whole_line = True
-                rest.append(first)
-            line = b"".join(reversed(rest))
-            if in_whole_line and _SEQ.match(line):
-                yield line
-    except FileNotFoundError:
-        return
-
-
-# Files as they lie on disk: a closed day's may be packed, which whoever reads need not know
-
-
-PACKED = ".gz"
-PACK_BLOCK_BYTES = 256 << 10
-# A gzip member's header (RFC 1952) with one extra field: its kind, the member's bytes, the content's bytes.
-_PACK_HEAD = struct.Struct("<4sIBBH2sHQQ")
-_PACK_TOTAL, _PACK_BLOCK = b"CT", b"CB"
-
-
-class StoredFile(NamedTuple):
-    """A file of the store: its inode (0 when it is packed), its bytes of lines, its bytes on disk."""
-
-    inode: int
-    size: int
-    bytes_on_disk: int
-
-
-_UID = os.getuid()
-
-
-def stored_files(root: str, day: str) -> Iterator[tuple[str, StoredFile]]:
-    """Yield what each file of a day is, by the name it has when it is not packed."""
-    found: dict[str, StoredFile] = {}
-    with contextlib.suppress(FileNotFoundError), os.scandir(f"{root}/{day}") as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                about = entry.stat()
-                if not (about.st_uid == _UID or os.access(entry.path, os.R_OK)):
-                    note_left_out(entry.path, "belongs to another user: its events")
-                elif not stat.S_ISREG(about.st_mode):
-                    continue
-                elif entry.name.endswith(".jsonl"):
-                    found[entry.name] = StoredFile(about.st_ino, about.st_size, about.st_size)
-                elif entry.name.endswith(".jsonl" + PACKED):
-                    size = packed_size(entry.path)
-                    if size is not None:
-                        found.setdefault(entry.name[: -len(PACKED)], StoredFile(0, size, about.st_size))
-    yield from found.items()
-
-
-def inode_of(path: str) -> int:
-    """Return a file's inode, 0 when it is packed."""
-    try:
-        return os.stat(path).st_ino
-    except FileNotFoundError:
-        return 0
-
-
-def open_stored(path: str) -> BinaryIO:
-    """Open a file of lines for reading, packed or not; raise FileNotFoundError."""
-    with contextlib.suppress(FileNotFoundError):
-        return open(path, "rb")
-    return io.BufferedReader(PackedFile(path + PACKED), PACK_BLOCK_BYTES)
-
-
-def packed_size(path: str) -> int | None:
-    """Return the bytes of lines in a packed file; None when it was not packed by this program."""
-    try:
-        with open(path, "rb") as file:
-            head = _PACK_HEAD.unpack(file.read(_PACK_HEAD.size))
-    except (OSError, struct.error):
-        return None
-    return int(head[8]) if head[5] == _PACK_TOTAL else None
-
-
-class PackedFile(io.RawIOBase):
-    """Read a packed file from any place: it is a sequence of gzip members that say how long they are."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this one
-        self._starts: list[int] = []  # where each block begins in the content
-        self._blocks: list[tuple[int, int]] = []  # (offset, bytes) of each member in the file
-        self._at = self._size = 0
-        self._number, self._content = -1, b""  # the block that was read last
-        offset = 0
-        while True:
-            self._file.seek(offset)
-            head = self._file.read(_PACK_HEAD.size)
-            if len(head) < _PACK_HEAD.size:
-                return
-            *_, kind, _, length, content = _PACK_HEAD.unpack(head)
-            if kind not in (_PACK_TOTAL, _PACK_BLOCK) or length < _PACK_HEAD.size:
-                note_left_out(path, "is damaged: the events from there on")
-                return  # where the next member begins is not known
-            if kind == _PACK_BLOCK:
-                self._starts.append(self._size)
-                self._blocks.append((offset, length))
-                self._size += content
-            offset += length
-
-    def readable(self) -> bool:
-        """Say that it can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """Say that it can be read from any place."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place in the content."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, target: Any) -> int:
-        """Read what is left of the block at this place, or as much as is wanted."""
-        if self._at >= self._size:
-            return 0
-        number = bisect.bisect_right(self._starts, self._at) - 1
-        if number != self._number:
-            self._content, self._number = self._unpacked(number), number
-        start = self._at - self._starts[number]
-        piece = self._content[start : start + len(target)]
-        target[: len(piece)] = piece
-        self._at += len(piece)
-        return len(piece)
-
-    def _unpacked(self, number: int) -> bytes:
-        """Return a block's content; of a damaged one nothing but empty lines, as many bytes."""
-        offset, length = self._blocks[number]
-        end = self._starts[number + 1] if number + 1 < len(self._starts) else self._size
-        size = end - self._starts[number]
-        self._file.seek(offset)
-        try:
-            content = gzip.decompress(self._file.read(length))
-        except (OSError, EOFError, zlib.error, struct.error):
-            content = b""
-        if len(content) == size:
-            return content
-        note_left_out(str(self._file.name), "is damaged: the events in that part of it")
-        return b"\n" * size
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+def parse_stored(line: bytes) -> JsonObject:
+    """Parse a stored line; one that was edited is made an event again. Raise MalformedEvent if it is none."""
+    event = emit_event.parse_event_line(line)
+    received_ms = event["received"] if isinstance(event.get("received"), int) else 0
+    if received_ms and emit_event.is_whole_event(event):
+        return event
+    rebuilt = emit_event.build_event(event, received_ms, "unknown")
+    return {"seq": line_seq(line), "received": received_ms or rebuilt["timestamp"], **rebuilt}
 
 
 @functools.lru_cache(maxsize=1000)
-def note_left_out(path: str, why: str) -> None:
-    """Say once of a file that something in it cannot be read."""
-    log.warning("%s %s are left out", path, why)
+def warn_skipped_once(path: str) -> None:
+    """Log once that nothing in a file is read."""
+    log.warning("%s is left out: it is not a file that this user can read", path)
 
 
-def _gzip_member(kind: bytes, content: bytes, told: int) -> bytes:
-    packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = packer.compress(content) + packer.flush()
-    end = struct.pack("<II", zlib.crc32(content), len(content))
-    length = _PACK_HEAD.size + len(body) + len(end)
-    # FLG 4: there is an extra field; its length is that of kind, length and the two numbers.
-    return _PACK_HEAD.pack(b"\x1f\x8b\x08\x04", 0, 0, 255, 20, kind, 16, length, told) + body + end
-
-
-def pack_file(path: str) -> None:
-    """Put a packed file in the place of a plain one; at every moment one of them is there and whole."""
-    with open(path, "rb") as source:
-        total = os.fstat(source.fileno()).st_size
-        blocks = iter(lambda: source.read(PACK_BLOCK_BYTES), b"")
-        members = (_gzip_member(_PACK_BLOCK, block, len(block)) for block in blocks)
-        _replace(path + PACKED, itertools.chain([_gzip_member(_PACK_TOTAL, b"", total)], members))
-    os.unlink(path)
-
-
-def unpack_file(path: str) -> None:
-    """Put the plain file back in the place of a packed one."""
-    with open_stored(path) as source:
-        _replace(path, iter(lambda: source.read(PACK_BLOCK_BYTES), b""))
-    os.unlink(path + PACKED)
-
-
-def _replace(path: str, pieces: Iterable[bytes]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path + ".tmp", flags, 0o600), "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-REMEMBERED_IDS = 64 << 10
+def unpack(path: str) -> None:
+    """Put a plain file in the place of a packed one, without what is damaged. A kill leaves one of both."""
+    plain = path[: -len(".gz")]
+    try:
+        if not os.path.exists(plain):
+            with open(path, "rb") as packed, open(plain + ".tmp", "wb") as file:
+                os.fchmod(file.fileno(), 0o600)
+                rest = b""
+                for part in _PACKED_PART.split(packed.read()):
+                    try:
+                        lines, newline, rest = (rest + gzip.decompress(part)).rpartition(b"\n")
+                        file.write(lines + newline)
+                    except (gzip.BadGzipFile, EOFError, zlib.error, struct.error):
+                        log.warning("%s is damaged: the events in that part of it are left out", path)
+                        rest = b""
+                if not file.tell():
+                    raise OSError("nothing in it can be read")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(plain + ".tmp", plain)
+        os.unlink(path)
+    except OSError as error:
+        log.warning("%s stays packed, its events are left out: %s", path, error)
 
 
 class SeenIds:
-    """The ids of recent events, for live de-duplication: at least the last REMEMBERED_IDS / 2, in bounded
-    memory.
-    """
+    """The ids of the last events, REMEMBERED_IDS and `least` at least, to know second deliveries by."""
 
-    def __init__(self) -> None:
-        self._young: set[str] = set()
-        self._old: set[str] = set()
+    def __init__(self, least: int = REMEMBERED_IDS) -> None:
+        self._ids: set[str] = set()
+        self._in_order: collections.deque[str] = collections.deque()
+        self._limit = max(least, REMEMBERED_IDS)
 
     def add(self, event_id: str) -> None:
         """Remember an id."""
-        self._young.add(event_id)
-        if len(self._young) >= REMEMBERED_IDS // 2:
-            self._old, self._young = self._young, set()
+        if event_id not in self._ids:
+            self._ids.add(event_id)
+            self._in_order.append(event_id)
+            if len(self._in_order) > self._limit:
+                self._ids.remove(self._in_order.popleft())
 
     def __contains__(self, event_id: str) -> bool:
-        return event_id in self._young or event_id in self._old
+        return event_id in self._ids
 
 
 # ---------------------------------------------------------------------------
 # Sessions: what each event says about who works, who waits and who is gone
 #
-# Events and time in, sessions and agents out; no I/O, so replaying the files gives what being there gave.
-# `apply_event` tells one session one event, in the order in which things happened; SessionBook sees to that
-# order, to time, and to what links sessions. What moves a session's turn stands in TURN_AFTER; the functions
-# below it are the surprises of the real client, each under its own name.
+# One fold without I/O: `Sessions.apply` takes every event once, in order of arrival (`seq`), live and out of
+# the files alike; `tick` lets time pass. `_apply_in_order` puts events in place that overtook each other by
+# seconds; what comes later than that is `late`. All times are on the monitor's clock: when an event happened
+# is computed once, as it arrives (`Sessions._clock`); silence counts from arrival.
 #
-# A session's state follows from STATES, the first row that holds; `quiet` is `working` after quietSeconds
-# without a word, and comes with time alone.
+# RULES says what follows from an event; below it stand the special cases of the client, each by its name.
 # ---------------------------------------------------------------------------
 
 MAIN = ""  # the agent id of a session's main agent
 
-# Event type → the turn of the main agent after it. What is not here leaves the turn as it was.
-TURN_AFTER = {
-    "session_start": "idle",
-    "user_prompt": "working",
-    "tool_call": "working",
-    "tool_result": "working",
-    "tool_error": "working",
-    "permission_request": "working",
-    "permission_denied": "working",
-    "elicitation": "working",
-    "elicitation_result": "working",
-    "turn_end": "idle",
-    "turn_error": "failed",
-    "session_end": "ended",
-}
 
-# State → what holds in it, in words and as a test; the first row that holds is the session's state.
-STATES: tuple[tuple[str, str, Callable[[Session], bool]], ...] = (
-    ("ended", "it ended, its process is gone, or its machine is silent", lambda it: it.turn == "ended"),
-    ("waiting", "some agent of it waits for a person", lambda it: bool(it.waits)),
-    ("failed", "the last turn ended with an error", lambda it: it.turn == "failed"),
-    ("working", "a turn, an agent or a background task runs", lambda it: it.is_running),
-    ("idle", "nothing of all that", lambda it: True),
-)
-SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")  # the most urgent first
+class Rule(NamedTuple):
+    """What follows from an event."""
+
+    turn: str = ""  # the turn of the main agent after its event; "" leaves it as it was
+    ends: str = ""  # what cannot have outlived it
+    waits: str = ""  # which waits are over, beside those for a call that is over
+
+
+# What happened (`kind_of`) → what follows. What is below an agent that ends, and all their calls, end too.
+#   ends:  call (named by it), agent (its own), task (named by it), foreground (what cannot outlive a turn),
+#          turn (the same, and what the client's list of tasks lacks), all
+#   waits: input (its agent's at the prompt; more in `_ends_wait`), agent (all of its agent), all
+RULES = {
+    "session_start": Rule("idle", "all", "all"),
+    "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
+    "task_notification": Rule("working", "task", "input"),
+    "tool_call": Rule("working", "", "input"),
+    "tool_result": Rule("working", "call", "input"),
+    "tool_error": Rule("working", "call", "input"),
+    "permission_request": Rule("working", "", "input"),
+    "permission_denied": Rule("working", "call", "input"),
+    "elicitation": Rule("working", "", "input"),
+    "elicitation_result": Rule("working", "", "input"),
+    "round_end": Rule("", "call", "agent"),
+    "subagent_stop": Rule("", "agent", ""),
+    "turn_end": Rule("idle", "turn", "agent"),
+    "turn_error": Rule("failed", "turn", "agent"),
+    "session_end": Rule("ended", "all", "all"),
+}
+_NOTHING = Rule()
+
+# The most urgent first. What holds in each is at the end of `apply_event`; `quiet` is `working` after
+# quietSeconds of silence and comes with time alone.
+SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
 TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
-CLOCK_STEP_MS = 5000  # a clock that goes back by more was set back; events never arrive before earlier ones
-OVERTAKEN_MS = (
-    60_000  # what Redis brings is overtaken by less: a timestamp that goes back by more was set back
-)
-TOGETHER_EVENTS = 256  # at most so many of a session are kept for that: each late one tells them anew
+TOGETHER_EVENTS = 256  # at most so many of a session are kept to be put in order
+CLOCK_STEP_MS = 5000  # a clock that moves so much more or less than time was set
+SKEW_STEP_MS = 60_000  # an event on its way for so much longer than others: its machine's clock was set back
+SKEW_EVENTS = 256  # over about so many events the skew follows the mean delay: clocks drift
 STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
 STUCK_TURNS = 3  # so many turns used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # a turn or an agent runs for longer
 SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice at the same time
+PLACES = 256  # the last sessions that made way for others, or began so
 LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
-
-_TARGET_KEYS = (
-    "command",
-    "file_path",
-    "notebook_path",
-    "path",
-    "pattern",
-    "url",
-    "query",
-    "subject",
-    "description",
-    "skill",
-    "plan",
-    "prompt",
-    "name",
-)
+_NEVER = 1 << 62  # later than any time in ms
+# A fourth of the memory; before Python 3.10 dataclass cannot do so.
+_SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
+COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
 
 
-_Class = TypeVar("_Class", bound=type)
-
-
-def with_slots(cls: _Class) -> _Class:
-    """Make a dataclass over with __slots__, a fourth of the memory; dataclass does so from Python 3.10 on."""
-    names = tuple(field.name for field in dataclasses.fields(cls))
-    kept = {
-        name: value for name, value in vars(cls).items() if name not in (*names, "__dict__", "__weakref__")
-    }
-    return type(cls)(cls.__name__, cls.__bases__, {**kept, "__slots__": names})
-
-
-@with_slots
-@dataclasses.dataclass(frozen=True)
-class OpenCall:
+class OpenCall(NamedTuple):
     """A tool call without a result so far."""
 
     tool_use_id: str
@@ -1508,9 +1064,7 @@ class OpenCall:
         return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
-@with_slots
-@dataclasses.dataclass(frozen=True)
-class Reason:
+class Reason(NamedTuple):
     """Why a session waits, failed or ended."""
 
     kind: str  # permission, question, input, error, ended
@@ -1518,8 +1072,7 @@ class Reason:
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
-    tool_use_id: str | None = None  # the call that waits, where it is known: requests do not name theirs
-    beside: frozenset[str] = frozenset()  # calls that run beside it: their results do not end the wait
+    tool_use_id: str | None = None  # the call that waits; None: not known (yet), or no call does
 
 
 class Tokens(NamedTuple):
@@ -1534,56 +1087,30 @@ class Tokens(NamedTuple):
     def __add__(self, other: Tokens) -> Tokens:  # type: ignore[override]
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
 
-    def __sub__(self, other: Tokens) -> Tokens:
-        return Tokens(*map(operator.sub, tuple(self), tuple(other)))
-
     def to_json(self) -> JsonObject:
         """Return them as the API gives them."""
-        return {
-            "totalInput": self.input,
-            "totalOutput": self.output,
-            "totalCacheRead": self.cache_read,
-            "totalCacheCreation": self.cache_creation,
-        }
+        return dict(zip(("totalInput", "totalOutput", "totalCacheRead", "totalCacheCreation"), self))
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelUsage:
-    """What a session used of one model."""
-
-    all: Tokens
-    long_prompts: Tokens  # the part that answered prompts beyond 100,000 tokens: some models cost more there
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionUsage:
+class SessionUsage(NamedTuple):
     """What a session used until `time`, by model."""
 
     time: int
-    models: dict[str, ModelUsage]
+    models: dict[str, Tokens]
     model: str | None = None  # that the main agent used last
     partial: bool = False  # its transcripts could not be read to their end yet
 
     @property
     def total(self) -> Tokens:
         """Return the sum over all models."""
-        return sum((usage.all for usage in self.models.values()), Tokens())
+        return sum(self.models.values(), Tokens())
 
     def to_json(self) -> JsonObject:
         """Return the totals as the API gives them."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
 
 
-class Streak(NamedTuple):
-    """Failures of one tool, in a row and the same way."""
-
-    error: str
-    times: int
-    since: int
-
-
-@with_slots
-@dataclasses.dataclass
+@dataclasses.dataclass(**_SLOTS)
 class Agent:
     """A subagent of a session."""
 
@@ -1593,20 +1120,17 @@ class Agent:
     label: str = ""
     parent_id: str = MAIN
     background: bool = False  # it outlives the turn that launched it
-    is_told: bool = False  # label and parent come from the client's own note on it
+    has_note: bool = False  # label and parent come from the client's own note on it
     end: int | None = None
-    events: int = 0
-    tool_calls: int = 0
-    tool_errors: int = 0
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS[:3], 0))
 
 
 TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's button
 
 
-@with_slots
-@dataclasses.dataclass
+@dataclasses.dataclass(**_SLOTS)
 class Session:
-    """What is known of one session; times in milliseconds of the emitting machine's clock."""
+    """What is known of one session; times in milliseconds of the monitor's clock."""
 
     session_id: str
     machine_id: str
@@ -1614,54 +1138,45 @@ class Session:
     start: int
     last_event: int
     state_since: int
+    received: int  # when its last event arrived
+    seq: int = 0  # of the last event that was applied
+    stamp: int = 0  # the last timestamp of its machine: what has a lower one was overtaken
+    clock: int = 0  # the time it is there, as far as known
     state: str = "idle"
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
-    last_prompt: tuple[int, str, str] | None = None  # (timestamp, prompt id, its beginning)
+    last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
     model: str | None = None
     usage: SessionUsage | None = None
-    agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(
-        default_factory=dict
-    )  # agent id → (timestamp, tokens)
+    agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
-    turn_since: int = 0  # timestamp of the event that set the turn
-    last_step: dict[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # agent id → timestamp of the last event that moved it
-    background: list[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
-    failure: Reason | None = None
-    streaks: dict[tuple[str, str], Streak] = dataclasses.field(
-        default_factory=dict
-    )  # (agent id, tool) → its last failures
-    clock: int = 0  # the time it is on its machine, as far as known
+    turn_since: int = 0  # when the event happened that set the turn
     turn_start: int = 0  # when the running turn began
     turn_calls: int = 0  # tools used since then
     turn_changed: bool = False  # a file was changed since then
     unchanged_turns: int = 0  # the last turns in a row that used tools and changed no file
     unchanged_since: int = 0  # when the first of them began
+    # (agent id, tool) → its failures in a row and the same way: (error, how many, since)
+    streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
+    last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → when it last went on
+    background: list[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
+    failure: Reason | None = None
     end: int | None = None
     end_reason: str = ""
-    end_presumed: bool = False  # nobody said that it ended: its next event shows that it lives
+    end_presumed: bool = False  # without SessionEnd: its next event shows that it lives
     waits: list[Reason] = dataclasses.field(default_factory=list)
     agents: dict[str, Agent] = dataclasses.field(default_factory=dict)
-    launched: dict[str, tuple[str, str, bool]] = dataclasses.field(
-        default_factory=dict
-    )  # agent id → (label, parent, background), from launch results
+    # agent id → (label, parent, background), from the results of calls that launched agents
+    launched: dict[str, tuple[str, str, bool]] = dataclasses.field(default_factory=dict)
     open_calls: dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    calls: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # tool use id → open, ok, failed, interrupted
+    closed_calls: dict[str, bool] = dataclasses.field(default_factory=dict)  # id → False: interrupted so far
     parent_id: str | None = None
     parent_by_user: bool = False
     continued_from: str | None = None
-    events: int = 0
-    tool_calls: int = 0
-    tool_errors: int = 0
-    interrupted: int = 0
-    prompts: int = 0
+    counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     pid: int | None = None
     demo: bool = False
     imported: bool = False  # some of its history came by `import`
@@ -1670,30 +1185,35 @@ class Session:
 
     def clone(self) -> Session:
         """Return a copy that shares nothing that changes."""
-        return dataclasses.replace(
-            self,
-            background=list(self.background),
-            waits=list(self.waits),
-            agents={agent_id: dataclasses.replace(agent) for agent_id, agent in self.agents.items()},
-            launched=dict(self.launched),
-            agent_usage=dict(self.agent_usage),
-            streaks=dict(self.streaks),
-            last_step=dict(self.last_step),
-            open_calls=dict(self.open_calls),
-            calls=dict(self.calls),
-        )
+        values: list[Any] = [
+            each.copy() if isinstance(each, (dict, list)) else each for each in _values(self)
+        ]
+        copy = Session(*values)
+        for agent_id, agent in self.agents.items():
+            copy.agents[agent_id] = dataclasses.replace(agent, counts=agent.counts.copy())
+        return copy
+
+    def shift(self, step_ms: int) -> None:
+        """Go on after our clock was set forward by `step_ms` (below 0: back); what has ended stays."""
+        if self.state == "ended":
+            return
+        for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
+            setattr(self, name, getattr(self, name) + step_ms)
+        self.last_step = {agent_id: at + step_ms for agent_id, at in self.last_step.items()}
+        self.waits = [wait._replace(since=wait.since + step_ms) for wait in self.waits]
+        for use_id, call in self.open_calls.items():
+            self.open_calls[use_id] = call._replace(since=call.since + step_ms)
+        for agent in self.agents.values():
+            agent.start += step_ms
+            agent.end = None if agent.end is None else agent.end + step_ms
 
     @property
     def label(self) -> tuple[str, str]:
         """Return (label, where it comes from): the user, the title, the first prompt or the project."""
-        if self.user_label:
-            return self.user_label, "user"
-        if self.title:
-            return self.title, "title"
-        if self.first_prompt:
-            return self.first_prompt, "prompt"
-        if self.session_id == TEST_SESSION_ID:
-            return "Test events", "title"
+        title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
+        for label, source in ((self.user_label, "user"), (title, "title"), (self.first_prompt, "prompt")):
+            if label:
+                return label, source
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
 
     @property
@@ -1706,33 +1226,27 @@ class Session:
         return self.failure if self.state == "failed" else None
 
     @property
-    def is_running(self) -> bool:
-        """Tell whether a turn, an agent or a background task runs."""
-        return (
-            self.turn == "working"
-            or bool(self.background)
-            or any(agent.end is None for agent in self.agents.values())
-        )
-
-    @property
     def activity(self) -> str:
         """Return what it does right now: its newest open call, else what runs in the background."""
         if self.open_calls:
-            return next(reversed(list(self.open_calls.values()))).words
+            return self.open_calls[next(reversed(self.open_calls))].words
         return f"background: {self.background[0]}" if self.background else ""
 
 
+_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
+
+
 # Words and targets
+
+_TARGET_KEYS = (
+    "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "description",
+    "skill", "plan", "prompt", "name",
+)  # fmt: skip
 
 
 def effective_type(event: JsonObject) -> str:
     """Return our category of an event: by its hook where it has one (other emitters name types otherwise)."""
     return emit_event.EVENT_TYPES.get(event["hookType"]) or str(event["eventType"])
-
-
-def received_time(event: JsonObject) -> int:
-    """Return when an event arrived, on this machine's clock."""
-    return int(event["received"]) if "received" in event else int(event["timestamp"])
 
 
 def one_line(text: str, limit: int = 160) -> str:
@@ -1752,21 +1266,19 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     """Return what a tool works on, in one line; paths below `directory` are shortened."""
     if not isinstance(tool_input, dict):
         return one_line(text_of(tool_input))
-    questions = tool_input.get("questions")
+    questions, todos, task = tool_input.get("questions"), tool_input.get("todos"), tool_input.get("taskId")
     if isinstance(questions, list) and questions and isinstance(questions[0], dict):
         return one_line(text_of(questions[0].get("question")))
-    if isinstance(tool_input.get("todos"), list):
-        return f"{len(tool_input['todos'])} items"
-    if tool_input.get("taskId") not in (None, ""):
+    if isinstance(todos, list):
+        return f"{len(todos)} items"
+    if task not in (None, ""):
         status = text_of(tool_input.get("status"))
-        return one_line(f"task {text_of(tool_input['taskId'])}" + (f": {status}" if status else ""))
+        return one_line(f"task {text_of(task)}" + (f": {status}" if status else ""))
     for key in _TARGET_KEYS:
-        value = tool_input.get(key)
-        if value not in (None, ""):
-            text = text_of(value)
-            if directory and text.startswith(directory.rstrip("/") + "/"):
-                text = text[len(directory.rstrip("/")) + 1 :]
-            return one_line(text)
+        text = text_of(tool_input.get(key))
+        if text:
+            below = directory.rstrip("/") + "/"
+            return one_line(text[len(below) :] if directory and text.startswith(below) else text)
     # Tools of MCP servers name their input as they like.
     named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
     if len(named) == 1:
@@ -1774,10 +1286,119 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
-def task_notification(event: JsonObject) -> str | None:
-    """Return the id of the background task whose end a UserPromptSubmit tells, None for a person's prompt.
+# What an event says about calls
 
-    The client tells itself so; "" when it names none.
+
+class Outcome(enum.IntEnum):
+    """How a tool call ended; what is told later with a higher number wins, whatever came first."""
+
+    OPEN = 0
+    FAILED_BY_ROUND = 1  # it never ran: only its round (PostToolBatch) closed it, or it was denied
+    OK = 2
+    FAILED = 3
+    INTERRUPTED = 4
+
+
+class CallFact(NamedTuple):
+    """What one event says about one tool call; times in ms of the emitter's clock."""
+
+    use_id: str
+    tool: str
+    tool_input: Any  # as the client gave it
+    agent_id: str
+    begun_ms: int
+    finish_ms: int | None  # None: it did not run, or has not ended
+    duration_ms: int | None  # None: the client does not say
+    outcome: Outcome
+    error: Any  # what the client says about a failure, of any type
+
+
+UNNAMED = "unnamed:"  # so begin the ids of calls to which the client gave none
+_OUTCOMES = {
+    "tool_call": Outcome.OPEN,
+    "tool_result": Outcome.OK,
+    "tool_error": Outcome.FAILED,
+    "permission_denied": Outcome.FAILED_BY_ROUND,
+}
+
+
+def is_duration(value: Any) -> bool:
+    """True if a value can be a duration in milliseconds; clients say all sorts of things."""
+    return emit_event.is_number(value) and 0 <= value < 1 << 40
+
+
+def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
+    """Return what an event says about tool calls.
+
+    One without a name (clients before 2.0.43) is called after its event; UnnamedCalls joins it with its end.
+    """
+    data, timestamp, agent_id = event["data"], event["timestamp"], event.get("agentId", MAIN)
+    if event["hookType"] == "PostToolBatch":
+        return tuple(
+            CallFact(call["tool_use_id"], text_of(call.get("tool_name")) or "?", call.get("tool_input"),
+                     agent_id, timestamp, None, None, Outcome.FAILED_BY_ROUND, call.get("tool_response"))
+            for call in _batch_calls(event)
+            if isinstance(call.get("tool_use_id"), str)
+        )  # fmt: skip
+    outcome, use_id = _OUTCOMES.get(effective_type(event)), data.get("toolUseId")
+    if outcome is None or (outcome is Outcome.FAILED_BY_ROUND and not use_id):
+        return ()
+    if outcome is Outcome.FAILED and data.get("is_interrupt") is True:
+        outcome = Outcome.INTERRUPTED
+    if not isinstance(use_id, str) or not use_id:
+        use_id = UNNAMED + event["id"]
+    duration, finish = (data.get("durationMs"), timestamp) if outcome >= Outcome.OK else (None, None)
+    duration = round(duration) if duration is not None and is_duration(duration) else None
+    error = None if outcome is Outcome.OK else data.get("error") or data.get("reason")
+    tool, begun = text_of(data.get("toolName")) or "?", timestamp - (duration or 0)
+    return (CallFact(use_id, tool, data.get("toolInput"), agent_id, begun, finish, duration, outcome, error),)
+
+
+class UnnamedCalls:
+    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call of the same
+    agent and tool.
+    """
+
+    def __init__(self) -> None:
+        self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
+
+    def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
+        """Return the facts of an event, a result with the use id of the call that it belongs to."""
+        if not facts or not facts[0].use_id.startswith(UNNAMED):
+            return facts
+        key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
+        use_ids = self.open.setdefault(key, [])
+        if facts[0].outcome is Outcome.OPEN:
+            use_ids.append(facts[0].use_id)
+            del use_ids[:-100]
+        elif use_ids:
+            facts = (facts[0]._replace(use_id=use_ids.pop()),)
+        if not use_ids:
+            del self.open[key]
+        return facts
+
+
+def _batch_calls(event: JsonObject) -> list[JsonObject]:
+    calls = event["data"].get("tool_calls")
+    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+
+
+def kind_of(event: JsonObject) -> str:
+    """Return what happened, as RULES names it: our category, with special cases of the client apart."""
+    kind = effective_type(event)
+    if event["hookType"] == "PostToolBatch":
+        return "round_end"
+    if kind == "session_start" and event["data"].get("source") == "compact":
+        return "compaction"  # within the same process
+    if kind == "user_prompt" and task_notification(event) is not None:
+        return "task_notification"  # no person's prompt
+    return kind
+
+
+def task_notification(event: JsonObject) -> str | None:
+    """Return the id of the background task of whose end the client informs itself by a UserPromptSubmit.
+
+    None for a person's prompt; "" when it names no task.
     """
     words = text_of(event["data"].get("message")).lstrip()
     if not words.startswith("<task-notification>"):
@@ -1786,92 +1407,92 @@ def task_notification(event: JsonObject) -> str | None:
     return match.group(1) if match else ""
 
 
-# One session, one event
+class Step(NamedTuple):
+    """An event as it is applied to its session; steps are put in order by their first two fields."""
+
+    timestamp: int  # on the emitter's clock, which alone orders what one machine does at the same time
+    number: int
+    event: JsonObject
+    kind: str
+    at: int  # when it happened, on the monitor's clock
+    facts: tuple[CallFact, ...]
 
 
-def apply_event(session: Session, event: JsonObject, kind: str, quiet_ms: int, late: bool = False) -> None:
-    """Tell a session one event, in the order in which things happened.
+def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False) -> None:
+    """Apply one event to its session, in the order in which things happened.
 
-    A `late` one happened long before what the session knows already. Where its own agent went on since, it is
-    counted, its calls and agents are paired, but it moves neither the turn nor a wait.
+    A `late` one happened long before what is known already, and ends nothing that began after it. Where its
+    own agent went on since, it is only counted, and its calls and agents are paired.
     """
+    _, _, event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
-    late = late and event["timestamp"] < session.last_step.get(agent_id, 0)
-    if kind in TURN_AFTER or kind == "subagent_stop":
-        session.last_step[agent_id] = max(event["timestamp"], session.last_step.get(agent_id, 0))
-    quiet_before = event["timestamp"] - session.last_event >= quiet_ms
-    session.events += 1
-    session.last_event = max(session.last_event, event["timestamp"])
-    session.clock = max(session.clock, event["timestamp"])
-    if session.end_presumed and not late:
-        session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
-    _learn(session, event, kind)
-    _apply_agent(session, event, kind)
-    closed = _apply_calls(session, event, kind)
-    if not late:
-        _end_waits(session, event, kind, closed)
-        _apply_turn(session, event, kind)
-    if not late or _asks_for_open_call(session, event, kind):
-        _begin_wait(session, event, kind)
-    _derive(session, event["timestamp"], quiet_before)
+    rule = RULES.get(kind, _NOTHING)
+    until = at if late else _NEVER
+    was_quiet = at - session.last_event >= quiet_ms
+    went_on = late and at < session.last_step.get(agent_id, 0)
+    session.last_event = session.clock = max(session.last_event, at) if late else at
+    session.stamp = session.stamp if late else step.timestamp
+    if not went_on:
+        if rule.turn or kind == "subagent_stop":
+            session.last_step[agent_id] = at
+        if session.end_presumed:
+            session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
+    _learn(session, event, kind, at)
+    if agent_id or kind == "tool_result":
+        _apply_agent(session, event, kind, at, until)
+    is_progress = rule.ends == "call" and not facts
+    for fact in facts:
+        is_progress = _apply_call(session, fact, at, late) and fact.outcome is not Outcome.OPEN
+    if rule.ends and not facts:
+        _apply_ends(session, event, rule.ends, at, until)
+    if session.waits:
+        over = "" if went_on else "agent" if is_progress and rule.waits == "input" else rule.waits
+        _end_waits(session, step, over)
+    if rule.turn and not went_on and not agent_id:
+        _apply_turn(session, event, kind, at, late)
+    if kind in _ASKING or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
+        _begin_wait(session, event, kind, at, until, went_on)
+    if session.turn == "ended":  # it ended, its process is gone, or its machine is silent
+        state = "ended"
+    elif session.waits:  # some agent of it waits for a person
+        state = "waiting"
+    elif session.turn == "failed":  # the last turn ended with an error
+        state = "failed"
+    else:
+        outlives_turn = session.background or any(agent.end is None for agent in session.agents.values())
+        state = "working" if session.turn == "working" or outlives_turn else "idle"
+    if state != session.state or (was_quiet and state == "working"):
+        session.state, session.state_since = state, at
 
 
-def _derive(session: Session, time_ms: int, restart: bool = False) -> None:
-    """Set the state from its parts, and since when; `restart`: it was quiet until now."""
-    state = next(state for state, _, holds in STATES if holds(session))
-    if state != session.state or (restart and state == "working"):
-        session.state, session.state_since = state, time_ms
-
-
-def _is_persons_prompt(event: JsonObject, kind: str) -> bool:
-    return kind == "user_prompt" and task_notification(event) is None
-
-
-def _begins_process(event: JsonObject, kind: str) -> bool:
-    """Tell whether a client's process begins with this event; compaction starts a session anew within one."""
-    return kind == "session_start" and event["data"].get("source") != "compact"
-
-
-def _learn(session: Session, event: JsonObject, kind: str) -> None:
-    """Take over what an event says about the session as such."""
-    data = event["data"]
+def _learn(session: Session, event: JsonObject, kind: str, at: int) -> None:
+    data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
+    session.counts["events"] += 1
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
     session.pid = event.get("pid", session.pid)
-    session.start = min(session.start, event["timestamp"])
-    if not session.directory or (kind == "session_start" and by_main):
+    session.start = min(session.start, at)
+    if not session.directory or (by_main and kind in ("session_start", "compaction")):
         session.directory = event["workingDirectory"] or session.directory
-    if not session.parent_by_user and event.get("parentSessionId") not in (None, session.session_id):
-        session.parent_id = session.parent_id or event["parentSessionId"]
+    if not session.parent_by_user and parent_id not in (None, session.session_id):
+        session.parent_id = session.parent_id or parent_id
     if isinstance(data.get("session_title"), str) and data["session_title"].strip():
         session.title = one_line(data["session_title"])
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
-    if isinstance(model, str) and model and by_main:
+    if by_main and isinstance(model, str) and model:
         session.model = model
-    if isinstance(data.get("usage"), dict):
-        _learn_usage(session, data["usage"], event["timestamp"])
-    if _is_persons_prompt(event, kind):
-        session.prompts += not _is_second_delivery(session, event)
-        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
-    if _begins_process(event, kind):
-        session.start_source, session.source_time = text_of(data.get("source")), event["timestamp"]
-
-
-def _is_second_delivery(session: Session, event: JsonObject) -> bool:
-    """Tell whether a prompt is the last one again: a plugin's hook delivers what that of the settings did."""
-    data = event["data"]
-    prompt_id = text_of(data.get("prompt_id"))
-    before, session.last_prompt = (
-        session.last_prompt,
-        (event["timestamp"], prompt_id, text_of(data.get("message"))[:200]),
-    )
-    within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
-    return (
-        before is not None
-        and before[1:] == session.last_prompt[1:]
-        and event["timestamp"] - before[0] <= within_ms
-    )
+    _learn_usage(session, data.get("usage"), at)
+    if kind == "user_prompt":
+        # A plugin's hook delivers what that of the settings did: the last prompt again is no other one.
+        words, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
+        before, session.last_prompt = session.last_prompt, (at, prompt_id, words[:200])
+        within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
+        is_again = before[1:] == session.last_prompt[1:] and abs(at - before[0]) <= within_ms
+        session.counts["prompts"] += not is_again
+        session.first_prompt = session.first_prompt or one_line(words, 80)
+    elif kind == "session_start":
+        session.start_source, session.source_time = text_of(data.get("source")), at
 
 
 # Tokens and cost
@@ -1880,41 +1501,30 @@ MODELS_LIMIT = 50  # what a foreign event says beyond these is not kept
 AGENTS_LIMIT = 5000
 
 
-def _learn_usage(session: Session, usage: JsonObject, time_ms: int) -> None:
-    """Take the totals that the reader of the transcripts put on an event; the newest are the whole truth.
+def _learn_usage(session: Session, usage: Any, time_ms: int) -> None:
+    """Take the totals that the reader of the transcripts found; the newest are the whole truth.
 
     What other programs call `usage` has another form and says nothing of a session's totals.
     """
-    models, agents = usage.get("models"), usage.get("agents")
+    about: JsonObject = usage if isinstance(usage, dict) else {}
+    models, agents, model = about.get("models"), about.get("agents"), about.get("model")
     if not isinstance(models, dict) or not isinstance(agents, dict):
         return
-    model = usage.get("model")
-    told = SessionUsage(
-        time_ms,
-        {
-            text_of(name): _model_usage(counts)
-            for name, counts in itertools.islice(models.items(), MODELS_LIMIT)
-        },
-        model if isinstance(model, str) else None,
-        usage.get("partial") is True,
-    )
-    if session.usage is None or (time_ms, told.total) >= (session.usage.time, session.usage.total):
-        session.usage = told
+    kept = itertools.islice(models.items(), MODELS_LIMIT)
+    used = {text_of(name): tokens_of(counts) for name, counts in kept}
+    model = model if isinstance(model, str) else None
+    read = SessionUsage(time_ms, used, model, about.get("partial") is True)
+    if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
+        session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
-        if not isinstance(by_model, dict) or len(session.agent_usage) >= AGENTS_LIMIT:
-            continue
-        total = sum((_model_usage(counts).all for counts in by_model.values()), Tokens())
-        session.agent_usage[agent_id] = max(
-            (time_ms, total), session.agent_usage.get(agent_id, (0, Tokens()))
-        )
+        if isinstance(by_model, dict) and len(session.agent_usage) < AGENTS_LIMIT:
+            before = session.agent_usage.get(agent_id, (0, Tokens()))
+            total = sum(map(tokens_of, by_model.values()), Tokens())
+            session.agent_usage[agent_id] = max((time_ms, total), before)
 
 
-def _model_usage(counts: Any) -> ModelUsage:
-    over = counts.get("over100k") if isinstance(counts, dict) else None
-    return ModelUsage(_tokens_of(counts), _tokens_of(over))
-
-
-def _tokens_of(counts: Any) -> Tokens:
+def tokens_of(counts: Any) -> Tokens:
+    """Return what `counts` of a usage say; stored ones may have more names, such as over100k."""
     if not isinstance(counts, dict):
         return Tokens()
     values = (counts.get(name) for name in emit_event.COUNT_NAMES)
@@ -1930,64 +1540,48 @@ class Price(NamedTuple):
     cache_write_5m: float
     cache_write_1h: float
 
+    @classmethod
+    def of(cls, input: float, **given: float) -> Price:
+        """Return a price from its names in the configuration; what is left out follows as for most models."""
+        factors = {"output": 5.0, "cacheRead": 0.1, "cacheWrite5m": 1.25, "cacheWrite1h": 2.0}
+        return cls(input, *(given.get(name, input * factor) for name, factor in factors.items()))
+
     def cost(self, used: Tokens) -> float:
         """Return what tokens cost, in USD."""
-        for_an_hour = used.cache_creation_1h
-        return (
-            used.input * self.input
-            + used.output * self.output
-            + used.cache_read * self.cache_read
-            + (used.cache_creation - for_an_hour) * self.cache_write_5m
-            + for_an_hour * self.cache_write_1h
-        ) / 1_000_000
+        counts = (used.input, used.output, used.cache_read, used.cache_creation - used.cache_creation_1h)
+        return sum(count * usd for count, usd in zip((*counts, used.cache_creation_1h), self)) / 1_000_000
 
 
 # List prices of https://platform.claude.com/docs/en/about-claude/pricing, as of 2026-10-24. Fast mode, web
 # searches, batches and regions are left out: what comes of it is an estimate. The configured `prices` win.
-PRICES = {
-    "fable-5-1": Price(10, 50, 0.25, 12.5, 20),
-    "fable-5": Price(10, 50, 1, 12.5, 20),
-    "mythos-5-1": Price(10, 50, 0.25, 12.5, 20),
-    "mythos-5": Price(10, 50, 1, 12.5, 20),
-    "opus-5-5": Price(4, 20, 0.2, 5, 8),
-    "opus-5": Price(5, 25, 0.5, 6.25, 10),
-    "opus-4-8": Price(5, 25, 0.5, 6.25, 10),
-    "opus-4-7": Price(5, 25, 0.5, 6.25, 10),
-    "opus-4-6": Price(5, 25, 0.5, 6.25, 10),
-    "opus-4-5": Price(5, 25, 0.5, 6.25, 10),
-    "opus-4-1": Price(15, 75, 1.5, 18.75, 30),
-    "opus-4": Price(15, 75, 1.5, 18.75, 30),
-    "opus-3": Price(15, 75, 1.5, 18.75, 30),
-    "sonnet-5-5": Price(2, 10, 0.1, 2.5, 4),
-    "sonnet-5": Price(2, 10, 0.2, 2.5, 4),
-    "sonnet-4-6": Price(3, 15, 0.3, 3.75, 6),
-    "sonnet-4-5": Price(3, 15, 0.3, 3.75, 6),
-    "sonnet-4": Price(3, 15, 0.3, 3.75, 6),
-    "sonnet-3-7": Price(3, 15, 0.3, 3.75, 6),
-    "sonnet-3-5": Price(3, 15, 0.3, 3.75, 6),
-    "sonnet-3": Price(3, 15, 0.3, 3.75, 6),
-    "haiku-5-5": Price(0.1, 0.5, 0.01, 0.125, 0.2),
-    "haiku-4-5": Price(1, 5, 0.1, 1.25, 2),
-    "haiku-3-5": Price(0.8, 4, 0.08, 1, 1.6),
-    "haiku-3": Price(0.25, 1.25, 0.03, 0.3, 0.5),
-}
-# The same for prompts beyond 100,000 tokens, where they differ.
-LONG_PROMPT_PRICES = {"haiku-5-5": Price(0.5, 2.5, 0.05, 0.625, 1)}
+_PRICED = (
+    (Price.of(10, cacheRead=0.25), "fable-5-1", "mythos-5-1"),
+    (Price.of(10), "fable-5", "mythos-5"),
+    (Price.of(4, cacheRead=0.2), "opus-5-5"),
+    (Price.of(5), "opus-5", "opus-4-8", "opus-4-7", "opus-4-6", "opus-4-5"),
+    (Price.of(15), "opus-4-1", "opus-4", "opus-3"),
+    (Price.of(2, cacheRead=0.1), "sonnet-5-5"),
+    (Price.of(2), "sonnet-5"),
+    (Price.of(3), "sonnet-4-6", "sonnet-4-5", "sonnet-4", "sonnet-3-7", "sonnet-3-5", "sonnet-3"),
+    (Price.of(0.1), "haiku-5-5"),
+    (Price.of(1), "haiku-4-5"),
+    (Price.of(0.8), "haiku-3-5"),
+    (Price.of(0.25, cacheRead=0.03, cacheWrite5m=0.3), "haiku-3"),
+)
+PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for family in families}
 
-_MODEL_KIND = r"(opus|sonnet|haiku|fable|mythos)"
-_NEW_MODEL = re.compile(_MODEL_KIND + r"-(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)")  # claude-opus-4-5-20251101
-_OLD_MODEL = re.compile(r"claude-(\d)(?:[-.](\d))?-" + _MODEL_KIND)  # claude-3-5-haiku-20241022
+# claude-opus-4-5-20251101, claude-3-5-haiku-20241022
+_MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
+_NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
+_OLD_MODEL = re.compile(r"claude-(?P<major>\d)(?:[-.](?P<minor>\d))?-" + _MODEL_KIND)
 
 
 def model_family(model: str) -> str:
     """Return a model's family, such as "opus-4-5", whichever cloud names it; "" for one of no known kind."""
-    new, old = _NEW_MODEL.search(model), _OLD_MODEL.search(model)
-    if old:
-        major, minor, kind = old.groups()
-    elif new:
-        kind, major, minor = new.groups()
-    else:
+    found = _OLD_MODEL.search(model) or _NEW_MODEL.search(model)
+    if found is None:
         return ""
+    kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
 
 
@@ -1998,119 +1592,71 @@ class PriceList:
     """
 
     def __init__(self, configured: dict[str, dict[str, float]] | None = None) -> None:
-        self._own = {name: _configured_price(given) for name, given in (configured or {}).items()}
+        self._own = {name: Price.of(**given) for name, given in (configured or {}).items()}
 
     def estimate(self, usage: SessionUsage) -> float | None:
         """Return what a session cost, in USD; None when a model is not known: half a sum would mislead."""
-        costs = [self._cost(model, used) for model, used in usage.models.items()]
-        known = [cost for cost in costs if cost is not None]
-        return round(sum(known), 6) if len(known) == len(costs) else None
-
-    def _cost(self, model: str, used: ModelUsage) -> float | None:
-        family = model_family(model)
-        for name in (model, family, family.partition("-")[0]):
-            if name in self._own:
-                return self._own[name].cost(used.all)
-        if family not in PRICES:
-            return 0.0 if used.all == Tokens() else None
-        price = PRICES[family]
-        long_price = LONG_PROMPT_PRICES.get(family, price)
-        return price.cost(used.all - used.long_prompts) + long_price.cost(used.long_prompts)
+        cost = 0.0
+        for model, used in usage.models.items():
+            family = model_family(model)
+            names = (model, family, family.partition("-")[0])
+            price = next((self._own[name] for name in names if name in self._own), PRICES.get(family))
+            if price is None and any(used):
+                return None
+            cost += price.cost(used) if price else 0.0
+        return round(cost, 6)
 
 
-def _configured_price(given: dict[str, float]) -> Price:
-    """Return a price; what was left out follows from the price of input as it does for most models."""
-    base = given["input"]
-    return Price(
-        base,
-        given["output"],
-        given.get("cacheRead", base * 0.1),
-        given.get("cacheWrite5m", base * 1.25),
-        given.get("cacheWrite1h", base * 2),
-    )
-
-
-# Agents
-
-
-def _apply_agent(session: Session, event: JsonObject, kind: str) -> None:
-    """Keep the subagents: known by `agent_id`, ended by their stop; a stop without a start makes no ghost."""
-    if kind == "tool_result":
-        _note_launch(session, event)
-    agent_id = event.get("agentId")
-    if agent_id is None:
-        return
+def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until: int) -> None:
+    """Keep the subagents: known by `agent_id`; a stop without a start makes none."""
+    if kind == "tool_result" and event["data"].get("toolName") in AGENT_TOOLS:
+        _learn_launch(session, event, at, until)
+    agent_id = event.get("agentId", MAIN)
     agent = session.agents.get(agent_id)
+    if not agent_id or (agent is None and kind == "subagent_stop"):
+        return
     if agent is None:
-        if kind == "subagent_stop":
-            return
-        agent = _new_agent(session, event)
-    agent.events += 1
+        agent = session.agents[agent_id] = Agent(agent_id, "", at)
+        launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
+        if agent_id in session.launched:
+            agent.label, agent.parent_id, agent.background = session.launched[agent_id]
+        elif len(launches) == 1 and launches[0].agent_id != agent_id:
+            agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
+        if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
+            agent.end = at  # it stopped before it was heard of
+    elif agent.end is not None and session.turn != "ended" and RULES.get(kind, _NOTHING).turn:
+        agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be sent on
+    agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
-    _learn_origin(agent, event["data"])
-    if kind == "subagent_stop":
-        _end_agents(session, {agent_id}, event["timestamp"])
-    elif session.turn != "ended" and kind in TURN_AFTER and event["timestamp"] > (agent.end or 0):
-        agent.end = None  # a stopped agent may be sent on
+    note = event["data"].get("agentMeta")
+    if isinstance(note, dict):  # the client's note on it, the only certain source on nested agents
+        parent_id = note.get("parentAgentId")
+        agent.has_note = True
+        agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent_id else MAIN
+        agent.background = agent.background or note.get("requestShape") == "background"
+        agent.label = one_line(text_of(event["data"].get("agentDescription"))) or agent.label
 
 
-def _new_agent(session: Session, event: JsonObject) -> Agent:
-    agent = Agent(event["agentId"], event.get("agentType", ""), event["timestamp"])
-    launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
-    if agent.agent_id in session.launched:
-        agent.label, agent.parent_id, agent.background = session.launched[agent.agent_id]
-    elif len(launches) == 1 and launches[0].agent_id != agent.agent_id:
-        agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
-    if session.turn == "ended" or _was_over(session, agent.agent_id, event["timestamp"]):
-        agent.end = event["timestamp"]
-    session.agents[agent.agent_id] = agent
-    return agent
-
-
-def _learn_origin(agent: Agent, data: JsonObject) -> None:
-    """Take an agent's parent and label from the client's note on it, the only sure word on nested agents."""
-    note = data.get("agentMeta")
-    if not isinstance(note, dict):
-        return
-    parent_id = note.get("parentAgentId")
-    agent.is_told = True
-    agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent.agent_id else MAIN
-    agent.background = agent.background or note.get("requestShape") == "background"
-    agent.label = one_line(text_of(data.get("agentDescription"))) or agent.label
-
-
-def _note_launch(session: Session, event: JsonObject) -> None:
+def _learn_launch(session: Session, event: JsonObject, at: int, until: int) -> None:
     """Take an agent's label, parent and kind from the result of the call that launched it."""
-    data = event["data"]
-    output, tool_input = data.get("toolOutput"), data.get("toolInput")
-    if not isinstance(output, dict) or data.get("toolName") not in AGENT_TOOLS:
+    output, parent_id = event["data"].get("toolOutput"), event.get("agentId", MAIN)
+    agent_id = output.get("agentId") if isinstance(output, dict) else None
+    if not isinstance(agent_id, str) or agent_id == parent_id:
         return
-    agent_id = output.get("agentId")
-    if not isinstance(agent_id, str) or agent_id == event.get("agentId"):
-        return
-    label = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
-    background = output.get("status") == "async_launched"
-    session.launched[agent_id] = (one_line(label), event.get("agentId", MAIN), background)
+    label, background = _description(event["data"].get("toolInput")), output.get("status") == "async_launched"
+    session.launched[agent_id] = (label, parent_id, background)
     agent = session.agents.get(agent_id)
     if agent is None:
         return
-    if not agent.is_told:
-        agent.label, agent.parent_id = one_line(label) or agent.label, event.get("agentId", MAIN)
+    if not agent.has_note:
+        agent.label, agent.parent_id = label or agent.label, parent_id
     agent.background = background
     if output.get("status") == "completed":
-        _end_agents(session, {agent_id}, event["timestamp"])
+        _end_agents(session, lambda line: agent in line, at, until)
 
 
-def _was_over(session: Session, agent_id: str, time_ms: int) -> bool:
-    """Tell whether what an agent did at `time_ms` is known to be over: agent, turn or session ended since."""
-    if session.turn == "ended" and not session.end_presumed:
-        return time_ms <= (session.end or 0)
-    if agent_id == MAIN:
-        return session.turn != "working" and time_ms < session.turn_since
-    agent = session.agents.get(agent_id)
-    if agent is None:
-        return time_ms < session.last_step.get(agent_id, 0)  # it stopped before it was heard of
-    return agent.end is not None and time_ms <= agent.end
+def _description(tool_input: Any) -> str:
+    return one_line(text_of(tool_input.get("description"))) if isinstance(tool_input, dict) else ""
 
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
@@ -2121,213 +1667,109 @@ def _lineage(session: Session, agent: Agent) -> list[Agent]:
     return line
 
 
-def _not_settled(session: Session) -> list[Agent]:
-    """Return the agents that run, wait or have open calls, and those above them: ends concern no others."""
-    busy = {call.agent_id for call in session.open_calls.values()}
-    busy.update(wait.agent_id for wait in session.waits)
-    found: dict[str, Agent] = {}
-    for agent in session.agents.values():
-        if agent.end is None or agent.agent_id in busy:
-            found.update((above.agent_id, above) for above in _lineage(session, agent))
-    return list(found.values())
+def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: int) -> None:
+    """End the agents and calls that an event shows to be over, but for what began after `until`."""
+    agent_id = event.get("agentId", MAIN)
+    over = task_notification(event) if ends == "task" else agent_id
+    # At the end of a turn the client's own list of tasks is the truth about agents.
+    has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
+    running = {text_of(task.get("id")) for task in _running_tasks(event)}
+
+    def is_over(line: list[Agent]) -> bool:
+        if ends in ("agent", "task"):
+            return any(agent.agent_id == over for agent in line)
+        runs_on = not has_list or any(agent.agent_id in running for agent in line)
+        return ends == "all" or not runs_on or not any(agent.background for agent in line)
+
+    if ends in ("foreground", "turn", "all"):
+        _interrupt(session, None if ends == "all" else {agent_id if ends == "turn" else MAIN}, until)
+    if ends != "call" and not (ends == "turn" and agent_id):
+        _end_agents(session, is_over, at, until)
+    if ends == "turn" and not agent_id and all(agent.end is not None for agent in session.agents.values()):
+        session.closed_calls, session.launched = {}, {}  # rounds of this turn are over
 
 
-def _end_agents(session: Session, agent_ids: set[str], time_ms: int) -> None:
-    """End agents and everything below them, but for what began after `time_ms`.
+def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
+    """End agents by their lineages: their calls are interrupted, and none of them waits any more.
 
-    Their open calls are interrupted and nobody waits there any more.
+    This concerns those that run, wait or have open calls.
     """
+    if not session.agents:
+        return
+    calls = session.open_calls.values()
+    busy = {call.agent_id for call in calls} | {wait.agent_id for wait in session.waits}
     gone = {
         agent.agent_id
-        for agent in _not_settled(session)
-        if agent.start <= time_ms and any(above.agent_id in agent_ids for above in _lineage(session, agent))
+        for agent in session.agents.values()
+        if (agent.end is None or agent.agent_id in busy)
+        and agent.start <= until
+        and is_over(_lineage(session, agent))
     }
     for agent_id in gone:
         agent = session.agents[agent_id]
-        agent.end = time_ms if agent.end is None else agent.end
-    session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
-    session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
-    _interrupt(session, gone, time_ms)
+        agent.end = at if agent.end is None else agent.end
+    if gone:
+        session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
+        session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
+        _interrupt(session, gone, until)
 
 
-def _end_foreground(session: Session, time_ms: int) -> None:
-    """End what cannot outlive the main agent's turn: its own calls, and agents that do not run in the
-    background.
-    """
-    _interrupt(session, {MAIN}, time_ms)
-    foreground = {
-        agent.agent_id
-        for agent in _not_settled(session)
-        if not any(above.background for above in _lineage(session, agent))
-    }
-    _end_agents(session, foreground, time_ms)
-
-
-# Calls
-
-
-def _apply_calls(session: Session, event: JsonObject, kind: str) -> str | None:
-    """Pair tool calls with what closes them; what nothing closed is interrupted, never running for ever.
-
-    Returns the tool use id of the call that the event closed, if it closed one.
-    """
-    agent_id = event.get("agentId", MAIN)
-    time_ms = event["timestamp"]
-    closed = None
-    if kind == "tool_call":
-        _open_call(session, event, agent_id)
-    elif kind in ("tool_result", "tool_error"):
-        closed = _close_call(session, event, agent_id, "failed" if kind == "tool_error" else "ok")
-    elif event["hookType"] == "PostToolBatch":
-        _close_round(session, event, agent_id)
-    elif kind == "permission_denied" and event["data"].get("toolUseId"):
-        closed = _close_call(session, event, agent_id, "failed")  # it will not run
-    elif kind == "session_end" or (kind == "session_start" and _begins_process(event, kind)):
-        _interrupt(session, None, time_ms)
-        _end_agents(session, set(session.agents), time_ms)
-    elif kind == "user_prompt":
-        _end_before_prompt(session, event)
-    elif kind in ("turn_end", "turn_error") and agent_id == MAIN:
-        _end_turn(session, event)
-    elif kind in ("turn_end", "turn_error"):
-        _interrupt(session, {agent_id}, time_ms)
-    return closed
-
-
-def _close_round(session: Session, event: JsonObject, agent_id: str) -> None:
-    """Close the calls of a round: what only that closes never ran (unknown tool, bad input, a denial)."""
-    for call in _batch_calls(event):
-        call_id = call.get("tool_use_id")
-        if isinstance(call_id, str) and _settle(session, call_id, agent_id, "failed"):
-            error = text_of(call.get("tool_response"))
-            _note_failure(session, agent_id, text_of(call.get("tool_name")), error, event["timestamp"])
-
-
-def _end_before_prompt(session: Session, event: JsonObject) -> None:
-    """End what a prompt shows to be over: all where Esc fired nothing, or the task that it tells of."""
-    task = task_notification(event)
-    if task is None:  # a person's: Esc and a rejected permission fire nothing
-        _end_foreground(session, event["timestamp"])
-    elif task in session.agents:
-        _end_agents(session, {task}, event["timestamp"])
-
-
-def _end_turn(session: Session, event: JsonObject) -> None:
-    """End what the main agent's turn had running; the client's list of tasks is the truth about agents."""
-    _end_foreground(session, event["timestamp"])
-    tasks = event["data"].get("background_tasks")
-    if isinstance(tasks, list):
-        running = {text_of(task.get("id")) for task in tasks if isinstance(task, dict) and _is_running(task)}
-        over = {
-            agent.agent_id
-            for agent in _not_settled(session)
-            if not any(above.agent_id in running for above in _lineage(session, agent))
-        }
-        _end_agents(session, over, event["timestamp"])
-    if not any(agent.end is None for agent in session.agents.values()):
-        session.calls = dict.fromkeys(session.open_calls, "open")  # rounds of this turn are over
-        session.launched = {}
-
-
-def _open_call(session: Session, event: JsonObject, agent_id: str) -> None:
-    data = event["data"]
-    named = data.get("toolUseId")
-    # Clients before 2.0.43 name no call: their events are paired by tool and agent, newest first.
-    tool_use_id = named if isinstance(named, str) and named else f"unnamed:{event['id']}"
-    if tool_use_id in session.calls:
-        return  # its end is known already
-    _count_call(session, tool_use_id, agent_id, "open")
-    tool_input = data.get("toolInput")
-    description = text_of(tool_input.get("description")) if isinstance(tool_input, dict) else ""
-    if _was_over(session, agent_id, event["timestamp"]):
-        session.calls[tool_use_id] = "interrupted"
-        session.interrupted += 1
-        return
-    session.open_calls[tool_use_id] = OpenCall(
-        tool_use_id,
-        text_of(data.get("toolName")) or "?",
-        tool_target(tool_input, session.directory),
-        agent_id,
-        event["timestamp"],
-        one_line(description),
-    )
-
-
-def _count_call(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> None:
-    session.calls[tool_use_id] = outcome
-    session.tool_calls += 1
-    session.turn_calls += 1
-    if agent_id in session.agents:
-        session.agents[agent_id].tool_calls += 1
-
-
-def _close_call(session: Session, event: JsonObject, agent_id: str, outcome: str) -> str | None:
-    """Close the call that a result belongs to; return its id, None when it is not known."""
-    data, tool = event["data"], text_of(event["data"].get("toolName"))
-    named = data.get("toolUseId")
-    tool_use_id = named if isinstance(named, str) and named else _newest_call(session, agent_id, tool)
-    if tool_use_id is None:
-        session.tool_errors += outcome == "failed"
-    elif not _settle(session, tool_use_id, agent_id, outcome):
-        return tool_use_id
-    if outcome == "failed":
-        error = text_of(data.get("error") or data.get("reason"))
-        if data.get("is_interrupt") is not True:
-            _note_failure(session, agent_id, tool, error, event["timestamp"])
-    else:
-        _note_success(session, agent_id, tool, data.get("toolInput"))
-    return tool_use_id
-
-
-def _newest_call(session: Session, agent_id: str, tool: str) -> str | None:
-    same = [
-        call.tool_use_id
-        for call in session.open_calls.values()
-        if (call.tool_name, call.agent_id) == (tool, agent_id)
-    ]
-    return same[-1] if same else None
-
-
-def _settle(session: Session, tool_use_id: str, agent_id: str, outcome: str) -> bool:
-    """Record how a call ended, once: its own result says more than its round, an interruption least.
-
-    Returns whether that was news.
-    """
-    before = session.calls.get(tool_use_id)
-    if before in ("ok", "failed"):
-        return False
-    if before is None:
-        _count_call(session, tool_use_id, agent_id, outcome)
-    elif before == "interrupted":
-        session.interrupted -= 1  # it was only late
-    session.calls[tool_use_id] = outcome
-    session.open_calls.pop(tool_use_id, None)
-    if outcome == "failed":
-        session.tool_errors += 1
-        if agent_id in session.agents:
-            session.agents[agent_id].tool_errors += 1
-    return True
-
-
-def _interrupt(session: Session, agent_ids: set[str] | None, time_ms: int) -> None:
-    """Close the open calls of some agents (None: of all) that nothing else will close, begun by `time_ms`."""
+def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None:
+    """Close the open calls of some agents (None: of all) that nothing else will close."""
     for call in list(session.open_calls.values()):
-        if call.since <= time_ms and (agent_ids is None or call.agent_id in agent_ids):
+        if call.since <= until and (agent_ids is None or call.agent_id in agent_ids):
             del session.open_calls[call.tool_use_id]
-            session.calls[call.tool_use_id] = "interrupted"
-            session.interrupted += 1
+            session.closed_calls[call.tool_use_id] = False
+            session.counts["interrupted"] += 1
 
 
-def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    calls = event["data"].get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+def _running_tasks(event: JsonObject) -> list[JsonObject]:
+    tasks = event["data"].get("background_tasks")
+    known = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
+    return [task for task in known if task.get("status") == "running"]
 
 
-def _is_running(task: JsonObject) -> bool:
-    return bool(task.get("status") == "running")
+def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
+    """Open or close a call; return whether nothing was known of it. A second delivery changes nothing.
+
+    Its own result says more than its round, an interruption least.
+    """
+    agent = session.agents.get(fact.agent_id)
+    own_counts = (session.counts, agent.counts) if agent else (session.counts,)
+    by_itself = session.closed_calls.get(fact.use_id)
+    is_new = by_itself is None and fact.use_id not in session.open_calls
+    if is_new:
+        session.turn_calls += 1
+        for counts in own_counts:
+            counts["toolCalls"] += 1
+    if fact.outcome is not Outcome.OPEN and not by_itself:
+        session.counts["interrupted"] -= by_itself is False  # its end was only late
+        session.open_calls.pop(fact.use_id, None)
+        session.closed_calls[fact.use_id] = True
+        if fact.outcome is not Outcome.OK:
+            for counts in own_counts:
+                counts["toolErrors"] += 1
+        if fact.outcome is not Outcome.INTERRUPTED:
+            _learn_outcome(session, fact, at)
+    elif is_new and _was_over(session, fact.agent_id, at, late):
+        session.closed_calls[fact.use_id] = False
+        session.counts["interrupted"] += 1
+    elif is_new:
+        target = tool_target(fact.tool_input, session.directory)
+        label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
+        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label)
+        session.open_calls[fact.use_id] = call
+    return is_new
 
 
-# Stuck
+def _was_over(session: Session, agent_id: str, at: int, late: bool) -> bool:
+    """True if what an agent did at that time is known to be over: agent, turn or session ended since."""
+    if session.turn == "ended":
+        return agent_id != MAIN or _has_just_ended(session, at, late)
+    if agent_id == MAIN:
+        return late and session.turn != "working" and at < session.turn_since
+    agent = session.agents.get(agent_id)
+    return agent is not None and agent.end is not None and (late or at == agent.end) and at <= agent.end
 
 
 _EDITING_TOOLS = ("Edit", "MultiEdit", "NotebookEdit", "Write")
@@ -2343,55 +1785,38 @@ _EDITING_SERVER_TOOL = re.compile(
 _STREAKS_LIMIT = 64
 
 
-def _note_failure(session: Session, agent_id: str, tool: str, error: str, time_ms: int) -> None:
-    """Count failures of a tool that are the same and in a row; other tools may run in between."""
-    words = one_line(error)
-    before = session.streaks.pop((agent_id, tool), None)
-    if before is not None and before.error == words:
-        session.streaks[agent_id, tool] = before._replace(times=before.times + 1)
+def _learn_outcome(session: Session, fact: CallFact, at: int) -> None:
+    """Count failures of a tool that are the same and in a row, other tools may run in between; after a
+    success see whether it changed files, as far as that can be seen.
+    """
+    key = (fact.agent_id, fact.tool)
+    error, times, since = session.streaks.pop(key, ("", 0, at))
+    if fact.outcome is not Outcome.OK:
+        words = one_line(text_of(fact.error))
+        if error != words or not times:
+            times, since = 0, at
+            if len(session.streaks) >= _STREAKS_LIMIT:
+                del session.streaks[next(iter(session.streaks))]
+        session.streaks[key] = (words, times + 1, since)
         return
-    if len(session.streaks) >= _STREAKS_LIMIT:
-        del session.streaks[next(iter(session.streaks))]
-    session.streaks[agent_id, tool] = Streak(words, 1, time_ms)
-
-
-def _note_success(session: Session, agent_id: str, tool: str, tool_input: Any) -> None:
-    session.streaks.pop((agent_id, tool), None)
-    if tool == "Bash":
-        command = text_of(tool_input.get("command")) if isinstance(tool_input, dict) else ""
+    if fact.tool == "Bash":
+        command = text_of(fact.tool_input.get("command")) if isinstance(fact.tool_input, dict) else ""
         changes = _EDITING_COMMAND.search(command[:10_000]) is not None
-    elif tool.startswith("mcp__"):
-        changes = _EDITING_SERVER_TOOL.search(tool.rpartition("__")[2]) is not None
+    elif fact.tool.startswith("mcp__"):
+        changes = _EDITING_SERVER_TOOL.search(fact.tool.rpartition("__")[2]) is not None
     else:
-        changes = tool in _EDITING_TOOLS
+        changes = fact.tool in _EDITING_TOOLS
     if changes:
         session.turn_changed, session.unchanged_turns = True, 0
 
 
-def _begin_turn(session: Session, time_ms: int) -> None:
-    _finish_turn(session)  # one that Esc ended has told nobody so far
-    session.turn_start = time_ms
-
-
-def _finish_turn(session: Session) -> None:
-    """Count the turn that is over if it used tools and changed nothing."""
-    if session.turn_calls and not session.turn_changed:
-        session.unchanged_since = session.unchanged_since if session.unchanged_turns else session.turn_start
-        session.unchanged_turns += 1
-    session.turn_calls, session.turn_changed = 0, False
-
-
-def _busy_since(session: Session) -> int | None:
-    """Return since when a turn or an agent runs without an end, None when none does."""
+def _too_long_since(session: Session) -> int | None:
+    """Return since when a turn or an agent runs that takes too long, None when none does."""
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
         starts.append(session.turn_start)
-    return min(starts) if starts and session.state in ("working", "quiet") else None
-
-
-def _runs_too_long(session: Session) -> bool:
-    busy_since = _busy_since(session)
-    return busy_since is not None and session.clock - busy_since >= STUCK_MS
+    since = min(starts, default=_NEVER) if session.state in ("working", "quiet") else _NEVER
+    return since if session.clock - since >= STUCK_MS else None
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
@@ -2399,283 +1824,164 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     if session.state == "ended":
         return []
     signals = [
-        {
-            "kind": "failing",
-            "since": streak.since,
-            "detail": f"{tool} failed {streak.times} times the same way: {streak.error}",
-        }
-        for (_, tool), streak in session.streaks.items()
-        if streak.times >= STUCK_FAILURES
+        ("failing", since, f"{tool} failed {times} times the same way: {error}")
+        for (_, tool), (error, times, since) in session.streaks.items()
+        if times >= STUCK_FAILURES
     ]
     if session.unchanged_turns >= STUCK_TURNS:
         words = f"{session.unchanged_turns} turns without a change in files"
-        signals.append({"kind": "unchanged", "since": session.unchanged_since, "detail": words})
-    if _runs_too_long(session):
-        words = f"busy for more than {STUCK_MS // 3_600_000} hours without an end"
-        signals.append({"kind": "long", "since": _busy_since(session), "detail": words})
-    return signals
+        signals.append(("unchanged", session.unchanged_since, words))
+    since = _too_long_since(session)
+    if since is not None:
+        signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours without an end"))
+    return [{"kind": kind, "since": since, "detail": words} for kind, since, words in signals]
 
 
-# Waits
+# Waits: each belongs to one agent, and to one call where a call waits. It ends with that call.
+
+_ASKING = frozenset(("permission_request", "elicitation", "notification"))
+# What a notification asks a person for, by its type; old clients give none and are known by their words.
+_NOTIFIED = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
+_SAID = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
-def _end_waits(session: Session, event: JsonObject, kind: str, closed: str | None) -> None:
-    """End the waits that an event shows to be over."""
-    if kind == "session_end" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
-        session.waits = []
+def _end_waits(session: Session, step: Step, over: str) -> None:
+    """End the waits that an event shows to be over; one that knows no call yet gets the first that fits."""
+    kept, kind = [], step.kind
+    begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
+    server = text_of(step.event["data"].get("mcp_server_name"))
+    for wait in session.waits:
+        is_own = over != "" and wait.agent_id == step.event.get("agentId", MAIN)
+        is_answer = kind == "elicitation_result" and wait.kind == "question"
+        if (
+            over == "all"
+            or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
+            or (is_own and (over == "agent" or wait.kind == "input"))
+            # Calls of one round begin together, so only a later one shows that this one is decided.
+            or (is_own and kind == "tool_call" and abs(step.at - wait.since) > TOGETHER_MS)
+            or (is_own and is_answer and (not server or wait.tool in (None, server)))
+        ):
+            continue
+        if is_own and begun and wait.tool_use_id is None and (begun.tool_name, begun.target) == wait[1:3]:
+            wait = wait._replace(tool_use_id=begun.tool_use_id)
+        kept.append(wait)
+    session.waits = kept
+
+
+def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, went_on: bool) -> None:
+    """Begin to wait for a person; however late, a request for a call that still runs counts."""
+    wait = _wait_of(session, event, kind, at, until)
+    if wait is None or session.turn == "ended" or (went_on and kind == "notification"):
         return
-    session.waits = [wait for wait in session.waits if not _ends_wait(session, wait, event, kind, closed)]
-    if kind == "tool_call" and isinstance(event["data"].get("toolUseId"), str):
-        session.waits = [_beside_call(session, wait, event) for wait in session.waits]
-
-
-def _beside_call(session: Session, wait: Reason, event: JsonObject) -> Reason:
-    """Return a wait that knows of another call of its round, which began after the request and may end."""
-    data = event["data"]
-    its = (text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory))
-    if wait.agent_id != event.get("agentId", MAIN) or its == (wait.tool, wait.detail):
-        return wait
-    return dataclasses.replace(wait, beside=wait.beside | {data["toolUseId"]})
-
-
-def _ends_wait(session: Session, wait: Reason, event: JsonObject, kind: str, closed: str | None) -> bool:
-    """Tell whether an event ends one wait: progress of the same agent, or the tool's run, whoever says so."""
-    data = event["data"]
-    same_agent = wait.agent_id == event.get("agentId", MAIN)
-    tool, target = text_of(data.get("toolName")), tool_target(data.get("toolInput"), session.directory)
-    is_its_call = wait.kind != "input" and (wait.tool, wait.detail) == (tool, target)
-    if kind in ("tool_result", "tool_error"):
-        if is_its_call:
-            return closed is None or closed not in wait.beside
-        return same_agent and (wait.kind == "input" or closed not in wait.beside)
-    if not same_agent:
-        return False
-    if kind == "permission_denied":
-        return is_its_call or not tool or wait.kind == "input"
-    if kind == "tool_call":
-        # Calls of one round begin together, so only a later one shows that this one is decided.
-        return wait.kind == "input" or event["timestamp"] - wait.since > TOGETHER_MS
-    if kind == "elicitation_result":
-        server = text_of(data.get("mcp_server_name"))
-        return wait.kind == "input" or (
-            wait.kind == "question" and (not server or wait.tool in (None, server))
-        )
-    if kind in ("permission_request", "elicitation", "user_prompt"):
-        return wait.kind == "input"
-    return kind in ("turn_end", "turn_error") or event["hookType"] == "PostToolBatch"
-
-
-def _begin_wait(session: Session, event: JsonObject, kind: str) -> None:
-    reason = _wait_reason(session, event, kind)
-    if reason is None or session.turn == "ended":
-        return
-    if reason.kind == "input":
+    if wait.tool_use_id is None and (went_on or kind == "tool_call"):
+        return  # what it is about is over
+    if wait.kind == "input":
         # The client sits at its prompt: Esc or a rejection came before and fired nothing.
-        _end_foreground(session, event["timestamp"])
-        session.waits = [wait for wait in session.waits if wait.agent_id != MAIN]
+        _apply_ends(session, event, "foreground", at, until)
+        session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
-    elif kind == "notification" and any(wait.kind != "input" for wait in session.waits):
+    elif kind == "notification" and any(other.kind != "input" for other in session.waits):
         return  # it repeats what the request itself has said, without saying which agent
-    elif any((w.agent_id, w.kind, w.tool, w.detail, w.tool_use_id) == (
-        reason.agent_id, reason.kind, reason.tool, reason.detail, reason.tool_use_id
-    ) for w in session.waits):  # fmt: skip
+    elif any(
+        other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
+        for other in session.waits
+    ):
         return  # a question's call and its request are one
-    session.waits.append(reason)
+    session.waits.append(wait)
 
 
-def _asks_for_open_call(session: Session, event: JsonObject, kind: str) -> bool:
-    """Tell whether a permission is asked for a call that still runs: such a request counts however late."""
-    return kind == "permission_request" and any(
-        (call.tool_name, call.agent_id) == (event["data"].get("toolName"), event.get("agentId", MAIN))
-        and call.target == tool_target(event["data"].get("toolInput"), session.directory)
-        and call.since <= event["timestamp"]
-        for call in session.open_calls.values()
-    )
-
-
-def _wait_reason(session: Session, event: JsonObject, kind: str) -> Reason | None:
-    """Return why a person is needed after this event, None when nobody is."""
-    data = event["data"]
-    agent_id = event.get("agentId", MAIN)
-    tool = text_of(data.get("toolName")) or None
-    if kind == "permission_request" or (kind == "tool_call" and tool in QUESTION_TOOLS):
-        target = tool_target(data.get("toolInput"), session.directory)
-        what = "question" if tool in QUESTION_TOOLS else "permission"
-        return _wait_for_call(session, event, what, tool, target, agent_id)
+def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
+    """Return what an event asks a person for, and for which call; None when it asks for nothing."""
+    data, agent_id = event["data"], event.get("agentId", MAIN)
+    words = one_line(text_of(data.get("message")))
+    calls = list(session.open_calls.values())
     if kind == "elicitation":
-        server = text_of(data.get("mcp_server_name")) or None
-        words = one_line(text_of(data.get("message")))
-        return Reason(
-            "question", server, words, event["timestamp"], agent_id, None, frozenset(session.open_calls)
-        )
-    return _notified_reason(session, event) if kind == "notification" else None
+        return Reason("question", text_of(data.get("mcp_server_name")) or None, words, at, agent_id)
+    if kind != "notification":
+        # A request names no call: the first open one of the same agent, tool and target that no other wait
+        # has. Clients before 2.1.69 ask for subagents in the main agent's name.
+        tool = text_of(data.get("toolName")) or None
+        target = tool_target(data.get("toolInput"), session.directory)
+        calls = [call for call in calls if call[1:3] == (tool, target) and call.since <= until]
+        calls = [call for call in calls if agent_id in (call.agent_id, MAIN)]
+        taken = {wait.tool_use_id for wait in session.waits}
+        calls.sort(key=lambda call: (call.agent_id != agent_id, call.tool_use_id in taken))
+        about = "question" if tool in QUESTION_TOOLS else "permission"
+        return Reason(about, tool, target, at, agent_id, calls[0].tool_use_id if calls else None)
+    given = data.get("notificationType")
+    about = _NOTIFIED.get(text_of(given), "")
+    if given is None:
+        about = next((about for said, about in _SAID.items() if said in words), "")
+    if about != "permission":
+        return Reason(about, None, words, at) if about else None
+    named = re.search(r"permission to use (\S+)", words)
+    by_tool = [call for call in calls if named and call.tool_name == named.group(1)]
+    calls = by_tool or [call for call in calls if call.agent_id == MAIN] or calls
+    if not calls:
+        return Reason(about, None, words, at)
+    return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
 
 
-def _wait_for_call(
-    session: Session, event: JsonObject, what: str, tool: str | None, target: str, agent_id: str
-) -> Reason:
-    """Return a wait for the call that a request is about: the first open one of the same tool and target."""
-    taken = {wait.tool_use_id for wait in session.waits if (wait.tool, wait.detail) != (tool, target)}
-    call_id = next(
-        (
-            call.tool_use_id
-            for call in session.open_calls.values()
-            if (call.tool_name, call.target) == (tool, target) and call.tool_use_id not in taken
-        ),
-        None,
-    )
-    beside = frozenset(session.open_calls) - {call_id}
-    return Reason(what, tool, target, event["timestamp"], agent_id, call_id, frozenset(beside))
+def _has_just_ended(session: Session, at: int, late: bool) -> bool:
+    """True if the client said a moment ago that the session is over: what comes now was overtaken by that."""
+    since_ms = at - (session.end or 0)
+    return since_ms <= TOGETHER_MS and (late or since_ms >= -TOGETHER_MS)
 
 
-def _notified_reason(session: Session, event: JsonObject) -> Reason | None:
-    """Return what a notification asks a person for; old clients give it no type, only words."""
-    words = one_line(text_of(event["data"].get("message")))
-    about = event["data"].get("notificationType")
-    if about == "permission_prompt" or (about is None and "needs your permission" in words):
-        calls = list(session.open_calls.values())
-        named = re.search(r"permission to use (\S+)", words)
-        candidates = [call for call in calls if named and call.tool_name == named.group(1)]
-        candidates = candidates or [call for call in calls if call.agent_id == MAIN] or calls
-        if not candidates:
-            return Reason("permission", None, words, event["timestamp"])
-        call = candidates[-1]
-        return _wait_for_call(session, event, "permission", call.tool_name, call.target, call.agent_id)
-    if about == "idle_prompt" or (about is None and "waiting for your input" in words):
-        return Reason("input", None, words, event["timestamp"])
-    if about == "elicitation_dialog":
-        return Reason("question", None, words, event["timestamp"])
-    return None
-
-
-# Turns
-
-
-def _has_just_ended(session: Session, time_ms: int) -> bool:
-    """Tell whether the client said a moment ago that the session is over."""
-    ended = session.turn == "ended" and not session.end_presumed
-    return ended and time_ms - (session.end or 0) <= TOGETHER_MS
-
-
-def _apply_turn(session: Session, event: JsonObject, kind: str) -> None:
-    turn = TURN_AFTER.get(kind)
-    data = event["data"]
-    if turn is None or "agentId" in event or (turn == "idle" and not _ends_or_begins(event, kind)):
-        return  # a subagent's events do not move the main agent's turn, nor does compaction
-    begins = kind == "session_start" or _is_persons_prompt(event, kind)
-    if _has_just_ended(session, event["timestamp"]) and turn != "ended" and not begins:
-        return  # it was overtaken by the word that all is over
-    if turn == "working" and (session.turn != "working" or _is_persons_prompt(event, kind)):
-        _begin_turn(session, event["timestamp"])
-    elif kind in ("turn_end", "turn_error"):
-        _finish_turn(session)
-    if turn == "ended" or _begins_process(event, kind) or _is_persons_prompt(event, kind):
-        session.streaks = {}  # a person is there, or nobody
-    session.turn, session.turn_since = turn, event["timestamp"]
-    session.background = []
+def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> None:
+    turn, data = RULES[kind].turn, event["data"]
+    is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # no news of the turn before
+    if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
+        return
+    begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
+    if begins or kind in ("turn_end", "turn_error"):  # one that Esc ended fired nothing
+        if session.turn_calls and not session.turn_changed:
+            since = session.unchanged_since if session.unchanged_turns else session.turn_start
+            session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
+        session.turn_calls, session.turn_changed = 0, False
+        session.turn_start = at if begins else session.turn_start
+    if is_new:
+        session.streaks = {}  # a person is there, or nobody is
+    session.turn, session.turn_since, session.background = turn, at, []
     if turn == "ended":
-        end_session(session, event["timestamp"], text_of(data.get("reason")) or "ended", presumed=False)
+        end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
         return
     session.end, session.end_reason, session.failure = None, "", None
     if kind == "turn_end":
-        session.background = _running_background(event)
+        session.background = [
+            one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
+            for task in _running_tasks(event)
+        ]
     elif kind == "turn_error":
         words = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
         error = text_of(data.get("error")) or "error"
-        session.failure = Reason("error", None, f"{error}: {words}" if words else error, event["timestamp"])
-
-
-def _ends_or_begins(event: JsonObject, kind: str) -> bool:
-    return kind == "turn_end" or _begins_process(event, kind)
-
-
-def _running_background(event: JsonObject) -> list[str]:
-    """Return what runs on in the background after a turn, in words."""
-    tasks = event["data"].get("background_tasks")
-    if not isinstance(tasks, list):
-        return []
-    running = [task for task in tasks if isinstance(task, dict) and _is_running(task)]
-    return [
-        one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
-        for task in running
-    ]
+        session.failure = Reason("error", None, f"{error}: {words}" if words else error, at)
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
-    """End a session and everything in it; `presumed` when nobody said so."""
+    """End a session and everything in it; `presumed` when there was no SessionEnd."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
-    _interrupt(session, None, max(time_ms, session.last_event))
-    _end_agents(session, set(session.agents), max(time_ms, session.last_event))
+    if session.state != "ended":
+        session.state, session.state_since = "ended", time_ms
+    _end_agents(session, lambda line: True, time_ms, _NEVER)
+    _interrupt(session, None, _NEVER)
 
 
-# All sessions
+class MachineClock(NamedTuple):
+    """What Sessions know of one machine."""
+
+    skew: float | None = None  # how far its clock is behind ours, in ms; None: not known yet
+    received: int = 0  # when its last event arrived
+    heard: int = 0  # when its latest event happened
+    seq: int = 0  # of that event
 
 
-@with_slots
-@dataclasses.dataclass
-class Track:
-    """What puts a session's events in order: as it was some seconds ago, and what happened since."""
-
-    base: Session
-    recent: list[tuple[int, int, JsonObject, str]] = dataclasses.field(
-        default_factory=list
-    )  # timestamp, number, …
-
-
-@dataclasses.dataclass
-class ClockSkew:
-    """How far a machine's clock is behind ours: the least difference between arrival and timestamp lately.
-
-    What the network and a busy machine add only makes the difference larger. Lately: in the last two windows
-    in which something arrived. The order of arrival stands in the numbers (seq), so what several replays
-    know of one machine can be put together.
-    """
-
-    WINDOW_MS = 300_000
-
-    windows: dict[int, tuple[int, int]] = dataclasses.field(
-        default_factory=dict
-    )  # window → (its last number, least difference)
-    since_seq: int = 0  # when the clock was last set back, as far as its events show
-
-    def add(self, difference_ms: int, arrived_ms: int, seq: int) -> None:
-        """Take one event into account."""
-        self._note(arrived_ms // self.WINDOW_MS, seq, difference_ms)
-
-    def begin_anew(self, seq: int) -> None:
-        """Forget what came before this number: the clock was set since."""
-        self.since_seq = max(seq, self.since_seq)
-        self.windows = {number: about for number, about in self.windows.items() if about[0] >= self.since_seq}
-
-    def shift(self, step_ms: int) -> None:
-        """Go on after our own clock was set forward by so much."""
-        self.windows = {number: (seq, least + step_ms) for number, (seq, least) in self.windows.items()}
-
-    def merge(self, other: ClockSkew) -> None:
-        """Take over what another replay knows of the same machine."""
-        for number, (seq, least) in other.windows.items():
-            self._note(number, seq, least)
-        self.begin_anew(other.since_seq)
-
-    @property
-    def value_ms(self) -> int | None:
-        """Return the skew in ms; None before the first event."""
-        return min((least for _, least in self.windows.values()), default=None)
-
-    def _note(self, window: int, seq: int, least: int) -> None:
-        known = self.windows.get(window, (seq, least))
-        self.windows[window] = max(seq, known[0]), min(least, known[1])
-        if len(self.windows) > 2:
-            del self.windows[min(self.windows, key=lambda number: self.windows[number][0])]
-
-
-class SessionBook:
+class Sessions:
     """All sessions, kept up to date by `apply` and `tick`.
 
-    Hooks run in parallel, so events overtake each other. Those of the last seconds are kept; one that comes
-    too late for its place is put there, and what followed is told anew. `quiet_ms` and `ended_ms` are how
-    long a working session may say nothing before it is quiet, and a machine before its sessions have ended.
+    `quiet_ms` and `ended_ms` are how long a working session may be silent before it is quiet, and a machine
+    before its sessions have ended.
     """
 
     def __init__(
@@ -2686,306 +1992,283 @@ class SessionBook:
         prices: PriceList | None = None,
     ) -> None:
         self.sessions: dict[str, Session] = {}
-        self.patience = (quiet_ms, ended_ms, own_machine)  # what makes another book like this one
-        self._tracks: dict[str, Track] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
         self._prices = prices or PriceList()
-        self._skews: dict[str, ClockSkew] = {}  # of other machines
-        self._set_forward_ms: dict[
-            str, int
-        ] = {}  # session of ours → steps of our clock since its latest event
-        self._heard_ms: dict[str, int] = {}  # machine → timestamp of its latest event
-        self._received_ms: dict[str, int] = {}  # session id → when its latest event arrived
+        self._machines: dict[str, MachineClock] = {}
+        self._unnamed = UnnamedCalls()
+        # Session id → what puts events in order that overtook each other: at most two stages, each a copy of
+        # the session and the steps of TOGETHER_MS since. The session heard last is last.
+        self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
         self._numbers = itertools.count()
-        # Sorted (time, session id): who made way for another session, and who began after such a one.
-        self._ends: list[tuple[int, str]] = []
-        self._starts: list[tuple[int, str]] = []
-        self._continued_by: dict[str, str] = {}
+        self._ticked: tuple[int, float, int] | None = None  # the last tick: its time, the steady clock's, seq
+        self._seq = 0  # of the last event
+        self._in_turn: dict[str, None] = {}  # ids of sessions that made way for another, or began after one
         self._linked: set[str] = set()  # ids of sessions that changed because of another one
-        self.complete = True  # False while stored sessions are still to come: no machine's silence is known
-
-    # What happens
 
     def apply(self, event: JsonObject) -> Session:
-        """Take one event into account; return its session."""
-        machine, timestamp = event["machineId"], event["timestamp"]
-        session_id, kind = event["sessionId"], effective_type(event)
-        if session_id not in self.sessions:
-            self.sessions[session_id] = Session(
-                session_id, machine, event["workingDirectory"], timestamp, timestamp, timestamp
-            )
-        parent_before = self.sessions[session_id].parent_id
-        if kind == "session_meta":
-            for session in self._versions(session_id):
-                _apply_user_action(session, event["data"])
-                if isinstance(event["data"].get("usage"), dict):  # counted later than the event it belongs to
-                    _learn_usage(session, event["data"]["usage"], timestamp)
-        else:
-            self._apply_hook(event, kind)
-        session = self.sessions[session_id]
-        if session.parent_id != parent_before and session_id in self.lineage(session.parent_id):
+        """Take one event into account; return its session.
+
+        One with a `seq` that its session has seen (it is in a restored snapshot) changes nothing. The session
+        of `usage` that was deleted stays so; what is returned is then none of ours.
+        """
+        session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
+        received, at = self._clock(event, kind, seq)
+        session = self.sessions.get(session_id)
+        if session is None:
+            session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
+            if kind == "usage":
+                return session
+            self.sessions[session_id] = session
+        elif 0 < seq <= session.seq:
+            return session
+        parent_before = session.parent_id
+        if kind in ("session_meta", "usage"):
             for version in self._versions(session_id):
-                version.parent_id = parent_before
+                if kind == "session_meta":
+                    _apply_user_action(version, event["data"])
+                _learn_usage(version, event["data"].get("usage"), at)
+        else:
+            session = self._apply_in_order(session, event, kind, at, received)
+            if kind in ("session_start", "session_end"):
+                self._link(session, kind)
+        session.seq = seq
+        self._seq = max(seq, self._seq)
         if session.parent_id != parent_before:
+            if session_id in self.lineage(session.parent_id):
+                for version in self._versions(session_id):
+                    version.parent_id = parent_before
             self._linked.update(parent for parent in (parent_before, session.parent_id) if parent)
         return session
 
-    def lineage(self, session_id: str | None) -> Iterator[str]:
-        """Yield a session's id and those of its parents, the nearest first, each once even in a ring."""
-        return self._chain(session_id, "parent_id")
+    def _clock(self, event: JsonObject, kind: str, seq: int) -> tuple[int, int]:
+        """Return when an event arrived and when it happened (never later than that), on our clock.
 
-    def _chain(self, session_id: str | None, link: str) -> Iterator[str]:
+        Measures its machine's clock: the skew is the least difference lately, as network and load only add.
+        """
+        timestamp = event["timestamp"]
+        received: int = event.get("received") or timestamp
+        machine = self._machines.get(event["machineId"], MachineClock())
+        difference, skew = received - timestamp, machine.skew
+        is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
+        if is_new:
+            if event["machineId"] == self._own_machine:
+                skew = 0
+            elif event.get("spooled") or event.get("imported") or event.get("demo"):
+                pass  # it waited somewhere, or its time is made up
+            elif skew is None or not skew <= difference <= skew + SKEW_STEP_MS:
+                skew = difference
+            else:
+                skew += (difference - skew) / SKEW_EVENTS
+        at = min(received, round(timestamp + (skew or 0)))
+        if is_new:
+            self._machines[event["machineId"]] = MachineClock(skew, received, max(at, machine.heard), seq)
+        return received, at
+
+    def skew_ms(self, machine: str) -> int | None:
+        """Return how far a machine's clock is behind ours (below 0: ahead); None when that is not known."""
+        known = self._machines.get(machine)
+        return None if known is None or known.skew is None else round(known.skew)
+
+    def _apply_in_order(
+        self, session: Session, event: JsonObject, kind: str, at: int, received: int
+    ) -> Session:
+        """Apply an event to its session, and those again that overtook it; return the session now."""
+        session_id = session.session_id
+        is_elsewhere = event["machineId"] != session.machine_id and not event.get("imported")
+        if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
+            # It is resumed on another machine: its pid and its order of events are that one's.
+            session.machine_id, session.pid, session.stamp = event["machineId"], None, 0
+            self._stages.pop(session_id, None)
+        facts = self._unnamed.paired(event, call_facts(event))
+        step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
+        while self._stages:
+            first_id = next(iter(self._stages))
+            if abs(received - self.sessions[first_id].received) <= 2 * TOGETHER_MS:
+                break
+            del self._stages[first_id]  # settled: nothing will come between any more
+        stages = self._stages[session_id] = self._stages.pop(session_id, [])
+        session.received = received
+        steps = [step]
+        if step.timestamp < session.stamp:
+            places = [  # of the stages after which it happened
+                place
+                for place, (before, since) in enumerate(stages)
+                if before.stamp <= step.timestamp and since[0].timestamp - step.timestamp < TOGETHER_MS
+            ]
+            if places:
+                session = self.sessions[session_id] = stages[places[-1]][0]
+                session.received = received
+                steps = sorted([step, *(each for _, since in stages[places[-1] :] for each in since)])
+                del stages[places[-1] :]
+            elif at < session.last_event and at < received - TOGETHER_MS:
+                for version in self._versions(session_id):
+                    apply_event(version, step, self._quiet_ms, late=True)
+                return session
+            else:
+                stages.clear()  # our clock or its machine's was set back
+        for step in steps:
+            since = stages[-1][1] if stages else [step] * TOGETHER_EVENTS
+            if step.timestamp - since[0].timestamp < TOGETHER_MS and len(since) < TOGETHER_EVENTS // 2:
+                since.append(step)
+            else:
+                stages.append((session.clone(), [step]))
+                del stages[:-2]
+            apply_event(session, step, self._quiet_ms)
+        return session
+
+    def _versions(self, session_id: str) -> list[Session]:
+        """Return a session, and what is kept of it to put events in order."""
+        return [self.sessions[session_id], *(before for before, _ in self._stages.get(session_id, ()))]
+
+    def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
+        """Let time pass until `time_ms` (this machine's clock); return the sessions that changed.
+
+        Call it when everything stored was applied. Time that the steady clock did not see was no silence.
+        """
+        steady_now_ms = steady_ms() if steady_now_ms is None else steady_now_ms
+        if self._ticked is not None:
+            step_ms = round(time_ms - self._ticked[0] - (steady_now_ms - self._ticked[1]))
+            if abs(step_ms) > CLOCK_STEP_MS:
+                self._follow_clock(time_ms, step_ms, self._ticked[2])
+        self._ticked = (time_ms, steady_now_ms, self._seq)
+        for session_id in list(self._stages):
+            if abs(time_ms - self.sessions[session_id].received) > 2 * TOGETHER_MS:
+                del self._stages[session_id]
+        changed = []
+        for session in self.sessions.values():
+            if session.state == "ended":
+                continue
+            # What came late happened, and fell silent, before.
+            silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
+            machine = self._machines.get(session.machine_id)
+            heard = machine.heard if machine else session.last_event
+            session.clock = max(session.clock, time_ms)
+            is_watched = session.machine_id == self._own_machine and session.pid is not None
+            if not is_watched and time_ms - heard >= self._ended_ms:
+                why = f"nothing heard from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
+                end_session(session, session.last_event, why, presumed=True)
+                changed.append(session)
+            elif session.state == "working" and silence >= self._quiet_ms:
+                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                changed.append(session)
+            elif _too_long_since(session) != ran_too_long:
+                changed.append(session)
+        return changed
+
+    def _follow_clock(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
+        """Put the times of all sessions that have not ended on our clock as it is set now.
+
+        What came since the last tick came before or after the step: it is on the clock to which it is nearer.
+        """
+        self._stages.clear()
+
+        def is_before(known: MachineClock | Session) -> bool:
+            since_ms = time_ms - known.received
+            return known.seq <= ticked_seq or abs(since_ms) >= abs(since_ms - step_ms)
+
+        for name, machine in self._machines.items():
+            if is_before(machine):
+                self._machines[name] = machine._replace(
+                    received=machine.received + step_ms, heard=machine.heard + step_ms
+                )
+        for session in filter(is_before, self.sessions.values()):
+            session.shift(step_ms)
+
+    def end_gone(self, session_id: str, time_ms: int) -> Session:
+        """Take into account that a session's process is gone, without a SessionEnd."""
+        session = self.sessions[session_id]
+        self._stages.pop(session_id, None)
+        end_session(session, time_ms, "its process is gone", presumed=True)
+        return session
+
+    def delete(self, session_id: str) -> bool:
+        """Forget a session; return whether there was one."""
+        self._stages.pop(session_id, None)
+        gone = self.sessions.pop(session_id, None)
+        if gone is not None and gone.parent_id:
+            self._linked.add(gone.parent_id)
+        return gone is not None
+
+    # Snapshots
+
+    def snapshot(self, session_id: str) -> bytes:
+        """Return a session for `restore`; of "" what belongs to none: machines, open calls without a name."""
+        state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
+        return pickle.dumps((_SNAPSHOT_FORM, state), 4)
+
+    def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
+        """Take over snapshots, as (session id, bytes), into an empty book.
+
+        Applying the events after them gives what processing live gives, but for events that overtake each
+        other across the moment of the snapshot: those count in the order of their arrival.
+        Raises ValueError, and takes over nothing, when one is damaged or of another version of this program.
+        """
+        sessions: list[Session] = []
+        machines, unnamed = self._machines, self._unnamed.open
+        for session_id, row in rows:
+            try:
+                form, state = _SnapshotReader(io.BytesIO(row)).load()
+                if form != _SNAPSHOT_FORM:
+                    raise ValueError("made by another version")
+                if session_id:
+                    sessions.append(Session(*state))
+                else:
+                    machines, unnamed = state
+            except Exception as error:  # pickle raises all sorts of them
+                raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
+        self._machines, self._unnamed.open = machines, unnamed
+        self.sessions.update((session.session_id, session) for session in sessions)
+        for session in sorted(sessions, key=lambda session: session.seq):
+            self._seq = session.seq
+            if session.start_source in _MADE_WAY or session.end_reason in _MADE_WAY.values():
+                self._in_turn[session.session_id] = None
+
+    # What links sessions
+
+    def lineage(self, session_id: str | None, link: str = "parent_id") -> Iterator[str]:
+        """Yield a session's id and those of its parents, the nearest first, each once even in a ring.
+
+        With "continued_from" as `link`: those of the sessions that it continues.
+        """
         seen: set[str] = set()
         while session_id and session_id not in seen:
             seen.add(session_id)
             yield session_id
             session_id = getattr(self.sessions.get(session_id), link, None)
 
-    def _went_on_as(self, session: Session, later: Session) -> bool:
-        """Tell whether one session, by way of others, continues another."""
-        return session.session_id in self._chain(later.continued_from, "continued_from")
-
     def linked_changes(self) -> list[Session]:
         """Return, once, the sessions that changed because of another one: its parents, those it continues."""
         linked, self._linked = self._linked, set()
         return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
 
-    def _apply_hook(self, event: JsonObject, kind: str) -> None:
-        machine, timestamp, session_id = event["machineId"], event["timestamp"], event["sessionId"]
-        arrived_ms = received_time(event)
-        self._follow_its_clock(event, arrived_ms)
-        if arrived_ms < self._received_ms.get(session_id, 0) - CLOCK_STEP_MS:
-            self._set_clock_back(session_id, timestamp)
-        self._received_ms[session_id] = arrived_ms
-        self._set_forward_ms.pop(session_id, None)
-        self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), timestamp)
-        self._follow_to_machine(event, kind)
-        self._tell(session_id, event, kind)
-        self._link(self.sessions[session_id], kind)
-
-    def _follow_its_clock(self, event: JsonObject, arrived_ms: int) -> None:
-        """Measure another machine's clock, and see when it was set back.
-
-        Its events come in the order in which they happened, but for those that a spool kept and for imported
-        ones; without this rule all it says would count as late until its clock is where it was before.
-        """
-        machine, timestamp, seq = event["machineId"], event["timestamp"], int(event.get("seq", 0))
-        if machine == self._own_machine or event.get("spooled") or event.get("imported"):
-            return
-        skew = self._skews.setdefault(machine, ClockSkew())
-        if timestamp < self._latest_ms(event["sessionId"]) - OVERTAKEN_MS:
-            skew.begin_anew(seq)
-            self._set_clock_back(event["sessionId"], timestamp)
-        skew.add(arrived_ms - timestamp, arrived_ms, seq)
-
-    def _follow_to_machine(self, event: JsonObject, kind: str) -> None:
-        """Go on with a session on the machine where it is resumed: its pid and its clock are that one's."""
-        session = self.sessions[event["sessionId"]]
-        if event["machineId"] == session.machine_id or event.get("imported") or "agentId" in event:
-            return
-        if not _begins_process(event, kind) and event["timestamp"] < self._latest_ms(session.session_id):
-            return  # from before it moved
-        self._set_clock_back(session.session_id, event["timestamp"])
-        for version in self._versions(session.session_id):
-            version.machine_id, version.pid = event["machineId"], None
-
-    def _latest_ms(self, session_id: str) -> int:
-        """Return the timestamp of a session's latest event."""
-        track = self._tracks.get(session_id)
-        if track is None:
-            return self.sessions[session_id].last_event
-        return track.recent[-1][0] if track.recent else track.base.last_event
-
-    def clock_was_set(self, step_ms: int) -> None:
-        """Go on after our own clock was set forward (below 0: back); what came since is told after this.
-
-        Nobody was silent for that time. After a step back `tick` and the next events see to our own sessions:
-        nothing may begin in the future.
-        """
-        for skew in self._skews.values():
-            skew.shift(step_ms)
-        self._heard_ms[self._own_machine] = self._heard_ms.get(self._own_machine, 0) + step_ms
-        for session in self.sessions.values():
-            if session.machine_id == self._own_machine:
-                forward_ms = self._set_forward_ms.get(session.session_id, 0) + step_ms
-                self._set_forward_ms[session.session_id] = max(0, forward_ms)
-
-    def _tell(self, session_id: str, event: JsonObject, kind: str) -> None:
-        """Tell a session an event at its place among those of the last seconds."""
-        timestamp = event["timestamp"]
-        session = self.sessions[session_id]
-        track = self._tracks.get(session_id)
-        if track is None:
-            track = self._tracks[session_id] = Track(session.clone())
-        entry = (timestamp, next(self._numbers), event, kind)
-        if timestamp < track.base.last_event and track.base.events:
-            for version in (track.base, self._up_to_date(session_id, track)):
-                apply_event(version, event, kind, self._quiet_ms, late=True)
-            return
-        in_order = not track.recent or timestamp >= track.recent[-1][0]
-        track.recent.append(entry)
-        if in_order:
-            self._go_on(session, event, kind)
-        else:
-            track.recent.sort(key=lambda entry: entry[:2])
-            self._tell_anew(session_id, track)
-        settled = track.recent[-1][0] - TOGETHER_MS
-        while track.recent[0][0] < settled or len(track.recent) > TOGETHER_EVENTS:
-            _, _, earlier, its_kind = track.recent.pop(0)
-            apply_event(track.base, earlier, its_kind, self._quiet_ms)
-
-    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
-        apply_event(session, event, kind, self._quiet_ms)
-
-    def _tell_anew(self, session_id: str, track: Track) -> None:
-        session = self.sessions[session_id] = track.base.clone()
-        for _, _, event, kind in track.recent:
-            apply_event(session, event, kind, self._quiet_ms)
-
-    def _up_to_date(self, session_id: str, track: Track) -> Session:
-        return self.sessions[session_id]
-
-    def _versions(self, session_id: str) -> list[Session]:
-        track = self._tracks.get(session_id)
-        return [self.sessions[session_id], *([track.base] if track else [])]
-
-    def tick(self, time_ms: int) -> list[Session]:
-        """Let time pass until `time_ms` (this machine's clock); return the sessions that changed."""
-        changed = []
-        for session in list(self.sessions.values()):
-            silence = self._silence(self.last_event_now(session), session.machine_id, time_ms)
-            if silence < -CLOCK_STEP_MS:
-                self._set_clock_back(session.session_id, session.last_event + silence)
-                silence = 0
-            ran_too_long = _runs_too_long(session)
-            session.clock = max(session.clock, session.last_event + silence)
-            if silence > TOGETHER_MS:
-                self._tracks.pop(session.session_id, None)  # nothing will come between any more
-            if session.state == "ended":
-                continue
-            machine_silence = self._silence(
-                self._heard_ms.get(session.machine_id, 0), session.machine_id, time_ms
-            )
-            watched = session.machine_id == self._own_machine and session.pid is not None
-            if self.complete and machine_silence >= self._ended_ms and not watched:
-                hours = self._ended_ms // 3_600_000
-                why = f"nothing heard from {session.machine_id} for {hours} hours"
-                end_session(session, session.last_event, why, presumed=True)
-                _derive(session, session.last_event)
-                changed.append(session)
-            elif session.state == "working" and silence >= self._quiet_ms:
-                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
-                changed.append(session)
-            elif _runs_too_long(session) != ran_too_long:
-                changed.append(session)
-        return changed
-
-    def _set_clock_back(self, session_id: str, time_ms: int) -> None:
-        """Go on from `time_ms` after the clock was set back.
-
-        What comes now is not late, and nothing begins in the future.
-        """
-        track = self._tracks.pop(session_id, None)
-        session = self._up_to_date(session_id, track) if track else self.sessions[session_id]
-        if session.last_event <= time_ms:
-            return
-        self._heard_ms[session.machine_id] = min(self._heard_ms.get(session.machine_id, 0), time_ms)
-        session.last_event = session.clock = time_ms
-        session.last_step = {agent_id: min(step, time_ms) for agent_id, step in session.last_step.items()}
-        session.state_since = min(session.state_since, time_ms)
-        session.turn_since, session.turn_start = (
-            min(session.turn_since, time_ms),
-            min(session.turn_start, time_ms),
-        )
-        session.waits = [dataclasses.replace(wait, since=min(wait.since, time_ms)) for wait in session.waits]
-        for use_id, call in session.open_calls.items():
-            session.open_calls[use_id] = dataclasses.replace(call, since=min(call.since, time_ms))
-
-    def last_event_now(self, session: Session) -> int:
-        """Return when a session's latest event was, on its machine's clock as it is set now."""
-        return session.last_event + self._set_forward_ms.get(session.session_id, 0)
-
-    def _silence(self, last_ms: int, machine_id: str, time_ms: int) -> int:
-        skew = self._skews.get(machine_id)
-        return time_ms - last_ms - ((skew.value_ms if skew else None) or 0)
-
-    def end_gone(self, session_id: str, time_ms: int) -> Session:
-        """Take into account that a session's process is gone; it said no word."""
-        session = self.sessions[session_id]
-        self._tracks.pop(session_id, None)
-        end_session(session, time_ms, "its process is gone", presumed=True)
-        _derive(session, time_ms)
-        return session
-
-    def delete(self, session_id: str) -> bool:
-        """Forget a session; return whether there was one."""
-        self._tracks.pop(session_id, None)
-        self._received_ms.pop(session_id, None)
-        self._set_forward_ms.pop(session_id, None)
-        gone = self.sessions.pop(session_id, None)
-        if gone is not None and gone.parent_id:
-            self._linked.add(gone.parent_id)
-        return gone is not None
-
-    def finish(self) -> None:
-        """Bring every session up to date."""
-
-    def take_over(self, other: SessionBook) -> None:
-        """Take over the sessions of another book, in place of ours, and what it has heard of machines."""
-        other.finish()
-        self.sessions.update(other.sessions)
-        self._tracks.update(other._tracks)
-        for session in other.sessions.values():
-            self._note_place(session)
-            if session.continued_from:
-                self._continued_by[session.continued_from] = session.session_id
-        self._received_ms.update(other._received_ms)
-        for machine, skew in other._skews.items():
-            self._skews.setdefault(machine, ClockSkew()).merge(skew)
-        for machine, heard_ms in other._heard_ms.items():
-            self._heard_ms[machine] = max(self._heard_ms.get(machine, 0), heard_ms)
-
-    # What links sessions
-
     def _link(self, session: Session, kind: str) -> None:
         """Link a session that begins after /clear, resume or fork to the one that made way for it."""
-        if kind == "session_start" and session.start_source in _MADE_WAY:
-            self._note_place(session)
-            before = [
-                other for other in self._near(self._ends, session.source_time) if _makes_way(other, session)
-            ]
-            before = [
-                other for other in before if self._continued_by.get(other.session_id) not in self.sessions
-            ]
-            before = [other for other in before if not self._went_on_as(session, other)]
-            if before and not session.continued_from:
-                self._continue(session, max(before, key=lambda other: other.end or 0))
-        elif kind == "session_end" and session.end is not None and session.end_reason in _MADE_WAY.values():
-            self._note_place(session)
-            after = [other for other in self._near(self._starts, session.end) if _makes_way(session, other)]
-            after = [
-                other for other in after if not other.continued_from and not self._went_on_as(other, session)
-            ]
-            if after:
-                self._continue(min(after, key=lambda other: other.source_time), session)
+        begins = kind == "session_start" and session.start_source in _MADE_WAY
+        if not begins and (kind != "session_end" or session.end_reason not in _MADE_WAY.values()):
+            return
+        self._in_turn.pop(session.session_id, None)
+        others = [self.sessions[session_id] for session_id in self._in_turn if session_id in self.sessions]
+        self._in_turn = dict.fromkeys([*self._in_turn, session.session_id][-PLACES:])
+        pairs = [(other, session) if begins else (session, other) for other in others]
+        pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_MS and self._makes_way(*pair)]
+        if pairs:
+            self._continue(*min(pairs, key=lambda pair: _gap_ms(*pair)))
 
-    def _note_place(self, session: Session) -> None:
-        """Note when a session made way for another, and when it began after one that did."""
-        if session.start_source in _MADE_WAY:
-            _insert_once(self._starts, (session.source_time, session.session_id))
-        if session.end is not None and session.end_reason in _MADE_WAY.values():
-            _insert_once(self._ends, (session.end, session.session_id))
+    def _makes_way(self, before: Session, after: Session) -> bool:
+        """True if one ended so that the other could begin: for one reason, in one process."""
+        continued = {self.sessions[each].continued_from for each in self._in_turn if each in self.sessions}
+        return (
+            before.end_reason == _MADE_WAY.get(after.start_source)
+            and (before.machine_id, before.directory) == (after.machine_id, after.directory)
+            and (before.pid == after.pid or None in (before.pid, after.pid))
+            and not after.continued_from
+            and before.session_id not in continued
+            and after.session_id not in self.lineage(before.continued_from, "continued_from")
+        )
 
-    def _near(self, times: list[tuple[int, str]], time_ms: int) -> list[Session]:
-        """Return the sessions that began, or ended, about that time."""
-        first = bisect.bisect_left(times, (time_ms - LINK_MS, ""))
-        last = bisect.bisect_left(times, (time_ms + LINK_MS + 1, ""))
-        return [self.sessions[each] for _, each in times[first:last] if each in self.sessions]
-
-    def _continue(self, session: Session, before: Session) -> None:
-        self._continued_by[before.session_id] = session.session_id
+    def _continue(self, before: Session, session: Session) -> None:
         self._linked.update((session.session_id, before.session_id, before.parent_id or before.session_id))
         for version in self._versions(session.session_id):
             version.continued_from = before.session_id
@@ -3001,53 +2284,24 @@ class SessionBook:
     def to_json(self, session: Session, children: dict[str, list[str]] | None = None) -> JsonObject:
         """Return a session as the API and the WebSocket give it (README "WebSocket")."""
         label, source = session.label
-        reason = session.reason
-        if children is None:
-            children = self.children(session.session_id)
+        children = self.children(session.session_id) if children is None else children
+        usage = session.usage
         return {
-            "sessionId": session.session_id,
-            "machineId": session.machine_id,
-            "workingDirectory": session.directory,
+            **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
             "labelSource": source,
-            "model": session.model or (session.usage and session.usage.model),
-            "startTime": session.start,
-            "lastEventTime": session.last_event,
-            "endTime": session.end,
-            "state": session.state,
-            "reason": reason
-            and {"kind": reason.kind, "tool": reason.tool, "detail": reason.detail, "since": reason.since},
-            "stateSince": session.state_since,
-            "activity": session.activity,
-            "parentSessionId": session.parent_id,
+            "model": session.model or (usage and usage.model),
+            "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "childSessionIds": children.get(session.session_id, []),
-            "continuedFrom": session.continued_from,
             "agents": [_agent_json(session, agent) for agent in session.agents.values()],
             "openCalls": [
-                {
-                    "toolUseId": call.tool_use_id,
-                    "toolName": call.tool_name,
-                    "target": call.target,
-                    "agentId": call.agent_id or None,
-                    "since": call.since,
-                }
+                {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
                 for call in session.open_calls.values()
             ],
-            "counts": {
-                "events": session.events,
-                "toolCalls": session.tool_calls,
-                "toolErrors": session.tool_errors,
-                "interrupted": session.interrupted,
-                "prompts": session.prompts,
-            },
-            "tokenUsage": session.usage and session.usage.to_json(),
-            "estimatedCostUsd": session.usage and self._prices.estimate(session.usage),
+            "counts": dict(session.counts),
+            "tokenUsage": usage and usage.to_json(),
+            "estimatedCostUsd": usage and self._prices.estimate(usage),
             "stuck": stuck_signals(session),
-            "isPinned": session.pinned,
-            "hidden": session.hidden,
-            "isImported": session.imported,
-            "demo": session.demo,
-            "pid": session.pid,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -3065,116 +2319,45 @@ class SessionBook:
         chosen.sort(key=lambda session: session.last_event, reverse=True)
         return (self.to_json(session, children) for session in chosen)
 
-    def all_json(self, with_hidden: bool) -> list[JsonObject]:
-        """Return every session, newest event first."""
-        return list(self.each_json(with_hidden))
-
     def in_state(self, state: str) -> frozenset[str]:
         """Return the ids of the sessions that are in a state now."""
         return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
 
 
-class ReplayBook(SessionBook):
-    """A book that is told one session's history and asked only after `finish`: then it is as SessionBook is.
-
-    SessionBook tells each event twice: to the session, and later to what it was some seconds ago. Here only
-    the latter is told, and the session made from it at the end. In between it is kept just from an event that
-    came very late until the next that came out of its place, since SessionBook tells it those in that order.
-    """
-
-    def __init__(self, *patience: Any) -> None:
-        super().__init__(*patience)
-        self._kept: set[str] = set()  # ids of those that `sessions` has as they are now
-
-    def finish(self) -> None:
-        for session_id, track in self._tracks.items():
-            self._up_to_date(session_id, track)
-
-    def _link(self, session: Session, kind: str) -> None:
-        """Leave links to whoever tells all sessions that they concern."""
-
-    def _go_on(self, session: Session, event: JsonObject, kind: str) -> None:
-        if session.session_id in self._kept:
-            super()._go_on(session, event, kind)
-
-    def _tell_anew(self, session_id: str, track: Track) -> None:
-        self._kept.discard(session_id)
-
-    def _up_to_date(self, session_id: str, track: Track) -> Session:
-        if session_id not in self._kept:
-            super()._tell_anew(session_id, track)
-            self._kept.add(session_id)
-        return self.sessions[session_id]
+# The form of a snapshot: it changes with the fields of what is in it.
+_SNAPSHOT_CLASSES: dict[str, Any] = {
+    each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+}
+_SNAPSHOT_FORM = zlib.crc32(
+    repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
+)
 
 
-def _insert_once(times: list[tuple[int, str]], entry: tuple[int, str]) -> None:
-    place = bisect.bisect_left(times, entry)
-    if times[place : place + 1] != [entry]:
-        times.insert(place, entry)
+class _SnapshotReader(pickle.Unpickler):
+    """Reads our own classes only, by name: this module runs as __main__ too."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _SNAPSHOT_CLASSES:
+            raise pickle.UnpicklingError(f"{name} is none of ours")
+        return _SNAPSHOT_CLASSES[name]
 
 
 # SessionStart's source → the SessionEnd's reason of the session that made way.
 _MADE_WAY = {"clear": "clear", "resume": "resume", "fork": "resume"}
 
-
-def _makes_way(before: Session, after: Session) -> bool:
-    """Tell whether `before` ended so that `after` could begin: same machine, directory, process and time."""
-    return (
-        before.session_id != after.session_id
-        and before.end is not None
-        and before.end_reason == _MADE_WAY.get(after.start_source)
-        and (before.machine_id, before.directory) == (after.machine_id, after.directory)
-        and (before.pid == after.pid or None in (before.pid, after.pid))
-        and abs(after.source_time - before.end) < LINK_MS
-    )
+# Name in JSON → attribute; `to_json` makes the rest.
+_SESSION_JSON = {
+    "sessionId": "session_id", "machineId": "machine_id", "workingDirectory": "directory",
+    "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
+    "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
+    "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
+    "demo": "demo", "pid": "pid",
+}  # fmt: skip
+_CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
 
-class LinkPoint(NamedTuple):
-    """A moment at which a session makes way, or begins where another one made way."""
-
-    session_id: str
-    machine_id: str
-    reason: str  # of the end that it is or that it follows
-    begins: bool
-    time_ms: int
-
-
-def link_point(session: Session, event: JsonObject) -> LinkPoint | None:
-    """Return what an event of a session has to do with links between sessions, None for most."""
-    kind = effective_type(event)
-    if kind == "session_start":
-        reason = _MADE_WAY.get(text_of(event["data"].get("source")), "")
-    elif kind == "session_end":
-        reason = text_of(event["data"].get("reason"))
-    else:
-        return None
-    if reason not in _MADE_WAY.values():
-        return None
-    begins = kind == "session_start"
-    return LinkPoint(session.session_id, session.machine_id, reason, begins, event["timestamp"])
-
-
-def may_be_linked(points: Iterable[LinkPoint]) -> list[frozenset[str]]:
-    """Group the ids of sessions that may be linked with each other, directly or through others.
-
-    A group may be too large, never too small: nothing outside of it can change the links within.
-    """
-    chronicle: dict[tuple[str, str], list[LinkPoint]] = {}
-    for point in points:
-        chronicle.setdefault((point.machine_id, point.reason), []).append(point)
-    group_of: dict[str, set[str]] = {}
-    for moments in chronicle.values():
-        ends = sorted((point.time_ms, point.session_id) for point in moments if not point.begins)
-        for point in moments:
-            if not point.begins:
-                continue
-            for time_ms, before in ends[bisect.bisect_left(ends, (point.time_ms - LINK_MS, "")) :]:
-                if time_ms > point.time_ms + LINK_MS:
-                    break
-                group = group_of.get(before, {before}) | group_of.get(point.session_id, {point.session_id})
-                group_of.update(dict.fromkeys(group, group))
-    unique = {id(group): frozenset(group) for group in group_of.values() if len(group) > 1}
-    return list(unique.values())
+def _gap_ms(before: Session, after: Session) -> int:
+    return _NEVER if before.end is None else abs(after.source_time - before.end)
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
@@ -3195,6 +2378,7 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
 def _agent_json(session: Session, agent: Agent) -> JsonObject:
     own = [call for call in session.open_calls.values() if call.agent_id == agent.agent_id]
     waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
+    used = session.agent_usage.get(agent.agent_id)
     return {
         "agentId": agent.agent_id,
         "agentType": agent.agent_type,
@@ -3204,129 +2388,118 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "startTime": agent.start,
         "endTime": agent.end,
         "activity": own[-1].words if own else "",
-        "counts": {"events": agent.events, "toolCalls": agent.tool_calls, "toolErrors": agent.tool_errors},
-        "tokenUsage": session.agent_usage[agent.agent_id][1].to_json()
-        if agent.agent_id in session.agent_usage
-        else None,
+        "counts": dict(agent.counts),
+        "tokenUsage": used and used[1].to_json(),
     }
 
 
-_ROW_DATA = {
-    "toolName": "toolName",
-    "toolUseId": "toolUseId",
-    "durationMs": "durationMs",
-    "notificationType": "notificationType",
-    "source": "source",
-    "reason": "reason",
-    "is_interrupt": "isInterrupt",
-}
+_ROW_DATA = ("toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt")
 # Whichever comes first says in words what an event without a tool is about.
 _ROW_TEXTS = (
-    "error",
-    "message",
-    "assistantResponse",
-    "action",
-    "file_path",
-    "task_subject",
-    "to_model",
-    "new_cwd",
-    "compact_summary",
-    "command_name",
-)
-_ROW_BATCH_IDS = 50
-_ROW_FIELDS = ("seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType")
+    "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
+    "compact_summary", "command_name",
+)  # fmt: skip
+_ROW_FIELDS = (
+    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agentId",
+    "agentType", "demo",
+)  # fmt: skip
 
 
 def event_row(event: JsonObject) -> JsonObject:
     """Reduce an event to what a list row needs, about 300 bytes; the whole one comes on demand."""
-    row = {name: event[name] for name in _ROW_FIELDS if name in event}
-    row.update({name: event[name] for name in ("agentId", "agentType", "demo") if name in event})
     data = event["data"]
     small: JsonObject = {}
-    for name, row_name in _ROW_DATA.items():
+    for name in _ROW_DATA:
         value = data.get(name)
         if isinstance(value, (bool, int, float)) or (isinstance(value, str) and len(value) <= 200):
-            small[row_name] = value
+            small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
     batch = [call["tool_use_id"] for call in _batch_calls(event) if isinstance(call.get("tool_use_id"), str)]
     if batch:
-        small["toolUseIds"] = batch[:_ROW_BATCH_IDS]
-    text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None)
-    if text is None and not event["hookType"]:
-        text = data
+        small["toolUseIds"] = batch[:50]
+    text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
     if text is not None:
         small["text"] = one_line(text_of(text))
+    row = {name: event[name] for name in _ROW_FIELDS if name in event}
     return {**row, "partial": True, "data": small}
 
 
 # ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
-# Owns: index.db, which may be deleted at any time: it is filled from the event files, and they are the truth.
-# Knows: the store's files and what an event says. Does not know: clients, or the states of sessions.
+# Owns: index.db, which may be deleted at any time: it is filled from the journal, and that is the truth.
+# Knows: the journal's lines and what an event says. Does not know: clients, or the states of sessions.
 #
-# One thread fills it through one connection, behind the live path: the loop thread only names the files that
-# grew, and this thread reads them from where it stopped. While events arrive it takes a tenth of the time at
-# most. Who searches or counts has read-only connections of his own, so that nobody waits for anybody.
+# A consumer with a position: `indexed` is the seq up to which everything is in. One thread fills the file
+# through one connection, from what the loop hands over, or from the journal after a start, a pause or a rush;
+# while events arrive it takes a tenth of the time at most. Readers have read-only connections; they never
+# block writes. What is not indexed yet, a search reads from the journal.
 #
-# No text is kept. For each day of the store there is a table of words, which goes as a whole with its day; it
-# names candidates, newest first, and the line in the file decides. An event's row id is its timestamp, or the
-# next number that is free.
+# No text is kept. Each day has a table of words, dropped with its day; it names candidates (rowid = seq), and
+# the line in the file decides. The file also keeps the snapshots of sessions, which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
-INDEX_VERSION = 2
-INDEX_BATCH_EVENTS = 1000
+INDEX_VERSION = 4
+INDEX_BATCH_S = 0.5  # in one transaction, or
 INDEX_BATCH_BYTES = 2 << 20
-INDEX_SLICE_EVENTS = 50  # after so many it looks whether the live path wants the time
-INDEX_BATCH_S = 0.5
-NAMES_KEPT = 10_000  # in memory; any other is looked up
+INDEX_SLICE_EVENTS = 50  # after so many the thread rests if events are arriving
+INDEX_QUEUE_BYTES = 4 << 20  # of waiting lines; events beyond are read from the journal
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
+INDEX_LOOK_S = 5.0  # between two looks whether the file is still there
 INDEX_RETRY_S = 10.0
 INDEX_OPENS_S = 3.0  # at most, on a busy machine
 LIVE_S = 0.1  # events are arriving when the last one came within this time
 LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
+NAMES_KEPT = 10_000  # in memory; any other is looked up
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
 SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
+FAILED = (1, 3)  # outcomes
 COMPARED_SESSIONS = 200
 
-_INDEX_SCHEMA = """
-CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE, low INTEGER, high INTEGER, ahead INTEGER,
-  removed INTEGER);
-CREATE TABLE names(id INTEGER PRIMARY KEY, kind TEXT, name TEXT, UNIQUE(kind, name));
-CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, inode INTEGER, position INTEGER,
-  session INTEGER, machine INTEGER, project INTEGER, UNIQUE(day, name));
-CREATE TABLE events(id INTEGER PRIMARY KEY, file INTEGER, offset INTEGER, length INTEGER);
-CREATE TABLE activity(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
+# Tokens as emit_event counts them: all, and those of long prompts.
+_COUNTS = ("c0", "c1", "c2", "c3", "c4")
+_COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
+_TOKENS = ("tokenUsage", "estimatedCostUsd")
+_TOOL_FIGURES = {
+    "calls": "count(*)",
+    "failures": f"sum(outcome IN {FAILED})",
+    "interrupted": f"sum(outcome = {Outcome.INTERRUPTED:d})",
+    "unfinished": f"sum(outcome = {Outcome.OPEN:d})",
+    "timed": "count(duration)",
+    "totalMs": "ifnull(sum(duration), 0)",
+}
+_INDEX_SCHEMA = f"""
+CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
+INSERT INTO meta VALUES('indexed', 0), ('checkpoint', 0);
+CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
+CREATE TABLE names(id INTEGER PRIMARY KEY, name BLOB UNIQUE);
+CREATE TABLE days(id INTEGER PRIMARY KEY, name TEXT UNIQUE);
+CREATE TABLE files(id INTEGER PRIMARY KEY, day INTEGER, name TEXT, session INTEGER, machine INTEGER,
+  project INTEGER, bytes INTEGER DEFAULT 0, first_seq INTEGER DEFAULT {1 << 62},
+  earliest INTEGER DEFAULT {1 << 62}, latest INTEGER DEFAULT 0, UNIQUE(day, name));
+CREATE TABLE events(seq INTEGER PRIMARY KEY, file INTEGER, timestamp INTEGER);
+CREATE TABLE cells(file INTEGER, quarter INTEGER, events INTEGER, prompts INTEGER, first INTEGER,
   last INTEGER, PRIMARY KEY(file, quarter)) WITHOUT ROWID;
-CREATE TABLE usage(file INTEGER, model INTEGER, quarter INTEGER,
-  c0 INTEGER, c1 INTEGER, c2 INTEGER, c3 INTEGER, c4 INTEGER,
-  l0 INTEGER, l1 INTEGER, l2 INTEGER, l3 INTEGER, l4 INTEGER,
+CREATE TABLE usage(file INTEGER, model INTEGER, quarter INTEGER, {" INTEGER, ".join(_COUNTS)} INTEGER,
   PRIMARY KEY(file, model, quarter)) WITHOUT ROWID;
 CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool INTEGER, target INTEGER,
   begun INTEGER, quarter INTEGER, finish INTEGER, duration INTEGER, outcome INTEGER, event INTEGER);
 CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
 CREATE INDEX calls_by_session ON calls(session, quarter, outcome);
-CREATE INDEX calls_by_target ON calls(target, quarter, session);
-CREATE INDEX calls_failed ON calls(tool, target, quarter, session, event) WHERE outcome IN (1, 3);
+CREATE INDEX calls_failed ON calls(target, quarter, event) WHERE outcome IN {FAILED};
+PRAGMA user_version = {INDEX_VERSION};
 """
 
 
-class Outcome(enum.IntEnum):
-    """How a tool call ended; what is told later with a higher number wins, whatever came first."""
-
-    OPEN = 0
-    FAILED_BY_ROUND = 1  # only its round (PostToolBatch) closed it: it never ran
-    OK = 2
-    FAILED = 3
-    INTERRUPTED = 4
-
-
-# Words
+def stable_hash(*parts: str) -> int:
+    """Return 63 bits that stand for some texts, the same in every run."""
+    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 _WORD = re.compile(r"[^\W_]+")
@@ -3337,22 +2510,11 @@ _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
-# What nobody searches for, or what stands in every event of a session.
-_NOT_SEARCHED = frozenset(
-    (
-        "toolUseId",
-        "tool_use_id",
-        "transcriptPath",
-        "agent_transcript_path",
-        "permissionMode",
-        "prompt_id",
-        "usage",
-        "truncated",
-        "effort",
-        "type",
-        "signature",
-    )
-)
+# What is never searched for, or is in every event of a session.
+_NOT_SEARCHED = {
+    *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
+    *("usage", "truncated", "effort", "type", "signature"),
+}
 
 
 def fold(text: str) -> str:
@@ -3379,14 +2541,12 @@ class Term:
     is_prefix: bool = False
 
     def found_in(self, folded: str) -> bool:
-        """Tell whether the term occurs in a folded text."""
+        """True if the term occurs in a folded text."""
         if not all(word in folded for word in self.words):
             return False
         between = r"[\W_]+".join(map(re.escape, self.words))
-        return (
-            re.search(rf"(?<![^\W_]){between}" + ("" if self.is_prefix else r"(?![^\W_])"), folded)
-            is not None
-        )
+        end = "" if self.is_prefix else r"(?![^\W_])"
+        return re.search(rf"(?<![^\W_]){between}{end}", folded) is not None
 
     @property
     def pattern(self) -> str:
@@ -3428,33 +2588,22 @@ def event_texts(event: JsonObject) -> Iterator[tuple[str, str]]:
             yield from ((name, text) for text in found)
 
 
-def snippet_of(event: JsonObject, terms: Sequence[Term]) -> tuple[str | None, list[JsonObject]]:
-    """Return the field in which the terms are found and a line of it, in pieces, those found marked."""
-    pattern = re.compile("|".join(term.pattern for term in terms), re.IGNORECASE)
-    first = ""
-    for name, text in event_texts(event):
-        match = pattern.search(text)
+def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
+    """Return the `field` in which the terms are found and a `snippet` of it: pieces, those found marked."""
+    words = re.compile("(" + "|".join(term.pattern for term in terms) + ")", re.IGNORECASE)
+    first: JsonObject = {"snippet": []}
+    for name, text in event_texts(event) if terms else ():
+        match = words.search(text)
         if match:
-            return name, _marked(text, match, pattern)
-        first = first or name
-    return first or None, []
-
-
-def _marked(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> list[JsonObject]:
-    start = max(0, match.start() - SNIPPET_CHARS // 3)
-    end = min(len(text), max(match.end(), start + SNIPPET_CHARS))
-    pieces: list[JsonObject] = []
-    at = start
-    for hit in pattern.finditer(text, start, end):
-        if hit.end() > hit.start() >= at:
-            pieces += [{"text": text[at : hit.start()]}, {"text": hit.group(), "hit": True}]
-            at = hit.end()
-    pieces.append({"text": text[at:end] + ("…" if end < len(text) else "")})
-    if start:
-        pieces[0]["text"] = "…" + pieces[0]["text"]
-    for piece in pieces:
-        piece["text"] = re.sub(r"\s+", " ", piece["text"])
-    return [piece for piece in pieces if piece["text"]]
+            start = max(0, match.start() - SNIPPET_CHARS // 3)
+            end = max(match.end(), start + SNIPPET_CHARS)
+            pieces = words.split(re.sub(r"\s+", " ", text[start:end]))
+            pieces[0] = ("…" if start else "") + pieces[0]
+            pieces[-1] += "…" if end < len(text) else ""
+            marked = ({"text": piece, **({"hit": True} if at % 2 else {})} for at, piece in enumerate(pieces))
+            return {"field": name, "snippet": [piece for piece in marked if piece["text"]]}
+        first.setdefault("field", name)
+    return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3469,24 +2618,28 @@ class SearchQuery:
     from_ms: int = 0
     to_ms: int = 1 << 53
     limit: int = 50
-    cursor: str | None = None
+    before: int | None = None  # seq: where the page before ended
 
     def takes(self, event: JsonObject) -> bool:
-        """Tell whether an event is one of those searched for."""
-        if self.session_ids is not None and event["sessionId"] not in self.session_ids:
-            return False
-        if self.machine is not None and event["machineId"] != self.machine:
-            return False
-        if self.tool is not None and event["data"].get("toolName") != self.tool:
-            return False
-        if self.kind is not None and self.kind not in (effective_type(event), event["hookType"]):
-            return False
-        if not self.from_ms <= event["timestamp"] < self.to_ms:
-            return False
-        if not self.terms:
-            return True
+        """True if an event is one of those searched for."""
+        return (
+            (self.session_ids is None or event["sessionId"] in self.session_ids)
+            and self.machine in (None, event["machineId"])
+            and self.tool in (None, event["data"].get("toolName"))
+            and self.kind in (None, effective_type(event), event["hookType"])
+            and self.from_ms <= event["timestamp"] < self.to_ms
+            and (not self.terms or self._words_are_in(event))
+        )
+
+    def _words_are_in(self, event: JsonObject) -> bool:
         folded = fold("\n".join(text for _, text in event_texts(event)))
         return all(term.found_in(folded) for term in self.terms)
+
+    @property
+    def only_session(self) -> str | None:
+        """The id of the one session whose events are searched for; None when there may be more."""
+        ids = self.session_ids or ()
+        return next(iter(ids)) if len(ids) == 1 else None
 
 
 SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
@@ -3509,18 +2662,13 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     limit = wanted.get("limit")
     if limit is not None and not 1 <= limit <= SEARCH_LIMIT:
         raise SearchError("limit", f"an integer from 1 to {SEARCH_LIMIT}")
-    start, end = wanted.get("from"), wanted.get("to")
-    return SearchQuery(
-        parse_terms(texts.get("q", "")[:1000]),
-        session_ids,
-        texts.get("machine"),
-        texts.get("tool"),
-        texts.get("type"),
-        start or 0,
-        1 << 53 if end is None else end,
-        limit or 50,
-        texts.get("cursor"),
-    )
+    cursor = texts.get("cursor", "")
+    if cursor and not re.fullmatch("[0-9]{1,18}", cursor):
+        raise SearchError("cursor", "the `next` of the page before; search again")
+    machine, tool, kind = map(texts.get, ("machine", "tool", "type"))
+    times = (wanted.get("from") or 0, 1 << 53 if wanted.get("to") is None else wanted["to"])
+    terms, before = parse_terms(texts.get("q", "")[:1000]), int(cursor) if cursor else None
+    return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
 
 
 class SearchError(Exception):
@@ -3528,201 +2676,51 @@ class SearchError(Exception):
 
     def __init__(self, field: str, expected: str) -> None:
         super().__init__(f"{field}: expected {expected}")
-        self.field = field
-        self.expected = expected
+        self.field, self.expected = field, expected
 
 
-def search_page(query: SearchQuery, candidates: Iterator[tuple[str, bytes]]) -> JsonObject:
-    """Return the first events among candidates (cursor, line) that are searched for, as the API gives them.
+def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
+    """Return the first events among lines, last arrived first, that are searched for, as the API gives them.
 
     Ends early, with a cursor to go on from, when the time for one answer is over.
     """
     begin = time.monotonic()
+    needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
     results: list[JsonObject] = []
-    cursor, complete = query.cursor, True
-    for next_cursor, line in candidates:
-        if len(results) == query.limit:
+    last, complete, more = query.before, True, False  # seq
+    for line in lines:
+        complete = time.monotonic() - begin <= SEARCH_BUDGET_S
+        more = len(results) == query.limit or not complete
+        if more:
             break
-        if time.monotonic() - begin > SEARCH_BUDGET_S:
-            complete = False
-            break
-        cursor = next_cursor
+        last = line_seq(line)
+        # A cheap look first. An escape may be a letter with an accent, which is as good as one without.
+        lowered = line.lower() if needles else line
+        if b"\\u" not in line and not all(needle in lowered for needle in needles):
+            continue
         with contextlib.suppress(MalformedEvent):
             event = parse_stored(line)
-            if query.takes(event):
-                results.append(_search_result(event, query.terms))
-    else:
-        cursor = None
+            if effective_type(event) != "usage" and query.takes(event):
+                results.append({**event_row(event), **snippet_of(event, query.terms)})
     took_ms = round((time.monotonic() - begin) * 1000, 1)
-    return {"results": results, "next": cursor, "complete": complete, "tookMs": took_ms}
-
-
-def _search_result(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
-    row = {**event_row(event), "snippet": []}
-    if terms:
-        field, row["snippet"] = snippet_of(event, terms)
-        if field:
-            row["field"] = field
-    return row
-
-
-def scan_candidates(store: EventStore | MemoryStore, query: SearchQuery) -> Iterator[tuple[str, bytes]]:
-    """Yield every stored line that may be one, last arrived first, where there is no index to ask."""
-    before = None
-    if query.cursor:
-        if not re.fullmatch(r"s\d{1,16}", query.cursor):
-            raise SearchError("cursor", "the `next` of the page before; search anew")
-        before = int(query.cursor[1:])
-    needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
-    for line in lines_newest_first(store, before):
-        lowered = line.lower() if needles else line
-        # An escape may be a letter with an accent, which is as good as one without.
-        if all(needle in lowered for needle in needles) or b"\\u" in line:
-            yield f"s{line_seq(line)}", line
-
-
-def lines_newest_first(store: EventStore | MemoryStore, before: int | None) -> Iterator[bytes]:
-    """Yield every stored line (with a number below `before`), last arrived first."""
-    if isinstance(store, MemoryStore):
-        yield from reversed(store.recent_lines(1 << 30, before))
-        return
-    for day in reversed(store.days()):
-        readers = [lines_back(path, before) for path in store.day_paths(day)]
-        yield from heapq.merge(*readers, key=line_seq, reverse=True)
-
-
-# What an event contributes
-
-
-def fit_name(name: str) -> str:
-    """Return a name as SQLite can keep it: a lone surrogate becomes its escape."""
-    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
-
-
-class CallFact(NamedTuple):
-    """What one event says about one tool call; times in ms."""
-
-    key: int
-    tool: str
-    target: int
-    start: int
-    finish: int | None
-    duration: int | None
-    outcome: Outcome
-
-
-class Document(NamedTuple):
-    """One event, ready for the index."""
-
-    timestamp: int
-    seq: int
-    file_id: int
-    offset: int
-    length: int
-    words: str
-    counts: bool  # False for what the user did to a session: it is no event of it
-    is_prompt: bool
-    calls: tuple[CallFact, ...]
-    usage: tuple[tuple[str, ModelUsage], ...]  # (model, what the session has used of it until now)
-
-
-def stable_hash(*parts: str) -> int:
-    """Return 63 bits that stand for some texts, the same in every run."""
-    digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def is_duration(value: Any) -> bool:
-    """Tell whether a value can be a duration in milliseconds; clients say all sorts of things."""
-    return emit_event.is_number(value) and 0 <= value < 1 << 40
-
-
-def call_facts(event: JsonObject, kind: str) -> tuple[CallFact, ...]:
-    """Return what an event says about tool calls that have a name (clients since 2.0.43)."""
-    data = event["data"]
-    timestamp = event["timestamp"]
-    if event["hookType"] == "PostToolBatch":
-        return tuple(
-            _call_fact(event, text_of(call.get("tool_name")), call.get("tool_input"), call["tool_use_id"],
-                       timestamp, None, Outcome.FAILED_BY_ROUND)
-            for call in _batch_calls(event)
-            if isinstance(call.get("tool_use_id"), str)
-        )  # fmt: skip
-    if kind not in ("tool_call", "tool_result", "tool_error"):
-        return ()
-    duration = data.get("durationMs")
-    duration_ms = round(duration) if is_duration(duration) else None
-    outcome = Outcome.OPEN if kind == "tool_call" else Outcome.OK
-    if kind == "tool_error":
-        outcome = Outcome.INTERRUPTED if data.get("is_interrupt") is True else Outcome.FAILED
-    named = data.get("toolUseId")
-    use_id = named if isinstance(named, str) and named else f"unnamed:{event['id']}"
-    start = timestamp if outcome is Outcome.OPEN else timestamp - (duration_ms or 0)
-    fact = _call_fact(
-        event, text_of(data.get("toolName")), data.get("toolInput"), use_id, start, duration_ms, outcome
-    )
-    return (fact,)
-
-
-def _call_fact(
-    event: JsonObject,
-    tool: str,
-    tool_input: Any,
-    use_id: str,
-    start: int,
-    duration: int | None,
-    outcome: Outcome,
-) -> CallFact:
-    target = stable_hash(tool, tool_target(tool_input, event["workingDirectory"]))
-    ran = outcome not in (Outcome.OPEN, Outcome.FAILED_BY_ROUND)
-    finish = event["timestamp"] if ran else None
-    return CallFact(
-        stable_hash(event["sessionId"], use_id), tool or "?", target, start, finish, duration, outcome
-    )
-
-
-class UnnamedCalls:
-    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call like it."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[str, str, str], list[int]] = {}  # (session, agent, tool) → keys
-
-    def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
-        """Return the facts of an event, a result with the key of the call that it belongs to."""
-        if event["hookType"] == "PostToolBatch" or not facts or event["data"].get("toolUseId"):
-            return facts
-        fact = facts[0]
-        keys = self._open.setdefault((event["sessionId"], event.get("agentId", MAIN), fact.tool), [])
-        if fact.outcome is Outcome.OPEN:
-            keys.append(fact.key)
-            del keys[:-100]
-        elif keys:
-            return (fact._replace(key=keys.pop()),)
-        return facts
-
-
-def usage_facts(event: JsonObject) -> tuple[tuple[str, ModelUsage], ...]:
-    """Return (model, total) of what the session of an event has used so far; events that tell it are few."""
-    usage = event["data"].get("usage")
-    models = usage.get("models") if isinstance(usage, dict) else None
-    if not isinstance(models, dict):
-        return ()
-    return tuple(
-        (model[:200], _model_usage(counts))
-        for model, counts in itertools.islice(models.items(), MODELS_LIMIT)
-    )
-
-
-# The file
+    return {"results": results, "next": str(last) if more else None, "complete": complete, "tookMs": took_ms}
 
 
 class IndexFile:
-    """The SQLite file and what is written to it; one thread, one connection. Errors are sqlite3.Error."""
+    """The SQLite file and what is written to it; one thread, one connection. Errors are sqlite3.Error.
 
+    `add` collects rows, `flush` writes them. What raises inside a transaction leaves the file to be closed.
+    """
+
+    _ADD_FILE = """
+        UPDATE files SET bytes = bytes + ?, first_seq = min(first_seq, ?),
+          earliest = min(earliest, ?), latest = max(latest, ?) WHERE id = ?"""
+    _ADD_CELL = """
+        INSERT INTO cells VALUES(?, ?, 1, ?, ?, ?) ON CONFLICT(file, quarter) DO UPDATE SET
+          events = events + 1, prompts = prompts + excluded.prompts,
+          first = min(first, excluded.first), last = max(last, excluded.last)"""
     _ADD_CALL = """
-        INSERT INTO calls(key, file, session, tool, target, begun, quarter, finish, duration, outcome, event)
-        VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        ON CONFLICT(key) DO UPDATE SET
+        INSERT INTO calls VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(key) DO UPDATE SET
           file = CASE WHEN excluded.outcome > outcome THEN excluded.file ELSE file END,
           quarter = min(quarter, excluded.quarter),
           finish = CASE WHEN excluded.outcome > outcome THEN excluded.finish ELSE finish END,
@@ -3731,31 +2729,9 @@ class IndexFile:
             ELSE ifnull(duration, max(0, finish - ifnull(begun, excluded.begun))) END,
           begun = ifnull(begun, excluded.begun),
           event = CASE WHEN excluded.outcome > outcome THEN excluded.event ELSE event END,
-          outcome = max(outcome, excluded.outcome)
-        """
-    _ADD_ACTIVITY = """
-        INSERT INTO activity(file, quarter, events, prompts, first, last) VALUES(?, ?, ?, ?, ?, ?)
-        ON CONFLICT(file, quarter) DO UPDATE SET
-          events = events + excluded.events, prompts = prompts + excluded.prompts,
-          first = min(first, excluded.first), last = max(last, excluded.last)
-        """
-
-    _COUNTS = (
-        "c0",
-        "c1",
-        "c2",
-        "c3",
-        "c4",
-        "l0",
-        "l1",
-        "l2",
-        "l3",
-        "l4",
-    )  # of Tokens: all, and of long prompts
+          outcome = max(outcome, excluded.outcome)"""
     _ADD_USAGE = (
-        f"INSERT INTO usage(file, model, quarter, {', '.join(_COUNTS)}) "
-        f"VALUES({', '.join('?' * 13)}) "
-        "ON CONFLICT(file, model, quarter) DO UPDATE SET "
+        f"INSERT INTO usage VALUES(?, ?, ?{', ?' * len(_COUNTS)}) ON CONFLICT DO UPDATE SET "
         + ", ".join(f"{name} = max({name}, excluded.{name})" for name in _COUNTS)
     )
 
@@ -3763,1283 +2739,826 @@ class IndexFile:
         """Open the file; begin a new one when there is none, or one of another version."""
         self.path = path
         self.db = self._connect()
-        if self.db.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:
+        self.is_new = not is_current(self.db)
+        if self.is_new:
             self.db.close()
             remove_index(path)
             self.db = self._connect()
-            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.executescript(f"BEGIN; {_INDEX_SCHEMA} PRAGMA user_version = {INDEX_VERSION}; COMMIT;")
-        self.full_text = has_full_text(self.db)
-        self._names: dict[tuple[str, str], int] = {
-            (kind, name): number
-            for number, kind, name in self.db.execute(
-                "SELECT id, kind, name FROM names LIMIT ?", (NAMES_KEPT,)
+            self.db.executescript(
+                f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {_INDEX_SCHEMA} COMMIT;"
             )
-        }
-        self.inodes = index_inodes(path)
+        self.full_text = has_full_text(self.db)
+        self.indexed = read_meta(self.db, "indexed")
+        self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
+        self._rows: dict[str, list[tuple[Any, ...]]] = collections.defaultdict(list)  # statement → rows
+        self._name_id = functools.lru_cache(NAMES_KEPT)(self._find_name)
+        self._file_of = functools.lru_cache(NAMES_KEPT)(self._find_file)
+        self._closed_calls = SeenIds()
+        self._unnamed = UnnamedCalls()
+        self._inodes = index_inodes(path)
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
             remove_index(self.path)  # a log that was left behind does not belong to the next file
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
-        # A power failure costs the last transactions, never the file; they are read from the events again.
+        # A power failure costs the last transactions, never the file; the events are read again.
         for pragma in ("synchronous = NORMAL", "cache_size = -8192", "wal_autocheckpoint = 2000"):
             db.execute(f"PRAGMA {pragma}")
         return db
 
     def close(self) -> None:
         """Close the connection."""
-        self.db.close()
+        with contextlib.suppress(sqlite3.Error):
+            self.db.close()
 
     def is_gone(self) -> bool:
-        """Tell whether somebody has removed or replaced the file, or one that SQLite keeps beside it."""
-        return index_inodes(self.path) != self.inodes
+        """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
+        return index_inodes(self.path) != self._inodes
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Do everything inside or nothing."""
+    def transaction(self) -> sqlite3.Connection:
+        """Begin a transaction, for `with`: everything inside is done, or nothing."""
         self.db.execute("BEGIN")
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self.db.execute("ROLLBACK")
-            self._names.clear()
-            raise
-        self.db.execute("COMMIT")
+        return self.db
 
-    def name_id(self, kind: str, name: str) -> int:
-        """Return the number that stands for a name, a new one when it is new."""
-        name = fit_name(name)
-        number = self._names.get((kind, name))
-        if number is None:
-            found = self.db.execute(
-                "SELECT id FROM names WHERE kind = ? AND name = ?", (kind, name)
-            ).fetchone()
-            number = found[0] if found else None
-        if number is None:
-            number = (
-                self.db.execute("INSERT INTO names(kind, name) VALUES(?, ?)", (kind, name)).lastrowid or 0
-            )
-        if len(self._names) >= NAMES_KEPT:
-            self._names.clear()
-        self._names[kind, name] = number
-        return number
+    def _find_name(self, name: str) -> int:
+        self.db.execute("INSERT OR IGNORE INTO names(name) VALUES(?)", (name_key(name),))
+        return int(self.db.execute("SELECT id FROM names WHERE name = ?", (name_key(name),)).fetchone()[0])
 
-    def day_id(self, day: str) -> int:
-        """Return the number of a day of the store; make its table of words when it is new."""
-        found = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
-        if found:
-            return int(found[0])
-        added = self.db.execute("INSERT INTO days(name, ahead, removed) VALUES(?, 0, 0)", (day,))
-        number = added.lastrowid or 0
-        if self.full_text:
-            self.db.execute(
-                f"CREATE VIRTUAL TABLE words_{number} USING fts5(words, content='', columnsize=0, "
-                "detail=none, tokenize=ascii)"
-            )
+    def _find_file(self, day: str, session: str, machine: str, project: str) -> tuple[int, int, int]:
+        """Return the ids of (file, day, session); make known what is new."""
+        is_new = self.db.execute("INSERT OR IGNORE INTO days(name) VALUES(?)", (day,)).rowcount
+        (day_id,) = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
+        if is_new and self.full_text:
+            words = f"words_{day_id}"
+            options = "content='', columnsize=0, detail=none, tokenize=ascii"
+            self.db.execute(f"CREATE VIRTUAL TABLE {words} USING fts5(words, {options})")
             # Fewer, larger pieces: twice as fast to fill and less to merge.
-            self.db.execute(
-                f"INSERT INTO words_{number}(words_{number}, rank) VALUES('hashsize', {16 << 20})"
-            )
-        return number
+            self.db.execute(f"INSERT INTO {words}({words}, rank) VALUES('hashsize', {16 << 20})")
+        key = (day_id, session_file_name(session))
+        names = map(self._name_id, (session, machine, project))
+        columns = "INSERT OR IGNORE INTO files(day, name, session, machine, project) VALUES(?, ?, ?, ?, ?)"
+        self.db.execute(columns, (*key, *names))
+        found = self.db.execute("SELECT id, day, session FROM files WHERE day = ? AND name = ?", key)
+        file: tuple[int, int, int] = found.fetchone()
+        return file
 
-    def files(self) -> dict[str, tuple[int, int, int]]:
-        """Return "day/name" → (number, inode, position) of every file that is known."""
-        rows = self.db.execute(
-            "SELECT days.name, files.name, files.id, inode, position FROM files JOIN days ON days.id = day"
-        )
-        return {f"{day}/{name}": (number, inode, position) for day, name, number, inode, position in rows}
-
-    def add_file(self, day: str, name: str, inode: int, event: JsonObject) -> int:
-        """Make a file known by its first event; return its number."""
-        row = (
-            self.day_id(day),
-            name,
-            inode,
-            self.name_id("session", event["sessionId"]),
-            self.name_id("machine", event["machineId"]),
-            self.name_id("project", event["workingDirectory"]),
-        )
-        added = self.db.execute(
-            "INSERT INTO files(day, name, inode, position, session, machine, project) "
-            "VALUES(?, ?, ?, 0, ?, ?, ?)",
-            row,
-        )
-        return added.lastrowid or 0
-
-    def add(self, day_id: int, documents: list[Document], positions: Mapping[int, int]) -> None:
-        """Write events of one day, and how far their files have been read (file number → position)."""
-        documents.sort(key=lambda document: (document.timestamp, document.seq))
-        numbered = list(zip(self._free_ids(documents), documents))
-        self.db.executemany(
-            "INSERT INTO events(id, file, offset, length) VALUES(?, ?, ?, ?)",
-            [(number, doc.file_id, doc.offset, doc.length) for number, doc in numbered],
-        )
+    def add(self, entry: StoredEvent, day: str | None = None) -> None:
+        """Collect what one event contributes; `day`: the folder of its file, where that is known."""
+        seq, event, line = entry
+        if day is None:  # as in the journal: a clock set back over midnight does not change the day
+            day = day_of(event["received"])
+            if day < self._day <= day_of(event["received"] + 86_400_000):
+                day = self._day
+            self._day = day
+        kind, timestamp = effective_type(event), event["timestamp"]
+        quarter, rows = timestamp // QUARTER_MS, self._rows
+        about = (event["sessionId"], event["machineId"], event["workingDirectory"])
+        file_id, day_id, session = self._file_of(day, *about)
+        usage = event["data"].get("usage")  # totals of the session so far
+        models = usage.get("models") if isinstance(usage, dict) else None
+        items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
+        for model, used in items:
+            rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
+        rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
+        if kind == "usage":
+            return
+        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if self.full_text:
+            words = (seq, self._words(event, kind))
+            rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
+        if kind != "session_meta":  # what the user did to a session is no event of it
+            is_prompt = kind_of(event) == "user_prompt"
+            rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
+        for call in self._unnamed.paired(event, call_facts(event)):
+            begun = call.begun_ms if call.outcome is Outcome.OPEN else None
+            target = stable_hash(call.tool, tool_target(call.tool_input, event["workingDirectory"]))
+            key = stable_hash(event["sessionId"], call.use_id)
+            place = (key, file_id, session, self._name_id(call.tool), target)
+            times = (begun, call.begun_ms // QUARTER_MS, call.finish_ms, call.duration_ms)
+            rows[self._ADD_CALL].append((*place, *times, call.outcome, seq))
+
+    def _words(self, event: JsonObject, kind: str) -> str:
+        """Return the words by which an event is found, and the marks that say what it is."""
+        texts: list[str] = []
+        data = event["data"]
+        for name, value in data.items():
+            if name == "tool_calls" and event["hookType"] == "PostToolBatch":
+                # Each call has said the same itself; the round adds only those that never ran.
+                batch = _batch_calls(event)
+                value = [one for one in batch if text_of(one.get("tool_use_id")) not in self._closed_calls]
+            if name not in _NOT_SEARCHED:
+                collect_texts(value, texts)
+        if kind in ("tool_result", "tool_error"):
+            self._closed_calls.add(text_of(data.get("toolUseId")))
+        marks = [("s", event["sessionId"]), ("m", event["machineId"]), ("k", kind), ("k", event["hookType"])]
+        if isinstance(data.get("toolName"), str):
+            marks.append(("t", data["toolName"]))
+        marked = " ".join(f"{_MARK}{letter}{self._name_id(name)}" for letter, name in marks)
+        return fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked
+
+    def flush(self, seq: int) -> None:
+        """Write what was collected, and that everything up to a seq is in; inside a transaction."""
+        for statement, rows in self._rows.items():
+            self.db.executemany(statement, rows)
+        self._rows.clear()
+        self.indexed = max(self.indexed, seq)
+        self.db.execute("UPDATE meta SET value = ? WHERE name = 'indexed'", (self.indexed,))
+
+    def forget_files(self, where: str, *parameters: Any) -> None:
+        """Delete what came from some files, and days without files; words stay until their day goes."""
+        with self.transaction():
+            if not self.db.execute(f"DELETE FROM files WHERE {where}", parameters).rowcount:
+                return
+            for table in ("events", "cells", "usage", "calls"):
+                self.db.execute(f"DELETE FROM {table} WHERE file NOT IN (SELECT id FROM files)")
+            empty = "FROM days WHERE id NOT IN (SELECT day FROM files)"
+            for (day_id,) in self.db.execute(f"SELECT id {empty}").fetchall():
+                self.db.execute(f"DROP TABLE IF EXISTS words_{day_id}")
+            self.db.execute(f"DELETE {empty}")
+        self._file_of.cache_clear()
+        # One page a step, and only executescript steps to the end.
+        self.db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+
+    def forget_session(self, session_id: str) -> None:
+        """Delete everything that came from a session, and its snapshot."""
+        self.forget_files("name = ?", session_file_name(session_id))
+        self.db.execute("DELETE FROM snapshots WHERE session = ?", (name_key(session_id),))
+
+    def save(self, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
+        """Write snapshots, and up to which seq all snapshots are complete, in one transaction."""
+        with self.transaction():
             self.db.executemany(
-                f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)",
-                [(number, doc.words) for number, doc in numbered],
+                "INSERT OR REPLACE INTO snapshots VALUES(?, ?, ?)",
+                [(name_key(name), state, zlib.crc32(state)) for name, state in rows.items()],
             )
-        sessions = dict(self.db.execute("SELECT id, session FROM files WHERE day = ?", (day_id,)))
-        self.db.executemany(self._ADD_CALL, list(self._call_rows(numbered, sessions)))
-        self.db.executemany(self._ADD_ACTIVITY, activity_rows(documents))
-        self.db.executemany(self._ADD_USAGE, list(self._usage_rows(documents)))
-        self.db.executemany(
-            "UPDATE files SET position = ? WHERE id = ?", [(at, file) for file, at in positions.items()]
-        )
-        if numbered:
-            ahead = max(number - document.timestamp for number, document in numbered)
-            self.db.execute(
-                "UPDATE days SET low = min(ifnull(low, ?), ?), high = max(ifnull(high, ?), ?), "
-                "ahead = max(ahead, ?) WHERE id = ?",
-                (*[numbered[0][0]] * 2, *[numbered[-1][0]] * 2, ahead, day_id),
-            )
-
-    def _free_ids(self, documents: Sequence[Document]) -> Iterator[int]:
-        last = -1
-        for document in documents:
-            number = max(document.timestamp, last + 1)
-            while self.db.execute("SELECT 1 FROM events WHERE id = ?", (number,)).fetchone():
-                number += 1
-            last = number
-            yield number
-
-    def _call_rows(
-        self, numbered: Sequence[tuple[int, Document]], sessions: Mapping[int, int]
-    ) -> Iterator[tuple[Any, ...]]:
-        for number, document in numbered:
-            for call in document.calls:
-                yield (
-                    call.key,
-                    document.file_id,
-                    sessions[document.file_id],
-                    self.name_id("tool", call.tool),
-                    call.target,
-                    call.start if call.outcome is Outcome.OPEN else None,
-                    call.start // QUARTER_MS,
-                    call.finish,
-                    call.duration,
-                    call.outcome,
-                    number,
-                )
-
-    def _usage_rows(self, documents: Sequence[Document]) -> Iterator[tuple[int, ...]]:
-        for document in documents:
-            for model, used in document.usage:
-                quarter = document.timestamp // QUARTER_MS
-                yield (document.file_id, self.name_id("model", model), quarter, *used.all, *used.long_prompts)
-
-    def forget_file(self, file_id: int) -> None:
-        """Take out everything that came from one file, and its day with its last file."""
-        day_id = self.db.execute("SELECT day FROM files WHERE id = ?", (file_id,)).fetchone()[0]
-        removed = self.db.execute("DELETE FROM events WHERE file = ?", (file_id,)).rowcount
-        for table in ("calls", "activity", "usage"):
-            self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
-        self.db.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self.db.execute("UPDATE days SET removed = removed + ? WHERE id = ?", (removed, day_id))
-        if not self.db.execute("SELECT 1 FROM files WHERE day = ? LIMIT 1", (day_id,)).fetchone():
-            self.forget_day(day_id)
-
-    def forget_day(self, day_id: int) -> None:
-        """Take out a whole day."""
-        for (file_id,) in self.db.execute("SELECT id FROM files WHERE day = ?", (day_id,)).fetchall():
-            for table in ("events", "calls", "activity", "usage"):
-                self.db.execute(f"DELETE FROM {table} WHERE file = ?", (file_id,))
-        self.db.execute("DELETE FROM files WHERE day = ?", (day_id,))
-        self.db.execute("DELETE FROM days WHERE id = ?", (day_id,))
-        if self.full_text:
-            self.db.execute(f"DROP TABLE IF EXISTS words_{day_id}")
-
-    def worn_days(self) -> list[int]:
-        """Return the days whose words are mostly of files that are gone: they are worth reading anew."""
-        rows = self.db.execute(
-            "SELECT id FROM days WHERE removed > 1000 AND removed > "
-            "(SELECT count(*) FROM events WHERE file IN (SELECT id FROM files WHERE day = days.id))"
-        )
-        return [day_id for (day_id,) in rows]
-
-    def give_back(self) -> None:
-        """Give the space of what was taken out back to the file system."""
-        if self.db.execute("PRAGMA freelist_count").fetchone()[0]:
-            # One page a step, and only executescript steps to the end.
-            self.db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+            if checkpoint is not None:
+                self.db.execute("UPDATE meta SET value = ? WHERE name = 'checkpoint'", (checkpoint,))
 
 
-def activity_rows(documents: Sequence[Document]) -> list[tuple[int, ...]]:
-    """Return (file, quarter of an hour, events, prompts, first ms, last ms) of some events."""
-    rows: dict[tuple[int, int], list[int]] = {}
-    for document in documents:
-        if not document.counts:
-            continue
-        at = document.timestamp
-        row = rows.setdefault((document.file_id, at // QUARTER_MS), [0, 0, at, at])
-        row[0] += 1
-        row[1] += document.is_prompt
-        row[2], row[3] = min(row[2], at), max(row[3], at)
-    return [(*key, *row) for key, row in rows.items()]
+def name_key(name: str) -> bytes:
+    """Return a name as the index keeps it; it may hold lone surrogates."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def key_name(key: bytes) -> str:
+    """Return the name of a `name_key`."""
+    return key.decode("utf-8", "surrogatepass")
+
+
+def is_current(db: sqlite3.Connection) -> bool:
+    """True if an index file is of this version."""
+    return bool(db.execute("PRAGMA user_version").fetchone()[0] == INDEX_VERSION)
+
+
+def read_meta(db: sqlite3.Connection, name: str) -> int:
+    """Return a number that the index keeps about itself: `indexed` or `checkpoint`."""
+    return int(db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
 
 
 def has_full_text(db: sqlite3.Connection) -> bool:
-    """Tell whether this SQLite was built with FTS5."""
-    try:
-        db.execute("CREATE VIRTUAL TABLE temp.probe USING fts5(words)")
-        db.execute("DROP TABLE temp.probe")
-    except sqlite3.OperationalError:
-        return False
-    return True
+    """True if this SQLite was built with FTS5."""
+    return ("ENABLE_FTS5",) in db.execute("PRAGMA compile_options").fetchall()
+
+
+def index_files(path: str) -> dict[str, os.stat_result]:
+    """Return path → what it is, of the index and of what SQLite keeps beside it."""
+    found = {}
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path + suffix] = os.stat(path + suffix)
+    return found
 
 
 def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the inodes of the index and of what SQLite keeps beside it while it is open; 0 for none."""
-    return inode_of(path), inode_of(path + "-wal"), inode_of(path + "-shm")
-
-
-def remove_index(path: str) -> None:
-    """Remove the index and what SQLite keeps beside it."""
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-# Filling
-
-
-class Indexer:
-    """Fill the index from the event files, in a thread of its own.
-
-    `grown` is for the loop thread, `look_again` and `status` for any.
-    """
-
-    def __init__(self, store: EventStore, path: str) -> None:
-        self._store = store
-        self._path = path
-        self._file: IndexFile | None = None
-        self._lock = threading.Lock()
-        self._grown: dict[str, int] = {}  # "day/name" → bytes that were added and not yet looked at
-        self._look_again = True
-        self._wake = threading.Event()
-        self._is_open = threading.Event()  # there is an index that can be asked, complete or not
-        self._stopping = False
-        self._last_live = 0.0  # time.monotonic() of the last event
-        self._state, self._error = "building", ""
-        self._full_text = True
-        self._done = self._total = 0
-        self._indexed = 0  # events since the start, for the average length of a line
-        self._indexed_bytes = 0
-        self._closed_calls = SeenIds()
-        self._unnamed = UnnamedCalls()
-        self._thread = threading.Thread(target=self._run, name="index", daemon=True)
-
-    def start(self) -> None:
-        """Begin to fill."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End after the batch at hand."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(10)
-
-    def grown(self, stored: Sequence[StoredEvent]) -> None:
-        """Take note of events that were just written to their files."""
-        with self._lock:
-            for entry in stored:
-                name = f"{self._store.newest_day}/{session_file_name(entry.event['sessionId'])}"
-                self._grown[name] = self._grown.get(name, 0) + len(entry.line) + 1
-        self._last_live = time.monotonic()
-        if not self._wake.is_set():
-            self._wake.set()
-
-    def look_again(self) -> None:
-        """Compare with the files on disk once more: some were removed, replaced or added."""
-        self._look_again = True
-        self._wake.set()
-
-    def make_anew(self) -> None:
-        """Throw the index away and fill a new one: what was read from it made no sense."""
-        self._state = "building"  # before anybody can find the new one empty
-        self._is_open.clear()
-        with contextlib.suppress(OSError):
-            remove_index(self._path)
-        self._wake.set()
-
-    def status(self) -> JsonObject:
-        """Return what /api/status shows of the index."""
-        with self._lock:
-            behind = sum(self._grown.values())
-        total, done = self._total + behind, self._done
-        line_bytes = self._indexed_bytes / self._indexed if self._indexed else 1000
-        return {
-            "state": self._state,
-            "done": done,
-            "total": total,
-            "lagEvents": math.ceil(max(0, total - done) / line_bytes),
-            "bytes": index_bytes(self._path),
-            "fullText": self._full_text,
-            "error": self._error or None,
-        }
-
-    def wait_until_open(self) -> None:
-        """Wait, not for long, while the index is just being opened or made anew."""
-        if self._state == "building" and self._thread.is_alive():
-            self._is_open.wait(INDEX_OPENS_S)
-
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._file = IndexFile(self._path)
-                self._is_open.set()
-                self._full_text = self._file.full_text
-                self._state = "building"
-                self._look_again = True
-                self._fill(self._file)
-                if not self._stopping:
-                    log.warning("the index is made anew: its files were removed or replaced")
-                    self._state = "building"
-                    self._close()
-                    remove_index(self._path)
-            except (sqlite3.Error, OSError) as error:
-                self._fail(error)
-            except Exception:  # nobody foresaw it; searching the files still works
-                log.exception("the index ended unexpectedly")
-                self._state, self._error = "off", "it ended unexpectedly, the log tells why"
-                self._pause(INDEX_RETRY_S)
-            finally:
-                self._close()
-
-    def _close(self) -> None:
-        self._is_open.clear()
-        if self._file is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._file.close()
-            self._file = None
-
-    def _fail(self, error: Exception) -> None:
-        """Begin anew when the file is damaged; wait when it cannot be written."""
-        words = str(error)
-        if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
-            log.warning("the index is made anew: %s", words)
-            self._state = "building"
-            self._close()
-            with contextlib.suppress(OSError):
-                remove_index(self._path)
-            self._pause(0.5)
-            return
-        if words != self._error:
-            log.warning("the index cannot be written, searches read the files: %s", words)
-        self._state, self._error = "off", words
-        self._pause(INDEX_RETRY_S)
-
-    def _pause(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not self._stopping and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def _fill(self, file: IndexFile) -> None:
-        while not self._stopping and not file.is_gone():
-            self._wake.clear()
-            with self._lock:
-                grown, self._grown = self._grown, {}
-            if self._look_again:
-                self._look_again = False
-                self._compare(file)
-            else:
-                self._total += sum(grown.values())
-                self._read_files(file, sorted(grown))
-            if self._stopping or self._look_again:
-                continue
-            if file.is_gone():
-                return
-            if self._state != "ready":
-                log.info("the index is complete: %d bytes of events", self._done)
-            # All is read. What came since is in _grown, and so is what was read before it was told.
-            self._total = self._done
-            self._state, self._error = "ready", ""
-            self._wake.wait(2.0)
-            time.sleep(INDEX_GATHER_S)
-
-    def _compare(self, file: IndexFile) -> None:
-        """Bring the index to where the files are, the latest day first: what is new is wanted soonest."""
-        on_disk = {
-            f"{day}/{name}": about
-            for day in self._store.days()
-            for name, about in stored_files(self._store.root, day)
-        }
-        known = file.files()
-        with file.transaction():
-            for name, (file_id, inode, position) in known.items():
-                now = on_disk.get(name)
-                if now is None or (now.inode and inode and now.inode != inode) or now.size < position:
-                    file.forget_file(file_id)
-            for day_id in file.worn_days():
-                file.forget_day(day_id)
-        file.give_back()
-        known = file.files()
-        self._total = sum(about.size for about in on_disk.values())
-        self._done = sum(position for _, _, position in known.values())
-        behind = [name for name, now in on_disk.items() if now.size > known.get(name, (0, 0, 0))[2]]
-        self._read_files(file, sorted(behind, key=lambda name: name.partition("/")[0], reverse=True))
-
-    def _read_files(self, file: IndexFile, names: Sequence[str]) -> None:
-        """Index what was added to some files ("day/name"), in batches of one day each."""
-        for day, group in itertools.groupby(names, key=lambda name: name.partition("/")[0]):
-            batch = IndexBatch()
-            for name in group:
-                self._read_file(file, day, name.partition("/")[2], batch)
-                if self._stopping or file.is_gone():
-                    return
-            self._write(file, day, batch)
-
-    def _read_file(self, file: IndexFile, day: str, name: str, batch: IndexBatch) -> None:
-        row = file.db.execute(
-            "SELECT files.id, position FROM files JOIN days ON days.id = day "
-            "WHERE days.name = ? AND files.name = ?",
-            (day, name),
-        ).fetchone()
-        file_id, position = row or (None, 0)
-        path = f"{self._store.root}/{day}/{name}"
-        try:
-            source = open_stored(path)
-        except FileNotFoundError:  # removed meanwhile
-            self._look_again = True
-            return
-        with source:
-            source.seek(position)
-            began = time.monotonic()
-            for line in source:
-                if not line.endswith(b"\n"):
-                    break
-                event = self._event_of(line)
-                if event is not None:
-                    if file_id is None:
-                        with file.transaction():
-                            file_id = file.add_file(day, name, inode_of(path), event)
-                    batch.documents.append(self._document(file, event, file_id, position, line))
-                position += len(line)
-                batch.size += len(line)
-                if file_id is not None:
-                    batch.positions[file_id] = position
-                if len(batch.documents) % INDEX_SLICE_EVENTS == 0:
-                    began = self._yield_to_live_path(began)
-                if batch.is_full():
-                    self._write(file, day, batch)
-                    began = self._yield_to_live_path(began)
-                    if self._stopping or file.is_gone():
-                        return
-
-    def _yield_to_live_path(self, began: float) -> float:
-        """Rest after work that began at `began`, if events are arriving; return when work goes on."""
-        now = time.monotonic()
-        if now - self._last_live < LIVE_S and not self._stopping:
-            time.sleep(min(1.0, (now - began) * (1 - LIVE_SHARE) / LIVE_SHARE))
-        return time.monotonic()
-
-    @staticmethod
-    def _event_of(line: bytes) -> JsonObject | None:
-        try:
-            return parse_stored(line)
-        except MalformedEvent:  # edited by hand
-            return None
-
-    def _document(
-        self, file: IndexFile, event: JsonObject, file_id: int, offset: int, line: bytes
-    ) -> Document:
-        kind = effective_type(event)
-        calls = self._unnamed.paired(event, call_facts(event, kind))
-        texts: list[str] = []
-        for name, value in event["data"].items():
-            if name == "tool_calls" and event["hookType"] == "PostToolBatch":
-                # Each call has told the same itself; what only its round tells is not in the set.
-                told = [
-                    call
-                    for call in _batch_calls(event)
-                    if text_of(call.get("tool_use_id")) not in self._closed_calls
-                ]
-                collect_texts(told, texts)
-            elif name not in _NOT_SEARCHED:
-                collect_texts(value, texts)
-        if kind in ("tool_result", "tool_error"):
-            self._closed_calls.add(text_of(event["data"].get("toolUseId")))
-        marks = [
-            ("session", event["sessionId"]),
-            ("machine", event["machineId"]),
-            ("kind", f"{kind}\n{event['hookType']}"),
-        ]
-        if isinstance(event["data"].get("toolName"), str):
-            marks.append(("tool", event["data"]["toolName"]))
-        marked = " ".join(f"{_MARK}{file.name_id(mark, name)}" for mark, name in marks)
-        return Document(
-            event["timestamp"],
-            line_seq(line),
-            file_id,
-            offset,
-            len(line),
-            fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked,
-            kind != "session_meta",
-            _is_persons_prompt(event, kind),
-            calls,
-            usage_facts(event),
-        )
-
-    def _write(self, file: IndexFile, day: str, batch: IndexBatch) -> None:
-        if batch.positions:
-            with file.transaction():
-                file.add(file.day_id(day), batch.documents, batch.positions)
-        self._done += batch.size
-        self._indexed += len(batch.documents)
-        self._indexed_bytes += batch.size
-        batch.clear()
-
-
-class IndexBatch:
-    """Events that are read but not yet written to the index."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.documents: list[Document] = []
-        self.positions: dict[int, int] = {}
-        self.size = 0
-        self._began = time.monotonic()
-
-    def is_full(self) -> bool:
-        """Tell whether it is time to write."""
-        return (
-            len(self.documents) >= INDEX_BATCH_EVENTS
-            or self.size >= INDEX_BATCH_BYTES
-            or time.monotonic() - self._began > INDEX_BATCH_S
-        )
+    """Return what changes when one of the files is replaced."""
+    return tuple(about.st_ino for about in index_files(path).values())
 
 
 def index_bytes(path: str) -> int:
     """Return how much room the index takes on disk."""
-    size = 0
-    for suffix in ("", "-wal", "-shm"):
-        with contextlib.suppress(OSError):
-            size += os.path.getsize(path + suffix)
-    return size
+    return sum(about.st_size for about in index_files(path).values())
 
 
-# Asking
+def remove_index(path: str) -> None:
+    """Remove the index and what SQLite keeps beside it."""
+    for name in index_files(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def readable(lines: Iterable[bytes]) -> Iterator[StoredEvent]:
+    """Parse stored lines; those that were edited into no events are left out."""
+    for line in lines:
+        with contextlib.suppress(MalformedEvent):
+            yield StoredEvent(line_seq(line), parse_stored(line), line)
 
 
 class IndexReader:
-    """A read-only connection for any thread; one question at a time."""
+    """A read-only connection for any thread, kept: to open one takes long. One question at a time."""
 
-    def __init__(self, path: str, root: str) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._root = root
         self._lock = threading.Lock()
-        self._db: sqlite3.Connection | None = None
-        self._inodes: tuple[int, ...] = ()
-        self._is_full_text = True
+        self._connection = functools.lru_cache(1)(self._connect)  # as long as the files are the same
+
+    def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
+        address = f"file:{urllib.parse.quote(self._path)}?mode=ro"
+        db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
+        return db
 
     @contextlib.contextmanager
-    def _reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none."""
+    def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
+        """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none.
+
+        What takes longer than `budget_s` raises an error that says "interrupted".
+        """
         with self._lock:
-            inodes = index_inodes(self._path)
-            if not inodes[0]:
-                raise sqlite3.OperationalError("there is no index")
-            if self._db is not None and inodes != self._inodes:
-                self._db.close()
-                self._db = None
-            if self._db is None:
-                address = f"file:{urllib.parse.quote(self._path)}?mode=ro"
-                self._db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
-                self._is_full_text = has_full_text(self._db)
-                self._db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
-                self._inodes = inodes
-            db = self._db
+            db = self._connection(index_inodes(self._path))
             deadline = time.monotonic() + budget_s
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
             db.execute("BEGIN")
             try:
+                if not is_current(db):
+                    raise sqlite3.OperationalError("there is no index of this version yet")
                 yield db
             finally:
-                db.set_progress_handler(None, 0)
-                with contextlib.suppress(sqlite3.Error):
-                    db.execute("ROLLBACK")
+                db.rollback()
 
     def close(self) -> None:
         """Close the connection."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
-                self._db = None
-
-    def search(self, query: SearchQuery) -> JsonObject:
-        """Return one page of what is searched for; raise sqlite3.Error when the index cannot tell."""
-        if query.cursor and not re.fullmatch(r"i\d{1,18}", query.cursor):
-            raise SearchError("cursor", "the `next` of the page before; search anew")
-        below = int(query.cursor[1:]) if query.cursor else None
-        with self._reading(SEARCH_BUDGET_S * 2) as db, LineReader(db, self._root) as lines:
-            ids = index_candidates(db, query, below, self._is_full_text)
-            try:
-                return search_page(query, lines.numbered(ids))
-            except sqlite3.OperationalError as error:
-                if "interrupt" in str(error):
-                    raise SearchError(
-                        "q", "longer words: so many begin like this that it takes too long"
-                    ) from None
-                raise
-
-    def statistics(
-        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, prices: PriceList
-    ) -> JsonObject:
-        """Return the figures of [from_ms, to_ms) in whole quarters of an hour, as /api/stats gives them."""
-        with self._reading(60.0) as db, LineReader(db, self._root) as lines:
-            return Statistics(db, lines, from_ms, to_ms, session_id, offset_minutes, prices).to_json()
+        self._connection.cache_clear()
 
 
-class LineReader:
-    """Read events' lines from their files by their number in the index."""
-
-    def __init__(self, db: sqlite3.Connection, root: str) -> None:
-        self._db = db
-        self._root = root
-        self._sources: dict[int, Any] = {}  # file number → open file, None when it is gone
-
-    def __enter__(self) -> LineReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for source in self._sources.values():
-            if source is not None:
-                source.close()
-
-    def line(self, number: int) -> bytes | None:
-        """Return a line without its newline; None when it is gone."""
-        row = self._db.execute("SELECT file, offset, length FROM events WHERE id = ?", (number,)).fetchone()
-        if row is None:
-            return None
-        file_id, offset, length = row
-        if file_id not in self._sources:
-            self._sources[file_id] = self._open(file_id)
-        source = self._sources[file_id]
-        if source is None:
-            return None
-        source.seek(offset)
-        line: bytes = source.read(length)
-        return line[:-1] if line.endswith(b"\n") and _SEQ.match(line) else None
-
-    def _open(self, file_id: int) -> Any:
-        day, name = self._db.execute(
-            "SELECT days.name, files.name FROM files JOIN days ON days.id = day WHERE files.id = ?",
-            (file_id,),
-        ).fetchone()
-        try:
-            return open_stored(f"{self._root}/{day}/{name}")
-        except FileNotFoundError:
-            return None
-
-    def numbered(self, numbers: Iterable[int]) -> Iterator[tuple[str, bytes]]:
-        """Yield (cursor, line) for each number whose line is there."""
-        for number in numbers:
-            line = self.line(number)
-            if line is not None:
-                yield f"i{number}", line
+_PLACE = "seq, days.name, files.name"  # what `Journal.line` takes
+_IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = day"
 
 
-def index_candidates(
-    db: sqlite3.Connection, query: SearchQuery, below: int | None, is_full_text: bool
-) -> Iterator[int]:
-    """Yield the numbers of the events that may be searched for, newest first."""
-    # Where more events came than milliseconds passed, numbers ran ahead of timestamps; by no more than that.
-    ahead = db.execute("SELECT ifnull(max(ahead), 0) FROM days").fetchone()[0]
-    low, high = query.from_ms, query.to_ms + ahead
-    if below is not None:
-        high = min(high, below)
+def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
+    """Yield the lines that may be searched for, newest first; what is not indexed yet from the journal."""
+    indexed = read_meta(db, "indexed")
+    if indexed < journal.seq:
+        yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
     match = match_expression(db, query)
-    if match is None:
-        return
-    if not match or not is_full_text:
-        rows = db.execute("SELECT id FROM events WHERE id >= ? AND id < ? ORDER BY id DESC", (low, high))
-        yield from (number for (number,) in rows)
-        return
-    yield from _word_candidates(db, query, match, low, high)
+    limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
+    bounded = "seq < :before AND timestamp >= :from AND timestamp < :to"
 
+    def of_day(day_id: int) -> Iterator[tuple[int, str, str]]:
+        words = f"words_{day_id}"
+        tables = f"{words} CROSS JOIN events ON seq = {words}.rowid {_IN_FILES}"
+        chosen = f"{words} MATCH :match AND {words}.rowid < :before AND {bounded}"
+        return db.execute(f"SELECT {_PLACE} FROM {tables} WHERE {chosen} ORDER BY {words}.rowid DESC", limits)
 
-def _word_candidates(
-    db: sqlite3.Connection, query: SearchQuery, match: str, low: int, high: int
-) -> Iterator[int]:
-    """Merge what the days' tables of words answer; an older day is asked only when it is reached."""
-    sql = "SELECT id, high FROM days WHERE high >= ? AND low < ?"
-    parameters: list[Any] = [low, high]
-    if query.session_ids is not None and len(query.session_ids) == 1:
-        sql += (
-            " AND id IN (SELECT day FROM files WHERE session IN "
-            "(SELECT id FROM names WHERE kind = 'session' AND name = ?))"
-        )
-        parameters += map(fit_name, query.session_ids)
-    waiting: collections.deque[tuple[int, int]] = collections.deque(
-        db.execute(sql + " ORDER BY high DESC", parameters)
-    )
-    heads: list[tuple[int, int, Iterator[tuple[int]]]] = []  # (minus the next number, day, what follows)
-    while waiting or heads:
-        while waiting and (not heads or waiting[0][1] >= -heads[0][0]):
-            day_id, _ = waiting.popleft()
-            rows: Iterator[tuple[int]] = db.execute(
-                f"SELECT rowid FROM words_{day_id} WHERE words_{day_id} MATCH ? AND rowid >= ? AND rowid < ? "
-                "ORDER BY rowid DESC",
-                (match, low, high),
-            )
-            first = next(rows, None)
-            if first is not None:
-                heapq.heappush(heads, (-first[0], day_id, rows))
-        if not heads:
-            return
-        number, day_id, rows = heads[0]
-        yield -number
-        following = next(rows, None)
-        if following is None:
-            heapq.heappop(heads)
-        else:
-            heapq.heapreplace(heads, (-following[0], day_id, rows))
+    places: Iterable[tuple[int, str, str]] = ()
+    if match:
+        days = db.execute(
+            "SELECT day FROM files JOIN days ON days.id = day GROUP BY day HAVING min(first_seq) < :before "
+            "AND max(latest) >= :from AND min(earliest) < :to ORDER BY days.name DESC",
+            limits,
+        ).fetchall()
+        of_days = (of_day(day_id) for (day_id,) in days)
+        in_order = journal.in_order
+        places = itertools.chain.from_iterable(of_days) if in_order else heapq.merge(*of_days, reverse=True)
+    elif match is not None:
+        chosen = f"FROM events {_IN_FILES} WHERE {bounded} ORDER BY seq DESC"
+        places = db.execute(f"SELECT {_PLACE} {chosen}", limits)
+    yield from filter(None, itertools.starmap(journal.line, places))
 
 
 def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
     """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
-    sessions = query.session_ids
-    if sessions is not None and len(sessions) > SESSIONS_MATCHED:
-        sessions = None
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
         if term.is_prefix:
             parts[-1] += " *"
-    for kind, wanted in (
-        ("session", sessions),
-        ("machine", query.machine and {query.machine}),
-        ("tool", query.tool and {query.tool}),
-        ("kind", query.kind and {query.kind}),
-    ):
-        if wanted is None:
-            continue
-        fitting = {fit_name(name) for name in wanted}
-        names = db.execute("SELECT id, name FROM names WHERE kind = ?", (kind,))
-        # A kind has two names: ours, and that of the hook.
-        numbers = [
-            number
-            for number, name in names
-            if not fitting.isdisjoint(name.split("\n") if kind == "kind" else (name,))
-        ]
-        if not numbers:
+    marked = [("m", query.machine), ("t", query.tool), ("k", query.kind)]
+    wanted = [(letter, [name_key(name)]) for letter, name in marked if name is not None]
+    if query.session_ids is not None and len(query.session_ids) <= SESSIONS_MATCHED:
+        wanted.append(("s", [*map(name_key, query.session_ids)]))
+    for letter, keys in wanted:
+        rows = db.execute(f"SELECT id FROM names WHERE name IN ({','.join('?' * len(keys))})", keys)
+        marks = [f'"{_MARK}{letter}{number}"' for (number,) in rows]
+        if not marks:
             return None
-        parts.append("(" + " OR ".join(f'"{_MARK}{number}"' for number in numbers) + ")")
+        parts.append("(" + " OR ".join(marks) + ")")
     return " AND ".join(parts)
 
 
+class Cell(NamedTuple):
+    """What a session did in an hour of the viewer's clock; names are numbers."""
+
+    session: int
+    hour: int
+    counts: tuple[int, ...]  # _COUNTED
+    model: int | None = None  # of the tokens
+    tokens: Tokens = Tokens()
+
+
 class Statistics:
-    """The figures of a stretch of time, of all sessions or of one, counted in quarters of an hour."""
+    """Statistics for a time range, of all sessions or of one, counted in quarters of an hour."""
 
     def __init__(
-        self,
-        db: sqlite3.Connection,
-        lines: LineReader,
-        from_ms: int,
-        to_ms: int,
-        session_id: str | None,
-        offset_minutes: int,
-        prices: PriceList,
+        self, db: sqlite3.Connection, journal: Journal, prices: PriceList, session_id: str | None
     ) -> None:
-        self._db = db
-        self._lines = lines
-        self._prices = prices
-        self._session_id = session_id
-        self._offset_minutes = offset_minutes
-        first, last = db.execute("SELECT min(quarter), max(quarter) FROM activity").fetchone()
-        self._from, self._to = from_ms // QUARTER_MS, -(-to_ms // QUARTER_MS)
-        shown_from = max(self._from, first or 0)
-        self._shown = (shown_from, max(shown_from, min(self._to, (last or -1) + 1)))
-        self._names: dict[int, str] = dict(db.execute("SELECT id, name FROM names"))
-        self._bounds: tuple[Any, ...] = (self._from, self._to)
-        self._where = "quarter >= ? AND quarter < ?"
-        if session_id is not None:
-            self._where += " AND session = ?"
-            found = db.execute(
-                "SELECT id FROM names WHERE kind = 'session' AND name = ?", (fit_name(session_id),)
-            ).fetchone()
-            self._bounds += (found[0] if found else -1,)
+        self._db, self._journal, self._prices, self._session_id = db, journal, prices, session_id
+        self._names = {number: key_name(key) for number, key in db.execute("SELECT id, name FROM names")}
+        self._until = "quarter < :to" + (" AND session = :session" if session_id is not None else "")
+        self._where = f"quarter >= :from AND {self._until}"
+        session = next((number for number, name in self._names.items() if name == session_id), -1)
+        self._bounds = {"session": session}
 
-    def to_json(self) -> JsonObject:
-        """Return everything."""
-        sums = self._sums()
-        tools = list(self._tools())
+    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int) -> JsonObject:
+        """Return everything, as /api/stats gives it; the days are those of a clock so far east of UTC."""
+        self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
+        first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
+        shown_from = max(self._bounds["from"], first or 0)
+        shown_to = max(shown_from, min(self._bounds["to"], (last or -1) + 1))
         return {
-            "from": self._shown[0] * QUARTER_MS,
-            "to": self._shown[1] * QUARTER_MS,
-            "utcOffset": self._offset_minutes,
+            "from": shown_from * QUARTER_MS,
+            "to": shown_to * QUARTER_MS,
+            "utcOffset": offset_minutes,
             "session": self._session_id,
-            **sums,
-            "tools": [figures for figures, _ in tools],
-            "slowest": self._slowest(call for _, slowest in tools for call in slowest),
+            **self._groups(offset_minutes),
+            **self._tools(),
             "failing": self._failing(),
         }
 
-    def _tools(self) -> Iterator[tuple[JsonObject, list[tuple[int, int, int]]]]:
-        """Yield each tool's figures and its slowest calls (duration, outcome, event), most calls first."""
-        ends: dict[int, dict[int, int]] = collections.defaultdict(dict)
-        for tool, outcome, count in self._db.execute(
-            f"""SELECT tool, outcome, count(*) FROM calls INDEXED BY calls_by_tool
-            WHERE outcome <> {Outcome.OK:d} AND {self._where} GROUP BY tool, outcome""",
+    def _groups(self, offset_minutes: int) -> JsonObject:
+        """Add up what each session did in each hour of the viewer's clock, for every table of the page."""
+        names, cells = self._names, list(self._cells(f"(quarter * 15 + {offset_minutes}) / 60"))
+        zone_ms = offset_minutes * 60_000
+        latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
+        places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
+        spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
+        spans += f"WHERE {self._where} GROUP BY session"
+        span_of = {session: span for session, *span in self._db.execute(spans, self._bounds)}
+
+        def table(
+            fields: Iterable[str],
+            key_of: Callable[[Cell], int | None],
+            about: Callable[[int], JsonObject] = lambda _: {},
+        ) -> list[JsonObject]:
+            sessions: dict[int, set[int]] = collections.defaultdict(set)
+            counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
+            tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            for cell in cells:
+                key = key_of(cell)
+                if key is not None:
+                    sessions[key].add(cell.session)
+                    counts[key] = [*map(operator.add, counts[key], cell.counts)]
+                    if cell.model is not None:
+                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+            rows = []
+            for key in sorted(counts):
+                row = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
+                row.update(self._tokens_json(tokens[key]))
+                rows.append({**about(key), **{name: row[name] for name in fields}})
+            return rows
+
+        def about_session(session: int) -> JsonObject:
+            _, machine, project, _ = places[session]
+            start, end = span_of.get(session, (None, 0))
+            place = {"machineId": names[machine], "project": names[project]}
+            return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
+
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
+        hours = {row["hour"]: row for row in table(of_hour, lambda it: it.hour % 24, lambda it: {"hour": it})}
+        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
+        projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
+        machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
+        sessions = table((*_COUNTED, *_TOKENS), lambda cell: cell.session, about_session)
+        sessions.sort(key=lambda row: row["end"])
+        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS)}
+        return {
+            "totals": next(iter(table(every, lambda _: 0)), nothing),
+            "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
+            "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
+            "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
+            "days": table(every, lambda cell: cell.hour // 24, lambda it: {"day": day_of(it * 86_400_000)}),
+            "hours": [hours.get(it, {"hour": it, **dict.fromkeys(of_hour, 0)}) for it in range(24)],
+            "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * 3_600_000 - zone_ms}),
+            "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
+        }
+
+    def _cells(self, hour: str) -> Iterator[Cell]:
+        """Yield what each session did in each hour, and the tokens that it used of each model."""
+        for row in self._db.execute(
+            f"""SELECT session, {hour}, sum(events), sum(prompts), sum(calls), sum(failures) FROM (
+                SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
+                FROM cells JOIN files ON files.id = file WHERE {self._where}
+                UNION ALL
+                SELECT session, quarter, 0, 0, count(*), sum(outcome IN {FAILED})
+                FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
+              GROUP BY 1, 2""",
             self._bounds,
         ):
-            ends[tool][outcome] = count
-        rows = self._db.execute(
-            f"""SELECT tool, count(*), count(duration), ifnull(sum(duration), 0)
-            FROM calls INDEXED BY calls_by_tool WHERE {self._where} GROUP BY tool""",
+            yield Cell(row[0], row[1], row[2:])
+        known: dict[tuple[int, int], Tokens] = {}
+        totals = ", ".join(f"max({name})" for name in _COUNTS)
+        for session, model, quarter, at, *used in self._db.execute(
+            f"SELECT session, model, quarter, {hour}, {totals} FROM usage JOIN files ON files.id = file "
+            f"WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
             self._bounds,
-        ).fetchall()
-        for tool, calls, timed, total in sorted(rows, key=lambda row: (-row[1], self._names[row[0]])):
-            slowest = self._slowest_of(tool)
-            yield (
-                {
-                    "toolName": self._names[tool],
-                    "calls": calls,
-                    "failures": ends[tool].get(Outcome.FAILED, 0)
-                    + ends[tool].get(Outcome.FAILED_BY_ROUND, 0),
-                    "interrupted": ends[tool].get(Outcome.INTERRUPTED, 0),
-                    "unfinished": ends[tool].get(Outcome.OPEN, 0),
-                    "timed": timed,
-                    "p50Ms": self._percentile(tool, timed, 50),
-                    "p95Ms": self._percentile(tool, timed, 95),
-                    "maxMs": slowest[0][0] if slowest else None,
-                    "totalMs": total,
-                },
-                slowest,
-            )
+        ):
+            # Events carry totals: what counts is by how much they grew.
+            before = known.get((session, model), Tokens())
+            known[session, model] = after = Tokens(*map(max, before, used))
+            if quarter >= self._bounds["from"]:
+                grown = Tokens(*map(operator.sub, after, before))
+                yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
 
-    def _slowest_of(self, tool: int) -> list[tuple[int, int, int]]:
-        return self._db.execute(
-            f"""SELECT duration, outcome, event FROM calls INDEXED BY calls_by_tool
-            WHERE tool = ? AND duration IS NOT NULL AND {self._where}
-            ORDER BY duration DESC LIMIT {EXTREMES}""",
-            (tool, *self._bounds),
-        ).fetchall()
+    def _tokens_json(self, models: Mapping[int, Tokens]) -> JsonObject:
+        used = SessionUsage(0, {self._names[model]: tokens for model, tokens in models.items()})
+        cost = self._prices.estimate(used) if models else None
+        return {"tokenUsage": used.to_json() if models else None, "estimatedCostUsd": cost}
 
-    def _percentile(self, tool: int, count: int, percent: int) -> int | None:
-        """Return the duration that so many percent of the calls do not exceed (the nearest rank)."""
-        if not count:
-            return None
-        row = self._db.execute(
-            f"""SELECT duration FROM calls INDEXED BY calls_by_tool WHERE tool = ? AND duration IS NOT NULL
-            AND {self._where} ORDER BY duration LIMIT 1 OFFSET ?""",
-            (tool, *self._bounds, -(-count * percent // 100) - 1),
-        ).fetchone()
-        return int(row[0])
-
-    def _slowest(self, calls: Iterable[tuple[int, int, int]]) -> list[JsonObject]:
-        found = []
-        for duration, outcome, number in heapq.nlargest(EXTREMES, calls):
-            event = self._event(number)
-            if event is not None:
-                failed = outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND)
-                found.append({"durationMs": duration, "failed": failed, **_example(event)})
-        return found
+    def _tools(self) -> JsonObject:
+        """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
+        chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
+        durations = f"{chosen} AND tool = :tool AND duration IS NOT NULL ORDER BY duration"
+        tools: list[JsonObject] = []
+        slowest: list[tuple[int, int, int]] = []
+        sums = ", ".join(_TOOL_FIGURES.values())
+        for tool, *counts in self._db.execute(f"SELECT tool, {sums} {chosen} GROUP BY tool", self._bounds):
+            figures: JsonObject = {"toolName": self._names[tool], **dict(zip(_TOOL_FIGURES, counts))}
+            asked = {**self._bounds, "tool": tool}
+            for percent in (50, 95):  # the nearest rank
+                rank = -(-figures["timed"] * percent // 100) - 1
+                row = self._db.execute(f"SELECT duration {durations} LIMIT 1 OFFSET {rank}", asked).fetchone()
+                figures[f"p{percent}Ms"] = row and row[0]
+            last = f"SELECT duration, outcome, event {durations} DESC LIMIT {EXTREMES}"
+            longest = self._db.execute(last, asked).fetchall()
+            figures["maxMs"] = longest[0][0] if longest else None
+            tools.append(figures)
+            slowest += longest
+        return {
+            "tools": sorted(tools, key=lambda tool: (-tool["calls"], tool["toolName"])),
+            "slowest": [
+                {"durationMs": duration, "failed": outcome in FAILED, **example}
+                for duration, outcome, seq in heapq.nlargest(EXTREMES, slowest)
+                for example, _ in self._examples(seq)
+            ],
+        }
 
     def _failing(self) -> list[JsonObject]:
+        """Return the calls that fail most often: the same tool with the same target."""
         rows = self._db.execute(
-            f"""SELECT target, count(*), max(event) FROM calls INDEXED BY calls_failed
-            WHERE outcome IN (1, 3) AND {self._where} GROUP BY tool, target
-            ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES}""",
+            f"""WITH failed AS (
+                SELECT target, count(*) AS failures, max(event) AS example
+                FROM calls INDEXED BY calls_failed WHERE outcome IN {FAILED} AND {self._where}
+                GROUP BY target ORDER BY 2 DESC, 3 DESC LIMIT {EXTREMES})
+              SELECT failures, count(*), example FROM calls CROSS JOIN failed USING (target)
+              WHERE {self._where} GROUP BY target ORDER BY 1 DESC, 3 DESC""",
             self._bounds,
         ).fetchall()
-        marks = ",".join("?" * len(rows))
-        calls = dict(
-            self._db.execute(
-                f"""SELECT target, count(*) FROM calls INDEXED BY calls_by_target
-                WHERE target IN ({marks}) AND {self._where} GROUP BY target""",
-                (*(target for target, _, _ in rows), *self._bounds),
-            )
-        )
-        found = []
-        for target, failures, number in rows:
-            event = self._event(number)
-            if event is not None:
-                last_error = one_line(without_colours(text_of(event["data"].get("error"))), 300)
-                counts = {"failures": failures, "calls": calls.get(target, failures)}
-                found.append({**counts, "lastError": last_error, **_example(event)})
-        return found
-
-    def _event(self, number: int) -> JsonObject | None:
-        line = self._lines.line(number)
-        try:
-            return parse_stored(line) if line is not None else None
-        except MalformedEvent:
-            return None
-
-    # Sums: cells of one session and one hour of the clock on the wall, added up by session and by hour
-
-    def _sums(self) -> JsonObject:
-        by_session: dict[int, Sums] = collections.defaultdict(Sums)
-        by_hour: dict[int, Sums] = collections.defaultdict(Sums)
-        places: dict[int, tuple[int, int]] = {}  # session → (machine, project)
-        for session, machine, project, hour, events, prompts, first, last in self._activity():
-            places.setdefault(session, (machine, project))
-            for sums in (by_session[session], by_hour[hour]):
-                sums.add_activity(session, events, prompts, first, last)
-        for session, hour, calls, failures in self._calls():
-            if session not in places:
-                places[session] = self._place_of(session)
-            for sums in (by_session[session], by_hour[hour]):
-                sums.add_calls(session, calls, failures)
-        models: dict[int, ModelUsage] = {}
-        for session, model, quarter, used in self._usage():
-            models[model] = add_usage(models.get(model), used)
-            if session not in places:
-                places[session] = self._place_of(session)
-            for sums in (by_session[session], by_hour[(quarter * 15 + self._offset_minutes) // 60]):
-                sums.add_usage(session, self._names[model], used)
-        groups = self._groups(by_session, by_hour, places)
-        by_model = sorted(models.items(), key=lambda item: (-sum(item[1].all), item[0]))
-        return {
-            "models": [
-                {"model": self._names[key], **self._tokens_json({self._names[key]: used})}
-                for key, used in by_model
-            ],
-            **self._sums_json({**groups, "session": by_session}, places),
-        }
-
-    def _groups(
-        self,
-        by_session: Mapping[int, Sums],
-        by_hour: Mapping[int, Sums],
-        places: Mapping[int, tuple[int, int]],
-    ) -> dict[str, dict[Any, Sums]]:
-        """Add up sessions by machine and project, hours (since the epoch, of the viewer) by day and time."""
-        groups: dict[str, dict[Any, Sums]] = collections.defaultdict(lambda: collections.defaultdict(Sums))
-        for session, sums in by_session.items():
-            machine, project = places[session]
-            for group, key in (("all", None), ("machine", machine), ("project", project)):
-                groups[group][key].merge(sums)
-        for hour, sums in by_hour.items():
-            utc_ms = hour * 3_600_000 - self._offset_minutes * 60_000
-            for group, key in (("day", hour // 24), ("hour", hour % 24), ("time", utc_ms)):
-                groups[group][key].merge(sums)
-        return groups
-
-    def _usage(self) -> Iterator[tuple[int, int, int, ModelUsage]]:
-        """Yield (session, model, quarter, used in it): what the totals grew by that sessions tell."""
-        where = "quarter < ?" + (" AND session = ?" if self._session_id is not None else "")
-        rows = self._db.execute(
-            f"""SELECT session, model, quarter, {", ".join(f"max({name})" for name in IndexFile._COUNTS)}
-            FROM usage JOIN files ON files.id = file WHERE {where}
-            GROUP BY session, model, quarter ORDER BY session, model, quarter""",
-            self._bounds[1:],
-        )
-        of: tuple[int, int] | None = None
-        before: list[int] = []
-        for session, model, quarter, *counts in rows:
-            if (session, model) != of:
-                of, before = (session, model), [0] * len(counts)
-            grown = [max(0, now - then) for now, then in zip(counts, before)]
-            before = [max(now, then) for now, then in zip(counts, before)]
-            if quarter >= self._from:
-                yield session, model, quarter, ModelUsage(Tokens(*grown[:5]), Tokens(*grown[5:]))
-
-    def _tokens_json(self, usage: dict[str, ModelUsage]) -> JsonObject:
-        told = SessionUsage(0, usage)
-        return {
-            "tokenUsage": told.to_json() if usage else None,
-            "estimatedCostUsd": self._prices.estimate(told) if usage else None,
-        }
-
-    def _group_json(self, sums: Sums) -> JsonObject:
-        return {**sums.to_json(), **self._tokens_json(sums.usage)}
-
-    def _sums_json(
-        self, groups: Mapping[str, Mapping[Any, Sums]], places: Mapping[int, tuple[int, int]]
-    ) -> JsonObject:
-        by_size = {
-            name: sorted(groups.get(name, {}).items(), key=lambda item: (-item[1].events, item[0]))
-            for name in ("project", "machine")
-        }
-        latest = sorted(groups["session"].items(), key=lambda item: (-item[1].last, item[0]))[
-            :COMPARED_SESSIONS
+        return [
+            {"failures": failures, "calls": calls, "lastError": error, **example}
+            for failures, calls, seq in rows
+            for example, error in self._examples(seq)
         ]
-        hours, times = groups.get("hour", {}), groups.get("time", {})
-        return {
-            "totals": self._group_json(groups.get("all", {}).get(None, Sums())),
-            "projects": [
-                {"project": self._names[key], **self._group_json(sums)} for key, sums in by_size["project"]
-            ],
-            "machines": [
-                {"machineId": self._names[key], **self._group_json(sums)} for key, sums in by_size["machine"]
-            ],
-            "days": [
-                {"day": day_of(day * 86_400_000), **self._group_json(sums)}
-                for day, sums in sorted(groups.get("day", {}).items())
-            ],
-            "hours": [{"hour": hour, **hours.get(hour, Sums()).of_hour()} for hour in range(24)],
-            "timeline": [{"time": time_ms, **sums.of_hour()} for time_ms, sums in sorted(times.items())],
-            "sessions": [
-                {
-                    "sessionId": self._names[session],
-                    "label": None,
-                    "machineId": self._names[places[session][0]],
-                    "project": self._names[places[session][1]],
-                    "start": sums.first,
-                    "end": sums.last,
-                    **{name: value for name, value in self._group_json(sums).items() if name != "sessions"},
-                }
-                for session, sums in latest
-            ],
-        }
 
-    def _activity(self) -> Iterator[tuple[int, ...]]:
-        yield from self._db.execute(
-            f"""SELECT session, machine, project, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
-            sum(events), sum(prompts), min(first), max(last)
-            FROM activity JOIN files ON files.id = file WHERE {self._where}
-            GROUP BY file, hour ORDER BY hour DESC""",
-            self._bounds,
-        )
-
-    def _calls(self) -> Iterator[tuple[int, ...]]:
-        # The inner groups are in the order of the index, so that only their few sums are sorted.
-        yield from self._db.execute(
-            f"""SELECT session, (quarter * 15 + {self._offset_minutes}) / 60 AS hour,
-            sum(calls), sum(failures)
-            FROM (SELECT session, quarter, count(*) AS calls, sum(outcome IN (1, 3)) AS failures
-            FROM calls INDEXED BY calls_by_session WHERE {self._where} GROUP BY session, quarter)
-            GROUP BY session, hour""",
-            self._bounds,
-        )
-
-    def _place_of(self, session: int) -> tuple[int, int]:
-        row = self._db.execute("SELECT machine, project FROM files WHERE session = ?", (session,)).fetchone()
-        return (int(row[0]), int(row[1]))
+    def _examples(self, seq: int) -> Iterator[tuple[JsonObject, str]]:
+        """Yield what is shown of the call that an event ended, and its error, if its line is still there."""
+        places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
+        for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
+            data = event["data"]
+            example = {
+                "toolName": text_of(data.get("toolName")) or "?",
+                "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
+                **{name: event[name] for name in ("timestamp", "sessionId", "seq")},
+                "eventId": event["id"],
+            }
+            yield example, one_line(without_colours(text_of(data.get("error"))), 300)
 
 
-def _example(event: JsonObject) -> JsonObject:
-    data = event["data"]
-    return {
-        "toolName": text_of(data.get("toolName")) or "?",
-        "target": tool_target(data.get("toolInput"), event["workingDirectory"]),
-        "timestamp": event["timestamp"],
-        "sessionId": event["sessionId"],
-        "seq": event["seq"],
-        "eventId": event["id"],
-    }
+class NoStatistics(Exception):
+    """Statistics cannot be given now, and why."""
 
 
-def add_usage(one: ModelUsage | None, other: ModelUsage) -> ModelUsage:
-    """Add two amounts of one model's tokens."""
-    return other if one is None else ModelUsage(one.all + other.all, one.long_prompts + other.long_prompts)
-
-
-class Sums:
-    """What is added up for a group: a day, a project, a session …"""
-
-    def __init__(self) -> None:
-        self.sessions: set[int] = set()
-        self.events = self.prompts = self.calls = self.failures = 0
-        self.first: int | None = None
-        self.last = 0
-        self.usage: dict[str, ModelUsage] = {}
-
-    def add_usage(self, session: int, model: str, used: ModelUsage) -> None:
-        """Add what one session used of one model in one quarter of an hour."""
-        self.sessions.add(session)
-        self.usage[model] = add_usage(self.usage.get(model), used)
-
-    def add_activity(self, session: int, events: int, prompts: int, first: int, last: int) -> None:
-        """Add what happened in one quarter of an hour of one session."""
-        self.sessions.add(session)
-        self.events += events
-        self.prompts += prompts
-        self.first = first if self.first is None else min(self.first, first)
-        self.last = max(self.last, last)
-
-    def add_calls(self, session: int, calls: int, failures: int) -> None:
-        """Add the calls of one quarter of an hour of one session."""
-        self.sessions.add(session)
-        self.calls += calls
-        self.failures += failures
-
-    def merge(self, other: Sums) -> None:
-        """Add what another group has added up."""
-        self.sessions |= other.sessions
-        self.events += other.events
-        self.prompts += other.prompts
-        self.calls += other.calls
-        self.failures += other.failures
-        for model, used in other.usage.items():
-            self.usage[model] = add_usage(self.usage.get(model), used)
-        if other.first is not None:
-            self.first = other.first if self.first is None else min(self.first, other.first)
-        self.last = max(self.last, other.last)
-
-    def of_hour(self) -> JsonObject:
-        """Return what is shown of an hour."""
-        return {"events": self.events, "toolCalls": self.calls, "failures": self.failures}
-
-    def to_json(self) -> JsonObject:
-        """Return what is shown of any other group."""
-        return {
-            "sessions": len(self.sessions),
-            "events": self.events,
-            "prompts": self.prompts,
-            "toolCalls": self.calls,
-            "failures": self.failures,
-        }
+# Stored events to index, or something else to do with the file.
+_Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 
 
 class History:
-    """Search and statistics, for any thread: from the index, or from the events when there is none."""
+    """Search, statistics and snapshots. Where nothing else is said a method is for any thread.
 
-    def __init__(self, store: EventStore | MemoryStore, path: str, prices: PriceList | None = None) -> None:
-        self._store = store
+    `generation` grows whenever what was saved may be lost: with a new index file, and after one could not be
+    written. Whoever saves snapshots then saves all of them.
+    """
+
+    def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
+        self._journal = journal
+        self._path = path
         self._prices = prices or PriceList()
-        self._indexer = Indexer(store, path) if isinstance(store, EventStore) else None
-        self._searcher = IndexReader(path, store.root)
-        self._counter = IndexReader(path, store.root)
+        self._searcher, self._counter = IndexReader(path), IndexReader(path)
+        self.generation = 0
+        in_memory = isinstance(journal, MemoryJournal)
+        self._state = "off" if in_memory else "building"
+        self._error = "events are kept in memory only" if in_memory else ""
+        self._full_text = not in_memory
+        self._lock = threading.Lock()
+        self._jobs: list[_Job] = []  # in order
+        self._queued_bytes = 0  # of the events among them
+        self._behind = True  # events are read from the journal until there are no more, not queued
+        self._written = self._indexed = 0  # seq
+        self._done = self._total = 0  # bytes of lines
+        self._last_live = 0.0  # time.monotonic() of the last event
+        self._wake, self._is_open, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
-        """Begin to fill the index."""
-        if self._indexer is not None:
-            self._indexer.start()
+        """Begin to fill the index; for the thread that appends to the journal."""
+        if not isinstance(self._journal, MemoryJournal):
+            self._written = self._journal.seq
+            self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and close everything."""
-        if self._indexer is not None:
-            self._indexer.stop()
+        """Write what is queued, end the thread and close everything."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(10)
         self._searcher.close()
         self._counter.close()
 
-    def grown(self, stored: Sequence[StoredEvent]) -> None:
-        """Take note of events that were just stored; for the loop thread."""
-        if self._indexer is not None:
-            self._indexer.grown(stored)
+    def add(self, stored: Sequence[StoredEvent]) -> None:
+        """Take note of events that were just stored; for the thread that appends to the journal."""
+        if self._thread.ident is None or not stored:
+            return
+        size = sum(len(entry.line) + 1 for entry in stored)
+        with self._lock:
+            self._written = stored[-1].seq
+            self._total += size
+            if not self._behind:
+                if not self._jobs or callable(self._jobs[-1]):
+                    self._jobs.append([])
+                self._jobs[-1] += stored  # type: ignore[operator]
+                self._queued_bytes += size
+                self._behind = self._queued_bytes > INDEX_QUEUE_BYTES
+        self._last_live = time.monotonic()
+        self._wake.set()
 
-    def look_again(self) -> None:
-        """Take note that files were removed, added or replaced."""
-        if self._indexer is not None:
-            self._indexer.look_again()
+    def rescan(self) -> None:
+        """Compare with the files on disk once more: some were removed, replaced or added."""
+        self._state = "building" if self._state == "ready" else self._state
+        self._queue(self._compare)
+
+    def forget(self, session_id: str) -> None:
+        """Delete what is known of a session whose events were deleted, and its snapshot."""
+        self._queue(lambda file: file.forget_session(session_id))
+
+    def load_snapshots(self) -> tuple[int, list[tuple[str, bytes]]]:
+        """Return the checkpoint, and (session, state) as they were saved; for once, before `start`.
+
+        (0, []) when there is no usable index. Sessions whose files were removed since are left out.
+        """
+        if isinstance(self._journal, MemoryJournal) or not os.path.exists(self._path):
+            return 0, []
+        try:
+            with self._counter.reading(60.0) as db:
+                checkpoint = read_meta(db, "checkpoint")
+                rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
+            if any(zlib.crc32(state) != crc for _, state, crc in rows):
+                raise sqlite3.DatabaseError("a snapshot is damaged")
+            names = {file.name for file in self._journal.files()}
+            found = [(key_name(key), state) for key, state, _ in rows]
+        except Exception as error:  # whatever is wrong with it, the journal has everything
+            log.warning("the snapshots of sessions cannot be read, so every event is: %s", error)
+            return 0, []
+        kept = [row for row in found if not row[0] or session_file_name(row[0]) in names]
+        return checkpoint, kept if checkpoint else []
+
+    def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
+        """Have snapshots written; dropped when `generation` is not the file's.
+
+        `checkpoint`: the state of every session as of this seq is now saved. None: more pieces follow.
+        """
+
+        def save(file: IndexFile) -> None:
+            if generation == self.generation:
+                file.save(rows, checkpoint)
+
+        self._queue(save)
+
+    def _queue(self, job: Callable[[IndexFile], None]) -> None:
+        if self._state != "off":  # a new file has nothing to forget, and is compared with the files on disk
+            with self._lock:
+                self._jobs.append(job)
+            self._wake.set()
 
     def status(self) -> JsonObject:
         """Return the index's state, how far it is, and its size."""
-        if self._indexer is not None:
-            return self._indexer.status()
-        nothing = {"done": 0, "total": 0, "lagEvents": 0, "bytes": 0, "fullText": False}
-        return {"state": "off", **nothing, "error": "events are kept in memory only"}
+        return {
+            "state": self._state,
+            "done": self._done,
+            "total": max(self._done, self._total),
+            "lagEvents": max(0, self._written - self._indexed),
+            "bytes": index_bytes(self._path),
+            "fullText": self._full_text,
+            "error": self._error or None,
+        }
 
     def search(self, query: SearchQuery) -> JsonObject:
-        """Return a page of results, newest first; raise SearchError for a search that makes no sense."""
-        status = self.status()
+        """Return a page of results, newest arrival first; raise SearchError."""
         page: JsonObject | None = None
-        began_in_files = (query.cursor or "").startswith("s")
-        if status["state"] != "off" and not began_in_files:
+        if self._full_text:
+            before = self._state
             try:
-                page = self._searcher.search(query)
-                page["complete"] = page["complete"] and status["state"] == self.status()["state"] == "ready"
+                with self._searcher.reading(SEARCH_BUDGET_S * 2) as db:
+                    page = search_page(query, indexed_lines(db, self._journal, query))
+                page["complete"] = page["complete"] and before == self._state == "ready"
             except sqlite3.Error as error:
-                self._complain(error)
+                if "interrupt" in str(error):
+                    wanted = "longer words: so many begin like this that it takes too long"
+                    raise SearchError("q", wanted) from None
+                self._read_failed(error)
         if page is None:
-            page = search_page(query, scan_candidates(self._store, query))
-        return {**page, "index": status}
+            lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
+            page = search_page(query, lines)
+        return {**page, "index": self.status()}
 
     def statistics(self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int) -> JsonObject:
-        """Return the figures of a stretch of time; raise NoStatistics when there is no index to count in."""
-        if self._indexer is not None:
-            self._indexer.wait_until_open()
+        """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
+        if self._state == "building" and self._thread.is_alive():
+            self._is_open.wait(INDEX_OPENS_S)
         status = self.status()
         if status["state"] == "off":
             raise NoStatistics(f"statistics need the index: {status['error']}")
         try:
-            counted = self._counter.statistics(from_ms, to_ms, session_id, offset_minutes, self._prices)
+            with self._counter.reading(60.0) as db:
+                counted = Statistics(db, self._journal, self._prices, session_id)
+                return {**counted.to_json(from_ms, to_ms, offset_minutes), "index": status}
         except sqlite3.Error as error:
-            self._complain(error)
+            self._read_failed(error)
             raise NoStatistics(f"the index cannot be read just now: {error}") from None
-        return {**counted, "index": status}
 
-    def _complain(self, error: sqlite3.Error) -> None:
-        """Have the index made anew when it is damaged; what is being made anew at this moment is none."""
-        log.info("the index could not be asked: %s", error)
-        if self._indexer is not None and not isinstance(error, sqlite3.OperationalError):
-            self._indexer.make_anew()
+    def _read_failed(self, error: sqlite3.Error) -> None:
+        """Have the index rebuilt when it is damaged; one that is not there is noticed by the thread."""
+        if not isinstance(error, sqlite3.OperationalError):
+            self._remove(str(error))
+        self._wake.set()
 
+    def _remove(self, why: str) -> None:
+        """Remove the file, which has the thread begin a new one."""
+        log.warning("the index is rebuilt: %s", why)
+        self._state = "building"
+        self._is_open.clear()
+        with contextlib.suppress(OSError):
+            remove_index(self._path)
 
-class NoStatistics(Exception):
-    """Statistics cannot be given now, in words."""
+    # The thread
+
+    def _run(self) -> None:
+        was_open, pause_s = False, 0.0
+        while not self._stopping.wait(pause_s):
+            pause_s = 0.0
+            try:
+                with contextlib.closing(IndexFile(self._path)) as file:
+                    self._state = "building"  # from here on snapshots are queued, for this generation or none
+                    self.generation += file.is_new or was_open
+                    self._full_text, self._indexed = file.full_text, file.indexed
+                    self._is_open.set()
+                    self._fill(file)
+                if not self._stopping.is_set():
+                    self._remove("its files were removed or replaced")
+            except Exception as error:  # whatever it is, searching the files still works
+                pause_s = self._write_failed(error)
+            was_open = True
+            self._is_open.clear()
+            with self._lock:
+                self._behind = True
+                self._jobs.clear()
+
+    def _write_failed(self, error: Exception) -> float:
+        """Remove a damaged file, or give up for a while; return the seconds until the next try."""
+        words = str(error)
+        if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
+            self._remove(words)
+            return 0.5
+        if not isinstance(error, (sqlite3.Error, OSError)):
+            log.exception("the index ended unexpectedly")
+            words = "it ended unexpectedly, see the log"
+        elif words != self._error:
+            log.warning("the index cannot be written, searches read the files: %s", words)
+        self._state, self._error = "off", words
+        return INDEX_RETRY_S
+
+    def _fill(self, file: IndexFile) -> None:
+        """Keep the file up to date until it is gone or the monitor stops."""
+        self._compare(file)
+        while not file.is_gone():
+            self._wake.clear()
+            with self._lock:
+                jobs, self._jobs, self._queued_bytes = self._jobs, [], 0
+            for job in jobs:
+                if callable(job):
+                    job(file)
+                    continue
+                entries = (entry for entry in job if entry.seq > file.indexed)
+                while self._batch(file, entries):
+                    pass
+            if self._stopping.is_set():
+                return
+            if self._behind:
+                self._catch_up(file)
+            else:
+                if self._state != "ready":
+                    log.info("the index is complete: %d bytes of events", self._done)
+                with self._lock:
+                    if not self._jobs:
+                        self._total = self._done  # what is no event, or was added by hand, is in neither
+                self._state, self._error = "ready", ""
+                if self._wake.wait(INDEX_LOOK_S):
+                    self._stopping.wait(INDEX_GATHER_S)
+
+    def _catch_up(self, file: IndexFile) -> None:
+        """Read the journal from where the index ends, until there is something else to do."""
+        until = self._written
+        entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
+        while self._batch(file, entries):
+            if self._jobs or self._stopping.is_set() or file.is_gone():
+                return
+        file.flush(until)
+        self._indexed = until
+        with self._lock:
+            self._behind = self._written > until
+
+    def _compare(self, file: IndexFile) -> None:
+        """Forget what is no longer on disk, and read files that were put there by hand."""
+        on_disk = {(it.day, it.name): it for it in self._journal.files()}
+        known_files = "SELECT files.id, days.name, files.name, bytes FROM files JOIN days ON days.id = day"
+        # A file that is shorter than what was read of it is another one.
+        gone = [
+            str(file_id)
+            for file_id, *key, size in file.db.execute(known_files)
+            if tuple(key) not in on_disk or on_disk[tuple(key)].size < size
+        ]
+        file.forget_files(f"id IN ({','.join(gone)})")
+        known = {(day, name): size for _, day, name, size in file.db.execute(known_files)}
+        self._total, self._done = sum(it.size for it in on_disk.values()), sum(known.values())
+        for day, name in sorted(on_disk.keys() - known.keys()):
+            lines = on_disk[day, name].lines(0, file.indexed + 1, False, 64 << 10)
+            self._batch(file, readable(line for _, line in lines if line), day)
+        names = {name for _, name in on_disk}
+        for (key,) in file.db.execute("SELECT session FROM snapshots WHERE session <> x''").fetchall():
+            if session_file_name(key_name(key)) not in names:
+                file.forget_session(key_name(key))
+
+    def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
+        """Write events in one transaction, all of a file of a `day`; return whether there may be more."""
+        count = size = seq = 0
+        began = slice_began = time.monotonic()
+        with file.transaction():
+            for entry in entries:
+                file.add(entry, day)
+                count, size, seq = count + 1, size + len(entry.line) + 1, entry.seq
+                if count % INDEX_SLICE_EVENTS == 0:
+                    now = time.monotonic()
+                    if now - self._last_live < LIVE_S:
+                        self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
+                    slice_began = time.monotonic()
+                    if day is None and (now - began > INDEX_BATCH_S or size > INDEX_BATCH_BYTES):
+                        break
+            else:
+                count = 0
+            file.flush(seq)
+        self._indexed = file.indexed
+        self._done += size
+        return count > 0
 
 
 # ---------------------------------------------------------------------------
 # Export: stored lines by session, time and words, tool calls as a table
 #
-# Lines in, lines out; reads event files through a store and knows nothing of who wants them.
+# Lines in, lines out; knows nothing of who wants them.
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_BYTES = 256 << 10
-EXPORT_PAGE_EVENTS = 1000  # of one session, read at a time
 EXPORT_FORMS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
 }
 CALL_COLUMNS = (
-    "time",
-    "sessionId",
-    "machineId",
-    "workingDirectory",
-    "agentId",
-    "toolName",
-    "target",
-    "outcome",
-    "durationMs",
-    "error",
-    "toolUseId",
+    "time,sessionId,machineId,workingDirectory,agentId,toolName,target,outcome,durationMs,error,toolUseId"
 )
-_OUTCOME_WORDS = {
-    Outcome.OPEN: "unfinished",
-    Outcome.FAILED_BY_ROUND: "failed",
-    Outcome.OK: "ok",
-    Outcome.FAILED: "failed",
-    Outcome.INTERRUPTED: "interrupted",
-}
+_OUTCOME_WORDS = dict(zip(Outcome, ("unfinished", "failed", "ok", "failed", "interrupted")))
+_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
-def export_lines(
-    store: EventStore | MemoryStore, session_id: str | None, from_ms: int, to_ms: int
-) -> Iterator[bytes]:
-    """Yield stored lines with a timestamp in [from_ms, to_ms), of one session or of all, as they are in the
-    files.
-    """
-    lines = store.all_lines() if session_id is None else _session_lines(store, session_id)
-    return (line for line in lines if from_ms <= line_timestamp(line) < to_ms)
-
-
-def _session_lines(store: EventStore | MemoryStore, session_id: str) -> Iterator[bytes]:
-    after = 0
-    while page := store.session_lines(session_id, EXPORT_PAGE_EVENTS, after=after):
-        yield from page
-        after = line_seq(page[-1])
-
-
-def chosen_lines(store: EventStore | MemoryStore, query: SearchQuery) -> Iterator[bytes]:
-    """Yield the stored lines that a query asks for, as they are in the files."""
-    only = next(iter(query.session_ids)) if query.session_ids and len(query.session_ids) == 1 else None
+def chosen_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that a query asks for, in the order of arrival."""
+    only = query.only_session
     is_one_of_many = query.session_ids is not None and only is None
     is_filtered = query.terms or query.machine or query.tool or query.kind or is_one_of_many
-    for line in export_lines(store, only, query.from_ms, query.to_ms):
+    for line in journal.lines(only):
+        match = _TIMESTAMP.match(line)
+        if match and not query.from_ms <= int(match[1]) < query.to_ms:
+            continue
         with contextlib.suppress(MalformedEvent):
-            if not is_filtered or query.takes(parse_stored(line)):
+            if (match and not is_filtered) or query.takes(parse_stored(line)):
                 yield line
-
-
-def line_timestamp(line: bytes) -> int:
-    """Return the timestamp of a stored line."""
-    match = _TIMESTAMP.match(line)
-    return int(match.group(1)) if match else int(json.loads(line).get("timestamp", 0))
-
-
-_TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -5058,80 +3577,49 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
-    yield _csv_row(CALL_COLUMNS)
+    yield CALL_COLUMNS.encode()
     unnamed = UnnamedCalls()
-    begun: dict[int, tuple[CallFact, JsonObject]] = {}
+    begun: dict[int, tuple[CallFact, JsonObject]] = {}  # with the event that says most of it
     ended: set[int] = set()
-    for event in _readable_events(lines):
-        for fact in unnamed.paired(event, call_facts(event, effective_type(event))):
-            if fact.key in ended:
+    for _, event, _ in readable(lines):
+        for fact in unnamed.paired(event, call_facts(event)):
+            key = stable_hash(event["sessionId"], fact.use_id)
+            if key in ended:
                 continue
-            if fact.outcome < Outcome.OK:
-                _note_begun(begun, fact, event)
-                continue
-            ended.add(fact.key)
-            earlier = begun.pop(fact.key, None)
-            yield _call_row(fact, event, earlier[0] if earlier else None)
+            if key in begun:
+                start, duration = begun[key][0].begun_ms, fact.duration_ms
+                if duration is None and fact.finish_ms is not None:
+                    duration = max(0, fact.finish_ms - start)
+                fact = fact._replace(begun_ms=start, duration_ms=duration)
+            if fact.outcome >= Outcome.OK:
+                ended.add(key)
+                begun.pop(key, None)
+                yield _call_row(fact, event)
+            elif key not in begun or fact.outcome > begun[key][0].outcome:
+                begun[key] = (fact, event)
     for fact, event in begun.values():
-        yield _call_row(fact, event, fact)
+        yield _call_row(fact, event)
 
 
-def _readable_events(lines: Iterable[bytes]) -> Iterator[JsonObject]:
-    for line in lines:
-        with contextlib.suppress(MalformedEvent):
-            yield parse_stored(line)
-
-
-def _note_begun(begun: dict[int, tuple[CallFact, JsonObject]], fact: CallFact, event: JsonObject) -> None:
-    """Keep of a call that has not ended when it began, and the event that tells most of it."""
-    earlier = begun.get(fact.key)
-    if earlier is None:
-        begun[fact.key] = (fact, event)
-    elif fact.outcome > earlier[0].outcome:
-        begun[fact.key] = (earlier[0]._replace(outcome=fact.outcome), event)
-
-
-def _call_row(fact: CallFact, event: JsonObject, earlier: CallFact | None) -> bytes:
-    start = earlier.start if earlier else fact.start
-    duration = fact.duration
-    if duration is None and earlier is not None and fact.finish is not None:
-        duration = max(0, fact.finish - earlier.start)
-    call = _call_content(fact, event)
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(start / 1000))
-    failed = fact.outcome in (Outcome.FAILED, Outcome.FAILED_BY_ROUND, Outcome.INTERRUPTED)
+def _call_row(fact: CallFact, event: JsonObject) -> bytes:
+    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(fact.begun_ms / 1000))
     values = (
-        f"{stamp}.{start % 1000:03d}Z",
+        f"{moment}.{fact.begun_ms % 1000:03d}Z",
         event["sessionId"],
         event["machineId"],
         event["workingDirectory"],
         event.get("agentId", ""),
         fact.tool,
-        tool_target(call.get("toolInput"), event["workingDirectory"]),
+        tool_target(fact.tool_input, event["workingDirectory"]),
         _OUTCOME_WORDS[fact.outcome],
-        duration if duration is not None else "",
-        without_colours(text_of(call.get("error"))) if failed else "",
-        text_of(call.get("toolUseId")),
+        "" if fact.duration_ms is None else str(fact.duration_ms),
+        "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
+        "" if fact.use_id.startswith("unnamed:") else fact.use_id,
     )
-    return _csv_row(values)
-
-
-def _call_content(fact: CallFact, event: JsonObject) -> JsonObject:
-    """Return what an event holds of a call: `data`, or of the event of a round the part about this call."""
-    names = {"toolInput": "tool_input", "toolUseId": "tool_use_id", "error": "tool_response"}
-    for call in _batch_calls(event):
-        if stable_hash(event["sessionId"], text_of(call.get("tool_use_id"))) == fact.key:
-            return {name: call.get(its_name) for name, its_name in names.items()}
-    data: JsonObject = event["data"]
-    return data
-
-
-def _csv_row(values: Iterable[Any]) -> bytes:
-    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
     row = io.StringIO()
-    texts = [
-        f"'{value}" if isinstance(value, str) and value[:1] in set("=+-@\t\r") else value for value in values
-    ]
-    csv.writer(row, lineterminator="").writerow(texts)
+    writer = csv.writer(row, lineterminator="")
+    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r") else text for text in values])
     return row.getvalue().encode("utf-8", "backslashreplace")
 
 
@@ -5148,23 +3636,23 @@ RETENTION_INTERVAL_S = 60.0
 class RetentionPlan(NamedTuple):
     """What is to be deleted, and what there is; sizes in bytes."""
 
-    paths: tuple[str, ...]  # event files
+    files: tuple[JournalFile, ...]
     size: int  # of these files
     total: int  # of every file of ours
     events: int  # of all event files
     index_size: int
     oldest_day: str | None  # that stays
-    closed_days: tuple[str, ...]  # to which no event can come any more
+    today: str  # no event comes to an earlier day any more
 
     @property
     def days(self) -> list[str]:
-        """Return the days that lose files."""
-        return sorted({os.path.basename(os.path.dirname(path)) for path in self.paths})
+        """The days that lose files."""
+        return sorted({file.day for file in self.files})
 
     def to_json(self, dry_run: bool) -> JsonObject:
-        """Return what `prune` tells."""
-        sessions = {os.path.basename(path) for path in self.paths}
-        counts = {"files": len(self.paths), "sessions": len(sessions), "bytes": self.size}
+        """Return what `prune` answers."""
+        sessions = {file.name for file in self.files}
+        counts = {"files": len(self.files), "sessions": len(sessions), "bytes": self.size}
         return {"days": self.days, **counts, "dryRun": dry_run}
 
 
@@ -5173,69 +3661,46 @@ def plan_retention(
 ) -> RetentionPlan:
     """Choose what goes: what is older than `days`, then more, until everything of ours is within the limit.
 
-    Files called like those of pinned sessions (`kept_names`) stay.
+    Files called like those of pinned sessions (`kept_names`) stay. So does a day with events that came after
+    those of a later one: the clock was wrong then, and the day is not as old as it is called.
     """
-    store = EventStore(os.path.join(home, "events"))
-    sizes = {day: dict(stored_files(store.root, day)) for day in store.days()}
-    events = sum(about.bytes_on_disk for files in sizes.values() for about in files.values())
+    journal = Journal(home + "/events")
+    files = journal.files()
+    events = sum(file.size for file in files)
     # What a day's events free in the index comes a little later, but it belongs to them.
-    index_size = index_bytes(os.path.join(home, "index.db"))
+    index_size = index_bytes(home + "/index.db")
     total = bytes_below(home)  # after its parts, which grow meanwhile
     with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
-    paths: list[str] = []
-    size, left, oldest = 0, float(total), None
-    for day, files in sizes.items():
-        is_over = limit_bytes is not None and left > limit_bytes
-        going = {name: it.bytes_on_disk for name, it in files.items() if name not in kept_names}
-        goes = going and day < today and (day < first_kept or is_over)
-        if not goes or not arrived_first(store, day, [later for later in sizes if day < later < today]):
-            going = {}
-        if len(going) < len(files):
-            oldest = oldest or day
-        paths += (f"{store.root}/{day}/{name}" for name in going)
-        size += sum(going.values())
-        left -= sum(going.values()) * with_index
-    closed = tuple(day for day in sizes if day < today)
-    return RetentionPlan(tuple(paths), size, total, events, index_size, oldest, closed)
-
-
-def arrived_first(store: EventStore, day: str, later_days: Sequence[str]) -> bool:
-    """Tell whether all of a day's events came before those of later days.
-
-    If not, the clock was wrong when they came, and the day is not as old as it is called.
-    """
-    last = max(map(last_seq, store.day_paths(day)), default=0)
-    return all(first_seq(path) > last for later in later_days for path in store.day_paths(later)[:1])
+    going: list[JournalFile] = []
+    size = 0
+    for day, of_day in itertools.groupby(files, lambda file: file.day):
+        is_over = limit_bytes is not None and total - size * with_index > limit_bytes
+        chosen = [file for file in of_day if file.name not in kept_names]
+        if day >= today or not (day < first_kept or is_over):
+            continue
+        last = 0 if journal.in_order else max((file.last for file in files if file.day == day), default=0)
+        if all(file.first > last for file in files if last and day < file.day < today and file.last):
+            going += chosen
+            size += sum(file.size for file in chosen)
+    oldest = min((file.day for file in set(files) - set(going)), default=None)
+    return RetentionPlan(tuple(going), size, total, events, index_size, oldest, today)
 
 
 def carry_out(home: str, plan: RetentionPlan) -> frozenset[str]:
     """Delete what was planned; return the names of session files of which no day is left."""
-    if plan.paths:
-        remember_seq(home, max(next(map(line_seq, lines_back(path)), 0) for path in plan.paths))
-    for path in plan.paths:
-        for kept_as in (path, path + PACKED, path + PACKED + ".tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(kept_as)
-    store = EventStore(os.path.join(home, "events"))
-    for day in plan.closed_days:  # also those that a kill left empty the last time
-        with contextlib.suppress(OSError):  # it has files
-            os.rmdir(f"{store.root}/{day}")
-    names = frozenset(os.path.basename(path) for path in plan.paths)
-    return names - {name for day in store.days() for name, _ in stored_files(store.root, day)}
-
-
-def files_to_pack(root: str, time_ms: int, days: int) -> list[str]:
-    """Return the plain files of days that were closed at least `days` days ago."""
-    last = day_of(time_ms - days * 86_400_000)
-    return [
-        f"{root}/{day}/{name}"
-        for day in EventStore(root).days()
-        if day < last
-        for name, about in stored_files(root, day)
-        if about.inode
-    ]
+    if plan.files:
+        remember_seq(home, max(file.last for file in plan.files))
+    for file in plan.files:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(file.path)
+    journal = Journal(home + "/events")
+    for day in journal.days():  # also one that a kill left empty the last time
+        if day < plan.today:
+            with contextlib.suppress(OSError):  # it has files
+                os.rmdir(f"{journal.root}/{day}")
+    return frozenset(file.name for file in plan.files) - {file.name for file in journal.files()}
 
 
 def remember_seq(home: str, seq: int) -> None:
@@ -5257,193 +3722,109 @@ def bytes_below(path: str) -> int:
     return size
 
 
-class DiskUse:
-    """How much room our files take: measured with each plan; what comes and goes in between is added up.
-
-    For the loop thread.
-    """
-
-    def __init__(self, limit_bytes: int | None) -> None:
-        self.events_added = 0  # bytes since the start, less what the user deleted
-        self._limit_bytes = limit_bytes
-        self._plan: RetentionPlan | None = None
-        self._deleted = 0
-        self._added_before = 0
-        self._error: str | None = None
-
-    def measured(self, plan: RetentionPlan, was_carried_out: bool, events_added: int) -> None:
-        """Take what a plan has measured; `events_added` is from when it began to."""
-        self._plan, self._deleted = plan, plan.size if was_carried_out else 0
-        self._added_before, self._error = events_added, None
-
-    def failed(self, words: str) -> None:
-        """Note why nothing can be measured or deleted."""
-        self._error = words
-
-    def to_json(self, index_size: int) -> JsonObject | None:
-        """Return what the status shows, None before the first measurement; `index_size` is that of now."""
-        plan = self._plan
-        if plan is None:
-            return {"error": self._error} if self._error else None
-        since = self.events_added - self._added_before - self._deleted
-        return {
-            "bytes": max(0, plan.total - plan.index_size + since + index_size),
-            "limitBytes": self._limit_bytes,
-            "eventsBytes": max(0, plan.events + since),
-            "indexBytes": index_size,
-            "oldestDay": plan.oldest_day,
-            "error": self._error,
-        }
-
-
 # ---------------------------------------------------------------------------
-# Metrics: what /metrics tells, in the text form of Prometheus
+# Metrics: what /metrics answers, in the text form of Prometheus
 #
 # Owns: counts since the start. Knows: what an event says; everything else is handed to it when it is asked.
 # ---------------------------------------------------------------------------
 
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 LABELS_LIMIT = 500  # of one metric; what other programs make up beyond that counts as "other"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
 class EventCounts:
     """Counts of events, failures and durations since the start; for the loop thread."""
 
     def __init__(self) -> None:
-        self.events: dict[tuple[str, str], int] = {}  # (machine, our type) → events
-        self.failures: dict[str, int] = {}  # tool → calls that failed
+        self.events: collections.Counter[tuple[str, str]] = collections.Counter()  # by (machine, our type)
+        self.failures: collections.Counter[str] = collections.Counter()  # by tool
         self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last one without end
-        self.duration_sums_ms: dict[str, float] = {}
+        self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
     def note(self, event: JsonObject) -> None:
-        """Count one event."""
-        kind = effective_type(event)
+        """Count one event; totals of tokens are none."""
+        kind, data = effective_type(event), event["data"]
+        if kind == "usage":
+            return
         key = (event["machineId"], kind)
-        key = key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")
-        self.events[key] = self.events.get(key, 0) + 1
+        self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
         if kind not in ("tool_result", "tool_error"):
             return
-        data = event["data"]
         tool = text_of(data.get("toolName")) or "?"
         tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
         buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
         if kind == "tool_error":
-            self.failures[tool] = self.failures.get(tool, 0) + 1
+            self.failures[tool] += 1
         duration = data.get("durationMs")
         if is_duration(duration):
             buckets[bisect.bisect_left(DURATION_BUCKETS_S, duration / 1000)] += 1
-            self.duration_sums_ms[tool] = self.duration_sums_ms.get(tool, 0) + duration
+            self.duration_sums_ms[tool] += duration
 
-
-class MetricsText:
-    """Write metrics one after the other."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def add(
-        self, name: str, kind: str, about: str, values: Iterable[tuple[Mapping[str, str], float]]
-    ) -> None:
-        """Add one metric with its values by labels; one without values is left out."""
-        lines = [_sample(name, labels, value) for labels, value in values]
-        if lines:
-            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}", *lines]
-
-    def add_histogram(self, name: str, about: str, counts: EventCounts) -> None:
-        """Add the durations of tool calls, in seconds."""
-        if counts.durations:
-            self._lines += [f"# HELP {name} {about}", f"# TYPE {name} histogram"]
-        for tool, buckets in sorted(counts.durations.items()):
-            reached = 0
-            for limit, count in zip((*map(str, DURATION_BUCKETS_S), "+Inf"), buckets):
-                reached += count
-                self._lines.append(_sample(f"{name}_bucket", {"tool": tool, "le": limit}, reached))
-            seconds = counts.duration_sums_ms.get(tool, 0) / 1000
-            self._lines.append(_sample(f"{name}_sum", {"tool": tool}, seconds))
-            self._lines.append(_sample(f"{name}_count", {"tool": tool}, reached))
-
-    def encode(self) -> bytes:
-        """Return the whole text."""
-        return ("\n".join(self._lines) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
-    shown = ",".join(f'{label}="{_escaped_label(text)}"' for label, text in labels.items())
-    return f"{name}{{{shown}}} {value}" if shown else f"{name} {value}"
-
-
-def _escaped_label(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
-
-
-class QueueFigures(NamedTuple):
-    """What waits in memory for others to take it, and how often one was cut off for not taking it."""
-
-    client_bytes: int
-    clients_closed: int
-    redis_bytes: int  # that Redis brought and the loop has not stored yet
+    def histogram(self) -> Iterator[tuple[str, dict[str, str], float]]:
+        """Yield (suffix, labels, value) of the durations of tool calls, in seconds."""
+        for tool, buckets in sorted(self.durations.items()):
+            for limit, count in zip((*DURATION_BUCKETS_S, "+Inf"), itertools.accumulate(buckets)):
+                yield "_bucket", {"tool": tool, "le": str(limit)}, count
+            yield "_sum", {"tool": tool}, self.duration_sums_ms[tool] / 1000
+            yield "_count", {"tool": tool}, sum(buckets)
 
 
 def metrics_text(
-    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: QueueFigures
+    status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: Mapping[str, int]
 ) -> bytes:
-    """Return everything that can be measured; `states` are sessions by state."""
-    text = MetricsText()
-    about = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
-    text.add("contextuate_build_info", "gauge", "What runs here.", [(about, 1)])
-    for name, kind, words, value in _single_metrics(status, queues):
-        text.add(f"contextuate_{name}", kind, words, [({}, value)])
-    events = [
-        ({"machine": machine, "type": kind}, count)
-        for (machine, kind), count in sorted(counts.events.items())
-    ]
-    text.add("contextuate_events_total", "counter", "Events stored since the start.", events)
-    by_state = [({"state": state}, states.get(state, 0)) for state in SESSION_STATES]
-    text.add("contextuate_sessions", "gauge", "Sessions by state.", by_state)
-    failures = [({"tool": tool}, count) for tool, count in sorted(counts.failures.items())]
-    text.add("contextuate_tool_failures_total", "counter", "Tool calls that failed.", failures)
-    text.add_histogram("contextuate_tool_duration_seconds", "Durations of tool calls.", counts)
-    for name, field, words in (
-        ("last_seen_seconds", "lastSeen", "When a machine was last heard."),
-        ("clock_skew_seconds", "clockSkewMs", "How far a machine's clock is off."),
-    ):
-        values = [
-            ({"machine": machine["machineId"]}, machine[field] / 1000)
-            for machine in status["machines"]
-            if machine[field] is not None
-        ]
-        text.add(f"contextuate_machine_{name}", "gauge", words, values)
-    redis = status["redis"]
-    if redis:
-        connected = [({"state": redis["state"]}, int(redis["state"] == "connected"))]
-        text.add("contextuate_redis_connected", "gauge", "1 when Redis is connected.", connected)
-        for name, kind, words, value in (
-            ("inbox_bytes", "gauge", "Bytes from Redis that are not stored yet.", queues.redis_bytes),
-            ("gaps_total", "counter", "Times events may be missing.", redis["gaps"]),
-        ):
-            text.add(f"contextuate_redis_{name}", kind, words, [({}, value)])
-    return text.encode()
+    """Return everything that can be measured; `states` are sessions by state, `queues` what waits here."""
+    events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"]
 
+    def by(label: str, values: Iterable[tuple[str, float]]) -> list[tuple[str, dict[str, str], float]]:
+        return [("", {label: name}, value) for name, value in values]
 
-def _single_metrics(status: JsonObject, queues: QueueFigures) -> Iterator[tuple[str, str, str, float]]:
-    """Yield (name, kind, words, value) of what has no labels."""
-    events, spool, index, disk = status["events"], status["spool"], status["index"], status["disk"]
-    yield "start_time_seconds", "gauge", "When the monitor started.", status["startedAt"] / 1000
-    yield "received_total", "counter", "Lines that came in.", events["received"]
-    yield "duplicates_total", "counter", "Events that were delivered twice.", events["duplicates"]
-    yield "quarantined_total", "counter", "Lines that were no events.", events["quarantined"]
-    yield "clients", "gauge", "Subscribed WebSocket clients.", status["clients"]
-    yield "client_queue_bytes", "gauge", "Bytes queued for WebSocket clients.", queues.client_bytes
-    yield "clients_closed_slow_total", "counter", "Clients cut off: they did not read.", queues.clients_closed
-    yield "store_ok", "gauge", "1 when events can be written.", int(status["store"]["ok"])
-    yield "spool_bytes", "gauge", "Bytes that wait in the spool.", spool["bytes"]
-    yield "spool_segments", "gauge", "Files that wait in the spool.", spool["segments"]
-    yield "spool_dropped_total", "counter", "Events that full spools dropped.", spool["dropped"]
-    yield "index_ready", "gauge", "1 when the index holds everything.", int(index["state"] == "ready")
-    yield "index_lag_events", "gauge", "Events that are not yet in the index.", index["lagEvents"]
-    yield "index_bytes", "gauge", "Size of the index.", index["bytes"]
-    if disk and "bytes" in disk:
-        yield "disk_bytes", "gauge", "Size of all our files.", disk["bytes"]
+    def of_machines(field: str) -> list[tuple[str, dict[str, str], float]]:
+        known = [machine for machine in status["machines"] if machine[field] is not None]
+        return by("machine", [(machine["machineId"], machine[field] / 1000) for machine in known])
+
+    build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
+    by_type = [("", {"machine": it[0], "type": it[1]}, count) for it, count in sorted(counts.events.items())]
+    by_state = by("state", [(state, states.get(state, 0)) for state in SESSION_STATES])
+    connected = by("state", [(redis["state"], int(redis["state"] == "connected"))]) if redis else None
+    lines: list[str] = []
+    # A value, (suffix, labels, value) of each sample, or None: left out
+    rows: tuple[tuple[str, str, Any], ...] = (
+        ("build_info", "What runs here.", [("", build, 1)]),
+        ("start_time_seconds", "When the monitor started.", status["startedAt"] / 1000),
+        ("received_total", "Lines that came in.", events["received"]),
+        ("duplicates_total", "Events that were delivered twice.", events["duplicates"]),
+        ("quarantined_total", "Lines that were no events.", events["quarantined"]),
+        ("clients", "Subscribed WebSocket clients.", status["clients"]),
+        ("client_queue_bytes", "Bytes queued for WebSocket clients.", queues["client"]),
+        ("clients_closed_slow_total", "Clients cut off: they did not read.", queues["closed"]),
+        ("store_ok", "1 when events can be written.", int(status["store"]["ok"])),
+        ("spool_bytes", "Bytes that wait in the spool.", spool["bytes"]),
+        ("spool_segments", "Files that wait in the spool.", spool["segments"]),
+        ("spool_dropped_total", "Events that full spools dropped.", spool["dropped"]),
+        ("index_ready", "1 when the index holds everything.", int(index["state"] == "ready")),
+        ("index_lag_events", "Events that are not yet in the index.", index["lagEvents"]),
+        ("index_bytes", "Size of the index.", index["bytes"]),
+        ("disk_bytes", "Size of all our files.", (status["disk"] or {}).get("bytes")),
+        ("events_total", "Events stored since the start.", by_type),
+        ("sessions", "Sessions by state.", by_state),
+        ("tool_failures_total", "Tool calls that failed.", by("tool", sorted(counts.failures.items()))),
+        ("tool_duration_seconds", "Durations of tool calls.", list(counts.histogram())),
+        ("machine_last_seen_seconds", "When a machine was last heard.", of_machines("lastSeen")),
+        ("machine_clock_skew_seconds", "How far a machine's clock is off.", of_machines("clockSkewMs")),
+        ("redis_connected", "1 when Redis is connected.", connected),
+        ("redis_inbox_bytes", "Bytes from Redis that are not stored yet.", redis and queues["redis"]),
+        ("redis_gaps_total", "Times events may be missing.", redis and redis["gaps"]),
+    )
+    for name, about, values in rows:
+        kind = "histogram" if "duration" in name else "counter" if name.endswith("_total") else "gauge"
+        samples = values if isinstance(values, list) else [] if values is None else [("", {}, values)]
+        if samples:
+            lines += [f"# HELP contextuate_{name} {about}", f"# TYPE contextuate_{name} {kind}"]
+        for suffix, labels, value in samples:
+            shown = ",".join(f'{it}="{str(text).translate(LABEL_ESCAPES)}"' for it, text in labels.items())
+            lines.append(f"contextuate_{name}{suffix}{f'{{{shown}}}' if shown else ''} {value}")
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------
@@ -5460,17 +3841,7 @@ UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
 INGEST_CONNECTIONS = 2048
 ANSWER_LIMIT_BYTES = 32 << 20
-
-
-class Timer:
-    """A call that the loop makes later; `cancel` takes it back."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        """Take the call back; harmless when it has been made."""
-        self.callback = None
+TOO_MANY = "too many connections; close some or raise limits.connections"
 
 
 class EventLoop:
@@ -5482,7 +3853,7 @@ class EventLoop:
     def __init__(self) -> None:
         self.turn_end: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[float, int, Timer]] = []  # heap of (time.monotonic, number, timer)
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []  # heap of (time.monotonic, number, …)
         self._timer_numbers = itertools.count()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()  # appended by any thread
         self._running = False
@@ -5490,11 +3861,33 @@ class EventLoop:
         self._wake_reader, self.wake_writer = socket.socketpair()
         self._wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
-        self.watch(self._wake_reader, selectors.EVENT_READ, self._drain_wake_ups)
+        self.watch(self._wake_reader, selectors.EVENT_READ, lambda _events: self._wake_reader.recv(4096))
 
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
         """Call `callback(ready events)` whenever the socket, which is not watched yet, is ready."""
         self._selector.register(sock, events, callback)
+
+    def listen(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+        """Pass on the connections to a listening socket; pause when file descriptors run out."""
+
+        def accept(_events: int) -> None:
+            for _ in range(128):
+                try:
+                    connection, _address = sock.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        raise
+                    log.warning("no file descriptor left for a new connection (%s); trying again", error)
+                    self.forget(sock)
+                    self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
+                    return
+                connection.setblocking(False)
+                accepted(connection)
+
+        sock.setblocking(False)
+        self.watch(sock, selectors.EVENT_READ, accept)
 
     def wait_for(self, sock: socket.socket, events: int) -> None:
         """Change what a watched socket is to be ready for."""
@@ -5505,11 +3898,9 @@ class EventLoop:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
         """Call back once in `delay_s` seconds."""
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), timer))
-        return timer
+        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), callback))
 
     def call_every(self, interval_s: float, callback: Callable[[], None]) -> None:
         """Call back every `interval_s` seconds, whatever the call before it did."""
@@ -5523,9 +3914,7 @@ class EventLoop:
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call back in the loop thread; for any thread and for signal handlers."""
         self._calls.append(callback)
-        with contextlib.suppress(
-            BlockingIOError, OSError
-        ):  # full: a wake-up is under way; closed: the loop has ended
+        with contextlib.suppress(OSError):  # full: a wake-up is under way; closed: the loop has ended
             self.wake_writer.send(b"\0")
 
     def call(self, function: Callable[[], Any], timeout_s: float = 10.0) -> Any:
@@ -5551,81 +3940,28 @@ class EventLoop:
         self._thread = threading.current_thread()
         self._running = True
         while self._running:
-            self._turn()
+            until_timer_s = max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+            ready = self._selector.select(0 if self._calls else until_timer_s)
+            due: list[Callable[[], None]] = [functools.partial(key.data, events) for key, events in ready]
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                due.append(heapq.heappop(self._timers)[2])
+            due += [self._calls.popleft() for _ in range(len(self._calls))]
+            due.append(self.turn_end)
+            for callback in due:
+                try:
+                    callback()
+                except Exception:  # one connection's fault must not stop everybody's stream
+                    log.exception("unexpected error in the event loop, which goes on: %r", callback)
 
     def stop(self) -> None:
         """Let `run` return after the turn that is under way."""
         self._running = False
 
     def close(self) -> None:
-        """Let go of the selector and the wake-up sockets."""
+        """Close the selector and the wake-up sockets."""
         self._selector.close()
         self._wake_reader.close()
         self.wake_writer.close()
-
-    def _turn(self) -> None:
-        timeout: float | None = None
-        if self._calls:
-            timeout = 0
-        elif self._timers:
-            timeout = max(0.0, self._timers[0][0] - time.monotonic())
-        for key, events in self._selector.select(timeout):
-            self._guarded(key.data, events)
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            timer = heapq.heappop(self._timers)[2]
-            if timer.callback:
-                self._guarded(timer.callback)
-        for _ in range(len(self._calls)):
-            self._guarded(self._calls.popleft())
-        self._guarded(self.turn_end)
-
-    @staticmethod
-    def _guarded(callback: Callable[..., None], *arguments: int) -> None:
-        try:
-            callback(*arguments)
-        except Exception:  # one connection's fault must not stop everybody's stream
-            log.exception("unexpected error in the event loop; it goes on")
-
-    def _drain_wake_ups(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._wake_reader.recv(4096):
-                pass
-
-
-class Listener:
-    """Accept connections for one listening socket; pauses when file descriptors run out."""
-
-    def __init__(
-        self, loop: EventLoop, sock: socket.socket, accepted: Callable[[socket.socket], None]
-    ) -> None:
-        self.sock = sock
-        self._loop = loop
-        self._accepted = accepted
-        sock.setblocking(False)
-        loop.watch(sock, selectors.EVENT_READ, self._accept)
-
-    def _accept(self, _events: int) -> None:
-        for _ in range(128):
-            try:
-                connection, _address = self.sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.warning("no file descriptor left for a new connection (%s); trying again", error)
-                self._loop.forget(self.sock)
-                self._loop.call_later(
-                    0.2, lambda: self._loop.watch(self.sock, selectors.EVENT_READ, self._accept)
-                )
-                return
-            connection.setblocking(False)
-            self._accepted(connection)
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._loop.forget(self.sock)
-        self.sock.close()
 
 
 class TooLong(NamedTuple):
@@ -5639,320 +3975,186 @@ class LineSplitter:
 
     def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._pieces: list[bytes] = []  # of the line that is not finished
-        self._size = 0
+        self._rest = bytearray()  # of the line that is not finished
         self._discarding = False  # the rest of a line that was too long
 
     def feed(self, data: bytes) -> list[bytes | TooLong]:
         """Take bytes; return the lines they finished, without newlines and without empty ones."""
-        lines: list[bytes | TooLong] = []
-        *finished, rest = data.split(b"\n")
-        for piece in finished:
-            self._add(piece, lines)
-            line = b"".join(self._pieces).strip()
-            if line and not self._discarding:
-                lines.append(line)
-            self._pieces, self._size, self._discarding = [], 0, False
-        if rest:
-            self._add(rest, lines)
-        return lines
-
-    def _add(self, piece: bytes, lines: list[bytes | TooLong]) -> None:
-        if self._discarding:
-            return
-        self._pieces.append(piece)
-        self._size += len(piece)
-        if self._size > self._limit_bytes:
-            lines.append(TooLong(b"".join(self._pieces)[:200]))
-            self._pieces, self._size, self._discarding = [], 0, True
+        self._rest += data
+        ended: list[bytearray] = []
+        lines: list[bytes | TooLong]
+        if b"\n" in data:
+            *ended, self._rest = self._rest.split(b"\n")
+            if self._discarding:
+                del ended[0]
+            self._discarding = False
+        most = self._limit_bytes
+        lines = [TooLong(bytes(it[:200])) if len(it) > most else bytes(it.strip()) for it in ended]
+        if len(self._rest) > most or self._discarding:
+            if not self._discarding:
+                lines.append(TooLong(bytes(self._rest[:200])))
+            self._rest, self._discarding = bytearray(), True
+        return [line for line in lines if line]
 
 
-class IngestConnection:
-    """One program that sends events over the Unix socket, one per line, and gets a byte back for each."""
-
-    def __init__(
-        self,
-        loop: EventLoop,
-        sock: socket.socket,
-        received: Callable[[IngestConnection, bytes | TooLong], None],
-        closed: Callable[[IngestConnection], None],
-    ) -> None:
-        self.sock = sock
-        self._loop = loop
-        self._received = received
-        self._closed = closed
-        self._splitter = LineSplitter()
-        self._at_end = False
-        loop.watch(sock, selectors.EVENT_READ, self._read)
-
-    def _read(self, _events: int) -> None:
-        try:
-            data = self.sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.close()
-            return
-        for line in self._splitter.feed(data):
-            self._received(self, line)
-        if not data:
-            self._finish()
-
-    def _finish(self) -> None:
-        """Take what stands before EOF without a newline as a line, too; close after its acknowledgement."""
-        self._at_end = True
-        self._loop.forget(self.sock)
-        lines = self._splitter.feed(b"\n")
-        for line in lines:
-            self._received(self, line)
-        if not lines:
-            self.close()
-
-    def acknowledge(self, count: int) -> None:
-        """Tell the sender that `count` more of its lines are safe."""
-        try:
-            self.sock.send(emit_event.ACKNOWLEDGEMENT * count)
-        except BlockingIOError:
-            pass  # a sender that never reads its acknowledgements does not want them
-        except OSError:
-            self.close()
-            return
-        if self._at_end:
-            self.close()
-
-    def close(self) -> None:
-        """Let go of the connection; a sender that still waits for an acknowledgement learns that there is
-        none.
-        """
-        if not self._at_end:
-            self._loop.forget(self.sock)
-        self.sock.close()
-        self._closed(self)
-
-
+@dataclasses.dataclass(eq=False)
 class Client:
     """One WebSocket client: what it wants, and what is queued for it. It is small: there may be thousands."""
 
-    __slots__ = (
-        "sock", "head", "is_open", "parser", "queue", "queued_bytes", "answer_bytes", "unanswered_pings",
-        "closing", "peer_closed", "view", "session_ids", "show_hidden",
-    )  # fmt: skip
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.head = b""  # of the opening handshake, as far as it came
-        self.is_open = False  # the handshake is done
-        self.parser: FrameParser | None = None  # while a message of the client is coming in
-        self.queue: list[memoryview] = []
-        self.queued_bytes = 0
-        self.answer_bytes = 0  # of those: at most this many are answers to its own requests
-        self.unanswered_pings = 0
-        self.closing = False  # our close frame is queued or sent: nothing may follow it
-        self.peer_closed = False  # its close frame came: the TCP connection ends once ours is out
-        self.view: str | None = None  # "full" or "rows" once subscribed
-        self.session_ids: set[str] | None = None  # None: all
-        self.show_hidden = False
-
-    def wants(self, session_id: str) -> bool:
-        """Tell whether the client subscribed to a session."""
-        return self.view is not None and (self.session_ids is None or session_id in self.session_ids)
+    sock: socket.socket
+    head: bytes = b""  # of the opening handshake, as far as it came
+    is_open: bool = False  # the handshake is done
+    parser: FrameParser | None = None  # while a message of the client is coming in
+    queue: bytearray = dataclasses.field(default_factory=bytearray)
+    answer_bytes: int = 0  # of the queue: at most this many are answers to its own requests
+    unanswered_pings: int = 0
+    closing: bool = False  # our close frame is queued or sent: nothing may follow it
+    peer_closed: bool = False  # its close frame came: the TCP connection ends once ours is out
+    view: str | None = None  # "full" or "rows" once subscribed
+    session_ids: set[str] | None = None  # None: all
+    show_hidden: bool = False
 
 
+@dataclasses.dataclass(eq=False)
 class ClientServer:
-    """The WebSocket side: handshakes, frames, pings, bounded queues.
+    """The WebSocket side: handshakes, frames, pings, bounded queues."""
 
-    `admit(request, socket)` raises RequestError to refuse a handshake; `received(client, text)` gets each
-    text message; `opened` and `gone` tell about clients.
-    """
+    loop: EventLoop
+    listener: socket.socket
+    admit: Callable[[Request, socket.socket], None]  # raises RequestError to refuse a handshake
+    opened: Callable[[Client], None]
+    received: Callable[[Client, str], None]  # gets the text of a message
+    connection_limit: int
+    queue_limit_bytes: int
+    clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
+    closed_slow: int = 0  # clients that did not read, since the start
 
-    def __init__(
-        self,
-        loop: EventLoop,
-        listener: socket.socket,
-        admit: Callable[[Request, socket.socket], None],
-        opened: Callable[[Client], None],
-        received: Callable[[Client, str], None],
-        gone: Callable[[Client], None],
-        connection_limit: int,
-        queue_limit_bytes: int,
-    ) -> None:
-        self.clients: dict[socket.socket, Client] = {}
-        self.closed_slow = 0  # clients that did not read, since the start
-        self._loop = loop
-        self._admit = admit
-        self._opened = opened
-        self._received = received
-        self._gone = gone
-        self._connection_limit = connection_limit
-        self._queue_limit_bytes = queue_limit_bytes
-        self._listener = Listener(loop, listener, self._accept)
-        loop.call_every(PING_INTERVAL_S, self._ping_all)
+    def __post_init__(self) -> None:
+        self.loop.listen(self.listener, self._accept)
+        self.loop.call_every(PING_INTERVAL_S, self._ping_all)
 
     # Sending
 
-    def send(self, client: Client, frames: bytes) -> None:
-        """Send whole frames to one client, or queue them; one that does not read is closed with 1013."""
-        if client.closing:
-            return
-        if client.queue and client.queued_bytes - client.answer_bytes + len(frames) > self._queue_limit_bytes:
-            self._close_slow(client)
-            return
-        self._write(client, frames)
+    def send(self, client: Client, frames: bytes, is_answer: bool = False) -> None:
+        """Send whole frames to one client, or queue them; one that does not read is closed with 1013.
 
-    def answer(self, client: Client, frames: bytes) -> None:
-        """Send what a client asked for; that may be much, and does not count as falling behind while it
-        drains.
+        What a client asked for may be much: it has a limit of its own and does not count as falling behind.
         """
         if client.closing:
             return
-        if client.queue and client.answer_bytes + len(frames) > ANSWER_LIMIT_BYTES:
-            self._close_slow(client)
+        before = len(client.queue)
+        waiting = client.answer_bytes if is_answer else before - client.answer_bytes
+        if before and waiting + len(frames) > (ANSWER_LIMIT_BYTES if is_answer else self.queue_limit_bytes):
+            self.closed_slow += 1
+            log.info("a client does not read; closed until it comes back for what it missed")
+            self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
             return
-        before = client.queued_bytes
         self._write(client, frames)
-        client.answer_bytes += client.queued_bytes - before
+        if is_answer:
+            client.answer_bytes += len(client.queue) - before
 
-    def _close_slow(self, client: Client) -> None:
-        self.closed_slow += 1
-        log.info("a client does not read; closed until it comes back for what it missed")
-        self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
+    answer = functools.partialmethod(send, is_answer=True)
 
-    def answer_json(self, client: Client, message: JsonObject) -> None:
-        """Answer with one message."""
-        self.answer(client, encode_frame(Opcode.TEXT, encode_json(message)))
-
-    def broadcast_json(self, message: JsonObject) -> None:
-        """Send one message, encoded once, to every subscribed client."""
-        if self.clients:
-            self.broadcast_events((), encode_frame(Opcode.TEXT, encode_json(message)))
-
-    def broadcast_events(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+    def broadcast(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
         """Send the events of one turn to everyone who wants them, and after them some frames to everyone.
 
         Encoded once a view, joined, one call a client.
         """
-        if not stored and not frames_for_all:
-            return
         frames: dict[str, list[bytes]] = {}
         joined: dict[str, bytes] = {}
         for client in list(self.clients.values()):
-            view = client.view
+            view, own_ids = client.view, client.session_ids
             if view is None:
                 continue
             if view not in frames:
                 frames[view] = event_frames(stored, view)
                 joined[view] = b"".join(frames[view]) + frames_for_all
-            if client.session_ids is None:
-                self.send(client, joined[view])
-                continue
-            wanted = [
-                frame
-                for entry, frame in zip(stored, frames[view])
-                if entry.event["sessionId"] in client.session_ids
-            ]
-            if wanted or frames_for_all:
-                self.send(client, b"".join(wanted) + frames_for_all)
+            wanted = joined[view]
+            if own_ids is not None:
+                own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
+                wanted = b"".join(own) + frames_for_all
+            if wanted:
+                self.send(client, wanted)
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
-        """Begin the closing handshake (RFC 6455 section 7.1.2).
-
-        The connection is cut if it takes too long.
-        """
+        """Begin the closing handshake (RFC 6455 section 7.1.2); cut the connection if it takes too long."""
         if client.closing:
             return
         if not client.is_open:
             self._drop(client)
             return
-        self._write(client, encode_close(code, reason))
         client.closing = True
-        self._loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
-        self._finish_close(client)
+        self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
+        self._write(client, encode_close(code, reason))
 
     def close_all(self) -> None:
-        """Stop listening and say goodbye to every client."""
-        self._listener.close()
+        """Stop listening and close every client's connection."""
+        self.loop.forget(self.listener)
+        self.listener.close()
         for client in list(self.clients.values()):
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
-    def _write(self, client: Client, data: bytes) -> None:
-        sent = 0
-        if not client.queue:
-            try:
-                sent = client.sock.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._drop(client)
-                return
-            if sent == len(data):
-                return
-            self._loop.wait_for(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        client.queue.append(memoryview(data)[sent:])
-        client.queued_bytes += len(data) - sent
-
-    def _flush(self, client: Client) -> None:
-        while client.queue:
-            piece = client.queue[0]
-            try:
-                sent = client.sock.send(piece)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._drop(client)
-                return
-            client.queued_bytes -= sent
+    def _write(self, client: Client, data: bytes = b"") -> None:
+        """Send what is queued, then `data`, as far as the socket takes it; the rest waits in the queue."""
+        was_waiting = bool(client.queue)
+        if was_waiting and data:
+            client.queue += data
+            return
+        try:
+            sent = client.sock.send(data or client.queue)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._drop(client)
+            return
+        if data:
+            client.queue += memoryview(data)[sent:]
+        else:
+            del client.queue[:sent]
             client.answer_bytes = max(0, client.answer_bytes - sent)
-            if sent < len(piece):
-                client.queue[0] = piece[sent:]
-                return
-            del client.queue[0]
-        self._loop.wait_for(client.sock, selectors.EVENT_READ)
-        self._finish_close(client)
+        if bool(client.queue) != was_waiting:
+            writing = selectors.EVENT_WRITE if client.queue else 0
+            self.loop.wait_for(client.sock, selectors.EVENT_READ | writing)
+        if client.closing:
+            self._finish_close(client)
 
     def _finish_close(self, client: Client) -> None:
-        """Once both close frames have passed, end our side.
-
-        The rest of the peer's bytes is read until its EOF.
-        """
-        if client.closing and client.peer_closed and not client.queue:
+        """End our side once both close frames have passed; the peer's bytes are read until its EOF."""
+        if client.peer_closed and not client.queue:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
 
     # Receiving
 
     def _accept(self, sock: socket.socket) -> None:
-        if len(self.clients) >= self._connection_limit:
+        if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
-                sock.send(
-                    refusal(RequestError(503, "too many connections; close some or raise limits.connections"))
-                )
+                sock.send(refusal(RequestError(503, TOO_MANY)))
             sock.close()
             return
         with contextlib.suppress(OSError):  # the peer may be gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = Client(sock)
-        self.clients[sock] = client
-        self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        self._loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
+        client = self.clients[sock] = Client(sock)
+        self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
+        self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
-        if client.sock not in self.clients:
-            return  # dropped earlier in this turn
-        if ready & selectors.EVENT_WRITE:
-            self._flush(client)
-        if ready & selectors.EVENT_READ and client.sock in self.clients:
-            try:
-                data = client.sock.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._drop(client)
-            elif client.is_open:
-                self._take_frames(client, data)
-            else:
-                self._take_head(client, data)
+        if client.sock in self.clients and ready & selectors.EVENT_WRITE:
+            self._write(client)
+        if client.sock not in self.clients or not ready & selectors.EVENT_READ:
+            return  # perhaps dropped earlier in this turn
+        try:
+            data = client.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+        elif client.is_open:
+            self._take_frames(client, data)
+        else:
+            self._take_head(client, data)
 
     def _take_head(self, client: Client, data: bytes) -> None:
         client.head += data
@@ -5963,7 +4165,7 @@ class ClientServer:
             if len(head) > HEAD_LIMIT_BYTES:
                 raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
             request = parse_request_head(head)
-            self._admit(request, client.sock)
+            self.admit(request, client.sock)
             response = handshake_response(request)
         except RequestError as error:
             with contextlib.suppress(OSError):
@@ -5972,99 +4174,90 @@ class ClientServer:
             return
         client.head, client.is_open = b"", True
         self._write(client, response)
-        self._opened(client)
+        self.opened(client)
         self._take_frames(client, rest)
 
     def _take_frames(self, client: Client, data: bytes) -> None:
-        """Act on what the client says; between its messages it needs no parser, which has most memory."""
         parser = client.parser or FrameParser()
         received = parser.feed(data)
-        client.parser = None if parser.is_at_rest else parser
-        self._take_messages(client, received)
-
-    def _take_messages(self, client: Client, received: Iterable[Received]) -> None:
+        client.parser = None if parser.is_at_rest else parser  # most memory of a client that is silent
         for message in received:
-            if isinstance(message, Text):
-                if not client.closing:
-                    self._received(client, message.text)
-            elif isinstance(message, Ping):
-                self.send(client, encode_frame(Opcode.PONG, message.payload))
-            elif isinstance(message, Pong):
-                client.unanswered_pings = 0
-            elif isinstance(message, Binary):
-                self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
-            elif isinstance(message, Failure):
-                client.peer_closed = True  # its next bytes mean nothing, so its close frame is not waited for
-                self.close(client, message.code, message.reason)
-            else:
-                client.peer_closed = True
-                self.close(client, CloseCode.NORMAL if message.code is None else message.code)
+            if isinstance(message, Close):
+                client.peer_closed = True  # where it broke the protocol, too: its next bytes mean nothing
+                code = CloseCode.NORMAL if message.code is None else message.code
+                self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
+            elif message.opcode is Opcode.TEXT:
+                if not client.closing:
+                    self.received(client, message.data)
+            elif message.opcode is Opcode.PING:
+                self.send(client, encode_frame(Opcode.PONG, message.data))
+            elif message.opcode is Opcode.PONG:
+                client.unanswered_pings = 0
+            else:
+                self._take_binary(client, message.data)
+
+    def _take_binary(self, client: Client, _data: bytes) -> None:
+        self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
 
     def _ping_all(self) -> None:
-        for client in list(self.clients.values()):
-            if not client.is_open or client.closing:
-                continue
+        for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
             if client.unanswered_pings >= UNANSWERED_PINGS:
                 log.info("a client has not answered %d pings; closed", client.unanswered_pings)
                 self._drop(client)
-                continue
-            client.unanswered_pings += 1
-            self.send(client, encode_frame(Opcode.PING, b""))
+            else:
+                client.unanswered_pings += 1
+                self.send(client, encode_frame(Opcode.PING, b""))
 
     def _drop(self, client: Client) -> None:
-        if self.clients.pop(client.sock, None) is None:
-            return
-        self._loop.forget(client.sock)
-        client.sock.close()
-        client.queue.clear()
-        if client.is_open:
-            self._gone(client)
+        if self.clients.pop(client.sock, None) is not None:
+            self.loop.forget(client.sock)
+            client.sock.close()
+            client.queue.clear()
 
 
 def event_frames(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
     """Encode each event's message for a view; the full view carries the very bytes that were stored."""
-    opcode = Opcode.TEXT  # looking it up for each event takes half as long as the head itself
-    messages = [
-        b'{"type":"event","seq":%d,"event":%b}'
-        % (seq, line if view == "full" else encode_json(event_row(event)))
-        for seq, event, line in stored
-    ]
-    return [frame_head(opcode, len(message)) + message for message in messages]
+    form = b'{"type":"event","seq":%d,"event":%b}'
+    is_full = view == "full"
+    bodies = ((seq, line if is_full else encode_json(event_row(event))) for seq, event, line in stored)
+    return [encode_frame(Opcode.TEXT, form % body) for body in bodies]
+
+
+def text_frame(message: JsonObject) -> bytes:
+    """Encode a message to a client."""
+    return encode_frame(Opcode.TEXT, encode_json(message))
+
+
+def encode_with_sessions(message: JsonObject, sessions: Sessions, with_hidden: bool) -> bytes:
+    """Encode a message with the sessions, one at a time: all of them are 2 kB each."""
+    rows = b",".join(encode_json(session) for session in sessions.each_json(with_hidden))
+    return encode_json(message)[:-1] + b',"sessions":[' + rows + b"]}"
 
 
 def refusal(error: RequestError) -> bytes:
-    """Encode the HTTP response that refuses a request, JSON body and all."""
+    """Encode the HTTP response that refuses a request, JSON body and all; the connection ends with it."""
     body = encode_json({"error": error.reason})
-    reason = http.client.responses.get(error.status, "Refused")
-    head = [f"HTTP/1.1 {error.status} {reason}", *(f"{name}: {value}" for name, value in error.headers)]
-    if not any(name == "Connection" for name, _ in error.headers):
-        head.append("Connection: close")
-    head += [
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        "X-Content-Type-Options: nosniff",
-    ]
-    return "\r\n".join(head).encode("latin-1") + b"\r\n\r\n" + body
+    ends = ("Connection", "close"), ("Content-Length", str(len(body)))
+    form = ("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")
+    return response_head(error.status, [*error.headers, *form, *ends]) + body
 
 
 # ---------------------------------------------------------------------------
 # Redis subscriber thread: events from many machines
 #
 # Owns: one thread at a time with two connections, and the position in the stream. The channel brings an event
-# at once, the stream tells which ones there were: it is read from the last position after each confirmation
-# of the subscription (redis-py subscribes again without a word) and every few seconds, so whatever the
-# channel did not bring is found. The thread receives, parses and hands over; the loop stores.
+# at once, the stream has all: it is read on from the position after each confirmation of the subscription
+# (redis-py subscribes again silently), before anything more is taken from the channel, and with each ping,
+# which moves the position on. Ids remove what came twice. The thread receives; the loop stores.
 # ---------------------------------------------------------------------------
 
 SUBSCRIBER_DEADLINE_S = 15.0  # without a sign of life the connection counts as dead
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_INTERVAL_S = 5.0
-STREAM_HURRY_S = 0.5  # while the channel leaves events out
 STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
-INBOX_LIMIT_BYTES = 16 << 20
-INBOX_LINES_A_TURN = 200
+BATCH_LINES = 200  # stored in one turn of the loop, or
+BATCH_BYTES = 1 << 20
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
@@ -6079,208 +4272,11 @@ class RemoteLine(NamedTuple):
     line: bytes
     position: str | None
 
-    @property
-    def is_marker(self) -> bool:
-        """Tell whether it brings no event, only a position."""
-        return not self.line and self.position is not None
-
 
 def position_key(position: str) -> tuple[int, int]:
     """Return what stream ids are ordered by: the time in ms of the clock of Redis, then a number."""
     time_part, _, number = position.partition("-")
     return int(time_part), int(number or 0)
-
-
-def stream_time(position: str) -> int:
-    """Return the time in a stream id, in ms of the clock of Redis."""
-    return position_key(position)[0]
-
-
-def after_position(position: str) -> str:
-    """Return the smallest stream id behind `position` (Redis before 6.2 has no exclusive ranges)."""
-    time_ms, number = position_key(position)
-    return f"{time_ms}-{number + 1}"
-
-
-class Inbox:
-    """What one thread hands to the loop, in order and bounded in bytes; safe for one thread on each side."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._lock = threading.Lock()
-        self._items: collections.deque[RemoteLine] = collections.deque()
-        self.size = 0  # bytes
-        self._awaited = True  # the loop has seen it empty and wants to be woken
-
-    def put(self, item: RemoteLine, wake: Callable[[], None]) -> bool:
-        """Add one item and wake the loop if it waits; False while there is no room."""
-        with self._lock:
-            if self.size > self._limit_bytes:
-                return False
-            self._items.append(item)
-            self.size += len(item.line)
-            awaited, self._awaited = self._awaited, False
-        if awaited:
-            wake()
-        return True
-
-    def head(self, count: int) -> list[RemoteLine]:
-        """Return the first items; after an empty list `put` wakes the loop again."""
-        with self._lock:
-            self._awaited = not self._items
-            return list(itertools.islice(self._items, count))
-
-    def drop(self, count: int) -> None:
-        """Forget the first items."""
-        with self._lock:
-            for _ in range(count):
-                self.size -= len(self._items.popleft().line)
-
-
-class Subscription(threading.Thread):
-    """One attempt to follow the channel, from connecting to the first error.
-
-    It fills the link's inbox; `heard` is the time (monotonic) of the last sign of life. After a confirmation
-    it reads the stream before it reads on from the channel, so that events stay in their order. Later looks
-    go up to what the stream held at the look before: by then the channel must have brought it.
-    """
-
-    def __init__(self, link: RedisLink, position: str) -> None:
-        super().__init__(name="redis subscriber", daemon=True)
-        self.heard = time.monotonic()
-        self.confirmed = False
-        self.abandoned = False
-        self._position = position  # of the stream; handed over up to here
-        self._horizon = position  # the newest id at the last look
-        self._link = link
-        self._client: Any = None
-        self._seen = SeenIds()  # by the channel
-        self._next_ping = 0.0
-        self._next_look = 0.0
-
-    def run(self) -> None:
-        """Follow the channel until something goes wrong, and tell the link what it was."""
-        try:
-            self._follow()
-        except Exception as error:  # the link puts it into words
-            self._link.attempt_ended(self, error)
-        finally:
-            self._disconnect()
-
-    def abandon(self) -> None:
-        """Let go of it, whatever it is doing; for the loop thread."""
-        self.abandoned = True
-        self._disconnect()
-
-    def _disconnect(self) -> None:
-        if self._client is not None:
-            with contextlib.suppress(Exception):  # another thread may be using it at this moment
-                self._client.connection_pool.disconnect(inuse_connections=True)
-
-    def _follow(self) -> None:
-        values = self._link.values
-        self._client = emit_event.redis_client(values)
-        pubsub = self._client.pubsub()
-        pubsub.subscribe(values["redis.channel"])
-        while not self.abandoned:
-            if pubsub.connection.can_read(timeout=0.5):
-                # Only now: get_message with a short timeout would give up in the middle of a long message.
-                message = pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S)
-                self.heard = time.monotonic()
-                if message is not None:
-                    self._take(message)
-            now = time.monotonic()
-            if self.confirmed and now >= self._next_ping:
-                self._next_ping = now + REDIS_PING_INTERVAL_S
-                pubsub.ping()
-            if self.confirmed and now >= self._next_look:
-                self._look_into_stream()
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if message["type"] == "subscribe":
-            self._link.subscribed(self)
-            self._catch_up()
-            self.confirmed = True
-        elif message["type"] == "message":
-            line = message["data"]
-            self._seen.add(event_key(line))
-            self._hand_over(RemoteLine(line, None))
-
-    def _catch_up(self) -> None:
-        """Read everything behind the position, for we cannot know what the channel has left out."""
-        if self._link.stream is None:
-            return
-        with self._reading_stream():
-            self._check_position(self._link.stream)
-            self._read_stream(self._link.stream, "+")
-        self._horizon = self._position
-        self._next_look = time.monotonic() + STREAM_INTERVAL_S
-
-    def _look_into_stream(self) -> None:
-        """Compare the stream with what the channel has brought; soon again while it leaves things out."""
-        if self._link.stream is None:
-            self._next_look = math.inf
-            return
-        found = False
-        with self._reading_stream():
-            if self._horizon != self._position:
-                found = self._read_stream(self._link.stream, self._horizon)
-            newest = self._client.xrevrange(self._link.stream, "+", "-", 1)
-            self._horizon = newest[0][0].decode("ascii") if newest else self._position
-        self._next_look = time.monotonic() + (STREAM_HURRY_S if found else STREAM_INTERVAL_S)
-
-    @contextlib.contextmanager
-    def _reading_stream(self) -> Iterator[None]:
-        """Tell the link how reading the stream went; a refusal leaves the channel to go on alone."""
-        import redis
-
-        try:
-            yield
-        except redis.ResponseError as error:
-            self._link.stream_read(self, error)
-        else:
-            self._link.stream_read(self, None)
-        self.heard = time.monotonic()
-
-    def _read_stream(self, stream: str, last: str) -> bool:
-        """Hand over what the stream holds up to `last` and the channel left out; tell if there is any."""
-        found = False
-        while not self.abandoned:
-            count = self._link.page_events
-            page = self._client.xrange(stream, after_position(self._position), last, count)
-            self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
-            self.heard = time.monotonic()
-            for raw_id, fields in page:
-                self._position = raw_id.decode("ascii")
-                line = fields.get(b"event", b"")
-                if line and event_key(line) not in self._seen:
-                    found = True
-                    self._hand_over(RemoteLine(line, self._position))
-            if page:
-                self._hand_over(RemoteLine(b"", self._position))
-            if len(page) < count:
-                break
-        return found
-
-    def _check_position(self, stream: str) -> None:
-        """Begin anew when the stream did, and tell when it was cut before we had read it."""
-        if self._position == STREAM_START:
-            return
-        newest = self._client.xrevrange(stream, "+", "-", 1)
-        oldest = self._client.xrange(stream, "-", "+", 1)
-        if newest and position_key(newest[0][0].decode("ascii")) < position_key(self._position):
-            log.warning(
-                "Redis: the stream has begun anew since this monitor last read it; it is read from its start"
-            )
-            self._position = STREAM_START
-        elif oldest and position_key(oldest[0][0].decode("ascii")) > position_key(self._position):
-            self._link.gap_found(self)
-
-    def _hand_over(self, remote: RemoteLine) -> None:
-        """Give one line to the loop; waits while the loop has enough, which is no silence of Redis."""
-        while not self.abandoned and not self._link.offer(remote):
-            self.heard = time.monotonic()
-            time.sleep(0.01)
 
 
 def event_key(line: bytes) -> str:
@@ -6289,245 +4285,276 @@ def event_key(line: bytes) -> str:
     return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
 
 
-class RedisLink:
-    """Keep one Subscription alive, hand what it brings to `take`, and know how things stand.
+class Subscription(threading.Thread):
+    """One attempt to follow the channel, from connecting to the first error.
 
-    `take` stores a batch and returns whether it is safe; until it is, the batch is offered again and the
-    position stays. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`. `changed`
-    is called when the state did. All but `offer`, `subscribed`, `stream_read`, `gap_found` and
-    `attempt_ended`, which are for the subscription's thread, belongs to the loop thread.
+    It has the link store what it brings and reports to the link. `heard` is the time (monotonic) of the last
+    sign of life; to wait for the loop, which has to store a batch before the next is read, is no silence.
     """
 
-    def __init__(
-        self,
-        loop: EventLoop,
-        settings: Settings,
-        take: Callable[[Sequence[RemoteLine]], bool],
-        changed: Callable[[], None],
-    ) -> None:
-        self.values = settings.values
+    def __init__(self, link: RedisLink, position: str) -> None:
+        super().__init__(name="redis subscriber", daemon=True)
+        self.heard = time.monotonic()
+        self.confirmed = False
+        self.abandoned = False
+        self._position = position  # of the stream; handed over up to here
+        self._link = link
+        self._client: Any = None
+        self._by_channel = SeenIds()
+        self._by_stream = SeenIds()
+        self.batch_bytes = 0  # received and not stored yet
+        self._batch: list[RemoteLine] = []
+
+    def run(self) -> None:
+        """Follow the channel until something goes wrong, and report what it was."""
+        try:
+            self._client = emit_event.redis_client(self._link.values)
+            pubsub = self._client.pubsub()
+            pubsub.subscribe(self._link.values["redis.channel"])
+            next_ping = 0.0
+            while not self.abandoned:
+                can_read = pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
+                if can_read:
+                    # Only now: get_message with a short timeout would give up in the middle of a message.
+                    self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
+                if not can_read or len(self._batch) >= BATCH_LINES or self.batch_bytes > BATCH_BYTES:
+                    self._hand_over()
+                if self.confirmed and time.monotonic() >= next_ping:
+                    next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
+                    pubsub.ping()
+                    self._read_stream()
+        except Exception as error:  # the link puts it into words
+            self._report(self._link.fail, self, error)
+        finally:
+            self.abandon()
+            self._hand_over()
+
+    def abandon(self) -> None:
+        """End it, whatever it is doing; for both threads."""
+        self.abandoned = True
+        if self._client is not None:
+            with contextlib.suppress(Exception):  # another thread may be using it at this moment
+                self._client.connection_pool.disconnect(inuse_connections=True)
+
+    def _report(self, note: Callable[..., None], *facts: object) -> None:
+        """Have the loop call `note(*facts)`, unless another subscription is the current one by then."""
+        self._link.loop.call_soon(lambda: note(*facts) if self._link.subscription is self else None)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        self.heard = time.monotonic()
+        if message["type"] == "subscribe":
+            self._report(self._link.enter, "connected", None)
+            self._read_stream(may_have_gap=True)
+            self.confirmed = True
+        elif message["type"] == "message":
+            key = event_key(message["data"])
+            if key not in self._by_stream:
+                self._by_channel.add(key)
+                self._add(message["data"], None)
+
+    def _read_stream(self, may_have_gap: bool = False) -> None:
+        """Hand over what the stream has behind the position; a refusal leaves the channel to go on alone."""
+        import redis
+
+        stream, reason = self._link.stream, None
+        try:
+            if stream and may_have_gap and self._position != STREAM_START:
+                self._check_position(stream)
+            while stream and not self.abandoned:
+                count = self._link.page_events
+                time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
+                page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
+                self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
+                self.heard = time.monotonic()
+                for raw_id, fields in page:
+                    self._position, line = raw_id.decode("ascii"), fields.get(b"event", b"")
+                    key = event_key(line)
+                    if line and key not in self._by_channel:
+                        self._by_stream.add(key)
+                        self._add(line, self._position)
+                if page:
+                    self._add(b"", self._position)
+                self._hand_over()
+                if len(page) < count:
+                    break
+        except redis.ResponseError as error:
+            reason = emit_event.redis_trouble(error, self._link.values)
+        if reason != self._link.state["streamReason"]:
+            lost = "what the channel leaves out is lost"
+            words = f"cannot be read, {lost}: {reason}" if reason else "can be read again"
+            self._report(self._link.note, f"the stream {words}", {"streamReason": reason})
+
+    def _check_position(self, stream: str) -> None:
+        """Begin at the start when the stream did, and report when it was cut before we had read it."""
+        newest = self._client.xrevrange(stream, "+", "-", 1)
+        oldest = self._client.xrange(stream, "-", "+", 1)
+        here = position_key(self._position)
+        if newest and position_key(newest[0][0].decode("ascii")) < here:
+            log.warning("Redis: the stream is a new one since it was last read; it is read from its start")
+            self._position = STREAM_START
+        elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
+            words = f"the stream no longer reaches back to {self._position}: events may be missing"
+            gaps = {"gaps": self._link.state["gaps"] + 1}
+            self._report(self._link.note, f"{words}; a larger redis.streamMaxLength keeps more", gaps)
+
+    def _add(self, line: bytes, position: str | None) -> None:
+        self._batch.append(RemoteLine(line, position))
+        self.batch_bytes += len(line)
+
+    def _hand_over(self) -> None:
+        """Have the loop store what came, again and again until it is safe; once when this is abandoned."""
+        batch = self._batch
+        while batch:
+            try:
+                is_safe = self._link.loop.call(lambda: self._link.store(batch))
+            except Exception:
+                log.exception("Redis: events could not be taken; trying again")
+                is_safe = False
+            self.heard = time.monotonic()
+            if is_safe or self.abandoned:
+                break
+            time.sleep(1)
+        self._batch, self.batch_bytes = [], 0
+
+
+@dataclasses.dataclass(eq=False)
+class RedisLink:
+    """Keep one Subscription alive, hand what it brings to `take`, and call `changed` when the state did.
+
+    `take` stores events and returns whether they are safe; until they are, they are offered again and the
+    position stays. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
+    Belongs to the loop thread.
+    """
+
+    loop: EventLoop
+    settings: Settings
+    take: Callable[[Sequence[RemoteLine]], bool]
+    changed: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.values = values = self.settings.values
         self.page_events = STREAM_PAGE_EVENTS  # how many the subscription asks for at once
-        self.stream = f"{settings['redis.channel']}:stream" if settings["redis.streamMaxLength"] else None
-        self._loop = loop
-        self._take = take
-        self._changed = changed
-        self._position_path = settings.path("redis-position.json")
-        self._position = self._load_position()  # stored up to here
-        self._saved_position = self._position
-        self._inbox = Inbox(INBOX_LIMIT_BYTES)
-        self._subscription: Subscription | None = None
-        self._failures = 0  # in a row
-        self._retry: Timer | None = None
-        self._retry_at: int | None = None  # ms
-        self._state = "connecting"
-        self._reason: str | None = None
-        self._since = now_ms()
-        self._stream_reason: str | None = None
-        self._heard_ms: int | None = None
-        self._gaps = 0
-        self._by_channel = 0
-        self._by_stream = 0
-        loop.call_soon(self.reconnect)
-        loop.call_every(0.5, self._supervise)
-        loop.call_every(1.0, self._save_position)
+        self.stream = f"{values['redis.channel']}:stream" if values["redis.streamMaxLength"] else None
+        self.subscription: Subscription | None = None
+        self.state: JsonObject = {  # as the status shows it; never a password
+            "state": "connecting",
+            "server": emit_event.redis_place(values),
+            "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
+            "channel": values["redis.channel"],
+            "stream": self.stream,
+            "maxRetries": values["redis.maxRetries"],
+            "since": now_ms(),
+            **dict.fromkeys(("attempt", "gaps", "received", "fromStream"), 0),
+            **dict.fromkeys(("reason", "nextAttemptAt", "lastHeardAt", "streamReason")),
+        }
+        self._position_path = self.settings.path("redis-position.json")
+        self._stream_name = f"{self.state['server']} {self.stream}"
+        self._position = self._saved_position = self._load_position()  # stored up to here
+        self.loop.call_soon(self.reconnect)
+        self.loop.call_every(1.0, self._save_position)
 
-    # For the loop thread
-
-    def reconnect(self) -> None:
-        """Connect at once, with all attempts before us again."""
-        self._failures = 0
-        self._begin_attempt()
+    def reconnect(self, failures: int = 0) -> None:
+        """Connect at once; so many attempts in a row have failed."""
+        self.state["attempt"] = failures
+        self._drop_subscription()
+        self.enter("connecting", self.state["reason"])
+        self.subscription = Subscription(self, self._position)
+        self.subscription.start()
+        self._watch(self.subscription)
 
     def close(self) -> None:
-        """Let go of the connection and note the position."""
+        """Close the connection and save the position."""
         self._drop_subscription()
         self._save_position()
 
-    @property
-    def inbox_bytes(self) -> int:
-        """Return how much was received and is not stored yet."""
-        return self._inbox.size
-
     def status(self) -> JsonObject:
-        """Return how things stand, for /api/status; never a password."""
-        url = self.values["redis.url"] or ""
-        if self._subscription is not None and self._state == "connected":
-            self._heard_ms = now_ms() - int((time.monotonic() - self._subscription.heard) * 1000)
+        """Return the state for /api/status."""
+        state = self.state
+        if self.subscription is not None and state["state"] == "connected":
+            state["lastHeardAt"] = now_ms() - int((time.monotonic() - self.subscription.heard) * 1000)
         return {
-            "state": self._state,
-            "server": emit_event.redis_place(self.values),
-            "tls": self.values["redis.tls"] or url.startswith("rediss:"),
-            "channel": self.values["redis.channel"],
-            "stream": self.stream,
-            "attempt": self._failures,
-            "maxRetries": self.values["redis.maxRetries"],
-            "reason": self._reason,
-            "since": self._since,
-            "nextAttemptAt": self._retry_at,
-            "lastHeardAt": self._heard_ms,
+            **state,
             "position": None if self._position == STREAM_START else self._position,
-            "streamState": "off" if self.stream is None else "refused" if self._stream_reason else "ok",
-            "streamReason": self._stream_reason,
-            "gaps": self._gaps,
-            "received": self._by_channel,
-            "fromStream": self._by_stream,
+            "streamState": "off" if self.stream is None else "refused" if state["streamReason"] else "ok",
         }
 
-    def _begin_attempt(self) -> None:
-        self._drop_subscription()
-        self._enter("connecting", self._reason)
-        self._subscription = Subscription(self, self._position)
-        self._subscription.start()
-
     def _drop_subscription(self) -> None:
-        """Leave the thread behind; what it has handed over stays in the inbox."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            subscription.abandon()
-        if self._retry is not None:
-            self._retry.cancel()
-        self._retry = self._retry_at = None
+        """Leave the thread behind; it hands over what it has."""
+        if self.subscription is not None:
+            self.subscription.abandon()
+        self.subscription = self.state["nextAttemptAt"] = None
 
-    def _supervise(self) -> None:
+    def _watch(self, subscription: Subscription) -> None:
         """End an attempt that shows no sign of life."""
-        subscription = self._subscription
-        if subscription is None:
+        if subscription is not self.subscription:
             return
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
-        if time.monotonic() - subscription.heard > deadline_s:
-            self._fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+        left_s = subscription.heard + deadline_s - time.monotonic()
+        if left_s <= 0:
+            self.fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+        else:
+            self.loop.call_later(left_s, lambda: self._watch(subscription))
 
-    def _fail(self, subscription: Subscription, error: BaseException) -> None:
+    def fail(self, subscription: Subscription, error: BaseException) -> None:
         """Count a failed attempt or a lost connection; try again in a while or give up."""
         self._drop_subscription()
-        self._failures += 1
+        self.state["attempt"] += 1
         self.page_events = max(1, self.page_events // 4)  # perhaps too much for the link to bring in time
         reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
-        most = self.values["redis.maxRetries"]
-        if most is not None and self._failures >= most:
-            self._enter("given_up", reason)
+        state = self.state
+        most, tries = state["maxRetries"], state["attempt"]
+        if most is not None and tries >= most:
             log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", most, reason)
+            self.enter("given_up", reason)
             return
-        delay_s = emit_event.backoff_s(self._failures)
-        self._retry = self._loop.call_later(delay_s, self._begin_attempt)
-        self._retry_at = now_ms() + int(delay_s * 1000)
+        delay_s = emit_event.backoff_s(tries)
+        at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
+        self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
         of = "" if most is None else f" of {most}"
-        log.warning("Redis: attempt %d%s: %s; next in %.1f s", self._failures, of, reason, delay_s)
-        self._enter("waiting", reason)
+        log.warning("Redis: attempt %d%s: %s; next in %.1f s", tries, of, reason, delay_s)
+        self.enter("waiting", reason)
 
-    def _enter(self, state: str, reason: str | None) -> None:
-        if state != self._state:
-            self._since = now_ms()
-        self._state, self._reason = state, reason
-        self._changed()
+    def enter(self, state: str, reason: str | None) -> None:
+        """Note the state of the connection, and why it is that."""
+        if state == "connected":
+            self.state["attempt"] = 0
+            log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
+        if state != self.state["state"]:
+            self.state["since"] = now_ms()
+        self.state.update(state=state, reason=reason)
+        self.changed()
 
-    def _note_subscribed(self, subscription: Subscription) -> None:
-        if subscription is not self._subscription:
-            return
-        self._failures = 0
-        log.info(
-            "Redis: connected to %s, channel %s",
-            emit_event.redis_place(self.values),
-            self.values["redis.channel"],
-        )
-        self._enter("connected", None)
+    def note(self, words: str, changes: JsonObject) -> None:
+        """Note what is wrong, or no longer is."""
+        log.warning("Redis: %s", words)
+        self.state.update(changes)
+        self.changed()
 
-    def _note_stream(self, subscription: Subscription, reason: str | None) -> None:
-        if subscription is not self._subscription or reason == self._stream_reason:
-            return
-        self._stream_reason = reason
-        if reason:
-            log.warning(
-                "Redis: the stream cannot be read, so what the channel leaves out is lost: %s", reason
-            )
-        else:
-            log.info("Redis: the stream can be read again")
-        self._changed()
-
-    def _note_gap(self, subscription: Subscription) -> None:
-        if subscription is not self._subscription:
-            return
-        self._gaps += 1
-        log.warning(
-            "Redis: the stream no longer reaches back to %s: events from while this monitor was away may be "
-            "missing; a larger redis.streamMaxLength keeps more",
-            self._position,
-        )
-        self._changed()
-
-    def _note_end(self, subscription: Subscription, error: BaseException) -> None:
-        if subscription is self._subscription:
-            self._fail(subscription, error)
-
-    def _take_some(self) -> None:
-        """Store the first lines of the inbox; what cannot be stored stays there and is tried again."""
-        batch = self._inbox.head(INBOX_LINES_A_TURN)
-        if not batch:
-            return
-        try:
-            safe = self._take([remote for remote in batch if not remote.is_marker])
-        except Exception:  # whatever it is: who stops here stops for good
-            log.exception("Redis: events could not be taken; trying again")
-            safe = False
-        if not safe:
-            self._loop.call_later(1.0, self._take_some)
-            return
-        self._inbox.drop(len(batch))
+    def store(self, batch: Sequence[RemoteLine]) -> bool:
+        """Store a batch and note how far the stream was read; return whether it is safe."""
+        if not self.take([remote for remote in batch if remote.line or remote.position is None]):
+            return False
         for remote in batch:
             self._position = remote.position or self._position
-            if remote.position is None:
-                self._by_channel += 1
-            elif not remote.is_marker:
-                self._by_stream += 1
-        self._loop.call_soon(self._take_some)
+            if remote.line or remote.position is None:
+                self.state["received" if remote.position is None else "fromStream"] += 1
+        return True
 
     def _load_position(self) -> str:
-        """Return how far the stream of this very Redis and channel was read."""
         with contextlib.suppress(OSError, MalformedEvent), open(self._position_path, "rb") as file:
             saved = emit_event.parse_event_line(file.read(4096))
             position = saved.get("position")
-            if (
-                saved.get("of") == self._stream_name()
-                and isinstance(position, str)
-                and _POSITION.fullmatch(position)
-            ):
+            is_ours = saved.get("of") == self._stream_name
+            if is_ours and isinstance(position, str) and _POSITION.fullmatch(position):
                 return position
         return STREAM_START
 
     def _save_position(self) -> None:
-        if self._position == self._saved_position:
-            return
-        content = {"of": self._stream_name(), "position": self._position}
-        with contextlib.suppress(OSError):  # full disk: an older position only means reading more again
-            emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
-            self._saved_position = self._position
-
-    def _stream_name(self) -> str:
-        return f"{emit_event.redis_place(self.values)} {self.stream}"
-
-    # For the subscription's thread
-
-    def offer(self, remote: RemoteLine) -> bool:
-        """Take one line for the loop; False while there is no room."""
-        return self._inbox.put(remote, lambda: self._loop.call_soon(self._take_some))
-
-    def subscribed(self, subscription: Subscription) -> None:
-        """Note a confirmation of the subscription."""
-        self._loop.call_soon(lambda: self._note_subscribed(subscription))
-
-    def stream_read(self, subscription: Subscription, error: BaseException | None) -> None:
-        """Note that the stream was read, or why not."""
-        reason = emit_event.redis_trouble(error, self.values) if error else None
-        if reason != self._stream_reason:
-            self._loop.call_soon(lambda: self._note_stream(subscription, reason))
-
-    def gap_found(self, subscription: Subscription) -> None:
-        """Note that the stream was cut beyond our position."""
-        self._loop.call_soon(lambda: self._note_gap(subscription))
-
-    def attempt_ended(self, subscription: Subscription, error: BaseException) -> None:
-        """Note why the subscription's thread has ended."""
-        self._loop.call_soon(lambda: self._note_end(subscription, error))
+        if self._position != self._saved_position:
+            content = {"of": self._stream_name, "position": self._position}
+            with contextlib.suppress(OSError):  # full disk: an older position only means reading more again
+                emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
+                self._saved_position = self._position
 
 
 # ---------------------------------------------------------------------------
@@ -6539,7 +4566,9 @@ class RedisLink:
 
 REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
+HISTORY_LIMIT = 1000  # events of one answer
 TOKEN_COOKIE = "contextuate_token"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Access:
@@ -6552,7 +4581,7 @@ class Access:
         self._own_names = frozenset(name.lower() for name in own_names)
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
 
-    def check(self, request: Request, sock: socket.socket, port: int, writes: bool = False) -> None:
+    def check(self, request: Request, port: int, is_ours: Callable[[], bool], writes: bool = False) -> None:
         """Raise RequestError unless the request may go on; `port` is the one it came to.
 
         421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
@@ -6565,64 +4594,48 @@ class Access:
         has_token = self.has_token(request)
         if writes and not origin and not has_token:
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
-        if self._auth == "off" or has_token:
-            return
-        if self._auth == "auto" and same_user_on_loopback(sock):
-            return
-        raise RequestError(
-            401, "a token is needed: `contextuate_monitor.py url --token` prints the link that carries it"
-        )
+        if self._auth != "off" and not has_token and not (self._auth == "auto" and is_ours()):
+            words = "a token is needed: `contextuate_monitor.py url --token` prints the link that carries it"
+            raise RequestError(401, words)
 
     def has_token(self, request: Request) -> bool:
-        """Tell whether the request carries the token, as a bearer header or as the page's cookie."""
+        """True if the request carries the token, as a bearer header or as the page's cookie."""
         authorization = request.one("authorization")
         if authorization[:7].lower() == "bearer " and self.is_token(authorization[7:].strip()):
             return True
-        for value in request.all("cookie"):
-            for pair in value.split(";"):
-                name, _, content = pair.strip().partition("=")
-                if name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(content):
-                    return True
-        return False
+        cookies = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
+        return any(name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(it) for name, _, it in cookies)
 
     def is_token(self, candidate: str) -> bool:
         """Compare with the token in constant time."""
         return hmac.compare_digest(candidate.encode("utf-8", "surrogateescape"), self._token)
 
     def check_host(self, request: Request, port: int) -> str:
-        """Return the name in the Host header if it is ours; raise RequestError(421)."""
-        host = request.one("host")
-        match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?", host)
-        if match is not None:
-            name, given_port = match[1].lower(), int(match[2]) if match[2] else None
-            if self._is_allowed(host.lower(), name, given_port, port) or self._is_own(name, given_port, port):
-                return name
+        """Return the name in the Host header if it is ours; raise RequestError(421).
+
+        server.allowedHosts has it with this very port, or without one for the usual ones.
+        """
+        host = request.one("host").lower()
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", host)
+        name, given_port = (match[1], int(match[2] or 80)) if match else ("", 0)
+        is_usual = given_port in (80, 443, port) and name in self._allowed
+        is_own = given_port == port and (is_loopback(name) or name.strip("[]") in self._own_names)
+        if name and (is_usual or is_own or host in self._allowed):
+            return name
         raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    def _is_allowed(self, host: str, name: str, given_port: int | None, port: int) -> bool:
-        """Tell whether server.allowedHosts has it: with this very port, or without one for the usual ones."""
-        return host in self._allowed or (name in self._allowed and given_port in (None, 80, 443, port))
-
-    def _is_own(self, name: str, given_port: int | None, port: int) -> bool:
-        is_ours = is_loopback(name) or name.strip("[]") in self._own_names
-        return is_ours and (80 if given_port is None else given_port) == port
-
     def _check_origin(self, origin: str, host_name: str) -> None:
-        """Raise RequestError(403) unless the origin is the dashboard's, under the very name of the Host
-        header.
-        """
-        good = {f"http://{host_name}:{self.port}"}
-        if self.port == 80:
-            good.add(f"http://{host_name}")
+        """Raise RequestError(403) unless the origin is the page's, under the very name of the Host header."""
+        good = {f"http://{host_name}:{self.port}", *([f"http://{host_name}"] if self.port == 80 else ())}
         for allowed in self._allowed:
-            if allowed.partition(":")[0] == host_name or allowed == host_name:
+            if host_name in (allowed, allowed.partition(":")[0]):
                 good |= {f"https://{allowed}", f"http://{allowed}"}
         if origin.lower() not in good:
             raise RequestError(403, "requests from other sites are refused")
 
 
 def same_user_on_loopback(sock: socket.socket) -> bool:
-    """Tell whether a TCP connection comes from this machine and, where /proc tells (Linux), from our user."""
+    """True if a TCP connection comes from this machine and, where /proc shows it (Linux), from our user."""
     try:
         peer, local = sock.getpeername(), sock.getsockname()
     except OSError:
@@ -6631,44 +4644,22 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
         return False
     if sys.platform != "linux":
         return True
-    return peer_user(peer, local) == os.getuid()
-
-
-def peer_user(peer: tuple[Any, ...], local: tuple[Any, ...]) -> int | None:
-    """Look up the user of the other end of a loopback connection in /proc/net/tcp.
-
-    None if it is not there.
-    """
-    wanted = (_proc_address(peer), _proc_address(local))
-    for table in ("/proc/net/tcp6", "/proc/net/tcp"):
+    # Their end of the connection is a row of its own: local and remote the other way round.
+    wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
+    for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
             for line in file:
                 fields = line.split()
-                # Their end of the connection is a row of its own: local and remote the other way round.
-                if (
-                    len(fields) > 7
-                    and fields[1] == wanted[0][table]
-                    and fields[2] == wanted[1][table]
-                    and fields[3] != "06"
-                ):
-                    return int(fields[7])
-    return None
+                if len(fields) > 7 and [before + it for it in fields[1:3]] == wanted and fields[3] != "06":
+                    return int(fields[7]) == os.getuid()
+    return False
 
 
-def _proc_address(address: tuple[Any, ...]) -> dict[str, str]:
-    """Write an address as both tables of /proc/net do: 32-bit words in machine byte order, port in hex."""
+def _proc_address(address: tuple[Any, ...]) -> str:
+    """Write an address as /proc/net/tcp6 does: 32-bit words in machine byte order, port in hex."""
     ip = ipaddress.ip_address(address[0].partition("%")[0])
-    v4 = ip if ip.version == 4 else getattr(ip, "ipv4_mapped", None)
-    packed6 = ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
-
-    def words(packed: bytes) -> str:
-        return "".join(
-            f"{int.from_bytes(packed[start : start + 4], sys.byteorder):08X}"
-            for start in range(0, len(packed), 4)
-        )
-
-    port = f":{address[1]:04X}"
-    return {"/proc/net/tcp": words(v4.packed) + port if v4 else "-", "/proc/net/tcp6": words(packed6) + port}
+    packed = ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
+    return "{:08X}{:08X}{:08X}{:08X}:{:04X}".format(*struct.unpack("=4I", packed), address[1])
 
 
 def read_token(path: str) -> str:
@@ -6689,9 +4680,8 @@ def own_addresses(host: str) -> list[str]:
         return [host]
     names = {socket.gethostname(), "127.0.0.1"}
     with contextlib.suppress(OSError):
-        names.update(
-            str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(socket.gethostname(), None)
-        )
+        found = socket.getaddrinfo(socket.gethostname(), None)
+        names.update(str(info[4][0]).partition("%")[0] for info in found)
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         # Connecting a datagram socket sends nothing; it tells which address the way out would use.
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -6700,8 +4690,7 @@ def own_addresses(host: str) -> list[str]:
     return sorted(name for name in names if ":" not in name or host != "0.0.0.0")
 
 
-@dataclasses.dataclass
-class Response:
+class Response(NamedTuple):
     """What a handler answers; `body` is bytes, or an iterator of bytes that is sent as it comes."""
 
     status: int
@@ -6715,324 +4704,197 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, encode_json(value))
 
 
-class ParameterError(Exception):
-    """A query parameter that cannot be used: its name and what was expected."""
-
-    def __init__(self, field: str, expected: str) -> None:
-        super().__init__(f"{field}: expected {expected}")
-        self.field = field
-
-
 class Query:
     """The query parameters of a request, checked as they are read."""
 
     def __init__(self, text: str) -> None:
-        self._values = urllib.parse.parse_qs(text, keep_blank_values=True)
+        self._values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
 
     def text(self, name: str) -> str | None:
         """Return a parameter; None when it is missing."""
-        values = self._values.get(name)
-        return values[-1] if values else None
+        return self._values.get(name)
 
-    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+    def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
         """Return an integer parameter within its bounds."""
         text = self.text(name)
         if text is None:
             return default
         if not re.fullmatch(r"\d{1,16}", text) or not low <= int(text) <= high:
-            raise ParameterError(name, f"an integer from {low} to {high}")
+            raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
 
 class Api:
-    """Answer the API's requests. Runs in HTTP threads: reads event files, and asks the loop thread for the
-    rest.
+    """Answer the API's requests, in HTTP threads: reads stored events, and asks the loop thread for the rest.
+
+    `ask` runs a function in the loop thread; `carry_out` does what a WebSocket message asks for, returns its
+    reply, and raises RequestError.
     """
 
-    LIMIT = 1000
-
-    def __init__(
-        self,
-        store: EventStore | MemoryStore,
-        ask: Callable[[Callable[[], Any]], Any],
-        state: ApiState,
-        history: History,
-        take: Callable[[bytes], bool],
-    ) -> None:
-        self._store = store
-        self._history = history
-        self._ask = ask
-        self._state = state
-        self._take = take  # an event to be stored at once; tells whether it is safe
+    def __init__(self, monitor: Monitor, carry_out: Callable[[JsonObject], JsonObject]) -> None:
+        self.ask = monitor.loop.call
+        self.status = monitor.status
+        self._monitor = monitor
+        self._carry_out = carry_out
 
     def answer(self, method: str, path: str, query: Query, body: bytes) -> Response:
-        """Route one request; raise RequestError or ParameterError for one that cannot be answered."""
+        """Route one request; raise RequestError and what `RequestHandler` answers with 400 and 503."""
         for allowed, pattern, handler in self.ROUTES:
             match = re.fullmatch(pattern, path)
+            if match and method != allowed:
+                raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
-                if method != allowed:
-                    raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
-                arguments = [urllib.parse.unquote(part) for part in match.groups()]
-                return handler(self, query, body, *arguments)
+                return handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
         raise RequestError(404, "no such address; the README lists them")
-
-    def _health(self, _query: Query, _body: bytes) -> Response:
-        return json_response({"status": "ok", "version": __version__})
-
-    def _status(self, _query: Query, _body: bytes) -> Response:
-        return json_response(self._ask(self._state.status))
-
-    def _config(self, _query: Query, _body: bytes) -> Response:
-        return json_response(self._ask(self._state.config))
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.text("hidden") in ("1", "true")
-        return Response(200, self._ask(lambda: self._state.sessions_json(hidden)))
-
-    def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
-        return json_response(self._ask(lambda: self._state.session_json(session_id)))
-
-    def _session_events(self, query: Query, _body: bytes, session_id: str) -> Response:
-        limit, before, after = self._page(query)
-        lines = self._store.session_lines(session_id, limit + 1, before, after)
-        if not lines:
-            self._ask(lambda: self._state.session_json(session_id))  # there is no such session perhaps
-        return self._events_response(lines, limit, from_start=after is not None)
-
-    def _events(self, query: Query, _body: bytes) -> Response:
-        limit, before, _ = self._page(query)
-        return self._events_response(self._store.recent_lines(limit + 1, before), limit, from_start=False)
-
-    def _page(self, query: Query) -> tuple[int, int | None, int | None]:
-        limit = query.integer("limit", 100, 1, self.LIMIT) or 100
-        return limit, query.integer("before", None, 0, 1 << 53), query.integer("after", None, 0, 1 << 53)
-
-    @staticmethod
-    def _events_response(lines: list[bytes], limit: int, from_start: bool) -> Response:
-        more = len(lines) > limit
-        page = (lines[:limit] if from_start else lines[-limit:]) if more else lines
-        body = b'{"events":[' + b",".join(page) + b'],"more":' + (b"true}" if more else b"false}")
+        monitor = self._monitor
+        body = self.ask(lambda: encode_with_sessions({"loading": monitor.loading}, monitor.sessions, hidden))
         return Response(200, body)
 
+    def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
+        return json_response(self.ask(lambda: self.status.session_json(session_id)))
+
+    def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
+        limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
+        before, after = (query.integer(name) for name in ("before", "after"))
+        found = self._monitor.journal.lines(session_id, after or 0, before, backwards=after is None)
+        lines = list(itertools.islice(found, limit + 1))
+        if not lines and session_id is not None:
+            self.ask(lambda: self.status.session_json(session_id))  # there is no such session perhaps
+        page, more = lines[:limit], len(lines) > limit
+        if after is None:
+            page.reverse()
+        return Response(200, b'{"events":[%b],"more":%b}' % (b",".join(page), b"true" if more else b"false"))
+
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
-        line = self._store.find(event_id, query.text("session"), query.integer("seq", None, 0, 1 << 53))
+        seq = query.integer("seq")
+        line = self._monitor.journal.find(event_id, query.text("session"), seq)
         if line is None:
             raise RequestError(404, "no event with this id is stored")
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        lines = chosen_lines(self._store, self._query(query))
+        lines = chosen_lines(self._monitor.journal, self._search_query(query))
         form = query.text("format") or "ndjson"
         if form not in EXPORT_FORMS:
-            raise ParameterError("format", " or ".join(EXPORT_FORMS))
+            raise SearchError("format", " or ".join(EXPORT_FORMS))
         content_type, file_name = EXPORT_FORMS[form]
         disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
         table = call_table(lines) if form == "csv" else lines
         return Response(200, in_chunks(table), content_type, (disposition,))
 
     def _hooks(self, _query: Query, body: bytes) -> Response:
-        try:
-            emit_event.parse_event_line(body)
-        except MalformedEvent as error:
-            raise RequestError(400, f"a hook payload is one JSON object: {error}") from None
-        if not self._ask(lambda: self._take(body)):
+        emit_event.parse_event_line(body)
+        if not self.ask(lambda: self._monitor.take_now(body)):
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
         return json_response({})
 
-    def _search(self, query: Query, _body: bytes) -> Response:
-        try:
-            return json_response(self._history.search(self._query(query)))
-        except SearchError as error:
-            raise ParameterError(error.field, error.expected) from None
+    def _message(self, _query: Query, body: bytes) -> Response:
+        return json_response(self._carry_out(emit_event.parse_event_line(body)))
 
-    def _query(self, query: Query) -> SearchQuery:
-        """Return the query that a request asks for."""
-        wanted = {name: query.text(name) for name in SEARCH_FIELDS}
-        numbers = {name: query.integer(name, None, 0, 1 << 53) for name in ("from", "to", "limit")}
+    def _search(self, query: Query, _body: bytes) -> Response:
+        return json_response(self._monitor.history.search(self._search_query(query)))
+
+    def _search_query(self, query: Query) -> SearchQuery:
+        wanted: dict[str, Any] = {name: query.text(name) for name in SEARCH_FIELDS}
         in_state = wanted["state"]
-        sessions = self._ask(lambda: self._state.sessions_in_state(in_state)) if in_state else None
-        try:
-            return search_query({**wanted, **numbers}, sessions)
-        except SearchError as error:
-            raise ParameterError(error.field, error.expected) from None
+        wanted.update({name: query.integer(name) for name in ("from", "to", "limit")})
+        sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
+        return search_query(wanted, sessions)
 
     def _stats(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0, 0, 1 << 53), query.integer("to", 1 << 53, 0, 1 << 53)
+        start, end = query.integer("from", 0), query.integer("to", 1 << 53)
         offset = query.text("utcOffset") or "0"
         if not re.fullmatch(r"-?\d{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
-            raise ParameterError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        try:
-            figures = self._history.statistics(
-                start or 0, end if end is not None else 1 << 53, query.text("session"), int(offset)
-            )
-        except NoStatistics as error:
-            raise RequestError(503, str(error)) from None
-        labels = self._ask(self._state.labels)
-        for session in figures["sessions"]:
-            session["label"] = labels.get(session["sessionId"])
+            raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
+        figures = self._monitor.history.statistics(start or 0, end or 0, query.text("session"), int(offset))
+        sessions = self._monitor.sessions.sessions
+        labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
+        for row in figures["sessions"]:
+            row["label"] = labels.get(row["sessionId"])
         return json_response(figures)
 
-    def _metrics(self, _query: Query, _body: bytes) -> Response:
-        return Response(200, self._ask(self._state.metrics), "text/plain; version=0.0.4; charset=utf-8")
-
     ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
-        ("GET", r"/health", _health),
-        ("GET", r"/api/status", _status),
-        ("GET", r"/api/config", _config),
+        ("GET", r"/health", lambda api, *_: json_response({"status": "ok", "version": __version__})),
+        ("GET", r"/api/status", lambda api, *_: json_response(api.ask(api.status.to_json))),
+        ("GET", r"/api/config", lambda api, *_: json_response(api.ask(api.status.config))),
         ("GET", r"/api/sessions", _sessions),
         ("GET", r"/api/sessions/([^/]+)", _session),
-        ("GET", r"/api/sessions/([^/]+)/events", _session_events),
+        ("GET", r"/api/sessions/([^/]+)/events", _events),
         ("GET", r"/api/events", _events),
         ("GET", r"/api/events/([^/]+)", _event),
         ("GET", r"/api/export", _export),
         ("GET", r"/api/search", _search),
         ("GET", r"/api/stats", _stats),
-        ("GET", r"/metrics", _metrics),
+        ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
         ("POST", r"/api/hooks", _hooks),
+        ("POST", r"/api/message", _message),
     )
-
-
-class ApiState(Protocol):
-    """What the API asks in the loop thread; the Overview is one."""
-
-    def status(self) -> JsonObject:
-        """Return what /api/status shows."""
-
-    def config(self) -> JsonObject:
-        """Return the configuration without secrets."""
-
-    def sessions_json(self, with_hidden: bool) -> bytes:
-        """Return what /api/sessions shows: the sessions that are known so far."""
-
-    def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
-
-    def sessions_in_state(self, state: str) -> frozenset[str]:
-        """Return the ids of the sessions that are in a state now."""
-
-    def labels(self) -> dict[str, str]:
-        """Return the label of every session."""
-
-    def metrics(self) -> bytes:
-        """Return the metrics in the text form of Prometheus."""
 
 
 BUILT_IN_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <link rel="icon" href="data:,"><title>Contextuate Monitor</title>
-<style>
-:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
-body{margin:16px;max-width:1100px}
-p{border-left:3px solid #b45309;padding-left:8px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-td,th{text-align:left;padding:2px 12px 2px 0;white-space:nowrap;overflow:hidden;
-  text-overflow:ellipsis;max-width:420px}
-</style></head><body>
-<h1>Contextuate Monitor</h1>
+<style>:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
+p{border-left:3px solid #b45309;padding-left:8px}pre{tab-size:16;overflow:auto}
+</style></head><body><h1>Contextuate Monitor</h1>
 <p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload;
 until then this page shows the bare facts.</p>
-<h2>Sessions</h2><table><tbody id="sessions"></tbody></table>
-<h2>Latest events</h2><table><tbody id="events"></tbody></table>
+<h2>Sessions</h2><pre id="sessions"></pre><h2>Latest events</h2><pre id="events"></pre>
 <script>
-"use strict";
-const place = "@PLACE@", wsPort = @WSPORT@, sessions = new Map();
-document.getElementById("place").textContent = place;
-function row(cells) {
-  const line = document.createElement("tr");
-  for (const cell of cells) line.appendChild(document.createElement("td")).textContent = cell ?? "";
-  return line;
+const show = (id, text) => document.getElementById(id).textContent = text;
+const table = (rows) => rows.map((cells) => cells.filter((it) => it).join("\\t")).join("\\n");
+const ask = async (path) => (await fetch(path)).json();
+show("place", "@PLACE@");
+async function refresh() {
+  if (document.hidden) return;
+  const {sessions} = await ask("api/sessions"), {events} = await ask("api/events?limit=100");
+  sessions.sort((a, b) => b.lastEventTime - a.lastEventTime);
+  show("sessions", table(sessions.slice(0, 50).map((s) => [s.state, s.label, s.machineId,
+    s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
+  show("events", table(events.reverse().map((e) => [new Date(e.timestamp).toLocaleTimeString(),
+    e.hookType || e.eventType, e.data.toolName, e.data.target || e.data.text || e.data.message])));
 }
-function showSessions() {
-  const order = [...sessions.values()].sort((a, b) => b.lastEventTime - a.lastEventTime).slice(0, 50);
-  document.getElementById("sessions").replaceChildren(...order.map((s) =>
-    row([s.state, s.label, s.machineId,
-      s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
-}
-function showEvent(e) {
-  const data = e.data || {}, body = document.getElementById("events");
-  body.prepend(row([new Date(e.timestamp).toLocaleTimeString(), e.hookType || e.eventType, data.toolName,
-    data.target || data.text]));
-  while (body.childElementCount > 100) body.lastChild.remove();
-}
-function connect() {
-  const scheme = location.protocol === "https:" ? "wss://" : "ws://";
-  const socket = new WebSocket(scheme + location.hostname + ":" + wsPort + "/");
-  socket.onopen = () => {
-    for (const message of [{type: "subscribe", view: "rows"}, {type: "get_sessions"},
-      {type: "get_all_recent_events", limit: 100}]) socket.send(JSON.stringify(message));
-  };
-  socket.onmessage = (frame) => {
-    const m = JSON.parse(frame.data);
-    if (m.type === "sessions" || m.type === "sessions_updated") {
-      sessions.clear();
-      for (const s of m.sessions) sessions.set(s.sessionId, s);
-    } else if (m.type === "session_update") sessions.set(m.session.sessionId, m.session);
-    else if (m.type === "session_deleted") sessions.delete(m.sessionId);
-    else if (m.type === "event") showEvent(m.event);
-    else if (m.type === "all_events") m.events.forEach(showEvent);
-    showSessions();
-  };
-  socket.onclose = () => setTimeout(connect, 1000);
-}
-connect();
+refresh();
+setInterval(() => refresh().catch(() => {}), 2000);
 </script></body></html>
 """
 
 
-class Page:
-    """The dashboard: index.html beside the program, else the built-in page.
+@functools.lru_cache(maxsize=1)
+def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str]:
+    """Return a version of the dashboard's file, or the built-in page, and the policy for its own scripts."""
+    place = json.dumps(path)[1:-1].replace("<", "\\u003c")
+    body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
+    if version is not None:
+        with open(path, "rb") as file:
+            body = file.read()
+    policy = ""
+    for kind in ("script", "style"):
+        found = re.findall(rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode()), body, re.S)
+        digests = [hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest() for inline in found]
+        hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+        policy += f"{kind}-src " + (hashes or "'none'") + "; "
+    return body, policy
 
-    With the policy that fits its scripts.
-    """
 
-    def __init__(self, folder: str, ws_port: int) -> None:
-        self._path = os.path.join(folder, "index.html")
-        self._ws_port = ws_port
-        self._lock = threading.Lock()
-        self._key: tuple[int, int, int] | None = None  # of the file as it was read: inode, size, time
-        self._body = b""
-        self._sources = ""
-
-    def response(self, host: str) -> Response:
-        """Return the page for a request with this Host header."""
-        with self._lock:
-            self._refresh()
-            body, sources = self._body, self._sources
-        name = re.sub(r":\d+$", "", host)
-        sockets = f"ws://{name}:{self._ws_port} wss://{name}:{self._ws_port} wss://{name}"
-        policy = (
-            f"default-src 'none'; {sources}; img-src 'self' data:; connect-src 'self' {sockets}; "
-            "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
-            "require-trusted-types-for 'script'; trusted-types 'none'"
-        )
-        return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
-
-    def _refresh(self) -> None:
-        try:
-            about = os.stat(self._path)
-            key: tuple[int, int, int] | None = (about.st_ino, about.st_size, about.st_mtime_ns)
-        except OSError:
-            key = None
-        if key == self._key and self._body:
-            return
-        if key is None:
-            place = json.dumps(self._path)[1:-1].replace("<", "\\u003c")
-            text = BUILT_IN_PAGE.replace("@PLACE@", place).replace("@WSPORT@", str(self._ws_port))
-            body = text.encode()
-        else:
-            with open(self._path, "rb") as file:
-                body = file.read()
-        self._key, self._body = key, body
-        self._sources = "; ".join(f"{kind}-src {self._hashes(kind, body)}" for kind in ("script", "style"))
-
-    @staticmethod
-    def _hashes(kind: str, body: bytes) -> str:
-        pattern = rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode())
-        digests = [
-            base64.b64encode(hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest()).decode()
-            for inline in re.findall(pattern, body, re.S)
-        ]
-        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+def page_response(path: str, ws_port: int, host: str) -> Response:
+    """Return index.html, else the built-in page, for a request with this Host header."""
+    version: tuple[int, ...] | None = None
+    with contextlib.suppress(OSError):
+        about = os.stat(path)
+        version = (about.st_ino, about.st_size, about.st_mtime_ns)
+    body, own_policy = page_content(path, version)
+    name = re.sub(r":\d+$", "", host)
+    policy = (
+        f"default-src 'none'; {own_policy}img-src 'self' data:; "
+        f"connect-src 'self' ws://{name}:{ws_port} wss://{name}:{ws_port} wss://{name}; "
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -7041,9 +4903,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+    timeout = 2.0  # how often overdue connections are looked for, seconds
 
     def __init__(
-        self, sock: socket.socket, access: Access, page: Page, api: Api, connection_limit: int
+        self, sock: socket.socket, access: Access, page: Callable[[str], Response], api: Api, limit: int
     ) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
@@ -7052,49 +4915,46 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.access = access
         self.page = page
         self.api = api
-        self._places = threading.BoundedSemaphore(connection_limit)
-        self._lock = threading.Lock()
-        self._awaited: dict[socket.socket, float] = {}  # connection whose request comes in → deadline
+        self._places = threading.BoundedSemaphore(limit)
+        self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body comes in
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take no more connections, and return when none is taken any more."""
+        self._stopping = True
+        with contextlib.suppress(OSError):  # a connection ends the wait for one
+            socket.create_connection(self.socket.getsockname()[:2], self.timeout).close()
+        self._thread.join()
+        self.server_close()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            self.handle_request()
+            now = time.monotonic()
+            for sock, deadline in self.deadlines.copy().items():
+                if deadline < now:  # the head or body drips in
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
-        if not self._places.acquire(blocking=False):
-            with contextlib.suppress(OSError):
-                request.settimeout(1)
-                request.sendall(refusal(RequestError(503, "too many connections; raise limits.connections")))
-            self.shutdown_request(request)
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
             return
-        super().process_request(request, client_address)
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(refusal(RequestError(503, TOO_MANY)))
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one connection to its end."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.has_come(request)
+            self.deadlines.pop(request, None)
             self._places.release()
-
-    def awaits(self, sock: socket.socket, deadline_s: float) -> None:
-        """Start the deadline for a request's head, or for its body."""
-        with self._lock:
-            self._awaited[sock] = time.monotonic() + deadline_s
-
-    def has_come(self, sock: socket.socket) -> None:
-        """End that deadline."""
-        with self._lock:
-            self._awaited.pop(sock, None)
-
-    def service_actions(self) -> None:
-        """Cut connections whose head or body drips in beyond its deadline.
-
-        Called by serve_forever about twice a second.
-        """
-        now = time.monotonic()
-        with self._lock:
-            overdue = [sock for sock, deadline in self._awaited.items() if deadline < now]
-        for sock in overdue:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler did not expect; a connection that broke is nothing unexpected."""
@@ -7117,19 +4977,18 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     server: HttpServer
     protocol_version = "HTTP/1.1"
-    server_version = "contextuate"
-    sys_version = ""
     timeout = REQUEST_DEADLINE_S
+    disable_nagle_algorithm = True  # else an answer may wait for the acknowledgement of the one before
 
     def handle_one_request(self) -> None:
         """Read one request under the deadline for heads and answer it."""
-        self.server.awaits(self.connection, REQUEST_DEADLINE_S)
+        self.server.deadlines[self.connection] = time.monotonic() + REQUEST_DEADLINE_S
         super().handle_one_request()
 
     def parse_request(self) -> bool:
         """Parse the head, which ends its deadline."""
         parsed = super().parse_request()
-        self.server.has_come(self.connection)
+        self.server.deadlines.pop(self.connection, None)
         if parsed and self.request_version == "HTTP/0.9":  # it would get an answer without a head
             self.send_error(505, "HTTP/1.0 or newer is needed")
             return False
@@ -7138,18 +4997,23 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def _handle(self) -> None:
         try:
             response = self._answer()
-        except ParameterError as error:
-            response = json_response({"error": str(error), "field": error.field}, 400)
         except RequestError as error:
-            response = Response(
-                error.status, encode_json({"error": error.reason}), headers=tuple(error.headers)
-            )
-            self.close_connection = True
-        except TimeoutError as error:
+            body = encode_json({"error": error.reason})
+            response = Response(error.status, body, headers=tuple(error.headers))
+            self.close_connection = True  # its body may not have been read
+        except SearchError as error:
+            response = json_response({"error": str(error), "field": error.field}, 400)
+        except MalformedEvent as error:
+            response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
+        except (NoStatistics, TimeoutError) as error:
             response = json_response({"error": str(error)}, 503)
         self._send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
+
+    @functools.cached_property
+    def _is_own_user(self) -> bool:  # looked up once a connection: /proc/net/tcp may be long
+        return same_user_on_loopback(self.connection)
 
     def _answer(self) -> Response:
         headers = tuple((name.lower(), value.strip()) for name, value in self.headers.items())
@@ -7157,29 +5021,26 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if not self.path.startswith("/"):
             raise RequestError(400, "the request target must be a path")
         path, _, query_text = self.path.partition("?")
-        method = "GET" if self.command == "HEAD" else self.command
-        access, port = self.server.access, self.server.server_port
+        query, server = Query(query_text), self.server
         if path == "/" and "token=" in query_text:
-            return self._exchange_token(request, Query(query_text))
-        access.check(request, self.connection, port, writes=method not in ("GET", "HEAD"))
+            return self._exchange_token(request, query.text("token") or "")
+        method = "GET" if self.command == "HEAD" else self.command
+        server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
         body = self._body(request)
-        if path in ("/", "/index.html"):
-            if method != "GET":
-                raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
-            return self.server.page.response(request.one("host"))
-        return self.server.api.answer(method, path, Query(query_text), body)
+        if path not in ("/", "/index.html"):
+            return server.api.answer(method, path, query, body)
+        if method != "GET":
+            raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
+        return server.page(request.one("host"))
 
-    def _exchange_token(self, request: Request, query: Query) -> Response:
+    def _exchange_token(self, request: Request, token: str) -> Response:
         """Swap the token of a link for a cookie, so that it stays out of the browser's history."""
         access = self.server.access
         self.close_connection = True  # whatever body it may have is not read
         access.check_host(request, self.server.server_port)
-        token = query.text("token") or ""
         if not access.is_token(token):
-            raise RequestError(
-                401,
-                "this link's token is not valid here; `contextuate_monitor.py url --token` prints a new one",
-            )
+            advice = "`contextuate_monitor.py url --token` prints a new one"
+            raise RequestError(401, f"this link's token is not valid here; {advice}")
         cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
         return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
 
@@ -7191,43 +5052,34 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "the Content-Length is malformed")
         if int(length) > emit_event.LINE_LIMIT_BYTES:
             raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
-        self.server.awaits(self.connection, BODY_DEADLINE_S)
+        self.server.deadlines[self.connection] = time.monotonic() + BODY_DEADLINE_S
         body = self.rfile.read(int(length))
-        self.server.has_come(self.connection)
+        self.server.deadlines.pop(self.connection, None)
         if len(body) < int(length):
             raise RequestError(400, "the body ended early")
         return body
 
     def _send(self, response: Response) -> None:
-        self.send_response(response.status)
-        self.send_header("Content-Type", response.content_type)
-        for name, value in (*self._ends_of(response.body), *SAFE_HEADERS, *response.headers):
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self._send_body(response.body)
-
-    def _ends_of(self, body: bytes | Iterator[bytes]) -> list[tuple[str, str]]:
-        """Return the headers that tell where the body ends, and whether the connection does too."""
-        headers = []
+        """Send an answer; head and body go in one write, a body that is an iterator as it comes."""
+        body = response.body
+        headers = [("Date", self.date_time_string()), ("Content-Type", response.content_type)]
         if isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
         elif self.request_version != "HTTP/1.0":
             headers.append(("Transfer-Encoding", "chunked"))
+            chunks = (b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
+            body = itertools.chain(chunks, [b"0\r\n\r\n"])
         else:
             self.close_connection = True
         if self.close_connection:
             headers.append(("Connection", "close"))
-        return headers
-
-    def _send_body(self, body: bytes | Iterator[bytes]) -> None:
-        if isinstance(body, bytes):
-            self.wfile.write(body)
-        elif self.request_version == "HTTP/1.0":
-            self.wfile.writelines(body)
+        head = response_head(response.status, [*headers, *SAFE_HEADERS, *response.headers])
+        if self.command == "HEAD":
+            self.wfile.write(head)
+        elif isinstance(body, bytes):
+            self.wfile.write(head + body)
         else:
-            self.wfile.writelines(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in body)
-            self.wfile.write(b"0\r\n\r\n")
+            self.wfile.writelines(itertools.chain([head], body))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer what BaseHTTPRequestHandler refuses in our form."""
@@ -7243,1031 +5095,658 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------
 # The Monitor: what wires them
 #
-# hook → ingest → event → store → session state → clients, one batch a turn of the loop.
+# hook → ingest → journal → acknowledgement → sessions → clients, one batch a turn of the loop. Everything
+# behind the journal has a position: a start restores the sessions' snapshots and applies what came after.
 # ---------------------------------------------------------------------------
 
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
-SPOOL_INTERVAL_S = 1.0
+FILES_INTERVAL_S = 5.0
+SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
-LOAD_SLICE_S = 0.004
-LINK_EVERY = 100
+SLICE_S = 0.004  # of long work in the loop, before hooks and clients have their turn
 CATCH_UP_EVENTS = 2000
-HISTORY_LIMIT = 1000
 PROCESS_START_SLACK_MS = 5000
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
-FRESH_MS = 30_000
+LATE_MS = 60_000  # in the stream of Redis
+DEFERRED_LIMIT = 1000
 
 
 class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-class Quarantine:
-    """Keep what was not one JSON object, for a person to look at."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.count = 0
-
-    def add(self, line: bytes, reason: str) -> None:
-        """Count and keep the beginning of one line."""
-        self.count += 1
-        log.warning("not an event (%s): %r", reason, line[:200])
-        try:
-            emit_event.keep_in_quarantine(self._path, line, reason)
-        except OSError as error:
-            log.warning("the quarantine could not be written: %s", error)
-
-
-class StoredIds:
-    """The ids in sessions' files, to tell a second delivery of which SeenIds may no longer know.
-
-    What was read is kept for a while: what is stored in the meantime SeenIds knows.
-    """
-
-    LIMIT = 100_000  # ids
-
-    def __init__(self, store: EventStore | MemoryStore) -> None:
-        self._store = store
-        self._known: dict[str, set[str]] = {}  # session → ids
-        self._read_seq = 0  # the store's number when the first of them was read
-
-    def has(self, session_id: str, event_id: str) -> bool:
-        """Tell whether a session's files hold an event."""
-        count = sum(map(len, self._known.values()))
-        if self._store.seq - self._read_seq > REMEMBERED_IDS // 4 or count > self.LIMIT:
-            self._known = {}
-            self._read_seq = self._store.seq
-        if session_id not in self._known:
-            try:
-                self._known[session_id] = self._store.ids(session_id)
-            except OSError as error:  # rather twice than not at all
-                log.warning("what is stored of session %s cannot be read: %s", session_id, error)
-                self._known[session_id] = set()
-        return event_id in self._known[session_id]
-
-
-class Via(enum.Enum):
-    """How an event came: what follows from it for trust, doubles and clocks."""
-
-    LOCAL = "local"  # the socket or POST /api/hooks: our own user, at once
-    SPOOL = "spool"  # our own user, late, and perhaps for the second time
-    CHANNEL = "channel"  # whoever may publish
-    STREAM = "stream"  # the same, perhaps late and for the second time
-
-
-LATE_MS = 60_000  # in the stream of Redis
-
-
-class Incoming(NamedTuple):
-    """One line that wants to be an event; `sent_ms` is when it was sent on, None if long before."""
-
-    line: bytes
-    via: Via
-    sent_ms: int | None
-
-
-class ClockWatch:
-    """Notices that the clock on the wall was set, by a clock that nobody sets."""
-
-    def __init__(self) -> None:
-        self._first_ms = self._ahead_ms = (
-            now_ms() - steady_ms()
-        )  # how far the wall is ahead of the steady one
-
-    def step_ms(self) -> int:
-        """Return how far the clock was set forward since the last call (below 0: back), 0 if it was not."""
-        before_ms, self._ahead_ms = self._ahead_ms, now_ms() - steady_ms()
-        step_ms = self._ahead_ms - before_ms
-        return int(step_ms) if abs(step_ms) > CLOCK_STEP_MS else 0
-
-    def least_ms(self) -> int:
-        """Return what time it is at least, by today's clock and by the one that ran at the start."""
-        return int(steady_ms() + min(self._first_ms, now_ms() - steady_ms()))
+Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection that waits for its byte
 
 
 @dataclasses.dataclass
-class Machine:
-    """What is known of one machine."""
-
-    events: int = 0  # since the start
-    last_seen: int = 0  # ms, our clock
-    dropped: int = 0  # events that its spool had no room for
-    skew: ClockSkew = dataclasses.field(default_factory=ClockSkew)
-
-
-def without_authority(event: JsonObject) -> JsonObject:
-    """Take away what only our own user may say: events of others rename, hide or delete nothing here."""
-    event.pop("demo", None)
-    if "session_meta" in (event["eventType"], effective_type(event)):
-        event.update(eventType="message", hookType="")  # either name would make it the user's word
-    return event
-
-
-class Arrival(NamedTuple):
-    """One line that came in, and the connection that waits for its acknowledgement (None: the spool)."""
-
-    line: bytes
-    connection: IngestConnection | None
-
-
 class HookPort:
-    """The Unix socket that hooks send to: takes our own user's connections only, keeps its place.
+    """The Unix socket that hooks send to, one event a line, and get a byte back for each.
 
-    `received(connection, line)` gets each line. Raises StartError when another monitor uses the socket.
+    Accepts connections of our own user only. `received((line, connection))` gets each line. Raises StartError
+    when another monitor uses the socket.
     """
 
-    def __init__(
-        self, loop: EventLoop, path: str, received: Callable[[IngestConnection, bytes | TooLong], None]
-    ) -> None:
-        self._loop = loop
-        self._path = path
-        self._received = received
-        self._connections: set[IngestConnection] = set()
-        otherwise = (
-            f"another monitor uses {path} (pid {{pid}}); `kill {{pid}}` ends it, or choose another socketPath"
-        )
-        self._lock = lock_file(path + ".lock", otherwise)
-        self._listening = False
+    loop: EventLoop
+    path: str
+    received: Callable[[Arrival], None]
+    connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
+    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
+
+    def __post_init__(self) -> None:
+        advice = "`kill {pid}` ends it, or choose another socketPath"
+        otherwise = f"another monitor uses {self.path} (pid {{pid}}); {advice}"
+        self._lock = lock_file(self.path + ".lock", otherwise)
         self._listen()
 
     def _listen(self) -> None:
-        self._listener = Listener(self._loop, bind_unix(self._path), self._accept)
-        self._inode = os.stat(self._path).st_ino
-        self._listening = True
+        self._listener: socket.socket | None = bind_unix(self.path)
+        self.loop.listen(self._listener, self._accept)
+        self._inode = os.stat(self.path).st_ino
 
     def _accept(self, sock: socket.socket) -> None:
-        if emit_event.peer_uid(sock) != os.getuid() or len(self._connections) >= INGEST_CONNECTIONS:
+        if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
+            self.connections[sock] = LineSplitter()
+            self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+        else:
             sock.close()
-            return
-        self._connections.add(IngestConnection(self._loop, sock, self._received, self._connections.discard))
 
-    def look(self) -> None:
-        """Put the socket back when something removed it."""
-        if self._listening and not os.path.exists(self._path):
-            log.warning("%s was removed; it is made anew", self._path)
-            self._listener.close()
+    def _read(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.drop(sock)
+            return
+        if not data:
+            self.ended.add(sock)
+            self.loop.forget(sock)
+        lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
+        for line in lines:
+            self.received((line, sock))
+        if not data and not lines:
+            self.drop(sock)
+
+    def acknowledge(self, sock: socket.socket, count: int) -> None:
+        """Acknowledge `count` more lines of a connection."""
+        try:
+            sock.send(emit_event.ACKNOWLEDGEMENT * count)
+        except BlockingIOError:
+            pass  # a sender that never reads its acknowledgements does not want them
+        except OSError:
+            self.ended.add(sock)
+        if sock in self.ended:
+            self.drop(sock)
+
+    def drop(self, sock: socket.socket) -> None:
+        """Close a connection; a sender that waits for an acknowledgement learns that there is none."""
+        self.connections.pop(sock, None)
+        self.ended.discard(sock)
+        self.loop.forget(sock)
+        sock.close()
+
+    def restore(self) -> None:
+        """Bind the socket again when something removed it."""
+        if self._listener is not None and not os.path.exists(self.path):
+            log.warning("%s was removed; it is bound again", self.path)
+            removed = self._listener
             self._listen()
+            self.loop.forget(removed)
+            removed.close()
 
     def stop_listening(self) -> None:
-        """Take no more connections; those that are there may still send."""
-        self._listening = False
-        self._listener.close()
-        with contextlib.suppress(OSError):
-            if os.lstat(self._path).st_ino == self._inode:
-                os.unlink(self._path)
+        """Accept no more connections; those that are open may still send."""
+        if self._listener is not None:
+            self.loop.forget(self._listener)
+            self._listener.close()
+            self._listener = None
+            with contextlib.suppress(OSError):
+                if os.lstat(self.path).st_ino == self._inode:
+                    os.unlink(self.path)
 
     def close(self) -> None:
-        """Let go of the connections and of the socket's place."""
-        if self._listening:
-            self.stop_listening()
-        for connection in list(self._connections):
-            connection.close()
-        unlock_file(self._path + ".lock", self._lock)
+        """Close the connections and release the lock."""
+        self.stop_listening()
+        for sock in list(self.connections):
+            self.drop(sock)
+        unlock_file(self.path + ".lock", self._lock)
 
 
+@dataclasses.dataclass
 class SpoolDrain:
     """Read the spool's segments into the monitor, a few lines a turn.
 
-    A segment is removed when all its events are safe. After a failure it is read again from its beginning;
-    ids tell what is stored already.
+    A segment is removed when all its events are stored. After a failure it is read again from its beginning;
+    ids show what is stored already.
     """
 
-    def __init__(self, loop: EventLoop, home: str, take: Callable[[Sequence[bytes]], bool]) -> None:
-        self.directory = os.path.join(home, "spool")
-        self.dropped = 0  # events that the spool had to drop because nobody drained it
-        self._home = home
-        self._loop = loop
-        self._take = take
-        self._draining = False
-        loop.call_soon(self.look)
-        loop.call_every(SPOOL_INTERVAL_S, self.look)
+    loop: EventLoop
+    home: str
+    take: Callable[[Sequence[bytes]], bool]
+    dropped: int = 0  # events that the spool dropped because it was full
+    draining: bool = False
 
     def look(self) -> None:
         """Begin to drain when there is something."""
-        if self._draining:
-            return
-        if emit_event.lock_is_held(self._home + "/publisher.lock"):
-            return  # the mode was changed a moment ago: the publisher sees that and leaves
-        try:
-            events, _ = emit_event.take_dropped(self.directory)
-            if events:
-                self.dropped += events
-                log.warning("the spool was full: %d events were dropped before the monitor ran", events)
-            for path, size in emit_event.spool_segments(self.directory):
-                with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                    self._drain(emit_event.take_segment(path), size)
-                    return
-        except OSError as error:
-            log.warning("the spool cannot be read: %s", error)
+        if not self.draining and not emit_event.lock_is_held(self.home + "/publisher.lock"):
+            self.draining = True  # after a change of mode the publisher sees that and leaves
+            self._go_on(self._steps())
 
-    def _drain(self, path: str, size: int) -> None:
-        log.info("draining %s (%d bytes)", os.path.basename(path), size)
-        file = open(path, "rb")  # noqa: SIM115 - read over many turns
-        self._draining = True
-        self._loop.call_soon(lambda: self._drain_some(file, path))
-
-    def _drain_some(self, file: Any, path: str) -> None:
+    def _go_on(self, steps: Iterator[bool]) -> None:
         try:
-            lines = [line.strip() for line in itertools.islice(file, SPOOL_LINES_A_TURN)]
-            finished = len(lines) < SPOOL_LINES_A_TURN
-            safe = self._take([line for line in lines if line])
-        except Exception:  # whatever it is: who stops here stops for good
-            log.exception("the spool could not be drained; trying again")
-            safe = finished = False
-        if safe and not finished:
-            self._loop.call_soon(lambda: self._drain_some(file, path))
-            return
-        file.close()
-        self._draining = False
-        if safe:
+            self.draining = next(steps, False)
+        except Exception as error:  # whatever it is, it is tried again
+            is_known = isinstance(error, OSError)
+            log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
+            self.draining = False
+        if self.draining:
+            self.loop.call_soon(lambda: self._go_on(steps))
+
+    def _steps(self) -> Iterator[bool]:
+        events, _ = emit_event.take_dropped(self.home + "/spool")
+        if events:
+            self.dropped += events
+            log.warning("the spool was full: %d events were dropped before the monitor ran", events)
+        for segment, size in emit_event.spool_segments(self.home + "/spool"):
+            try:
+                path = emit_event.take_segment(segment)
+            except (FileNotFoundError, BlockingIOError):
+                continue
+            log.info("draining %s (%d bytes)", os.path.basename(path), size)
+            with open(path, "rb") as file:
+                while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
+                    yield True
+                    if not self.take([line.strip() for line in lines if line.strip()]):
+                        return
             with contextlib.suppress(FileNotFoundError):  # a hook found the spool too large and dropped it
                 os.unlink(path)
-            self._loop.call_soon(self.look)
 
 
-@dataclasses.dataclass(eq=False)
-class Telling:
-    """Sessions that are told their stored events together, in a book of their own until all is told."""
+class Ingest:
+    """Build events from the lines that come in, store each once, and count what came from which machine."""
 
-    names: frozenset[str]  # of their files
-    book: SessionBook | None = None  # None: not begun
-    steps: Iterator[None] = iter(())
-
-
-class Loader:
-    """Rebuild the sessions from the files, the one heard last first, in slices between other work.
-
-    A session appears when all its events are told. What arrives for it until then is only stored: it is told
-    when its turn comes in the file, so the state is that of one replay in the order of arrival. Links depend
-    on the order of events of several sessions, so those that may be linked are told once more, together.
-    """
-
-    def __init__(
-        self,
-        store: EventStore | MemoryStore,
-        book: SessionBook,
-        seen: SeenIds,
-        loaded: Callable[[Iterable[Session]], None],
-    ) -> None:
-        self.events = 0  # told so far
-        self._store = store
-        self._book = book
-        self._seen = seen
-        self._loaded = loaded
-        self._queue: list[Telling] = []  # the next one last
-        self._held: dict[str, Telling] = {}  # file name → the telling that is still to be done
-        self._touched: set[str] = set()  # file names of held sessions that got live events
-        self._points: set[LinkPoint] = set()
-        self._together: dict[str, frozenset[str]] = {}  # file name → those it was told together with
-        last_seqs = store.last_seqs()
-        store.seq = max([store.seq, *last_seqs.values()])
-        self._recent_seq = store.seq - REMEMBERED_IDS // 2
-        for name in sorted(last_seqs, key=lambda name: last_seqs[name]):
-            self._enqueue(frozenset((name,)))
-        self._total = len(last_seqs)
-        book.complete = not last_seqs
-
-    @property
-    def progress(self) -> JsonObject | None:
-        """Return how many sessions are complete, of how many; None when all are."""
-        return {"done": self._total - len(self._held), "total": self._total} if self._held else None
-
-    def holds(self, session_id: str) -> bool:
-        """Tell whether a session is still to be told its stored events; if so, it is now the next one."""
-        telling = self._held.get(session_file_name(session_id)) if self._held else None
-        if telling is None:
-            return False
-        if self._queue[-1] is not telling:
-            self._queue.remove(telling)
-            self._queue.append(telling)
-        return True
-
-    def takes(self, event: JsonObject) -> bool:
-        """Tell whether a live event, which is stored, will be told to its session out of the file."""
-        if not self.holds(event["sessionId"]):
-            return False
-        self._touched.add(session_file_name(event["sessionId"]))
-        return True
-
-    def note(self, session: Session, event: JsonObject) -> None:
-        """Note what an event, which its session was told, has to do with links while any are still open."""
-        point = link_point(session, event) if self._held else None
-        if point is not None:
-            self._points.add(point)
-
-    def work(self, seconds: float) -> None:
-        """Go on for some time; afterwards `progress` is None if nothing is left to do."""
-        deadline = time.monotonic() + seconds
-        while self._queue:
-            telling = self._queue[-1]
-            if telling.book is None:
-                kind = SessionBook if len(telling.names) > 1 else ReplayBook
-                telling.book = kind(*self._book.patience)
-                telling.steps = self._steps(telling.names, telling.book)
-            try:
-                for _ in telling.steps:
-                    if time.monotonic() >= deadline:
-                        return
-            except OSError as error:
-                log.error("stored events cannot be read: %s", error)
-            self._finish(telling.names, telling.book)
-
-    def _enqueue(self, names: frozenset[str]) -> None:
-        telling = Telling(names)
-        self._queue.append(telling)
-        self._held.update(dict.fromkeys(names, telling))
-
-    def _steps(self, names: frozenset[str], book: SessionBook) -> Iterator[None]:
-        """Tell sessions all that is stored, one event a step; also what is stored meanwhile."""
-        told_seq = 0
-        while not told_seq or names & self._touched:
-            self._touched -= names
-            until = self._store.seq
-            for line in self._store.lines_of(names, told_seq):
-                if line_seq(line) > until:
-                    break  # what came before it to another of these sessions may not have been met
-                self._tell(book, line)
-                yield
-            told_seq = max(1, until)
-
-    def _tell(self, book: SessionBook, line: bytes) -> None:
-        self.events += 1
-        try:
-            event = parse_stored(line)
-            self.note(book.apply(event), event)
-        except MalformedEvent:
-            log.warning("a stored line is not an event and was passed over: %r", line[:200])
-        except Exception:  # nobody foresaw it: the log tells, and the others are told all the same
-            log.exception("a stored event could not be taken into account: %r", line[:200])
-        else:
-            if line_seq(line) > self._recent_seq:
-                self._seen.add(event["id"])
-
-    def _finish(self, names: frozenset[str], book: SessionBook) -> None:
-        """Let sessions appear whose events are all told; look for links now and then, and at the end."""
-        self._queue.pop()
-        for name in names:
-            del self._held[name]
-            self._together[name] = names
-        for session_id in list(book.sessions):
-            # Somebody has put its events into another session's file; what its own file tells stands.
-            if session_file_name(session_id) not in names and session_id in self._book.sessions:
-                book.delete(session_id)
-        self._book.take_over(book)
-        if len(self._queue) % LINK_EVERY == 0:
-            self._tell_linked_together()
-        if not self._queue:
-            self._book.complete = True
-            self._points, self._together = set(), {}
-        self._loaded(book.sessions.values())
-
-    def _tell_linked_together(self) -> None:
-        """Enqueue those that may be linked and were not told together: at the end all, before it those whose
-        number has doubled, so that a long row of sessions is not told again for each.
-        """
-        at_end = not self._queue
-        for group in may_be_linked(self._points):
-            names = frozenset(map(session_file_name, group))
-            known = max(len(self._together.get(name, ())) for name in names)
-            is_told = all(self._together.get(name) == names for name in names)
-            if not is_told and not self._held.keys() & names and (at_end or len(names) >= 2 * known):
-                self._total += len(names)
-                self._enqueue(names)
-
-
-def loading_words(progress: JsonObject) -> str:
-    """Say how far a Loader is."""
-    return f"{progress['done']} of {progress['total']} stored sessions have been read"
-
-
-CATCH_UP_INTERVAL_S = 1.0
-CATCH_UP_SESSIONS = 1000
-CATCH_UP_PATIENCE = 20  # readings without a new total: one line may be larger than what is read at once
-
-
-class Behind(NamedTuple):
-    """The event that told a session's usage last, and how often reading on has told nothing new since."""
-
-    event: JsonObject
-    idle: int
-
-
-class UsageCatchUp:
-    """Read on, a little at a time, where a session's transcripts were too much to be read at its event.
-
-    Without it the totals of a session that says nothing more would stay "at least" for ever. Each reading
-    takes no longer than one at an event, which hooks wait for.
-    """
-
-    def __init__(self, usage: emit_event.UsageReader) -> None:
-        self._usage = usage
-        self._behind: dict[str, Behind] = {}  # by session
-
-    def note(self, event: JsonObject) -> None:
-        """Take note of how far the transcripts of an event's session were read."""
-        if event["hookType"] not in emit_event.USAGE_HOOKS:
-            return
-        session_id, usage = event["sessionId"], event["data"].get("usage")
-        self._behind.pop(session_id, None)
-        is_behind = isinstance(usage, dict) and usage.get("partial") is True
-        if is_behind and len(self._behind) < CATCH_UP_SESSIONS:
-            data = event["data"]
-            paths = {name: data.get(name) for name in ("transcriptPath", "agent_transcript_path")}
-            self._behind[session_id] = Behind({**event, "data": {**paths, "usage": usage}}, 0)
-
-    def read_on(self) -> JsonObject | None:
-        """Read on for one session; return an event with its totals when they are complete."""
-        if not self._behind:
-            return None
-        session_id, (event, idle) = self._behind.popitem()
-        before = event["data"].pop("usage")
-        self._usage.add_usage(event)
-        usage = event["data"].get("usage")
-        if usage is None:  # the transcripts are gone
-            return None
-        if usage.get("partial"):
-            idle = idle + 1 if usage == before else 0
-            if idle < CATCH_UP_PATIENCE:
-                self._behind[session_id] = Behind(event, idle)
-            return None
-        kept = {name: event[name] for name in ("sessionId", "machineId", "workingDirectory")}
-        told = {"action": "usage", "usage": usage}
-        return {"eventType": "session_meta", "hookType": "Monitor", **kept, "data": told}
-
-
-class Intake:
-    """Make events of the lines that come in, store each once, and know what came from which machine."""
-
-    def __init__(self, settings: Settings, store: EventStore | MemoryStore) -> None:
-        self.received = 0
-        self.duplicates = 0
-        self.quarantine = Quarantine(settings.path("quarantine.log"))
-        self.machines: dict[str, Machine] = {}
-        self.seen = SeenIds()
-        self._store = store
-        self._stored_ids = StoredIds(store)
+    def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
+        self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
+        self.machines: dict[str, JsonObject] = {}  # name → what the status says of it
+        self.remembered = max(REMEMBERED_IDS, 2 * settings["redis.streamMaxLength"])
+        self.seen = SeenIds(self.remembered)
+        self._journal = journal
+        self._quarantine_path = settings.path("quarantine.log")
         self._machine_id = settings.machine_id
         self._privacy = settings.privacy
-        # A hook waits for what this thread does, so it reads for 0.1 s at most and goes on at the next event.
-        self._usage = emit_event.UsageReader(settings.home, settings.machine_id, limit_s=0.1)
-        self.catch_up = UsageCatchUp(self._usage)
+        self._usage = emit_event.UsageWorker(settings.home, settings.machine_id, deliver)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
-    @staticmethod
-    def _is_late(incoming: Incoming, received_ms: int) -> bool:
-        """Tell whether an event may come long after what happened later: its delay says nothing of clocks."""
-        if incoming.via is Via.STREAM:
-            return received_ms - (incoming.sent_ms or 0) > LATE_MS
-        return incoming.via is Via.SPOOL
-
-    def take(self, lines: Sequence[Incoming]) -> tuple[list[bool], list[StoredEvent]]:
+    def take(
+        self, lines: Sequence[bytes | TooLong], remote: bool = False, late: Sequence[bool] = ()
+    ) -> tuple[list[bool], list[StoredEvent]]:
         """Store the events of a batch of lines.
 
-        Returns for each line whether nothing more need be done about it, and what was stored.
+        `remote` lines came through Redis, where others may publish, too. `late` says of each line whether it
+        waited (spool, stream), so that its delay says nothing of clocks. Returns for each line whether it is
+        settled (stored, a duplicate, or no event), and what was stored.
         """
         received_ms = now_ms()
-        events: list[JsonObject] = []
-        encoded: list[bytes] = []
-        sources: list[Incoming] = []  # for each event the line that it came in
-        places: list[int | None] = []  # for each line its place in events; None: nothing to store
-        batch_ids: set[str] = set()
-        for incoming in lines:
-            self.received += 1
-            event, text = self._event_of(incoming, received_ms)
-            if event is None:
-                places.append(None)
-            elif event["id"] in batch_ids or self._is_stored(event, incoming):
-                self.duplicates += 1
-                places.append(None)
-            else:
-                if self._is_late(incoming, received_ms):
-                    event["spooled"] = True
-                    text = text[:-1] + b',"spooled":true}'
-                batch_ids.add(event["id"])
-                places.append(len(events))
-                events.append(event)
-                encoded.append(text)
-                sources.append(incoming)
-        stored = self._store.append(events, received_ms, encoded)
-        for entry, incoming in zip(stored, sources):
+        fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
+        self.counts["received"] += len(lines)
+        for number, line in enumerate(lines):
+            try:
+                if isinstance(line, TooLong) or len(line) > emit_event.LINE_LIMIT_BYTES:
+                    raise MalformedEvent(f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
+                event, text = self._build(line, remote, received_ms)
+            except Exception as error:  # no event may stop the stream
+                self._quarantine(line, error)
+                continue
+            if event["id"] in fresh or event["id"] in self.seen:
+                self.counts["duplicates"] += 1
+                continue
+            if late and late[number]:
+                event["spooled"] = True
+                text = text[:-1] + b',"spooled":true}'
+            fresh[event["id"]] = number, event, text
+        numbers, events, encoded = zip(*fresh.values()) if fresh else ((), (), ())
+        settled, stored = [True] * len(lines), []
+        for number, entry in zip(numbers, self._journal.append(events, received_ms, encoded)):
+            settled[number] = entry is not None
             if entry is not None:
+                stored.append(entry)
                 self.seen.add(entry.event["id"])
-                self._note_arrival(entry, incoming, received_ms)
-        safe = [place is None or stored[place] is not None for place in places]
-        return safe, [entry for entry in stored if entry is not None]
-
-    def take_too_long(self, line: TooLong) -> None:
-        """Count and keep the beginning of a line that is no event because of its length."""
-        self.received += 1
-        self.quarantine.add(line.head, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
-
-    def clock_was_set(self, step_ms: int) -> None:
-        """Go on after our own clock was set forward (below 0: back) by so much."""
-        for name, machine in self.machines.items():
-            if name != self._machine_id:
-                machine.skew.shift(step_ms)
+                self._count(entry, received_ms)
+        self.counts["stored"] += len(stored)
+        return settled, stored
 
     def close(self) -> None:
-        """Let go of files; say in the log what came from where."""
+        """Stop the reader of transcripts; log what came from where."""
         for name, machine in sorted(self.machines.items()):
-            log.info("%d events from machine %s since the start", machine.events, name)
+            log.info("%d events from machine %s since the start", machine["events"], name)
         self._usage.close()
 
-    def _event_of(self, incoming: Incoming, received_ms: int) -> tuple[JsonObject | None, bytes]:
-        """Parse, build, redact and encode one event; what is none goes to the quarantine."""
-        remote = incoming.via in (Via.CHANNEL, Via.STREAM)
-        if len(incoming.line) > emit_event.LINE_LIMIT_BYTES:  # Redis itself takes 512 MiB
-            self.quarantine.add(incoming.line, f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
-            return None, b""
-        try:
-            given = emit_event.parse_event_line(incoming.line)
-            if remote:
-                event = without_authority(emit_event.build_event(given, received_ms, "unknown"))
-            else:  # of a remote event the publisher has read the transcripts
-                event = emit_event.build_event(given, received_ms, self._machine_id)
-                if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
-                    event["machineId"] = self._machine_id  # the host has got another name since the start
-                self._usage.add_usage(event)
-                self.catch_up.note(event)
+    def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
+        """Parse, build, redact and encode one event; raise MalformedEvent."""
+        machine_id = "unknown" if remote else self._machine_id
+        event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
+        event.pop("spooled", None)  # only the monitor says so
+        if remote:
+            event.pop("demo", None)  # nor may others rename, hide or delete anything here
+            if "session_meta" in (event["eventType"], effective_type(event)):
+                event.update(eventType="message", hookType="")
+        else:
+            if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
+                event["machineId"] = self._machine_id  # the host was renamed since the start
+            if "agentId" in event:
                 self._agent_notes.add_note(event)
-            event.pop("spooled", None)  # we alone say so
-            return emit_event.protect(event, self._privacy)
-        except MalformedEvent as error:
-            self.quarantine.add(incoming.line, str(error))
-        except Exception:  # no event may stop the stream; the log tells what nobody foresaw
-            log.exception("an event could not be built")
-            self.quarantine.add(incoming.line, "could not be built")
-        return None, b""
+            if event["hookType"] in emit_event.USAGE_HOOKS:  # of remote ones the publisher reads transcripts
+                self._usage.put(event)
+        return emit_event.protect(event, self._privacy)
 
-    def _is_stored(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether the event is a second delivery."""
-        if event["id"] in self.seen:
-            return True
-        if incoming.via is Via.LOCAL or (incoming.via is Via.CHANNEL and not self._is_old(event, incoming)):
-            return False
-        return self._stored_ids.has(event["sessionId"], event["id"])
+    def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
+        head = line.head if isinstance(line, TooLong) else line
+        self.counts["quarantined"] += 1
+        if isinstance(error, MalformedEvent):
+            log.warning("not an event (%s): %r", error, head[:200])
+        else:
+            log.error("an event could not be built: %r", head[:200], exc_info=error)
+        try:
+            emit_event.keep_in_quarantine(self._quarantine_path, head, str(error))
+        except OSError as trouble:
+            log.warning("the quarantine could not be written: %s", trouble)
 
-    def _is_old(self, event: JsonObject, incoming: Incoming) -> bool:
-        """Tell whether an event has waited so long that its first delivery may be forgotten."""
-        machine = self.machines.get(event["machineId"])
-        skew_ms = machine.skew.value_ms if machine else None
-        if skew_ms is None or incoming.sent_ms is None:
-            return True
-        return bool(incoming.sent_ms - event["timestamp"] - skew_ms > FRESH_MS)
-
-    def _note_arrival(self, entry: StoredEvent, incoming: Incoming, received_ms: int) -> None:
-        """Note what comes from where; the log tells a machine's first event, when debugging each."""
+    def _count(self, entry: StoredEvent, received_ms: int) -> None:
         event = entry.event
         name = event["machineId"]
         machine = self.machines.get(name)
         if machine is None:
             log.info("first event from machine %s", name)
-            machine = self.machines[name] = Machine()
-        machine.events += 1
-        machine.last_seen = received_ms
-        if incoming.sent_ms is not None and not event.get("demo") and not event.get("imported"):
-            machine.skew.add(incoming.sent_ms - event["timestamp"], received_ms, entry.seq)
+            machine = self.machines[name] = {"machineId": name, "events": 0, "dropped": 0}
+        machine["events"] += 1
+        machine["lastSeen"] = received_ms
         dropped = event["data"].get("spoolDropped")
         if isinstance(dropped, int) and 0 < dropped < 1 << 31:
-            machine.dropped += dropped
-            log.warning("machine %s had to drop %d events: its spool was full", name, dropped)
+            machine["dropped"] += dropped
+            log.warning("machine %s dropped %d events: its spool was full", name, dropped)
         if log.isEnabledFor(logging.DEBUG):
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
+@dataclasses.dataclass
 class SessionFeed:
-    """What clients are told of the sessions: what changed, together and not too often, or all."""
+    """Send clients what changed of the sessions, together and at most every UPDATE_INTERVAL_S, or all."""
 
-    def __init__(self, loop: EventLoop, book: SessionBook, clients: ClientServer) -> None:
-        self._loop = loop
-        self._book = book
-        self._clients = clients
-        self._changed: dict[str, Session] = {}  # sessions whose update is still to be sent
-        self._updates_due = False
-
-    def note(self, sessions: Iterable[Session]) -> None:
-        """Note sessions whose update is to be sent, and those that were linked with them."""
-        for session in itertools.chain(sessions, self._book.linked_changes()):
-            self._changed[session.session_id] = session
+    loop: EventLoop
+    sessions: Sessions
+    clients: ClientServer
+    changed: dict[str, None] = dataclasses.field(default_factory=dict)  # ids whose update is still to be sent
+    updates_due: bool = False
 
     def take(self) -> bytes:
-        """Return the updates to be sent now; b"" soon after the last ones, the next come in a moment."""
-        if self._updates_due or not self._changed:
+        """Return the updates to be sent now; b"" within the interval, whose end sends the rest."""
+        if self.updates_due or not self.changed:
             return b""
-        self._updates_due = True
-        self._loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
-        changed, self._changed = self._changed, {}
-        if not self._clients.clients:
+        self.updates_due = True
+        self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
+        sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
+        self.changed.clear()
+        if not self.clients.clients:
             return b""
-        children = self._book.children() if len(changed) > 1 else None
-        messages = (
-            {"type": "session_update", "session": self._book.to_json(session, children)}
-            for session in changed.values()
-            if session.session_id in self._book.sessions
-        )
-        return b"".join(encode_frame(Opcode.TEXT, encode_json(message)) for message in messages)
+        children = self.sessions.children() if len(sessions) > 1 else None
+        rows = [self.sessions.to_json(session, children) for session in sessions]
+        return b"".join(text_frame({"type": "session_update", "session": row}) for row in rows)
 
-    def send_soon(self) -> None:
-        """Send the changed sessions at once, or together in a moment."""
-        self._clients.broadcast_events((), self.take())
+    def send(self) -> None:
+        """Send the changed sessions now, or together at the end of the interval."""
+        self.clients.broadcast((), self.take())
 
     def _end_interval(self) -> None:
-        self._updates_due = False
-        self.send_soon()
-
-    def forget(self, session_id: str) -> None:
-        """Tell that a session is deleted."""
-        self._changed.pop(session_id, None)
-        self._clients.broadcast_json({"type": "session_deleted", "sessionId": session_id})
+        self.updates_due = False
+        self.send()
 
     def send_list(self) -> None:
-        """Send everyone the sessions; the list may be much and does not count as falling behind."""
-        self._book.linked_changes()
-        self._changed.clear()
-        for with_hidden in (False, True):
-            frame = b""
-            for client in list(self._clients.clients.values()):
-                if client.view is not None and client.show_hidden == with_hidden:
-                    frame = frame or encode_frame(
-                        Opcode.TEXT,
-                        encode_with_sessions({"type": "sessions_updated"}, self._book, with_hidden),
-                    )
-                    self._clients.answer(client, frame)
+        """Send all sessions to every client; the list may be large and does not count as falling behind."""
+        self.changed.clear()
+        clients = [client for client in self.clients.clients.values() if client.view is not None]
+        for with_hidden in {client.show_hidden for client in clients}:
+            message = encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden)
+            for client in [client for client in clients if client.show_hidden == with_hidden]:
+                self.clients.answer(client, encode_frame(Opcode.TEXT, message))
 
 
-def encode_with_sessions(message: JsonObject, book: SessionBook, with_hidden: bool) -> bytes:
-    """Encode a message with the sessions that are known so far.
-
-    All are much (2 kB each), so that they are not held one by one beside the whole.
-    """
-    body = bytearray(encode_json(message)[:-1] + b',"sessions":[')
-    for session in book.each_json(with_hidden):
-        body += encode_json(session) + b","
-    if body.endswith(b","):
-        del body[-1]
-    body += b"]}"
-    return bytes(body)
-
-
+@dataclasses.dataclass
 class Retention:
-    """Deletes what the configuration says is too old or too much, packs closed days: in its own thread.
+    """Deletes what the configuration says is too old or too much, in its own thread; the rest is the loop's.
 
-    `pinned()` gives the names of the files to keep; `removed(names)` hears whose events are all gone. Both
-    are called in the loop thread.
+    `pinned()` gives the names of the files to keep; `removed(names)` hears whose events are all gone.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        loop: EventLoop,
-        clock: ClockWatch,
-        pinned: Callable[[], frozenset[str]],
-        removed: Callable[[frozenset[str]], None],
-    ) -> None:
-        megabytes = settings["retention.maxMegabytes"]
-        self.disk = DiskUse(megabytes and megabytes << 20)
-        self._settings = settings
-        self._loop = loop
-        self._clock = clock
-        self._pinned = pinned
-        self._removed = removed
+    settings: Settings
+    loop: EventLoop
+    pinned: Callable[[], frozenset[str]]
+    removed: Callable[[frozenset[str]], None]
+    events_added: int = 0  # bytes since the start, less what the user deleted
+
+    def __post_init__(self) -> None:
+        self._ahead_ms = now_ms() - steady_ms()  # of the clock at the start
+        self._plan: RetentionPlan | None = None  # the last one
+        self._measured_at = 0  # what events_added would be now if nothing had come since
+        self._error: str | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
-        self._closing = False
 
     def begin(self) -> None:
         """Do it now, and from time to time."""
-        self._retain()
-        self._loop.call_every(RETENTION_INTERVAL_S, self._retain)
+        self.prune(dry_run=False)
+        self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
 
-    def _retain(self) -> None:
-        """Delete what is too old or too much; a clock that was set forward makes nothing older."""
-        self.prune(dry_run=False, done=lambda plan: None)
+    def least_now_ms(self) -> int:
+        """Return the time at least: a clock that was set forward since the start makes nothing older."""
+        return int(steady_ms() + min(self._ahead_ms, now_ms() - steady_ms()))
 
-    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None]) -> None:
-        """Plan what must go, let it go unless `dry_run`, and hand the plan to `done`."""
-        kept = self._pinned()
-        added = self.disk.events_added
+    def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
+        """Plan what must go, delete it unless `dry_run`, and hand the plan to `done`."""
+        kept, added, home = self.pinned(), self.events_added, self.settings.home
+        days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
 
         def work() -> None:
             try:
-                plan = retention_plan(self._settings, kept, self._clock.least_ms())
-                gone = frozenset() if dry_run else carry_out(self._settings.home, plan)
-                if not dry_run:
-                    self._pack()
+                plan = plan_retention(home, self.least_now_ms(), days, limit and limit << 20, kept)
+                gone = frozenset() if dry_run else carry_out(home, plan)
             except OSError as error:
-                words = f"old events cannot be deleted: {error}"
-                log.warning("%s", words)
-                self._loop.call_soon(lambda: self.disk.failed(words))
-                return
-            self._loop.call_soon(lambda: self.disk.measured(plan, not dry_run, added))
-            self._loop.call_soon(lambda: self._pruned(plan, gone, dry_run))
-            self._loop.call_soon(lambda: done(plan))
+                self._error = f"old events cannot be deleted: {error}"
+                log.warning("%s", self._error)
+            else:
+                self.loop.call_soon(lambda: finish(plan, gone))
+
+        def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
+            self._plan, self._error = plan, None
+            self._measured_at = added if dry_run else added + plan.size
+            if plan.files and not dry_run:
+                days = f"{plan.days[0]} to {plan.days[-1]}"
+                log.info("%d files of %s deleted, %s", len(plan.files), days, human_size(plan.size))
+            self.removed(gone)
+            done(plan)
 
         with contextlib.suppress(RuntimeError):  # the monitor stops
             self._thread.submit(work)
 
-    def _pack(self) -> None:
-        """Pack the files of closed days when the configuration says so; in the thread."""
-        days = self._settings["retention.compressAfterDays"]
-        time_ms = self._clock.least_ms()
-        paths = files_to_pack(self._settings.path("events"), time_ms, days) if days is not None else []
-        for path in paths:
-            if self._closing:
-                return
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                pack_file(path)
-        if paths:
-            log.info("%d files of closed days are packed", len(paths))
-
-    def _pruned(self, plan: RetentionPlan, gone: frozenset[str], dry_run: bool) -> None:
-        if plan.paths and not dry_run:
-            days, size = plan.days, human_size(plan.size)
-            log.info("%d files of %s to %s deleted, %s", len(plan.paths), days[0], days[-1], size)
-        self._removed(gone)
+    def disk_use(self, index_size: int) -> JsonObject | None:
+        """Return what the status shows, None before the first plan; `index_size` is that of now."""
+        plan = self._plan
+        if plan is None:
+            return {"error": self._error} if self._error else None
+        since = self.events_added - self._measured_at
+        return {
+            "bytes": max(0, plan.total - plan.index_size + since + index_size),
+            "limitBytes": (self.settings["retention.maxMegabytes"] or 0) << 20 or None,
+            "eventsBytes": max(0, plan.events + since),
+            "indexBytes": index_size,
+            "oldestDay": plan.oldest_day,
+            "error": self._error,
+        }
 
     def close(self) -> None:
         """End the thread; what it is about is finished."""
-        self._closing = True
         self._thread.shutdown(wait=True)
 
 
-class Conversation:
-    """What WebSocket clients ask for and what they are told: one line in HANDLERS and one method each."""
+class MessageError(Exception):
+    """A client's message that cannot be carried out; the text says why."""
+
+
+Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
+
+
+class MessageHandlers:
+    """What clients ask for: for each type of message a method `_on_` that type, or a line of META.
+
+    A method returns the answer: a message, an encoded one, a future of one that the reader thread makes, or
+    None where nothing is to be answered. What is no question waits until the stored sessions are loaded.
+    """
+
+    QUESTIONS = frozenset(
+        "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
+        "get_event_detail search reconnect_redis send_test_event".split()
+    )
+    # What the user did to a session → data of the event that is stored for it
+    META: dict[str, Callable[[Session, JsonObject], JsonObject]] = {
+        "rename_session": lambda session, message: {"action": "rename", "label": message["label"][:200]},
+        "toggle_pin": lambda session, message: {"action": "pin", "pinned": not session.pinned},
+        "hide_session": lambda session, message: {"action": "hide", "hidden": True},
+        "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
+    }
+    CHECKS: dict[str, Callable[[Any], bool]] = {  # what is expected of a field → whether it is that
+        "text": lambda it: isinstance(it, str) and it != "",
+        "text, perhaps empty": lambda it: isinstance(it, str),
+        "a list of texts": lambda it: isinstance(it, list) and all(isinstance(text, str) for text in it),
+        "an integer of at least 0": lambda it: type(it) is int and it >= 0,
+        '"full" or "rows"': lambda it: it in ("full", "rows"),
+    }
+    FIELDS = {
+        **dict.fromkeys(("sessionId", "eventId", "parentSessionId"), "text"),
+        **dict.fromkeys(("limit", "before", "since", "seq", "from", "to"), "an integer of at least 0"),
+        "label": "text, perhaps empty",
+        "sessionIds": "a list of texts",
+        "view": '"full" or "rows"',
+    }
+    NEEDED = (  # type.field
+        "unsubscribe.sessionIds get_events.sessionId get_event_detail.sessionId get_event_detail.eventId "
+        "rename_session.label".split()
+    )
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
 
     def greet(self, client: Client) -> None:
-        """Say who we are."""
-        hello = {
-            "type": "hello",
-            "version": __version__,
-            "mode": self._monitor.settings["mode"],
-            "machineId": self._monitor.settings.machine_id,
-            "seq": self._monitor.store.seq,
-            "wsProtocol": 1,
-        }
-        self._monitor.clients.answer_json(client, hello)
+        """Send a new client what this monitor is."""
+        settings, seq = self._monitor.settings, self._monitor.journal.seq
+        about = {"version": __version__, "mode": settings["mode"], "machineId": settings.machine_id}
+        self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
 
     def take(self, client: Client, text: str) -> None:
-        """Carry out one message, or say why not."""
-        message: Any = None
+        """Carry out one WebSocket message and answer it."""
         try:
             message = emit_event.parse_event_line(text.encode("utf-8", "surrogatepass"))
-            handler = self.HANDLERS.get(text_of(message.get("type")))
+        except MalformedEvent as error:
+            self._reply(client, {}, error)
+        else:
+            self._carry_out(client, message, functools.partial(self._reply, client, message))
+
+    def take_by_http(self, message: JsonObject) -> JsonObject:
+        """Carry out one message for POST /api/message, in an HTTP thread; raise RequestError."""
+        kind = text_of(message.get("type"))
+        if kind in ("subscribe", "unsubscribe", "set_show_hidden", "get_sessions"):
+            raise RequestError(400, "this message is for a WebSocket")
+        if self._monitor.loading is not None and kind not in self.QUESTIONS:
+            raise RequestError(503, "stored sessions are still being read; try again in a moment")
+        client = Client(socket.socket.__new__(socket.socket))  # a stand-in: nothing is sent to it
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._monitor.loop.call_soon(lambda: self._carry_out(client, message, done.set_result))
+        try:
+            answer = done.result(120)
+        except concurrent.futures.TimeoutError:  # before Python 3.11 another than the built-in one
+            raise TimeoutError("the monitor is too busy to answer") from None
+        if isinstance(answer, (MessageError, SearchError)):
+            raise RequestError(400, str(answer))
+        if isinstance(answer, Exception):
+            raise answer
+        return with_request_id(message, answer or {"type": "done"})
+
+    def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
+        """Hand `done` the answer to a message, or the exception, in the loop thread."""
+        kind, monitor = text_of(message.get("type")), self._monitor
+        if monitor.loading is not None and kind not in self.QUESTIONS:
+            if len(monitor.deferred) < DEFERRED_LIMIT:
+                monitor.deferred.append(lambda: self._carry_out(client, message, done))
+            return
+        handler = getattr(self, f"_on_{kind}", self._act if kind in self.META else None)
+        try:
             if handler is None:
-                raise MessageError(f"unknown type {one_line(text_of(message.get('type')), 40)!r}")
-            handler(self, client, message)
-        except StillLoading:
-            self._monitor.loop.call_soon(lambda: self.take(client, text))
-        except (MalformedEvent, MessageError, TypeError) as error:
-            self._reply(client, message or {}, {"type": "error", "message": str(error)})
+                raise MessageError(f"unknown type {one_line(kind, 40)!r}")
+            for name, expected in self.FIELDS.items():
+                value = message.get(name)
+                if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
+                    raise MessageError(f"{name}: expected {expected}")
+            answer = handler(client, message)
+        except Exception as error:  # the client is to know, whatever it is
+            answer = error
+        if isinstance(answer, concurrent.futures.Future):
+            call_soon = monitor.loop.call_soon
+            answer.add_done_callback(lambda it: call_soon(lambda: done(it.exception() or it.result())))
+        else:
+            done(answer)
 
-    def _reply(self, client: Client, message: JsonObject, reply: JsonObject) -> None:
-        """Answer one message; an error names it, and its requestId comes back."""
-        if reply["type"] == "error":
-            reply["request"] = message.get("type") if isinstance(message.get("type"), str) else None
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        self._monitor.clients.answer_json(client, reply)
-
-    def _read(self, client: Client, message: JsonObject, read: Callable[[], JsonObject]) -> None:
-        """Let the reader thread look something up in the files, and answer with it from the loop thread."""
-
-        def work() -> None:
-            try:
-                reply = read()
-            except Exception as error:  # e.g. a file that cannot be read: the client asked, so it is told
-                log.exception("a look-up failed")
-                reply = {"type": "error", "message": f"could not be read: {error}"}
-            self._monitor.loop.call_soon(lambda: self._reply(client, message, reply))
-
-        with contextlib.suppress(RuntimeError):  # the monitor stops
-            self._monitor.reader.submit(work)
+    def _reply(self, client: Client, message: JsonObject, answer: Any) -> None:
+        """Send the answer to a message; an error names it, and its requestId comes back."""
+        if isinstance(answer, Exception):
+            words, kind = str(answer), message.get("type")
+            if not isinstance(answer, (MalformedEvent, MessageError, SearchError)):  # e.g. an unreadable file
+                log.error("a message could not be answered", exc_info=answer)
+                words = f"could not be read: {words}"
+            answer = {"type": "error", "message": words, "request": kind if isinstance(kind, str) else None}
+        if isinstance(answer, dict):
+            answer = encode_json(with_request_id(message, answer))
+        if answer is not None:
+            self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, answer))
 
     def _on_subscribe(self, client: Client, message: JsonObject) -> None:
-        view = message.get("view", "full")
-        if view not in ("full", "rows"):
-            raise MessageError('view: expected "full" or "rows"')
-        ids = message.get("sessionIds")
-        since = _integer_field(message, "since", None)
-        wanted = set(_text_list(message, "sessionIds")) if ids else None
+        journal, seq, since = self._monitor.journal, self._monitor.journal.seq, message.get("since")
+        view = message.get("view") or "full"
+        wanted = set(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
         client.view, client.session_ids = view, wanted
-        missed: list[bytes] = []
-        resync = since is not None and (
-            since > self._monitor.store.seq or self._monitor.store.seq - since > CATCH_UP_EVENTS
-        )
-        if since is not None and not resync:
-            missed = self._monitor.store.recent_lines(CATCH_UP_EVENTS, after=since)
-        entries = [StoredEvent(line_seq(line), parse_stored(line), line) for line in missed]
-        frames = event_frames([entry for entry in entries if client.wants(entry.event["sessionId"])], view)
-        reply = {
-            "type": "subscribed",
-            "seq": self._monitor.store.seq,
-            "resync": resync,
-            "missed": len(frames),
-        }
+        resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
+        lines = () if since is None or resync else journal.lines(after=since)
+        missed = [StoredEvent(line_seq(line), parse_stored(line), line) for line in lines]
+        missed = [entry for entry in missed if wanted is None or entry.event["sessionId"] in wanted]
+        frames = event_frames(missed, view)
+        reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(frames)}
         self._reply(client, message, reply)
-        if frames:
-            self._monitor.clients.answer(client, b"".join(frames))
-        self._monitor.clients.answer_json(client, {"type": "status", **self._monitor.overview.status()})
+        status = text_frame({"type": "status", **self._monitor.status.to_json()})
+        self._monitor.clients.answer(client, b"".join([*frames, status]))
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
-        ids = _text_list(message, "sessionIds")
         if client.session_ids is not None:
-            client.session_ids -= set(ids)
+            client.session_ids -= set(message["sessionIds"])
 
-    def _on_get_sessions(self, client: Client, message: JsonObject) -> None:
-        reply: JsonObject = {"type": "sessions"}
-        if "requestId" in message:
-            reply["requestId"] = message["requestId"]
-        body = encode_with_sessions(reply, self._monitor.book, client.show_hidden)
-        self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, body))
+    def _on_get_sessions(self, client: Client, message: JsonObject) -> Answer:
+        reply = with_request_id(message, {"type": "sessions"})
+        return encode_with_sessions(reply, self._monitor.sessions, client.show_hidden)
 
-    def _on_get_events(self, client: Client, message: JsonObject) -> None:
-        session_id = _text_field(message, "sessionId")
-        limit, before = self._page_of(message)
+    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> Answer:
+        client.show_hidden = message.get("showHidden") is True
+        return self._on_get_sessions(client, message)
 
-        def read() -> JsonObject:
-            lines = self._monitor.store.session_lines(session_id, limit + 1, before)
-            return {"type": "events", "sessionId": session_id, **_page_reply(lines, limit, client.view)}
-
-        self._read(client, message, read)
-
-    def _on_get_all_recent_events(self, client: Client, message: JsonObject) -> None:
-        limit, before = self._page_of(message)
+    def _on_get_events(self, client: Client, message: JsonObject) -> Answer:
+        limit, before = min(message.get("limit") or 100, HISTORY_LIMIT), message.get("before")
+        head: JsonObject = {"type": "all_events"}
+        if message["type"] == "get_events":
+            head = {"type": "events", "sessionId": message["sessionId"]}
 
         def read() -> JsonObject:
-            return {
-                "type": "all_events",
-                **_page_reply(self._monitor.store.recent_lines(limit + 1, before), limit, client.view),
-            }
+            found = self._monitor.journal.lines(head.get("sessionId"), before=before, backwards=True)
+            lines = list(itertools.islice(found, limit + 1))
+            events = [parse_stored(line) for line in reversed(lines[:limit])]
+            if client.view == "rows":
+                events = [event_row(event) for event in events]
+            return {**head, "events": events, "more": len(lines) > limit}
 
-        self._read(client, message, read)
+        return self._monitor.reader.submit(read)
 
-    @staticmethod
-    def _page_of(message: JsonObject) -> tuple[int, int | None]:
-        limit = _integer_field(message, "limit", 100) or 100
-        return min(limit, HISTORY_LIMIT), _integer_field(message, "before", None)
+    _on_get_all_recent_events = _on_get_events
 
-    def _on_get_event_detail(self, client: Client, message: JsonObject) -> None:
-        session_id, event_id = _text_field(message, "sessionId"), _text_field(message, "eventId")
-        seq = _integer_field(message, "seq", None)
+    def _on_get_event_detail(self, client: Client, message: JsonObject) -> Answer:
+        session_id, event_id = message["sessionId"], message["eventId"]
 
         def read() -> JsonObject:
-            line = self._monitor.store.find(event_id, session_id, seq)
+            line = self._monitor.journal.find(event_id, session_id, message.get("seq"))
             event = parse_stored(line) if line is not None else None
             return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
 
-        self._read(client, message, read)
+        return self._monitor.reader.submit(read)
 
-    def _on_search(self, client: Client, message: JsonObject) -> None:
-        names = {**{name: name for name in SEARCH_FIELDS}, "q": "query", "type": "eventType"}
+    def _on_search(self, client: Client, message: JsonObject) -> Answer:
+        names = {name: name for name in (*SEARCH_FIELDS, "from", "to", "limit")}
+        names.update(q="query", type="eventType")
         wanted = {name: message.get(sent_as) for name, sent_as in names.items()}
-        wanted.update({name: _integer_field(message, name, None) for name in ("from", "to", "limit")})
-        in_state = wanted["state"]
-        sessions = (
-            self._monitor.overview.sessions_in_state(in_state)
-            if isinstance(in_state, str) and in_state
-            else None
-        )
-        try:
-            query = search_query(wanted, sessions)
-        except SearchError as error:
-            raise MessageError(str(error)) from None
+        history, state = self._monitor.history, wanted["state"]
+        known = isinstance(state, str) and state != ""
+        query = search_query(wanted, self._monitor.sessions.in_state(str(state)) if known else None)
+        return self._monitor.reader.submit(lambda: {"type": "search_results", **history.search(query)})
 
-        def read() -> JsonObject:
-            try:
-                return {"type": "search_results", **self._monitor.history.search(query)}
-            except SearchError as error:
-                return {"type": "error", "message": str(error)}
-
-        self._read(client, message, read)
-
-    def _on_rename_session(self, client: Client, message: JsonObject) -> None:
-        label = message.get("label")
-        if not isinstance(label, str):
-            raise MessageError("label: expected text")
-        self._act(self._known_session(message), {"action": "rename", "label": label[:200]})
-
-    def _on_toggle_pin(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        self._act(session, {"action": "pin", "pinned": not session.pinned})
-
-    def _on_hide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": True})
-
-    def _on_unhide_session(self, client: Client, message: JsonObject) -> None:
-        self._act(self._known_session(message), {"action": "hide", "hidden": False})
-
-    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
-        session = self._known_session(message)
-        parent = message.get("parentSessionId")
-        if parent is not None:
-            self._known_session(message, "parentSessionId")
-            for ancestor in self._monitor.book.lineage(parent):
-                if ancestor == session.session_id:
-                    raise MessageError("parentSessionId: a session cannot stand below itself")
-                if self._monitor.loader.holds(ancestor):
-                    raise StillLoading
-        self._act(session, {"action": "set_parent", "parentSessionId": parent})
-
-    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self._monitor.book.sessions.values()):
-            if not session.hidden:
-                self._act(session, {"action": "hide", "hidden": True})
-        self._monitor.feed.send_list()
-
-    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
-        self._monitor.delete(self._known_session(message))
-
-    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
-        self._refuse_while_loading()
-        for session in list(self._monitor.book.sessions.values()):
-            self._monitor.delete(session)
-        self._monitor.feed.send_list()
-
-    def _on_set_show_hidden(self, client: Client, message: JsonObject) -> None:
-        client.show_hidden = message.get("showHidden") is True
-        self._on_get_sessions(client, message)
-
-    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> None:
+    def _on_reconnect_redis(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.redis:
             raise MessageError("the monitor runs in local mode: there is no Redis to connect to")
         self._monitor.redis.reconnect()
-        self._reply(client, message, {"type": "status", **self._monitor.overview.status()})
+        return {"type": "status", **self._monitor.status.to_json()}
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
         self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
 
-    def _known_session(self, message: JsonObject, name: str = "sessionId") -> Session:
-        session_id = _text_field(message, name)
-        if self._monitor.loader.holds(session_id):
-            raise StillLoading
-        session = self._monitor.book.sessions.get(session_id)
+    def _act(self, client: Client, message: JsonObject) -> None:
+        session = self._session(message)
+        self._store_action(session, self.META[message["type"]](session, message))
+
+    def _on_set_parent(self, client: Client, message: JsonObject) -> None:
+        session, parent = self._session(message), message.get("parentSessionId")
+        if parent is not None:
+            self._session(message, "parentSessionId")
+            if session.session_id in self._monitor.sessions.lineage(parent):
+                raise MessageError("parentSessionId: a session cannot be below itself")
+        self._store_action(session, {"action": "set_parent", "parentSessionId": parent})
+
+    def _on_hide_all_sessions(self, client: Client, message: JsonObject) -> None:
+        for session in list(self._monitor.sessions.sessions.values()):
+            if not session.hidden:
+                self._store_action(session, {"action": "hide", "hidden": True})
+        self._monitor.feed.send_list()
+
+    def _on_delete_session(self, client: Client, message: JsonObject) -> None:
+        self._monitor.delete(self._session(message))
+
+    def _on_delete_all_sessions(self, client: Client, message: JsonObject) -> None:
+        for session in list(self._monitor.sessions.sessions.values()):
+            self._monitor.delete(session)
+        self._monitor.feed.send_list()
+
+    def _on_prune(self, client: Client, message: JsonObject) -> Answer:
+        if not self._monitor.settings["persistence.enabled"]:
+            raise MessageError("events are kept in memory only, there is nothing to delete")
+        dry_run = message.get("dryRun") is True
+        pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
+        done = pruned.set_result
+        self._monitor.retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
+        return pruned
+
+    def _session(self, message: JsonObject, name: str = "sessionId") -> Session:
+        session = self._monitor.sessions.sessions.get(message.get(name) or "")
         if session is None:
             raise MessageError(f"{name}: no session with this id is known")
         return session
 
-    def _refuse_while_loading(self) -> None:
-        if self._monitor.loader.progress is not None:
-            raise MessageError(f"{loading_words(self._monitor.loader.progress)}; try again when all have")
-
-    def _act(self, session: Session, data: JsonObject) -> None:
-        """Store what the user did as an event of its own, so that the files alone tell everything."""
-        event = {
-            "eventType": "session_meta",
-            "hookType": "Monitor",
-            "sessionId": session.session_id,
-            "machineId": self._monitor.settings.machine_id,
-            "workingDirectory": session.directory,
-            "data": data,
-        }
-        if not self._monitor.take_now(encode_json(event)):
-            raise MessageError(f"it could not be stored: {self._monitor.store.error}")
-
-    def _on_prune(self, client: Client, message: JsonObject) -> None:
-        dry_run = message.get("dryRun") is True
-        if not self._monitor.settings["persistence.enabled"]:
-            raise MessageError("events are kept in memory only, there is nothing to delete")
-        if self._monitor.overview.status()["loading"] is not None:
-            raise MessageError("stored sessions are still being read; try again in a moment")
-        self._monitor.retention.prune(
-            dry_run, lambda plan: self._reply(client, message, {"type": "pruned", **plan.to_json(dry_run)})
-        )
-
-    HANDLERS: dict[str, Callable[[Conversation, Client, JsonObject], None]] = {
-        "subscribe": _on_subscribe,
-        "unsubscribe": _on_unsubscribe,
-        "get_sessions": _on_get_sessions,
-        "get_events": _on_get_events,
-        "get_all_recent_events": _on_get_all_recent_events,
-        "get_event_detail": _on_get_event_detail,
-        "search": _on_search,
-        "rename_session": _on_rename_session,
-        "toggle_pin": _on_toggle_pin,
-        "hide_session": _on_hide_session,
-        "unhide_session": _on_unhide_session,
-        "delete_session": _on_delete_session,
-        "hide_all_sessions": _on_hide_all_sessions,
-        "delete_all_sessions": _on_delete_all_sessions,
-        "set_show_hidden": _on_set_show_hidden,
-        "set_parent": _on_set_parent,
-        "reconnect_redis": _on_reconnect_redis,
-        "send_test_event": _on_send_test_event,
-        "prune": _on_prune,
-    }
+    def _store_action(self, session: Session, data: JsonObject) -> None:
+        """Store what the user did as an event of its own, so that the files alone rebuild everything."""
+        kind = {"eventType": "session_meta", "hookType": "Monitor", "data": data}
+        where = {"machineId": self._monitor.settings.machine_id, "workingDirectory": session.directory}
+        if not self._monitor.take_now(encode_json({**kind, **where, "sessionId": session.session_id})):
+            raise MessageError(f"it could not be stored: {self._monitor.journal.error}")
 
 
-class Overview:
+def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
+    """Return the answer with the message's requestId, where it has one."""
+    return {**answer, "requestId": message["requestId"]} if "requestId" in message else answer
+
+
+def test_event(machine_id: str) -> JsonObject:
+    """Return the event of `test-event` and of the page's button."""
+    data = {"message": "Test event: the way from here to the page works.", "notificationType": "test"}
+    kind = {"hookType": "Notification", "eventType": "notification", "data": data}
+    where = {"sessionId": TEST_SESSION_ID, "machineId": machine_id, "workingDirectory": os.getcwd()}
+    return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
+
+
+class Status:
     """What the API and the clients ask about the whole: status, configuration, sessions, metrics.
 
     Reads what the monitor's parts know, in the loop thread, and changes nothing.
@@ -8275,137 +5754,91 @@ class Overview:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._last_told: JsonObject = {}
 
-    def status(self) -> JsonObject:
+    def to_json(self) -> JsonObject:
         """Return what /api/status and the `status` message show."""
-        segments = emit_event.spool_segments(self._monitor.settings.path("spool"))
-        index = self._monitor.history.status()
-        return {
+        monitor = self._monitor
+        ingest, redis = monitor.ingest, monitor.redis
+        segments = emit_event.spool_segments(monitor.settings.path("spool"))
+        index = monitor.history.status()
+        status: JsonObject = {
             "version": __version__,
-            "mode": self._monitor.settings["mode"],
-            "machineId": self._monitor.settings.machine_id,
-            "startedAt": self._monitor.started_at,
+            "mode": monitor.settings["mode"],
+            "machineId": monitor.settings.machine_id,
+            "startedAt": monitor.started_at,
             "pid": os.getpid(),
-            "seq": self._monitor.store.seq,
-            "events": {
-                "received": self._monitor.intake.received,
-                "stored": self._monitor.stored,
-                "duplicates": self._monitor.intake.duplicates,
-                "quarantined": self._monitor.intake.quarantine.count,
-            },
-            "sessions": len(self._monitor.book.sessions),
-            "clients": sum(client.view is not None for client in self._monitor.clients.clients.values()),
+            "seq": monitor.journal.seq,
+            "events": dict(ingest.counts),
+            "sessions": len(monitor.sessions.sessions),
+            "clients": sum(client.view is not None for client in monitor.clients.clients.values()),
             "store": {
-                "path": self._monitor.store.root,
-                "persistent": self._monitor.settings["persistence.enabled"],
-                "ok": self._monitor.store_error is None,
-                "error": self._monitor.store_error,
-                "repaired": self._monitor.store.repaired,
+                "path": monitor.journal.root,
+                "persistent": monitor.settings["persistence.enabled"],
+                "ok": monitor.store_error is None,
+                "error": monitor.store_error,
+                "repaired": monitor.journal.repaired,
             },
             "spool": {
                 "segments": len(segments),
                 "bytes": sum(size for _, size in segments),
-                "dropped": self._dropped(),
+                "dropped": (monitor.spool.dropped if monitor.spool else 0)
+                + sum(machine["dropped"] for machine in ingest.machines.values()),
             },
             "index": index,
-            "disk": self._monitor.retention.disk.to_json(index["bytes"]),
+            "disk": monitor.retention.disk_use(index["bytes"]),
             "machines": [
-                {
-                    "machineId": name,
-                    "events": machine.events,
-                    "lastSeen": machine.last_seen,
-                    "clockSkewMs": machine.skew.value_ms,
-                    "dropped": machine.dropped,
-                }
-                for name, machine in sorted(self._monitor.intake.machines.items())
+                {**machine, "clockSkewMs": monitor.sessions.skew_ms(name)}
+                for name, machine in sorted(ingest.machines.items())
             ],
-            "redis": self._monitor.redis.status() if self._monitor.redis else None,
-            "publisher": emit_event.publisher_state(self._monitor.settings.home)
-            if self._monitor.redis
-            else None,
-            "loading": self._monitor.loader.progress,
-            "demo": any(session.demo for session in self._monitor.book.sessions.values()),
+            "redis": redis.status() if redis else None,
+            "publisher": emit_event.publisher_state(monitor.settings.home) if redis else None,
+            "loading": monitor.loading,
+            "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
-
-    def sessions_in_state(self, state: str) -> frozenset[str]:
-        """Return the ids of the sessions that are in a state now."""
-        return self._monitor.book.in_state(state)
-
-    def labels(self) -> dict[str, str]:
-        """Return the label of every session."""
-        return {session.session_id: session.label[0] for session in self._monitor.book.sessions.values()}
+        unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
+        return {**status, "facts": status_facts(status), "problems": status_problems(status, unsaved)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
-        states = collections.Counter(session.state for session in self._monitor.book.sessions.values())
-        clients, redis = self._monitor.clients, self._monitor.redis
-        queues = QueueFigures(
-            sum(client.queued_bytes for client in clients.clients.values()),
-            clients.closed_slow,
-            redis.inbox_bytes if redis else 0,
-        )
-        return metrics_text(self.status(), self._monitor.counts, states, queues)
-
-    def _dropped(self) -> int:
-        """Return how many events full spools had to drop, as far as this monitor was told."""
-        own = self._monitor.spool.dropped if self._monitor.spool else 0
-        return own + sum(machine.dropped for machine in self._monitor.intake.machines.values())
+        states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
+        server, link = self._monitor.clients, self._monitor.redis and self._monitor.redis.subscription
+        queued = sum(len(client.queue) for client in server.clients.values())
+        queues = {"client": queued, "closed": server.closed_slow, "redis": link.batch_bytes if link else 0}
+        return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
         """Return the configuration in force; there is no secret in it."""
-        nested: JsonObject = {
-            "version": __version__,
-            "machineId": self._monitor.settings.machine_id,
-            "path": self._monitor.settings.config_path,
-        }
-        for key, value in self._monitor.settings.values.items():
-            section, dot, name = key.partition(".")
-            if key in emit_event.SECRET_KEYS and value is not None:
-                value = "(not shown)"
-            if dot:
-                nested.setdefault(section, {})[name] = value
-            else:
-                nested[section] = value
-        nested["server"]["port"], nested["server"]["wsPort"] = self._monitor.port, self._monitor.ws_port
+        settings = self._monitor.settings
+        about = {"version": __version__, "machineId": settings.machine_id, "path": settings.config_path}
+        nested: JsonObject = {**about}
+        for key, value in settings.values.items():
+            section, _, name = key.rpartition(".")
+            place = nested.setdefault(section, {}) if section else nested
+            place[name] = "(not shown)" if key in emit_event.SECRET_KEYS and value is not None else value
+        nested["server"].update(port=self._monitor.port, wsPort=self._monitor.ws_port)
         return nested
 
-    def sessions_json(self, with_hidden: bool) -> bytes:
-        """Return the sessions that are known so far, and how many of the stored ones those are."""
-        return encode_with_sessions(
-            {"loading": self._monitor.loader.progress}, self._monitor.book, with_hidden
-        )
-
     def session_json(self, session_id: str) -> JsonObject:
-        """Return one session; raise RequestError(404), or 503 while it is being loaded."""
-        if self._monitor.loader.holds(session_id):
-            raise RequestError(503, "this session's events are being read; ask again in a moment")
-        session = self._monitor.book.sessions.get(session_id)
-        if session is None:
-            raise RequestError(404, "no session with this id is known")
-        return self._monitor.book.to_json(session)
+        """Return one session; raise RequestError(404), or 503 while stored ones are being read."""
+        session = self._monitor.sessions.sessions.get(session_id)
+        if session is not None:
+            return self._monitor.sessions.to_json(session)
+        if self._monitor.loading is not None:
+            raise RequestError(503, "stored sessions are being read; ask again in a moment")
+        raise RequestError(404, "no session with this id is known")
 
-    def news(self) -> JsonObject | None:
-        """Return the status when more than its counters changed since the last time, else None."""
-        status = self.status()
-        steady = {name: status[name] for name in ("store", "spool", "loading", "demo", "mode")}
-        index = status["index"]
-        percent = (
-            100 * index["done"] // index["total"] if index["total"] and index["state"] != "ready" else 100
-        )
-        steady["index"] = (index["state"], index["error"], percent)
-        if self._monitor.redis:
-            steady["redis"] = [
-                status["redis"][name] for name in ("state", "attempt", "reason", "streamState", "gaps")
-            ]
-            steady["publisher"] = [
-                status["publisher"].get(name) for name in ("running", "state", "reason", "stream")
-            ]
-            steady["machines"] = [machine["machineId"] for machine in status["machines"]]
-        if steady == self._last_told:
-            return None
-        self._last_told = steady
-        return status
+
+def steady_part(status: JsonObject) -> list[object]:
+    """Return what of a status is news when it changes: all but counters and times."""
+    index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
+    is_building = index["total"] and index["state"] != "ready"
+    return [
+        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode")),
+        (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
+        *(redis.get(name) for name in ("state", "attempt")),
+        *(publisher.get(name) for name in ("running", "state", "stream")),
+        [machine["machineId"] for machine in status["machines"]] if redis else [],
+    ]
 
 
 class Monitor:
@@ -8418,77 +5851,68 @@ class Monitor:
         self.settings = settings
         self.loop = EventLoop()
         self.started_at = now_ms()
-        self._clock = ClockWatch()
-        self.book = session_book(settings)
-        self.store: EventStore | MemoryStore = (
-            EventStore(settings.path("events")) if settings["persistence.enabled"] else MemoryStore()
-        )
-        self.intake = Intake(settings, self.store)
-        self.stored = 0  # events since the start
+        quiet_ms = settings["sessions.quietSeconds"] * 1000
+        ended_ms = settings["sessions.endedHours"] * 3_600_000
+        prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
+        self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_id, prices)
+        self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
+        self.ingest = Ingest(settings, self.journal, self._usage_counted)
         self.counts = EventCounts()
-        self.store_error: str | None = None  # as it was told last
+        self.store_error: str | None = None  # as it was sent to the clients last
+        self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
+        self.spool: SpoolDrain | None = None
+        self.redis: RedisLink | None = None
+        self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
+        self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
         self._arrivals: list[Arrival] = []  # of this turn
+        self._dirty: set[str] = set()  # sessions that changed since their last snapshot
+        self._generation = -1  # of the index file that has a snapshot of every session
         self._alive_ms: dict[str, int] = {}  # session → when its process was last seen
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
-        self.history = History(self.store, settings.path("index.db"), PriceList(settings["prices"]))
-        self.retention = Retention(settings, self.loop, self._clock, self._pinned_files, self._removed)
-        self.overview = Overview(self)
+        self.history = History(self.journal, settings.path("index.db"), prices)
+        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.status = Status(self)
+        self._sent_status: list[object] = []
         self._stopping = False
 
     # Start and stop
 
     def open(self) -> None:
         """Open every port and begin to serve the page; raise StartError."""
-        emit_event.make_private_directory(self.settings.home)
+        settings = self.settings
+        emit_event.make_private_directory(settings.home)
         otherwise = "another monitor runs for this directory (pid {pid}); `stop` ends it"
-        self._lock = lock_file(self.settings.path("monitor.pid"), otherwise)
-        token = read_token(self.settings.path("token"))
-        host = self.settings["server.host"]
+        self._lock = lock_file(settings.path("monitor.pid"), otherwise)
+        host = settings["server.host"]
         self.addresses = own_addresses(host)
-        self.access = Access(
-            self.settings["server.auth"], token, self.addresses, self.settings["server.allowedHosts"]
-        )
-        http_socket = bind_tcp(host, self.settings["server.port"], "server.port", "--port")
-        ws_socket = bind_tcp(host, self.settings["server.wsPort"], "server.wsPort", "--ws-port")
+        token = read_token(settings.path("token"))
+        access = Access(settings["server.auth"], token, self.addresses, settings["server.allowedHosts"])
+        http_socket = bind_tcp(host, settings["server.port"], "server.port", "--port")
+        ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
-        self.access.port = self.port
-        self._hooks = HookPort(self.loop, self.settings["socketPath"], self._line_arrived)
-        limit = self.settings["limits.connections"]
-        page = Page(os.path.dirname(os.path.abspath(__file__)), self.ws_port)
-        api = Api(self.store, self.loop.call, self.overview, self.history, self.take_now)
-        self.http = HttpServer(http_socket, self.access, page, api, limit)
-        self._http_thread = threading.Thread(target=self.http.serve_forever, name="http", daemon=True)
-        self._http_thread.start()
-        self._begin_loading()
-        conversation = Conversation(self)
+        access.port = self.port
+        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals.append)
+        handlers = MessageHandlers(self)
         self.clients = ClientServer(
             self.loop,
             ws_socket,
-            admit=lambda request, sock: self.access.check(request, sock, self.ws_port),
-            opened=conversation.greet,
-            received=conversation.take,
-            gone=lambda client: None,
-            connection_limit=limit,
-            queue_limit_bytes=self.settings["limits.clientQueueBytes"],
+            admit=lambda it, sock: access.check(it, self.ws_port, lambda: same_user_on_loopback(sock)),
+            opened=handlers.greet,
+            received=handlers.take,
+            connection_limit=settings["limits.connections"],
+            queue_limit_bytes=settings["limits.clientQueueBytes"],
         )
-        self.feed = SessionFeed(self.loop, self.book, self.clients)
+        self.feed = SessionFeed(self.loop, self.sessions, self.clients)
+        with contextlib.suppress(OSError, ValueError), open(settings.path("last-seq"), "rb") as file:
+            self.journal.seq = int(file.read(20))
+        self.journal.open()
+        self.loading = {"done": 0, "total": self.journal.seq}
+        page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
+        page = functools.partial(page_response, page_path, self.ws_port)
+        api = Api(self, handlers.take_by_http)
+        self.http = HttpServer(http_socket, access, page, api, settings["limits.connections"])
         self.loop.turn_end = self._handle_arrivals
-        self._connect_sources()
-        self.loop.call_every(TICK_INTERVAL_S, self._tick)
-        self.loop.call_every(5.0, self._look_after_files)
-        self.loop.call_every(CATCH_UP_INTERVAL_S, self._catch_up)
-        self.history.start()
-
-    def _connect_sources(self) -> None:
-        """Read our own spool, or, with Redis, what everybody's publishers send there."""
-        self._bring_back_unsaved()
-        self.spool: SpoolDrain | None = None
-        self.redis: RedisLink | None = None
-        if self.settings["mode"] == "local":
-            self.spool = SpoolDrain(self.loop, self.settings.home, self._take_spooled)
-            return
-        self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._tell_status)
-        self.loop.call_every(SPOOL_INTERVAL_S, self._keep_publisher)
+        self._advance(self._load())
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
@@ -8499,7 +5923,7 @@ class Monitor:
             self._close()
 
     def stop(self) -> None:
-        """Take what has come in, say goodbye to the clients, and let `run` return; for any thread."""
+        """Store what has come in, close the clients, and let `run` return; for any thread."""
         self.loop.call_soon(self._begin_stop)
 
     def _begin_stop(self) -> None:
@@ -8515,242 +5939,255 @@ class Monitor:
         self._handle_arrivals()
         if self.redis:
             self.redis.close()
-        self.http.shutdown()
-        self.http.server_close()
+        self.http.stop()
         self.reader.shutdown(wait=True)
         self.retention.close()
+        self.ingest.close()
+        if self.loading is None:
+            collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
         self._hooks.close()
         # the newest files may be removed by hand before the next start
-        remember_seq(self.settings.home, self.store.seq)
-        self.store.close()
-        self.intake.close()
+        remember_seq(self.settings.home, self.journal.seq)
+        self.journal.close()
         self.loop.close()
         os.close(self._lock)
 
-    def _begin_loading(self) -> None:
-        """Find the highest number, so that none is given twice; read what is stored in the loop's turns."""
-        with contextlib.suppress(OSError, ValueError), open(self.settings.path("last-seq"), "rb") as file:
-            self.store.seq = max(0, int(file.read(20)))
-        self.loader = Loader(self.store, self.book, self.intake.seen, self._show_loaded)
-        if self.loader.progress is None:
-            self.loop.call_soon(self._begin_to_retain)
-            return
-        log.info("%d stored sessions are being read", self.loader.progress["total"])
-        self.loop.call_soon(self._load_some)
+    # Loading: snapshots, then what came after them
 
-    def _load_some(self) -> None:
+    def _advance(self, steps: Iterator[None]) -> None:
+        """Go on with long work for some milliseconds a turn, so that hooks and clients never wait for it."""
+        deadline = time.monotonic() + SLICE_S
+        for _ in steps:
+            if time.monotonic() >= deadline:
+                self.loop.call_soon(functools.partial(self._advance, steps))
+                return
+
+    def _load(self) -> Iterator[None]:
+        """Make the sessions what they were: restore snapshots, then apply the events stored after them.
+
+        What arrives meanwhile is only stored; its turn comes in order of arrival.
+        """
+        checkpoint, rows = self.history.load_snapshots()
+        self._generation = self.history.generation if checkpoint else -1
+        recent: list[str] = []
+        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.remembered):
+            recent.append(line_id(line))
+            yield
+        for event_id in reversed(recent):
+            self.ingest.seen.add(event_id)
+        self._connect_sources()
         try:
-            self.loader.work(LOAD_SLICE_S)
-        finally:
-            if self.loader.progress is None:
-                self._end_loading()
-            else:
-                self.loop.call_soon(self._load_some)
-
-    def _show_loaded(self, sessions: Iterable[Session]) -> None:
-        """Show sessions that are complete now and have not ended; the others come with the whole list."""
-        self.feed.note(session for session in sessions if session.state != "ended")
-        self.feed.send_soon()
+            self.sessions.restore(rows)
+        except ValueError as error:
+            log.warning("the snapshots of sessions cannot be used, so every event is read: %s", error)
+            checkpoint, self._generation = 0, -1
+        begun = self._applied = checkpoint
+        while self._applied < self.journal.seq:
+            until = self.journal.seq
+            for line in self.journal.lines(after=self._applied):
+                self._applied = line_seq(line)
+                try:
+                    self._apply(parse_stored(line))
+                except MalformedEvent:
+                    log.warning("a stored line is not an event and is skipped: %r", line[:200])
+                self.loading = {"done": self._applied - begun, "total": self.journal.seq - begun}
+                yield
+            self._applied = max(self._applied, until)
+        self._end_loading()
 
     def _end_loading(self) -> None:
         seconds = (now_ms() - self.started_at) / 1000
-        log.info("%d stored events read, %.1f s after the start", self.loader.events, seconds)
-        self.book.tick(now_ms())
-        self._end_sessions_whose_process_is_gone()
+        log.info("%d sessions known, %.1f s after the start", len(self.sessions.sessions), seconds)
+        self.loading = None
+        self.sessions.linked_changes()
+        self._dirty = set(self.sessions.sessions)
+        self.sessions.tick(now_ms())
+        self._end_sessions_without_process()
         gc.freeze()
         self.feed.send_list()
-        self._tell_status()
-        self._begin_to_retain()
-
-    def _begin_to_retain(self) -> None:
-        """Let old events go once it is known which sessions are pinned."""
+        self._send_status()
+        self.history.start()
         if self.settings["persistence.enabled"]:
             self.retention.begin()
+            self.loop.call_every(SNAPSHOT_INTERVAL_S, lambda: self._advance(self._snapshot_steps()))
+        self.loop.call_every(TICK_INTERVAL_S, self._tick)
+        for callback in self.deferred:
+            self.loop.call_soon(callback)
+        self.deferred.clear()
+
+    def _snapshot_steps(self) -> Iterator[None]:
+        """Hand changed sessions, or all to a new index file, to the index: a start reads on from there."""
+        generation, checkpoint = self.history.generation, self.journal.seq
+        changed = self._dirty if generation == self._generation else set(self.sessions.sessions)
+        self._dirty = set()
+        if not changed:
+            return
+        for session_id in changed:
+            if session_id in self.sessions.sessions:
+                rows = {session_id: self.sessions.snapshot(session_id)}
+                self.history.save_snapshots(generation, rows, None)
+                yield
+        self.history.save_snapshots(generation, {"": self.sessions.snapshot("")}, checkpoint)
+        self._generation = generation
+
+    def _connect_sources(self) -> None:
+        """Read our own spool, or, with Redis, what every machine's publisher sends there."""
+        unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
+        for path, _ in emit_event.spool_segments(unsaved):
+            emit_event.make_private_directory(spool)
+            os.rename(path, os.path.join(spool, os.path.basename(path)))
+        if self.settings["mode"] == "redis":
+            self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
+        else:
+            take = functools.partial(self._take_all, remote=False)
+            self.spool = SpoolDrain(self.loop, self.settings.home, take)
+        self.loop.call_every(TICK_INTERVAL_S, self._look_at_files)
 
     # Events that come in
 
-    def _line_arrived(self, connection: IngestConnection, line: bytes | TooLong) -> None:
-        if isinstance(line, TooLong):
-            self.intake.take_too_long(line)
-            connection.acknowledge(1)
-            return
-        self._arrivals.append(Arrival(line, connection))
-
     def _handle_arrivals(self) -> None:
         """Store what this turn brought, acknowledge it, then show it: no hook waits for the page."""
-        arrivals, self._arrivals = self._arrivals, []
-        if not arrivals:
+        if not self._arrivals:
             return
-        received_ms = now_ms()
-        safe, stored = self._store([Incoming(arrival.line, Via.LOCAL, received_ms) for arrival in arrivals])
-        self._answer(arrivals, safe)
+        arrivals = self._arrivals[:]
+        self._arrivals.clear()
+        safe, stored = self.ingest.take([line for line, _ in arrivals])
+        counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
+        for sender, count in counts.items():
+            self._hooks.acknowledge(sender, count)
+        for (_, sender), is_safe in zip(arrivals, safe):
+            if not is_safe:
+                self._hooks.drop(sender)  # it spools at once instead of waiting
         self._show(stored)
-
-    @staticmethod
-    def _answer(arrivals: Sequence[Arrival], safe: Sequence[bool]) -> None:
-        """Acknowledge what is safe; close the connection of what could not be stored."""
-        counts: dict[IngestConnection, int] = {}
-        failed: set[IngestConnection] = set()
-        for arrival, is_safe in zip(arrivals, safe):
-            connection = arrival.connection
-            if connection is None or connection in failed:
-                continue
-            if is_safe:
-                counts[connection] = counts.get(connection, 0) + 1
-            else:
-                failed.add(connection)
-        for connection, count in counts.items():
-            connection.acknowledge(count)
-        for connection in failed:
-            connection.close()  # its sender spools at once instead of waiting
-
-    def _take_spooled(self, lines: Sequence[bytes]) -> bool:
-        return self._take_all([Incoming(line, Via.SPOOL, None) for line in lines])
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
-        received_ms = now_ms()
-        return self._take_all(
-            [
-                Incoming(remote.line, Via.STREAM, stream_time(remote.position))
-                if remote.position
-                else Incoming(remote.line, Via.CHANNEL, received_ms)
-                for remote in lines
-            ]
-        )
+        since = now_ms() - LATE_MS
+        late = [it.position is not None and position_key(it.position)[0] < since for it in lines]
+        return self._take_all([remote.line for remote in lines], remote=True, late=late)
 
-    def _take_all(self, lines: Sequence[Incoming]) -> bool:
-        """Store lines that wait in order; tell whether nothing more need be done about any of them.
+    def _take_all(self, lines: Sequence[bytes], remote: bool, late: Sequence[bool] = ()) -> bool:
+        """Store lines of the spool or of Redis in order; return whether all are settled.
 
         Where one session's file cannot be written and others can, its events must not hold up the rest: they
-        are put into unsaved/ and come back through the spool at the next start.
+        go to unsaved/ and come back through the spool at the next start.
         """
-        safe = self._store_lines(lines)
+        safe, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
+        self._show(stored)
         if all(safe):
             return True
-        if not self.store.has_room():
+        if not self.journal.has_room():
             return False
-        left = [line.line for line, is_safe in zip(lines, safe) if not is_safe]
-        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.store.error)
-        place = self.settings.path("unsaved")
-        emit_event.make_private_directory(place)
+        left = [line for line, is_safe in zip(lines, safe) if not is_safe]
+        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
+        directory = self.settings.path("unsaved")
+        emit_event.make_private_directory(directory)
         for line in left:
-            emit_event.append_to_spool(place, line + b"\n")
+            emit_event.append_to_spool(directory, line + b"\n")
         return True
 
-    def _bring_back_unsaved(self) -> None:
-        """Let what could not be saved before come in by the spool again."""
-        spool = self.settings.path("spool")
-        for path, _ in emit_event.spool_segments(self.settings.path("unsaved")):
-            emit_event.make_private_directory(spool)
-            os.rename(path, os.path.join(spool, os.path.basename(path)))
-
     def take_now(self, line: bytes) -> bool:
-        """Store one line at once, without a connection that waits for it; return whether it is safe."""
-        return self._store_lines([Incoming(line.replace(b"\n", b" "), Via.LOCAL, now_ms())])[0]
-
-    def _keep_publisher(self) -> None:
-        """See to it that nothing waits in this machine's spool while nobody publishes."""
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)  # a publisher that we started and that has left
-        if emit_event.spool_segments(self.settings.path("spool")):
-            try:
-                emit_event.ensure_publisher(self.settings.home)
-            except OSError as error:
-                log.warning("the publisher cannot be started: %s", error)
-
-    def _catch_up(self) -> None:
-        event = self.intake.catch_up.read_on()
-        if event is not None and event["sessionId"] in self.book.sessions:  # it may be deleted by now
-            self.take_now(encode_json(event))
-
-    def _store_lines(self, lines: Sequence[Incoming]) -> list[bool]:
-        """Store and show a batch of lines; return for each whether nothing more need be done about it."""
-        safe, stored = self._store(lines)
+        """Store and show one line at once; return whether it is stored."""
+        safe, stored = self.ingest.take([line.replace(b"\n", b" ")])
         self._show(stored)
-        return safe
+        return safe[0]
 
-    def _store(self, lines: Sequence[Incoming]) -> tuple[list[bool], list[StoredEvent]]:
-        """Store a batch of lines; return for each whether nothing more need be done, and the new events."""
-        self._follow_clock()
-        safe, stored = self.intake.take(lines)
-        self._note_store_error()
-        return safe, stored
+    def _usage_counted(self, event: JsonObject) -> None:
+        """Store the totals of a session's tokens; called by the thread that read them."""
+
+        def store() -> None:
+            if self.loading is not None or event["sessionId"] in self.sessions.sessions:  # else deleted
+                self.take_now(encode_json(event))
+
+        self.loop.call_soon(store)
 
     def _show(self, stored: Sequence[StoredEvent]) -> None:
-        """Let stored events change the sessions, and send them to the clients."""
+        """Apply stored events to the sessions, and send them to the clients and to the index."""
+        if self.journal.error != self.store_error:
+            self._note_store_error()
         if not stored:
             return
-        self.stored += len(stored)
         changed: list[Session] = []
-        self.retention.disk.events_added += sum(len(entry.line) + 1 for entry in stored)
         for entry in stored:
             self.counts.note(entry.event)
-            changed += self._take_into_account(entry.event)
-        self.feed.note(changed)
-        self.clients.broadcast_events(stored, self.feed.take())
-        self.history.grown(stored)
+            if self.loading is None:
+                changed += self._apply(entry.event)
+        self._note_changes(changed)
+        self.clients.broadcast(stored, self.feed.take())
+        self.history.add(stored)
+        self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
 
-    def _take_into_account(self, event: JsonObject) -> tuple[Session, ...]:
-        """Let an event change its session, and return it; whatever a stored event does, it stops nothing."""
-        if self.loader.takes(event):
-            return ()
+    def _apply(self, event: JsonObject) -> list[Session]:
         try:
-            session = self.book.apply(event)
-            self.loader.note(session, event)
-            return (session,)
-        except Exception:  # nobody foresaw it: the log tells, and the stream goes on
-            log.exception("event %s could not be taken into account", event.get("id"))
-            return ()
+            return [self.sessions.apply(event)]
+        except Exception:  # unexpected: log and continue
+            log.exception("event %s could not be applied", event.get("id"))
+            return []
 
-    # Time
-
-    def _follow_clock(self) -> None:
-        """See whether this machine's clock was set; what came since is told after that."""
-        step_ms = self._clock.step_ms()
-        if not step_ms:
-            return
-        forward = "forward" if step_ms > 0 else "back"
-        log.warning("the clock of this machine was set %s by %s", forward, human_duration(abs(step_ms)))
-        self.book.clock_was_set(step_ms)
-        self.intake.clock_was_set(step_ms)
+    def _note_changes(self, changed: Sequence[Session]) -> None:
+        """Note sessions, and those that changed because of them, for clients and snapshots."""
+        ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
+        self._dirty.update(ids)
+        self.feed.changed.update(dict.fromkeys(ids))
 
     def _tick(self) -> None:
-        self._follow_clock()
-        changed = self.book.tick(now_ms()) + self._end_sessions_whose_process_is_gone()
-        self.feed.note(changed)
-        self.feed.send_soon()
-        self._tell_status()
+        self._note_changes(self.sessions.tick(now_ms()) + self._end_sessions_without_process())
+        self.feed.send()
+        self._send_status()
 
-    def _tell_status(self) -> None:
-        """Tell clients about the status when more than counters moved."""
-        status = self.overview.news()
-        if status is not None:
-            self.clients.broadcast_json({"type": "status", **status})
+    def _send_status(self) -> None:
+        """Send the status to the clients when more than counters moved."""
+        if self.clients.clients:
+            status, before = self.status.to_json(), self._sent_status
+            self._sent_status = steady_part(status)
+            if self._sent_status != before:
+                self.clients.broadcast((), text_frame({"type": "status", **status}))
 
-    def _end_sessions_whose_process_is_gone(self) -> list[Session]:
-        return end_sessions_without_process(self.book, self.settings.machine_id, self._alive_ms)
-
-    def _look_after_files(self) -> None:
-        """Come back from a full disk by ourselves, and put the socket back when something removed it."""
-        if self.store_error and self.store.has_room():
-            self.store.error = None
+    def _look_at_files(self) -> None:
+        """Drain the spool (or have it published), recover from a full disk, bind a removed socket."""
+        if self.spool:
+            self.spool.look()
+        else:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)  # a publisher that we started and that has left
+            if emit_event.spool_segments(self.settings.path("spool")):
+                try:
+                    emit_event.ensure_publisher(self.settings.home)
+                except OSError as error:
+                    log.warning("the publisher cannot be started: %s", error)
+        if self.store_error and self.journal.has_room():
+            self.journal.error = None
             self._note_store_error()
-        if self.loader.progress is not None:
-            log.info("%s", loading_words(self.loader.progress))
-        self._hooks.look()
+        if self.loading is not None:
+            log.info("%s", loading_words(self.loading))
+            self._send_status()
+        self._hooks.restore()
 
     def _note_store_error(self) -> None:
-        if self.store.error == self.store_error:
-            return
-        self.store_error = self.store.error
+        self.store_error = self.journal.error
         if self.store_error:
             log.error("events cannot be written, hooks keep them in the spool: %s", self.store_error)
         else:
             log.info("events can be written again")
-        self._tell_status()
+        self._send_status()
 
-    # What users ask for
+    def _end_sessions_without_process(self) -> list[Session]:
+        """End the sessions of this machine whose client is no longer there: a kill fires no hook.
+
+        A process may have gone long before this look, so its session ends when it was last seen, or with its
+        last event.
+        """
+        gone = []
+        own = self.settings.machine_id
+        for session in list(self.sessions.sessions.values()):
+            if session.pid is None or session.state == "ended" or session.machine_id != own:
+                continue
+            if process_ran_at(session.pid, session.last_event):
+                self._alive_ms[session.session_id] = now_ms()
+            else:
+                seen_ms = self._alive_ms.pop(session.session_id, session.last_event)
+                gone.append(self.sessions.end_gone(session.session_id, max(seen_ms, session.last_event)))
+        return gone
 
     def reconnect_redis(self) -> None:
         """Connect to Redis at once, also after it was given up; for any thread."""
@@ -8759,166 +6196,159 @@ class Monitor:
 
     def delete(self, session: Session) -> None:
         """Delete a session with its events, as the user asks for."""
-        remember_seq(self.settings.home, self.store.seq)
-        freed = self.store.delete_session(session.session_id)
-        self.retention.disk.events_added -= freed
-        self.history.look_again()
+        remember_seq(self.settings.home, self.journal.seq)
+        freed = self.journal.delete_session(session.session_id)
+        self.retention.events_added -= freed
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
-        self._forget(session.session_id)
-        self.feed.note(())
-        self.feed.send_soon()
-
-    def _forget(self, session_id: str) -> None:
-        self.book.delete(session_id)
-        self._alive_ms.pop(session_id, None)
-        self.feed.forget(session_id)
-
-    # What retention asks and tells
+        self._forget([session])
 
     def _pinned_files(self) -> frozenset[str]:
-        return frozenset(
-            session_file_name(session.session_id) for session in self.book.sessions.values() if session.pinned
-        )
+        sessions = self.sessions.sessions.values()
+        return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
 
     def _removed(self, names: frozenset[str]) -> None:
-        """Let go of sessions that have no events left; look, too, at what was removed or added by hand."""
-        self.history.look_again()
-        for session in list(self.book.sessions.values()):
-            if session_file_name(session.session_id) in names:
-                self._forget(session.session_id)
-        self.feed.note(())
-        self.feed.send_soon()
+        """Forget sessions that have no events left; look, too, at what was removed or added by hand."""
+        self.history.rescan()
+        sessions = self.sessions.sessions.values()
+        self._forget([session for session in sessions if session_file_name(session.session_id) in names])
+
+    def _forget(self, sessions: Sequence[Session]) -> None:
+        for session in sessions:
+            self.sessions.delete(session.session_id)
+            self.history.forget(session.session_id)
+            self._alive_ms.pop(session.session_id, None)
+            deleted = {"type": "session_deleted", "sessionId": session.session_id}
+            self.clients.broadcast((), text_frame(deleted))
+        self._note_changes(())
+        self.feed.send()
 
 
-def retention_plan(settings: Settings, kept_names: frozenset[str], time_ms: int) -> RetentionPlan:
-    """Return what the configuration says is to be deleted at this time."""
-    limit = settings["retention.maxMegabytes"]
-    return plan_retention(
-        settings.home, time_ms, settings["retention.days"], limit and limit << 20, kept_names
-    )
+def loading_words(progress: JsonObject) -> str:
+    """Return how far loading is, for a person."""
+    return f"{progress['done']} of {progress['total']} stored events have been read"
 
 
-def session_book(settings: Settings) -> SessionBook:
-    """Return an empty book with the configured patience."""
-    return SessionBook(
-        settings["sessions.quietSeconds"] * 1000,
-        settings["sessions.endedHours"] * 3_600_000,
-        settings.machine_id,
-        PriceList(settings["prices"]),
-    )
-
-
-def end_sessions_without_process(
-    book: SessionBook, machine_id: str, alive_ms: dict[str, int]
-) -> list[Session]:
-    """End the sessions of this machine whose client is no longer there: a kill fires no hook.
-
-    `alive_ms` is kept here: session → when its process was last seen. A process may have gone long before
-    anybody looked, so its session ends when it was last seen, or with its last event.
-    """
-    gone = []
-    for session in list(book.sessions.values()):
-        if session.pid is None or session.state == "ended" or session.machine_id != machine_id:
-            continue
-        if process_ran_at(session.pid, book.last_event_now(session)):
-            alive_ms[session.session_id] = now_ms()
-        else:
-            seen_ms = alive_ms.pop(session.session_id, session.last_event)
-            gone.append(book.end_gone(session.session_id, max(seen_ms, session.last_event)))
-    return gone
-
-
-class StillLoading(Exception):
-    """A client's message about a session whose stored events are being read; it is carried out after that."""
-
-
-class MessageError(Exception):
-    """A client's message that cannot be carried out, in words for its sender."""
-
-
-def _text_field(message: JsonObject, name: str) -> str:
-    value = message.get(name)
-    if not isinstance(value, str) or not value:
-        raise MessageError(f"{name}: expected text")
-    return value
-
-
-def _text_list(message: JsonObject, name: str) -> list[str]:
-    value = message.get(name)
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise MessageError(f"{name}: expected a list of texts")
-    return value
-
-
-def _integer_field(message: JsonObject, name: str, default: int | None) -> int | None:
-    value = message.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise MessageError(f"{name}: expected an integer of at least 0")
-    return value
-
-
-def _page_reply(lines: list[bytes], limit: int, view: str | None) -> JsonObject:
-    """Return `events` and `more` from at most limit + 1 lines, of which the first only tells that there is
-    more.
-    """
-    events = [parse_stored(line) for line in lines[-limit:]]
-    if view == "rows":
-        events = [event_row(event) for event in events]
-    return {"events": events, "more": len(lines) > limit}
-
-
-def test_event(machine_id: str) -> JsonObject:
-    """Return the event of `test-event` and of the page's button."""
-    return {
-        "id": str(uuid.uuid4()),
-        "timestamp": now_ms(),
-        "sessionId": TEST_SESSION_ID,
-        "machineId": machine_id,
-        "workingDirectory": os.getcwd(),
-        "hookType": "Notification",
-        "eventType": "notification",
-        "data": {"message": "Test event: the way from here to the page works.", "notificationType": "test"},
+def status_facts(status: JsonObject) -> list[JsonObject]:
+    """Describe the parts of a monitor by its status: [{"name": one word, "words": a line}]."""
+    events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
+    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
+    disk, stored = status["disk"] or {}, events["stored"]
+    kept = f", {human_size(disk['bytes'])} since {disk['oldestDay'] or 'today'}" if "bytes" in disk else ""
+    facts = {
+        "mode": "local, this machine" if status["mode"] == "local" else "redis, many machines",
+        "events": f"{stored} event{'s' * (stored != 1)} stored since the start, "
+        f"{events['duplicates']} delivered twice, {events['quarantined']} malformed",
+        "sessions": f"{status['sessions']}{loading}",
+        "store": f"{store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}{kept}",
+        "index": {
+            "ready": f"{human_size(index['bytes'])}, {index['lagEvents']} events behind",
+            "building": f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read",
+        }.get(index["state"], f"off: {index['error']}"),
+        "spool": f"{human_size(spool['bytes'])} waiting",
+        "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines mended",
     }
+    link, publisher = status["redis"], status["publisher"]
+    if link:
+        words = link["state"].replace("_", " ")
+        if link["state"] != "connected":
+            most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
+            words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+        read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
+        published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
+        facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
+        facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
+        if link["gaps"]:
+            facts["gaps"] = f"{link['gaps']} times the stream had been cut before it was read"
+        facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
+    rows = [{"name": name, "words": words} for name, words in facts.items()]
+    for machine in status["machines"] if link else ():
+        skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
+        words = f"{machine['machineId']}: {machine['events']} events, last {age} ago"
+        if skew_ms is not None and abs(skew_ms) > 2000:
+            words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
+        rows.append({"name": "machine", "words": words})
+    return rows
 
 
-def _locked_soon(fd: int) -> bool:
-    """Take the lock on a file; who only looks whether it is held (`running_monitor`) has it for a moment."""
-    for _ in range(LOCK_ATTEMPTS):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(LOCK_PAUSE_S)
-    return False
+def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
+    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`."""
+    found: list[JsonObject] = []
+
+    def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
+        because = f": {reason.rstrip('.')}" if reason else ""
+        found.append({"kind": kind, "level": level, "words": words + because, "advice": advice})
+
+    redis, publisher = status["redis"] or {}, status["publisher"] or {}
+    store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
+    attempt = f"attempt {redis.get('attempt')}"
+    attempt += f" of {redis['maxRetries']}" if redis.get("maxRetries") is not None else ""
+    if redis.get("state") == "waiting":
+        words = f"Redis does not answer ({attempt})"
+        add("redis", "fail", words, redis["reason"], "Shown is what this machine has stored.")
+    elif redis.get("state") == "given_up":
+        words = f"Redis did not answer, and the monitor no longer tries ({attempt})"
+        add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
+    if redis.get("streamState") == "refused":
+        advice = "What is sent while this monitor is away will be missing."
+        add("stream", "fail", "Redis refuses the stream", redis["streamReason"], advice)
+    if publisher.get("channelState") == "refused":
+        words = "Redis refuses this machine's events"
+        add("channel", "fail", words, publisher.get("channelReason"), "Correct the user's rights in Redis.")
+    if redis.get("state") == "connected" and publisher.get("state") == "waiting":
+        words = "Events of this machine wait in the spool, since Redis does not take them"
+        add("publisher", "fail", words, publisher.get("reason"), "They are sent when it does.")
+    if redis.get("gaps"):
+        words = f"{redis['gaps']} times the stream had been cut before it was read: events may be missing"
+        add("gaps", "warn", words, None, "A larger redis.streamMaxLength keeps more.")
+    if not store["ok"]:
+        words = "Events cannot be written, hooks keep them in the spool"
+        add("store", "fail", words, store["error"], "Free space on its disk; it then goes on by itself.")
+    if unsaved_bytes:
+        words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
+        add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
+    if spool["dropped"]:
+        words = f"{spool['dropped']} events were dropped by full spools"
+        add("spool", "warn", words, None, "Keep a monitor (or Redis) running while agents work.")
+    if index["state"] == "off" and store["persistent"]:
+        words = "There is no index: searches read every file, and there are no statistics"
+        add("index", "warn", words, index["error"], "Correct what it names; the index is then rebuilt.")
+    if disk.get("error"):
+        add("disk", "warn", disk["error"], None, "Correct what it names.")
+    return found
 
 
 def lock_file(path: str, otherwise: str) -> int:
-    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`,
-    in which "{pid}" is who has it.
+    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`.
 
-    The file holds our pid, for whoever wants to know who has the lock. `unlock_file` takes it away again.
+    The file holds our pid. "{pid}" in `otherwise` becomes the owner's. `unlock_file` takes the file away.
     """
-    while True:
+    owner = ""
+    for _ in range(LOCK_ATTEMPTS):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            about = os.fstat(fd)
+            if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
+                os.close(fd)
+                raise OSError(errno.EPERM, "it is not a file of ours")
         except OSError as error:
-            raise StartError(_no_lock(path, f"cannot be opened: {error.strerror}")) from None
-        about = os.fstat(fd)
-        if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
-            os.close(fd)
-            raise StartError(_no_lock(path, "is not a file of ours"))
-        if not _locked_soon(fd):
-            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
-            os.close(fd)
-            raise StartError(otherwise.replace("{pid}", owner or "unknown"))
-        with contextlib.suppress(OSError):
+            why = f"cannot be opened: {error.strerror}"
+            with contextlib.suppress(OSError):
+                if os.lstat(path).st_uid != os.getuid():
+                    why = "belongs to another user"
+            raise StartError(f"{path}: {why}; choose another socketPath in the configuration") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.stat(path), about):
-                break
-        os.close(fd)  # taken away between our opening and locking it
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, str(os.getpid()).encode(), 0)
-    return fd
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                return fd
+        except FileNotFoundError:
+            pass  # taken away between our opening and locking it
+        except BlockingIOError:  # `running_monitor` has it for a moment, or another monitor for long
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            time.sleep(LOCK_PAUSE_S)
+        os.close(fd)
+    raise StartError(otherwise.replace("{pid}", owner or "unknown"))
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -8931,22 +6361,12 @@ def unlock_file(path: str, fd: int) -> None:
 
 def lock_holder(path: str) -> int | None:
     """Return the process that has the lock at `path`, None when nobody has it."""
-    try:
-        with open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except OSError:
-                return int(file.read(32).strip() or b"0") or None
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _no_lock(path: str, why: str) -> str:
-    with contextlib.suppress(OSError):
-        if os.lstat(path).st_uid != os.getuid():
-            why = "belongs to another user"
-    return f"{path}: {why}; choose another socketPath in the configuration"
+    with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return int(file.read(32).strip() or b"0") or None
+    return None
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
@@ -8959,32 +6379,24 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
         sock.listen(128)
         return sock
     except OSError as error:
-        what = (
-            "is in use" if error.errno == errno.EADDRINUSE else f"cannot be opened: {error.strerror or error}"
-        )
+        is_in_use = error.errno == errno.EADDRINUSE
+        what = "is in use" if is_in_use else f"cannot be opened: {error.strerror or error}"
         raise StartError(f"{host} port {port} {what}; choose another with {option} or {key}") from None
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600; the caller holds its lock.
+    """Listen on a Unix socket of mode 0600 in place of one that nobody listens on; raise StartError.
 
-    Raise StartError rather than steal one.
+    The caller holds its lock.
     """
-    try:
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         about = os.lstat(path)
-    except FileNotFoundError:
-        about = None
-    if about is not None:
+        probe.settimeout(1)
+        choose = "choose another socketPath"
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
-            raise StartError(
-                f"{path} is there already and is not our socket; remove it or choose another socketPath"
-            )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
-            if probe.connect_ex(path) == 0:
-                raise StartError(
-                    f"{path}: another program listens there; stop it or choose another socketPath"
-                )
+            raise StartError(f"{path} is there already and is not our socket; remove it or {choose}")
+        if probe.connect_ex(path) == 0:
+            raise StartError(f"{path}: another program listens there; stop it or {choose}")
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)  # 0600 from the first moment
@@ -8999,17 +6411,15 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def process_ran_at(pid: int, time_ms: int) -> bool:
-    """Tell whether a process runs that ran at `time_ms` already, so is not a later one with the same pid.
+    """True if a process runs that ran at `time_ms` already, so is not a later one with the same pid.
 
     On Linux by its start time (proc(5): stat field 22, in ticks since boot); elsewhere any process counts.
     """
     if sys.platform != "linux":
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
+        except OSError as error:
+            return isinstance(error, PermissionError)
         return True
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -9023,9 +6433,9 @@ def process_ran_at(pid: int, time_ms: int) -> bool:
 
 
 # ---------------------------------------------------------------------------
-# Running monitor: found, asked and talked to by other processes
+# Running monitor: found and asked by other processes
 #
-# Knows: the files in which a monitor tells of itself, and its doors: HTTP, WebSocket, the hooks' socket.
+# Knows: the files in which a monitor describes itself, its HTTP port, the hooks' socket.
 # ---------------------------------------------------------------------------
 
 
@@ -9034,9 +6444,7 @@ class CommandError(Exception):
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, None if there
-    is none.
-    """
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None."""
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
         return None
@@ -9057,36 +6465,24 @@ def needed_monitor(settings: Settings) -> JsonObject:
 
 
 def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[str]:
-    """Return the addresses of the page; with the token where one is needed to come in."""
-    needs_token = with_token or settings["server.auth"] == "token" or not is_loopback(about["host"])
-    token = (
-        f"?token={read_token(settings.path('token'))}"
-        if needs_token and settings["server.auth"] != "off"
-        else ""
-    )
-    links = []
-    for name in about["addresses"]:
-        shown = f"[{name}]" if ":" in name else "localhost" if name == "127.0.0.1" else name
-        links.append(f"http://{shown}:{about['port']}/{token}")
-    return links
+    """Return the addresses of the page, with the token where one is needed to come in."""
+    auth = settings["server.auth"]
+    needs_token = with_token or auth == "token" or not is_loopback(about["host"])
+    token = f"?token={read_token(settings.path('token'))}" if needs_token and auth != "off" else ""
+    names = ("localhost" if name == "127.0.0.1" else name for name in about["addresses"])
+    return [f"http://{f'[{name}]' if ':' in name else name}:{about['port']}/{token}" for name in names]
 
 
-def reachable_host(about: JsonObject) -> str:
-    """Return the address at which this machine reaches the running monitor."""
-    return "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else text_of(about["host"])
-
-
-def connect_http(settings: Settings, about: JsonObject) -> tuple[http.client.HTTPConnection, dict[str, str]]:
-    """Return a connection to the running monitor's HTTP port, and the headers that let us in."""
-    connection = http.client.HTTPConnection(reachable_host(about), about["port"], timeout=15)
-    return connection, {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
-
-
-def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
-    """GET one address of the running monitor's API; raise CommandError."""
-    connection, headers = connect_http(settings, about)
+def ask_monitor(
+    settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
+) -> JsonObject:
+    """Return what the running monitor answers to GET `path`, or to POST of `message`; raise CommandError."""
+    host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
+    connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
+    headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
+    method, body = ("GET", None) if message is None else ("POST", encode_json(message))
     try:
-        connection.request("GET", path, headers=headers)
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
@@ -9098,89 +6494,8 @@ def ask_monitor(settings: Settings, about: JsonObject, path: str) -> JsonObject:
     return answer
 
 
-class MonitorConnection:
-    """A WebSocket client of the running monitor, for the commands that follow or change it."""
-
-    def __init__(self, settings: Settings, about: JsonObject) -> None:
-        address = reachable_host(about), about["wsPort"]
-        self._sock = socket.create_connection(address, timeout=10)
-        self._parser = FrameParser(masked=False)
-        self._messages: collections.deque[JsonObject] = collections.deque()
-        self._take(self._upgrade(*address, read_token(settings.path("token"))))
-
-    def _upgrade(self, host: str, port: int, token: str) -> bytes:
-        """Make a WebSocket of the connection (RFC 6455 section 4.1); return what came behind the answer."""
-        key = base64.b64encode(os.urandom(16)).decode()
-        request = (
-            f"GET / HTTP/1.1\r\nHost: {f'[{host}]' if ':' in host else host}:{port}\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
-            f"Authorization: Bearer {token}\r\n\r\n"
-        )
-        self._sock.sendall(request.encode())
-        head = b""
-        while b"\r\n\r\n" not in head:
-            piece = self._sock.recv(4096)
-            if not piece:
-                raise ConnectionError("the monitor closed the connection")
-            head += piece
-        head, _, rest = head.partition(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 101") or accept_key(key).encode() not in head:
-            answer = head.splitlines()[0].decode("latin-1")
-            raise CommandError(f"the monitor refused the connection: {answer}")
-        return rest
-
-    def send(self, message: JsonObject) -> None:
-        """Send one message."""
-        self._sock.sendall(encode_frame(Opcode.TEXT, encode_json(message), os.urandom(4)))
-
-    def receive(self, timeout_s: float | None = None) -> JsonObject:
-        """Return the next message; raise ConnectionError at the connection's end, TimeoutError after
-        `timeout_s`.
-        """
-        self._sock.settimeout(timeout_s)
-        while not self._messages:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except socket.timeout:
-                raise TimeoutError("no answer from the monitor") from None
-            if not data:
-                raise ConnectionError("the monitor closed the connection")
-            self._take(data)
-        return self._messages.popleft()
-
-    def wait_for(self, kind: str, timeout_s: float = 15.0) -> JsonObject:
-        """Return the next message of one type, passing over others; raise CommandError for an error."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            message = self.receive(max(0.01, deadline - time.monotonic()))
-            if message.get("type") == kind:
-                return message
-            if message.get("type") == "error":
-                raise CommandError(f"the monitor answered: {message.get('message')}")
-
-    def _take(self, data: bytes) -> None:
-        for received in self._parser.feed(data):
-            if isinstance(received, Text):
-                self._messages.append(
-                    emit_event.parse_event_line(received.text.encode("utf-8", "surrogatepass"))
-                )
-            elif isinstance(received, Ping):
-                self._sock.sendall(encode_frame(Opcode.PONG, received.payload, os.urandom(4)))
-            elif isinstance(received, (Close, Failure)):
-                raise ConnectionError(
-                    f"the monitor closed the connection: {received.reason or received.code}"
-                )
-
-    def close(self) -> None:
-        """Say goodbye."""
-        with contextlib.suppress(OSError):
-            self._sock.sendall(encode_close(CloseCode.NORMAL, mask=os.urandom(4)))
-        self._sock.close()
-
-
 class EventSender:
-    """Hand events to the running monitor the hooks' way; safe when `send` returns."""
+    """Hand events to the running monitor as hooks do; they are safe when `send` returns."""
 
     BATCH = 200
 
@@ -9221,155 +6536,94 @@ Version = tuple[int, int, int]
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 # Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
 # with the first version that is known to have it, and without such knowledge with 2.1.101.
 # Missing on purpose: MessageDisplay (ten a second, holds up the display), WorktreeCreate (its output is taken
 # as a path, a failure fails the worktree), FileChanged (needs a list of files).
-EVENT_NAMES_SINCE: tuple[tuple[Version, tuple[str, ...]], ...] = (
-    (
-        (1, 0, 0),
-        (
-            "SessionStart",
-            "SessionEnd",
-            "UserPromptSubmit",
-            "PreToolUse",
-            "PostToolUse",
-            "Notification",
-            "Stop",
-            "SubagentStop",
-            "PreCompact",
-        ),
-    ),
-    ((2, 0, 43), ("SubagentStart",)),
-    ((2, 0, 45), ("PermissionRequest",)),
-    ((2, 1, 69), ("InstructionsLoaded",)),
-    ((2, 1, 76), ("PostCompact", "Elicitation")),
-    ((2, 1, 78), ("StopFailure",)),
-    (
-        (2, 1, 101),
-        (
-            "Setup",
-            "UserPromptExpansion",
-            "PermissionDenied",
-            "PostToolUseFailure",
-            "PostToolBatch",
-            "TaskCreated",
-            "TaskCompleted",
-            "TeammateIdle",
-            "PreModelSwitch",
-            "PostModelSwitch",
-            "ConfigChange",
-            "CwdChanged",
-            "DirectoryAdded",
-            "WorktreeRemove",
-            "ElicitationResult",
-        ),
-    ),
-)
+EVENT_NAMES_SINCE: dict[Version, str] = {
+    (1, 0, 0): "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Notification Stop"
+    " SubagentStop PreCompact",
+    (2, 0, 43): "SubagentStart",
+    (2, 0, 45): "PermissionRequest",
+    (2, 1, 69): "InstructionsLoaded",
+    (2, 1, 76): "PostCompact Elicitation",
+    (2, 1, 78): "StopFailure",
+    (2, 1, 101): "Setup UserPromptExpansion PermissionDenied PostToolUseFailure PostToolBatch TaskCreated"
+    " TaskCompleted TeammateIdle PreModelSwitch PostModelSwitch ConfigChange CwdChanged DirectoryAdded"
+    " WorktreeRemove ElicitationResult",
+}
 
 
 class InstallError(Exception):
     """An installation that is refused; the message is one line and says what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class InstallPlan:
+class InstallPlan(NamedTuple):
     """What an installation or its removal would do to one settings file.
 
     `old_text` is the file as it was read, "" when there is none; `new_text` equals it when nothing is to do.
-    `names` are the events that get our hook, or lose it. `command` is what Claude Code will run, "" for a
-    removal. `version` is the client's, None when it is not known or does not matter.
+    `names` are the events that get our hook, or lose it.
     """
 
     path: str
     old_text: str
     new_text: str
     names: tuple[str, ...]
-    command: str
-    version: Version | None
 
 
 def plan_install(home: str, project: str | None, version: Version | None) -> InstallPlan:
-    """Plan to register our hook; write nothing.
+    """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    `home` is our directory, `project` a project's directory or None for the user's own settings, `version`
-    what claude_version() said. Raises InstallError for settings that cannot be changed safely.
+    Writes nothing. Raises InstallError for settings that cannot be changed safely.
     """
     names = event_names(version)
     if not names:
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
-    command = hook_command(base_interpreter(), hook_script(home))
-    path = _existing_project_settings(project)
-    old_text, settings = read_settings(path)
-    with _naming(path):
-        if version is None:  # what was registered when it was known stays
-            had = [name for name, groups in _checked_hooks(settings).items() if _any_ours(groups)]
-            names += [
-                name for _, later in EVENT_NAMES_SINCE for name in later if name in had and name not in names
-            ]
-        merged = merge_hooks(settings, command, names)
-        new_text = old_text if merged == settings else render_settings(merged, old_text)
-    return InstallPlan(path, old_text, new_text, tuple(names), command, version)
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, version is None)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to take our hook out of the settings of `project`, None for the user's own; write nothing.
-
-    Raises InstallError for settings that cannot be changed safely.
-    """
-    path = _existing_project_settings(project)
-    old_text, settings = read_settings(path)
-    with _naming(path):
-        names = tuple(name for name, groups in _checked_hooks(settings).items() if _any_ours(groups))
-        new_text = render_settings(remove_hooks(settings), old_text) if names else old_text
-    return InstallPlan(path, old_text, new_text, names, "", None)
+    """Plan to take our hook out again, as plan_install does."""
+    return _plan(project, "", [], keep_others=False)
 
 
-def _existing_project_settings(project: str | None) -> str:
+def _plan(project: str | None, command: str, names: list[str], keep_others: bool) -> InstallPlan:
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
-    return settings_path(project)
-
-
-@contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Put the file's name before a refusal that comes from its content."""
+    path = settings_path(project)
+    old_text, settings = read_settings(path)
     try:
-        yield
+        hooks = _checked_hooks(settings)
+        had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
+        if keep_others:  # what was registered when the client's version was known
+            names = names + [name for name in event_names((99, 0, 0)) if name in had and name not in names]
+        changed = merge_hooks(settings, command, names)
+        new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-
-
-# Which events, which file, which command
+    return InstallPlan(path, old_text, new_text, tuple(names or had))
 
 
 def event_names(version: Version | None) -> list[str]:
     """List the event names that a client of `version` certainly understands; of the oldest one for None."""
-    known = EVENT_NAMES_SINCE[0][0] if version is None else version
-    return [name for since, names in EVENT_NAMES_SINCE if known >= since for name in names]
+    known = version or (1, 0, 0)
+    return " ".join(names for since, names in EVENT_NAMES_SINCE.items() if known >= since).split()
 
 
 def claude_version() -> Version | None:
-    """Ask `claude` for its version; None when there is none or it does not tell.
+    """Ask `claude` for its version; None when there is none or it does not say.
 
     It is looked for on the search path, then where its installers put it: a shell may know that by an alias.
     """
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
-    if program is None:
-        return None
+    command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
     try:
-        answer = subprocess.run(
-            [program, "--version"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=CLAUDE_VERSION_TIMEOUT_S,
-            check=True,
-        )
+        answer = subprocess.check_output(command, stdin=null, stderr=null, timeout=timeout_s)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(rb"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", answer.stdout)
+    found = re.search(rb"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", answer)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
@@ -9378,9 +6632,8 @@ def settings_path(project: str | None) -> str:
 
     CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
     """
-    if project is not None:
-        return os.path.abspath(os.path.join(project, ".claude", "settings.json"))
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    directory = os.path.join(project, ".claude") if project is not None else directory
     return os.path.abspath(os.path.join(directory, "settings.json"))
 
 
@@ -9409,21 +6662,12 @@ def hook_command(interpreter: str, script: str) -> str:
 
     A missing script would end with 2, and with that Claude Code blocks every tool call and every prompt.
     """
-    program, argument = (_shell_quoted(os.path.abspath(path)) for path in (interpreter, script))
-    return f"{program} -I -S {argument} || :"
-
-
-def _shell_quoted(path: str) -> str:
-    """Quote `path` for a POSIX shell, in double quotes as the documentation shows the command."""
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        # JSON could not carry such a path: Claude Code would run another one.
-        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python") from None
-    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
-
-
-# The hook's files
+    quoted = []
+    for path in map(os.path.abspath, (interpreter, script)):
+        if _HALF_PAIR.search(path):  # JSON could not carry such a path: Claude Code would run another one
+            raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+        quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
+    return f"{quoted[0]} -I -S {quoted[1]} || :"
 
 
 def install_hook_files(home: str) -> str:
@@ -9463,14 +6707,13 @@ def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def record_publisher_python(home: str) -> bool:
-    """Leave this interpreter's path for the hooks to run publishers with, if it has redis-py; tell if so."""
+    """Leave this interpreter's path for the hooks to run publishers with; False if it lacks redis-py."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
     if run_in_python(sys.executable, look).returncode:
         return False
-    emit_event.make_private_directory(os.path.join(home, "hooks"))
-    emit_event.write_atomically(
-        os.path.join(home, "hooks", "publisher-python"), os.fsencode(sys.executable) + b"\n"
-    )
+    hooks = os.path.join(home, "hooks")
+    emit_event.make_private_directory(hooks)
+    emit_event.write_atomically(os.path.join(hooks, "publisher-python"), os.fsencode(sys.executable) + b"\n")
     return True
 
 
@@ -9478,44 +6721,23 @@ def _refuse(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
-# Our entries among everybody's
-
-
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
-    """Return `settings` with our handler once under each of `names` and under no other event.
+    """Return `settings` with our handler once under each of `names`, which may be none, and nowhere else.
 
-    What is up to date stays where it is, what is outdated is updated in place, doubles go. Everything else
-    stays as it is, in its order. Raises InstallError for hooks that are not laid out as documented.
+    What is up to date stays where it is, what is outdated is updated in place, doubles go, and so do groups
+    and lists that held nothing else. Everything else stays as it is, in its order.
     """
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
-    return _with_handler(settings, handler, names)
-
-
-def remove_hooks(settings: JsonObject) -> JsonObject:
-    """Return `settings` without our handlers, and without the groups and lists that held nothing else.
-
-    Raises InstallError for hooks that are not laid out as documented.
-    """
-    return _with_handler(settings, {}, [])
-
-
-def _with_handler(settings: JsonObject, handler: JsonObject, names: list[str]) -> JsonObject:
-    """Return `settings` with `handler` as the only one of ours under each of `names`, and none elsewhere."""
     hooks = _checked_hooks(settings)
     changed: JsonObject = {}
-    for name, groups in hooks.items():
+    for name in {**hooks, **dict.fromkeys(names)}:
+        groups = hooks.get(name, [])
         kept = _groups_with(groups, handler if name in names else None)
         if kept or not groups:  # a list that was empty before is somebody else's
             changed[name] = kept
-    for name in names:
-        if name not in hooks:
-            changed[name] = _groups_with([], handler)
-    result = dict(settings)
     if changed:
-        result["hooks"] = changed
-    elif hooks:
-        del result["hooks"]
-    return result
+        return {**settings, "hooks": changed}
+    return {key: value for key, value in settings.items() if key != "hooks" or not hooks}
 
 
 def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
@@ -9532,17 +6754,11 @@ def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[J
                 wanted = None
         if kept or not group["hooks"]:
             result.append({**group, "hooks": kept})
-    if wanted is not None:
-        result.append({"hooks": [wanted]})
-    return result
-
-
-def _any_ours(groups: list[JsonObject]) -> bool:
-    return any(_is_ours(entry) for group in groups for entry in group["hooks"])
+    return [*result, {"hooks": [wanted]}] if wanted is not None else result
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Tell whether a handler runs a hook that we installed, with whatever interpreter, for whatever home.
+    """Return True for a handler that we installed, with whatever interpreter, for whatever home.
 
     The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
     """
@@ -9550,42 +6766,30 @@ def _is_ours(entry: JsonObject) -> bool:
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
     try:
-        words = shlex.split(command)
-    except ValueError:  # a quote is open
+        _, *words = shlex.split(command)
+    except ValueError:  # a quote is open, or there is no word
         return False
-    return (
-        len(words) >= 4
-        and words[1:3] == ["-I", "-S"]
-        and words[3].endswith("/hooks/emit_event.py")
-        and words[4:] in ([], ["||", ":"])
-    )
+    script, end = "".join(words[2:3]), words[3:]
+    return words[:2] == ["-I", "-S"] and script.endswith("/hooks/emit_event.py") and end in ([], ["||", ":"])
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks of `settings` by event name, {} when it has none.
-
-    Raises InstallError with the place of whatever is not the documented object or list.
-    """
-    hooks: dict[str, list[JsonObject]] = settings.get("hooks", {})
-    _expect(dict, hooks, "hooks")
+    """Return the hooks of `settings` by event name; raise InstallError if they are laid out otherwise."""
+    hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
-        _expect(list, groups, place)
-        for index, group in enumerate(groups):
-            _expect(dict, group, f"{place}[{index}]")
-            _expect(list, group.get("hooks"), f"{place}[{index}].hooks")
-            for inner, entry in enumerate(group["hooks"]):
-                _expect(dict, entry, f"{place}[{index}].hooks[{inner}]")
+        for index, group in enumerate(_expected(list, groups, place)):
+            entries = _expected(dict, group, f"{place}[{index}]").get("hooks")
+            for inner, entry in enumerate(_expected(list, entries, f"{place}[{index}].hooks")):
+                _expected(dict, entry, f"{place}[{index}].hooks[{inner}]")
     return hooks
 
 
-def _expect(kind: type, value: object, place: str) -> None:
+def _expected(kind: type, value: Any, place: str) -> Any:
     if not isinstance(value, kind):
-        expected = "an object" if kind is dict else "a list"
-        raise InstallError(f"{place}: expected {expected}; correct it by hand first, nothing was changed")
-
-
-# The settings file
+        words = "an object" if kind is dict else "a list"
+        raise InstallError(f"{place}: expected {words}; correct it by hand first, nothing was changed")
+    return value
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
@@ -9593,62 +6797,43 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
 
     A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
     """
-    content = _file_content(path) or b""
+    content = b""
     try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
+            with open(path, "rb") as file:
+                content = file.read()
         text = content.decode("utf-8")
+        bare = text.removeprefix("\ufeff")
+        strict: Any = {"object_pairs_hook": _unique_keys, "parse_constant": _finite, "parse_float": _finite}
+        settings = json.loads(bare, **strict) if bare.strip() else {}
+        if isinstance(settings, dict):
+            return text, settings
+        trouble = "expected one JSON object"
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        words = f"{path}: line {line} is not UTF-8; correct it first, nothing was changed"
-        raise InstallError(words) from None
-    bare = text[1:] if text.startswith("\ufeff") else text
-    if not bare.strip():
-        return text, {}
-    try:
-        settings = json.loads(
-            bare, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite_float
-        )
+        line_number = content.count(b"\n", 0, error.start) + 1
+        trouble = f"line {line_number} is not UTF-8"
     except json.JSONDecodeError as error:
-        raise InstallError(
-            f"{path}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}; "
-            "correct it first, nothing was changed"
-        ) from None
+        trouble = f"line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
     except (ValueError, RecursionError) as error:
-        raise InstallError(f"{path}: {error}; correct it first, nothing was changed") from None
-    if not isinstance(settings, dict):
-        raise InstallError(f"{path}: expected one JSON object; correct it first, nothing was changed")
-    return text, settings
-
-
-def _file_content(path: str) -> bytes | None:
-    """Return the bytes of a regular file, None when there is none; raise InstallError for anything else."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InstallError(f"{path}: not a regular file; move it away first, nothing was changed")
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+        trouble = str(error)
     except OSError as error:
         _refuse(f"{path} cannot be read", error)
+    raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {json.dumps(twice)} stands twice in one object")
-    return result
+    for key, count in collections.Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {json.dumps(key)} stands twice in one object")
+    return dict(pairs)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not valid JSON")
-
-
-def _finite_float(digits: str) -> float:
+def _finite(digits: str) -> float:
     number = float(digits)
     if not math.isfinite(number):
-        raise ValueError(f"the number {digits[:40]} is too large to be written back")
+        raise ValueError(f"{digits[:40]} is not valid JSON, or too large to be written back")
     return number
 
 
@@ -9663,110 +6848,84 @@ def render_settings(settings: JsonObject, like: str) -> str:
     except RecursionError:
         raise InstallError("nested too deeply to be written back; nothing was changed") from None
     # UTF-8 has no half pairs, JSON has: they stay escaped.
-    text = re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = _HALF_PAIR.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
         text += "\n"
-    first_line, line_feed, _ = like.partition("\n")
-    if line_feed and first_line.endswith("\r"):
+    if like.partition("\n")[0].endswith("\r"):
         text = text.replace("\n", "\r\n")
     return "\ufeff" + text if like.startswith("\ufeff") else text
 
 
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
     """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
-    lines = difflib.unified_diff(
-        _diff_lines(old_text), _diff_lines(new_text), path if old_text else "/dev/null", path, lineterm=""
-    )
-    return "".join(line + "\n" for line in lines)
-
-
-def _diff_lines(text: str) -> list[str]:
-    """Split at line feeds only: a JSON string may hold U+2028 and the like, which splitlines() splits at."""
-    lines = text.split("\n")
-    last = lines.pop()
-    return [*lines, last + "\n\\ No newline at end of file"] if last else lines
+    # Not splitlines(): a JSON string may hold U+2028 and the like.
+    old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
+    diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
+    mark = "\n\\ No newline at end of file\n"
+    return "".join(line if line.endswith("\n") else line + mark for line in diff)
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
     """Replace the settings at `path`, read as `old_text`, by `text` in one step.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
-    None when there was nothing to keep. Raises InstallError when the file has changed since it was read.
+    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it, for
+    its owner only (settings hold keys), None when there was nothing to keep. Raises InstallError when the
+    file has changed since it was read.
     """
-    current = _file_content(path)
-    if (current or b"") != old_text.encode("utf-8"):
+    if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: somebody has just changed it; try again, nothing was changed")
     if text == old_text:
         return None
-    target = os.path.realpath(path)
-    backup = None
+    target, new = os.path.realpath(path), text.encode("utf-8")
     try:
-        if current is None:
+        if not os.path.exists(path):
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            emit_event.write_atomically(target, text.encode("utf-8"))
+            emit_event.write_atomically(target, new)
             return None
         about = os.stat(target)
-        backup = _write_backup(path, current)
-        emit_event.write_atomically(target, text.encode("utf-8"), stat.S_IMODE(about.st_mode))
-    except OSError as error:
-        if backup is not None:
+        mode = stat.S_IMODE(about.st_mode)
+        stamp = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}"
+        names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
+        backup = next(name for name in names if not os.path.lexists(name))
+        emit_event.write_atomically(backup, old_text.encode("utf-8"))
+        try:
+            emit_event.write_atomically(target, new, mode)
+        except OSError:
             os.unlink(backup)
+            raise
+    except OSError as error:
         _refuse(f"{path} cannot be written, nothing was changed", error)
     with contextlib.suppress(OSError):  # a file system without owners or modes has none to keep
-        if (about.st_uid, about.st_gid) != (os.geteuid(), os.getegid()):
-            os.chown(target, about.st_uid, about.st_gid)
+        os.chown(target, about.st_uid, about.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(target, stat.S_IMODE(about.st_mode))  # the umask has taken bits away
+        os.chmod(target, mode)  # the umask has taken bits away
     return backup
 
 
-def _write_backup(path: str, content: bytes) -> str:
-    """Keep `content` beside `path`, for its owner only: settings hold keys. Return the backup's path."""
-    first_choice = backup = f"{path}.contextuate-backup-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while os.path.lexists(backup):
-        number += 1
-        backup = f"{first_choice}-{number}"
-    emit_event.write_atomically(backup, content)
-    return backup
-
-
-# Trying it
-
-
-def send_through_hook(settings: Settings, fields: JsonObject) -> str:
+def send_through_hook(settings: Settings, message: str) -> str:
     """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
     script = hook_script(settings.home)
     if not os.path.exists(script):
         script = os.path.abspath(emit_event.__file__)
-    payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd(), **fields}
-    environment = {
-        **os.environ,
-        "CONTEXTUATE_DEBUG": "1",
-        "CONTEXTUATE_HOME": settings.home,
-        "CONTEXTUATE_CONFIG": settings.config_path,
-    }
-    process = subprocess.run(
-        [base_interpreter(), "-I", "-S", script],
-        input=encode_json(payload),
-        capture_output=True,
-        env=environment,
-        timeout=30,
-        check=False,
-    )
-    return process.stderr.decode("utf-8", "replace")
+    payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
+    payload.update(message=message, notification_type="test")
+    ours = {"DEBUG": "1", "HOME": settings.home, "CONFIG": settings.config_path}
+    environment = {**os.environ, **{f"CONTEXTUATE_{name}": value for name, value in ours.items()}}
+    command, given = [base_interpreter(), "-I", "-S", script], encode_json(payload)
+    done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=30)
+    return done.stderr.decode("utf-8", "replace")
 
 
 def was_delivered(words: str) -> bool:
-    """Tell from the hook's words whether a monitor has the event, or Redis keeps it for one."""
+    """Return True if a monitor has the event by the hook's words, or Redis keeps it for one."""
     return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
 
 
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# Each check of CHECKS yields findings; one that fails does not keep the next from looking. Changes nothing,
-# but a test event is sent, as `test-event` does.
+# A check yields findings; one that fails does not keep the next from looking. What the monitor knows of
+# itself are its status' facts and problems. Changes nothing, but a test event is sent.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
@@ -9778,8 +6937,8 @@ _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 class Finding(NamedTuple):
     """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
 
-    check: str
     level: str
+    check: str
     words: str
     advice: str = ""
 
@@ -9789,270 +6948,270 @@ class Finding(NamedTuple):
         return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
 
-@dataclasses.dataclass
-class Examination:
-    """What the checks look at, and what an earlier one has left for the later ones."""
-
-    settings: Settings
-    warnings: Sequence[str]
-    about: JsonObject | None  # the running monitor
-    redis: Any = None  # redis-py's client, once Redis has answered
-
-    @property
-    def only_shows(self) -> bool:
-        """Tell whether this looks like a team's monitor, on a machine where nobody runs Claude Code."""
-        has_hook = os.path.exists(hook_script(self.settings.home))
-        return self.settings["mode"] == "redis" and not has_hook and shutil.which("claude") is None
+Findings = Iterator[Finding]
+_ok, _warn, _fail = (functools.partial(Finding, level) for level in ("ok", "warn", "fail"))
+_in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
-def _check_config(case: Examination) -> Iterator[Finding]:
-    path = case.settings.config_path
-    where = path if os.path.exists(path) else f"no {path}, so defaults"
-    yield Finding(
-        "config", "ok", f"{where}; mode {case.settings['mode']}, machine {case.settings.machine_id}"
-    )
-    for warning in case.warnings:
-        yield Finding("config", "warn", warning, "correct the file, then restart the monitor")
+class Doctor:
+    """Examine the whole chain; `run` yields what is found."""
 
+    def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
+        self._settings, self._warnings = settings, warnings  # both of the configuration
+        self._about = running_monitor(settings)
+        # What looks like a team's monitor, on a machine where Claude Code does not run:
+        has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
+        self._only_shows = settings["mode"] == "redis" and not has_hook
+        self._client: Any = None  # redis-py's, once Redis has answered
 
-def _check_files(case: Examination) -> Iterator[Finding]:
-    home = case.settings.home
-    if not os.path.isdir(home):
-        yield Finding("files", "warn", f"{home} is not there yet", "start or install makes it")
-        return
-    about = os.stat(home)
-    if about.st_uid != os.getuid():
-        yield Finding("files", "fail", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
-    elif not os.access(home, os.W_OK):
-        yield Finding("files", "fail", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
-    elif about.st_mode & 0o077:
-        advice = f"run: chmod 700 {shlex.quote(home)}"
-        yield Finding("files", "warn", f"{home} is open to other users", advice)
-    else:
-        yield Finding("files", "ok", f"{home}, for this user only")
-    disk = os.statvfs(home)
-    free = disk.f_bavail * disk.f_frsize
-    if free < LOW_DISK_BYTES:
-        yield Finding("files", "warn", f"only {human_size(free)} are free on its disk", "make room")
+    def run(self) -> Findings:
+        """Yield what every check finds, in the order in which an event travels."""
+        checks = [self._config, self._files]
+        if not self._only_shows:
+            checks += [self._claude, self._hook, self._registered]
+        checks += [self._spool, self._monitor]
+        if self._settings["mode"] == "redis":
+            checks += [self._redis_py, self._redis, self._rights, self._publisher]
+        checks.append(self._probe)
+        for check in checks:
+            try:
+                yield from check()
+            except Exception as error:  # one check must not keep the others from looking
+                name = check.__name__.strip("_").replace("_", "-")
+                yield _fail(name, f"could not be examined: {type(error).__name__}: {error}")
 
+    def _config(self) -> Findings:
+        path = self._settings.config_path
+        where = path if os.path.exists(path) else f"no {path}, so defaults"
+        yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
+        for warning in self._warnings:
+            yield _warn("config", warning, "correct the file, then restart the monitor")
+        if self._only_shows:
+            yield _ok("hook", "none, and no Claude Code: this machine only shows what others send")
 
-def _check_claude(case: Examination) -> Iterator[Finding]:
-    if case.only_shows:
-        return
-    version = claude_version()
-    if version is None:
-        advice = (
-            "install it, or put it on the PATH; without its version only the oldest events are registered"
-        )
-        yield Finding("claude", "warn", "`claude` was not found or does not tell its version", advice)
-    else:
-        yield Finding("claude", "ok", f"Claude Code {'.'.join(map(str, version))}")
-
-
-def _check_hook(case: Examination) -> Iterator[Finding]:
-    script = hook_script(case.settings.home)
-    if case.only_shows:
-        yield Finding("hook", "ok", "none, and no Claude Code: this machine only shows what others send")
-        return
-    if not os.path.exists(script):
-        yield Finding("hook", "fail", f"no hook at {script}", _RUN_INSTALL)
-        return
-    with open(os.path.abspath(emit_event.__file__), "rb") as file:
-        current = file.read()
-    try:
-        with open(os.path.join(os.path.dirname(script), "lib", "emit_event.py"), "rb") as file:
-            installed = file.read()
-    except OSError as error:
-        yield Finding("hook", "fail", f"the hook is not whole: {error}", _RUN_INSTALL)
-        return
-    if installed != current:
-        yield Finding("hook", "warn", f"{script} is of another version than the monitor", _RUN_INSTALL)
-    else:
-        yield Finding("hook", "ok", script)
-    yield from _hook_failures(case)
-
-
-def _hook_failures(case: Examination) -> Iterator[Finding]:
-    path = case.settings.path("emit.log")
-    try:
-        if time.time() - os.path.getmtime(path) > RECENT_FAILURE_S:
+    def _files(self) -> Findings:
+        home = self._settings.home
+        if not os.path.isdir(home):
+            yield _warn("files", f"{home} is not there yet", "start or install makes it")
             return
-        with open(path, "rb") as file:
-            file.seek(max(0, os.path.getsize(path) - 4096))
-            last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-    except OSError:
-        return
-    yield Finding("hook", "warn", f"its last trouble: {safe_line(last)}", f"see {path}")
-
-
-def _check_registration(case: Examination) -> Iterator[Finding]:
-    if case.only_shows:
-        return
-    plan = plan_install(case.settings.home, None, claude_version())
-    _, claude_settings = read_settings(plan.path)
-    advice = f"{_RUN_INSTALL}; then start Claude Code again"
-    if claude_settings.get("disableAllHooks"):
-        words = f"{plan.path} has disableAllHooks, so no hook runs"
-        yield Finding("registered", "fail", words, "take disableAllHooks out of it")
-    if plan.new_text == plan.old_text:
-        yield Finding("registered", "ok", f"{len(plan.names)} events in {plan.path}")
-    elif remove_hooks(claude_settings) == claude_settings:
-        here = _registered_in_project(os.getcwd())
-        if here:
-            yield Finding("registered", "ok", f"in {here}, for this project only")
+        about = os.stat(home)
+        if about.st_uid != os.getuid():
+            yield _fail("files", f"{home} belongs to another user", "set CONTEXTUATE_HOME to your own")
+        elif not os.access(home, os.W_OK):
+            yield _fail("files", f"{home} cannot be written", f"run: chmod u+rwx {shlex.quote(home)}")
+        elif about.st_mode & 0o077:
+            yield _warn("files", f"{home} is open to other users", f"run: chmod 700 {shlex.quote(home)}")
         else:
-            yield Finding("registered", "fail", f"no hook of ours in {plan.path}", advice)
-    else:
-        yield Finding("registered", "warn", f"{plan.path} is not as this version would register", advice)
+            yield _ok("files", f"{home} is for this user only")
+        free = shutil.disk_usage(home).free
+        if free < LOW_DISK_BYTES:
+            yield _warn("files", f"only {human_size(free)} are free on its disk", "make room")
 
+    def _claude(self) -> Findings:
+        version = claude_version()
+        if version is None:
+            advice = "install it, or put it on the PATH; until then only the oldest events are registered"
+            yield _warn("claude", "`claude` was not found or does not tell its version", advice)
+        else:
+            yield _ok("claude", f"Claude Code {'.'.join(map(str, version))}")
 
-def _registered_in_project(directory: str) -> str:
-    """Return the settings of a project in which our hook is registered, "" when it is in none."""
-    for name in ("settings.json", "settings.local.json"):
-        path = os.path.join(directory, ".claude", name)
-        with contextlib.suppress(InstallError):
-            settings = read_settings(path)[1]
-            if remove_hooks(settings) != settings:
-                return path
-    return ""
+    def _hook(self) -> Findings:
+        script = hook_script(self._settings.home)
+        installed = os.path.join(os.path.dirname(script), "lib", "emit_event.py")
+        if not os.path.exists(script):
+            yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
+        elif not os.path.exists(installed):
+            yield _fail("hook", f"the hook is not whole at {script}", _RUN_INSTALL)
+        elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
+            yield _ok("hook", script)
+        else:
+            yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
+        path = self._settings.path("emit.log")
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - os.path.getmtime(path) < RECENT_FAILURE_S:
+                with open(path, "rb") as file:
+                    file.seek(max(0, os.path.getsize(path) - 4096))
+                    last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+                yield _warn("hook", f"its last trouble: {last}", f"see {path}")
 
+    def _registered(self) -> Findings:
+        plan = plan_install(self._settings.home, None, claude_version())
+        _, claude_settings = read_settings(plan.path)
+        advice = f"{_RUN_INSTALL}; then start Claude Code again"
+        if claude_settings.get("disableAllHooks"):
+            words = f"{plan.path} has disableAllHooks, so no hook runs"
+            yield _fail("registered", words, "take disableAllHooks out of it")
+        if plan.new_text == plan.old_text:
+            yield _ok("registered", f"{len(plan.names)} events in {plan.path}")
+        elif merge_hooks(claude_settings, "", []) != claude_settings:
+            yield _warn("registered", f"{plan.path} is not as this version would register", advice)
+        else:
+            for name in ("settings.json", "settings.local.json"):
+                path = os.path.join(os.getcwd(), ".claude", name)
+                with contextlib.suppress(InstallError):
+                    settings = read_settings(path)[1]
+                    if merge_hooks(settings, "", []) != settings:
+                        yield _ok("registered", f"in {path}, for this project only")
+                        return
+            yield _fail("registered", f"no hook of ours in {plan.path}", advice)
 
-def _check_spool(case: Examination) -> Iterator[Finding]:
-    unsaved = sum(size for _, size in emit_event.spool_segments(case.settings.path("unsaved")))
-    if unsaved:
-        words = f"{human_size(unsaved)} of events could not be written to their session's file"
-        advice = f"{case.settings.path('monitor.log')} names it; correct it, then run: restart"
-        yield Finding("unsaved", "warn", words, advice)
-    segments = emit_event.spool_segments(case.settings.path("spool"))
-    size = sum(size for _, size in segments)
-    if not size:
-        yield Finding("spool", "ok", "empty: no event waits on this machine")
-        return
-    oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
-    waits_for = "the monitor" if case.settings["mode"] == "local" else "the publisher"
-    words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-    yield Finding("spool", "warn", words, "they are delivered when what follows is in order")
-
-
-def _check_monitor(case: Examination) -> Iterator[Finding]:
-    if case.about is None:
-        yield from _without_monitor(case)
-        return
-    status = ask_monitor(case.settings, case.about, "/api/status")
-    page = page_links(case.settings, case.about, False)[0]
-    yield Finding("monitor", "ok", f"pid {case.about['pid']}, version {status['version']}, {page}")
-    if status["version"] != __version__ or status["mode"] != case.settings["mode"]:
-        words = f"it runs version {status['version']} in mode {status['mode']}"
-        advice = "run: python3 contextuate_monitor.py restart"
-        yield Finding(
-            "monitor", "warn", f"{words}, not {__version__} in mode {case.settings['mode']}", advice
-        )
-    if not status["store"]["ok"]:
-        yield Finding("store", "fail", f"events cannot be written: {status['store']['error']}", "make room")
-    if status["spool"]["dropped"]:
-        words = f"{status['spool']['dropped']} events were dropped by full spools"
-        yield Finding("store", "warn", words, "keep a monitor (or Redis) running while agents work")
-    path = case.about["socketPath"]
-    if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
-        yield Finding("socket", "fail", f"{path} is not this user's", "set socketPath to a place of your own")
-    else:
-        yield Finding("socket", "ok", path)
-    yield from _about_index(status["index"])
-
-
-def _about_index(index: JsonObject) -> Iterator[Finding]:
-    if index["state"] == "ready":
-        yield Finding("index", "ok", f"{human_size(index['bytes'])}, {index['lagEvents']} events behind")
-    elif index["state"] == "building":
-        words = f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read"
-        yield Finding("index", "ok", words)
-    else:
-        words = f"off, so searches read every file: {index['error']}"
-        yield Finding("index", "warn", words, "make room, or correct what it says; it is then made by itself")
-
-
-def _without_monitor(case: Examination) -> Iterator[Finding]:
-    advice = "run: python3 contextuate_monitor.py start"
-    if case.settings["mode"] == "local":
-        yield Finding("monitor", "fail", "not running: events wait in the spool", advice)
-    else:
-        yield Finding("monitor", "ok", "not running on this machine, which only sends events then")
-        return
-    for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
-        try:
-            bind_tcp(case.settings["server.host"], case.settings[key], key, option).close()
-        except StartError as error:
-            yield Finding("ports", "fail", str(error))
-
-
-# Redis
-
-
-def _check_redis_package(case: Examination) -> Iterator[Finding]:
-    python = emit_event.publisher_python(case.settings.home)
-    try:
-        answer = run_in_python(python, "import redis; print(redis.__version__)")
-    except OSError as error:
-        yield Finding("redis-py", "fail", f"{python}: {error}", _RUN_INSTALL)
-        return
-    if answer.returncode:
-        advice = emit_event.redis_py_advice(python)
-        yield Finding("redis-py", "fail", f"{python}, which runs the publisher, lacks it", advice)
-    else:
-        yield Finding("redis-py", "ok", f"{answer.stdout.decode().strip()} for {python}")
-
-
-def _check_redis(case: Examination) -> Iterator[Finding]:
-    values = case.settings.values
-    started = time.monotonic()
-    try:
-        client = emit_event.redis_client(values)
-        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.ping)
-    except Exception as error:
-        if not lacks_right(error):  # else it has let us in, which is all that is asked here
-            yield Finding("redis", "fail", emit_event.redis_trouble(error, values))
+    def _spool(self) -> Findings:
+        segments = emit_event.spool_segments(self._settings.path("spool"))
+        size = sum(size for _, size in segments)
+        if not size:
+            yield _ok("spool", "empty: no event waits on this machine")
             return
-    case.redis = client
-    yield Finding("redis", "ok", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
-    yield from _compare_clocks(client)
+        oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
+        waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
+        words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
+        yield _warn("spool", words, "they are delivered when what follows is in order")
 
+    def _monitor(self) -> Findings:
+        mode, about = self._settings["mode"], self._about
+        if about is None and mode == "redis":
+            yield _ok("monitor", "not running on this machine, which only sends events then")
+            return
+        if about is None:
+            advice = "run: python3 contextuate_monitor.py start"
+            yield _fail("monitor", "not running: events wait in the spool", advice)
+            for key, option in (("server.port", "--port"), ("server.wsPort", "--ws-port")):
+                try:
+                    bind_tcp(self._settings["server.host"], self._settings[key], key, option).close()
+                except StartError as error:
+                    yield _fail("ports", str(error))
+            return
+        status = ask_monitor(self._settings, about, "/api/status")
+        page = page_links(self._settings, about, False)[0]
+        yield _ok("monitor", f"pid {about['pid']}, version {status['version']}, {page}")
+        if (status["version"], status["mode"]) != (__version__, mode):
+            words = f"it runs version {status['version']} in mode {status['mode']}"
+            advice = "run: python3 contextuate_monitor.py restart"
+            yield _warn("monitor", f"{words}, not {__version__} in mode {mode}", advice)
+        path = about["socketPath"]
+        if not os.path.exists(path) or os.lstat(path).st_uid != os.getuid():
+            yield _fail("socket", f"{path} is not this user's", "set socketPath to a place of your own")
+        else:
+            yield _ok("socket", path)
+        good = {"store", "index"}
+        for problem in status.get("problems", ()):
+            good.discard(problem["kind"])
+            yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
+        for fact in status.get("facts") or status_facts(status):
+            if fact["name"] in good:
+                yield _ok(fact["name"], fact["words"])
 
-def _compare_clocks(client: Any) -> Iterator[Finding]:
-    try:
-        before = time.time()
-        seconds, micros = emit_event.within(emit_event.EXCHANGE_DEADLINE_S, client.time)
-    except Exception:
-        return  # TIME is no right that anybody needs
-    off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
-    if abs(off_s) > 2:
-        side = "ahead of" if off_s > 0 else "behind"
-        words = f"this machine's clock is {human_duration(abs(off_s) * 1000)} {side} that of Redis"
-        yield Finding("clock", "warn", words, "let a time service set both")
-    else:
-        yield Finding("clock", "ok", "this machine and Redis agree")
+    def _redis_py(self) -> Findings:
+        python = emit_event.publisher_python(self._settings.home)
+        try:
+            answer = run_in_python(python, "import redis; print(redis.__version__)")
+        except OSError as error:
+            yield _fail("redis-py", f"{python}: {error}", _RUN_INSTALL)
+            return
+        if answer.returncode:
+            advice = emit_event.redis_py_advice(python)
+            yield _fail("redis-py", f"{python}, which runs the publisher, lacks it", advice)
+        else:
+            yield _ok("redis-py", f"{answer.stdout.decode().strip()} for {python}")
 
+    def _redis(self) -> Findings:
+        values = self._settings.values
+        started = time.monotonic()
+        try:
+            client = emit_event.redis_client(values)
+            _in_time(client.ping)
+        except Exception as error:
+            if not lacks_right(error):  # else it has let us in, which is all that is asked here
+                yield _fail("redis", emit_event.redis_trouble(error, values))
+                return
+        self._client = client
+        yield _ok("redis", f"{emit_event.redis_place(values)} answers ({_ms_since(started)})")
+        try:
+            before = time.time()
+            seconds, micros = _in_time(client.time)
+        except Exception:
+            return  # TIME is no right that anybody needs
+        off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
+        if abs(off_s) > 2:
+            off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
+            words = f"this machine's clock is {off} that of Redis"
+            yield _warn("clock", words, "let a time service set both")
+        else:
+            yield _ok("clock", "this machine and Redis agree")
 
-def _check_redis_rights(case: Examination) -> Iterator[Finding]:
-    """Try what a monitor needs; what an emitter needs the probe shows."""
-    if case.redis is None:
-        return
-    channel = case.settings["redis.channel"]
-    stream = f"{channel}:stream"
-    yield _try_right(case, "channel", channel, lambda: _subscribe(case.redis, channel).close())
-    if case.settings["redis.streamMaxLength"]:
-        yield _try_right(case, "stream", stream, lambda: case.redis.xrevrange(stream, "+", "-", 1))
-    else:
-        yield Finding("stream", "warn", "off: a monitor that was away misses what happened meanwhile")
+    def _rights(self) -> Findings:
+        """Try what a monitor needs; what an emitter needs the probe shows."""
+        client, channel = self._client, self._settings["redis.channel"]
+        if client is None:
+            return
+        stream = f"{channel}:stream"
+        attempts = [("channel", channel, lambda: _subscribe(client, channel).close())]
+        if self._settings["redis.streamMaxLength"]:
+            attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
+        else:
+            yield _warn("stream", "off: a monitor that was away misses what happened meanwhile")
+        for check, name, attempt in attempts:
+            try:
+                _in_time(attempt)
+                yield _ok(check, name)
+            except Exception as error:
+                if self._about is None and lacks_right(error):
+                    yield _ok(check, "this user may not read it, which only a monitor needs")
+                else:
+                    yield _fail(check, emit_event.redis_trouble(error, self._settings.values))
 
+    def _publisher(self) -> Findings:
+        state = emit_event.publisher_state(self._settings.home)
+        if not state["running"]:
+            yield _ok("publisher", "none runs: it comes with the next event and leaves when it is quiet")
+        elif state.get("reason"):
+            yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
+        else:
+            heard = f"the last heard by {state['subscribers']} subscribers"
+            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {heard}")
+            for name in ("channelReason", "streamReason"):
+                if state.get(name):
+                    yield _warn("publisher", f"refused: {state[name]}")
 
-def _try_right(case: Examination, check: str, name: str, attempt: Callable[[], Any]) -> Finding:
-    try:
-        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, attempt)
-    except Exception as error:
-        if case.about is None and lacks_right(error):
-            return Finding(check, "ok", "this user may not read it, which only a monitor needs")
-        return Finding(check, "fail", emit_event.redis_trouble(error, case.settings.values))
-    return Finding(check, "ok", name)
+    def _probe(self) -> Findings:
+        """Send one event as Claude Code would, and look for it at the other end."""
+        token, started = f"doctor {uuid.uuid4()}", time.monotonic()
+        client, channel = self._client, self._settings["redis.channel"]
+        about: Any = self._about
+        heard: Any = None
+        if client is not None:
+            with contextlib.suppress(Exception):  # the check before this one has named the cause
+                heard = _subscribe(client, channel)
+        trouble = ""
+        if not self._only_shows:
+            words = send_through_hook(self._settings, token)
+            if not was_delivered(words):
+                trouble = words.strip().rpartition("\n")[2].removeprefix("contextuate: ") or "?"
+        elif client is None:
+            trouble = "Redis does not answer"
+        else:  # there is no hook, so we publish it ourselves
+            event = test_event(self._settings.machine_id)
+            event["data"]["message"] = token
+            try:
+                _in_time(lambda: client.publish(channel, encode_json(event)))
+            except Exception as error:
+                if lacks_right(error):
+                    words = "not sent: this user may not publish, which only a machine with a hook needs"
+                    yield _ok("probe", words)
+                    return
+                trouble = emit_event.redis_trouble(error, self._settings.values)
+        if trouble:
+            yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
+            return
+        if heard is not None and not _arrives(lambda: token in str(heard.get_message(timeout=1.0))):
+            yield _warn("probe", "the event is in Redis, but the channel brought it to no subscriber")
+        where = "in Redis" if self._settings["mode"] == "redis" else "stored"
+        if about is None:
+            yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
+        elif _arrives(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
+            yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
+        else:
+            advice = "look at `status` for what the monitor says of Redis"
+            yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
 
 
 def _subscribe(client: Any, channel: str) -> Any:
@@ -10064,99 +7223,17 @@ def _subscribe(client: Any, channel: str) -> Any:
     return pubsub
 
 
-def _check_publisher(case: Examination) -> Iterator[Finding]:
-    state = emit_event.publisher_state(case.settings.home)
-    if not state["running"]:
-        yield Finding(
-            "publisher", "ok", "none runs: it comes with the next event and leaves when it is quiet"
-        )
-    elif state.get("reason"):
-        yield Finding("publisher", "fail", f"pid {state['pid']} waits: {state['reason']}")
-    else:
-        heard = f"the last heard by {state['subscribers']} subscribers"
-        words = f"pid {state['pid']}, {state['published']} events published, {heard}"
-        yield Finding("publisher", "ok", words)
-        for name in ("channelReason", "streamReason"):
-            if state.get(name):
-                yield Finding("publisher", "warn", f"refused: {state[name]}")
-
-
-# The probe
-
-
-def _check_by_event(case: Examination) -> Iterator[Finding]:
-    """Send one event as Claude Code would, and look for it at the other end."""
-    token = f"doctor {uuid.uuid4()}"
-    started = time.monotonic()
-    heard = None
-    if case.redis is not None:
-        with contextlib.suppress(Exception):  # the check before this one has told why
-            heard = _subscribe(case.redis, case.settings["redis.channel"])
-    trouble = _send_to_redis(case, token) if case.only_shows else _send_by_hook(case, token)
-    if trouble is not None:
-        yield trouble
-        return
-    if heard is not None and not _hears(heard, token):
-        words = "the event is in Redis, but the channel did not bring it to a subscriber"
-        yield Finding("probe", "warn", words)
-    where = "in Redis" if case.settings["mode"] == "redis" else "stored"
-    if case.about is None:
-        yield Finding("probe", "ok", f"an event is {where} ({_ms_since(started)})")
-    elif _monitor_shows(case, token):
-        yield Finding("probe", "ok", f"an event has reached the monitor ({_ms_since(started)})")
-    else:
-        advice = "look at `status` for what the monitor says of Redis"
-        yield Finding("probe", "fail", f"an event is {where}, but the monitor does not show it", advice)
-
-
-def _send_by_hook(case: Examination, token: str) -> Finding | None:
-    """Send the probe through the hook; return what went wrong."""
-    words = send_through_hook(case.settings, {"message": token, "notification_type": "test"})
-    if was_delivered(words):
-        return None
-    last = words.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-    return Finding("probe", "fail", f"an event did not get through: {last}", "see the findings above")
-
-
-def _send_to_redis(case: Examination, token: str) -> Finding | None:
-    """Publish the probe ourselves, where there is no hook; return what kept us from it."""
-    if case.redis is None:
-        return Finding("probe", "fail", "not sent: Redis does not answer", "see the findings above")
-    event = test_event(case.settings.machine_id)
-    event["data"]["message"] = token
-    send = functools.partial(case.redis.publish, case.settings["redis.channel"], encode_json(event))
-    try:
-        emit_event.within(emit_event.EXCHANGE_DEADLINE_S, send)
-    except Exception as error:
-        if lacks_right(error):
-            words = "not sent: this user may not publish, which only a machine with a hook needs"
-            return Finding("probe", "ok", words)
-        words = emit_event.redis_trouble(error, case.settings.values)
-        return Finding("probe", "fail", f"an event could not be published: {words}")
-    return None
-
-
-def _hears(pubsub: Any, token: str) -> bool:
+def _arrives(look: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
-        message = pubsub.get_message(timeout=1.0)
-        if message is not None and message["type"] == "message" and token.encode() in message["data"]:
-            return True
-    return False
-
-
-def _monitor_shows(case: Examination, token: str) -> bool:
-    deadline = time.monotonic() + PROBE_DEADLINE_S
-    while time.monotonic() < deadline:
-        answer = ask_monitor(case.settings, case.about or {}, "/api/events?limit=200")
-        if any(event["data"].get("message") == token for event in answer["events"]):
+        if look():
             return True
         time.sleep(0.05)
     return False
 
 
 def lacks_right(error: BaseException) -> bool:
-    """Tell whether Redis refused a command to this user (redis-py's NoPermissionError)."""
+    """Return True if Redis refused a command to this user (redis-py's NoPermissionError)."""
     return type(error).__name__ == "NoPermissionError"
 
 
@@ -10164,743 +7241,359 @@ def _ms_since(started: float) -> str:
     return f"{(time.monotonic() - started) * 1000:.0f} ms"
 
 
-# In the order in which an event travels: the mode that a check is for (None: both), its name, the check.
-CHECKS: tuple[tuple[str | None, str, Callable[[Examination], Iterator[Finding]]], ...] = (
-    (None, "config", _check_config),
-    (None, "files", _check_files),
-    (None, "claude", _check_claude),
-    (None, "hook", _check_hook),
-    (None, "registered", _check_registration),
-    (None, "spool", _check_spool),
-    (None, "monitor", _check_monitor),
-    ("redis", "redis-py", _check_redis_package),
-    ("redis", "redis", _check_redis),
-    ("redis", "rights", _check_redis_rights),
-    ("redis", "publisher", _check_publisher),
-    (None, "probe", _check_by_event),
-)
-
-
-def examine(settings: Settings, warnings: Sequence[str]) -> Iterator[Finding]:
-    """Yield what every check of CHECKS finds; `warnings` are those of the configuration."""
-    case = Examination(settings, warnings, running_monitor(settings))
-    for mode, name, check in CHECKS:
-        if mode not in (None, settings["mode"]):
-            continue
-        try:
-            yield from check(case)
-        except Exception as error:  # one check must not keep the others from looking
-            yield Finding(name, "fail", f"could not be examined: {type(error).__name__}: {error}")
-
-
 # ---------------------------------------------------------------------------
 # Demo: a working day of a small team, made up, marked as a demo
 #
-# Owns: the story, told in wrapped payloads of the shapes the real client sends.
-# Does no I/O and knows nothing of the monitor. A scene has its own seeded random and times relative to "now":
-# a day always tells the same.
+# Owns: the story, two tables of text, and a small player that makes payloads of the real client of them.
+# Does no I/O and knows nothing of the monitor. Ids and pauses come from the time of the call alone.
 # ---------------------------------------------------------------------------
 
-_Step = tuple[str, ...]  # tool ("!" = it fails), target, detail, output; see _SHAPES for each tool
-_Turn = tuple[int, str, str, str]  # minutes before now, prompt, step letters (a blank ends a batch), answer
+# The steps of a project: letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n and an
+# indented line below begin a new line; <31> stands for the escape sequence of that colour.
+_DEMO_STEPS = r"""
+tidewater-shop
+g Grep applyDiscount | src | src/cart/totals.ts:41:export function applyDiscount(
+r Read src/cart/totals.ts |   if (!coupon) return net;\n  return net - net * coupon.rate;\n}
+R Read src/checkout/Payment.tsx |   const [busy, setBusy] = useState(false);
+e Edit src/cart/totals.ts |   return net - net * coupon.rate; |   return Math.max(0, net * (1 - coupon.rate));
+E Edit src/checkout/Payment.tsx | type="submit" | type="submit" disabled={busy}
+w Write src/cart/round.ts | export const roundCents = (n) => Math.round(n * 100) / 100;
+T Bash! npm test -- cart | Run the cart tests | <31>FAIL<0> test/cart/totals.test.ts
+    <31>✕ a coupon never makes a total negative (6 ms)<0>\n    Expected: <32>0<0>\n    Received: <31>-4.99<0>
+t Bash npm test -- cart | Run the cart tests | <32>PASS<0> test/cart/totals.test.ts\n\nTests: <32>27 passed<0>
+d Bash git diff --stat | List changes |  src/cart/round.ts  | 1 +\n src/cart/totals.ts | 2 +-
+b Bash rm -rf build && npm run build | Build from scratch | <32>✓ built in 4.87s<0>\nbuild/app.js  214.6 kB
+o TodoWrite {"todos": [{"content": "Reproduce the negative total", "status": "completed"},
+  {"content": "Round in one place", "status": "in_progress"}, {"content": "Cover it", "status": "pending"}]}
+p mcp__github__get_pull_request {"pull_number": 418} | {"title": "Coupons: clamp totals at 0"}
+f WebFetch https://developer.mozilla.org/docs/Web/HTML/Element/button | What does disabled do? | No clicks.
 
+logslice
+g Grep fn parse_range | src | src/range.rs:18:pub fn parse_range(text: &str) -> Result {
+r Read src/range.rs | pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}
+e Edit src/range.rs | .ok_or(Error::NoRange)?; | .ok_or(Error::NoRange(text.into()))?;
+m Edit src/main.rs |         Error::NoRange => 2, |         Error::NoRange(_) => 2,
+B Bash! cargo build | Build | <31>error[E0532]<0><1>: expected unit, found tuple variant `Error::NoRange`<0>
+   --> src/main.rs:57:9\n   |\n57 |     Error::NoRange => 2\n   |     <31>^^^^^^^^^^^^^^<0>
+b Bash cargo build | Build |     <32>Finished<0> dev profile in 4.31s
+t Bash cargo test | Test | test result: <32>ok<0>. 41 passed; 0 failed; 0 ignored
+a Bash cargo bench --bench follow | Compare with the last release | follow  <32>-11.8 %<0>  improved
+i Bash cargo install --path . --force | Try the build on a real log |    <32>Replaced<0> package `logslice`
+q AskUserQuestion {"questions": [{"question": "What should a backwards range do?",
+  "options": [{"label": "Refuse it"}, {"label": "Swap the ends"}]}]}
+1 TaskCreate {"subject": "Name the text", "description": "Error::NoRange should carry what was typed"}
+2 TaskUpdate {"taskId": "1", "status": "in_progress"}
+3 TaskUpdate {"taskId": "1", "status": "completed"}
+
+meter-pipeline
+g Grep tz_localize | pipeline | pipeline/hourly.py:63: index = rows.index.tz_localize("UTC")
+G Glob pipeline/**/*.py | pipeline/hourly.py\npipeline/load.py\npipeline/export.py
+r Read pipeline/hourly.py | rows.index = rows.index.tz_localize("UTC")\nreturn rows
+e Edit pipeline/hourly.py | rows.index = local(rows) | if not rows.index.tz:\n    rows.index = local(rows)
+w Write tests/test_dst.py | def test_long_night():\n    assert len(hourly(OCT_26)) == 25
+T Bash! uv run pytest -q tests | Run the tests | ..........<31>F<0>......\n<31>____ test_long_night ____<0>
+  >   assert len(hourly(OCT_26)) == 25\n<31>E   assert 24 == 25<0>\n\n1 failed, 16 passed in 2.71s
+t Bash uv run pytest -q tests | Run the tests | <32>17 passed<0> in 2.58s
+q Bash duckdb meter.db 'select count(*) from readings' | Count readings | │ 18403112 │
+x ExitPlanMode {"plan": "## PostgreSQL 17\n1. Upgrade staging and probe it\n2. Production, on Sunday"}
+"""
+# The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
+# and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
+# repeats steps, `open` lasts until then or for good, and so does `ask`, which needs a person first. Any other
+# verb is a hook's name, with its fields in JSON.
+_DEMO_STORY = """
+build-box /home/ci/projects/tidewater-shop bypassPermissions other
+  -480m > Update the patch-level dependencies = g r t d T r e t d < All are in; one cart test is fixed.
+mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
+  -408m > Review pull request 418, in particular the rounding = p gr R d t
+  agent general-purpose Find every caller
+    = g r
+    agent Explore Check the settings
+      = gr R < Only the staging settings differ.
+    = R g < Three callers; two rely on the default, one sets the value itself.
+  < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
+  -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
+mira-laptop /home/mira/projects/meter-pipeline default clear
+  -318m > Why does the last Sunday of October have 24 hours in the export? = gG r q T < It is localised twice.
+  -302m > Fix it and add a test = r w e T r t < Fixed; the night now has 25 hours.
+mira-laptop /home/mira/projects/meter-pipeline default
+  > Write the note to the analysts about October = r q w < The note is in `notes/october.md`.
+mira-laptop /home/mira/projects/tidewater-shop default
+  -176m > Customers can press Pay twice, stop that = g R r E t < The button is now disabled.
+  -7m > Make a clean production build and check its size = d R t
+  -4m ask b +41s
+  until +128s d g r R t < The clean build is 214.6 kB: 2 kB less than the last release.
+jonas-mac /Users/jonas/projects/logslice default
+  -143m > Quote what was typed in an error = 1 TaskCreated {"task_id": "1", "task_subject": "Name the text"}
+  = 2 g r e B m b t 3 TaskCompleted {"task_id": "1", "task_subject": "Name the text"} < They quote it now.
+  -12m > What should happen with 14:00..12:00? = r g e
+  -9m ask q
+jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
+  -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
+  -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
+build-box /home/ci/projects/meter-pipeline bypassPermissions
+  -66m > Prepare the October backfill: what will change? = G r q g t < Only one hour changes.
+  -3m > Check both halves of October in parallel, then write the runbook = G q
+  background general-purpose Check 1 to 15 October
+    until +58s r q g t q < 1 to 15 October: no day differs.
+  background general-purpose Check 16 to 31 October
+    until +176s g q r q < 16 to 31 October: only the 26th differs, by the hour that comes twice.
+  < Two subagents compare the halves of October; the runbook follows when both are back.
+  +60s = w q < The first half is unchanged. Waiting for the second.
+  +178s until +236s g r w t q < Only 26 October changes. The runbook is in `docs/backfill.md`.
+jonas-mac /Users/jonas/projects/logslice acceptEdits
+  -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
+  -3m > Good plan. Implement it = r e g B e B r B e B B
+  until +20s r g
+  until +75s m b t r e b t g
+  ask i +152s
+  until end t r e b < `--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.
+build-box /home/ci/projects/logslice acceptEdits
+  -21m > Is --follow as fast as it was? = r
+  open t
+  -9m > Not all tests, only the benchmark = r
+  -6m open a +212s
+  < It is 12 % faster than the last release.
+mira-laptop /home/mira/projects/meter-pipeline default
+  -24m > Where does the export lose its time? = G r < On columns that go unused. > Leave them out = g t r T
+  StopFailure {"error": "rate_limit", "last_assistant_message": "API Error: Rate limit reached"}
+mira-laptop /home/mira/projects/meter-pipeline plan
+  -11m > How do we get the database to PostgreSQL 17? = gr g r
+  ask x
+jonas-mac /Users/jonas/projects/meter-pipeline acceptEdits
+  +96s > Which modules still localise times?
+  until end g r e t < Two modules did; both now leave it to `hourly.py`.
+"""
+_DEMO_VERB = re.compile(r"(?:([-+]\d+[ms]) )?(\S+) (.*?)(?: (?=[=<>] |[A-Z]\w+ \{)|$)")
 _DEMO_MODEL = "claude-opus-5-5"
-_RED, _GREEN, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
-_DEMO_HOMES = {"mira-laptop": "/home/mira", "build-box": "/home/ci", "jonas-mac": "/Users/jonas"}
-
-# fmt: off
-# Which payloads carry permission_mode (P) and effort (E).
-_DEMO_MODES: Mapping[str, str] = {
-    "UserPromptSubmit": "P", "StopFailure": "E", "PreToolUse": "PE", "PermissionRequest": "PE",
-    "PostToolUse": "PE", "PostToolUseFailure": "PE", "PostToolBatch": "PE", "Stop": "PE",
-    "SubagentStop": "PE",
-}
-# "<tool> <target>" begins with → from, to (ms); the first that fits.
-_DEMO_DURATIONS_MS: tuple[tuple[str, int, int], ...] = (
-    ("Bash npm", 3800, 14000), ("Bash uv run", 2900, 9000), ("Bash cargo", 2500, 16000),
-    ("Bash terraform", 5000, 21000), ("Bash mkdocs", 1800, 4200), ("Bash", 35, 900), ("WebFetch", 900, 3800),
-    ("mcp__", 250, 1400), ("", 4, 60),
-)
-_DEMO_TASK, _DEMO_WHY = "Name the text in range errors", "Error::NoRange should carry what was typed"
-_SHOP_STEPS: Mapping[str, _Step] = {
-    "g": ("Grep", "applyDiscount", "src", "src/cart/totals.ts:41:export function applyDiscount("),
-    "G": ("Glob", "src/checkout/**/*.tsx", "", "src/checkout/Address.tsx\nsrc/checkout/Payment.tsx"),
-    "r": ("Read", "src/cart/totals.ts", "  if (!coupon) return net;\n  return net - net * coupon.rate;\n}"),
-    "R": ("Read", "src/checkout/Payment.tsx", "  const [busy, setBusy] = useState(false);\n"),
-    "e": ("Edit", "src/cart/totals.ts", "  if (!coupon) return net;\n  return net - net * coupon.rate;",
-          "  if (!coupon) return net;\n  return Math.max(0, net - roundCents(net * coupon.rate));"),
-    "E": ("Edit", "src/checkout/Payment.tsx", 'type="submit"', 'type="submit" disabled={busy}'),
-    "w": ("Write", "src/cart/round.ts", "export const roundCents = (n) => Math.round(n * 100) / 100;\n"),
-    "T": ("Bash!", "npm test -- cart", "Run the cart tests", f"{_RED}FAIL{_OFF} test/cart/totals.test.ts\n"
-          f"  {_RED}✕ a coupon never makes a total negative (6 ms){_OFF}\n    Expected: {_GREEN}0{_OFF}\n"
-          f"    Received: {_RED}-4.99{_OFF}\n\nTests: {_RED}1 failed{_OFF}, 23 passed, 24 total"),
-    "t": ("Bash", "npm test -- cart", "Run the cart tests", f"{_GREEN}PASS{_OFF} test/cart/totals.test.ts\n"
-          f"{_GREEN}PASS{_OFF} test/cart/round.test.ts\n\nTests: {_GREEN}27 passed{_OFF}, 27 total"),
-    "l": ("Bash", "npm run lint", "Lint the project", "\n> tidewater-shop@4.2.0 lint\n> eslint src test\n"),
-    "d": ("Bash", "git diff --stat", "List changes", " src/cart/round.ts  | 1 +\n src/cart/totals.ts | 2 +-"),
-    "o": ("TodoWrite", "1", "Reproduce the negative total|Round in one place|Cover coupons over 100 %"),
-    "p": ("mcp__github__get_pull_request", "", '{"owner": "tidewater", "repo": "shop", "pull_number": 418}',
-          '{"number": 418, "title": "Coupons: clamp totals at zero", "state": "open", "changed_files": 3}'),
-    "f": ("WebFetch", "https://developer.mozilla.org/docs/Web/HTML/Element/button", "What does disabled do?",
-          "A disabled button takes no clicks and no focus, and is not submitted."),
-}
-_CLI_STEPS: Mapping[str, _Step] = {
-    "g": ("Grep", "fn parse_range", "src", "src/range.rs:18:pub fn parse_range(text: &str) -> Result {"),
-    "r": ("Read", "src/range.rs", "pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}"),
-    "R": ("Read", "src/main.rs", "fn main() -> ExitCode {\n    run(&Args::parse()).into()\n}"),
-    "e": ("Edit", "src/range.rs", ".ok_or(Error::NoRange)?;", ".ok_or(Error::NoRange(text.into()))?;"),
-    "E": ("Edit", "src/error.rs", "pub enum Error {\n    NoRange,", "pub enum Error {\n    NoRange(String),"),
-    "m": ("Edit", "src/main.rs", "        Error::NoRange => 2,", "        Error::NoRange(_) => 2,"),
-    "w": ("Write", "tests/range.rs", '#[test]\nfn open() {\n    assert!(parse("12:00..").is_ok());\n}\n'),
-    "B": ("Bash!", "cargo build", "Build", f"{_RED}{_BOLD}error[E0532]{_OFF}{_BOLD}: expected unit, found "
-          f"tuple variant `Error::NoRange`{_OFF}\n --> src/main.rs:57:9\n   |\n57 |     Error::NoRange => 2\n"
-          f"   |     {_RED}^^^^^^^^^^^^^^{_OFF} help: use `Error::NoRange(_)`\n\nerror: could not compile"),
-    "b": ("Bash", "cargo build", "Build", f"    {_GREEN}Finished{_OFF} dev profile in 4.31s"),
-    "t": ("Bash", "cargo test", "Test", f"test result: {_GREEN}ok{_OFF}. 41 passed; 0 failed; 0 ignored"),
-    "c": ("Bash", "cargo clippy -- -D warnings", "Lint", f"    {_GREEN}Finished{_OFF} dev profile in 2.07s"),
-    "1": ("TaskCreate", _DEMO_TASK, _DEMO_WHY, "1"),
-    "2": ("TaskUpdate", "1", "in_progress"),
-    "3": ("TaskUpdate", "1", "completed"),
-    "d": ("Bash", "git diff src/main.rs", "Show it", f"{_BOLD}--- a/src/main.rs\n+++ b/src/main.rs{_OFF}\n"
-          f"{_RED}-        Error::NoRange => 2,{_OFF}\n{_GREEN}+        Error::NoRange(_) => 2,{_OFF}"),
-}
-_INFRA_STEPS: Mapping[str, _Step] = {
-    "g": ("Grep", "instance_class", "modules", "modules/db/main.tf:24:  instance_class = var.instance_class"),
-    "r": ("Read", "modules/db/main.tf", "  instance_class = var.instance_class\n  multi_az       = false\n}"),
-    "R": ("Read", "envs/staging.tfvars", 'region         = "eu-central-1"\ninstance_class = "db.t4g.medium"'),
-    "e": ("Edit", "modules/db/main.tf", "  multi_az       = false", "  multi_az       = var.multi_az"),
-    "w": ("Write", "modules/db/variables.tf", 'variable "multi_az" {\n  type = bool\n  default = false\n}\n'),
-    "v": ("Bash", "terraform validate", "Check", f"{_GREEN}Success!{_OFF} The configuration is valid."),
-    "p": ("Bash", "terraform plan -out=staging", "Plan staging", f"  {_GREEN}~{_OFF} aws_db_instance.main\n"
-          f"      multi_az: false -> true\n\n{_BOLD}Plan:{_OFF} 0 to add, 1 to change, 0 to destroy."),
-    "P": ("Bash!", "terraform plan -out=prod.plan", "Plan production",
-          f"{_RED}Error:{_OFF} Error acquiring the state lock\n\n  Who: ci@build-box\n  Created: 14 min ago"),
-    "s": ("Bash", "git status --short", "List changes", " M modules/db/main.tf\n?? modules/db/variables.tf"),
-}
-_DATA_STEPS: Mapping[str, _Step] = {
-    "g": ("Grep", "tz_localize", "pipeline", 'pipeline/hourly.py:63: index = rows.index.tz_localize("UTC")'),
-    "G": ("Glob", "pipeline/**/*.py", "", "pipeline/hourly.py\npipeline/load.py\npipeline/export.py"),
-    "r": ("Read", "pipeline/hourly.py", 'rows.index = rows.index.tz_localize("UTC")\nreturn rows'),
-    "R": ("Read", "pipeline/load.py", "def load(day: date) -> Rows:\n    return read_parquet(path(day))"),
-    "e": ("Edit", "pipeline/hourly.py", '    rows.index = rows.index.tz_localize("UTC")\n    return rows',
-          '    if not rows.index.tz:\n        rows.index = rows.index.tz_localize("UTC")\n    return rows'),
-    "E": ("Edit", "pipeline/load.py", "read_parquet(path(day))", "read_parquet(path(day), columns=COLUMNS)"),
-    "w": ("Write", "tests/test_dst.py", "def test_long_night():\n    assert len(hourly(OCT_26)) == 25\n"),
-    "T": ("Bash!", "uv run pytest -q --color=yes tests", "Run the tests", f"..........{_RED}F{_OFF}......\n"
-          f"{_RED}{_BOLD}____ test_long_night ____{_OFF}\n>   assert len(hourly(OCT_26)) == 25\n{_BOLD}{_RED}"
-          f"E   assert 24 == 25{_OFF}\n\n{_RED}FAILED tests/test_dst.py{_OFF}\n1 failed, 16 passed in 2.71s"),
-    "t": ("Bash", "uv run pytest -q --color=yes tests", "Run the tests", f"{_GREEN}17 passed{_OFF} in 2.58s"),
-    "q": ("Bash", "duckdb meter.db 'select count(*) from readings'", "Count readings", "│ 18403112 │"),
-    "l": ("Bash", "uv run ruff check pipeline tests", "Lint", "All checks passed!"),
-    "o": ("TodoWrite", "2", "Reproduce the missing hour|Localise naive times only|Backfill October"),
-}
-_DOCS_STEPS: Mapping[str, _Step] = {
-    "g": ("Grep", "on-call", "docs", "docs/operations/rota.md:3:# On-call rota\ndocs/index.md:19:- On-call"),
-    "r": ("Read", "docs/operations/rota.md", "# On-call rota\n\nThe rota changes on Mondays at 10:00."),
-    "e": ("Edit", "docs/operations/rota.md", "on Mondays at 10:00.", "on Mondays at 10:00, in a call."),
-    "w": ("Write", "docs/operations/handover.md", "# Handing over\n\n1. Incidents\n2. Planned changes\n"),
-    "b": ("Bash", "mkdocs build --strict", "Build the site", "INFO    -  Documentation built in 1.62 s"),
-    "B": ("Bash!", "mkdocs build --strict", "Build the site", "WARNING -  'index.md' contains a link "
-          "'operations/handovers.md', but the target is not found.\n\nAborted with 1 warning in strict mode"),
-    "x": ("Edit", "docs/index.md", "(operations/handovers.md)", "(operations/handover.md)"),
-}
-_DEMO_STEPS: Mapping[str, Mapping[str, _Step]] = {
-    "tidewater-shop": _SHOP_STEPS, "logslice": _CLI_STEPS, "platform-infra": _INFRA_STEPS,
-    "meter-pipeline": _DATA_STEPS, "handbook": _DOCS_STEPS,
-}
-# name: (machine, project, permission mode), its turns, how it ended ("" = it did not)
-_DEMO_SESSIONS: Mapping[str, tuple[tuple[str, str, str], tuple[_Turn, ...], str]] = {
-    "nightly": (("build-box", "tidewater-shop", "bypassPermissions"), (
-        (480, "Update the patch-level dependencies and report what breaks.", "gG r t l d T r e t l d",
-         "All updates are in. A changed rounding helper broke one cart test; it is fixed."),), "other"),
-    "rota": (("jonas-mac", "handbook", "acceptEdits"), (
-        (462, "The on-call page should say how we hand over", "g r e w B x b", "Added, with a checklist."),
-        (441, "Shorter, two points are enough", "r w e b", "Cut to two points.")), "prompt_input_exit"),
-    "review": (("mira-laptop", "tidewater-shop", "default"), (
-        (408, "Review pull request 418, in particular the rounding", "p gr R d t",
-         "Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice."),
-        (391, "Fix both on the branch", "o r w e T r e t l d", "Both fixed, with tests for large coupons."),
-        (366, "Can the pay button be pressed twice?", "f R E t", "Not any more.")), "prompt_input_exit"),
-    "staging": (("build-box", "platform-infra", "acceptEdits"), (
-        (352, "Make multi-AZ a variable of the database module and plan staging", "g rR e w v p s",
-         "The module takes `multi_az`; staging plans one change in place, nothing is replaced."),
-        (333, "Also plan production, do not apply", "R P s P", "Another run holds the lock.")), "other"),
-    "missing-hour": (("mira-laptop", "meter-pipeline", "default"), (
-        (318, "Why does the last Sunday of October have 24 hours in the hourly export?", "gG r q T",
-         "Times that are already aware are localised again, and the repeated hour is merged."),
-        (302, "Fix it and add a test", "o w r e T rR E t l", "Fixed; the night now has 25 hours."),
-        (274, "Does the backfill need anything else?", "R q g", "No, October again is enough.")), "clear"),
-    "checkout": (("mira-laptop", "tidewater-shop", "default"), (
-        (176, "Customers can press Pay twice, stop that", "gG R r E t l", "The button is now disabled."),
-        (121, "Cover it with a test", "R w T R E t d", "A test presses it twice and expects one order."),
-        (7, "Make a clean production build and check its size", "d l R t", "")), ""),
-    "ranges": (("jonas-mac", "logslice", "default"), (
-        (143, "Range errors should say what was typed", "1 2 g rR e E B m b t 3 d", "They quote it now."),
-        (97, "Add open-ended ranges like 12:00..", "rR e w b t c", "`12:00..` and `..12:00` are tested."),
-        (12, "What should happen with 14:00..12:00?", "r g E", "")), ""),
-    "style-guide": (("jonas-mac", "handbook", "acceptEdits"), (
-        (84, "Check the operation pages against our style", "g r r e b", "Four deviate; three corrected."),
-        (18, "Take the fourth as well", "r e B x b", "Done. Shall I rename it to match its title?")), ""),
-    "backfill": (("build-box", "meter-pipeline", "bypassPermissions"), (
-        (66, "Prepare the October backfill: what will change?", "G rR q g l t", "Only one hour changes."),
-        (3, "Check both halves of October in parallel, then write the runbook", "G q", "")), ""),
-    "follow": (("jonas-mac", "logslice", "acceptEdits"), (
-        (52, "Plan a --follow that survives rotation", "g R r g d", "Watch the inode, reopen on change."),
-        (3, "Good plan. Implement it", "rR", "")), ""),
-    "drift": (("build-box", "platform-infra", "acceptEdits"), (
-        (58, "Compare staging with what is deployed", "R g r v p s", "One drift: `multi_az`, set by hand."),
-        (8, "Refresh the state of production and compare again", "R s v", "")), ""),
-    "export": (("mira-laptop", "meter-pipeline", "default"), (
-        (47, "The export takes 9 minutes, where does the time go?", "G rR q g E t l", "On unused columns."),
-        (24, "Then read only the columns that are needed, everywhere", "G rR g E t r T", "")), ""),
-    "invoice": (("mira-laptop", "tidewater-shop", "plan"), (
-        (155, "Which parts of the code compute VAT?", "gG r R g", "Only `totals.ts`; all reuse it."),), ""),
-}
-# fmt: on
+_DEMO_TOKENS = (6, 280, 30_000, 1500, 0)  # of each call, by COUNT_NAMES
+_DEMO_INPUTS = {
+    "Bash": "command description", "Read": "file_path", "Edit": "file_path old_string new_string",
+    "Write": "file_path content", "Grep": "pattern path", "Glob": "pattern", "WebFetch": "url prompt",
+}  # fmt: skip
 
 
-def _uuid(rng: random.Random) -> str:
-    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+class _DemoAgent:
+    """A session's main agent or a subagent, with a clock of its own: `at`, in ms."""
 
+    def __init__(self, header: str, key: str, now: int, end: int) -> None:
+        self.machine, self.cwd, self.mode, *self.ending = header.split()
+        self.rng, self.now, self.end, self.at = random.Random(key), now, end, now
+        self.session_id = self.new_id()
+        self.fields: JsonObject = {}  # of a subagent: agent_id, agent_type
+        # A session and its subagents have these together:
+        self.events: list[JsonObject] = []
+        self.running: list[tuple[int, JsonObject]] = []  # until when, and the background task
+        self.usage: JsonObject = {"models": {}, "agents": {}, "model": _DEMO_MODEL}
 
-class _Doing(NamedTuple):
-    """One step of _DEMO_STEPS as it is done: where, from which line on, and what its table says."""
+    def new_id(self) -> str:
+        return str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
 
-    cwd: str
-    start: int
-    target: str
-    detail: str
-    output: str
+    def moment(self, text: str) -> int:
+        return self.end if text == "end" else self.now + int(text[:-1]) * {"m": 60_000, "s": 1000}[text[-1]]
 
-    @property
-    def path(self) -> str:
-        """Return the file that the step is about."""
-        return f"{self.cwd}/{self.target}"
+    def pause(self) -> None:
+        self.at += self.rng.randrange(800, 6000 if self.at < self.now else 2500)  # live, somebody is watching
 
+    def record(self, **event: Any) -> None:
+        about = {"id": self.new_id(), "timestamp": self.at, "machineId": self.machine, "demo": True}
+        self.events.append({**about, **event})
 
-_Shape = tuple[JsonObject, Any, Any]  # tool_input, tool_response, the words that the model gets
+    def hook(self, name: str, **fields: Any) -> None:
+        common = {"session_id": self.session_id, "cwd": self.cwd, "permission_mode": self.mode, **self.fields}
+        self.record(hook={**common, "hook_event_name": name, **fields})
 
+    def play(self, story: str) -> None:
+        """Do what some lines of the story say."""
+        for block in re.split(r"\n(?=\S)", story):
+            line, _, inner = block.replace("\n  ", "\n").partition("\n")
+            for moment, verb, words in _DEMO_VERB.findall(line):
+                self.at = max(self.at, self.moment(moment)) if moment else self.at
+                first, _, rest = words.partition(" ")
+                if verb == ">":
+                    self.hook("UserPromptSubmit", prompt=words)
+                elif verb == "=":
+                    self.work(words.split())
+                elif verb == "until":
+                    self.work(itertools.cycle(rest.split()), self.moment(first) - 5000)
+                elif verb == "<":
+                    self.answer(words)
+                elif verb in ("open", "ask"):
+                    self.pause()
+                    self.run(first, self.moment(rest) if rest else math.inf, verb == "ask")
+                elif verb in ("agent", "background"):
+                    self.start_agent(first, rest, inner, verb == "background")
+                else:
+                    self.hook(verb, **json.loads(words))
 
-def _shape(step: _Step, cwd: str, rng: random.Random) -> _Shape:
-    """Return what the client tells of one step of _DEMO_STEPS."""
-    tool, target, detail, output = (*step, "", "")[:4]
-    shape = _SHAPES.get(tool.rstrip("!"), _server_tool_shape)
-    return shape(_Doing(cwd, rng.randrange(12, 90), target, detail, output))
+    def work(self, words: Iterable[str], until: float = math.inf) -> None:
+        for word in words:
+            if self.at > until:
+                return
+            self.pause()
+            start, ends = self.at, []
+            for letter in word:
+                self.at = start
+                self.run(letter)
+                ends.append(self.at)
+            self.at = max(ends)
 
-
-def _bash_shape(it: _Doing) -> _Shape:
-    return {"command": it.target, "description": it.detail}, _bash_response(it.output), it.output
-
-
-def _bash_response(output: str) -> JsonObject:
-    return {"stdout": output, "stderr": "", "interrupted": False, "isImage": False, "noOutputExpected": False}
-
-
-def _read_shape(it: _Doing) -> _Shape:
-    lines = it.detail.splitlines()
-    file = {"filePath": it.path, "content": it.detail, "numLines": len(lines), "startLine": it.start}
-    file["totalLines"] = it.start + 40
-    words = "\n".join(f"{it.start + i}\t{line}" for i, line in enumerate(lines))
-    return {"file_path": it.path}, {"type": "text", "file": file}, words
-
-
-def _edit_shape(it: _Doing) -> _Shape:
-    old, new = it.detail.splitlines(), it.output.splitlines()
-    diff = [line[0] + line[2:] for line in difflib.ndiff(old, new) if line[0] != "?"]
-    hunk = {"oldStart": it.start, "oldLines": len(old), "newStart": it.start, "newLines": len(new)}
-    given = {"file_path": it.path, "old_string": it.detail, "new_string": it.output, "replace_all": False}
-    response: JsonObject = {"filePath": it.path, "oldString": it.detail, "newString": it.output}
-    response.update(originalFile=it.detail + "\n", structuredPatch=[{**hunk, "lines": diff}])
-    response.update(userModified=False, replaceAll=False)
-    return given, response, f"The file {it.path} has been updated successfully."
-
-
-def _write_shape(it: _Doing) -> _Shape:
-    response: JsonObject = {"type": "create", "filePath": it.path, "content": it.detail}
-    response.update(structuredPatch=[], originalFile=None, userModified=False)
-    given = {"file_path": it.path, "content": it.detail}
-    return given, response, f"File created successfully at: {it.path}"
-
-
-def _grep_shape(it: _Doing) -> _Shape:
-    given = {"pattern": it.target, "path": f"{it.cwd}/{it.detail}", "output_mode": "content", "-n": True}
-    response = {"mode": "content", "numFiles": 0, "filenames": [], "content": it.output}
-    return given, {**response, "numLines": len(it.output.splitlines())}, it.output
-
-
-def _glob_shape(it: _Doing) -> _Shape:
-    names = [f"{it.cwd}/{name}" for name in it.output.splitlines()]
-    response = {"filenames": names, "durationMs": it.start, "numFiles": len(names), "truncated": False}
-    return {"pattern": it.target}, response, "\n".join(names)
-
-
-def _todo_shape(it: _Doing) -> _Shape:
-    old_todos, new_todos = (_todos(it.detail.split("|"), int(it.target) - back) for back in (1, 0))
-    response = {"oldTodos": old_todos, "newTodos": new_todos}
-    return {"todos": new_todos}, response, "Todos have been modified successfully."
-
-
-def _todos(subjects: list[str], done: int) -> list[JsonObject]:
-    statuses = ["completed"] * done + ["in_progress"] + ["pending"] * len(subjects)
-    return [{"content": text, "status": now, "activeForm": text} for text, now in zip(subjects, statuses)]
-
-
-def _task_create_shape(it: _Doing) -> _Shape:
-    task = {"id": it.output, "subject": it.target, "description": it.detail}
-    given = {"subject": it.target, "description": it.detail, "activeForm": it.target}
-    return given, {"task": task}, f"Task #{it.output} created successfully: {it.target}"
-
-
-def _task_update_shape(it: _Doing) -> _Shape:
-    change = {"from": "pending" if it.detail == "in_progress" else "in_progress", "to": it.detail}
-    response = {"success": True, "taskId": it.target, "updatedFields": ["status"], "statusChange": change}
-    return {"taskId": it.target, "status": it.detail}, response, f"Updated task #{it.target} status"
-
-
-def _fetch_shape(it: _Doing) -> _Shape:
-    response = {"bytes": it.start * 731, "code": 200, "codeText": "OK", "result": it.output, "url": it.target}
-    return {"url": it.target, "prompt": it.detail}, {**response, "durationMs": it.start * 29}, it.output
-
-
-def _server_tool_shape(it: _Doing) -> _Shape:
-    content = [{"type": "text", "text": it.output}]
-    return json.loads(it.detail), content, content
-
-
-_SHAPES: Mapping[str, Callable[[_Doing], _Shape]] = {
-    "Bash": _bash_shape,
-    "Read": _read_shape,
-    "Edit": _edit_shape,
-    "Write": _write_shape,
-    "Grep": _grep_shape,
-    "Glob": _glob_shape,
-    "TodoWrite": _todo_shape,
-    "TaskCreate": _task_create_shape,
-    "TaskUpdate": _task_update_shape,
-    "WebFetch": _fetch_shape,
-}
-
-
-class _Scene:
-    """One session, or one of its subagents, and its clock `at` (ms); each method tells what happens next."""
-
-    def __init__(self, key: str, at: float, place: tuple[str, str, str], source: str = "startup") -> None:
-        """Start a session; all its ids come from `key`; `place` is machine, project, permission mode."""
-        self.at = int(at)
-        self.key = key
-        self.rng = random.Random(self.key)
-        self.machine, self.project, self.mode = place
-        home = _DEMO_HOMES[self.machine]
-        self.cwd = f"{home}/projects/{self.project}"
-        self.session_id = _uuid(self.rng)
-        self.transcript = f"{home}/.claude/projects/{self.cwd.replace('/', '-')}/{self.session_id}"
-        self.prompt_id = ""
-        self.events: list[tuple[int, JsonObject]] = []  # shared with the subagents, as is the next one
-        self.background: list[JsonObject] = []  # background_tasks that run
-        self.spent: dict[str, dict[str, int]] = {}  # agent id, "" for the main one → its tokens so far
-        self.agent_fields: JsonObject = {}  # agent_id, agent_type of a subagent
-        self.agent_call: JsonObject = {}  # the Agent call that started this subagent
-        self.began = self.at
-        self.tools_used: list[str] = []
-        self.pace_s = (1.2, 6.0)  # between two batches
-        self.longest_ms = 60_000  # of one call
-        interactive = self.mode != "bypassPermissions" and source == "startup"
-        self.emit("SessionStart", source=source, **({"model": _DEMO_MODEL} if interactive else {}))
-        path = f"{self.cwd}/CLAUDE.md"
-        self.emit("InstructionsLoaded", file_path=path, memory_type="Project", load_reason="session_start")
-
-    def emit(self, name: str, **fields: Any) -> None:
-        """Add one wrapped payload at the clock's time."""
-        hook: JsonObject = {"session_id": self.session_id, "transcript_path": f"{self.transcript}.jsonl"}
-        hook["cwd"] = self.cwd
-        modes = _DEMO_MODES.get(name, "")
-        if self.prompt_id:
-            hook["prompt_id"] = self.prompt_id
-        if "P" in modes:
-            hook["permission_mode"] = self.mode
-        hook.update(self.agent_fields)
-        if "E" in modes:
-            hook["effort"] = {"level": "medium"}
-        hook.update(hook_event_name=name, **fields)
-        event_id = _uuid(random.Random(f"{self.key}/{len(self.events)}/{name}"))
-        wrapped = {"id": event_id, "timestamp": self.at, "machineId": self.machine, "demo": True}
-        self.events.append((self.at, {**wrapped, "hook": hook}))
-
-    def pause(self, low_s: float, high_s: float) -> None:
-        self.at += int(self.rng.uniform(low_s, high_s) * 1000)
-
-    def wait_until(self, at: float) -> None:
-        self.at = max(self.at, int(at))
-
-    def hurry(self, longest_ms: int) -> None:
-        """Take short steps from here on: somebody is watching."""
-        self.pace_s, self.longest_ms = (0.8, 2.5), longest_ms
-
-    def prompt(self, text: str) -> None:
-        self.prompt_id = _uuid(self.rng)
-        self.emit("UserPromptSubmit", prompt=text)
-        self.pause(1, 3)
-
-    def open_call(self, tool: str, tool_input: JsonObject) -> JsonObject:
-        """Emit PreToolUse and return the fields that its later events repeat."""
-        call: JsonObject = {"tool_name": tool, "tool_input": tool_input}
-        call["tool_use_id"] = f"toolu_{self.rng.getrandbits(72):018x}"
-        if tool.startswith("mcp__"):
-            call["mcp_server"] = {"name": tool.split("__")[1], "source": "user"}
-        self.tools_used.append(tool)
-        self.emit("PreToolUse", **call)
+    def call(self, tool: str, given: JsonObject) -> JsonObject:
+        """Begin a call; return what its events repeat."""
+        agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
+        for models in (self.usage["models"], agents):
+            emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
+        use_id = f"toolu_{self.rng.getrandbits(72):018x}"
+        call = {"tool_name": tool, "tool_input": given, "tool_use_id": use_id}
+        self.hook("PreToolUse", **call)
         return call
 
-    def close_calls(self, closing: list[tuple[int, int, JsonObject, Any, Any]]) -> None:
-        """Emit results and their batch from (end, duration in ms, call, response or None, words)."""
-        batch = []
-        for end, duration_ms, call, response, words in sorted(closing, key=lambda result: result[0]):
-            self.wait_until(end)
-            given = call["tool_input"]
-            if call["tool_name"] == "TaskCreate":
-                self.emit("TaskCreated", task_id="1", task_subject=_DEMO_TASK, task_description=_DEMO_WHY)
-            elif given.get("status") == "completed":
-                self.emit("TaskCompleted", task_id="1", task_subject=_DEMO_TASK, task_description=_DEMO_WHY)
-            if response is None:
-                failure = {"error": words, "is_interrupt": False, "duration_ms": duration_ms}
-                self.emit("PostToolUseFailure", **call, **failure)
-            else:
-                self.emit("PostToolUse", **call, tool_response=response, duration_ms=duration_ms)
-            told = {key: value for key, value in call.items() if key != "mcp_server"}
-            batch.append({**told, "tool_response": words})
-        self.at += self.rng.randrange(4, 25)
-        self.emit("PostToolBatch", tool_calls=batch)
-        self.answer_is_made()
-
-    def answer_is_made(self) -> None:
-        """Count the tokens of one answer: it reads what was read before from the cache, and a little more."""
-        spent = self.spent.setdefault(
-            self.agent_fields.get("agent_id", ""),
-            {"input": 0, "output": 0, "cacheRead": 0, "cacheCreation": 14_000},
-        )
-        spent["cacheRead"] += spent["cacheCreation"]
-        spent["cacheCreation"] += 900
-        spent["input"] += 6
-        spent["output"] += 280
-
-    def usage(self) -> JsonObject:
-        """Return the session's tokens so far, as they are told on the real client's events."""
-        total: dict[str, int] = {}
-        for spent in self.spent.values():
-            for name, count in spent.items():
-                total[name] = total.get(name, 0) + count
-        agents = {agent: {_DEMO_MODEL: dict(spent)} for agent, spent in self.spent.items()}
-        return {"models": {_DEMO_MODEL: total}, "agents": agents, "model": _DEMO_MODEL}
-
-    def work(self, letters: str) -> None:
-        """Do steps of the project's table; those of one word run in parallel."""
-        for word in letters.split():
-            self.pause(*self.pace_s)
-            closing = []
-            for step in (_DEMO_STEPS[self.project][letter] for letter in word):
-                tool_input, response, words = _shape(step, self.cwd, self.rng)
-                tool = step[0].rstrip("!")
-                named = f"{tool} {step[1]}"
-                low, high = next(row[1:] for row in _DEMO_DURATIONS_MS if named.startswith(row[0]))
-                duration_ms = min(self.rng.randrange(low, high), self.longest_ms + self.rng.randrange(400))
-                if step[0].endswith("!"):
-                    response, words = None, f"Exit code 1\n{words}"
-                call = self.open_call(tool, tool_input)
-                closing.append((self.at + duration_ms, duration_ms, call, response, words))
-                self.at += self.rng.randrange(2, 12)
-            self.close_calls(closing)
-
-    def work_until(self, letters: str, until: float) -> None:
-        """Repeat the steps as long as the clock is before `until`."""
-        words = itertools.cycle(letters.split())
-        while self.at + self.pace_s[1] * 1000 < until:
-            self.work(next(words))
-
-    def ask_permission(self, tool: str, tool_input: JsonObject) -> JsonObject:
-        """Open a call that needs a person's permission; AskUserQuestion asks in the same way."""
-        call = self.open_call(tool, tool_input)
-        self.at += self.rng.randrange(10, 60)
-        commands = tool_input.get("command", "").split(" && ")
-        rules = [{"toolName": tool, "ruleContent": command} for command in commands]
-        suggestion = {"type": "addRules", "rules": rules, "behavior": "allow", "destination": "localSettings"}
-        extra = {"permission_suggestions": [suggestion]} if tool == "Bash" else {}
-        self.emit("PermissionRequest", tool_name=tool, tool_input=tool_input, **extra)
-        self.at += 6000
-        message = "Claude needs your permission"
-        self.emit("Notification", message=message, notification_type="permission_prompt")
-        return call
-
-    def finish_command(self, call: JsonObject, at: float, duration_ms: int, output: str) -> None:
-        """Let an open Bash call come to its end."""
-        self.close_calls([(int(at), duration_ms, call, _bash_response(output), output)])
-
-    def agent(self, kind: str, title: str, brief: str, background: bool = False) -> _Scene:
-        """Start a subagent and return its scene; `hand_back` ends it."""
-        self.pause(*self.pace_s)
-        given: JsonObject = {"description": title, "prompt": brief, "subagent_type": kind}
-        call = self.open_call("Agent", given if background else {**given, "run_in_background": False})
-        agent_id = f"a{self.rng.getrandbits(64):016x}"
-        child = copy.copy(self)
-        child.agent_fields = {"agent_id": agent_id, "agent_type": kind}
-        child.agent_call, child.tools_used, child.began = call, [], self.at
-        child.at += self.rng.randrange(20, 90)
-        child.emit("SubagentStart")
-        if background:
-            task = {"id": agent_id, "type": "subagent", "status": "running", "description": title}
-            self.background.append({**task, "agent_type": kind})
-            output = f"/tmp/claude-501/{self.session_id}/tasks/{agent_id}.output"
-            launched: JsonObject = {"isAsync": True, "status": "async_launched", "agentId": agent_id}
-            launched.update(description=title, resolvedModel=_DEMO_MODEL, prompt=brief)
-            launched.update(outputFile=output, canReadOutputFile=True, canContinueAgent=True)
-            words = [{"type": "text", "text": f"Async agent launched successfully.\nagentId: {agent_id}"}]
-            self.close_calls([(self.at + 130, 15, call, launched, words)])
-        return child
-
-    def hand_back(self, child: _Scene, report: str) -> None:
-        """End a subagent: the result of its call, or for a background one the notification."""
-        child.pause(1, 3)
-        child.answer_is_made()
-        agent_id, call = child.agent_fields["agent_id"], child.agent_call
-        ended: JsonObject = {"background_tasks": list(self.background), "session_crons": []}
-        path = f"{self.transcript}/subagents/agent-{agent_id}.jsonl"
-        ended.update(agent_transcript_path=path, last_assistant_message=report)
-        child.emit("SubagentStop", stop_hook_active=False, usage=child.usage(), **ended)
-        duration_ms, uses = child.at - child.began, len(child.tools_used)
-        tokens = 9000 + 1_700 * uses
-        self.wait_until(child.at + 8)
-        if any(task["id"] == agent_id for task in self.background):
-            self.background[:] = [task for task in self.background if task["id"] != agent_id]
-            self.prompt(
-                f"<task-notification>\n<task-id>{agent_id}</task-id>\n"
-                f"<tool-use-id>{call['tool_use_id']}</tool-use-id>\n<status>completed</status>\n"
-                f'<summary>Agent "{call["tool_input"]["description"]}" finished</summary>\n'
-                f"<result>{report}</result>\n<usage><subagent_tokens>{tokens}</subagent_tokens>"
-                f"<tool_uses>{uses}</tool_uses><duration_ms>{duration_ms}</duration_ms>"
-                "</usage>\n</task-notification>"
-            )
+    def run(self, letter: str, end: float = 0, asks: bool = False) -> None:
+        """Do one step, which ends by itself, at a time, or never (infinity)."""
+        tool, texts = _demo_steps(os.path.basename(self.cwd))[letter]
+        name = tool.rstrip("!")
+        fields = _DEMO_INPUTS.get(name, "").split()
+        given = dict(zip(fields, texts)) if fields else json.loads(texts[0], strict=False)
+        output = " | ".join(texts[len(fields) or 1 :])
+        if "file_path" in given:
+            given["file_path"] = f"{self.cwd}/{texts[0]}"
+        call = self.call(name, given)
+        took_ms: float = self.rng.randrange(4, 60 if name != "Bash" else 9000 if self.at < self.now else 2000)
+        if asks:
+            offer = {"type": "addRules", "rules": [{"toolName": name}], "behavior": "allow"}
+            self.hook("PermissionRequest", tool_name=name, tool_input=given, permission_suggestions=[offer])
+        elif end:
+            took_ms = end - self.at
+        if end == math.inf:
             return
-        content = [{"type": "text", "text": report}]
-        child_fields = {"agentId": agent_id, "agentType": child.agent_fields["agent_type"]}
-        response: JsonObject = {"status": "completed", "prompt": call["tool_input"]["prompt"]}
-        response.update(child_fields, toolsUsed=sorted(set(child.tools_used)))
-        response.update(content=content, resolvedModel=_DEMO_MODEL, totalDurationMs=duration_ms)
-        response.update(totalTokens=tokens, totalToolUseCount=uses, canContinueAgent=True)
-        self.close_calls([(self.at, duration_ms, call, response, content)])
+        self.at = int(end or self.at + took_ms)
+        if tool != name:
+            self.hook("PostToolUseFailure", **call, error=f"Exit code 1\n{output}", duration_ms=took_ms)
+        else:
+            response = {"Bash": {"stdout": output}, "Edit": {}, "Write": {}}.get(name, output)
+            self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
-    def stop(self, answer: str) -> None:
-        self.pause(1, 3)
-        self.answer_is_made()
-        tasks = {"background_tasks": list(self.background), "session_crons": []}
-        self.emit("Stop", stop_hook_active=False, last_assistant_message=answer, usage=self.usage(), **tasks)
+    def answer(self, text: str) -> None:
+        """End the turn, or the subagent. The tokens so far follow a turn, as the monitor finds them."""
+        self.pause()
+        tasks = [task for end, task in self.running if end > self.at]
+        name = "SubagentStop" if self.fields else "Stop"
+        self.hook(name, last_assistant_message=text, background_tasks=tasks)
+        if not self.fields:
+            place = {"sessionId": self.session_id, "workingDirectory": self.cwd, "hookType": ""}
+            self.record(**place, eventType="usage", data={"usage": copy.deepcopy(self.usage)})
 
-
-def demo_day(now_ms: int, live_s: float, seed: int = 7) -> Iterator[tuple[int, JsonObject]]:
-    """Yield (timestamp_ms, wrapped payload) in time order: about 8 hours before now_ms, then live_s seconds.
-
-    All ids come from `seed` and `now_ms`.
-    """
-    story = f"{seed}/{now_ms}"
-    end_ms = now_ms + max(live_s, 300.0) * 1000  # of the story; what comes after live_s is left out
-    scenes: dict[str, _Scene] = {}
-    for name, (place, turns, ending) in _DEMO_SESSIONS.items():
-        scene = scenes[name] = _Scene(f"{story}/{name}", now_ms - turns[0][0] * 60_000 - 9000, place)
-        for minutes, prompt, letters, answer in turns:
-            scene.wait_until(now_ms - minutes * 60_000)
-            scene.prompt(prompt)
-            scene.work(letters)
-            if name in ("review", "staging") and minutes == turns[0][0]:
-                _demo_consult(scene)
-            if answer:  # else the turn goes on below
-                scene.stop(answer)
-        if ending:
-            scene.pause(5, 240)
-            scene.emit("SessionEnd", reason=ending)
-    cleared_at = scenes["missing-hour"].at + 140
-    cleared = _Scene(f"{story}/cleared", cleared_at, _DEMO_SESSIONS["missing-hour"][0], source="clear")
-    cleared.pause(20, 60)
-    cleared.prompt("Write the note to the analysts about the corrected October export")
-    cleared.work("r q w l")
-    cleared.stop("The note is in `notes/october.md`: which hour changed and which reports are affected.")
-    late = _Scene(f"{story}/late", now_ms + 96_000, ("jonas-mac", "platform-infra", "acceptEdits"))
-    late.hurry(1500)
-    late.prompt("Which modules still pin the old provider version?")
-    late.work_until("g rR s e v", end_ms - 9000)
-    late.stop("Two modules did; both now take the version of the root module. The configuration validates.")
-    _demo_waits(scenes, now_ms)
-    _demo_works(scenes, now_ms, end_ms)
-    told = [event for scene in (*scenes.values(), cleared, late) for event in scene.events]
-    told.sort(key=lambda event: event[0])
-    yield from (event for event in told if event[0] <= now_ms + live_s * 1000)
+    def start_agent(self, kind: str, job: str, story: str, in_background: bool) -> None:
+        self.pause()
+        agent_id = f"a{self.rng.getrandbits(64):016x}"
+        given = {"description": job, "prompt": f"{job}. Report what you find.", "subagent_type": kind}
+        call = self.call("Agent", {**given, "run_in_background": in_background})
+        child = copy.copy(self)
+        child.fields, child.at = {"agent_id": agent_id, "agent_type": kind}, self.at + 40
+        child.hook("SubagentStart")
+        child.play(story)
+        report = self.events[-1]["hook"]["last_assistant_message"]
+        result: JsonObject = {"agentId": agent_id, "status": "async_launched"}
+        if in_background:
+            task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
+            self.running.append((child.at, task))
+            child.fields = {}  # its report comes to the main agent
+            told = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
+            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{told}\n</task-notification>")
+        else:
+            result.update(status="completed", content=[{"type": "text", "text": report}])
+            self.at = child.at
+        self.hook("PostToolUse", **call, tool_response=result)
 
 
-def _demo_consult(scene: _Scene) -> None:
-    """Ask a subagent, which in turn asks one of its own."""
-    outer = scene.agent("general-purpose", "Find every caller", "List who uses this and what they expect.")
-    outer.work("g r")
-    inner = outer.agent("Explore", "Check the settings", "Which settings matter to these callers?")
-    inner.work("gr R")
-    outer.hand_back(inner, "Only the staging settings differ.")
-    outer.work("R g")
-    scene.hand_back(outer, "Three callers; two rely on the default, one sets the value itself.")
+@functools.cache
+def _demo_steps(project: str) -> dict[str, tuple[str, list[str]]]:
+    """Return the steps of a project by their letter: tool, texts."""
+    block = _DEMO_STEPS.partition(f"\n{project}\n")[2].partition("\n\n")[0].rstrip()
+    text = re.sub(r"<(\d+)>", "\x1b[\\1m", block)
+    lines = (line.replace("\n  ", "\n").replace("\\n", "\n") for line in re.split(r"\n(?!  )", text))
+    steps = (line.split(" ", 2) for line in lines)
+    return {letter: (tool, rest.split(" | ")) for letter, tool, rest in steps}
 
 
-def _demo_waits(scenes: Mapping[str, _Scene], now_ms: int) -> None:
-    """Bring the sessions that wait, hang or failed to where they are now, and two of them on from there."""
-    checkout = scenes["checkout"]
-    checkout.wait_until(now_ms - 240_000)
-    build = {"command": "rm -rf build && npm run build", "description": "Build from scratch"}
-    call = checkout.ask_permission("Bash", build)
-    size = f"{_GREEN}✓ built in 4.87s{_OFF}\nbuild/app.js  214.6 kB │ gzip: 71.3 kB"
-    checkout.finish_command(call, now_ms + 41_000, 5200, size)
-    checkout.hurry(1200)
-    checkout.work_until("d g r R l t", now_ms + 128_000)
-    checkout.stop("The clean build is 214.6 kB, 71.3 kB compressed: 2 kB less than the last release.")
-
-    choices = (("Refuse it", "Exit with status 2 and name both ends"), ("Swap the ends", "Warn and go on"))
-    options = [{"label": label, "description": text} for label, text in choices]
-    question = {"question": "What should a backwards range do?", "header": "Ranges", "options": options}
-    scenes["ranges"].wait_until(now_ms - 540_000)
-    scenes["ranges"].ask_permission("AskUserQuestion", {"questions": [{**question, "multiSelect": False}]})
-
-    guide = scenes["style-guide"]
-    guide.at += 60_000
-    guide.emit("Notification", message="Claude is waiting for your input", notification_type="idle_prompt")
-
-    drift = scenes["drift"]
-    drift.wait_until(now_ms - 360_000)
-    began, command = drift.at, "terraform apply -refresh-only -auto-approve -lock-timeout=15m"
-    call = drift.open_call("Bash", {"command": command, "description": "Refresh the production state"})
-    applied = f"{_GREEN}Apply complete!{_OFF} Resources: 0 added, 0 changed, 0 destroyed."
-    drift.finish_command(call, now_ms + 212_000, now_ms + 212_000 - began, applied)
-    drift.stop("The lock was free after nine minutes. Production has no drift.")
-
-    scenes["export"].pause(2, 4)
-    limit = "API Error: Rate limit reached"
-    scenes["export"].emit("StopFailure", error="rate_limit", last_assistant_message=limit)
-
-
-def _demo_works(scenes: Mapping[str, _Scene], now_ms: int, end_ms: float) -> None:
-    """Bring the two working sessions to now and on: one asks for a permission, one has two subagents."""
-    follow = scenes["follow"]
-    follow.work_until("e g E B m b t", now_ms)
-    follow.hurry(1500)
-    follow.work_until("c r e b R t g", now_ms + 75_000)
-    install = {"command": "cargo install --path . --force", "description": "Try the build on a real log"}
-    call = follow.ask_permission("Bash", install)
-    replaced = f"   {_GREEN}Replaced{_OFF} package `logslice v0.9.0` with `logslice v0.9.1`"
-    follow.finish_command(call, now_ms + 152_000, 3900, replaced)
-    follow.work_until("t r e b c d", end_ms - 6000)
-    follow.stop("`--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.")
-
-    backfill = scenes["backfill"]
-    brief = "Compare hourly sums before and after the correction for {} October. Report what differs."
-    first, second = (
-        backfill.agent("general-purpose", f"Check {days} October", brief.format(days), background=True)
-        for days in ("1 to 15", "16 to 31")
-    )
-    backfill.stop("Two subagents compare the halves of October; the runbook follows when both are back.")
-    first.work_until("r q g R t", now_ms)
-    second.work_until("g q R r l", now_ms)
-    for scene in (first, second, backfill):
-        scene.hurry(900)
-    first.work_until("q r q g R", now_ms + 58_000)
-    backfill.hand_back(first, "1 to 15 October: no day differs.")
-    backfill.work("R w q")
-    backfill.stop("The first half is unchanged. Waiting for the second.")
-    second.work_until("q R q l r g", now_ms + 176_000)
-    backfill.hand_back(second, "16 to 31 October: only the 26th differs, by the hour that comes twice.")
-    backfill.work_until("o r w t l q", now_ms + 236_000)
-    backfill.stop("Only 26 October changes, by one hour. The runbook is in `docs/backfill.md`.")
+def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
+    """Yield (timestamp_ms, event to send) in order of time: 8 hours before now_ms, then live_s seconds."""
+    end_ms = now_ms + int(max(live_s, 300) * 1000)  # of the story; what comes after live_s is left out
+    events: list[JsonObject] = []
+    cleared_at = 0
+    for number, block in enumerate(re.split(r"\n(?=\S)", _DEMO_STORY.strip())):
+        header, story = block.replace("\n  ", "\n").split("\n", 1)
+        session = _DemoAgent(header, f"{now_ms}/{number}", now_ms, end_ms)
+        session.at = cleared_at or session.moment(story.split()[0]) - 9000
+        session.hook("SessionStart", source="clear" if cleared_at else "startup", model=_DEMO_MODEL)
+        session.play(story)
+        if session.ending:
+            session.pause()
+            session.hook("SessionEnd", reason=session.ending[0])
+        cleared_at = session.at + 140 if session.ending == ["clear"] else 0
+        events += session.events
+    events.sort(key=operator.itemgetter("timestamp"))
+    return ((event["timestamp"], event) for event in events if event["timestamp"] <= now_ms + live_s * 1000)
 
 
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was there
 #
 # Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
-# An event's id comes from where it stood, so that importing twice gives the same events. What hooks have told
-# of a session is never told again: of such a session only what was before is taken.
+# An event's id comes from its place, so that importing twice gives the same events. What hooks have reported
+# of a session is never repeated: of such a session only what was before is taken.
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
+# The transcripts of a session and its subagents, or an export (session id ""): files that are read together.
+ImportSource = tuple[str, tuple[str, ...]]
 
 
-class ImportSession(NamedTuple):
-    """The files that tell of one session: a transcript and those of its subagents."""
+def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
+    """Return the events of one session that say something new."""
+    ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
+    for stored in map(parse_stored, store.lines(session_id)):
+        ids.add(stored["id"])
+        calls.add(text_of(stored["data"].get("toolUseId")))
+        if not stored.get("imported") and stored["hookType"] != "Monitor":
+            first_hook_ms = min(first_hook_ms, stored["timestamp"])
 
-    session_id: str
-    paths: tuple[str, ...]
+    def is_before_hooks(event: JsonObject) -> bool:
+        use_id = text_of(event["data"].get("toolUseId")) if isinstance(event.get("data"), dict) else ""
+        is_known = use_id != "" and use_id in calls
+        is_early = event.get("timestamp", 0) < first_hook_ms - IMPORT_MARGIN_MS
+        return is_early and not is_known and event.get("hookType") != "SessionEnd"
 
-
-class StoredSession(NamedTuple):
-    """What is stored of a session already."""
-
-    ids: frozenset[str]
-    tool_use_ids: frozenset[str]
-    first_told_ms: int | None  # of the first event that did not come by import
-
-
-def stored_session(store: EventStore, session_id: str) -> StoredSession:
-    """Read what is stored of a session."""
-    ids: set[str] = set()
-    tool_use_ids: set[str] = set()
-    first: int | None = None
-    for event in map(parse_stored, export_lines(store, session_id, 0, 1 << 62)):
-        ids.add(event["id"])
-        tool_use_ids.add(text_of(event["data"].get("toolUseId")))
-        if not event.get("imported") and event["hookType"] != "Monitor":
-            first = event["timestamp"] if first is None else min(first, event["timestamp"])
-    return StoredSession(frozenset(ids), frozenset(tool_use_ids), first)
+    new = [event for event in events if event["id"] not in ids]
+    return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
-def wanted_events(events: Iterable[JsonObject], stored: StoredSession) -> Iterator[JsonObject]:
-    """Yield the events of one session that tell something new."""
-    for event in events:
-        if event["id"] in stored.ids:
-            continue
-        if stored.first_told_ms is not None:
-            is_earlier = event.get("timestamp", 0) < stored.first_told_ms - IMPORT_MARGIN_MS
-            named = event["data"].get("toolUseId") if isinstance(event.get("data"), dict) else None
-            told = named is not None and text_of(named) in stored.tool_use_ids
-            if not is_earlier or told or event.get("hookType") == "SessionEnd":
-                continue
-        yield event
-
-
-def import_sources(paths: Sequence[str]) -> tuple[list[ImportSession], list[str]]:
-    """Return the transcripts and the exports among some files and directories."""
-    found: list[str] = []
-    for path in paths:
-        if os.path.isdir(path):
-            found += sorted(glob.glob(f"{glob.escape(path)}/**/*.json*", recursive=True))
-        else:
-            found.append(path)
+def import_sources(paths: Sequence[str]) -> list[ImportSource]:
+    """Return the transcripts among some files and directories, the oldest first, and the exports."""
     transcripts: dict[str, list[str]] = {}
-    exports = []
-    for path in found:
-        if path.endswith(".meta.json"):
-            continue
-        lines = first_lines(path)
-        session_id = transcript_session(lines)
-        if session_id is not None:
-            transcripts.setdefault(session_id, []).append(path)
-        elif path in paths or (
-            path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
-        ):
-            exports.append(path)  # what a directory holds besides is nobody's business here
-    return [ImportSession(name, tuple(files)) for name, files in transcripts.items()], exports
+    exports: list[ImportSource] = []
+    for given in paths:
+        pattern = f"{glob.escape(given)}/**/*.json*"
+        for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isdir(given) else [given]:
+            if path.endswith(".meta.json"):
+                continue
+            try:
+                with open(path, "rb") as file:
+                    lines = list(itertools.islice(iter(functools.partial(file.readline, 1 << 20), b""), 50))
+            except OSError as error:
+                raise CommandError(f"{path}: {error.strerror or error}") from None
+            is_export = path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
+            session_id = _transcript_session(lines)
+            if session_id is not None:
+                transcripts.setdefault(session_id, []).append(path)
+            elif path == given or is_export:  # what else a directory holds is no business of ours
+                exports.append(("", (path,)))
+    sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
+    return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
 
-def first_lines(path: str) -> list[bytes]:
-    """Return a few lines of a file, whole ones of a sane length."""
-    try:
-        with open(path, "rb") as file:
-            return list(itertools.islice(iter(lambda: file.readline(1 << 20), b""), 50))
-    except OSError as error:
-        raise CommandError(f"{path}: {error.strerror or error}") from None
-
-
-def transcript_session(lines: Iterable[bytes]) -> str | None:
-    """Return whose transcript these lines begin, None when they are none of Claude Code's."""
+def _transcript_session(lines: Iterable[bytes]) -> str | None:
+    """Return whose transcript these lines begin, None when they are not one of Claude Code's."""
     for line in lines:
         with contextlib.suppress(MalformedEvent):
             entry = emit_event.parse_event_line(line)
@@ -10910,35 +7603,51 @@ def transcript_session(lines: Iterable[bytes]) -> str | None:
     return None
 
 
-# Transcripts of Claude Code
+def import_batches(sources: list[ImportSource], machine: str) -> Iterator[tuple[str, list[JsonObject], int]]:
+    """Yield (session id, its events, bytes that were read for them)."""
+    seen: set[str] = set()
+    for session_id, paths in sources:
+        size = sum(map(os.path.getsize, paths))
+        by_session: dict[str, list[JsonObject]] = {}
+        if session_id:
+            lines: list[bytes] = []
+            for path in paths:
+                with open(path, "rb") as file:
+                    lines += file.read().split(b"\n")
+            by_session[session_id] = TranscriptReader(session_id, machine, seen).events(lines)
+        else:
+            for event in export_events(paths[0]):
+                built = emit_event.build_event(event, now_ms(), machine)
+                by_session.setdefault(built["sessionId"], []).append(built)
+        for name, events in by_session.items():
+            yield name, events, size
+            size = 0
 
 
 class TranscriptReader:
-    """Turn a session's transcript, and those of its subagents, into the events that hooks would have told."""
+    """Turn a session's transcript, and those of its subagents, into the events that hooks would have sent."""
 
     def __init__(self, session_id: str, machine_id: str, seen: set[str]) -> None:
-        self._session_id = session_id
-        self._machine_id = machine_id
+        self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
-        self._messages: dict[tuple[str, str], emit_event.MessageUsage] = {}
+        self._used: dict[str, emit_event.MessageUsage] = {}  # by message id
         self._model: str | None = None
 
     def events(self, lines: Iterable[bytes]) -> list[JsonObject]:
-        """Return the events in order of time; [] when the lines tell nothing new."""
+        """Return the events in order of time; [] when the lines say nothing new."""
         entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
         entries.sort(key=lambda entry: entry["timestamp_ms"])
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
-        start, end = entries[0], entries[-1]
-        begun: JsonObject = {"source": "import", **({"model": self._model} if self._model else {})}
-        closing = {"reason": "import", **self._usage()}
+        start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         return [
-            self._event({**start, "agentId": None}, "SessionStart", "start", begun),
+            self._event(start, "SessionStart", "start", {"source": "import", "model": self._model}),
             *events,
-            self._event({**end, "agentId": None}, "SessionEnd", "end", closing),
+            *self._usage(end, "end"),
+            self._event(end, "SessionEnd", "end", {"reason": "import"}),
         ]
 
     def _entry_of(self, line: bytes) -> JsonObject | None:
@@ -10953,76 +7662,64 @@ class TranscriptReader:
         if not isinstance(place, str) or place in self._seen or entry.get("isMeta") is True:
             return None
         self._seen.add(place)
-        return {**entry, "timestamp_ms": time_ms}
+        content = message.get("content")
+        blocks = [{"text": content}] if isinstance(content, str) else content
+        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        return {**entry, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
         agent_id = entry.get("agentId")
         if isinstance(agent_id, str) and agent_id not in self._agents:
             self._agents.add(agent_id)
             yield self._event(entry, "SubagentStart", "begin", {})
-        content = entry["message"].get("content")
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-        if entry["type"] == "user":
-            yield from self._of_user(entry, blocks)
-        else:
-            yield from self._of_assistant(entry, blocks)
+        text = "\n".join(block["text"] for block in entry["blocks"] if isinstance(block.get("text"), str))
+        yield from (self._of_user if entry["type"] == "user" else self._of_assistant)(entry, text)
 
-    def _of_user(self, entry: JsonObject, blocks: list[JsonObject]) -> Iterator[JsonObject]:
-        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
-        results = [block for block in blocks if block.get("type") == "tool_result"]
-        if texts and not results and not isinstance(entry.get("agentId"), str):
-            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": "\n".join(texts)})
+    def _of_user(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
+        results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
+        if text and not results and not isinstance(entry.get("agentId"), str):
+            yield self._event(entry, "UserPromptSubmit", "prompt", {"message": text})
         for number, block in enumerate(results):
             use_id = text_of(block.get("tool_use_id"))
             call = self._calls.get(use_id, {})
             data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
-            told = entry.get("toolUseResult") if len(results) == 1 else None
+            content = block.get("content")
             if block.get("is_error") is True:
-                data["error"] = _block_text(block.get("content"))
-                yield self._event(entry, "PostToolUseFailure", f"result{number}", data)
+                parts = content if isinstance(content, list) else [{"text": content}]
+                texts = (text_of(part.get("text")) for part in parts if isinstance(part, dict))
+                hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
             else:
-                data["toolOutput"] = told if told is not None else block.get("content")
-                yield self._event(entry, "PostToolUse", f"result{number}", data)
+                whole = entry.get("toolUseResult") if len(results) == 1 else None
+                hook, data["toolOutput"] = "PostToolUse", content if whole is None else whole
+            yield self._event(entry, hook, f"result{number}", data)
 
-    def _of_assistant(self, entry: JsonObject, blocks: list[JsonObject]) -> Iterator[JsonObject]:
-        message = entry["message"]
-        self._count(entry)
-        for number, block in enumerate(blocks):
-            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
-                self._calls[block["id"]] = block
-                data = {
-                    "toolName": block.get("name"),
-                    "toolInput": block.get("input"),
-                    "toolUseId": block["id"],
-                }
+    def _of_assistant(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
+        is_main = not isinstance(entry.get("agentId"), str)
+        for used in emit_event.TranscriptParser().feed(entry["line"] + b"\n"):
+            self._used[used.message_id] = used
+            self._model = used.model if is_main else self._model
+        for number, block in enumerate(entry["blocks"]):
+            use_id = block.get("id")
+            if block.get("type") == "tool_use" and isinstance(use_id, str):
+                self._calls[use_id] = block
+                data = {"toolName": block.get("name"), "toolInput": block.get("input"), "toolUseId": use_id}
                 yield self._event(entry, "PreToolUse", f"call{number}", data)
-        texts = [block["text"] for block in blocks if isinstance(block.get("text"), str)]
-        if texts and message.get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
-            hook = "SubagentStop" if isinstance(entry.get("agentId"), str) else "Stop"
-            yield self._event(entry, hook, "stop", {"assistantResponse": "\n".join(texts), **self._usage()})
+        if text and entry["message"].get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
+            hook = "Stop" if is_main else "SubagentStop"
+            yield self._event(entry, hook, "stop", {"assistantResponse": text})
+            yield from self._usage(entry, "stop")
 
-    def _count(self, entry: JsonObject) -> None:
-        agent_id = entry.get("agentId")
-        parser = emit_event.TranscriptParser()
-        for used in parser.feed(encode_json(entry) + b"\n"):
-            self._messages["", used.message_id] = used
-            if not isinstance(agent_id, str):
-                self._model = used.model
-
-    def _usage(self) -> JsonObject:
-        """Return `data.usage` with what was used so far: totals, each message once."""
+    def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
+        """Yield the event with the tokens used so far, each message counted once."""
         models: dict[str, JsonObject] = {}
-        for used in self._messages.values():
-            counts = models.setdefault(used.model, {})
-            emit_event.add_counts(counts, used.counts)
-            if used.input + used.cache_read + used.cache_creation > emit_event.LONG_PROMPT_TOKENS:
-                emit_event.add_counts(counts.setdefault("over100k", {}), used.counts)
-        return {"usage": {"models": models, "agents": {}}} if models else {}
+        for used in self._used.values():
+            emit_event.add_counts(models.setdefault(used.model, {}), used.counts)
+        if models:
+            usage = {"models": models, "agents": {}}
+            yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
-        agent_id = entry.get("agentId")
-        directory = entry.get("cwd")
+        agent_id, directory = entry.get("agentId"), entry.get("cwd")
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self._session_id} {entry['uuid']} {place}")),
             "timestamp": entry["timestamp_ms"],
@@ -11030,46 +7727,30 @@ class TranscriptReader:
             "machineId": self._machine_id,
             "workingDirectory": directory if isinstance(directory, str) else "",
             "hookType": hook,
-            "eventType": emit_event.EVENT_TYPES[hook],
+            "eventType": emit_event.EVENT_TYPES[hook] if hook else "usage",
             "imported": True,
             **({"agentId": agent_id, "agentType": ""} if isinstance(agent_id, str) else {}),
             "data": {name: value for name, value in data.items() if value is not None},
         }
 
 
-def _block_text(content: Any) -> str:
-    if isinstance(content, list):
-        return "\n".join(text_of(block.get("text")) for block in content if isinstance(block, dict))
-    return text_of(content)
-
-
 def iso_time_ms(text: Any) -> int | None:
     """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
-    match = (
-        re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text)
-        if isinstance(text, str)
-        else None
-    )
-    if match is None:
-        return None
-    try:
-        seconds = calendar.timegm(time.strptime(match.group(1), "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return None
-    time_ms = seconds * 1000 + int((match.group(2) or "0").ljust(3, "0")[:3])
-    return time_ms if time_ms > 0 else None
-
-
-# Exports of this monitor and of the Node.js one
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text_of(text))
+    with contextlib.suppress(ValueError):
+        if match:
+            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+            time_ms = seconds * 1000 + int((match[2] or "0").ljust(3, "0")[:3])
+            return time_ms if time_ms > 0 else None
+    return None
 
 
 def export_events(path: str) -> Iterator[JsonObject]:
-    """Yield the events of an export: one JSON object a line, or one document that holds lists of events."""
+    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document)."""
     with open(path, "rb") as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
-        is_lines = b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0])
-        if is_lines:
+        if b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0]):
             for line in file:
                 with contextlib.suppress(MalformedEvent):
                     yield from _events_in(emit_event.parse_event_line(line))
@@ -11082,91 +7763,51 @@ def export_events(path: str) -> Iterator[JsonObject]:
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
-    """Yield what looks like an event in a document, at most a few levels down."""
+    """Yield what looks like an event in a document, marked and with an id that is the same every time."""
     if isinstance(value, list):
         for inner in value:
             yield from _events_in(inner)
     elif isinstance(value, dict):
-        if isinstance(value.get("eventType"), str) or isinstance(value.get("hook_event_name"), str):
-            yield imported_event(value)
+        is_event = isinstance(value.get("eventType"), str)
+        if is_event or isinstance(value.get("hook_event_name"), str):
+            rest = {name: field for name, field in value.items() if name not in ("seq", "received")}
+            event_id = text_of(value.get("id")) if is_event else ""
+            event_id = event_id or str(uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii")))
+            yield {**(rest if is_event else {"hook": rest}), "id": event_id, "imported": True}
             return
         for name in ("events", "sessions", "data"):
-            inner = value.get(name)
-            if isinstance(inner, (list, dict)):
-                yield from _events_in(
-                    list(inner.values()) if name == "sessions" and isinstance(inner, dict) else inner
-                )
-
-
-def imported_event(given: JsonObject) -> JsonObject:
-    """Return an event of an export, marked, with an id that is the same every time."""
-    rest = {name: value for name, value in given.items() if name not in ("seq", "received")}
-    digest = uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii"))
-    if isinstance(given.get("eventType"), str):
-        return {**rest, "id": text_of(given.get("id")) or str(digest), "imported": True}
-    return {"hook": rest, "id": str(digest), "imported": True}
-
-
-def transcript_events(source: ImportSession, machine_id: str, seen: set[str]) -> list[JsonObject]:
-    """Read a session's transcripts and return their events."""
-    lines: list[bytes] = []
-    for path in source.paths:
-        with open(path, "rb") as file:
-            lines += file.read().split(b"\n")
-    return TranscriptReader(source.session_id, machine_id, seen).events(lines)
-
-
-def import_batches(
-    transcripts: Sequence[ImportSession], exports: Sequence[str], machine_id: str
-) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); of transcripts the oldest first."""
-    seen: set[str] = set()
-    for source in sorted(transcripts, key=lambda source: min(map(os.path.getmtime, source.paths))):
-        size = sum(map(os.path.getsize, source.paths))
-        yield source.session_id, transcript_events(source, machine_id, seen), size
-    for path in exports:
-        by_session: dict[str, list[JsonObject]] = {}
-        for event in export_events(path):
-            built = emit_event.build_event(event, now_ms(), machine_id)
-            by_session.setdefault(built["sessionId"], []).append(built)
-        size = os.path.getsize(path)
-        for session_id, events in by_session.items():
-            yield session_id, events, size
-            size = 0
+            below: Any = value.get(name)
+            by_id = name == "sessions" and isinstance(below, dict)
+            yield from _events_in(list(below.values()) if by_id else below)
 
 
 # ---------------------------------------------------------------------------
 # Command line
 #
 # Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
-# raised as one of OUR_ERRORS and told by `main` in one line.
+# raised as one of OUR_ERRORS and printed by `main` in one line.
 # ---------------------------------------------------------------------------
 
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 15.0
-PROGRESS_INTERVAL_S = 2.0
+TAIL_INTERVAL_S = 0.25
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """Load the configuration with the options of the command line; warnings go to standard error."""
-    overrides = {
-        key: getattr(args, option)
-        for key, option in (("server.host", "host"), ("server.port", "port"), ("server.wsPort", "ws_port"))
-        if getattr(args, option, None) is not None
-    }
+    options = {"server.host": "host", "server.port": "port", "server.wsPort": "ws_port"}
+    given = {key: getattr(args, name, None) for key, name in options.items()}
+    overrides = {key: value for key, value in given.items() if value is not None}
     settings, warnings = load_settings(args.config, overrides)
     for warning in warnings:
         tell(f"warning: {warning}")
     return settings
 
 
-# Starting and stopping
-
-
 def command_start(args: argparse.Namespace) -> int:
-    """Start the monitor, in the background unless --foreground."""
+    """Start the monitor in the background and print the page's address."""
     settings = settings_of(args)
     if settings["mode"] == "redis" and not importlib.util.find_spec("redis"):
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
@@ -11179,29 +7820,18 @@ def command_start(args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
-    tell_what_next(settings, about)
-    if not args.no_open and can_open_browser():
-        webbrowser.open(page_links(settings, about, False)[0])
-    return 0
-
-
-def tell_what_next(settings: Settings, about: JsonObject) -> None:
-    """Say where the page is, how far loading is, and what to do for the first events."""
-    print(f"Contextuate Monitor runs (pid {about['pid']}). Open:")
-    for link in page_links(settings, about, False):
-        print(f"  {link}")
-    loading = ask_monitor(settings, about, "/api/status")["loading"]
-    if loading is not None:
-        print(f"{loading_words(loading)}, the others follow; the page and `status` tell how far it is.")
+    links = page_links(settings, about, False)
+    print(f"Contextuate Monitor runs (pid {about['pid']}). Open:", *links, sep="\n  ")
+    loading = ask_monitor(settings, about, "/api/status").get("loading")
+    if loading:
+        print(f"{loading_words(loading)}, the others follow; the page and `status` show how far it is.")
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-
-
-def can_open_browser() -> bool:
-    """Tell whether opening a browser makes sense: a person at this machine's own screen."""
-    if not sys.stdout.isatty() or os.environ.get("SSH_CONNECTION"):
-        return False
-    return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    # A browser makes sense only for a person at this machine's own screen.
+    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
+        webbrowser.open(links[0])
+    return 0
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
@@ -11213,125 +7843,73 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     # As a module it comes from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
     program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
     command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
-    for option in ("host", "port", "ws_port", "config"):
-        value = getattr(args, option)
-        if value is not None:
-            command += [
-                f"--{option.replace('_', '-')}",
-                os.path.abspath(value) if option == "config" else str(value),
-            ]
+    config = None if args.config is None else os.path.abspath(args.config)
+    options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
+    for name, value in options.items():
+        command += [] if value is None else [name, str(value)]
+    null = subprocess.DEVNULL
     process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[writer],
-        start_new_session=True,
-        cwd=folder,
+        command, stdin=null, stdout=null, stderr=null, pass_fds=[writer], start_new_session=True, cwd=folder
     )
     os.close(writer)
-    with open(reader, "rb", buffering=0) as reports:
-        report = read_report(reports, START_DEADLINE_S)
+    with open(reader, "rb", buffering=0) as reports, selectors.DefaultSelector() as selector:
+        selector.register(reports, selectors.EVENT_READ)
+        has_answer = selector.select(START_DEADLINE_S)
+        report = (reports.read(1 << 16) if has_answer else b"").decode("utf-8", "replace").strip()
     kind, _, words = report.partition(" ")
     if kind == "ready":
         return needed_monitor(settings)
     if kind == "error":
         raise StartError(words)
-    what = "ended at once" if report else f"(process {process.pid}) says nothing; end it and start it again"
+    what = "ended at once" if has_answer else f"(process {process.pid}) says nothing; end it, start again"
     raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may tell why")
 
 
-def read_report(pipe: io.FileIO, deadline_s: float) -> str:
-    """Return a Reporter's line; "ended" when it ends without one, "" when it says nothing in time."""
-    deadline = time.monotonic() + deadline_s
-    line = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while not line.endswith(b"\n"):
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                return ""
-            piece = pipe.read(4096)
-            if not piece:
-                return "ended"
-            line += piece
-    return line.decode("utf-8", "replace").rstrip("\n")
-
-
 def serve(settings: Settings, args: argparse.Namespace) -> int:
-    """Run the monitor in this process until it is told to stop."""
+    """Run the monitor until a signal ends it; report "ready" or "error …" to the process that started it."""
+    in_background = args.report_fd is not None
+
+    def report(line: str) -> None:
+        if in_background:
+            with contextlib.suppress(OSError):  # it has gone away; the log has it all
+                os.write(args.report_fd, f"{line}\n".encode("utf-8", "replace"))
+                os.close(args.report_fd)
+
     os.umask(0o077)
-    if args.report_fd is not None:
-        os.chdir("/")  # in the background no directory is kept from being removed or unmounted
+    if in_background:
+        os.chdir("/")  # no directory is kept from being removed or unmounted
     emit_event.make_private_directory(settings.home)
-    report = Reporter(args.report_fd)
+    # A thousand hooks at once shall find a place.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     try:
-        set_up_log(settings, to_stderr=args.report_fd is None)
-    except OSError as error:
-        words = f"{settings.path('monitor.log')} cannot be written: {error.strerror}"
-        report.error(words)
-        raise StartError(words) from None
-    allow_many_files()
-    if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
-        record_publisher_python(settings.home)
-    try:
+        set_up_log(settings, to_stderr=not in_background)
+        if settings["mode"] == "redis" and not os.path.exists(settings.path("hooks/publisher-python")):
+            record_publisher_python(settings.home)
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
         log.error("cannot start: %s", error)
-        report.error(str(error))
+        report(f"error {error}")
         raise StartError(str(error)) from None
-    about = write_run_file(settings, monitor)
+    host, socket_path = settings["server.host"], settings["socketPath"]
+    about = {"pid": os.getpid(), "version": __version__, "startedAt": monitor.started_at}
+    about |= {"host": host, "port": monitor.port, "wsPort": monitor.ws_port, "socketPath": socket_path}
+    about["addresses"] = monitor.addresses
+    emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
-    page = f"http://{about['host']}:{about['port']}/"
-    log.info("version %s serves %s, hooks on %s", __version__, page, about["socketPath"])
-    if args.report_fd is None:
-        for link in page_links(settings, about, False):
-            print(link, flush=True)
-    report.ready()
+    log.info("version %s serves http://%s:%s/, hooks on %s", __version__, host, monitor.port, socket_path)
+    if not in_background:
+        print(*page_links(settings, about, False), sep="\n", flush=True)
+    report("ready")
     monitor.run()
     log.info("stopped")
     return 0
-
-
-def write_run_file(settings: Settings, monitor: Monitor) -> JsonObject:
-    """Leave where this monitor can be reached for `running_monitor`, and return it."""
-    about = {
-        "pid": os.getpid(),
-        "host": settings["server.host"],
-        "port": monitor.port,
-        "wsPort": monitor.ws_port,
-        "addresses": monitor.addresses,
-        "socketPath": settings["socketPath"],
-        "startedAt": monitor.started_at,
-        "version": __version__,
-    }
-    emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
-    return about
-
-
-class Reporter:
-    """Tell the process that started us how it went, in one line: "ready" or "error …"."""
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
-
-    def _write(self, line: str) -> None:
-        if self._fd is not None:
-            with contextlib.suppress(OSError):  # it has gone away; the log has it all
-                os.write(self._fd, line.encode("utf-8", "replace"))
-
-    def error(self, words: str) -> None:
-        """Report that there will be no monitor."""
-        self._write(f"error {words}\n")
-
-    def ready(self) -> None:
-        """Report that the monitor serves."""
-        self._write("ready\n")
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
 
 
 class PrivateLog(logging.handlers.RotatingFileHandler):
@@ -11344,63 +7922,39 @@ class PrivateLog(logging.handlers.RotatingFileHandler):
 
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
     """Log to monitor.log, which rotates, and in the foreground to standard error too."""
-    handlers: list[logging.Handler] = [
-        PrivateLog(
-            settings.path("monitor.log"),
-            maxBytes=LOG_LIMIT_BYTES,
-            backupCount=LOG_FILES,
-            encoding="utf-8",
-            errors="backslashreplace",
-        )
-    ]
-    if to_stderr:
-        handlers.append(logging.StreamHandler())
-    for handler in handlers:
+    path, replacing = settings.path("monitor.log"), "backslashreplace"
+    try:
+        log_file = PrivateLog(path, "a", LOG_LIMIT_BYTES, LOG_FILES, encoding="utf-8", errors=replacing)
+    except OSError as error:
+        raise StartError(f"{path} cannot be written: {error.strerror}") from None
+    for handler in (log_file, *([logging.StreamHandler()] if to_stderr else ())):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
-    logging.raiseExceptions = (
-        False  # a full disk must not end in a traceback for every line that cannot be logged
-    )
-
-    def uncaught(kind: Any, error: Any, trace: Any) -> None:
-        log.critical("ended by an unexpected error", exc_info=(kind, error, trace))
-
-    sys.excepthook = uncaught
-
-
-def allow_many_files() -> None:
-    """Raise our own limit of open files, so that a thousand hooks at once find a place."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    logging.raiseExceptions = False  # on a full disk no traceback for every line that cannot be logged
+    sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
 
 
 def command_stop(args: argparse.Namespace) -> int:
-    """Stop the running monitor and wait until it is gone; a configuration that is wrong is no hindrance."""
+    """Stop the monitor and wait until it is gone."""
     try:
         settings = settings_of(args)
-    except ConfigError as error:
+    except ConfigError as error:  # no hindrance
         tell(f"warning: {error}")
-        home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
-        machine_id, defaults = emit_event.this_machine(), emit_event.default_values()
-        settings = Settings(os.path.abspath(home), os.path.abspath(path), machine_id, defaults)
+        home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
+        settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
     about = running_monitor(settings)
-    if about is None:
-        stray = None
-        with contextlib.suppress(PermissionError):  # another user's
-            stray = lock_holder(settings["socketPath"] + ".lock")
-        if stray is not None:
-            raise CommandError(
-                f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}; "
-                f"`kill {stray}` ends it"
-            )
-        print("not running")
+    if about is not None:
+        stop_monitor(settings, about)
+        print(f"stopped (pid {about['pid']})")
         return 0
-    stop_monitor(settings, about)
-    print(f"stopped (pid {about['pid']})")
+    stray = None
+    with contextlib.suppress(PermissionError):  # another user's
+        stray = lock_holder(settings["socketPath"] + ".lock")
+    if stray is not None:
+        words = f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}"
+        raise CommandError(f"{words}; `kill {stray}` ends it")
+    print("not running")
     return 0
 
 
@@ -11408,13 +7962,11 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
     """End the running monitor; raise CommandError if it does not go."""
     os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while time.monotonic() < deadline:
-        if running_monitor(settings) is None:
-            return
+    while running_monitor(settings) is not None:
+        if time.monotonic() > deadline:
+            words = f"has not ended in {STOP_DEADLINE_S:.0f} s; `kill -9 {about['pid']}` loses nothing"
+            raise CommandError(f"pid {about['pid']} {words}")
         time.sleep(0.05)
-    raise CommandError(
-        f"pid {about['pid']} has not ended in {STOP_DEADLINE_S:.0f} s; `kill -9 {about['pid']}` loses nothing"
-    )
 
 
 def command_restart(args: argparse.Namespace) -> int:
@@ -11427,112 +7979,58 @@ def command_restart(args: argparse.Namespace) -> int:
 
 
 def command_status(args: argparse.Namespace) -> int:
-    """Tell how the monitor is; exit status 1 when it does not run."""
+    """Print how the monitor is, with exit status 1 when it does not run."""
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is None:
-        spooled = emit_event.spool_segments(settings.path("spool"))
+        waiting = sum(size for _, size in emit_event.spool_segments(settings.path("spool")))
         if args.json:
-            print(json.dumps({"running": False, "spoolBytes": sum(size for _, size in spooled)}))
+            print(json.dumps({"running": False, "spoolBytes": waiting}))
         else:
             print("not running; start it with: python3 contextuate_monitor.py start")
-            if spooled:
-                print(f"spool    {human_size(sum(size for _, size in spooled))} of events wait for it")
+            if waiting:
+                print(f"spool    {human_size(waiting)} of events wait for it")
         return 1
     status = ask_monitor(settings, about, "/api/status")
     if args.json:
         print(json.dumps({"running": True, **status}))
         return 0
-    for line in status_lines(settings, about, status):
-        print(line)
-    return 0
-
-
-def status_lines(settings: Settings, about: JsonObject, status: JsonObject) -> list[str]:
-    """Say how the running monitor is doing."""
-    store, spool, events = status["store"], status["spool"], status["events"]
     since = human_duration(now_ms() - status["startedAt"])
-    loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
-    return [
-        f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}",
-        f"page     {page_links(settings, about, False)[0]}   {status['clients']} open",
-        f"hooks    {about['socketPath']}",
-        f"events   {events['stored']} stored since the start, {events['duplicates']} delivered twice, "
-        f"{events['quarantined']} malformed",
-        f"sessions {status['sessions']}{loading}",
-        f"store    {store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}",
-        f"spool    {human_size(spool['bytes'])} waiting, {spool['dropped']} events dropped",
-        *(redis_lines(status["redis"], status["publisher"]) if status["redis"] else ()),
-        *(map(machine_line, status["machines"]) if status["redis"] else ()),
-    ]
-
-
-def redis_lines(link: JsonObject, publisher: JsonObject) -> list[str]:
-    """Say how Redis and this machine's publisher are doing."""
-    words = link["state"].replace("_", " ")
-    if link["state"] != "connected":
-        most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
-        words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
-    read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
-    lines = [
-        f"redis    {link['server']}{' with TLS' if link['tls'] else ''}: {words}",
-        f"stream   {link['streamReason'] or read.get(link['streamState'])}",
-    ]
-    if link["gaps"]:
-        lines.append(f"gaps     {link['gaps']} times the stream had been cut before it was read")
-    about = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
-    lines.append(
-        f"publish  {publisher['state']}: {about}" if publisher["running"] else "publish  not needed now"
-    )
-    return lines
-
-
-def machine_line(machine: JsonObject) -> str:
-    """Say how one machine is doing, and how far its clock is off where that is worth a word."""
-    skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-    clock = ""
-    if skew_ms is not None and abs(skew_ms) > 2000:
-        clock = f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
-    return f"machine  {safe_line(machine['machineId'])}: {machine['events']} events, last {age} ago{clock}"
+    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
+    print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
+    print(f"hooks    {about['socketPath']}")
+    for fact in status.get("facts") or status_facts(status):
+        print(f"{fact['name']:<8} {safe_line(fact['words'])}")
+    for problem in status.get("problems", ()):
+        print(f"{problem['level']:<8} {safe_line(problem['words'])}: {problem['advice']}")
+    return 0
 
 
 def command_url(args: argparse.Namespace) -> int:
     """Print the page's address."""
     settings = settings_of(args)
-    for link in page_links(settings, needed_monitor(settings), args.token):
-        print(link)
+    print(*page_links(settings, needed_monitor(settings), args.token), sep="\n")
     return 0
 
 
-# The hook
-
-
 def command_install(args: argparse.Namespace) -> int:
-    """Copy the hook and register it in Claude Code's settings."""
+    """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
     plan = plan_install(settings.home, args.project, version)
     if version is None:
-        tell(
-            "`claude` did not tell its version, so only events that every version knows are added; put it on "
-            "the PATH and run install again"
-        )
+        words = "`claude` did not tell its version, so only events that every version knows are added"
+        tell(f"{words}; put it on the PATH and run install again")
     if args.dry_run:
-        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
-        return 0
-    script = install_hook_files(settings.home)
-    print(f"hook     {script}")
-    backup = None
-    if plan.new_text != plan.old_text:
-        backup = write_settings(plan.path, plan.new_text, plan.old_text)
+        return show_plan(plan)
+    print(f"hook     {install_hook_files(settings.home)}")
+    backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     if read_settings(plan.path)[1].get("disableAllHooks"):
         tell(f"{plan.path} has disableAllHooks, so no hook runs: take it out")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
-        tell(
-            "redis-py is missing, so no event can leave this machine: "
-            + emit_event.redis_py_advice(sys.executable)
-        )
+        advice = emit_event.redis_py_advice(sys.executable)
+        tell(f"redis-py is missing, so no event can leave this machine: {advice}")
     if backup:
         print(f"backup   {backup}")
     print("Sessions of Claude Code that are open now pick the hook up when they are started again.")
@@ -11544,8 +8042,7 @@ def command_uninstall(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     plan = plan_uninstall(args.project)
     if args.dry_run:
-        print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
-        return 0
+        return show_plan(plan)
     if plan.new_text == plan.old_text:
         print(f"{plan.path}: no hook of ours is registered")
         return 0
@@ -11555,12 +8052,17 @@ def command_uninstall(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_plan(plan: InstallPlan) -> int:
+    """Print what a plan would change."""
+    print(diff_settings(plan.path, plan.old_text, plan.new_text) or f"{plan.path}: nothing to change")
+    return 0
+
+
 def command_test_event(args: argparse.Namespace) -> int:
-    """Send one event the way every hook's event goes, and tell what happened."""
+    """Send one event through the hook and print what happened."""
     settings = settings_of(args)
     data = test_event(settings.machine_id)["data"]
-    fields = {"message": data["message"], "notification_type": data["notificationType"]}
-    words = send_through_hook(settings, fields)
+    words = send_through_hook(settings, data["message"])
     sys.stdout.write(words)
     if was_delivered(words):
         return 0
@@ -11570,35 +8072,38 @@ def command_test_event(args: argparse.Namespace) -> int:
 
 
 def command_doctor(args: argparse.Namespace) -> int:
-    """Walk through the whole chain and say what to do for each failure; exit status 1 when one is broken."""
+    """Examine the whole chain and say what to do, with exit status 1 when a link is broken."""
     try:
         settings, warnings = load_settings(args.config)
-        findings: Iterable[Finding] = examine(settings, warnings)
+        findings: Iterable[Finding] = Doctor(settings, warnings).run()
     except ConfigError as error:
-        findings = [Finding("config", "fail", str(error), "correct the file")]
-    told = []
+        findings = [Finding("fail", "config", str(error), "correct the file")]
+    found = []
     for finding in findings:
-        told.append(finding)
+        found.append(finding)
         if not args.json:
-            print("\n".join(finding.lines()), flush=True)
-    broken = sum(finding.level == "fail" for finding in told)
+            print(*finding.lines(), sep="\n", flush=True)
+    broken = sum(finding.level == "fail" for finding in found)
     if args.json:
-        print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in told]}, indent=2))
-    elif broken:
-        print(f"\n{broken} broken: begin with the first")
+        print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        print("\nEverything that was examined works.")
+        words = f"{broken} broken: begin with the first" if broken else "Everything that was examined works."
+        print(f"\n{words}")
     return 1 if broken else 0
 
 
-# Looking
+def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
+    """Return the sessions that the running monitor knows; say so when it is still reading stored ones."""
+    answer = ask_monitor(settings, needed_monitor(settings), f"/api/sessions?hidden={int(with_hidden)}")
+    if answer.get("loading"):
+        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
+    return list(answer["sessions"])
 
 
 def command_sessions(args: argparse.Namespace) -> int:
     """List sessions, those that need a person first."""
-    sessions = known_sessions(settings_of(args), args.all)
-    if not args.all:
-        sessions = [session for session in sessions if session["state"] != "ended"]
+    known = known_sessions(settings_of(args), args.all)
+    sessions = [session for session in known if args.all or session["state"] != "ended"]
     sessions.sort(key=lambda session: (SESSION_STATES.index(session["state"]), session["stateSince"]))
     if args.json:
         print(json.dumps(sessions))
@@ -11606,98 +8111,49 @@ def command_sessions(args: argparse.Namespace) -> int:
     if not sessions:
         print("no sessions" + ("" if args.all else " that have not ended; --all shows those too"))
     for session in sessions:
-        print(session_line(session))
+        reason, detail = session["reason"], session["activity"]
+        if reason:
+            detail = f"{reason['kind']}: {reason['detail']}"
+        elif session["stuck"] and session["state"] == "working":
+            detail = session["stuck"][0]["detail"] or detail
+        since = human_duration(now_ms() - session["stateSince"])
+        label, machine = session["label"], session["machineId"]
+        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
     return 0
 
 
-def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
-    """Return the sessions that the running monitor knows, else those that the files tell of."""
-    about = running_monitor(settings)
-    if about is None:
-        tell("the monitor is not running; this is what the files tell")
-        return stored_sessions(settings).all_json(with_hidden)
-    answer = ask_monitor(settings, about, f"/api/sessions?hidden={int(with_hidden)}")
-    if answer["loading"]:
-        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
-    sessions: list[JsonObject] = answer["sessions"]
-    return sessions
-
-
-def session_line(session: JsonObject) -> str:
-    """Return one line of `sessions`."""
-    reason, detail = session["reason"], session["activity"]
-    if reason:
-        detail = f"{reason['kind']}: {reason['detail']}"
-    elif session["stuck"] and session["state"] == "working":
-        detail = session["stuck"][0]["detail"] or detail
-    since = human_duration(now_ms() - session["stateSince"])
-    label, machine = session["label"], session["machineId"]
-    return safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}")
-
-
-def stored_sessions(settings: Settings) -> SessionBook:
-    """Read every session out of the files, telling every few seconds how far it is."""
-    book = session_book(settings)
-    loader = Loader(EventStore(settings.path("events")), book, SeenIds(), lambda sessions: None)
-    while True:
-        loader.work(PROGRESS_INTERVAL_S)
-        if loader.progress is None:
-            break
-        tell(loading_words(loader.progress))
-    book.tick(now_ms())
-    end_sessions_without_process(book, settings.machine_id, {})
-    return book
-
-
 def command_tail(args: argparse.Namespace) -> int:
-    """Print events as they happen until Ctrl-C."""
+    """Print events as they happen, until Ctrl-C."""
     settings = settings_of(args)
     about = needed_monitor(settings)
-    last_seq: int | None = None
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    last_seq: int | None = None
+    is_waiting = False
     while True:
         try:
-            for seq, event in events_since(settings, about, last_seq):
-                last_seq = seq
-                if event is not None and tail_wants(args, event):
-                    print(tail_line(event, args.json, colours), flush=True)
-        except OSError as error:
-            tell(f"{error}; waiting for the monitor")
-            while running_monitor(settings) is None:
-                time.sleep(1)
-            time.sleep(0.5)
-            about = needed_monitor(settings)
-
-
-def events_since(
-    settings: Settings, about: JsonObject, last_seq: int | None
-) -> Iterator[tuple[int, JsonObject | None]]:
-    """Yield (seq, event) as events come, with what was missed since `last_seq`; OSError when it breaks off.
-
-    The event is None where only the number is known: of a monitor that still reads what it has stored.
-    """
-    connection = MonitorConnection(settings, about)
-    since = {} if last_seq is None else {"since": last_seq}
-    connection.send({"type": "subscribe", "view": "full", **since})
-    is_told = last_seq is not None
-    while True:
-        message = connection.receive()
-        if message.get("type") == "event":
-            is_told = True
-            yield message["seq"], message["event"]
-        elif message.get("type") == "status" and message.get("loading") and not is_told:
-            is_told = True
-            tell(f"{loading_words(message['loading'])}; new events are shown all the same")
-            yield message["seq"], None
-
-
-def tail_wants(args: argparse.Namespace, event: JsonObject) -> bool:
-    """Tell whether an event passes the filters of `tail`."""
-    if args.session and not event["sessionId"].startswith(args.session):
-        return False
-    if args.machine and event["machineId"] != args.machine:
-        return False
-    return not args.type or args.type in (event["eventType"], event["hookType"])
+            if last_seq is None or is_waiting:
+                status = ask_monitor(settings, about, "/api/status")
+                if status.get("loading"):
+                    tell(f"{loading_words(status['loading'])}; new events are shown all the same")
+                # In memory only, the numbers begin again with each start.
+                last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
+                is_waiting = False
+            page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
+        except CommandError as error:
+            if not is_waiting:
+                tell(f"{error}; waiting for the monitor")
+            is_waiting = True
+            time.sleep(1)
+            about = running_monitor(settings) or about
+            continue
+        for event in page["events"]:
+            last_seq = event["seq"]
+            is_of_session = event["sessionId"].startswith(args.session or "")
+            is_of_type = args.type in (None, event["eventType"], event["hookType"])
+            if is_of_session and is_of_type and args.machine in (None, event["machineId"]):
+                print(tail_line(event, args.json, colours), flush=True)
+        if not page["more"]:
+            time.sleep(TAIL_INTERVAL_S)
 
 
 def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
@@ -11707,57 +8163,42 @@ def tail_line(event: JsonObject, as_json: bool, colours: bool) -> str:
     row = event_row(event)["data"]
     clock = time.strftime("%H:%M:%S", time.localtime(event["timestamp"] / 1000))
     what = event["hookType"] or event["eventType"]
-    tool = row.get("toolName", "")
     duration = f"  {row['durationMs']} ms" if "durationMs" in row else ""
     words = row.get("target") or row.get("text") or ""
     who = f"{event['machineId']:<12.12} {event['sessionId'][:8]}"
-    line = safe_line(f"{clock}  {who}  {what:<20} {tool:<12} {words}{duration}")
+    line = safe_line(f"{clock}  {who}  {what:<20} {row.get('toolName', ''):<12} {words}{duration}")
     colour = {"tool_error": "31", "turn_error": "31", "permission_request": "33", "elicitation": "33"}
     code = colour.get(effective_type(event)) if colours else None
     return f"\x1b[{code}m{line}\x1b[0m" if code else line
 
 
 def command_prune(args: argparse.Namespace) -> int:
-    """Delete what the configuration says is too old or too much, now, or only tell what would go."""
+    """Delete events that are too old or too much for the configuration."""
     settings = settings_of(args)
-    about = running_monitor(settings)
-    if about is not None:
-        connection = MonitorConnection(settings, about)
-        connection.send({"type": "prune", "dryRun": args.dry_run})
-        pruned = connection.wait_for("pruned", 120)
-        connection.close()
-    else:
-        sessions = stored_sessions(settings).sessions
-        kept = frozenset(session_file_name(name) for name, session in sessions.items() if session.pinned)
-        plan = retention_plan(settings, kept, now_ms())
-        if not args.dry_run:
-            carry_out(settings.home, plan)
-        pruned = plan.to_json(args.dry_run)
+    message = {"type": "prune", "dryRun": args.dry_run}
+    pruned = ask_monitor(settings, needed_monitor(settings), "/api/message", message)
     if not pruned["files"]:
         print("nothing is too old or too much")
         return 0
     verb = "would be deleted" if args.dry_run else "deleted"
-    days = pruned["days"]
-    print(
-        f"{pruned['files']} files of {pruned['sessions']} sessions, {human_size(pruned['bytes'])}, "
-        f"of {days[0]} to {days[-1]} {verb}"
-    )
+    what = f"{pruned['files']} files of {pruned['sessions']} sessions, {human_size(pruned['bytes'])}"
+    print(f"{what}, of {pruned['days'][0]} to {pruned['days'][-1]} {verb}")
     return 0
 
 
 def command_import(args: argparse.Namespace) -> int:
-    """Take history into the running monitor: transcripts of Claude Code and exports of monitors."""
+    """Take in transcripts of Claude Code and exports of monitors."""
     settings = settings_of(args)
     about = needed_monitor(settings)
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
-    transcripts, exports = import_sources([os.path.abspath(path) for path in paths])
-    sizes = sum(os.path.getsize(path) for source in transcripts for path in source.paths)
-    progress = Progress(sizes + sum(map(os.path.getsize, exports)), "events", quiet=False)
-    store = EventStore(settings.path("events"))
+    sources = import_sources([os.path.abspath(path) for path in paths])
+    sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
+    progress = Progress(sizes, "events", quiet=False)
+    store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
-        for session_id, events, size in import_batches(transcripts, exports, settings.machine_id):
-            wanted = list(wanted_events(events, stored_session(store, session_id)))
+        for session_id, events, size in import_batches(sources, settings.machine_id):
+            wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
             sender.send(wanted)
             progress.add(len(wanted), size)
@@ -11766,65 +8207,30 @@ def command_import(args: argparse.Namespace) -> int:
 
 
 def command_search(args: argparse.Namespace) -> int:
-    """Find stored events; without a running monitor their files are read."""
+    """Find stored events, newest first."""
     settings = settings_of(args)
-    wanted: dict[str, Any] = {
-        "q": " ".join(args.words),
-        "session": whole_session_id(settings, args.session),
-        "machine": args.machine,
-        "tool": args.tool,
-        "type": args.type,
-        "state": args.state,
-        "from": args.start,
-        "to": args.end,
-    }
+    about = needed_monitor(settings)
+    wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
+    session_id = whole_session_id(settings, args.session)
+    wanted |= {"q": " ".join(args.words), "session": session_id, "from": args.start, "to": args.end}
     colours = sys.stdout.isatty()
-    count, page = 0, {}
-    for page in pages(page_source(settings, wanted), wanted, args.limit):
-        count += len(page["results"])
+    left, cursor, page = args.limit, None, {}
+    while left > 0:
+        asked = {**wanted, "limit": min(left, SEARCH_LIMIT), "cursor": cursor}
+        given = urllib.parse.urlencode({name: value for name, value in asked.items() if value is not None})
+        page = ask_monitor(settings, about, f"/api/search?{given}")
         for result in page["results"]:
             print(json.dumps(result) if args.json else search_line(result, colours), flush=True)
-    if not count and not args.json:
+        left, cursor = left - len(page["results"]), page["next"]
+        if cursor is None:
+            break
+    if left == args.limit and not args.json:
         tell("nothing was found")
-    elif page["next"] is not None:
+    elif cursor is not None:
         tell(f"there is more; --limit {args.limit * 4} shows it")
     if page["index"]["state"] == "building":
         tell("the index is still being made, so there may be more")
-    return 0 if count else 1
-
-
-def pages(ask: Callable[[JsonObject], JsonObject], wanted: JsonObject, limit: int) -> Iterator[JsonObject]:
-    """Yield the pages of a search until there are no more results, or `limit`."""
-    cursor = None
-    while limit > 0:
-        page = ask({**wanted, "limit": min(limit, SEARCH_LIMIT), "cursor": cursor})
-        yield page
-        limit, cursor = limit - len(page["results"]), page["next"]
-        if cursor is None:
-            return
-
-
-def page_source(settings: Settings, wanted: Mapping[str, Any]) -> Callable[[JsonObject], JsonObject]:
-    """Return what answers for one page of a search: the running monitor, or the event files."""
-    about = running_monitor(settings)
-    if about is None:
-        tell("the monitor is not running; the event files are read, which takes longer")
-        store = EventStore(settings.path("events"))
-        sessions = stored_sessions(settings).in_state(wanted["state"]) if wanted["state"] else None
-        nothing = {"index": {"state": "off"}}
-
-        def scan(parameters: JsonObject) -> JsonObject:
-            query = search_query(parameters, sessions)
-            return {**search_page(query, scan_candidates(store, query)), **nothing}
-
-        return scan
-    running = about
-
-    def ask(parameters: JsonObject) -> JsonObject:
-        given = {name: value for name, value in parameters.items() if value is not None}
-        return ask_monitor(settings, running, "/api/search?" + urllib.parse.urlencode(given))
-
-    return ask
+    return 0 if left < args.limit else 1
 
 
 def search_line(result: JsonObject, colours: bool) -> str:
@@ -11833,44 +8239,41 @@ def search_line(result: JsonObject, colours: bool) -> str:
     what = result["hookType"] or result["eventType"]
     who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
     tool = safe_line(text_of(result["data"].get("toolName")))
-    head = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10} "
-    pieces = result["snippet"] or [{"text": result["data"].get("target") or result["data"].get("text") or ""}]
-    words = []
-    for piece in pieces:
+    line = f"{clock}  {who}  {safe_line(what):<18.18} {tool:<10.10}  "
+    whole = {"text": result["data"].get("target") or result["data"].get("text") or ""}
+    for piece in result["snippet"] or [whole]:
         text = "".join(char if char.isprintable() else " " for char in without_colours(piece["text"]))
-        words.append(f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text)
-    return (head + " " + "".join(words)).rstrip()
+        line += f"\x1b[1m{text}\x1b[0m" if colours and piece.get("hit") else text
+    return line.rstrip()
 
 
 def command_export(args: argparse.Namespace) -> int:
-    """Write stored events as NDJSON, or tool calls as CSV."""
+    """Write stored events as NDJSON, or tool calls as CSV, without a running monitor but for --state."""
     settings = settings_of(args)
-    store = EventStore(settings.path("events"))
+    store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
-    wanted["session"] = whole_session_id(settings, args.session)
+    wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
+    wanted |= {"from": args.start or 0, "to": args.end or 1 << 53}
     sessions = None
     if args.state:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
-    period = {"from": args.start or 0, "to": args.end or 1 << 53}
     if not settings["persistence.enabled"]:
         tell("persistence.enabled is false: only what was stored before is there to export")
-    query = search_query({**wanted, **period, "q": " ".join(args.words)}, sessions)
+    query = search_query(wanted, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
     lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
     if args.format == "csv":
         lines = call_table(lines)
-    with contextlib.ExitStack() as stack:
-        target: Any = sys.stdout.buffer
-        if args.output:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            target = stack.enter_context(os.fdopen(os.open(args.output, flags, 0o600), "wb"))
-        for chunk in in_chunks(lines):
-            target.write(chunk)
-        target.flush()
-    if args.output:
-        what = "tool calls of " if args.format == "csv" else ""
-        print(f"{what}{counter.count} events written to {args.output}")
+    if not args.output:
+        sys.stdout.buffer.writelines(in_chunks(lines))
+        sys.stdout.buffer.flush()
+        return 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with os.fdopen(os.open(args.output, flags, 0o600), "wb") as file:
+        file.writelines(in_chunks(lines))
+    what = "tool calls of " if args.format == "csv" else ""
+    print(f"{what}{counter.count} events written to {args.output}")
     return 0
 
 
@@ -11878,66 +8281,43 @@ def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
     """Return the id of the one stored session whose id begins so; raise CommandError if several do."""
     if beginning is None:
         return None
-    store = EventStore(settings.path("events"))
-    names = {
-        os.path.basename(path).partition(".jsonl")[0] for day in store.days() for path in store.day_paths(day)
-    }
-    found = (
-        [beginning] if beginning in names else sorted(name for name in names if name.startswith(beginning))
-    )
-    if len(found) > 1:
+    paths = glob.glob(f"{glob.escape(settings.path('events'))}/*/{glob.escape(beginning)}*.jsonl*")
+    found = sorted({os.path.basename(path).partition(".jsonl")[0] for path in paths})
+    if len(found) > 1 and beginning not in found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
         raise CommandError(f"{len(found)} sessions begin with {beginning!r}: {shown}; write more of the id")
-    return found[0] if found else beginning
+    return found[0] if len(found) == 1 else beginning
 
 
 def command_demo(args: argparse.Namespace) -> int:
-    """Play a made-up day into the running monitor, or take it out again."""
+    """Play a made-up working day into the running monitor, or take it out again."""
     settings = settings_of(args)
     about = needed_monitor(settings)
+    if args.remove or ask_monitor(settings, about, "/api/status")["demo"]:
+        # Two of them would look like one that repeats itself.
+        sessions = ask_monitor(settings, about, "/api/sessions?hidden=1")["sessions"]
+        demo = [session["sessionId"] for session in sessions if session["demo"]]
+        for session_id in demo:
+            given = {"type": "delete_session", "sessionId": session_id}
+            ask_monitor(settings, about, "/api/message", given)
+        print(f"{len(demo)} demo sessions removed")
     if args.remove:
-        return remove_demo(settings, about)
-    if ask_monitor(settings, about, "/api/status")["demo"]:
-        remove_demo(settings, about)  # two of them would look like one that repeats itself
-    begin = now_ms()
-    sent = 0
+        return 0
+    begin, on_terminal = now_ms(), sys.stderr.isatty()
     with EventSender(about["socketPath"]) as sender:
-        for timestamp, event in demo_day(begin, args.live):
+        for sent, (timestamp, event) in enumerate(demo_day(begin, args.live), 1):
             wait_s = (timestamp - now_ms()) / 1000
             if wait_s > 0:
-                tell_demo_progress(sent, (timestamp - begin) // 1000)
+                if on_terminal:
+                    live_s = (timestamp - begin) // 1000
+                    words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
+                    print(words, end="", file=sys.stderr)
                 time.sleep(wait_s)
             sender.send([event])
-            sent += 1
-    if sys.stderr.isatty():
+    if on_terminal:
         print(file=sys.stderr)
     print(f"{sent} demo events sent; `demo --remove` takes them out again")
     return 0
-
-
-def tell_demo_progress(sent: int, live_s: int) -> None:
-    """Say on a terminal, in the same line each time, how far the demo is."""
-    if sys.stderr.isatty():
-        words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
-        print(words, end="", file=sys.stderr)
-
-
-def remove_demo(settings: Settings, about: JsonObject) -> int:
-    """Delete the sessions that the demo made."""
-    connection = MonitorConnection(settings, about)
-    connection.send({"type": "set_show_hidden", "showHidden": True})
-    sessions = connection.wait_for("sessions")["sessions"]
-    demo = [session["sessionId"] for session in sessions if session["demo"]]
-    connection.send({"type": "subscribe", "view": "rows", "sessionIds": ["-"]})
-    for session_id in demo:
-        connection.send({"type": "delete_session", "sessionId": session_id})
-        connection.wait_for("session_deleted")
-    connection.close()
-    print(f"{len(demo)} demo sessions removed")
-    return 0
-
-
-# The parser
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -11948,23 +8328,6 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"contextuate: error: {message}; `{self.prog} --help` tells more\n")
 
 
-class CommandOption(NamedTuple):
-    """One option or argument of a command, as `add_argument` takes it."""
-
-    names: tuple[str, ...]
-    about: Mapping[str, Any]
-
-
-def option(*names: str, **about: Any) -> CommandOption:
-    """Describe an option or an argument."""
-    return CommandOption(names, about)
-
-
-def switch(name: str, words: str) -> CommandOption:
-    """Describe an option without a value."""
-    return option(name, action="store_true", help=words)
-
-
 def moment_ms(text: str) -> int:
     """Parse milliseconds since the epoch, or a date or time in ISO form (local time)."""
     if re.fullmatch(r"\d{10,16}", text):
@@ -11972,109 +8335,85 @@ def moment_ms(text: str) -> int:
     for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         with contextlib.suppress(ValueError):
             return int(time.mktime(time.strptime(text, form)) * 1000)
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is no time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
-    )
+    advice = "write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
+    raise argparse.ArgumentTypeError(f"{text!r} is no time; {advice}")
 
 
-def seconds(text: str) -> float:
-    """Parse a length of time."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < 1e9:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text}")
+def _number(pattern: str, kind: type[float], words: str, text: str) -> float:
+    if not re.fullmatch(pattern, text):
+        raise argparse.ArgumentTypeError(f"expected {words}, got {text}")
+    return kind(text)
 
 
-def at_least_one(text: str) -> int:
-    """Parse a number of things."""
-    if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
-    return int(text)
+_seconds = functools.partial(_number, r"\d{1,9}(\.\d*)?", float, "a number of seconds")
+_at_least_one = functools.partial(_number, r"0*[1-9]\d{0,8}", int, "an integer of at least 1")
+Option = tuple[str, dict[str, Any]]  # a name, and what `add_argument` takes for it
 
 
-_CONFIG = option(
-    "--config", metavar="FILE", help="configuration file (default ~/.contextuate/monitor.config.json)"
-)
+def _option(name: str, words: str, **about: Any) -> Option:
+    return name, {"help": words, **about}
+
+
+_switch = functools.partial(_option, action="store_true")
+# fmt: off
+_CONFIG = _option("--config", "configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE")
 _SERVING = (
-    option("--port", type=int, help="port of the page (default 3847, 0: any free one)"),
-    option("--ws-port", type=int, help="port of the live connection (default 3848, 0: any free one)"),
-    option("--host", help="address to listen on (default 127.0.0.1)"),
-    switch("--foreground", "stay in the foreground and log to the terminal"),
-    switch("--no-open", "do not open a browser"),
-    option("--report-fd", type=int, help=argparse.SUPPRESS),
+    _option("--port", "port of the page (default 3847, 0: any free one)", type=int),
+    _option("--ws-port", "port of the live connection (default 3848, 0: any free one)", type=int),
+    _option("--host", "address to listen on (default 127.0.0.1)"),
+    _switch("--foreground", "stay in the foreground and log to the terminal"),
+    _switch("--no-open", "do not open a browser"),
+    _option("--report-fd", argparse.SUPPRESS, type=int),
 )
 _INSTALLING = (
-    option("--project", nargs="?", const=".", metavar="DIR",
-           help="in the settings of one project (default: of the user)"),
-    switch("--dry-run", "show what would change, and change nothing"),
-)  # fmt: skip
-_TYPE = option("--type", help="only this hook or event type, such as PreToolUse or tool_error")
-_MACHINE = option("--machine", help="only this machine")
-_FILTERS = (
-    option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
-    _MACHINE,
-    option("--tool", help="only this tool, such as Bash"),
-    _TYPE,
-    option("--state", choices=SESSION_STATES, help="only sessions that are so now"),
-    option(
-        "--from",
-        dest="start",
-        type=moment_ms,
-        metavar="TIME",
-        help="from then on: 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch",
-    ),
-    option("--to", dest="end", type=moment_ms, metavar="TIME", help="before that time"),
+    _option("--project", "in the settings of one project (default: of the user)", nargs="?", const=".",
+           metavar="DIR"),
+    _switch("--dry-run", "show what would change, and change nothing"),
 )
-_JSON = switch("--json", "for programs: as JSON")
-_JSON_LINES = switch("--json", "for programs: one JSON object a line")
+_SESSION = _option("--session", "only this session (the id's beginning is enough)", metavar="ID")
+_MACHINE = _option("--machine", "only this machine")
+_TYPE = _option("--type", "only this hook or event type, such as PreToolUse or tool_error")
+_FILTERS = (
+    _SESSION, _MACHINE, _TYPE,
+    _option("--tool", "only this tool, such as Bash"),
+    _option("--state", "only sessions that are so now", choices=SESSION_STATES),
+    _option("--from", "from 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch on",
+           dest="start", type=moment_ms, metavar="TIME"),
+    _option("--to", "before that time", dest="end", type=moment_ms, metavar="TIME"),
+)
+_JSON = _switch("--json", "for programs: as JSON")
+_JSON_LINES = _switch("--json", "for programs: one JSON object a line")
 
-
-class Command(NamedTuple):
-    """One command: its name, what carries it out, what `--help` says of it, and its options."""
-
-    name: str
-    function: Callable[[argparse.Namespace], int]
-    words: str
-    options: tuple[CommandOption, ...] = ()
-
-
-COMMANDS = (
-    Command("start", command_start, "start the monitor in the background and print the page's address",
-            _SERVING),
-    Command("stop", command_stop, "stop the monitor"),
-    Command("restart", command_restart, "stop the monitor and start it again", _SERVING),
-    Command("status", command_status, "tell how the monitor is", (_JSON,)),
-    Command("url", command_url, "print the page's address", (
-        switch("--token", "with the token, for another user or another machine"),)),
-    Command("install", command_install, "register the hook in Claude Code's settings", _INSTALLING),
-    Command("uninstall", command_uninstall, "take the hook out of Claude Code's settings", _INSTALLING),
-    Command("sessions", command_sessions, "list sessions, those that need you first", (
-        switch("--all", "ended and hidden ones too"), _JSON)),
-    Command("tail", command_tail, "print events as they happen", (
-        option("--session", metavar="ID", help="only this session (the id's beginning is enough)"),
-        _MACHINE, _TYPE, _JSON_LINES)),
-    Command("search", command_search, "find stored events, newest first", (
-        option("words", nargs="*", help='words, begin* or "words in a row" that must all occur'),
-        *_FILTERS,
-        option("--limit", type=at_least_one, default=50, help="at most so many (default 50)"),
-        _JSON_LINES)),
-    Command("export", command_export, "write stored events as NDJSON, or tool calls as CSV", (
-        option("words", nargs="*", help="only events that hold these words, as in `search`"),
-        option("--format", choices=tuple(EXPORT_FORMS), default="ndjson", help="csv: one row a tool call"),
-        *_FILTERS,
-        option("--output", metavar="FILE", help="write there (default: standard output)"))),
-    Command("import", command_import, "take in transcripts of Claude Code and exports of monitors", (
-        option("paths", nargs="*", metavar="PATH",
-               help="files or directories (default: every transcript of Claude Code)"),)),
-    Command("prune", command_prune, "delete events that are too old or too much for the configuration", (
-        switch("--dry-run", "tell what would go, and delete nothing"),)),
-    Command("doctor", command_doctor, "examine the whole chain and say what to do", (_JSON,)),
-    Command("test-event", command_test_event, "send one event through the hook and tell what happened"),
-    Command("demo", command_demo, "play a made-up working day into the running monitor", (
-        option("--live", type=seconds, default=300, metavar="SECONDS",
-               help="how long it goes on (default 300); 0: the past only"),
-        switch("--remove", "take the demo's sessions out again"))),
-)  # fmt: skip
+# In the order of `--help`, which takes the name from the function and the words from its docstring.
+COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
+    command_start: _SERVING,
+    command_stop: (),
+    command_restart: _SERVING,
+    command_status: (_JSON,),
+    command_url: (_switch("--token", "with the token, for another user or another machine"),),
+    command_install: _INSTALLING,
+    command_uninstall: _INSTALLING,
+    command_sessions: (_switch("--all", "ended and hidden ones too"), _JSON),
+    command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
+    command_search: (
+        _option("words", 'words, begin* or "words in a row" that must all occur', nargs="*"), *_FILTERS,
+        _option("--limit", "at most so many (default 50)", type=_at_least_one, default=50), _JSON_LINES),
+    command_export: (
+        _option("words", "only events that hold these words, as in `search`", nargs="*"), *_FILTERS,
+        _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMS), default="ndjson"),
+        _option("--output", "write there (default: standard output)", metavar="FILE")),
+    command_import: (
+        _option("paths", "files or directories (default: every transcript of Claude Code)", nargs="*",
+               metavar="PATH"),),
+    command_prune: (_switch("--dry-run", "print what would go, and delete nothing"),),
+    command_doctor: (_JSON,),
+    command_test_event: (),
+    command_demo: (
+        _option("--live", "how long it goes on (default 300); 0: the past only", type=_seconds, default=300,
+               metavar="SECONDS"),
+        _switch("--remove", "take the demo's sessions out again")),
+}
+# fmt: on
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -12086,11 +8425,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, function, words, options in COMMANDS:
-        command = commands.add_parser(name, help=words, description=f"{words[0].upper()}{words[1:]}.")
+    for function, options in COMMANDS.items():
+        name = function.__name__.removeprefix("command_").replace("_", "-")
+        words = str(function.__doc__).splitlines()[0]
+        command = commands.add_parser(name, help=f"{words[0].lower()}{words[1:-1]}", description=words)
         command.set_defaults(function=function)
-        for names, about in (_CONFIG, *options):
-            command.add_argument(*names, **about)
+        for option_name, about in (_CONFIG, *options):
+            command.add_argument(option_name, **about)
     return parser
 
 

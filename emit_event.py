@@ -71,7 +71,7 @@ def run_hook() -> None:
 
 
 def debugging() -> bool:
-    """Tell whether CONTEXTUATE_DEBUG asks for words on standard error."""
+    """True when CONTEXTUATE_DEBUG asks for notes on standard error."""
     return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
@@ -132,10 +132,8 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory and the configuration file's path (CONTEXTUATE_HOME, CONTEXTUATE_CONFIG).
-
-    An installed hook belongs to the directory that it is installed in.
-    """
+    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
+    # An installed hook belongs to the directory that it is installed in.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
@@ -152,9 +150,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path) without parsing JSON where a derived file for this very configuration
-    exists.
-    """
+    """Return (mode, socket path); a derived file for this very configuration spares parsing JSON."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -236,18 +232,11 @@ def send(socket_path: str, line: bytes, deadline: float) -> str:
 
 
 def peer_uid(connection: "Any") -> int:
-    """Return the user id of a Unix socket's other end (SO_PEERCRED, on macOS LOCAL_PEERCRED).
-
-    -1 if unknown.
-    """
-    if sys.platform == "linux":
-        credentials = connection.getsockopt(
-            1, 17, 12
-        )  # SOL_SOCKET, SO_PEERCRED: struct ucred {pid, uid, gid}
-    else:
-        credentials = connection.getsockopt(
-            0, 1, 76
-        )  # SOL_LOCAL, LOCAL_PEERCRED: struct xucred {version, uid, …}
+    """Return the user id of a Unix socket's other end; -1 if unknown."""
+    if sys.platform == "linux":  # SOL_SOCKET, SO_PEERCRED: struct ucred {pid, uid, gid}
+        credentials = connection.getsockopt(1, 17, 12)
+    else:  # macOS SOL_LOCAL, LOCAL_PEERCRED: struct xucred {version, uid, …}
+        credentials = connection.getsockopt(0, 1, 76)
     return int.from_bytes(credentials[4:8], sys.byteorder) if len(credentials) >= 8 else -1
 
 
@@ -381,24 +370,20 @@ if __name__ == "__main__":
 
 # --- end of the hot path ---
 
-import codecs  # noqa: E402
 import collections  # noqa: E402 - the hot path above must not pay for these
 import contextlib  # noqa: E402
-import dataclasses  # noqa: E402
 import difflib  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
 import inspect  # noqa: E402
-import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
-import socket  # noqa: E402
 import stat  # noqa: E402
 import threading  # noqa: E402
 import urllib.parse  # noqa: E402
@@ -430,6 +415,8 @@ HOT_PATH_END = "# --- end of the hot path ---\n"
 # Every file of ours is for this user only, never written through a link, and replaced whole or appended to.
 # ---------------------------------------------------------------------------
 
+EMIT_LOG_LIMIT_BYTES = 256 << 10
+
 
 def now_ms() -> int:
     """Return the time in milliseconds since the epoch."""
@@ -437,13 +424,13 @@ def now_ms() -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a number in JSON; for Python, true and false are numbers too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """True for a number in JSON; for Python, true and false are numbers too."""
+    return type(value) in (int, float)
 
 
 def is_integer(value: Any) -> bool:
-    """Tell whether a value is an integer in JSON."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for an integer in JSON."""
+    return type(value) is int
 
 
 def make_private_directory(path: str) -> None:
@@ -482,9 +469,6 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-EMIT_LOG_LIMIT_BYTES = 256 << 10
-
-
 def log_failure(reason: str) -> None:
     """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
@@ -499,13 +483,14 @@ def log_failure(reason: str) -> None:
 # Knows: what every key must look like. Does not know: what the values are used for.
 # ---------------------------------------------------------------------------
 
+PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
+
 
 class ConfigError(Exception):
     """A configuration that cannot be used; the message names file, key and what was expected."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One configuration key: its default, a check, and the check in words."""
 
     default: Any
@@ -513,36 +498,40 @@ class Key:
     accepts: Callable[[Any], bool]
 
 
-def _integer(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: is_integer(value) and low <= value <= high
-
-
-def _one_of(*choices: str) -> Callable[[Any], bool]:
-    return lambda value: value in choices
-
-
 def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(_text(name) for name in value)
 
 
 def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
+    """Describe an integer; `null` says what null means where it is allowed."""
+    expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
+    return Key(
+        default,
+        expected,
+        lambda value: (value is None and null != "") or (is_integer(value) and low <= value <= high),
+    )
+
+
+def _one_of(*choices: str) -> Callable[[Any], bool]:
+    return lambda value: value in choices
+
+
+def _flag(default: bool) -> Key:
+    return Key(default, "true or false", lambda value: isinstance(value, bool))
+
+
+def _optional_text(what: str) -> Key:
+    return Key(None, f"null or {what}", _optional(_text))
+
+
 def _redis_url(value: Any) -> bool:
-    """Tell whether an address means what it looks like; a "/" or "#" in a password would end it early."""
-    if not _text(value):
-        return False
+    """True when an address means what it looks like; a "/" or "#" in a password would end it early."""
     try:
-        parts = urllib.parse.urlsplit(value)
+        parts = urllib.parse.urlsplit(value if _text(value) else "")
         port_is_good = parts.port is None or parts.port > 0
     except ValueError:
         return False
@@ -552,26 +541,17 @@ def _redis_url(value: Any) -> bool:
     return parts.scheme in ("redis", "rediss") and port_is_good and path_is_good and not parts.fragment
 
 
-PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
-
-
 def _prices(value: Any) -> bool:
-    return isinstance(value, dict) and all(_text(name) and _price(price) for name, price in value.items())
-
-
-def _price(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and {"input", "output"} <= set(value) <= set(PRICE_NAMES)
-        and all(_amount(amount) for amount in value.values())
+    return isinstance(value, dict) and all(
+        _text(name)
+        and isinstance(price, dict)
+        and {"input", "output"} <= price.keys() <= set(PRICE_NAMES)
+        and all(is_number(amount) and 0 <= amount <= 1e6 for amount in price.values())
+        for name, price in value.items()
     )
 
 
-def _amount(value: Any) -> bool:
-    return is_number(value) and 0 <= value <= 1e6
-
-
-KEYS: "dict[str, Key]" = {
+KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
     "socketPath": Key(
         DEFAULT_SOCKET_PATH,
@@ -579,9 +559,11 @@ KEYS: "dict[str, Key]" = {
         lambda value: _text(value) and value.startswith("/") and len(os.fsencode(value)) <= 100,
     ),
     "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
-    "server.port": Key(3847, "an integer from 0 (any free port) to 65535", _integer(0, 65535)),
-    "server.wsPort": Key(3848, "an integer from 0 (any free port) to 65535", _integer(0, 65535)),
-    "server.allowedHosts": Key([], "a list of host names", _names),
+    "server.port": _integer(3847, 0, 65535, about_low=" (any free port)"),
+    "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
+    "server.allowedHosts": Key(
+        [], "a list of host names", lambda value: isinstance(value, list) and all(map(_text, value))
+    ),
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
     "redis.url": Key(
         None,
@@ -590,45 +572,34 @@ KEYS: "dict[str, Key]" = {
         _optional(_redis_url),
     ),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
-    "redis.port": Key(6379, "an integer from 1 to 65535", _integer(1, 65535)),
-    "redis.username": Key(None, "null or a user name", _optional(_text)),
-    "redis.password": Key(None, "null or a string", _optional(_text)),
-    "redis.db": Key(0, "an integer from 0 to 65535", _integer(0, 65535)),
+    "redis.port": _integer(6379, 1, 65535),
+    "redis.username": _optional_text("a user name"),
+    "redis.password": _optional_text("a string"),
+    "redis.db": _integer(0, 0, 65535),
     "redis.channel": Key(
         "contextuate:events",
         "a name of at most 200 characters",
         lambda value: _text(value) and len(value) <= 200,
     ),
-    "redis.tls": Key(False, "true or false", _flag),
-    "redis.verify": Key(True, "true or false", _flag),
-    "redis.caFile": Key(None, "null or a path", _optional(_text)),
-    "redis.certFile": Key(None, "null or a path", _optional(_text)),
-    "redis.keyFile": Key(None, "null or a path", _optional(_text)),
-    "redis.streamMaxLength": Key(
-        10_000, "an integer from 0 (no stream) to 10000000", _integer(0, 10_000_000)
-    ),
-    "redis.maxRetries": Key(
-        10, "an integer from 1 to 1000000, or null (for ever)", _optional(_integer(1, 1_000_000))
-    ),
-    "persistence.enabled": Key(True, "true or false", _flag),
+    "redis.tls": _flag(False),
+    "redis.verify": _flag(True),
+    "redis.caFile": _optional_text("a path"),
+    "redis.certFile": _optional_text("a path"),
+    "redis.keyFile": _optional_text("a path"),
+    "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
+    "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
+    "persistence.enabled": _flag(True),
     "persistence.type": Key(
         "file", '"file" (events are kept in plain files; nothing else is offered)', _one_of("file")
     ),
-    "limits.fieldBytes": Key(1 << 20, "an integer from 1024 to 8388608", _integer(1024, 8 << 20)),
-    "limits.connections": Key(256, "an integer from 1 to 10000", _integer(1, 10_000)),
-    "limits.clientQueueBytes": Key(1 << 20, "an integer from 65536 to 67108864", _integer(1 << 16, 64 << 20)),
-    "sessions.quietSeconds": Key(120, "an integer from 5 to 86400", _integer(5, 86_400)),
-    "sessions.endedHours": Key(12, "an integer from 1 to 720", _integer(1, 720)),
-    "retention.days": Key(
-        30, "an integer from 1 to 36500, or null (for ever)", _optional(_integer(1, 36_500))
-    ),
-    "retention.maxMegabytes": Key(
-        2048, "an integer from 16 to 1000000000, or null (no limit)", _optional(_integer(16, 10**9))
-    ),
-    "retention.compressAfterDays": Key(
-        None, "an integer from 1 to 36500, or null (never)", _optional(_integer(1, 36_500))
-    ),
-    "privacy.redact": Key(True, "true or false", _flag),
+    "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
+    "limits.connections": _integer(256, 1, 10_000),
+    "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
+    "sessions.quietSeconds": _integer(120, 5, 86_400),
+    "sessions.endedHours": _integer(12, 1, 720),
+    "retention.days": _integer(30, 1, 36_500, "for ever"),
+    "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
+    "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
     "prices": Key(
         {},
@@ -637,7 +608,7 @@ KEYS: "dict[str, Key]" = {
         _prices,
     ),
 }
-
+NO_LONGER_USED = ("retention.compressAfterDays",)
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
@@ -647,10 +618,7 @@ _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
 
 def parse_relaxed_json(text: str) -> Any:
-    """Parse JSON that may hold `//`, `#` and `/* */` comments and trailing commas.
-
-    Raise ValueError with the line.
-    """
+    """Parse JSON with `//`, `#` and `/* */` comments and trailing commas; raise ValueError with the line."""
 
     def blank(match: "re.Match[str]") -> str:
         token = match.group()
@@ -666,13 +634,30 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
     Raises ConfigError for what cannot be used.
     """
     given, readable_by_others = _read_config(path)
-    told = dict(_flatten(given, path))
-    values = default_values()
-    values.update((name, _checked(name, value, path)) for name, value in told.items() if name in KEYS)
-    warnings = [_unknown_key(name, path) for name in told if name not in KEYS]
-    if values["mode"] == "redis" and "limits.fieldBytes" not in told:
+    values, warnings = default_values(), []
+    said: JsonObject = {}
+    for name, value in given.items():
+        if not any(key.startswith(name + ".") for key in KEYS):
+            said[name] = value
+        elif isinstance(value, dict):
+            said.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
+        else:
+            raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
+    for name, value in said.items():
+        if name in NO_LONGER_USED:
+            warnings.append(f"{path}: {name} is no longer used; remove it")
+        elif name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
+        elif KEYS[name].accepts(value):
+            values[name] = value
+        else:
+            shown = "something else" if name in SECRET_KEYS else _shown(value)
+            raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
+    if values["mode"] == "redis" and "limits.fieldBytes" not in said:
         values["limits.fieldBytes"] = REDIS_FIELD_BYTES
-    if values["redis.tls"] is False and any(told.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+    if values["redis.tls"] is False and any(said.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
         warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
@@ -690,43 +675,16 @@ def _read_config(path: str) -> "tuple[JsonObject, bool]":
         with open(path, encoding="utf-8") as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
+        given = parse_relaxed_json(text) if text.strip() else {}
     except FileNotFoundError:
         return {}, False
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        given = parse_relaxed_json(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path}: expected one JSON object, got {_shown(given)}")
     return given, readable_by_others
-
-
-def _checked(name: str, value: Any, path: str) -> Any:
-    """Return the value of a key; raise ConfigError when it is not what the key takes."""
-    if KEYS[name].accepts(value):
-        return value
-    shown = "something else" if name in SECRET_KEYS else _shown(value)
-    raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
-
-
-def _unknown_key(name: str, path: str) -> str:
-    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{path}: {name}: unknown key, ignored{hint}"
-
-
-def _flatten(given: JsonObject, path: str) -> "Iterator[tuple[str, Any]]":
-    sections = {name.partition(".")[0] for name in KEYS if "." in name}
-    for name, value in given.items():
-        if name in sections:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
-            for inner, inner_value in value.items():
-                yield f"{name}.{inner}", inner_value
-        else:
-            yield name, value
 
 
 def _shown(value: Any) -> str:
@@ -743,8 +701,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
     try:
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
-    except ConfigError as error:
-        # Not remembered either, so that every call complains until it is mended.
+    except ConfigError as error:  # not remembered either, so that every call complains until it is mended
         with contextlib.suppress(OSError):
             log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
@@ -763,62 +720,36 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
 # ---------------------------------------------------------------------------
 
 EVENT_TYPES = {
-    "SessionStart": "session_start",
-    "SessionEnd": "session_end",
-    "UserPromptSubmit": "user_prompt",
-    "PreToolUse": "tool_call",
-    "PostToolUse": "tool_result",
-    "PostToolUseFailure": "tool_error",
-    "SubagentStart": "subagent_start",
-    "SubagentStop": "subagent_stop",
-    "Stop": "turn_end",
-    "StopFailure": "turn_error",
-    "Notification": "notification",
-    "PermissionRequest": "permission_request",
-    "PermissionDenied": "permission_denied",
-    "Elicitation": "elicitation",
-    "ElicitationResult": "elicitation_result",
-    "PreCompact": "pre_compact",
-    "PostCompact": "post_compact",
-    "TaskCreated": "task_created",
-    "TaskCompleted": "task_completed",
-    "Monitor": "session_meta",
-}
+    "SessionStart": "session_start", "SessionEnd": "session_end", "UserPromptSubmit": "user_prompt",
+    "PreToolUse": "tool_call", "PostToolUse": "tool_result", "PostToolUseFailure": "tool_error",
+    "SubagentStart": "subagent_start", "SubagentStop": "subagent_stop",
+    "Stop": "turn_end", "StopFailure": "turn_error", "Notification": "notification",
+    "PermissionRequest": "permission_request", "PermissionDenied": "permission_denied",
+    "Elicitation": "elicitation", "ElicitationResult": "elicitation_result",
+    "PreCompact": "pre_compact", "PostCompact": "post_compact",
+    "TaskCreated": "task_created", "TaskCompleted": "task_completed", "Monitor": "session_meta",
+}  # fmt: skip
 
 # Payload field → name in `data`. Where two lead to one name the first present wins, the other keeps its own.
 DATA_NAMES = {
-    "tool_name": "toolName",
-    "tool_input": "toolInput",
-    "tool_response": "toolOutput",
-    "tool_output": "toolOutput",
-    "tool_use_id": "toolUseId",
-    "message": "message",
-    "prompt": "message",
-    "error": "error",
-    "model": "model",
-    "transcript_path": "transcriptPath",
-    "duration_ms": "durationMs",
-    "permission_mode": "permissionMode",
-    "source": "source",
-    "reason": "reason",
+    "tool_name": "toolName", "tool_input": "toolInput", "tool_use_id": "toolUseId",
+    "tool_response": "toolOutput", "tool_output": "toolOutput",
+    "message": "message", "prompt": "message", "last_assistant_message": "assistantResponse",
+    "error": "error", "model": "model", "source": "source", "reason": "reason",
+    "transcript_path": "transcriptPath", "duration_ms": "durationMs", "permission_mode": "permissionMode",
     "notification_type": "notificationType",
-    "last_assistant_message": "assistantResponse",
-}
+}  # fmt: skip
 
-_WRAPPER_FIELDS = (
-    "id",
-    "timestamp",
-    "sessionId",
-    "machineId",
-    "cwd",
-    "parentSessionId",
-    "pid",
-    "hook",
-    "seq",
-    "received",
-)
-# Of an event, not of the wrapper around a payload: where one says so all the same, it is content.
-_TOLD_BY_HOOK = ("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data")
+# What a payload says about its event; a value that does not fit there is content.
+_ABOUT_EVENT = {
+    "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
+    "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
+}  # fmt: skip
+# None: not in `data`
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_ABOUT_EVENT, "hook_event_name"))}
+# Of an event, not of the wrapper around a payload: where one has it all the same, it is content.
+_SAID_BY_HOOK = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
+_NOT_OF_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
 _ID_LIMIT = 256
 
 
@@ -827,7 +758,8 @@ class MalformedEvent(ValueError):
 
 
 _parse_json = json.JSONDecoder(parse_constant=str).raw_decode
-_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
+_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), allow_nan=False, check_circular=False)
+_to_json, _to_plain_json = _encoder().encode, _encoder(ensure_ascii=False).encode
 
 
 def parse_event_line(line: bytes) -> JsonObject:
@@ -836,16 +768,15 @@ def parse_event_line(line: bytes) -> JsonObject:
     Bytes that are not UTF-8 are replaced, NaN and infinities become strings: the event is kept all the same.
     """
     try:
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError:
-            text = line.decode("utf-8", "replace")
+        text = line.decode("utf-8", "replace")
         try:
             value, end = _parse_json(text)
-            if text[end:].strip(" \t\r\n"):
+            if end < len(text) and text[end:].strip(" \t\r\n"):
                 raise ValueError("Extra data")
         except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
-            value = json.loads(text, parse_constant=str, parse_int=_int_or_text)
+            value = json.loads(
+                text, parse_constant=str, parse_int=lambda digits: digits if digits[4000:] else int(digits)
+            )
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
     except ValueError as error:
@@ -855,12 +786,8 @@ def parse_event_line(line: bytes) -> JsonObject:
     return value
 
 
-def _int_or_text(digits: str) -> Any:
-    return int(digits) if len(digits) <= 4000 else digits
-
-
 def is_json_object(data: bytes) -> bool:
-    """Tell whether `data` is one whole JSON object."""
+    """True if `data` is one whole JSON object."""
     try:
         parse_event_line(data)
     except MalformedEvent:
@@ -892,72 +819,94 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     `received_ms` and `machine_id` fill in for what the sender did not say. Never raises on wrong types: a
     value that does not fit its place is kept in `data`.
     """
-    hook = given.get("hook")
-    is_event = isinstance(given.get("eventType"), str)
-    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not is_event:
+    hook, event_type = given.get("hook"), given.get("eventType")
+    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
         return _event_from_hook(hook, given, received_ms, machine_id)
     if isinstance(given.get("hook_event_name"), str):
         return _event_from_hook(given, {}, received_ms, machine_id)
-    if is_event:
-        return _event_from_event(given, received_ms, machine_id)
-    return _envelope({}, received_ms, machine_id, "", "message", dict(given))
+    if isinstance(event_type, str):
+        return _event_from_event(dict(given), received_ms, machine_id)
+    return _event({}, received_ms, machine_id, "", "message", dict(given))
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    data = _hook_data(hook)
-    envelope = {
-        "id": wrapper.get("id"),
-        "timestamp": wrapper.get("timestamp"),
-        "sessionId": hook["session_id"] if _is_id(hook.get("session_id")) else wrapper.get("sessionId"),
-        "machineId": wrapper.get("machineId"),
-        "workingDirectory": hook["cwd"] if _is_text(hook.get("cwd")) else wrapper.get("cwd"),
-        "agentId": hook.get("agent_id"),
-        "parentSessionId": wrapper.get("parentSessionId"),
-        "pid": wrapper.get("pid"),
-    }
-    for name, value in wrapper.items():
-        if name in _TOLD_BY_HOOK:
-            _keep(data, name, value)
-        elif name not in _WRAPPER_FIELDS:
-            envelope[name] = value
-    for field, check in _HOOK_CHECKS.items():
-        if field in hook and not check(hook[field]):
-            _keep(data, field, hook[field])
-    if _is_id(hook.get("agent_id")) and _is_text(hook.get("agent_type")):
-        envelope["agentType"] = hook["agent_type"]
-    elif "agent_type" in hook:
-        _keep(data, "agent_type", hook["agent_type"])  # the main thread of an `--agent` session
-    hook_type = hook["hook_event_name"] if _is_text(hook.get("hook_event_name")) else ""
-    event_type = EVENT_TYPES.get(hook_type, "message")
-    return _envelope(envelope, received_ms, machine_id, hook_type, event_type, data)
-
-
-def _hook_data(hook: JsonObject) -> JsonObject:
-    """Return the fields of a payload that belong into `data`, under their names there."""
     data: JsonObject = {}
-    for field, new_name in DATA_NAMES.items():
-        if field in hook:
-            _keep(data, field if new_name in data else new_name, hook[field])
     for field, value in hook.items():
-        if field not in DATA_NAMES and field not in _HOOK_CHECKS and field != "agent_type":
-            _keep(data, field, value)
+        place = _PLACES.get(field, field)
+        if place in data:
+            data = _data_of_clashing(hook)
+            break
+        if place is not None:
+            data[place] = value
+    about: JsonObject = {}
+    for name, value in wrapper.items():
+        if name in _SAID_BY_HOOK:
+            _keep(data, name, value)
+        elif name not in _NOT_OF_WRAPPER:
+            about["workingDirectory" if name == "cwd" else name] = value
+    for field, name in _ABOUT_EVENT.items():
+        if field in hook:
+            value = hook[field]
+            if _EVENT_CHECKS[name](value) and (name != "agentType" or "agentId" in about):
+                about[name] = value
+            else:
+                _keep(data, field, value)
+    hook_type = hook.get("hook_event_name")
+    if not isinstance(hook_type, str):
+        if hook_type is not None:
+            _keep(data, "hook_event_name", hook_type)
+        hook_type = ""
+    return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+
+
+def _data_of_clashing(hook: JsonObject) -> JsonObject:
+    """Return the `data` of a payload of which two fields lead to one name: the first in DATA_NAMES has it."""
+    data: JsonObject = {}
+    for field in (*DATA_NAMES, *(field for field in hook if field not in _PLACES)):
+        if field in hook:
+            name = DATA_NAMES.get(field, field)
+            _keep(data, field if name in data else name, hook[field])
     return data
 
 
-def _event_from_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    rest = dict(given)
-    content = rest.pop("data", None)
+def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
+    content, hook_type, event_type = rest.pop("data", None), rest.pop("hookType", ""), rest.pop("eventType")
     data = dict(content) if isinstance(content, dict) else {} if content is None else {"data": content}
     if "tool_output" in data and "toolOutput" not in data:
         data["toolOutput"] = data.pop("tool_output")
-    hook_type = rest.pop("hookType", "")
     if not isinstance(hook_type, str):
         _keep(data, "hookType", hook_type)
         hook_type = ""
     for assigned in ("seq", "received"):
-        rest.pop(assigned, None)  # given anew by whoever stores it
-    event_type = rest.pop("eventType")
-    return _envelope(rest, received_ms, machine_id, hook_type, event_type, data)
+        rest.pop(assigned, None)
+    return _event(rest, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _event(
+    about: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
+) -> JsonObject:
+    """Put the fields of an event together; what has a wrong type moves into `data` under its own name."""
+    event: JsonObject = {
+        "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
+        "workingDirectory": "", "hookType": hook_type, "eventType": event_type,
+    }  # fmt: skip
+    for name, value in about.items():
+        check = _EVENT_CHECKS.get(name)
+        if check is None or check(value):
+            event[name] = value
+        elif value is not None:
+            _keep(data, name, value)
+    event["id"] = event["id"] or str(uuid.uuid4())
+    event["timestamp"] = int(event["timestamp"])
+    event["data"] = data
+    return event
+
+
+def _keep(data: JsonObject, name: str, value: Any) -> None:
+    """Put a value into `data` under its name, or one like it where the name is taken."""
+    while name in data:
+        name += "_"
+    data[name] = value
 
 
 def _is_text(value: Any) -> bool:
@@ -968,100 +917,36 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _ID_LIMIT
 
 
-def _is_time(value: Any) -> bool:
-    return is_number(value) and 0 < value < 1e14
-
-
 def _is_pid(value: Any) -> bool:
-    return is_integer(value) and 0 < value < 1 << 31
+    return type(value) is int and 0 < value < 1 << 31
 
 
-# What a payload says about itself, beside agent_type; a value of another type is kept in `data`.
-_HOOK_CHECKS: "dict[str, Callable[[Any], bool]]" = {
-    "session_id": _is_id,
-    "cwd": _is_text,
-    "agent_id": _is_id,
-    "hook_event_name": _optional(_is_text),
-}
-_ENVELOPE_CHECKS: "dict[str, Callable[[Any], bool]]" = {
-    "id": _is_id,
-    "timestamp": _is_time,
-    "sessionId": _is_id,
-    "machineId": _is_id,
-    "workingDirectory": _is_text,
-    "agentId": _is_id,
-    "agentType": _is_text,
-    "parentSessionId": _is_id,
-    "pid": _is_pid,
-}
-
-
-_EVENT_FIELDS = frozenset((*_ENVELOPE_CHECKS, "hookType", "eventType", "data", "demo"))
-
-
-def _keep(data: JsonObject, name: str, value: Any) -> None:
-    """Put a value into `data` under its name, or one like it where the name is taken."""
-    while name in data:
-        name += "_"
-    data[name] = value
-
-
-def _envelope(
-    given: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
-) -> JsonObject:
-    """Put the fields of the event in their order.
-
-    What has a wrong type moves into `data` under its own name.
-    """
-    good: JsonObject = {}
-    for name, value in given.items():
-        check = _ENVELOPE_CHECKS.get(name)
-        if value is None and check is not None:
-            continue
-        if check is None or check(value):
-            good[name] = value
-        else:
-            _keep(data, name, value)
-    event: JsonObject = {
-        "id": good.pop("id", None) or str(uuid.uuid4()),
-        "timestamp": int(good.pop("timestamp", received_ms)),
-        "sessionId": good.pop("sessionId", "unknown"),
-        "machineId": good.pop("machineId", machine_id),
-        "workingDirectory": good.pop("workingDirectory", ""),
-        "hookType": hook_type,
-        "eventType": event_type,
-    }
-    for name in ("agentId", "agentType", "parentSessionId", "pid"):
-        if name in good:
-            event[name] = good.pop(name)
-    event.update(good)
-    event["data"] = data
-    return event
-
-
-_REQUIRED_FIELDS = (
-    "id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data",
-)  # fmt: skip
+_EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
+    "sessionId": _is_id, "machineId": _is_id, "workingDirectory": _is_text,
+    "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
+}  # fmt: skip
+_REQUIRED_FIELDS = frozenset(
+    ("id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data")
+)
+_EVENT_FIELDS = _REQUIRED_FIELDS.union(_EVENT_CHECKS, ("demo",))
 
 
 def is_whole_event(event: JsonObject) -> bool:
-    """Tell whether every field of an event is there and of its type."""
-    for name in _REQUIRED_FIELDS:
-        if event.get(name) is None:
-            return False
-    for name, check in _ENVELOPE_CHECKS.items():
+    """True when every field of an event is there and of its type."""
+    for name, check in _EVENT_CHECKS.items():
         if name in event and not check(event[name]):
             return False
     return (
-        isinstance(event["hookType"], str)
-        and isinstance(event["eventType"], str)
+        event.keys() >= _REQUIRED_FIELDS
         and isinstance(event["data"], dict)
+        and type(event["hookType"]) is type(event["eventType"]) is str
     )
 
 
 def this_machine() -> str:
     """Return this machine's name: CONTEXTUATE_MACHINE_ID, else the host name."""
-    return os.environ.get("CONTEXTUATE_MACHINE_ID") or socket.gethostname() or "unknown"
+    return os.environ.get("CONTEXTUATE_MACHINE_ID") or os.uname().nodename or "unknown"
 
 
 # ---------------------------------------------------------------------------
@@ -1071,14 +956,14 @@ def this_machine() -> str:
 # ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class SecretShape:
+class SecretShape(NamedTuple):
     """One kind of secret: without `hint` in the text there is none, which is quickly seen.
 
     A hint that is in no harmless text spares the search: "ghp_", not "gh".
     A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
-    the text. Its group `secret`, or the whole match, is what gets replaced. `folded` ones are matched against
+    the text. It also matches where lines stand before and after the text. Its group `secret`, or the whole
+    match, is what gets replaced. `folded` ones are matched against
     the text in lower case. `is_secret` looks at what is around a match, where the shape alone says too
     little.
     """
@@ -1091,9 +976,7 @@ class SecretShape:
 
 
 # A value that only says where the secret is, or what type it has.
-_REFERENCE = re.compile(
-    r"\[redacted:|[$%<{]|(?:self|this|os|process|config|settings|env|args|e|t)\.[A-Za-z_]"
-)
+_REFERS = re.compile(r"\[redacted:|[$%<{]|(?:self|this|os|process|config|settings|env|args|e|t)\.[A-Za-z_]")
 _PLACEHOLDER = re.compile(
     r"(?:true|false|none|null|undefined|include|omit|same-origin|required|optional|string|number|boolean|object)$",
     re.I,
@@ -1104,14 +987,14 @@ _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 
 
 def _is_assigned_secret(text: str, match: "re.Match[str]") -> bool:
-    """Tell whether NAME=value, name: value or "name": "value" gives a secret away and is no code."""
+    """True if NAME=value, name: value or "name": "value" gives a secret away and is no code."""
     start = match.start()
     before, first = text[max(0, start - 1) : start], text[start]
     if first in "sStTcC" and before.isalnum() and not (before.islower() and first.isupper()):
         return False  # part of another word
     group = str(match.lastgroup)
     value = text[match.start(group) : match.end(group)]
-    if _REFERENCE.match(value) or _PLACEHOLDER.match(value):
+    if _REFERS.match(value) or _PLACEHOLDER.match(value):
         return False
     digits = sum(map(str.isdigit, value))
     if group == "quoted":
@@ -1122,7 +1005,6 @@ def _is_assigned_secret(text: str, match: "re.Match[str]") -> bool:
 
 
 def _is_bare_secret(text: str, match: "re.Match[str]", value: str, digits: int) -> bool:
-    """Tell the same of a value that stands without quotes."""
     named, operator = match.group("named"), match.group("operator")
     after = text[match.end() : match.end() + 1]
     if digits == len(value):
@@ -1141,9 +1023,9 @@ def _is_bare_secret(text: str, match: "re.Match[str]", value: str, digits: int) 
 
 
 def _is_authorization(text: str, match: "re.Match[str]") -> bool:
-    """Tell whether a value of `authorization` is one, and not code that makes it or prose on it."""
+    """True if a value of `authorization` is one, and not code that makes it or prose on it."""
     value = text[match.start("secret") : match.end("secret")]
-    return "(" not in value and not _REFERENCE.match(value) and not _IDENTIFIER.match(value)
+    return "(" not in value and not _REFERS.match(value) and not _IDENTIFIER.match(value)
 
 
 def _token(kind: str, hint: str, rest: str) -> SecretShape:
@@ -1181,16 +1063,13 @@ def _assigned(hint: str, rest: str = "") -> SecretShape:
 
 
 SECRET_SHAPES = (
-    SecretShape(
-        "private-key",
-        "PRIVATE KEY",
+    SecretShape("private-key", "PRIVATE KEY",
         # one whose end was cut off reaches to the end of the text
         re.compile(
             r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
             r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
             re.S,
-        ),
-    ),
+        )),
     _token("anthropic", "sk-ant-", r"[A-Za-z0-9_-]{20,}"),
     _token("openai", "sk-", r"(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
     *(_token("github", f"gh{letter}_", r"[A-Za-z0-9]{30,}") for letter in "pousr"),
@@ -1218,40 +1097,25 @@ SECRET_SHAPES = (
     _token("groq", "gsk_", r"[A-Za-z0-9]{40,}"),
     _token("xai", "xai-", r"[A-Za-z0-9]{60,}"),
     _token("sendgrid", "SG.", r"[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
-    SecretShape(
-        "jwt",
-        ".eyJ",
-        re.compile(r"eyJ(?<![\w-]eyJ)[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
-    ),
-    _folded(
-        "authorization",
-        "authorization",
+    SecretShape("jwt", ".eyJ",
+        re.compile(r"eyJ(?<![\w-]eyJ)[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}")),
+    _folded("authorization", "authorization",
         rf"(?<!\[redacted:authorization){_QUOTE}?\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?"
         r"(?:(?:bearer|basic|token|digest)\s{1,20})?(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
-        _is_authorization,
-    ),
+        _is_authorization),
     _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{20,})"),
-    _folded(
-        "cookie",
-        "cookie",
-        rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})",
-    ),
-    _folded(
-        "url-password",
-        "://",
-        r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@",
-    ),
+    _folded("cookie", "cookie",
+        rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
+    _folded("url-password", "://",
+        r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@"),
     *(_assigned(hint) for hint in ("password", "passwd", "passphrase")),
     _assigned("secret"),
     _assigned("token"),
     _assigned("credential", "s?"),
     _assigned("key", f"(?:{_KEYS})"),
-    _folded(
-        "assignment",
-        "--",
+    _folded("assignment", "--",
         rf"(?<![\w-]--)(?:[a-z0-9]{{1,20}}-){{0,3}}{_NAMES} {_QUOTE}?"
-        r"(?P<secret>(?!\[redacted:)(?=[^\s\"']{0,64}\d)[^\s\"'$<{`]{6,})",
-    ),
+        r"(?P<secret>(?!\[redacted:)(?=[^\s\"']{0,64}\d)[^\s\"'$<{`]{6,})"),
 )  # fmt: skip
 
 SHORTEST_SECRET = 7  # a://:b@
@@ -1260,32 +1124,13 @@ _SECRET_KEY = re.compile(
     r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key"
     r"|auth_?key|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
 )
-_METADATA_KEYS = frozenset(
-    (
-        "toolName",
-        "toolUseId",
-        "durationMs",
-        "permissionMode",
-        "source",
-        "reason",
-        "notificationType",
-        "model",
-        "usage",
-        "agentMeta",
-        "truncated",
-        "agent_type",
-        "is_interrupt",
-        "prompt_id",
-        "trigger",
-        "action",
-        "label",
-        "pinned",
-        "hidden",
-        "parentSessionId",
-    )
-)
+_METADATA_KEYS = frozenset((
+    "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
+    "usage", "agentMeta", "truncated", "agent_type", "is_interrupt", "prompt_id", "trigger", "action",
+    "label", "pinned", "hidden", "parentSessionId",
+))  # fmt: skip
 _DEPTH_LIMIT = 100
-_NAME_CHARS = 40  # of most names in an object; there are few different ones
+_LATER_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
 
 
@@ -1301,32 +1146,24 @@ def _replacement(kind: str, secret: str) -> str:
 
 
 _RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
-# Hints have these parts in common: a text without the part is not searched for each of them.
-_COMMON_PARTS = ("gh", "gl", "pat_", "_v1_", "IA", "sk_", "sk-", "pass")
+# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
+# rare letter is found or missed in a fifth of the time.
+_COMMON_PARTS = ("gh", "gl", "pat_", "_v1_", "k_", "i-", "sk-", *"AJSwxz", "ssw", "cre", "key")
 
 
-def _by_part(folded: bool) -> "tuple[tuple[str, tuple[_RankedShape, ...]], ...]":
-    """Return (what stands in each of their hints, shapes)."""
+def _by_part(folded: bool) -> "list[tuple[str, list[_RankedShape]]]":
     shapes: dict[str, list[_RankedShape]] = {}
     for ranked in enumerate(SECRET_SHAPES):
         hint = ranked[1].hint
         if ranked[1].folded == folded:
             shapes.setdefault(next((part for part in _COMMON_PARTS if part in hint), hint), []).append(ranked)
-    return tuple((part, tuple(of_part)) for part, of_part in shapes.items())
+    return list(shapes.items())
 
 
 _SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
 
 
-class _Secret(NamedTuple):
-    """Where a secret stands in a text, and its shape's place in SECRET_SHAPES: the earlier names it."""
-
-    start: int
-    end: int
-    rank: int
-
-
-def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) -> str:
+def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
     `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
@@ -1336,17 +1173,23 @@ def redact_text(text: str, shapes: "Optional[Sequence[_RankedShape]]" = None) ->
         if len(text) < SHORTEST_SECRET:
             break
         folded = _folded_text(text)
-        shapes = _shapes_in(text, folded, shapes)
-        if not shapes:
+        if shapes is None:
+            shapes = _shapes_in(text, folded)
+        else:
+            shapes = [each for each in shapes if each[1].hint in (folded if each[1].folded else text)]
+        secrets: list[tuple[int, int, int]] = []
+        for start, end, rank in sorted(_secrets_in(text, folded, shapes)):
+            if secrets and start < secrets[-1][1]:  # they overlap: the shape that is described first names it
+                start, last_end, last_rank = secrets.pop()
+                end, rank = max(last_end, end), min(last_rank, rank)
+            secrets.append((start, end, rank))
+        if not secrets:
             break
         pieces: list[str] = []
         done = 0
-        for secret in _joined(sorted(_secrets_in(text, folded, shapes))):
-            found = text[secret.start : secret.end]
-            pieces += text[done : secret.start], _replacement(SECRET_SHAPES[secret.rank].kind, found)
-            done = secret.end
-        if not pieces:
-            break
+        for start, end, rank in secrets:
+            pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
+            done = end
         text = "".join(pieces) + text[done:]
         shapes = None
     return text
@@ -1359,25 +1202,21 @@ def _folded_text(text: str) -> str:
     return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
 
 
-def _shapes_in(text: str, folded: str, among: "Optional[Sequence[_RankedShape]]") -> "list[_RankedShape]":
+def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
     """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    if among is None:
-        return [
-            ranked
-            for by_part, looked_at in ((_SHAPES, text), (_FOLDED_SHAPES, folded))
-            for part, shapes in by_part
-            if part in looked_at
-            for ranked in shapes
-            if ranked[1].hint == part or ranked[1].hint in looked_at
-        ]
-    return [ranked for ranked in among if ranked[1].hint in (folded if ranked[1].folded else text)]
+    found: list[_RankedShape] = []
+    for by_part, searched in ((_SHAPES, text), (_FOLDED_SHAPES, folded)):
+        for part, shapes in by_part:
+            if part in searched:
+                found += [ranked for ranked in shapes if ranked[1].hint in searched]
+    return found
 
 
-def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "Iterator[_Secret]":
-    """Yield every match of some shapes; they may overlap."""
+def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
+    """Yield every match of some shapes as (start, end, its shape's place); they may overlap."""
     for rank, shape in shapes:
-        looked_at = folded if shape.folded else text
-        match = shape.pattern.search(looked_at)
+        searched = folded if shape.folded else text
+        match = shape.pattern.search(searched)
         while match is not None:
             end = match.end()
             if shape.is_secret is not None and not shape.is_secret(text, match):
@@ -1386,26 +1225,11 @@ def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "It
                 group = match.lastgroup or 0
                 if shape.is_secret is not None:
                     end = _REST[str(group)].match(text, end).end()  # type: ignore[union-attr]  # may be empty
-                yield _Secret(match.start(group), end if shape.is_secret else match.end(group), rank)
-            match = shape.pattern.search(looked_at, end)
+                yield match.start(group), end if shape.is_secret else match.end(group), rank
+            match = shape.pattern.search(searched, end)
 
 
-def _joined(secrets: "Iterable[_Secret]") -> "Iterator[_Secret]":
-    """Join secrets that overlap; they come sorted by their starts."""
-    current: Optional[_Secret] = None
-    for secret in secrets:
-        if current is None or secret.start >= current.end:
-            if current is not None:
-                yield current
-            current = secret
-        else:
-            current = _Secret(current.start, max(current.end, secret.end), min(current.rank, secret.rank))
-    if current is not None:
-        yield current
-
-
-@dataclasses.dataclass(frozen=True)
-class Privacy:
+class Privacy(NamedTuple):
     """What may leave: `redact` replaces secrets, `metadata_only` drops content, longer strings are cut."""
 
     redact: bool = True
@@ -1418,14 +1242,68 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
     `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    protector = _Protector(privacy, event)
-    if protector.changes_nothing and not privacy.metadata_only:
-        return event, protector.encoded
+    try:
+        text = _to_plain_json(event)
+    except (ValueError, RecursionError):  # infinite or too deep
+        return _protect_each_value(event, privacy, None)
+    is_plain = text.isascii() and "\x7f" not in text
+    is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
+    shapes: list[_RankedShape] = []
+    if privacy.redact:
+        # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
+        # texts. No hint has a character that JSON must escape.
+        searched = text
+        if event.keys() <= _EVENT_FIELDS:
+            searched = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+        folded = searched.lower() if is_plain else _folded_text(searched)
+        shapes = _shapes_in(searched, folded)
+        # Every other name of a secret has a hint in it.
+        in_doubt = shapes or "pwd" in folded or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
+        is_clean = is_clean and not (in_doubt and _may_have_secrets(event, shapes))
+    if is_clean:
+        return event, text.encode() if is_plain else encode_json(event)
+    return _protect_each_value(event, privacy, shapes)
+
+
+def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
+    """True when a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
+
+    All texts are searched together, as lines of one: what matches in a text matches there too.
+    """
+    texts: list[str] = []
+    level: list[Any] = [event]
+    for _ in range(_DEPTH_LIMIT):
+        deeper = []
+        for value in level:
+            if isinstance(value, dict):
+                if any(map(_names_a_secret, value)):
+                    return True
+                texts += value
+                value = value.values()
+            for inner in value:
+                if isinstance(inner, str):
+                    texts.append(inner)
+                elif isinstance(inner, (dict, list)):
+                    deeper.append(inner)
+        if not deeper:
+            break
+        level = deeper
+    else:
+        return True
+    text = "\n".join(texts)
+    folded = _folded_text(text)
+    return any(shape.pattern.search(folded if shape.folded else text) for _, shape in shapes)
+
+
+def _protect_each_value(
+    event: JsonObject, privacy: Privacy, shapes: "list[_RankedShape] | None"
+) -> "tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
         data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # of a denial it is prose
+    protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
@@ -1440,63 +1318,36 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
 
 class _Protector:
-    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes."""
+    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes.
 
-    def __init__(self, privacy: Privacy, whole: JsonObject) -> None:
+    `shapes` are those that may be anywhere in the object; None when it was not looked through.
+    """
+
+    def __init__(self, privacy: Privacy, shapes: "list[_RankedShape] | None" = None) -> None:
         self.cuts: dict[str, int] = {}
-        self.encoded = b""  # the whole as JSON
         self._privacy = privacy
-        # Few of the many shapes are anywhere in an object, so they are looked for once and not in each text.
-        # No hint has a character that JSON must escape.
-        self._shapes: Optional[list[_RankedShape]] = []
-        self.changes_nothing = False  # True: that was seen at once, as it is for nearly every event
-        try:
-            self.encoded = encode_json(whole)
-        except RecursionError:
-            self._shapes = None if privacy.redact else []
-            return
-        names_matter = False
-        if privacy.redact:
-            text = self.encoded.decode("ascii")
-            if "\\u" in text:  # what stands for it may be a letter of a hint in lower case
-                text = json.dumps(whole, ensure_ascii=False)
-            if whole.keys() <= _EVENT_FIELDS:
-                text = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
-            folded = _folded_text(text)
-            self._shapes = _shapes_in(text, folded, None)
-            # Every other name of a secret has a hint in it.
-            is_in_doubt = "pwd" in folded or text.count("{") + text.count("[") >= _DEPTH_LIMIT
-            names_matter = is_in_doubt and _has_name_of_secret(whole)
-        self.changes_nothing = (
-            not self._shapes and not names_matter and len(self.encoded) <= privacy.field_limit_bytes // 4
-        )
+        self._shapes = shapes if privacy.redact else []
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
         if isinstance(value, str):
             return self._text(value, key, path)
-        if depth >= _DEPTH_LIMIT and isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             return {
-                self._name(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
+                self._clean(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
-            return [
-                self.value(inner, key, f"{path}[{index}]", depth + 1) for index, inner in enumerate(value)
-            ]
-        if self._privacy.redact and _is_number_of_a_secret(value) and _names_a_secret(key):
+            return [self.value(inner, key, f"{path}[{at}]", depth + 1) for at, inner in enumerate(value)]
+        # a small number under such a name counts something; a larger one could be a password or a PIN
+        if self._privacy.redact and is_number(value) and abs(value) >= 1000 and _names_a_secret(key):
             return _replacement("key", str(value))
         return value
 
     def _clean(self, text: str) -> str:
-        if self._shapes is None:
-            return redact_text(text)
-        return redact_text(text, self._shapes) if self._shapes and len(text) >= SHORTEST_SECRET else text
-
-    def _name(self, name: str) -> str:
-        return _redacted_name(name) if self._shapes and len(name) <= _NAME_CHARS else self._clean(name)
+        return text if self._shapes == [] else redact_text(text, self._shapes)
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key):
@@ -1504,56 +1355,25 @@ class _Protector:
         limit = self._privacy.field_limit_bytes
         if len(text) <= limit // 4:  # a character is at most four bytes
             return self._clean(text)
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+        size = len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
             return self._clean(text)
         self.cuts[path] = size
         # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # Redacted with a margin, so that a secret that stands across the cut is seen whole and leaves no half
-        # behind.
-        # The margin itself never shows, however much shorter what was redacted before it has become.
+        # Redacted with a margin, so that a secret across the cut is seen whole and leaves no half behind. The
+        # margin itself never shows, however much shorter what was redacted before it has become.
         margin = 4096
         head = self._clean(text[: half + margin])
         tail = self._clean(text[-half - margin :])
         unseen = margin if half + margin < len(text) else 0
-        head = _first_bytes(head[: max(0, len(head) - unseen)], half)
-        tail = _last_bytes(tail[unseen:], half)
+        # No half of a character is left either.
+        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")
+        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:].lstrip(_LATER_BYTES)
+        if start[half : half + 1].strip(_LATER_BYTES) == b"" and len(start) > half:
+            start = start[:half].rstrip(_LATER_BYTES)[:-1]
+        head, tail = (part.decode("utf-8", "surrogatepass") for part in (start[:half], end))
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
-
-
-@functools.lru_cache(maxsize=4096)
-def _redacted_name(name: str) -> str:
-    return redact_text(name)
-
-
-def _has_name_of_secret(value: Any, depth: int = 0) -> bool:
-    """Tell whether something in a value has the name of a secret, or is so deep that it is not looked at."""
-    if depth >= _DEPTH_LIMIT:
-        return True
-    if isinstance(value, dict) and any(map(_names_a_secret, value)):
-        return True
-    for inner in value.values() if isinstance(value, dict) else value:
-        if isinstance(inner, (dict, list)) and _has_name_of_secret(inner, depth + 1):
-            return True
-    return False
-
-
-def _is_number_of_a_secret(value: Any) -> bool:
-    """Tell whether a number could be a password or a PIN; a small one under such a name counts something."""
-    return is_number(value) and abs(value) >= 1000
-
-
-def _first_bytes(text: str, limit: int) -> str:
-    """Return the beginning of `text` that has at most `limit` bytes, without half a character."""
-    data = text.encode("utf-8", "surrogatepass")[:limit]
-    return codecs.getincrementaldecoder("utf-8")("surrogatepass").decode(data)
-
-
-def _last_bytes(text: str, limit: int) -> str:
-    """Return the end of `text` that has at most `limit` bytes, without half a character."""
-    data = text.encode("utf-8", "surrogatepass")[-limit:]
-    return data.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
@@ -1568,22 +1388,17 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
         redact = True
     limit = LINE_LIMIT_BYTES // 8
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
-        protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit), wrapped)
+        protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit))
         hook = protector.value(wrapped["hook"], "", "")
-        line = encode_json({**wrapped, "hook": {**hook, "truncated": _named_in_data(protector.cuts)}}) + b"\n"
+        truncated = {}  # as the fields are called in `data`
+        for path, size in protector.cuts.items():
+            field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
+            truncated[DATA_NAMES.get(field, field) + rest] = size
+        line = encode_json({**wrapped, "hook": {**hook, "truncated": truncated}}) + b"\n"
         limit //= 4
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line
-
-
-def _named_in_data(cuts: "dict[str, int]") -> "dict[str, int]":
-    """Rename the paths of a payload's cut fields to those that the fields have in `data`."""
-    renamed = {}
-    for path, size in cuts.items():
-        field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
-        renamed[DATA_NAMES.get(field, field) + rest] = size
-    return renamed
 
 
 # ---------------------------------------------------------------------------
@@ -1592,44 +1407,60 @@ def _named_in_data(cuts: "dict[str, int]") -> "dict[str, int]":
 # TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db, which knows how far
 # each transcript was read and what was counted. A message counts once, by its id, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# UsageWorker: the thread that reads, so that no event waits for a transcript.
 # AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
-SYNTHETIC_MODEL = "<synthetic>"  # what the client itself wrote, such as the words of an API error
-LONG_PROMPT_TOKENS = 100_000  # some models cost more for prompts beyond it
-TRANSCRIPT_LIMIT_BYTES = 64 << 20  # read for one event at most
-TRANSCRIPT_CHUNK_BYTES = 256 << 10
+SYNTHETIC_MODEL = "<synthetic>"  # what the client itself wrote, such as the text of an API error
+TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
+TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
 COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago go
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
+PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_SCHEMA = 1
-_READ_QUIETLY = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+_USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
+COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
+AGENTS_REMEMBERED = 4096
+AGENT_NOTE_LIMIT_BYTES = 64 << 10
+_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_AGENT_NOTE_FIELDS = ("agentType", "toolUseId", "parentAgentId", "requestShape")
+_USAGE_TABLES = """
+DROP TABLE IF EXISTS sessions;
+DROP TABLE IF EXISTS files;
+DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, device INTEGER, inode INTEGER, position INTEGER,
+                    mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT, input INTEGER,
+                       output INTEGER, cache_read INTEGER, cache_creation INTEGER, cache_creation_1h INTEGER);
+CREATE INDEX messages_of_session ON messages (session);
+CREATE INDEX files_of_session ON files (session)
+"""
+# Of several lines of one message the largest numbers are true.
+_COUNT_MESSAGE = """
+INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+    input = max(input, excluded.input), output = max(output, excluded.output),
+    cache_read = max(cache_read, excluded.cache_read),
+    cache_creation = max(cache_creation, excluded.cache_creation),
+    cache_creation_1h = max(cache_creation_1h, excluded.cache_creation_1h)
+"""
 
 
-@dataclasses.dataclass(frozen=True)
-class MessageUsage:
-    """What one message of a model used, in tokens; `agent_id` "" is the main agent."""
+class MessageUsage(NamedTuple):
+    """What one message of a model used; `agent_id` "" is the main agent."""
 
     message_id: str
     agent_id: str
     model: str
-    input: int
-    output: int
-    cache_read: int
-    cache_creation: int
-    cache_creation_1h: int  # the part of cache_creation that is kept for an hour
-
-    @property
-    def counts(self) -> "tuple[int, int, int, int, int]":
-        """Return the five numbers."""
-        return self.input, self.output, self.cache_read, self.cache_creation, self.cache_creation_1h
+    counts: "tuple[int, int, int, int, int]"  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
 class TranscriptParser:
     """Find the usage in a transcript that is fed in pieces of any size; a line counts once its end has come.
 
-    `consumed` says how many of the bytes fed so far are done with: whoever goes on later begins there.
+    `consumed` says how many of the bytes fed so far are done with: the next reader begins there.
     """
 
     def __init__(self, agent_id: str = "") -> None:
@@ -1642,18 +1473,16 @@ class TranscriptParser:
         head, newline, rest = data.partition(b"\n")
         self._begun.append(head)
         if not newline:
+            size = sum(map(len, self._begun))
+            if size > TRANSCRIPT_LINE_LIMIT_BYTES:  # given up; what is left of it is no JSON object
+                self.consumed += size
+                self._begun = []
             return []
         whole_lines, newline, rest = rest.rpartition(b"\n")
         lines = [b"".join(self._begun), *(whole_lines.split(b"\n") if newline else ())]
         self.consumed += sum(len(line) + 1 for line in lines)
         self._begun = [rest]
-        found = (self._usage_of(line) for line in lines)
-        return [usage for usage in found if usage is not None]
-
-    def give_up_line(self) -> None:
-        """Be done with a line that is too long to wait for; what is left of it is no JSON object."""
-        self.consumed += sum(len(piece) for piece in self._begun)
-        self._begun = []
+        return [usage for usage in map(self._usage_of, lines) if usage is not None]
 
     def _usage_of(self, line: bytes) -> "MessageUsage | None":
         if b'"assistant"' not in line or b'"usage"' not in line:
@@ -1662,7 +1491,7 @@ class TranscriptParser:
             entry = parse_event_line(line)
         except MalformedEvent:
             return None
-        message = entry.get("message")
+        message, agent_id = entry.get("message"), entry.get("agentId")
         if entry.get("type") != "assistant" or not isinstance(message, dict):
             return None
         message_id, model, usage = message.get("id"), message.get("model"), message.get("usage")
@@ -1670,20 +1499,14 @@ class TranscriptParser:
             return None
         if model == SYNTHETIC_MODEL:
             return None
-        agent_id = entry.get("agentId")
         by_lifetime = usage.get("cache_creation")
-        created = _tokens(usage.get("cache_creation_input_tokens"))
         for_an_hour = by_lifetime.get("ephemeral_1h_input_tokens") if isinstance(by_lifetime, dict) else 0
-        return MessageUsage(
-            message_id,  # type: ignore[arg-type]  # checked by _is_id
-            agent_id if _is_id(agent_id) else self._agent_id,  # type: ignore[arg-type]
-            model,  # type: ignore[arg-type]
-            _tokens(usage.get("input_tokens")),
-            _tokens(usage.get("output_tokens")),
-            _tokens(usage.get("cache_read_input_tokens")),
-            created,
-            min(created, _tokens(for_an_hour)),
+        input_, output, cache_read, created = (
+            _tokens(usage.get(f"{kind}_tokens"))
+            for kind in ("input", "output", "cache_read_input", "cache_creation_input")
         )
+        counts = (input_, output, cache_read, created, min(created, _tokens(for_an_hour)))
+        return MessageUsage(message_id, agent_id if _is_id(agent_id) else self._agent_id, model, counts)  # type: ignore[arg-type]
 
 
 def _tokens(value: Any) -> int:
@@ -1691,40 +1514,45 @@ def _tokens(value: Any) -> int:
 
 
 class UsageReader:
-    """Put `data.usage` on the events that end a turn, an agent or a session of this machine.
+    """Read transcripts; make events of their own with what the sessions of this machine have used.
 
-    `usage` holds totals of the session so far, so an event that is lost, repeated or late does no harm:
-    `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main agent's last,
-    "partial": true when not everything could be read yet}`, and `counts` `{"input", "output", "cacheRead",
-    "cacheCreation", "cacheCreation1h"?, "over100k"?: the same for prompts beyond 100,000 tokens}`.
+    The event of a session holds totals so far, so one that is lost, repeated or late does no harm:
+    `{"eventType": "usage", "hookType": "", "sessionId", "machineId", "workingDirectory", "timestamp", "data":
+    {"usage": {"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
+    agent's last, "partial": true when there were too many messages to count}}}`, and `counts` `{"input",
+    "output", "cacheRead", "cacheCreation", "cacheCreation1h"?}`.
 
-    It reads for `limit_s` seconds and TRANSCRIPT_LIMIT_BYTES at most a call and goes on at the next. It is to
-    be used by one thread; a second process is kept out by SQLite's own lock.
+    It is to be used by one thread and stops early, without a result, once `stopping` is set; what was read
+    until then is not read again. A second process is kept out by SQLite's own lock.
     """
 
-    def __init__(self, home: str, machine_id: str, limit_s: float = 2.0) -> None:
+    def __init__(self, home: str, machine_id: str, stopping: "threading.Event | None" = None) -> None:
         self._home = home
         self._machine_id = machine_id
-        self._limit_s = limit_s
+        self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
+        self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
         self._complaint = ""
 
-    def add_usage(self, event: JsonObject) -> None:
-        """Read what the transcripts of the event's session have to add, and tell the totals on the event."""
-        data = event["data"]
+    def usage_event(self, event: JsonObject) -> "JsonObject | None":
+        """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
+        data, session_id = event["data"], event["sessionId"]
         if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
-            return
+            return None
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
-            usage = self._read(event["sessionId"], files) if files else None
-        except Exception as error:  # whatever is wrong with a transcript, the event itself goes its way
+            usage = self._read(session_id, files) if files else None
+        except Exception as error:  # whatever is wrong with a transcript, it costs the usage only
             self._recover(error)
-            return
-        if usage is not None:
-            given = data.pop("usage", None)
-            data["usage"] = usage
-            if given is not None:
-                _keep(data, "usage", given)
+            return None
+        key = hash(encode_json(usage))
+        if usage is None or self._delivered.get(session_id) == key:
+            return None
+        self._delivered[session_id] = key
+        if len(self._delivered) > PENDING_USAGE_LIMIT:
+            del self._delivered[next(iter(self._delivered))]
+        about = {name: event[name] for name in _USAGE_FIELDS}
+        return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -1734,10 +1562,10 @@ class UsageReader:
 
     def _recover(self, error: Exception) -> None:
         """Log what went wrong, once, and begin a new file when the old one is damaged."""
-        if f"{error!r}" != self._complaint:
-            self._complaint = f"{error!r}"
-            with contextlib.suppress(OSError):
-                log_failure(f"token usage could not be read: {error!r}")
+        complaint, self._complaint = self._complaint, f"token usage could not be read: {error!r}"
+        with contextlib.suppress(OSError):
+            if self._complaint != complaint:
+                log_failure(self._complaint)
         with contextlib.suppress(Exception):  # e.g. a damaged file cannot be closed in order either
             self.close()
         if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: it is no database
@@ -1746,7 +1574,7 @@ class UsageReader:
                     os.unlink(f"{self._home}/usage.db{suffix}")
 
     def _open(self) -> Any:
-        """Return the open database, made when there is none, made anew when another version wrote it."""
+        """Return the open database; a new one when there is none or another version wrote it."""
         import sqlite3
 
         if self._database is not None:
@@ -1754,7 +1582,7 @@ class UsageReader:
         make_private_directory(self._home)
         path = self._home + "/usage.db"
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(path, timeout=0.1)
+        database = sqlite3.connect(path, timeout=2.0)
         # Nothing waits for the disk: after a loss of power everything can be read again.
         database.execute("PRAGMA synchronous = OFF")
         database.execute("PRAGMA journal_mode = TRUNCATE")
@@ -1769,110 +1597,134 @@ class UsageReader:
     def _read(self, session_id: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
         database = self._open()
-        is_known = _known_session(database, session_id) is not None
-        if not is_known and not any(_stat_transcript(path) for path, _ in files):
+        find = "SELECT number FROM sessions WHERE name = ?"
+        is_known = database.execute(find, (session_id,)).fetchone() is not None
+        if not is_known and not any(_stat_own(path) for path, _ in files):
             return None  # nobody here can read them, and nothing need be remembered of that
-        budget = ReadingBudget(TRANSCRIPT_LIMIT_BYTES, self._limit_s)
         with database:
-            session = _session_number(database, session_id)
-            complete = _make_room(database, session)
-            for path, agent_id in files if complete else ():
-                at_end = not budget.is_spent and _read_transcript(database, session, path, agent_id, budget)
-                complete = complete and at_end
-            usage = _session_usage(database, session)
-        if usage and not complete:
-            usage["partial"] = True
-        return usage
+            database.execute(
+                "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
+                " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
+                (session_id, now_ms()),
+            )
+            (session,) = database.execute(find, (session_id,)).fetchone()
+            (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
+            # What was read longest ago is forgotten; a session is read again from its start when it goes on.
+            others = "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1"
+            while count >= COUNTED_MESSAGES_LIMIT:
+                oldest = database.execute(others, (session,)).fetchone()
+                if oldest is None:
+                    break
+                count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
+                database.execute("DELETE FROM files WHERE session = ?", oldest)
+                database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+            has_room = count < COUNTED_MESSAGES_LIMIT
+        for path, agent_id in files if has_room else ():
+            self._read_transcript(session, path, agent_id)
+        usage = None if self._stopping.is_set() else _session_usage(database, session)
+        return usage if has_room or usage is None else {**usage, "partial": True}
 
-
-class ReadingBudget:
-    """How much may still be read for one event."""
-
-    def __init__(self, limit_bytes: int, limit_s: float) -> None:
-        self.left_bytes = limit_bytes
-        self._limit_bytes = limit_bytes
-        self._deadline = time.monotonic() + limit_s
-
-    @property
-    def is_spent(self) -> bool:
-        """Tell whether it is time to stop; something was read in any case."""
-        return self.left_bytes <= 0 or (
-            self.left_bytes < self._limit_bytes and time.monotonic() >= self._deadline
-        )
-
-
-AGENTS_REMEMBERED = 4096
-AGENT_NOTE_LIMIT_BYTES = 64 << 10
-_AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_AGENT_NOTE_FIELDS = ("agentType", "toolUseId", "parentAgentId", "requestShape")
-
-
-class AgentNoteReader:
-    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
-
-    `agentMeta` holds of `agentType`, `toolUseId`, `parentAgentId`, `spawnDepth` and `requestShape` what the
-    note has, `data.agentDescription` the words that the launching agent chose. The note is not there yet when
-    the subagent starts, but at its first tool call; of nested agents nothing else tells the parent.
-    """
-
-    def __init__(self, machine_id: str) -> None:
-        self._machine_id = machine_id
-        # (session, agent) → id of the event that carried the note on the agent
-        self._told: dict[tuple[str, str], str] = {}
-
-    def add_note(self, event: JsonObject) -> None:
-        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
-        agent_id, data = event.get("agentId", ""), event["data"]
-        path, key = data.get("transcriptPath"), (event["sessionId"], agent_id)
-        if (
-            not agent_id
-            or event["machineId"] != self._machine_id
-            or self._told.get(key, event["id"]) != event["id"]  # the same event again was not kept before
-            or not _is_transcript_path(path)
-            or not _AGENT_ID.fullmatch(agent_id)
-        ):
+    def _read_transcript(self, session: int, path: str, agent_id: str) -> None:
+        """Count what is new in one transcript."""
+        seen = _stat_own(path)
+        if seen is None:
             return
-        note = _read_note(f"{path[: -len('.jsonl')]}/subagents/agent-{agent_id}.meta.json")
-        if note is None:
+        find = "SELECT device, inode, position, mark FROM files WHERE path = ?"
+        row = self._database.execute(find, (path,)).fetchone()
+        # As SQLite can hold them: some file systems use all 64 bits.
+        identity = (seen.st_dev & (1 << 63) - 1, seen.st_ino & (1 << 63) - 1)
+        start, mark = row[2:] if row and row[:2] == identity and row[2] <= seen.st_size else (0, b"")
+        if start and start == seen.st_size:
             return
-        if len(self._told) >= AGENTS_REMEMBERED:
-            del self._told[next(iter(self._told))]
-        self._told[key] = event["id"]
-        kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
-        if type(note.get("spawnDepth")) is int:
-            kept["spawnDepth"] = note["spawnDepth"]
-        _keep(data, "agentMeta", kept)
-        if isinstance(note.get("description"), str):
-            _keep(data, "agentDescription", note["description"])
-
-
-def _read_note(path: str) -> "JsonObject | None":
-    about = _stat_transcript(path)
-    if about is None or about.st_size > AGENT_NOTE_LIMIT_BYTES:
-        return None
-    try:
-        fd = os.open(path, _READ_QUIETLY)
         try:
-            content = os.read(fd, AGENT_NOTE_LIMIT_BYTES) if _may_be_read(os.fstat(fd)) else b""
+            fd = _open_own(path, seen)
+        except OSError:
+            return  # gone, or not for us
+        try:
+            if start and mark != _mark(fd, start):
+                start = 0  # rewritten in place
+            self._count((path, session, *identity), TranscriptParser(agent_id), fd, start)
         finally:
             os.close(fd)
-        return parse_event_line(content)
-    except (OSError, MalformedEvent):
-        return None  # gone, or only half written
+
+    def _count(self, file: "tuple[Any, ...]", parser: TranscriptParser, fd: int, start: int) -> None:
+        """Count the messages from a position of a transcript to its end, a chunk in each transaction.
+
+        `file` is what the first columns of its row hold: path, session, device, inode.
+        """
+        place, size = start, os.fstat(fd).st_size
+        while place < size and not self._stopping.is_set():
+            chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
+            if not chunk:
+                return  # it has become shorter
+            place += len(chunk)
+            messages = [_message_row(file[1], message) for message in parser.feed(chunk)]
+            position = start + parser.consumed
+            with self._database:
+                self._database.executemany(_COUNT_MESSAGE, messages)
+                row = (*file, position, _mark(fd, position))
+                self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
-_USAGE_TABLES = """
-DROP TABLE IF EXISTS sessions;
-DROP TABLE IF EXISTS files;
-DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, device INTEGER, inode INTEGER, position INTEGER,
-                    mark BLOB);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT, input INTEGER,
-                       output INTEGER, cache_read INTEGER, cache_creation INTEGER, cache_creation_1h INTEGER);
-CREATE INDEX messages_of_session ON messages (session);
-CREATE INDEX files_of_session ON files (session)
-"""
+class UsageWorker:
+    """Read transcripts in a thread of its own, so that no event waits for them, and hand over usage events.
+
+    `put` belongs to the thread that stores events; `deliver` is called from ours and must not raise. What is
+    pending at the end is made up for at the next event of its session.
+    """
+
+    def __init__(self, home: str, machine_id: str, deliver: "Callable[[JsonObject], Any]") -> None:
+        self._deliver = deliver
+        self._closing = threading.Event()
+        self._reader = UsageReader(home, machine_id, self._closing)
+        self._wake = threading.Condition()  # guards _pending
+        # (session, an agent's own transcript or "") → what is to be read; stays until it has been read
+        self._pending: dict[tuple[str, str], JsonObject] = {}
+        self._thread: Optional[threading.Thread] = None  # begins with the first event
+
+    @property
+    def is_busy(self) -> bool:
+        """True while something is still to be read."""
+        return bool(self._pending)
+
+    def put(self, event: JsonObject) -> None:
+        """Have the transcripts read that an event names; the newest event of a session takes the place."""
+        if event["hookType"] not in USAGE_HOOKS:
+            return
+        names = ("transcriptPath", "agent_transcript_path")
+        paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
+        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": event["hookType"], "data": paths}
+        with self._wake:
+            self._pending[event["sessionId"], paths.get("agent_transcript_path", "")] = kept
+            if len(self._pending) > PENDING_USAGE_LIMIT:
+                del self._pending[next(iter(self._pending))]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def close(self) -> None:
+        """End the thread; it stops within one chunk."""
+        self._closing.set()
+        with self._wake:
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._pending or self._closing.is_set())
+                if self._closing.is_set():
+                    break
+                key, event = next(iter(self._pending.items()))
+            usage = self._reader.usage_event(event)
+            if usage is not None:
+                self._deliver(usage)
+            with self._wake:
+                if self._pending.get(key) is event:
+                    del self._pending[key]
+        self._reader.close()  # SQLite wants it in the thread that opened it
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
@@ -1885,14 +1737,11 @@ def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, s
     found = {main_path: ""}
     folder = main_path[: -len(".jsonl")] + "/subagents"
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in itertools.islice(entries, TRANSCRIPTS_LIMIT))
+        names = sorted(os.listdir(folder)[:TRANSCRIPTS_LIMIT])
     except (OSError, ValueError):
         names = []
-    paths = [f"{folder}/{name}" for name in names if name.startswith("agent-") and name.endswith(".jsonl")]
-    if _is_transcript_path(agent_path):
-        paths.append(agent_path)
-    for path in paths:
+    paths = [f"{folder}/{name}" for name in names if name.startswith("agent-")]
+    for path in filter(_is_transcript_path, (*paths, agent_path)):
         name = path.rpartition("/")[2]
         found.setdefault(path, name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else "")
     return list(found.items())
@@ -1902,172 +1751,55 @@ def _is_transcript_path(path: Any) -> bool:
     return isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl") and len(path) <= 4096
 
 
-def _stat_transcript(path: str) -> "os.stat_result | None":
-    """Look at a transcript; None unless it is a regular file of this user: its path is what a client said."""
+def _stat_own(path: str) -> "os.stat_result | None":
+    """Look at a file; None unless it is a regular file of this user: its path is what a client said."""
     try:
         about = os.lstat(path)
     except (OSError, ValueError):
         return None
-    return about if _may_be_read(about) else None
+    return about if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid() else None
 
 
-def _may_be_read(about: os.stat_result) -> bool:
-    return stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid()
-
-
-def _read_transcript(database: Any, session: int, path: str, agent_id: str, budget: ReadingBudget) -> bool:
-    """Count what is new in one transcript; return whether its end was reached."""
-    seen = _stat_transcript(path)
-    if seen is None:
-        return True
-    row = database.execute(
-        "SELECT device, inode, position, mark FROM files WHERE path = ?", (path,)
-    ).fetchone()
-    if row and row[:3] == (*_identity(seen), seen.st_size):
-        return True
-    try:
-        fd = os.open(path, _READ_QUIETLY)
-    except OSError:
-        return True  # gone, or not for us
-    try:
-        about = os.fstat(fd)
-        if not _may_be_read(about):  # it was something else a moment ago
-            return True
-        start = _position(row, fd, about)
-        parser = TranscriptParser(agent_id)
-        at_end = _count_part(database, session, parser, fd, range(start, about.st_size), budget)
-        if parser.consumed or not start:
-            position = start + parser.consumed
-            database.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                (path, session, *_identity(about), position, _mark(fd, position)),
-            )
-        return at_end
-    finally:
+def _open_own(path: str, seen: os.stat_result) -> int:
+    """Open the file that was seen by `_stat_own`; raise OSError when another is in its place."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
+    if not os.path.samestat(os.fstat(fd), seen):
         os.close(fd)
-
-
-def _identity(about: os.stat_result) -> "tuple[int, int]":
-    """Return device and inode as SQLite can hold them: some file systems use all 64 bits."""
-    return int(about.st_dev) & (1 << 63) - 1, int(about.st_ino) & (1 << 63) - 1
-
-
-def _position(row: Any, fd: int, about: os.stat_result) -> int:
-    """Return how far a transcript was read; 0 for a new one and for one that replaced another."""
-    if row is None or row[:2] != _identity(about) or row[2] > about.st_size:
-        return 0
-    return int(row[2]) if row[3] == _mark(fd, row[2]) else 0
-
-
-def _count_part(
-    database: Any, session: int, parser: TranscriptParser, fd: int, part: range, budget: ReadingBudget
-) -> bool:
-    """Count the messages in a part of a transcript while the budget lasts; return whether all was read."""
-    place = part.start
-    while place < part.stop and not budget.is_spent:
-        chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, part.stop - place), place)
-        if not chunk:
-            return True  # it has become shorter
-        place += len(chunk)
-        budget.left_bytes -= len(chunk)
-        _count_messages(database, session, parser.feed(chunk))
-    if place < part.stop and not parser.consumed:
-        parser.give_up_line()  # else it would be read over and over again
-    return place >= part.stop
+        raise FileNotFoundError(path)
+    return fd
 
 
 def _mark(fd: int, position: int) -> bytes:
-    """Return what tells whether a file still has the same bytes before `position`."""
+    """Return a hash of the bytes before `position`: it says whether a file still has them."""
     length = min(position, 256)
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
 
 
-def _known_session(database: Any, session_id: str) -> "int | None":
-    row = database.execute("SELECT number FROM sessions WHERE name = ?", (session_id,)).fetchone()
-    return None if row is None else int(row[0])
-
-
-def _session_number(database: Any, session_id: str) -> int:
-    number = _known_session(database, session_id)
-    if number is None:
-        made = database.execute("INSERT INTO sessions (name, read_ms) VALUES (?, ?)", (session_id, now_ms()))
-        return int(made.lastrowid)
-    database.execute("UPDATE sessions SET read_ms = ? WHERE number = ?", (now_ms(), number))
-    return number
-
-
-def _make_room(database: Any, session: int) -> bool:
-    """Forget the sessions that were read longest ago while there are too many messages.
-
-    A forgotten session is read again from its start when it goes on. Returns whether there is room.
-    """
-    count = database.execute("SELECT COUNT(*) FROM messages").fetchone()[0]
-    while count >= COUNTED_MESSAGES_LIMIT:
-        oldest = database.execute(
-            "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1", (session,)
-        ).fetchone()
-        if oldest is None:
-            return False
-        count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
-        database.execute("DELETE FROM files WHERE session = ?", oldest)
-        database.execute("DELETE FROM sessions WHERE number = ?", oldest)
-    return True
-
-
-def _count_messages(database: Any, session: int, messages: "list[MessageUsage]") -> None:
-    """Count each message once; of several lines of one message the largest numbers are true."""
-    for message in {(each.message_id, each.counts): each for each in messages}.values():
-        key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        row = database.execute(
-            "SELECT input, output, cache_read, cache_creation, cache_creation_1h FROM messages WHERE id = ?",
-            (key,),
-        ).fetchone()
-        if row is None:
-            text = (_storable(message.agent_id), _storable(message.model))
-            database.execute(
-                "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key, session, *text, *message.counts),
-            )
-            if not message.agent_id:
-                database.execute("UPDATE sessions SET model = ? WHERE number = ?", (text[1], session))
-        elif any(new > old for new, old in zip(message.counts, row)):
-            database.execute(
-                "UPDATE messages SET input = ?, output = ?, cache_read = ?, cache_creation = ?,"
-                " cache_creation_1h = ? WHERE id = ?",
-                (*map(max, message.counts, row), key),
-            )
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")  # SQLite takes no half of a surrogate pair
+def _message_row(session: int, message: MessageUsage) -> "tuple[Any, ...]":
+    key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    # SQLite takes no half of a surrogate pair.
+    texts = (text.encode("utf-8", "replace").decode() for text in (message.agent_id, message.model))
+    return (key, session, *texts, *message.counts)
 
 
 def _session_usage(database: Any, session: int) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
-    rows = database.execute(
-        "SELECT agent, model, input + cache_read + cache_creation > ?, SUM(input), SUM(output),"
-        " SUM(cache_read), SUM(cache_creation), SUM(cache_creation_1h), MAX(rowid)"
-        " FROM messages WHERE session = ? GROUP BY 1, 2, 3",
-        (LONG_PROMPT_TOKENS, session),
-    ).fetchall()
-    if not rows:
-        return None
     models: dict[str, JsonObject] = {}
     agents: dict[str, dict[str, JsonObject]] = {}
-    newest: dict[str, int] = {}
-    for agent, model, is_long, *counts, last in rows:
-        newest[agent] = max(last, newest.get(agent, 0)) if agent else 1 << 62
+    newest: dict[str, tuple[int, str]] = {}  # agent → its latest message's row and model
+    for agent, model, *counts, row in database.execute(
+        "SELECT agent, model, SUM(input), SUM(output), SUM(cache_read), SUM(cache_creation),"
+        " SUM(cache_creation_1h), MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2",
+        (session,),
+    ):
+        newest[agent] = max((row, model), newest.get(agent, (0, "")))
         for by_model in (models, agents.setdefault(agent, {})):
             add_counts(by_model.setdefault(model, {}), counts)
-            if is_long:
-                add_counts(by_model[model].setdefault("over100k", {}), counts)
-    named = sorted(newest, key=lambda agent: -newest[agent])[:AGENTS_IN_USAGE]
+    if not models:
+        return None
+    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent][0]))[:AGENTS_IN_USAGE]
     usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
-    model = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()[0]
-    return {**usage, "model": model} if model else usage
-
-
-COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
+    return {**usage, "model": newest[""][1]} if "" in newest else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
@@ -2075,6 +1807,53 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
     for name, count in zip(COUNT_NAMES, counts):
         if count or name != "cacheCreation1h":
             totals[name] = totals.get(name, 0) + count
+
+
+class AgentNoteReader:
+    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+
+    `agentMeta` holds of `agentType`, `toolUseId`, `parentAgentId`, `spawnDepth` and `requestShape` what the
+    note has, `data.agentDescription` what the launching agent called it. The note is not there yet when
+    the subagent starts, but at its first tool call; of nested agents nothing else says the parent.
+    """
+
+    def __init__(self, machine_id: str) -> None:
+        self._machine_id = machine_id
+        # (session, agent) → id of the event that carried the note on the agent
+        self._noted: dict[tuple[str, str], str] = {}
+
+    def add_note(self, event: JsonObject) -> None:
+        """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
+        agent_id = event.get("agentId")
+        if not agent_id:
+            return
+        data, key = event["data"], (event["sessionId"], agent_id)
+        path = data.get("transcriptPath")
+        if (
+            event["machineId"] != self._machine_id
+            or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
+            or not _is_transcript_path(path)
+            or not _AGENT_ID.fullmatch(agent_id)
+        ):
+            return
+        note_path = f"{path[: -len('.jsonl')]}/subagents/agent-{agent_id}.meta.json"
+        seen = _stat_own(note_path)
+        if seen is None or seen.st_size > AGENT_NOTE_LIMIT_BYTES:
+            return
+        try:
+            with os.fdopen(_open_own(note_path, seen), "rb") as file:
+                note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
+        except (OSError, MalformedEvent):
+            return  # gone, or only half written
+        if len(self._noted) >= AGENTS_REMEMBERED:
+            del self._noted[next(iter(self._noted))]
+        self._noted[key] = event["id"]
+        kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
+        if type(note.get("spawnDepth")) is int:
+            kept["spawnDepth"] = note["spawnDepth"]
+        _keep(data, "agentMeta", kept)
+        if isinstance(note.get("description"), str):
+            _keep(data, "agentDescription", note["description"])
 
 
 # ---------------------------------------------------------------------------
@@ -2085,6 +1864,8 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 SPOOL_LIMIT_BYTES = 64 << 20
 SPOOL_LIMIT_MS = 7 * 24 * 3600 * 1000
+QUARANTINE_LIMIT_BYTES = 4 << 20
+QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
@@ -2103,12 +1884,8 @@ def drop_old_segments(directory: str) -> None:
         except FileNotFoundError:
             continue  # another writer, or the drainer, was first
         total -= size
-        record = {
-            "timestamp": now_ms(),
-            "events": events,
-            "bytes": size,
-            "reason": "older than 7 days" if too_old else "over 64 MiB",
-        }
+        reason = "older than 7 days" if too_old else "over 64 MiB"
+        record = {"timestamp": now_ms(), "events": events, "bytes": size, "reason": reason}
         with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
             log.write(encode_json(record) + b"\n")
 
@@ -2116,18 +1893,12 @@ def drop_old_segments(directory: str) -> None:
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
     """List the spool's segments as (path, bytes), oldest first; of one name what was taken comes first."""
     segments = []
-    try:
-        names = sorted(
-            os.listdir(directory), key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))
-        )
-    except FileNotFoundError:
-        return []
-    for name in names:
-        if name.endswith((".jsonl", ".taken")):
-            try:
-                segments.append((f"{directory}/{name}", os.path.getsize(f"{directory}/{name}")))
-            except FileNotFoundError:
-                continue  # drained since it was listed
+    with contextlib.suppress(FileNotFoundError):  # of the directory
+        names = os.listdir(directory)
+        for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
+            if name.endswith((".jsonl", ".taken")):
+                with contextlib.suppress(FileNotFoundError):  # drained since it was listed
+                    segments.append((f"{directory}/{name}", os.path.getsize(f"{directory}/{name}")))
     return segments
 
 
@@ -2148,11 +1919,8 @@ def take_segment(path: str) -> str:
         if os.path.lexists(taken):
             raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
-    fd = os.open(taken, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    finally:
-        os.close(fd)
+    with os.fdopen(os.open(taken, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return taken
 
 
@@ -2160,25 +1928,17 @@ def take_dropped(directory: str) -> "tuple[int, int]":
     """Return how many (events, bytes) the spool has had to drop since the last call, and forget them."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
-    try:
+    with contextlib.suppress(FileNotFoundError):
         if not os.path.exists(taken):
             os.rename(path, taken)
         with open(taken, "rb") as file:
             for line in file:
-                try:
+                with contextlib.suppress(MalformedEvent, TypeError, ValueError):  # torn by a full disk
                     record = parse_event_line(line)
                     events += int(record.get("events", 0))
                     size += int(record.get("bytes", 0))
-                except (MalformedEvent, TypeError, ValueError):
-                    continue  # a line torn by a full disk counts as nothing
         os.unlink(taken)
-    except FileNotFoundError:
-        pass
     return events, size
-
-
-QUARANTINE_LIMIT_BYTES = 4 << 20
-QUARANTINED_HEAD_BYTES = 4096
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
@@ -2197,9 +1957,7 @@ def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = (
-    "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to, if it has
-)
+PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to
 BUSY_S = 2.0  # after an event
 BUSY_POLL_S = 0.005  # between two looks at the spool
 IDLE_POLL_S = 0.02
@@ -2212,6 +1970,7 @@ BATCH_LIMIT_BYTES = 256 << 10
 STATE_INTERVAL_S = 0.25
 WRITER_PATIENCE_S = 1.0
 RECENT_OUTCOMES = 50
+_Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
 
 class Overrun(Exception):
@@ -2231,9 +1990,7 @@ def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, name="redis exchange", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    if not outcome:
-        raise Overrun(f"no whole answer within {deadline_s:.0f} s")
-    result, error = outcome[0]
+    result, error = outcome[0] if outcome else (None, Overrun(f"no whole answer within {deadline_s:.0f} s"))
     if error is not None:
         raise error
     return result
@@ -2266,33 +2023,21 @@ def redis_client(values: "dict[str, Any]") -> Any:
         if value:
             options[name] = value
     if issubclass(kind, redis.connection.SSLConnection):
-        options.update(_tls_options(values))
+        for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
+            options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+        options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
+        options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
     # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
-    known = _options_of(kind)
+    known: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters
+        known.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # else what it does not name goes on to the class that it is made of
     options.update((name, value) for name, value in silent.items() if name in known)
     return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
-
-
-def _tls_options(values: "dict[str, Any]") -> "dict[str, Any]":
-    files = {"ssl_ca_certs": "redis.caFile", "ssl_certfile": "redis.certFile", "ssl_keyfile": "redis.keyFile"}
-    return {
-        **{name: values[key] and os.path.expanduser(values[key]) for name, key in files.items()},
-        "ssl_cert_reqs": "required" if values["redis.verify"] else "none",
-        "ssl_check_hostname": values["redis.verify"],
-    }
-
-
-def _options_of(kind: type) -> "set[str]":
-    """Return the names that a class takes, itself or, by **options, the classes that it is made of."""
-    names: set[str] = set()
-    for base in kind.__mro__:
-        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        names.update(parameters)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break
-    return names
 
 
 def redis_place(values: "dict[str, Any]") -> str:
@@ -2303,9 +2048,8 @@ def redis_place(values: "dict[str, Any]") -> str:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "unix":
         return urllib.parse.unquote(parts.path)
-    return (
-        f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{parts.path.strip('/') or values['redis.db']}"
-    )
+    database = parts.path.strip("/") or values["redis.db"]
+    return f"{parts.hostname or 'localhost'}:{parts.port or 6379}/{database}"
 
 
 def redis_py_advice(python: str) -> str:
@@ -2324,87 +2068,65 @@ def redis_py_advice(python: str) -> str:
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: {advice}"),
     ("No module named 'redis.", "redis-py is too old: {advice}"),
-    (
-        "Authentication required|NOAUTH",
-        "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
-        "for hooks and monitor",
-    ),
-    (
-        "invalid username-password|WRONGPASS|invalid password|without any password configured",
-        "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
-        "(or CONTEXTUATE_REDIS_PASSWORD)",
-    ),
-    (
-        "NOPERM|has no permissions|No permissions to access",
-        "the Redis user lacks a right (NOPERM: {text}): the README lists the ACL rules",
-    ),
-    (
-        "READONLY|read only replica|read-only replica",
-        "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary",
-    ),
-    (
-        "OOM|used memory",
-        "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength",
-    ),
+    ("Authentication required|NOAUTH",
+     "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
+     "for hooks and monitor"),
+    ("invalid username-password|WRONGPASS|invalid password|without any password configured",
+     "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
+     "(or CONTEXTUATE_REDIS_PASSWORD)"),
+    ("NOPERM|has no permissions|No permissions to access",
+     "the Redis user lacks a right (NOPERM: {text}): the README lists the ACL rules"),
+    ("READONLY|read only replica|read-only replica",
+     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary"),
+    ("OOM|used memory",
+     "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
     ("MISCONF", "Redis at {place} cannot save to its disk and refuses writes (MISCONF): look into its log"),
     ("LOADING|is loading the dataset", "Redis at {place} is still loading its data (LOADING)"),
     ("WRONGTYPE", "the stream's key holds something else (WRONGTYPE): choose another redis.channel"),
-    (
-        "Hostname mismatch|IP address mismatch|doesn't match",
-        "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})",
-    ),
+    ("Hostname mismatch|IP address mismatch|doesn't match",
+     "the certificate of Redis is for another name: set redis.host to a name in the certificate ({text})"),
     ("certificate has expired", "the certificate of Redis has expired: renew it on the server"),
-    (
-        "CERTIFICATE_VERIFY_FAILED",
-        "the certificate of Redis cannot be verified: set redis.caFile to its authority's file ({text})",
-    ),
-    (
-        "certificate required|CERTIFICATE_REQUIRED|peer did not return a certificate",
-        "Redis at {place} asks for a client certificate: set redis.certFile and redis.keyFile",
-    ),
-    (
-        "WRONG_VERSION_NUMBER|wrong version number|record layer failure|UNEXPECTED_MESSAGE|UNEXPECTED_EOF",
-        "{place} does not speak TLS: set redis.tls to false, or redis.port to the server's TLS port",
-    ),
-    (
-        "Protocol Error|InvalidResponse",
-        "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true",
-    ),
+    ("CERTIFICATE_VERIFY_FAILED",
+     "the certificate of Redis cannot be verified: set redis.caFile to its authority's file ({text})"),
+    ("certificate required|CERTIFICATE_REQUIRED|peer did not return a certificate",
+     "Redis at {place} asks for a client certificate: set redis.certFile and redis.keyFile"),
+    ("WRONG_VERSION_NUMBER|wrong version number|record layer failure|UNEXPECTED_MESSAGE|UNEXPECTED_EOF",
+     "{place} does not speak TLS: set redis.tls to false, or redis.port to the server's TLS port"),
+    ("Protocol Error|InvalidResponse",
+     "{place} does not answer like Redis: if it is a TLS port, set redis.tls to true"),
     ("No such file or directory", "{missing} is not there: check the paths in the Redis configuration"),
-    (
-        "Name or service not known|nodename nor servname|name resolution|No address",
-        "{host} is not a known host name: check redis.host",
-    ),
+    ("Name or service not known|nodename nor servname|name resolution|No address",
+     "{host} is not a known host name: check redis.host"),
     ("Connection refused", "nothing answers at {place}: is Redis running there, and is the port right?"),
-    (
-        "Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
-        "Redis at {place} closed the connection{closed_hint}",
-    ),
+    ("Connection closed by server|Connection reset|Broken pipe|EOF occurred in violation",
+     "Redis at {place} closed the connection{closed_hint}"),
     ("Timeout|timed out|whole answer", "Redis at {place} does not answer in time{silence_hint}"),
     ("unreachable|No route", "{place} cannot be reached from this machine"),
-)
+)  # fmt: skip
 
 
 def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
     """Say in one sentence what is wrong with Redis and what to do about it.
 
-    `connected` tells that this configuration has worked before: a connection that ends has other causes then.
+    `connected`: this configuration has worked before, so a connection that ends has other causes.
     """
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
-    closed_hint = (
-        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
-    )
-    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
+    silence_hint = "if that port is without TLS, set redis.tls to false"
+    closed_hint = "is a client certificate asked for?" if tls else "if that is a TLS port, set redis.tls"
+    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
+    if (values["redis.url"] or "").startswith("unix:"):
+        named.append(redis_place(values))
+    missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
     facts = {
         "text": text,
         "place": redis_place(values),
         "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
-        "missing": ", ".join(_missing_redis_files(values)) or "a file",
+        "missing": ", ".join(missing) or "a file",
         "advice": redis_py_advice(sys.executable),
-        "closed_hint": "" if connected else closed_hint,
-        "silence_hint": "" if connected else silence_hint,
+        "closed_hint": "" if connected else f" ({closed_hint})",
+        "silence_hint": "" if connected or not tls else f" ({silence_hint})",
     }
     for signs, words in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
@@ -2412,21 +2134,10 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
 
 
-def _missing_redis_files(values: "dict[str, Any]") -> "list[str]":
-    """Return which of the files and sockets that the configuration names do not exist."""
-    named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
-    if (values["redis.url"] or "").startswith("unix:"):
-        named.append(redis_place(values))
-    return [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-
-
 def privacy_of(values: "dict[str, Any]") -> Privacy:
     """Return what a configuration lets out."""
-    return Privacy(
-        redact=values["privacy.redact"],
-        metadata_only=values["privacy.level"] == "metadata",
-        field_limit_bytes=values["limits.fieldBytes"],
-    )
+    metadata_only = values["privacy.level"] == "metadata"
+    return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
 
 
 def run_publisher(lock_fd: int) -> None:
@@ -2442,20 +2153,13 @@ def run_publisher(lock_fd: int) -> None:
         os.closerange(lock_fd + 1, 256)
         os.set_inheritable(lock_fd, False)
         publisher = Publisher(home, config_path, lock_fd)
-        signal.signal(signal.SIGTERM, lambda *_: publisher.stop())
+        signal.signal(signal.SIGTERM, lambda *_: setattr(publisher, "stopping", True))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         publisher.run()
     except BaseException as error:  # nobody sees a traceback; the next hook starts another publisher
         with contextlib.suppress(OSError):
             log_failure(f"the publisher stopped: {error!r}")
     os._exit(0)  # an exchange that was left behind may still hold its thread
-
-
-class Outgoing(NamedTuple):
-    """One event on its way to Redis."""
-
-    event_id: str
-    line: bytes  # JSON
 
 
 class Publisher:
@@ -2469,14 +2173,15 @@ class Publisher:
         self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
-        self._usage = UsageReader(home, this_machine(), limit_s=0.5)
+        self._usage_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
+        self._usage = UsageWorker(home, this_machine(), self._usage_events.append)
         self._agent_notes = AgentNoteReader(this_machine())
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
-        self._batch: list[Outgoing] = []  # read, not delivered yet
+        self._batch: _Batch = []  # read, not delivered yet
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
-        self._stopping = False
+        self.stopping = False  # True: `run` returns after the exchange under way; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
             "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
@@ -2486,14 +2191,10 @@ class Publisher:
         self._told: JsonObject = {}  # the state as it is in publisher.json
         self._told_at = 0.0
 
-    def stop(self) -> None:
-        """Let `run` return after the exchange that is under way; what is not delivered stays in the spool."""
-        self._stopping = True
-
     def run(self) -> None:
         """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
         last_event = time.monotonic()
-        while not self._stopping:
+        while not self.stopping:
             now = time.monotonic()
             self._follow_config()
             if self._values["mode"] != "redis":
@@ -2506,29 +2207,22 @@ class Publisher:
             self._tell()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif now - last_event < PUBLISHER_QUIET_S:
-                self._wait_for_events(now - last_event)
+            elif now - last_event < PUBLISHER_QUIET_S or self._usage.is_busy or self._usage_events:
+                if now - last_event >= BUSY_S:
+                    self._enter("idle", None)
+                time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
             elif self._leave():
                 return
             else:
                 last_event = now
-        if self._segment:
-            self._segment.close()
         self._enter("stopped", None)
         self._tell(now=True)
-
-    def _wait_for_events(self, quiet_s: float) -> None:
-        """Sleep until the next look at the spool, longer after some quiet."""
-        if quiet_s >= BUSY_S:
-            self._enter("idle", None)
-        time.sleep(BUSY_POLL_S if quiet_s < BUSY_S else IDLE_POLL_S)
 
     def _leave(self) -> bool:
         """Give up the lock, unless there is something in the spool again.
 
         No event is left behind: a hook appends first and asks for the lock then. If it was refused, its
-        append came before our release, so the look after the release sees it; if not, it starts the next
-        publisher.
+        append came before our release, so the look after it sees it; if not, it starts the next publisher.
         """
         self._enter("stopped", None)
         self._tell(now=True)  # before the next publisher may tell of itself
@@ -2565,10 +2259,13 @@ class Publisher:
 
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
-        if self._segment is None and not self._open_segment():
-            return False
-        size = 0
         privacy = privacy_of(self._values)
+        while self._usage_events:
+            usage = build_event(self._usage_events.popleft(), now_ms(), this_machine())
+            self._batch.append((usage["id"], protect(usage, privacy)[1]))
+        if self._segment is None and not self._open_segment():
+            return bool(self._batch)
+        size = 0
         while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
             line = self._segment.readline()
             if not line:
@@ -2576,7 +2273,7 @@ class Publisher:
             event = self._build(line.strip(), privacy) if line.strip() else None
             if event:
                 self._batch.append(event)
-                size += len(event.line)
+                size += len(event[1])
         if not self._batch:
             self._segment.close()
             with contextlib.suppress(FileNotFoundError):
@@ -2594,25 +2291,24 @@ class Publisher:
             except FileNotFoundError:
                 continue
             except BlockingIOError:
-                blocked, now = True, time.monotonic()
-                self._blocked_since = self._blocked_since or now
-                if now - self._blocked_since < WRITER_PATIENCE_S:
+                blocked = True
+                self._blocked_since = self._blocked_since or time.monotonic()
+                if time.monotonic() - self._blocked_since < WRITER_PATIENCE_S:
                     return False  # a writer is at it: what comes after it waits, to keep the order
                 continue
-            if not blocked:
-                self._blocked_since = None
+            self._blocked_since = self._blocked_since if blocked else None
             self._report_dropped()
             return True
         return False
 
-    def _build(self, line: bytes, privacy: Privacy) -> "Optional[Outgoing]":
+    def _build(self, line: bytes, privacy: Privacy) -> "tuple[str, bytes] | None":
         """Build and protect one event; what is none goes to the quarantine."""
         try:
             event = build_event(parse_event_line(line), now_ms(), this_machine())
-            self._usage.add_usage(event)
+            self._usage.put(event)
             self._agent_notes.add_note(event)
             event, encoded = protect(event, privacy)
-            return Outgoing(event["id"], encoded)
+            return (event["id"], encoded)
         except Exception as error:  # no line may stop those after it
             reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {error!r}"
         self._state["quarantined"] += 1
@@ -2622,7 +2318,7 @@ class Publisher:
         return None
 
     def _report_dropped(self) -> None:
-        """Tell the monitors what the spool has had to drop on this machine: an event like any other."""
+        """Report to the monitors what the spool has had to drop on this machine: an event like any other."""
         events, size = take_dropped(self._spool)
         if not events:
             return
@@ -2630,7 +2326,7 @@ class Publisher:
         words = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
         report = {"eventType": "message", "data": {"message": words, "spoolDropped": events}}
         event = build_event(report, now_ms(), this_machine())
-        self._batch.append(Outgoing(event["id"], encode_json(event)))
+        self._batch.append((event["id"], encode_json(event)))
 
     # Sending
 
@@ -2638,7 +2334,7 @@ class Publisher:
         """Send the batch once; after a failure only its first event, to see whether it is over."""
         batch = self._batch[: 1 if self._failures else None]
         stream = f"{self._values['redis.channel']}:stream" if self._values["redis.streamMaxLength"] else None
-        deadline_s = EXCHANGE_DEADLINE_S + sum(len(event.line) for event in batch) / SLOW_LINK_BYTES_A_S
+        deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
             self._client = client = self._client or redis_client(self._values)
             replies = within(deadline_s, lambda: self._send(client, batch, stream))
@@ -2649,32 +2345,38 @@ class Publisher:
             return
         self._settle(batch, replies, stream)
 
-    def _send(self, client: Any, batch: "list[Outgoing]", stream: "Optional[str]") -> "list[Any]":
+    def _send(self, client: Any, batch: "_Batch", stream: "Optional[str]") -> "list[Any]":
         """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
         pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
-        for event in batch:
-            pipeline.publish(self._values["redis.channel"], event.line)
+        for _, line in batch:
+            pipeline.publish(self._values["redis.channel"], line)
             if stream:
                 limit = self._values["redis.streamMaxLength"]
-                pipeline.xadd(stream, {"event": event.line}, maxlen=limit, approximate=True)
+                pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
         return list(pipeline.execute(raise_on_error=False))
 
-    def _settle(self, batch: "list[Outgoing]", replies: "list[Any]", stream: "Optional[str]") -> None:
-        """Forget what has arrived, keep the rest.
-
-        An event has arrived when it is in the stream, or, where there is none, when a subscriber got it.
-        """
+    def _settle(self, batch: "_Batch", replies: "list[Any]", stream: "Optional[str]") -> None:
+        """Keep what has not arrived: an event that the stream has not or, without one, no subscriber got."""
         step = 2 if stream else 1
         kept = []
         for event, at in zip(batch, range(0, len(replies), step)):
             subscribers = replies[at]
             streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
-            self._outcomes.append(
-                [event.event_id, subscribers if isinstance(subscribers, int) else None, streamed]
-            )
+            heard = subscribers if isinstance(subscribers, int) else None
+            self._outcomes.append([event[0], heard, streamed])
             if not streamed and (isinstance(subscribers, Exception) or subscribers == 0):
                 kept.append(event)
-        self._note_replies(replies[-step], replies[-1] if stream else None)
+        # For publisher.json: how the last event fared on the channel and in the stream.
+        published: Any = replies[-step]
+        added: Any = replies[-1] if stream else None
+        refused, unstreamed = isinstance(published, Exception), isinstance(added, Exception)
+        self._state.update(
+            channelState="refused" if refused else "ok",
+            channelReason=redis_trouble(published, self._values) if refused else None,
+            subscribers=None if refused else published,
+            stream="refused" if unstreamed else "off" if added is None else "ok",
+            streamReason=redis_trouble(added, self._values) if unstreamed else None,
+        )
         self._state["published"] += len(batch) - len(kept)
         self._batch = kept + self._batch[len(batch) :]
         if not kept:
@@ -2684,16 +2386,6 @@ class Publisher:
         reasons = [self._state["channelReason"], self._state["streamReason"]]
         nobody = f"nobody is subscribed to {self._values['redis.channel']}"
         self._fail("; ".join(reason for reason in reasons if reason) or nobody)
-
-    def _note_replies(self, published: Any, added: Any) -> None:
-        """Keep for publisher.json how the last event fared on the channel and in the stream."""
-        refused = isinstance(published, Exception)
-        self._state["channelState"] = "refused" if refused else "ok"
-        self._state["channelReason"] = redis_trouble(published, self._values) if refused else None
-        self._state["subscribers"] = None if refused else published
-        refused = isinstance(added, Exception)
-        self._state["stream"] = "refused" if refused else "off" if added is None else "ok"
-        self._state["streamReason"] = redis_trouble(added, self._values) if refused else None
 
     def _fail(self, reason: str) -> None:
         self._failures += 1
@@ -2741,32 +2433,26 @@ class Publisher:
             self._told = dict(self._state)
 
 
-def _read_publisher_state(home: str) -> JsonObject:
-    with open(home + "/publisher.json", "rb") as file:
-        return parse_event_line(file.read(1 << 20))
-
-
 def publisher_state(home: str) -> JsonObject:
     """Return what publisher.json says, and whether that process runs (`running`)."""
     try:
-        state = _read_publisher_state(home)
+        with open(home + "/publisher.json", "rb") as file:
+            state = parse_event_line(file.read(1 << 20))
     except (OSError, MalformedEvent):
-        return {"state": "stopped", "running": False}
-    running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
+        state = {"state": "stopped"}
     state.pop("recent", None)
-    return {**state, "running": running} if running else {**state, "state": "stopped", "running": False}
+    running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
+    return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
 
 
 def _is_publisher(pid: int) -> bool:
-    """Tell whether the process of this number is a publisher; without /proc, whether there is one of ours."""
+    """True if the process of this number is a publisher; without /proc, if it is one of ours."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return b"\0--publish\0" in file.read(65536)
-    except FileNotFoundError:
+    except OSError:
         if os.path.exists("/proc/self/cmdline"):
             return False
-    except OSError:
-        return False
     try:
         os.kill(pid, 0)
     except OSError:
@@ -2775,20 +2461,17 @@ def _is_publisher(pid: int) -> bool:
 
 
 def lock_is_held(path: str) -> bool:
-    """Tell whether somebody holds the lock on a file.
+    """True while a process holds the lock on a file.
 
-    Only where nobody takes "it is held" for "somebody works": the look itself holds it for a moment.
+    Only where no reader takes "it is held" for "it is at work": the look itself holds it for a moment.
     """
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
     return False
 
 
@@ -2798,14 +2481,12 @@ def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[
     deadline = time.monotonic() + deadline_s
     state: JsonObject = {}
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, MalformedEvent):
-            state = _read_publisher_state(home)
-        for known, subscribers, streamed in state.get("recent", []):
+        with contextlib.suppress(OSError, MalformedEvent), open(home + "/publisher.json", "rb") as file:
+            state = parse_event_line(file.read(1 << 20))
+        for known, count, streamed in state.get("recent", []):
             if known == event_id:
-                heard = (
-                    "the channel was refused" if subscribers is None else f"{subscribers} subscribers got it"
-                )
+                got = "the channel was refused" if count is None else f"{count} subscribers got it"
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
-                return [f"Redis at {state.get('server')}: {heard}, {kept}"]
+                return [f"Redis at {state.get('server')}: {got}, {kept}"]
         time.sleep(0.02)
     return [f"Redis at {state.get('server')}: nothing known after {deadline_s:.0f} s: {state.get('reason')}"]
