@@ -3298,7 +3298,8 @@ class History:
                 self._queued_bytes += size
                 self._behind = self._queued_bytes > INDEX_QUEUE_BYTES
         self._last_live = time.monotonic()
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def rescan(self) -> None:
         """Compare with the files on disk once more: some were removed, replaced or added."""
@@ -3871,20 +3872,19 @@ class EventLoop:
         """Pass on the connections to a listening socket; pause when file descriptors run out."""
 
         def accept(_events: int) -> None:
-            for _ in range(128):
-                try:
-                    connection, _address = sock.accept()
-                except (BlockingIOError, ConnectionAbortedError):
-                    return
-                except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                        raise
-                    log.warning("no file descriptor left for a new connection (%s); trying again", error)
-                    self.forget(sock)
-                    self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
-                    return
-                connection.setblocking(False)
-                accepted(connection)
+            try:
+                connection, _address = sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                log.warning("no file descriptor left for a new connection (%s); trying again", error)
+                self.forget(sock)
+                self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
+                return
+            connection.setblocking(False)
+            accepted(connection)
 
         sock.setblocking(False)
         self.watch(sock, selectors.EVENT_READ, accept)
