@@ -17726,7 +17726,7 @@ class Audience:
         self.sockets: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
         message = ee.encode_json({"type": "subscribe", "view": view})
-        opening = websocket_request(port) + cm.encode_frame(cm.Opcode.TEXT, message, b"mask")
+        opening = websocket_request(port) + protocol_frame(cm.Opcode.TEXT, message)
         for number in range(count):
             sock = socket.socket()
             sock.settimeout(15)
@@ -18575,7 +18575,9 @@ def bench_history(sizes: Sizes) -> Iterator[Figure]:
         begin = time.monotonic()
         size = write_long_history(home + "/events", maker, cm.now_ms())
         bench_tell(f"{count:,} events of {size / count:.0f} bytes made in {time.monotonic() - begin:.0f} s")
-        history = cm.History(cm.Journal(home + "/events"), home + "/index.db")
+        journal = cm.Journal(home + "/events")
+        journal.open()
+        history = cm.History(journal, home + "/index.db")
         begin = time.monotonic()
         history.start()
         try:
