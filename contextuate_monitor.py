@@ -4005,7 +4005,8 @@ class Client:
     head: bytes = b""  # of the opening handshake, as far as it came
     is_open: bool = False  # the handshake is done
     parser: FrameParser | None = None  # while a message of the client is coming in
-    queue: bytearray = dataclasses.field(default_factory=bytearray)
+    queue: list[memoryview] = dataclasses.field(default_factory=list)
+    queued: int = 0  # bytes in it
     answer_bytes: int = 0  # of the queue: at most this many are answers to its own requests
     unanswered_pings: int = 0
     closing: bool = False  # our close frame is queued or sent: nothing may follow it
@@ -4042,7 +4043,7 @@ class ClientServer:
         """
         if client.closing:
             return
-        before = len(client.queue)
+        before = client.queued
         waiting = client.answer_bytes if is_answer else before - client.answer_bytes
         if before and waiting + len(frames) > (ANSWER_LIMIT_BYTES if is_answer else self.queue_limit_bytes):
             self.closed_slow += 1
@@ -4051,7 +4052,7 @@ class ClientServer:
             return
         self._write(client, frames)
         if is_answer:
-            client.answer_bytes += len(client.queue) - before
+            client.answer_bytes += client.queued - before
 
     answer = functools.partialmethod(send, is_answer=True)
 
@@ -4094,27 +4095,38 @@ class ClientServer:
         for client in list(self.clients.values()):
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
-    def _write(self, client: Client, data: bytes = b"") -> None:
-        """Send what is queued, then `data`, as far as the socket takes it; the rest waits in the queue."""
+    def _write(self, client: Client, data: bytes) -> None:
+        """Send `data` behind what is queued; what the socket does not take waits in the queue."""
         was_waiting = bool(client.queue)
-        if was_waiting and data:
-            client.queue += data
-            return
         try:
-            sent = client.sock.send(data or client.queue)
+            sent = 0 if was_waiting else client.sock.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
             self._drop(client)
             return
-        if data:
-            client.queue += memoryview(data)[sent:]
-        else:
-            del client.queue[:sent]
-            client.answer_bytes = max(0, client.answer_bytes - sent)
-        if bool(client.queue) != was_waiting:
-            writing = selectors.EVENT_WRITE if client.queue else 0
-            self.loop.wait_for(client.sock, selectors.EVENT_READ | writing)
+        if sent < len(data):
+            client.queue.append(memoryview(data)[sent:])
+            client.queued += len(data) - sent
+            if not was_waiting:
+                self.loop.wait_for(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        elif client.closing:
+            self._finish_close(client)
+
+    def _flush(self, client: Client) -> None:
+        """Send what is queued, as far as the socket takes it."""
+        try:
+            while client.queue:
+                sent = client.sock.send(client.queue[0])
+                client.queued -= sent
+                client.answer_bytes = max(0, client.answer_bytes - sent)
+                client.queue[:1] = [client.queue[0][sent:]] if sent < len(client.queue[0]) else []
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        self.loop.wait_for(client.sock, selectors.EVENT_READ)
         if client.closing:
             self._finish_close(client)
 
@@ -4140,7 +4152,7 @@ class ClientServer:
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
-            self._write(client)
+            self._flush(client)
         if client.sock not in self.clients or not ready & selectors.EVENT_READ:
             return  # perhaps dropped earlier in this turn
         try:
@@ -5802,7 +5814,7 @@ class Status:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
         server, link = self._monitor.clients, self._monitor.redis and self._monitor.redis.subscription
-        queued = sum(len(client.queue) for client in server.clients.values())
+        queued = sum(client.queued for client in server.clients.values())
         queues = {"client": queued, "closed": server.closed_slow, "redis": link.batch_bytes if link else 0}
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 

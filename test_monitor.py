@@ -13172,7 +13172,7 @@ def test_clients_whose_cable_is_cut_are_dropped_and_hold_up_nobody(monkeypatch: 
                     near.send(protocol_frame(10, b""))
                 seen += b'"type":"event"' in said[:40]
                 queues = inside.loop.call(
-                    lambda: [len(client.queue) for client in inside.clients.clients.values()]
+                    lambda: [client.queued for client in inside.clients.clients.values()]
                 )
                 most = max(most, *queues)
             sending.result(30)
