@@ -3872,19 +3872,20 @@ class EventLoop:
         """Pass on the connections to a listening socket; pause when file descriptors run out."""
 
         def accept(_events: int) -> None:
-            try:
-                connection, _address = sock.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                log.warning("no file descriptor left for a new connection (%s); trying again", error)
-                self.forget(sock)
-                self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
-                return
-            connection.setblocking(False)
-            accepted(connection)
+            for _ in range(128):
+                try:
+                    connection, _address = sock.accept()
+                except (BlockingIOError, ConnectionAbortedError):
+                    return
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                        raise
+                    log.warning("no file descriptor left for a new connection (%s); trying again", error)
+                    self.forget(sock)
+                    self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
+                    return
+                connection.setblocking(False)
+                accepted(connection)
 
         sock.setblocking(False)
         self.watch(sock, selectors.EVENT_READ, accept)
