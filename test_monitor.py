@@ -10563,7 +10563,8 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
     assert list(facts) == ["mode", "events", "sessions", "store", "index", "spool", "lost"]
     words = running.command("status").stdout
     for name, fact in facts.items():
-        assert f"{name:<8} {fact}" in words or name == "index", words
+        steady = fact.partition(",")[0] if name == "store" else fact  # its size grows meanwhile
+        assert f"{name:<8} {steady}" in words or name == "index", words
     link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9}
     link.update(reason="refused", position=None, streamReason="", streamState="ok", gaps=1)
     machine = {"machineId": "far", "events": 3, "lastSeen": cm.now_ms(), "clockSkewMs": -7000}
