@@ -5916,14 +5916,14 @@ class Monitor:
             queue_limit_bytes=settings["limits.clientQueueBytes"],
         )
         self.feed = SessionFeed(self.loop, self.sessions, self.clients)
-        with contextlib.suppress(OSError, ValueError), open(settings.path("last-seq"), "rb") as file:
-            self.journal.seq = int(file.read(20))
-        self.journal.open()
-        self.loading = {"done": 0, "total": self.journal.seq}
         page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         self.http = HttpServer(http_socket, access, page, api, settings["limits.connections"])
+        with contextlib.suppress(OSError, ValueError), open(settings.path("last-seq"), "rb") as file:
+            self.journal.seq = int(file.read(20))
+        self.journal.open()
+        self.loading = {"done": 0, "total": self.journal.seq}
         self.loop.turn_end = self._handle_arrivals
         self._advance(self._load())
 
