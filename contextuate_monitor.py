@@ -4335,6 +4335,7 @@ class Subscription(threading.Thread):
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
+                    self._check_primary()
                     self._read_stream()
         except Exception as error:  # the link puts it into words
             self._report(self._link.fail, self, error)
@@ -4365,6 +4366,19 @@ class Subscription(threading.Thread):
                 self._by_channel.add(key)
                 self._add(message["data"], None)
 
+    def _check_primary(self) -> None:
+        """Raise ConnectionError when sentinels or the cluster have chosen another primary."""
+        import redis
+
+        if not (self._link.values["redis.sentinels"] or self._link.values["redis.cluster"]):
+            return
+        try:
+            now = emit_event.redis_address(emit_event.redis_client(self._link.values))
+        except redis.RedisError:
+            return  # they do not know now, and ours still answers
+        if now != emit_event.redis_address(self._client):
+            raise redis.ConnectionError(f"the primary is now {now[0]}:{now[1]}")
+
     def _read_stream(self, may_have_gap: bool = False) -> None:
         """Hand over what the stream has behind the position; a refusal leaves the channel to go on alone."""
         import redis
@@ -4391,6 +4405,8 @@ class Subscription(threading.Thread):
                 if len(page) < count:
                     break
         except redis.ResponseError as error:
+            if type(error).__name__ in ("MovedError", "AskError", "ClusterDownError"):
+                raise  # another node has the stream
             reason = emit_event.redis_trouble(error, self._link.values)
         if reason != self._link.state["streamReason"]:
             lost = "what the channel leaves out is lost"
@@ -4447,7 +4463,7 @@ class RedisLink:
     def __post_init__(self) -> None:
         self.values = values = self.settings.values
         self.page_events = STREAM_PAGE_EVENTS  # how many the subscription asks for at once
-        self.stream = f"{values['redis.channel']}:stream" if values["redis.streamMaxLength"] else None
+        self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
         self.state: JsonObject = {  # as the status shows it; never a password
             "state": "connecting",
@@ -7130,7 +7146,7 @@ class Doctor:
         values = self._settings.values
         started = time.monotonic()
         try:
-            client = emit_event.redis_client(values)
+            client = _in_time(lambda: emit_event.redis_client(values))
             _in_time(client.ping)
         except Exception as error:
             if not lacks_right(error):  # else it has let us in, which is all that is asked here

@@ -528,6 +528,21 @@ def _optional_text(what: str) -> Key:
     return Key(None, f"null or {what}", _optional(_text))
 
 
+def host_and_port(node: str, default_port: int) -> "tuple[str, int]":
+    """Split "host", "host:port" or "[IPv6]:port"; raise ValueError for anything else."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]/@\s]+))(?::([0-9]{1,5}))?", node)
+    if match is None or not 0 < int(match[3] or default_port) < 65536:
+        raise ValueError(f"not host:port: {node}")
+    return match[1] or match[2], int(match[3] or default_port)
+
+
+def _nodes(value: Any) -> bool:
+    try:
+        return isinstance(value, list) and all(_text(node) and host_and_port(node, 1) for node in value)
+    except ValueError:
+        return False
+
+
 def _redis_url(value: Any) -> bool:
     """True when an address means what it looks like; a "/" or "#" in a password would end it early."""
     try:
@@ -586,6 +601,14 @@ KEYS: dict[str, Key] = {
     "redis.caFile": _optional_text("a path"),
     "redis.certFile": _optional_text("a path"),
     "redis.keyFile": _optional_text("a path"),
+    "redis.sentinels": Key([], 'a list of "host:port" (26379 is the default port)', _nodes),
+    "redis.master": Key("mymaster", "the name that the sentinels have for the primary", _text),
+    "redis.sentinelPassword": _optional_text("a string"),
+    "redis.cluster": Key(
+        False,
+        'true (redis.host is a node of a cluster), false, or a list of its nodes as "host:port"',
+        lambda value: isinstance(value, bool) or (_nodes(value) and value != []),
+    ),
     "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
@@ -610,7 +633,7 @@ KEYS: dict[str, Key] = {
 }
 NO_LONGER_USED = ("retention.compressAfterDays",)
 # Never shown: not in errors, logs, /api/config or on a command line.
-SECRET_KEYS = ("redis.password", "redis.url")
+SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
@@ -659,7 +682,10 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         values["limits.fieldBytes"] = REDIS_FIELD_BYTES
     if values["redis.tls"] is False and any(said.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
-    if readable_by_others and (values["redis.password"] or "@" in (values["redis.url"] or "")):
+    if values["redis.sentinels"] and values["redis.cluster"]:
+        raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
+    secrets = values["redis.password"], values["redis.sentinelPassword"], "@" in (values["redis.url"] or "")
+    if readable_by_others and any(secrets):
         warnings.append(f"{path}: holds a password that others can read; run: chmod 600 {path}")
     return values, warnings
 
@@ -1967,6 +1993,8 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 30.0
 BATCH_LIMIT_EVENTS = 200
 BATCH_LIMIT_BYTES = 256 << 10
+RESEND_S = 10.0  # what was sent so long before a connection broke is sent again: a new primary may lack it
+RESEND_BYTES = 1 << 20
 STATE_INTERVAL_S = 0.25
 WRITER_PATIENCE_S = 1.0
 RECENT_OUTCOMES = 50
@@ -2002,11 +2030,12 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client for a configuration; it has not connected yet.
+    """Return a redis-py client of the server that has the stream, which has not connected yet.
 
-    Raises ModuleNotFoundError without redis-py and ValueError for a url that it cannot use. Off are its
-    retries, which reconnect without a word, and what it says of itself at each connection (HELLO, CLIENT
-    SETINFO), which an access list would have to allow.
+    With `redis.sentinels` or `redis.cluster` it asks them first which server that is. Raises
+    ModuleNotFoundError without redis-py, ValueError for a url that it cannot use, and redis-py's errors. Off
+    are redis-py's retries, which reconnect silently, and what it sends about itself with each connection
+    (HELLO, CLIENT SETINFO), which an access list would have to allow.
     """
     import redis
     from redis.backoff import NoBackoff
@@ -2037,12 +2066,73 @@ def redis_client(values: "dict[str, Any]") -> Any:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break  # else what it does not name goes on to the class that it is made of
     options.update((name, value) for name, value in silent.items() if name in known)
-    return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **options))
+
+    def client_of(address: "tuple[str, int] | None" = None, **changes: Any) -> Any:
+        own = {**options, **changes, **(dict(zip(("host", "port"), address)) if address else {})}
+        return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **own))
+
+    if values["redis.sentinels"]:
+        login = {"db": 0, "username": None, "password": values["redis.sentinelPassword"]}
+        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
+        return client_of(
+            _primary_of_sentinels([client_of(it, **login) for it in nodes], values["redis.master"])
+        )
+    if values["redis.cluster"]:
+        first = options.get("host", "localhost"), options.get("port", 6379)
+        listed = values["redis.cluster"]
+        nodes = [first] if listed is True else [host_and_port(node, 6379) for node in listed]
+        tls = issubclass(kind, redis.connection.SSLConnection)
+        rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
+        return client_of(
+            _cluster_node(nodes, stream_name(values) or values["redis.channel"], ssl=tls, **rest), db=0
+        )
+    return client_of()
+
+
+def _primary_of_sentinels(sentinels: "list[Any]", name: str) -> "tuple[str, int]":
+    from redis.sentinel import Sentinel
+
+    manager: Any = Sentinel([])  # type: ignore[no-untyped-call]
+    manager.sentinels = sentinels
+    try:
+        host, port = manager.discover_master(name)
+    finally:
+        for sentinel in sentinels:
+            sentinel.connection_pool.disconnect()
+    return host, port
+
+
+def _cluster_node(nodes: "list[tuple[str, int]]", key: str, **options: Any) -> "tuple[str, int]":
+    """Return the address of the node that has a key: PUBLISH there reaches subscribers of every node."""
+    from redis.cluster import ClusterNode, RedisCluster
+
+    startup: Any = [ClusterNode(*node) for node in nodes]  # type: ignore[no-untyped-call]
+    cluster: Any = RedisCluster(startup_nodes=startup, require_full_coverage=False, **options)
+    try:
+        node = cluster.get_node_from_key(key)
+    finally:
+        cluster.close()
+    return node.host, node.port
+
+
+def redis_address(client: Any) -> "tuple[Any, Any]":
+    """Return (host, port) of a client that `redis_client` made."""
+    options = client.connection_pool.connection_kwargs
+    return options.get("host"), options.get("port")
+
+
+def stream_name(values: "dict[str, Any]") -> "Optional[str]":
+    """Return the key of the stream; None when it is switched off."""
+    return f"{values['redis.channel']}:stream" if values["redis.streamMaxLength"] else None
 
 
 def redis_place(values: "dict[str, Any]") -> str:
     """Return where Redis is, for people: "host:port/db" or a socket's path, never a password."""
     url = values["redis.url"]
+    if values["redis.sentinels"]:
+        return f"{values['redis.master']} of the sentinels {', '.join(values['redis.sentinels'])}"
+    if isinstance(values["redis.cluster"], list):
+        return f"the cluster of {', '.join(values['redis.cluster'])}"
     if not url:
         return f"{values['redis.host']}:{values['redis.port']}/{values['redis.db']}"
     parts = urllib.parse.urlsplit(url)
@@ -2076,8 +2166,15 @@ _REDIS_TROUBLES = (
      "(or CONTEXTUATE_REDIS_PASSWORD)"),
     ("NOPERM|has no permissions|No permissions to access",
      "the Redis user lacks a right (NOPERM: {text}): the README lists the ACL rules"),
-    ("READONLY|read only replica|read-only replica",
-     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary"),
+    ("READONLY|read only replica|read-only replica|previous master",
+     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary, or redis.sentinels "
+     "to have it found"),
+    ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
+    ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
+     "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
+    ("Cluster mode is not enabled", "Redis at {place} is no cluster: set redis.cluster to false"),
+    ("No master found", "no sentinel of {place} knows a primary: check redis.sentinels, redis.master and "
+     "redis.sentinelPassword ({text})"),
     ("OOM|used memory",
      "Redis at {place} is out of memory (OOM): raise maxmemory there or lower redis.streamMaxLength"),
     ("MISCONF", "Redis at {place} cannot save to its disk and refuses writes (MISCONF): look into its log"),
@@ -2179,6 +2276,7 @@ class Publisher:
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
+        self._sent: collections.deque[tuple[float, _Batch]] = collections.deque()  # of the last RESEND_S
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self.stopping = False  # True: `run` returns after the exchange under way; the spool keeps the rest
@@ -2333,59 +2431,84 @@ class Publisher:
     def _publish(self) -> None:
         """Send the batch once; after a failure only its first event, to see whether it is over."""
         batch = self._batch[: 1 if self._failures else None]
-        stream = f"{self._values['redis.channel']}:stream" if self._values["redis.streamMaxLength"] else None
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
-            self._client = client = self._client or redis_client(self._values)
-            replies = within(deadline_s, lambda: self._send(client, batch, stream))
+            if self._client is None:
+                self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
+            client = self._client
+            replies = within(deadline_s, lambda: self._send(client, batch))
         except Exception as error:  # whatever it is, the events stay in the spool
             if isinstance(error, ImportError):
                 self._change_interpreter()
             self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
+            self._send_again()
             return
-        self._settle(batch, replies, stream)
+        self._settle(batch, replies)
 
-    def _send(self, client: Any, batch: "_Batch", stream: "Optional[str]") -> "list[Any]":
+    def _send(self, client: Any, batch: "_Batch") -> "list[Any]":
         """Return the replies (values or exceptions) of one pipeline: two an event if there is a stream."""
         pipeline = client.pipeline(transaction=False)  # in a MULTI, one refused command would discard all
+        stream, limit = stream_name(self._values), self._values["redis.streamMaxLength"]
         for _, line in batch:
             pipeline.publish(self._values["redis.channel"], line)
             if stream:
-                limit = self._values["redis.streamMaxLength"]
                 pipeline.xadd(stream, {"event": line}, maxlen=limit, approximate=True)
         return list(pipeline.execute(raise_on_error=False))
 
-    def _settle(self, batch: "_Batch", replies: "list[Any]", stream: "Optional[str]") -> None:
-        """Keep what has not arrived: an event that the stream has not or, without one, no subscriber got."""
+    def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
+        """Keep what has not arrived: an event that the stream has not or, without one, no subscriber got.
+
+        A node of a cluster counts only its own subscribers, so there it is enough that PUBLISH was taken.
+        """
+        stream = stream_name(self._values)
         step = 2 if stream else 1
-        kept = []
+        kept: _Batch = []
+        sent: _Batch = []
         for event, at in zip(batch, range(0, len(replies), step)):
-            subscribers = replies[at]
+            subscribers = replies[at] if isinstance(replies[at], int) else None
             streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
-            heard = subscribers if isinstance(subscribers, int) else None
-            self._outcomes.append([event[0], heard, streamed])
-            if not streamed and (isinstance(subscribers, Exception) or subscribers == 0):
-                kept.append(event)
+            self._outcomes.append([event[0], subscribers, streamed])
+            published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
+            (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: how the last event fared on the channel and in the stream.
-        published: Any = replies[-step]
+        published_last: Any = replies[-step]
         added: Any = replies[-1] if stream else None
-        refused, unstreamed = isinstance(published, Exception), isinstance(added, Exception)
+        refused, unstreamed = isinstance(published_last, Exception), isinstance(added, Exception)
         self._state.update(
             channelState="refused" if refused else "ok",
-            channelReason=redis_trouble(published, self._values) if refused else None,
-            subscribers=None if refused else published,
+            channelReason=redis_trouble(published_last, self._values) if refused else None,
+            subscribers=None if refused else published_last,
             stream="refused" if unstreamed else "off" if added is None else "ok",
             streamReason=redis_trouble(added, self._values) if unstreamed else None,
         )
-        self._state["published"] += len(batch) - len(kept)
+        self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
+        self._sent.append((time.monotonic(), sent))
+        while self._sent and (
+            time.monotonic() - self._sent[0][0] > RESEND_S
+            or sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES
+        ):
+            self._sent.popleft()
         if not kept:
             self._failures = 0
             self._enter("publishing", None)
             return
         reasons = [self._state["channelReason"], self._state["streamReason"]]
-        nobody = f"nobody is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(reason for reason in reasons if reason) or nobody)
+        unheard = f"no monitor is subscribed to {self._values['redis.channel']}"
+        self._fail("; ".join(reason for reason in reasons if reason) or unheard)
+        if stream:
+            self._send_again()
+
+    def _send_again(self) -> None:
+        """Put what was sent just now before the batch: the server that had it may have been replaced."""
+        recent = [
+            event
+            for sent_at, events in self._sent
+            if time.monotonic() - sent_at < RESEND_S
+            for event in events
+        ]
+        self._sent.clear()
+        self._batch = recent + self._batch
 
     def _fail(self, reason: str) -> None:
         self._failures += 1

@@ -12238,6 +12238,147 @@ def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
     assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
 
 
+REFUSED_WRITES = {
+    # what is done to Redis → what the publisher says
+    "a read-only replica": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "READONLY"),
+    "out of memory": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "OOM"),
+    "no right to add": (
+        ("ACL", "SETUSER", "default", "-xadd"), ("ACL", "SETUSER", "default", "+xadd"), "NOPERM",
+    ),
+    "a key that is no stream": (
+        ("SET", REDIS_STREAM, "x"), ("DEL", REDIS_STREAM), "WRONGTYPE",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("refuse", "permit", "reason"), REFUSED_WRITES.values(), ids=REFUSED_WRITES.keys())
+def test_an_event_that_the_stream_refuses_stays_in_the_spool(make, refuse, permit, reason):
+    server = make(RedisServer)
+    machine = make(RedisMachine, config=server.settings()).serve()
+    machine.wait_until("connected")
+    server.cli(*refuse)
+    machine.say("refused")
+    eventually(lambda: reason in (machine.publisher().get("reason") or ""), what=reason)
+    assert machine.publisher()["state"] == "waiting" and machine.spooled()
+    server.cli(*permit)
+    eventually(lambda: not machine.spooled(), 40, "an empty spool")
+    assert ["refused" in event for event in server.streamed()] == [True]
+    eventually(lambda: machine.has("s1", 1), 20)
+    assert list(machine.arrivals().values()) == [["refused"]]
+
+
+class RedisSentinels:
+    """Three sentinels that watch one primary and its replicas, and fail over within seconds."""
+
+    def __init__(self, primary: RedisServer) -> None:
+        self.servers = []
+        for _ in range(3):
+            port, directory = redis_free_port(), new_home()
+            with open(directory + "/sentinel.conf", "w", encoding="ascii") as file:
+                file.write(
+                    f"port {port}\nbind 127.0.0.1\ndir {directory}\nlogfile {directory}/log\n"
+                    f"sentinel monitor team 127.0.0.1 {primary.port} 2\n"
+                    "sentinel down-after-milliseconds team 700\nsentinel failover-timeout team 4000\n"
+                )
+            command = ["redis-server", directory + "/sentinel.conf", "--sentinel"]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.servers.append((port, directory, process))
+        eventually(
+            lambda: all("num-other-sentinels\n2" in self.ask(at) for at in range(3)), 30, "the sentinels"
+        )
+
+    def ask(self, at: int) -> str:
+        """Return what a sentinel says about the primary."""
+        command = ["redis-cli", "-p", str(self.servers[at][0]), "SENTINEL", "MASTER", "team"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration of a machine that asks them."""
+        nodes = [f"127.0.0.1:{port}" for port, _, _ in self.servers]
+        return {"mode": "redis", "redis": {"sentinels": nodes, "master": "team", "port": 1}}
+
+    def remove(self) -> None:
+        """End them and remove their directories."""
+        for _, directory, process in self.servers:
+            process.kill()
+            process.wait()
+            shutil.rmtree(directory)
+
+
+class RedisCluster:
+    """Three primaries with all slots between them, and a replica of the one that has the stream."""
+
+    def __init__(self, make: Any) -> None:
+        lines = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-replica-validity-factor 0")
+        self.servers = [make(RedisServer, *lines) for _ in range(4)]
+        addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
+        self.cli("--cluster", "create", *addresses[:3], "--cluster-yes")
+        eventually(lambda: "cluster_state:ok" in self.servers[0].cli("CLUSTER", "INFO"), 30, "the cluster")
+        slot = int(self.servers[0].cli("CLUSTER", "KEYSLOT", REDIS_STREAM))
+        self.primary = self.servers[slot * 3 // 16384]
+        self.replica = self.servers[3]
+        primary_id = self.primary.cli("CLUSTER", "MYID")
+        self.cli(
+            "--cluster",
+            "add-node",
+            addresses[3],
+            addresses[0],
+            "--cluster-slave",
+            "--cluster-master-id",
+            primary_id,
+        )
+        eventually(
+            lambda: "master_link_status:up" in self.replica.cli("INFO", "replication"), 30, "the replica"
+        )
+        eventually(
+            lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30, "the news of it"
+        )
+
+    @staticmethod
+    def cli(*arguments: str) -> None:
+        """Run redis-cli without a server of its own."""
+        subprocess.run(["redis-cli", *arguments], check=True, capture_output=True, timeout=60)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the configuration of a machine that uses it."""
+        return {"mode": "redis", "redis": {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}}
+
+
+@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+def test_a_failover_loses_and_doubles_no_event(make, kind):
+    if kind == "sentinels":
+        primary = make(RedisServer)
+        replicas = [make(RedisServer, f"replicaof 127.0.0.1 {primary.port}") for _ in range(2)]
+        eventually(lambda: "connected_slaves:2" in primary.cli("INFO", "replication"), 30, "the replicas")
+        config = make(RedisSentinels, primary).settings()
+    else:
+        cluster = RedisCluster(make)
+        primary, replicas, config = cluster.primary, [cluster.replica], cluster.settings()
+    config["redis"]["maxRetries"] = None
+    emitter, other = (make(RedisMachine, config=config, machine_id=name) for name in ("m1", "m2"))
+    for machine in (emitter, other):
+        machine.serve()
+        machine.wait_until("connected")
+    wanted = [f"t{number}" for number in range(120)]
+    for number, marker in enumerate(wanted):
+        if number == 40:
+            primary.kill()
+        emitter.say(marker)
+    eventually(
+        lambda: any("role:master" in it.cli("INFO", "replication") for it in replicas), 30, "a primary"
+    )
+    eventually(lambda: not emitter.spooled(), 60, "an empty spool")
+    for machine in (emitter, other):
+        eventually(lambda machine=machine: machine.has("s1", len(wanted)), 60, machine.machine_id)
+        (stored,) = machine.arrivals().values()
+        assert (len(stored), set(stored)) == (len(wanted), set(wanted))
+    primary.start()  # it comes back as a replica, which takes no events
+    emitter.say("after")
+    for machine in (emitter, other):
+        eventually(lambda machine=machine: machine.has("s1", len(wanted) + 1), 60, machine.machine_id)
+    assert "ok" in emitter.command("doctor").stdout
+
+
 # ---------------------------------------------------------------------------
 # Safe and unbreakable: strangers, other users, hostile bytes, and bad days for disks, clocks and processes
 #
