@@ -475,6 +475,7 @@ class Request:
     method: str
     target: str
     headers: tuple[tuple[str, str], ...]
+    version: str = "HTTP/1.1"
 
     def all(self, name: str) -> list[str]:
         """Return every value of one header."""
@@ -492,26 +493,33 @@ class Request:
         return [token.strip().lower() for value in self.all(name) for token in value.split(",")]
 
 
-_HEADER_NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) (HTTP/[0-9]\.[0-9])" % _TOKEN)
+_HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 
 
 def parse_request_head(head: bytes) -> Request:
-    """Parse an HTTP/1.1 request head without its final blank line; raise RequestError(400)."""
-    lines = head.split(b"\r\n")
-    parts = lines[0].split(b" ")
-    if len(parts) != 3 or not re.fullmatch(rb"HTTP/1\.\d", parts[2]):
+    """Parse an HTTP/1.x request head without its final blank line; raise RequestError.
+
+    As strict as RFC 9112 sections 3 and 5 allow: a line that is no header, a folded one, a bare CR or LF and
+    control characters are refused, as a proxy in front may read them in another way.
+    """
+    first, *lines = head.split(b"\r\n")
+    request_line = _REQUEST_LINE.fullmatch(first)
+    if request_line is None:
         raise RequestError(400, "the request line is malformed")
-    if not parts[1].startswith(b"/"):
+    method, target, version = (part.decode("latin-1") for part in request_line.groups())
+    if not target.startswith("/"):
         raise RequestError(400, "the request target must be a path")
     headers = []
-    for line in lines[1:]:
-        name, colon, value = line.partition(b":")
-        if not colon or not _HEADER_NAME.match(name) or b"\0" in value or b"\n" in value or b"\r" in value:
+    for line in lines:
+        header = _HEADER_LINE.fullmatch(line)
+        if header is None:
             raise RequestError(400, "a header line is malformed")
-        headers.append((name.decode("ascii").lower(), value.strip(b" \t").decode("latin-1")))
-    if parts[2] != b"HTTP/1.1":
-        raise RequestError(505, "a WebSocket needs HTTP/1.1")
-    return Request(parts[0].decode("latin-1"), parts[1].decode("latin-1"), tuple(headers))
+        headers.append((header[1].decode("ascii").lower(), header[2].rstrip(b" \t").decode("latin-1")))
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
+        raise RequestError(505, "HTTP/1.1 is spoken here")
+    return Request(method, target, tuple(headers), version)
 
 
 def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -528,6 +536,8 @@ def handshake_response(request: Request) -> bytes:
     """
     if request.method != "GET":
         raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
+    if request.version != "HTTP/1.1":
+        raise RequestError(505, "a WebSocket needs HTTP/1.1")
     upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
     if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
         raise RequestError(426, "this is the WebSocket port", upgrade)
@@ -4614,24 +4624,27 @@ class Access:
         """Raise RequestError unless the request may go on; `port` is the one it came to.
 
         421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
-        A request that `writes` needs an Origin of ours or the token, whoever's process sends it.
+        A request that `writes` needs an Origin of ours, or the token as a bearer header: a browser sends
+        cookies by itself.
         """
         host = self.check_host(request, port)
         origin = request.one("origin")
         if origin:
             self._check_origin(origin, host)
-        has_token = self.has_token(request)
-        if writes and not origin and not has_token:
+        has_bearer = self._has_bearer(request)
+        is_foreign = request.one("sec-fetch-site") == "cross-site"
+        if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
+        has_token = has_bearer or self._has_cookie(request)
         if self._auth != "off" and not has_token and not (self._auth == "auto" and is_ours()):
             words = "a token is needed: `contextuate_monitor.py url --token` prints the link that carries it"
             raise RequestError(401, words)
 
-    def has_token(self, request: Request) -> bool:
-        """True if the request carries the token, as a bearer header or as the page's cookie."""
-        authorization = request.one("authorization")
-        if authorization[:7].lower() == "bearer " and self.is_token(authorization[7:].strip()):
-            return True
+    def _has_bearer(self, request: Request) -> bool:
+        scheme, _, token = request.one("authorization").partition(" ")
+        return scheme.lower() == "bearer" and self.is_token(token.strip())
+
+    def _has_cookie(self, request: Request) -> bool:
         cookies = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
         return any(name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(it) for name, _, it in cookies)
 
@@ -4645,7 +4658,7 @@ class Access:
         server.allowedHosts has it with this very port, or without one for the usual ones.
         """
         host = request.one("host").lower()
-        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(\d{1,5}))?", host)
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", host)
         name, given_port = (match[1], int(match[2] or 80)) if match else ("", 0)
         is_usual = given_port in (80, 443, port) and name in self._allowed
         is_own = given_port == port and (is_loopback(name) or name.strip("[]") in self._own_names)
@@ -4748,7 +4761,7 @@ class Query:
         text = self.text(name)
         if text is None:
             return default
-        if not re.fullmatch(r"\d{1,16}", text) or not low <= int(text) <= high:
+        if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
@@ -4836,7 +4849,7 @@ class Api:
     def _stats(self, query: Query, _body: bytes) -> Response:
         start, end = query.integer("from", 0), query.integer("to", 1 << 53)
         offset = query.text("utcOffset") or "0"
-        if not re.fullmatch(r"-?\d{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
+        if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
             raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
         figures = self._monitor.history.statistics(start or 0, end or 0, query.text("session"), int(offset))
         sessions = self._monitor.sessions.sessions
@@ -5005,6 +5018,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One HTTP connection."""
 
     server: HttpServer
+    raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_DEADLINE_S
     disable_nagle_algorithm = True  # else an answer may wait for the acknowledgement of the one before
@@ -5015,13 +5029,29 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Parse the head, which ends its deadline."""
-        parsed = super().parse_request()
+        """Read and parse the head, by the rules of the WebSocket port; that ends its deadline."""
+        lines = [self.raw_requestline]
+        while (
+            lines[-1].endswith(b"\r\n") and lines[-1] != b"\r\n" and sum(map(len, lines)) <= HEAD_LIMIT_BYTES
+        ):
+            lines.append(self.rfile.readline(HEAD_LIMIT_BYTES + 1))
+        head = b"".join(lines)
         self.server.deadlines.pop(self.connection, None)
-        if parsed and self.request_version == "HTTP/0.9":  # it would get an answer without a head
-            self.send_error(505, "HTTP/1.0 or newer is needed")
+        self.close_connection = True
+        if not lines[-1]:  # the peer has gone
             return False
-        return parsed
+        try:
+            if len(head) > HEAD_LIMIT_BYTES:
+                raise RequestError(431, f"a request head may have {HEAD_LIMIT_BYTES} bytes")
+            self.request_head = request = parse_request_head(head.removesuffix(b"\r\n\r\n"))
+        except RequestError as error:
+            self.send_error(error.status, error.reason)
+            return False
+        self.command, self.path, self.request_version = request.method, request.target, request.version
+        self.close_connection = request.version != "HTTP/1.1" or "close" in request.tokens("connection")
+        if "100-continue" in request.tokens("expect") and request.version == "HTTP/1.1":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
 
     def _handle(self) -> None:
         try:
@@ -5045,10 +5075,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return same_user_on_loopback(self.connection)
 
     def _answer(self) -> Response:
-        headers = tuple((name.lower(), value.strip()) for name, value in self.headers.items())
-        request = Request(self.command, self.path, headers)
-        if not self.path.startswith("/"):
-            raise RequestError(400, "the request target must be a path")
+        request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(query_text), self.server
         if path == "/" and "token=" in query_text:
@@ -5074,19 +5101,39 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
 
     def _body(self, request: Request) -> bytes:
-        if request.all("transfer-encoding"):
-            raise RequestError(411, "a body needs a Content-Length")
-        length = request.one("content-length") or "0"
-        if not re.fullmatch(r"\d{1,12}", length):
-            raise RequestError(400, "the Content-Length is malformed")
-        if int(length) > emit_event.LINE_LIMIT_BYTES:
-            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        coding, length = request.one("transfer-encoding").lower(), request.one("content-length")
+        if (coding and length) or coding not in ("", "chunked") or not re.fullmatch("[0-9]{0,12}", length):
+            raise RequestError(400, "a body needs either a Content-Length or Transfer-Encoding: chunked")
         self.server.deadlines[self.connection] = time.monotonic() + BODY_DEADLINE_S
-        body = self.rfile.read(int(length))
+        body = bytearray() if coding else bytearray(self._read_body(int(length or 0)))
+        while coding and (size := self._chunk_size()):
+            body += self._read_body(size, len(body))
+            if self.rfile.read(2) != b"\r\n":
+                raise RequestError(400, "a chunk is malformed")
+        while coding and self._chunk_line() != b"\r\n":
+            pass  # trailers mean nothing here
         self.server.deadlines.pop(self.connection, None)
-        if len(body) < int(length):
+        return bytes(body)
+
+    def _read_body(self, size: int, have: int = 0) -> bytes:
+        if have + size > emit_event.LINE_LIMIT_BYTES:
+            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        data = self.rfile.read(size)
+        if len(data) < size:
             raise RequestError(400, "the body ended early")
-        return body
+        return data
+
+    def _chunk_size(self) -> int:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n", self._chunk_line())
+        if match is None:
+            raise RequestError(400, "a chunk is malformed")
+        return int(match[1], 16)
+
+    def _chunk_line(self) -> bytes:
+        line = self.rfile.readline(1024)
+        if not line.endswith(b"\r\n"):
+            raise RequestError(400, "a chunk is malformed")
+        return line
 
     def _send(self, response: Response) -> None:
         """Send an answer; head and body go in one write, a body that is an iterator as it comes."""
