@@ -4150,16 +4150,29 @@ class ClientServer:
     # Receiving
 
     def _accept(self, sock: socket.socket) -> None:
+        client = self._add(sock)
+        if client is not None:
+            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
+
+    def adopt(self, sock: socket.socket, response: bytes) -> None:
+        """Take over a connection of the HTTP port; `response` ends its opening handshake."""
+        sock.setblocking(False)
+        client = self._add(sock)
+        if client is not None:
+            self._open(client, response)
+
+    def _add(self, sock: socket.socket) -> Client | None:
+        """Watch a new connection; refuse it and return None when there are too many."""
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
                 sock.send(refusal(RequestError(503, TOO_MANY)))
             sock.close()
-            return
+            return None
         with contextlib.suppress(OSError):  # the peer may be gone already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = self.clients[sock] = Client(sock)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
+        return client
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
@@ -4195,10 +4208,13 @@ class ClientServer:
                 client.sock.send(refusal(error))
             self._drop(client)
             return
+        self._open(client, response)
+        self._take_frames(client, rest)
+
+    def _open(self, client: Client, response: bytes) -> None:
         client.head, client.is_open = b"", True
         self._write(client, response)
         self.opened(client)
-        self._take_frames(client, rest)
 
     def _take_frames(self, client: Client, data: bytes) -> None:
         parser = client.parser or FrameParser()
@@ -4627,10 +4643,10 @@ class Access:
         A request that `writes` needs an Origin of ours, or the token as a bearer header: a browser sends
         cookies by itself.
         """
-        host = self.check_host(request, port)
+        name = self.check_host(request)
         origin = request.one("origin")
-        if origin:
-            self._check_origin(origin, host)
+        if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
+            raise RequestError(403, "requests from other sites are refused")
         has_bearer = self._has_bearer(request)
         is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
@@ -4652,28 +4668,29 @@ class Access:
         """Compare with the token in constant time."""
         return hmac.compare_digest(candidate.encode("utf-8", "surrogateescape"), self._token)
 
-    def check_host(self, request: Request, port: int) -> str:
-        """Return the name in the Host header if it is ours; raise RequestError(421).
+    def check_host(self, request: Request) -> str:
+        """Return the name in the Host header if it is ours, with any port; raise RequestError(421).
 
-        server.allowedHosts has it with this very port, or without one for the usual ones.
+        A tunnel or a proxy may end at another port than ours.
         """
         host = request.one("host").lower()
-        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([0-9]{1,5}))?", host)
-        name, given_port = (match[1], int(match[2] or 80)) if match else ("", 0)
-        is_usual = given_port in (80, 443, port) and name in self._allowed
-        is_own = given_port == port and (is_loopback(name) or name.strip("[]") in self._own_names)
-        if name and (is_usual or is_own or host in self._allowed):
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
+        name = match[1] if match else ""
+        if name and (
+            is_loopback(name) or name.strip("[]") in self._own_names or {name, host} & self._allowed
+        ):
             return name
         raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
 
-    def _check_origin(self, origin: str, host_name: str) -> None:
-        """Raise RequestError(403) unless the origin is the page's, under the very name of the Host header."""
-        good = {f"http://{host_name}:{self.port}", *([f"http://{host_name}"] if self.port == 80 else ())}
-        for allowed in self._allowed:
-            if host_name in (allowed, allowed.partition(":")[0]):
-                good |= {f"https://{allowed}", f"http://{allowed}"}
-        if origin.lower() not in good:
-            raise RequestError(403, "requests from other sites are refused")
+    def _origins(self, host: str, name: str, port: int) -> set[str]:
+        """Return the Origins of our page: the Host itself; on the WebSocket port that of the page's port."""
+        good = {f"http://{host}", f"https://{host}"}
+        if port != self.port:
+            good |= {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
+            good |= {
+                f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in ("http", "https")
+            }
+        return good
 
 
 def same_user_on_loopback(sock: socket.socket) -> bool:
@@ -4932,7 +4949,8 @@ def page_response(path: str, ws_port: int, host: str) -> Response:
     name = re.sub(r":\d+$", "", host)
     policy = (
         f"default-src 'none'; {own_policy}img-src 'self' data:; "
-        f"connect-src 'self' ws://{name}:{ws_port} wss://{name}:{ws_port} wss://{name}; "
+        f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
+        f"wss://{name}; "
         "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
         "require-trusted-types-for 'script'; trusted-types 'none'"
     )
@@ -4948,7 +4966,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
     timeout = 2.0  # how often overdue connections are looked for, seconds
 
     def __init__(
-        self, sock: socket.socket, access: Access, page: Callable[[str], Response], api: Api, limit: int
+        self,
+        sock: socket.socket,
+        access: Access,
+        page: Callable[[str], Response],
+        api: Api,
+        upgraded: Callable[[socket.socket, bytes], None],
+        limit: int,
     ) -> None:
         super().__init__(sock.getsockname()[:2], RequestHandler, bind_and_activate=False)
         self.socket.close()
@@ -4957,6 +4981,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.access = access
         self.page = page
         self.api = api
+        self.upgraded = upgraded  # takes over a WebSocket with the response that opens it; for any thread
+        self.given_away: set[socket.socket] = set()  # such connections until their thread has ended
         self._places = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body comes in
         self._stopping = False
@@ -4997,6 +5023,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
         finally:
             self.deadlines.pop(request, None)
             self._places.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection, unless the loop has it now."""
+        if request in self.given_away:
+            self.given_away.discard(request)
+        else:
+            super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler did not expect; a connection that broke is nothing unexpected."""
@@ -5056,9 +5089,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def _handle(self) -> None:
         try:
             response = self._answer()
+            if response is None:
+                return
         except RequestError as error:
-            body = encode_json({"error": error.reason})
-            response = Response(error.status, body, headers=tuple(error.headers))
+            response = self._refusal(error)
             self.close_connection = True  # its body may not have been read
         except SearchError as error:
             response = json_response({"error": str(error), "field": error.field}, 400)
@@ -5074,7 +5108,14 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def _is_own_user(self) -> bool:  # looked up once a connection: /proc/net/tcp may be long
         return same_user_on_loopback(self.connection)
 
-    def _answer(self) -> Response:
+    def _refusal(self, error: RequestError) -> Response:
+        if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person reads it
+            text = f"Contextuate Monitor: {error.reason}\n".encode()
+            return Response(error.status, text, "text/plain; charset=utf-8", tuple(error.headers))
+        return Response(error.status, encode_json({"error": error.reason}), headers=tuple(error.headers))
+
+    def _answer(self) -> Response | None:
+        """Return the response; None when the connection has become a WebSocket."""
         request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(query_text), self.server
@@ -5082,6 +5123,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             return self._exchange_token(request, query.text("token") or "")
         method = "GET" if self.command == "HEAD" else self.command
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
+        if path == "/ws":
+            response = handshake_response(request)
+            self.close_connection = True  # this thread ends; the connection goes on
+            server.given_away.add(self.connection)
+            server.upgraded(self.connection, response)
+            return None
         body = self._body(request)
         if path not in ("/", "/index.html"):
             return server.api.answer(method, path, query, body)
@@ -5093,7 +5140,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """Swap the token of a link for a cookie, so that it stays out of the browser's history."""
         access = self.server.access
         self.close_connection = True  # whatever body it may have is not read
-        access.check_host(request, self.server.server_port)
+        access.check_host(request)
         if not access.is_token(token):
             advice = "`contextuate_monitor.py url --token` prints a new one"
             raise RequestError(401, f"this link's token is not valid here; {advice}")
@@ -5982,7 +6029,7 @@ class Monitor:
         page_path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "index.html")
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
-        self.http = HttpServer(http_socket, access, page, api, settings["limits.connections"])
+        self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
         with contextlib.suppress(OSError, ValueError), open(settings.path("last-seq"), "rb") as file:
             self.journal.seq = int(file.read(20))
         self.journal.open()
@@ -6001,6 +6048,9 @@ class Monitor:
     def stop(self) -> None:
         """Store what has come in, close the clients, and let `run` return; for any thread."""
         self.loop.call_soon(self._begin_stop)
+
+    def _upgraded(self, sock: socket.socket, response: bytes) -> None:
+        self.loop.call_soon(functools.partial(self.clients.adopt, sock, response))
 
     def _begin_stop(self) -> None:
         if self._stopping:
