@@ -560,7 +560,7 @@ def handshake_response(request: Request) -> bytes:
 # while the empty file events/.in-order is there they are; without it all days are merged, which is slower.
 # ---------------------------------------------------------------------------
 
-_SAFE_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
+_SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
 _PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # where one begins
@@ -580,8 +580,11 @@ class StoredEvent(NamedTuple):
 
 
 def session_file_name(session_id: str) -> str:
-    """Return the file name for a session; ids that are not plain names are hashed."""
-    if _SAFE_FILE_NAME.match(session_id):
+    """Return the file name for a session: no other has it, also where a file system ignores case.
+
+    Ids that are no plain lower-case names, or look like the name made for such a one, are hashed.
+    """
+    if _SAFE_FILE_NAME.match(session_id) and not session_id.startswith("sha256-"):
         return session_id + ".jsonl"
     digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
     return f"sha256-{digest[:40]}.jsonl"
@@ -615,9 +618,14 @@ class Journal:
         self.in_order = not self.newest_day or os.path.exists(root + "/.in-order")
 
     def open(self) -> None:
-        """Unpack what an older version packed, and find the last number; to be called before `append`."""
+        """Find the last number; to be called before `append`.
+
+        Files that an older version packed, or named otherwise, become what this version writes.
+        """
         for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
             unpack(path)
+        for path in glob.glob(glob.escape(self.root) + "/*/*[A-Z]*.jsonl"):
+            rename_to_session(path)
         if not self.in_order:
             days = [[file for file in self.day_files(day) if file.last] for day in self.days()]
             ends = [(min(f.first for f in files), max(f.last for f in files)) for files in days if files]
@@ -783,6 +791,15 @@ class Journal:
         """Return (files, bytes) of everything stored."""
         sizes = [file.size for file in self.files()]
         return len(sizes), sum(sizes)
+
+
+def rename_to_session(path: str) -> None:
+    """Give a file the name that its session has now; leave it where that is taken or it cannot be read."""
+    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+        session_id = parse_stored(file.readline())["sessionId"]
+        name = os.path.join(os.path.dirname(path), session_file_name(session_id))
+        if not os.path.exists(name):
+            os.rename(path, name)
 
 
 class MemoryJournal(Journal):
@@ -988,6 +1005,25 @@ class SeenIds:
 
     def __contains__(self, event_id: str) -> bool:
         return event_id in self._ids
+
+
+class DeletedIds:
+    """The ids of the last deleted events, in a file: the stream may still have them."""
+
+    def __init__(self, path: str, limit: int) -> None:
+        self._path = path
+        self._limit = limit
+        self.ids: dict[str, None] = {}  # in order
+        with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+            self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
+
+    def add(self, event_ids: Sequence[str]) -> None:
+        """Remember some ids; of all of them the last `limit`."""
+        self.ids = dict.fromkeys([*self.ids, *event_ids][-self._limit :])
+        try:
+            emit_event.write_atomically(self._path, encode_json({"ids": list(self.ids)}) + b"\n")
+        except OSError as error:
+            log.warning("deleted events may come back with the stream after a restart: %s", error)
 
 
 # ---------------------------------------------------------------------------
@@ -3629,9 +3665,11 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
         "" if fact.use_id.startswith("unnamed:") else fact.use_id,
     )
     row = io.StringIO()
-    writer = csv.writer(row, lineterminator="")
-    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r") else text for text in values])
-    return row.getvalue().encode("utf-8", "backslashreplace")
+    writer = csv.writer(
+        row, lineterminator="\r\n"
+    )  # before Python 3.13 it quotes only the line ends it writes
+    writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in values])
+    return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------
@@ -5395,6 +5433,7 @@ class Ingest:
         self.machines: dict[str, JsonObject] = {}  # name → what the status says of it
         self.remembered = max(REMEMBERED_IDS, 2 * settings["redis.streamMaxLength"])
         self.seen = SeenIds(self.remembered)
+        self.deleted = DeletedIds(settings.path("deleted-ids"), self.remembered)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
         self._machine_id = settings.machine_id
@@ -5422,7 +5461,7 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            if event["id"] in fresh or event["id"] in self.seen:
+            if event["id"] in fresh or event["id"] in self.seen or event["id"] in self.deleted.ids:
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -6323,6 +6362,11 @@ class Monitor:
     def delete(self, session: Session) -> None:
         """Delete a session with its events, as the user asks for."""
         remember_seq(self.settings.home, self.journal.seq)
+        if self.redis:  # the stream may still have them, and be read again
+            lines = self.journal.lines(session.session_id, backwards=True)
+            self.ingest.deleted.add(
+                [line_id(line) for line in itertools.islice(lines, self.ingest.remembered)]
+            )
         freed = self.journal.delete_session(session.session_id)
         self.retention.events_added -= freed
         log.info("session %s deleted by the user, %d bytes", session.session_id, freed)
