@@ -3755,7 +3755,7 @@ def carry_out(home: str, plan: RetentionPlan) -> frozenset[str]:
 def remember_seq(home: str, seq: int) -> None:
     """Keep the highest number that goes with its file; given again, it would hide events from clients."""
     path = os.path.join(home, "last-seq")
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+    with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         seq = max(seq, int(file.read(20)))
     with contextlib.suppress(OSError):
         emit_event.write_atomically(path, b"%d\n" % seq)
@@ -4634,7 +4634,10 @@ class RedisLink:
         return True
 
     def _load_position(self) -> str:
-        with contextlib.suppress(OSError, MalformedEvent), open(self._position_path, "rb") as file:
+        with (
+            contextlib.suppress(OSError, MalformedEvent),
+            open(self._position_path, "rb", opener=emit_event.open_own) as file,
+        ):
             saved = emit_event.parse_event_line(file.read(4096))
             position = saved.get("position")
             is_ours = saved.get("of") == self._stream_name
@@ -4761,7 +4764,10 @@ def _proc_address(address: tuple[Any, ...]) -> str:
 
 def read_token(path: str) -> str:
     """Return the token in our 0600 file, 192 random bits; make it when there is none."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="ascii", errors="replace") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(path, encoding="ascii", errors="replace", opener=emit_event.open_own) as file,
+    ):
         token = file.read().strip()
         if re.fullmatch(r"[A-Za-z0-9_-]{32,}", token):
             os.chmod(path, 0o600)
@@ -5415,8 +5421,11 @@ class SpoolDrain:
                 path = emit_event.take_segment(segment)
             except (FileNotFoundError, BlockingIOError):
                 continue
+            except OSError as error:
+                log.warning("%s cannot be drained: %s", segment, error.strerror)
+                continue
             log.info("draining %s (%d bytes)", os.path.basename(path), size)
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=emit_event.open_own) as file:
                 while lines := list(itertools.islice(file, SPOOL_LINES_A_TURN)):
                     yield True
                     if not self.take([line.strip() for line in lines if line.strip()]):
@@ -6069,7 +6078,10 @@ class Monitor:
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
-        with contextlib.suppress(OSError, ValueError), open(settings.path("last-seq"), "rb") as file:
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
+        ):
             self.journal.seq = int(file.read(20))
         self.journal.open()
         self.loading = {"done": 0, "total": self.journal.seq}
@@ -6440,8 +6452,13 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
-def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
-    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`."""
+def status_problems(
+    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str]] = ()
+) -> list[JsonObject]:
+    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
+
+    `foreign`: (path, owner) of what lies in our directory and cannot be used.
+    """
     found: list[JsonObject] = []
 
     def add(kind: str, level: str, words: str, reason: str | None, advice: str) -> None:
@@ -6484,6 +6501,9 @@ def status_problems(status: JsonObject, unsaved_bytes: int) -> list[JsonObject]:
         add("index", "warn", words, index["error"], "Correct what it names; the index is then rebuilt.")
     if disk.get("error"):
         add("disk", "warn", disk["error"], None, "Correct what it names.")
+    for path, owner in foreign[:5]:
+        words = f"{path} belongs to {owner} or is no regular file, so it is not used"
+        add("files", "warn", words, None, f"Remove it: sudo rm -r {shlex.quote(path)}")
     return found
 
 
@@ -6531,7 +6551,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 def lock_holder(path: str) -> int | None:
     """Return the process that has the lock at `path`, None when nobody has it."""
-    with contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as file:
+    with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
@@ -6619,9 +6639,9 @@ def running_monitor(settings: Settings) -> JsonObject | None:
     if pid is None:
         return None
     try:
-        with open(settings.path("monitor.run.json"), "rb") as file:
+        with open(settings.path("monitor.run.json"), "rb", opener=emit_event.open_own) as file:
             about = emit_event.parse_event_line(file.read())
-    except (FileNotFoundError, MalformedEvent):
+    except (OSError, MalformedEvent):
         return None
     return about if about.get("pid") == pid else None
 

@@ -132,19 +132,25 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 
 
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
-    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG)."""
+    """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
+
+    Where HOME is another user's, as after `sudo`, it is not used: files of root in it would stop its owner.
+    """
     # An installed hook belongs to the directory that it is installed in.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
         home = folder[: -len("/hooks/lib")]
-    if not home:
-        user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
-        if not user_home:
-            import pwd
+    user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
+    try:
+        is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
+    except OSError:
+        is_ours = (home or user_home) != ""
+    if not is_ours:
+        import pwd
 
-            user_home = pwd.getpwuid(posix.getuid()).pw_dir
-        home = user_home + "/.contextuate"
+        home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+    home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
     return home, config or home + "/monitor.config.json"
 
@@ -157,7 +163,7 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
         return "local", DEFAULT_SOCKET_PATH
     key = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
     try:
-        fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC)
+        fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
         try:
             fields = posix.read(fd, 8192).decode("utf-8", "surrogateescape").split("\n")
         finally:
@@ -252,16 +258,26 @@ def append_to_spool(directory: str, line: bytes) -> str:
     """
     import fcntl
 
+    pass_over = False  # the newest segment, which is not ours
     for _ in range(1000):
-        path, is_new = current_segment(directory)
-        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW
+        path, is_new = current_segment(directory, pass_over)
+        flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
         try:
             fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
         except FileNotFoundError:
             continue  # the drainer has just taken it
+        except OSError:
+            if is_new:
+                raise
+            pass_over = True
+            continue
         try:
+            about = posix.fstat(fd)
+            if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
+                pass_over = True
+                continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            if posix.stat(path).st_ino != posix.fstat(fd).st_ino:
+            if posix.stat(path).st_ino != about.st_ino:
                 continue
             written = posix.write(fd, b"\n" + line)
             if written <= len(line):
@@ -274,8 +290,10 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str) -> "tuple[str, bool]":
+def current_segment(directory: str, pass_over: bool) -> "tuple[str, bool]":
     """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
+
+    `pass_over` begins a new one in any case.
 
     Segments are read in the order of their names, so a new one never has the time of one that is there, also
     when the clock was set back since.
@@ -291,7 +309,7 @@ def current_segment(directory: str) -> "tuple[str, bool]":
     newest = max(names)
     started = newest.partition("-")[0]
     age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
-    if newest.endswith(".jsonl"):
+    if newest.endswith(".jsonl") and not pass_over:
         path = f"{directory}/{newest}"
         try:
             if age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
@@ -315,9 +333,13 @@ def ensure_publisher(home: str) -> str:
     """
     import fcntl
 
-    fd = posix.open(
-        home + "/publisher.lock", posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600
-    )
+    path = home + "/publisher.lock"
+    flags = posix.O_RDWR | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+    try:
+        fd = posix.open(path, flags, 0o600)
+    except OSError:
+        whole().set_aside(path)
+        fd = posix.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         posix.set_inheritable(fd, True)
@@ -343,7 +365,7 @@ def ensure_publisher(home: str) -> str:
 def publisher_python(home: str) -> str:
     """Return the interpreter that `install` or `start` found to have redis-py; without one the hook's own."""
     try:
-        fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC)
+        fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
     except OSError:
         return sys.executable
     try:
@@ -373,6 +395,7 @@ if __name__ == "__main__":
 import collections  # noqa: E402 - the hot path above must not pay for these
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
+import errno  # noqa: E402
 import fcntl  # noqa: E402
 import functools  # noqa: E402
 import glob  # noqa: E402
@@ -381,6 +404,7 @@ import inspect  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
+import pwd  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
@@ -434,13 +458,65 @@ def is_integer(value: Any) -> bool:
 
 
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; refuse one that belongs to somebody else."""
-    os.makedirs(path, mode=0o700, exist_ok=True)
-    about = os.lstat(path)
-    if not os.path.isdir(path) or about.st_uid != os.getuid():
-        raise PermissionError(f"{path} is not a directory of this user")
-    if about.st_mode & 0o077:
+    """Make `path` and its parents, for this user only; set aside what is there and is not ours."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        about = os.lstat(path)
+        is_ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
+    except FileExistsError:
+        is_ours = False
+    if not is_ours:
+        set_aside(path)
+        os.mkdir(path, 0o700)
+    elif about.st_mode & 0o077:
         os.chmod(path, 0o700)
+
+
+def set_aside(path: str) -> None:
+    """Rename what is in the place of a file of ours, so that one can be made; `foreign_files` lists it.
+
+    In a directory of ours only, where nothing else belongs; raises PermissionError elsewhere.
+    """
+    if os.stat(os.path.dirname(path)).st_uid != os.getuid():
+        raise PermissionError(f"{path} is not this user's")
+    os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
+
+
+def foreign_files(home: str) -> "list[tuple[str, str]]":
+    """Return (path, owner) of what lies in our directories and this user cannot use."""
+    found = []
+    for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                about = entry.stat(follow_symlinks=False)
+                if (
+                    about.st_uid != os.getuid()
+                    or stat.S_ISFIFO(about.st_mode)
+                    or entry.name.endswith(".foreign")
+                ):
+                    found.append((entry.path, user_name(about.st_uid)))
+    return found
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user; its number where it has none, as in many containers."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def open_own(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file of this user, and nothing else: a FIFO would wait; raise OSError.
+
+    For `open` as its opener, too.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
+    about = os.fstat(fd)
+    if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid():
+        return fd
+    os.close(fd)
+    raise PermissionError(errno.EPERM, "it is not a regular file of this user", path)
 
 
 def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
@@ -458,7 +534,14 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 def open_for_append(path: str, _flags: int = 0) -> int:
     """Open a file of ours to add to its end, made when there is none; `open` takes this as its opener."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        return open_own(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENOENT):
+            raise
+        set_aside(path)
+        return open_own(path, flags)
 
 
 def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
@@ -1904,10 +1987,10 @@ def drop_old_segments(directory: str) -> None:
         if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
             continue  # what is taken is being delivered
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=open_own) as file:
                 events = sum(1 for line in file if line.strip())
             os.unlink(path)
-        except FileNotFoundError:
+        except OSError:
             continue  # another writer, or the drainer, was first
         total -= size
         reason = "older than 7 days" if too_old else "over 64 MiB"
@@ -1917,14 +2000,15 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """List the spool's segments as (path, bytes), oldest first; of one name what was taken comes first."""
+    """List our segments as (path, bytes), oldest first; of one name what was taken comes first."""
     segments = []
     with contextlib.suppress(FileNotFoundError):  # of the directory
         names = os.listdir(directory)
         for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
             if name.endswith((".jsonl", ".taken")):
-                with contextlib.suppress(FileNotFoundError):  # drained since it was listed
-                    segments.append((f"{directory}/{name}", os.path.getsize(f"{directory}/{name}")))
+                about = _stat_own(f"{directory}/{name}")  # None when it was drained since it was listed
+                if about is not None:
+                    segments.append((f"{directory}/{name}", about.st_size))
     return segments
 
 
@@ -1945,7 +2029,7 @@ def take_segment(path: str) -> str:
         if os.path.lexists(taken):
             raise BlockingIOError(f"{taken} is still to be drained")
         os.rename(path, taken)
-    with os.fdopen(os.open(taken, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+    with open(taken, "rb", opener=open_own) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return taken
 
@@ -1954,10 +2038,10 @@ def take_dropped(directory: str) -> "tuple[int, int]":
     """Return how many (events, bytes) the spool has had to drop since the last call, and forget them."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, PermissionError):
         if not os.path.exists(taken):
             os.rename(path, taken)
-        with open(taken, "rb") as file:
+        with open(taken, "rb", opener=open_own) as file:
             for line in file:
                 with contextlib.suppress(MalformedEvent, TypeError, ValueError):  # torn by a full disk
                     record = parse_event_line(line)
@@ -2385,14 +2469,14 @@ class Publisher:
         blocked = False
         for path, _ in spool_segments(self._spool):
             try:
-                self._segment = open(take_segment(path), "rb")  # noqa: SIM115 - read over many rounds
-            except FileNotFoundError:
-                continue
+                self._segment = open(take_segment(path), "rb", opener=open_own)  # noqa: SIM115 - over many rounds
             except BlockingIOError:
                 blocked = True
                 self._blocked_since = self._blocked_since or time.monotonic()
                 if time.monotonic() - self._blocked_since < WRITER_PATIENCE_S:
                     return False  # a writer is at it: what comes after it waits, to keep the order
+                continue
+            except OSError:  # drained meanwhile, or not readable
                 continue
             self._blocked_since = self._blocked_since if blocked else None
             self._report_dropped()
@@ -2559,7 +2643,7 @@ class Publisher:
 def publisher_state(home: str) -> JsonObject:
     """Return what publisher.json says, and whether that process runs (`running`)."""
     try:
-        with open(home + "/publisher.json", "rb") as file:
+        with open(home + "/publisher.json", "rb", opener=open_own) as file:
             state = parse_event_line(file.read(1 << 20))
     except (OSError, MalformedEvent):
         state = {"state": "stopped"}
@@ -2591,10 +2675,10 @@ def lock_is_held(path: str) -> bool:
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:
+        return False
     return False
 
 
@@ -2604,8 +2688,11 @@ def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[
     deadline = time.monotonic() + deadline_s
     state: JsonObject = {}
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, MalformedEvent), open(home + "/publisher.json", "rb") as file:
-            state = parse_event_line(file.read(1 << 20))
+        try:
+            with open(home + "/publisher.json", "rb", opener=open_own) as file:
+                state = parse_event_line(file.read(1 << 20))
+        except (OSError, MalformedEvent):
+            pass  # it is still to be written
         for known, count, streamed in state.get("recent", []):
             if known == event_id:
                 got = "the channel was refused" if count is None else f"{count} subscribers got it"
