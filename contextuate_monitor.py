@@ -5967,7 +5967,8 @@ class Status:
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        return {**status, "facts": status_facts(status), "problems": status_problems(status, unsaved)}
+        problems = status_problems(status, unsaved, emit_event.foreign_files(monitor.settings.home))
+        return {**status, "facts": status_facts(status), "problems": problems}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
@@ -6453,11 +6454,11 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
 
 
 def status_problems(
-    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str]] = ()
+    status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
     """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
 
-    `foreign`: (path, owner) of what lies in our directory and cannot be used.
+    `foreign`: (path, owner, command that mends it) of what lies in our directory and cannot be used.
     """
     found: list[JsonObject] = []
 
@@ -6501,9 +6502,9 @@ def status_problems(
         add("index", "warn", words, index["error"], "Correct what it names; the index is then rebuilt.")
     if disk.get("error"):
         add("disk", "warn", disk["error"], None, "Correct what it names.")
-    for path, owner in foreign[:5]:
-        words = f"{path} belongs to {owner} or is no regular file, so it is not used"
-        add("files", "warn", words, None, f"Remove it: sudo rm -r {shlex.quote(path)}")
+    for path, owner, command in foreign[:5]:
+        words = f"{path} (owner: {owner}) cannot be used by this user"
+        add("files", "warn", words, None, f"Run: {command}")
     return found
 
 

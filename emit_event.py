@@ -482,19 +482,18 @@ def set_aside(path: str) -> None:
     os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
 
 
-def foreign_files(home: str) -> "list[tuple[str, str]]":
-    """Return (path, owner) of what lies in our directories and this user cannot use."""
+def foreign_files(home: str) -> "list[tuple[str, str, str]]":
+    """Return (path, owner, command that mends it) of what lies in our directories and is of no use."""
     found = []
     for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             for entry in entries:
                 about = entry.stat(follow_symlinks=False)
-                if (
-                    about.st_uid != os.getuid()
-                    or stat.S_ISFIFO(about.st_mode)
-                    or entry.name.endswith(".foreign")
-                ):
-                    found.append((entry.path, user_name(about.st_uid)))
+                is_useless = stat.S_ISFIFO(about.st_mode) or entry.name.endswith(".foreign")
+                if about.st_uid != os.getuid() or is_useless:
+                    command = "rm -r" if is_useless else f"chown {user_name(os.getuid())}"
+                    command = f"sudo {command} {shlex.quote(entry.path)}"
+                    found.append((entry.path, user_name(about.st_uid), command))
     return found
 
 
