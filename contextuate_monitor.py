@@ -6213,7 +6213,7 @@ class Monitor:
         """Read our own spool, or, with Redis, what every machine's publisher sends there."""
         unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
         for path, _ in emit_event.spool_segments(unsaved):
-            emit_event.make_private_directory(spool)
+            emit_event.make_spool(spool)
             os.rename(path, os.path.join(spool, os.path.basename(path)))
         if self.settings["mode"] == "redis":
             self.redis = RedisLink(self.loop, self.settings, self._take_remote, self._send_status)
@@ -6259,7 +6259,7 @@ class Monitor:
         left = [line for line, is_safe in zip(lines, safe) if not is_safe]
         log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
         directory = self.settings.path("unsaved")
-        emit_event.make_private_directory(directory)
+        emit_event.make_spool(directory)
         for line in left:
             emit_event.append_to_spool(directory, line + b"\n")
         return True

@@ -290,7 +290,7 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str, pass_over: bool) -> "tuple[str, bool]":
+def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool]":
     """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
 
     `pass_over` begins a new one in any case.
@@ -302,7 +302,7 @@ def current_segment(directory: str, pass_over: bool) -> "tuple[str, bool]":
     try:
         names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
     except OSError:
-        whole().make_private_directory(directory)
+        whole().make_spool(directory)
         names = []
     if not names:
         return new_segment(directory, now_ms), True
@@ -458,18 +458,22 @@ def is_integer(value: Any) -> bool:
 
 
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; set aside what is there and is not ours."""
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        about = os.lstat(path)
-        is_ours = stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid()
-    except FileExistsError:
-        is_ours = False
-    if not is_ours:
-        set_aside(path)
-        os.mkdir(path, 0o700)
-    elif about.st_mode & 0o077:
+    """Make `path` and its parents, for this user only; raise OSError where something else is in its place."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    about = os.lstat(path)
+    if not os.path.isdir(path) or about.st_uid != os.getuid():
+        raise PermissionError(f"{path} is not a directory of this user")
+    if about.st_mode & 0o077:
         os.chmod(path, 0o700)
+
+
+def make_spool(path: str) -> None:
+    """Make the directory of the spool; set aside what is in its place."""
+    try:
+        make_private_directory(path)
+    except (PermissionError, FileExistsError):
+        set_aside(path)
+        make_private_directory(path)
 
 
 def set_aside(path: str) -> None:
