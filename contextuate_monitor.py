@@ -73,7 +73,6 @@ import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import stat
 import struct
 import subprocess
@@ -89,6 +88,10 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, NoReturn, Union
 
+try:
+    import sqlite3
+except ImportError:  # a Python built without it has no index
+    sqlite3 = None  # type: ignore[assignment]
 if sys.version_info < (3, 9):  # noqa: UP036 - print a message, not a traceback
     sys.exit(f"contextuate: Python 3.9 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
 try:
@@ -3009,7 +3012,7 @@ class IndexReader:
         self._connection = functools.lru_cache(1)(self._connect)  # as long as the files are the same
 
     def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
-        address = f"file:{urllib.parse.quote(self._path)}?mode=ro"
+        address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
         db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
         return db
@@ -3300,10 +3303,13 @@ class History:
         self._prices = prices or PriceList()
         self._searcher, self._counter = IndexReader(path), IndexReader(path)
         self.generation = 0
-        in_memory = isinstance(journal, MemoryJournal)
-        self._state = "off" if in_memory else "building"
-        self._error = "events are kept in memory only" if in_memory else ""
-        self._full_text = not in_memory
+        self._error = ""
+        if sqlite3 is None:
+            self._error = "this Python has no sqlite3; install it, or start the monitor with another Python 3"
+        elif isinstance(journal, MemoryJournal):
+            self._error = "events are kept in memory only"
+        self._is_used = self._full_text = not self._error
+        self._state = "building" if self._is_used else "off"
         self._lock = threading.Lock()
         self._jobs: list[_Job] = []  # in order
         self._queued_bytes = 0  # of the events among them
@@ -3316,7 +3322,7 @@ class History:
 
     def start(self) -> None:
         """Begin to fill the index; for the thread that appends to the journal."""
-        if not isinstance(self._journal, MemoryJournal):
+        if self._is_used:
             self._written = self._journal.seq
             self._thread.start()
 
@@ -3361,7 +3367,7 @@ class History:
 
         (0, []) when there is no usable index. Sessions whose files were removed since are left out.
         """
-        if isinstance(self._journal, MemoryJournal) or not os.path.exists(self._path):
+        if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
             with self._counter.reading(60.0) as db:
@@ -8094,7 +8100,8 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
-    log.info("version %s serves http://%s:%s/, hooks on %s", __version__, host, monitor.port, socket_path)
+    place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
+    log.info("version %s serves %s, hooks on %s", __version__, place, socket_path)
     if not in_background:
         print(*page_links(settings, about, False), sep="\n", flush=True)
     report("ready")
@@ -8629,8 +8636,21 @@ def build_parser() -> argparse.ArgumentParser:
 OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, ConnectionError, TimeoutError)
 
 
+def prepare_output() -> None:
+    """Let no command fail for its output: one that is closed, or an encoding that lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
+        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(encoding="ascii", errors="backslashreplace")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for what a file's name may hold
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 1 for what could not be done, 2 for a command line that is wrong."""
+    prepare_output()
     args = build_parser().parse_args(arguments)
     try:
         return int(args.function(args))

@@ -142,6 +142,8 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     if not home and folder.endswith("/hooks/lib"):
         home = folder[: -len("/hooks/lib")]
     user_home = environ.get(b"HOME", b"").decode("utf-8", "surrogateescape")
+    if home[:2] == "~/":  # of a file of settings, where no shell expands it
+        home = user_home + home[1:]
     try:
         is_ours = posix.stat(home or user_home).st_uid == posix.getuid()
     except OSError:
@@ -152,6 +154,8 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
         home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
+    if config[:2] == "~/":
+        config = user_home + config[1:]
     return home, config or home + "/monitor.config.json"
 
 
@@ -784,7 +788,7 @@ def default_values() -> "dict[str, Any]":
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
     """Return what the file says, and whether other users can read it."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
         given = parse_relaxed_json(text) if text.strip() else {}
