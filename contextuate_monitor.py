@@ -33,6 +33,7 @@ import bisect
 import calendar
 import codecs
 import collections
+import compileall
 import concurrent.futures
 import contextlib
 import copy
@@ -7988,6 +7989,7 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
 LOG_LIMIT_BYTES = 2 << 20
 LOG_FILES = 3
 START_DEADLINE_S = 60.0
+SUBSCRIPTION_WAIT_S = 2.0
 STOP_DEADLINE_S = 15.0
 TAIL_INTERVAL_S = 0.25
 
@@ -8022,6 +8024,8 @@ def command_start(args: argparse.Namespace) -> int:
     loading = ask_monitor(settings, about, "/api/status").get("loading")
     if loading:
         print(f"{loading_words(loading)}, the others follow; the page and `status` show how far it is.")
+    if settings["mode"] == "redis":
+        print(redis_words(settings, about))
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
     # A browser makes sense only for a person at this machine's own screen.
@@ -8031,6 +8035,18 @@ def command_start(args: argparse.Namespace) -> int:
     return 0
 
 
+def redis_words(settings: Settings, about: JsonObject) -> str:
+    """Wait a moment for the subscription, so that what is published next arrives; return how it is."""
+    deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
+    while True:
+        redis = ask_monitor(settings, about, "/api/status")["redis"] or {}
+        if redis.get("state") == "connected":
+            return f"Connected to Redis at {redis['server']}."
+        if redis.get("reason") or time.monotonic() > deadline:
+            return f"Not connected yet, the monitor keeps trying: {redis.get('reason') or 'Redis does not answer'}"
+        time.sleep(0.02)
+
+
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
     """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
     emit_event.make_private_directory(settings.home)
@@ -8038,6 +8054,7 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     folder, name = os.path.split(os.path.abspath(__file__))
     module = os.path.splitext(name)[0]
     # As a module it comes from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    compileall.compile_file(os.path.abspath(__file__), quiet=2)
     program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
     command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
     config = None if args.config is None else os.path.abspath(args.config)
