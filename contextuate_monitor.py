@@ -8043,7 +8043,8 @@ def redis_words(settings: Settings, about: JsonObject) -> str:
         if redis.get("state") == "connected":
             return f"Connected to Redis at {redis['server']}."
         if redis.get("reason") or time.monotonic() > deadline:
-            return f"Not connected yet, the monitor keeps trying: {redis.get('reason') or 'Redis does not answer'}"
+            why = redis.get("reason") or "Redis does not answer"
+            return f"Not connected yet, the monitor keeps trying: {why}"
         time.sleep(0.02)
 
 
