@@ -6,23 +6,44 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. All behind the journal are consumers with a position, so a restart is a short absence:
+number of machines. What follows the journal keeps its position in it, so a restart is only a short absence:
 
     hook → ingest → journal (files; then the acknowledgement) → sessions (a fold) → clients, over WebSocket
                                                               → index.db (search, statistics, snapshots)
 
-The README describes events, files and protocol.
+`.docs/protocol.md` describes events, HTTP and WebSocket.
 
 Threads, and who owns what:
 - The loop thread owns all state: sessions, clients, ingest connections, and every write to the journal.
-- HTTP threads and the reader thread (history for clients) read journal files, which only ever grow or go as
-  a whole, and ask the loop thread for anything else through `EventLoop.call`.
-- The Redis subscriber thread owns its connections; it has the loop store what it brings, batch by batch.
+- HTTP threads and the reader thread (history for clients) read journal files, which only grow or are deleted
+  as a whole, and run everything else in the loop thread through `EventLoop.call`.
+- The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
-- The retention thread plans and deletes whole days of files; the loop drops the sessions that are gone.
-Nothing else is shared but the queue and the wake-up socket of the loop.
+- The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
+Threads share nothing else but the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
+
+Rooms, in the order of this file; each uses only those above it:
+    Config                   the settings of the monitor, and the paths of its files
+    Console                  output for people, on a terminal and in the log
+    WebSocket framing        RFC 6455 without I/O: handshake, frames, messages
+    Journal                  events on disk, one file per day and session
+    Sessions                 the state machine: who works, who waits and who has ended
+    Index                    search and statistics over everything stored, in index.db
+    Export                   stored events as lines, tool calls as a table
+    Retention                which days are deleted because they are too old or take too much space
+    Metrics                  what /metrics returns, in the text format of Prometheus
+    Event loop               ingest, WebSocket clients, timers
+    Redis subscriber thread  events from many machines
+    HTTP                     the page, the API, and who may use them
+    The Monitor              what wires all of these
+    Running monitor          how other processes find a running monitor and ask it
+    Hook installation        the hook in Claude Code's settings
+    Doctor                   checks of the whole chain, from the configuration to an event that arrives
+    Demo                     a made-up working day of a small team
+    Import                   history from before the monitor was there
+    Command line             the commands, their options, and `main`
 """
 
 from __future__ import annotations
@@ -39,6 +60,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import difflib
 import enum
 import errno
@@ -64,6 +86,7 @@ import math
 import operator
 import os
 import pickle
+import pwd
 import py_compile
 import random
 import re
@@ -109,14 +132,14 @@ log = logging.getLogger("contextuate")
 
 
 def steady_ms() -> float:
-    """Return the milliseconds of a clock that is never set and goes on while the machine sleeps."""
+    """Return the milliseconds of a clock that is never set and also counts while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * 1000
 
 
 # ---------------------------------------------------------------------------
 # Config: the settings of the monitor, checked once
 #
-# Owns: Settings, and where each of our files lies. The keys themselves are in emit_event.KEYS.
+# Owns: Settings and the paths of our files. The keys themselves are in emit_event.KEYS.
 # ---------------------------------------------------------------------------
 
 
@@ -147,12 +170,12 @@ def load_settings(
 ) -> tuple[Settings, list[str]]:
     """Read the configuration; return settings and warnings. Raise ConfigError if it cannot be used.
 
-    `overrides` maps configuration keys to values of the command line, which win over the file.
+    `overrides` maps configuration keys to values of the command line, which override the file.
     """
     home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
     path = os.path.abspath(config_path or path)
     if config_path and not os.path.exists(path):
-        raise ConfigError(f"{path}: no such file; leave --config out to use defaults")
+        raise ConfigError(f"{path}: no such file; omit --config to use the defaults")
     values, warnings = emit_event.load_config(path)
     for key, value in (overrides or {}).items():
         rule = emit_event.KEYS[key]
@@ -161,13 +184,12 @@ def load_settings(
         values[key] = value
     settings = Settings(os.path.abspath(home), path, emit_event.this_machine(), values)
     if settings["server.auth"] == "off" and not is_loopback(settings["server.host"]):
-        words = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everybody in the'
-        raise ConfigError(f'{path}: {words} network could read your sessions; use "auto" or bind 127.0.0.1')
+        text = f'server.auth: "off" is refused with server.host {settings["server.host"]}: everyone in the'
+        raise ConfigError(f'{path}: {text} network could read your sessions; use "auto" or bind 127.0.0.1')
     if settings["server.port"] == settings["server.wsPort"] != 0:
         place, advice = ("command line", "; give --ws-port, too") if overrides else (path, "")
         port = settings["server.port"]
-        words = f"server.wsPort: expected a port other than server.port ({port}){advice}"
-        raise ConfigError(f"{place}: {words}")
+        raise ConfigError(f"{place}: server.wsPort: expected a port other than server.port ({port}){advice}")
     return settings, warnings
 
 
@@ -184,17 +206,17 @@ def is_loopback(host: str) -> bool:
 # ---------------------------------------------------------------------------
 # Console: output for people, on a terminal and in the log
 #
-# What comes from elsewhere may hold anything; on a terminal it goes through `safe_line`.
+# Text from other programs may contain anything; before it is printed it passes through `safe_line`.
 # ---------------------------------------------------------------------------
 
 
-def tell(words: str) -> None:
-    """Print a message for the person on stderr, beside the output."""
-    print(f"contextuate: {words}", file=sys.stderr, flush=True)
+def print_status(message: str) -> None:
+    """Print a message on stderr, apart from the output."""
+    print(f"contextuate: {message}", file=sys.stderr, flush=True)
 
 
 def safe_line(text: str) -> str:
-    """Return text as one line that cannot steer the terminal it is printed on."""
+    """Return text as one line without control characters for the terminal."""
     return "".join(char if char.isprintable() else "�" for char in text).rstrip()
 
 
@@ -214,7 +236,7 @@ def human_size(size: int) -> str:
 
 
 class Progress:
-    """Print once a second how far long work is."""
+    """Print the progress of long work once a second."""
 
     def __init__(self, total_bytes: int, what: str, quiet: bool) -> None:
         self.count = 0
@@ -224,12 +246,12 @@ class Progress:
         self._next_s = math.inf if quiet else time.monotonic() + 1
 
     def add(self, count: int, size: int) -> None:
-        """Note work that is done."""
+        """Count work that is done."""
         self.count += count
         self._done += size
         if time.monotonic() > self._next_s:
             self._next_s = time.monotonic() + 1
-            tell(f"{self.count} {self._what}, {human_size(self._done)} of at most {self._total}")
+            print_status(f"{self.count} {self._what}, {human_size(self._done)} of at most {self._total}")
 
     def counting(self, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Pass lines on and count them."""
@@ -243,7 +265,7 @@ class Progress:
 #
 # The server's side: bytes in, messages out, in wire order, and the opening handshake. Knows: frames. Does not
 # know: sockets, clients, what messages mean.
-# Extensions are never agreed on, so every reserved bit is an error (section 5.2).
+# Extensions are never negotiated, so every reserved bit is an error (section 5.2).
 # ---------------------------------------------------------------------------
 
 WEBSOCKET_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -276,7 +298,7 @@ class CloseCode(enum.IntEnum):
 
 
 class ProtocolError(Exception):
-    """The peer broke the protocol: the close code that says how, and the reason in words."""
+    """A protocol violation by the peer: close code and reason."""
 
     def __init__(self, code: CloseCode, reason: str) -> None:
         super().__init__(f"{int(code)} {reason}")
@@ -292,7 +314,7 @@ class Message(NamedTuple):
 
 
 class Close(NamedTuple):
-    """The end: the peer's close frame, code None when it has none; not `by_peer`: the one it is to get."""
+    """The peer's close frame (`code` is None if it has none); not `by_peer`: the one to send to the peer."""
 
     code: int | None
     reason: str
@@ -310,7 +332,7 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def encode_close(code: int, reason: str = "") -> bytes:
-    """Encode a close frame; the reason is cut to the 123 bytes that a control frame has for it."""
+    """Encode a close frame; the reason is cut to 123 bytes, the limit in a control frame."""
     text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
     return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
 
@@ -321,7 +343,7 @@ def parse_close(payload: bytes) -> Close:
         return Close(None, "")
     code = int.from_bytes(payload[:2], "big") if len(payload) > 1 else 0
     if not (3000 <= code <= 4999 or (1000 <= code <= 1014 and code not in (1004, 1005, 1006))):
-        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "this is no close code that may be sent")
+        raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the close code is invalid")
     try:
         return Close(code, payload[2:].decode())
     except UnicodeDecodeError:
@@ -331,39 +353,39 @@ def parse_close(payload: bytes) -> Close:
 def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
     """XOR `data` with the 4-byte `mask` (RFC 6455 section 5.3), `offset` bytes into the payload."""
     size = len(data)
-    turn = offset % 4
-    key = (mask[turn:] + mask[:turn]) * (size // 4 + 1)
+    shift = offset % 4
+    key = (mask[shift:] + mask[:shift]) * (size // 4 + 1)
     return (int.from_bytes(data, "big") ^ int.from_bytes(key[:size], "big")).to_bytes(size, "big")
 
 
 class FrameParser:
-    """Turn a client's bytes into messages.
+    """Parse a client's bytes into messages.
 
-    `feed(data)` returns what became whole, in wire order; after a Close it returns nothing more.
+    `feed(data)` returns the messages that are complete, in wire order; after a Close it returns nothing.
     """
 
     def __init__(self, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._buffer = bytearray()
         self._received: list[Message | Close] = []
-        self._opcode: Opcode | None = None  # of the message whose fragments are coming in, else None
+        self._opcode: Opcode | None = None  # of the message that is partly received, else None
         self._size = 0  # of that message so far, bytes
         self._parts: list[Any] = []  # of that message: str pieces of a text, bytes pieces of a binary one
-        self._in_frame = False  # also when nothing more is to be parsed
+        self._in_frame = False  # stays True after a Close
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._parser = self._parse()
         next(self._parser)
 
     def feed(self, data: bytes) -> list[Message | Close]:
-        """Take bytes of any size; return the messages they completed."""
+        """Parse bytes of any size; return the messages that they complete."""
         self._buffer += data
         next(self._parser)
         received, self._received = self._received, []
         return received
 
     @property
-    def is_at_rest(self) -> bool:
-        """True if nothing is under way: a new parser would go on in the same way."""
+    def is_between_messages(self) -> bool:
+        """True if no message is partly received: a new parser can continue."""
         return not self._in_frame and not self._buffer and self._opcode is None
 
     def _parse(self) -> Generator[None, None, None]:
@@ -374,7 +396,7 @@ class FrameParser:
         except ProtocolError as error:
             self._received.append(Close(error.code, error.reason, by_peer=False))
         self._parts.clear()
-        while True:  # what follows is not looked at (section 5.5.1); closed is another parser, not a flag
+        while True:  # bytes after a close frame are discarded (section 5.5.1)
             self._buffer.clear()
             yield
 
@@ -391,11 +413,11 @@ class FrameParser:
         opcode = self._check_head(first, second)
         size = second & 0x7F
         if size > 125:
-            width, least = (2, 126) if size == 126 else (8, 1 << 16)
+            width, minimum = (2, 126) if size == 126 else (8, 1 << 16)
             size = int.from_bytes((yield from self._take(width)), "big")
             if size >> 63:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length has its top bit set")
-            if size < least:
+            if size < minimum:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, "the length is not in its shortest form")
         if opcode < Opcode.CLOSE and self._size + size > self._limit_bytes:
             raise ProtocolError(CloseCode.MESSAGE_TOO_BIG, f"a message may have {self._limit_bytes} bytes")
@@ -416,20 +438,20 @@ class FrameParser:
         opcode = Opcode(first & 0x0F) if is_known else Opcode.CONTINUATION
         is_control, is_begun = opcode >= Opcode.CLOSE, self._opcode is not None
         for is_wrong, reason in (
-            (first & 0x70, "a reserved bit is set and no extension was agreed on"),
+            (first & 0x70, "a reserved bit is set without an extension"),
             (not is_known, f"unknown opcode {first & 0x0F}"),
             (not second & 0x80, "every frame of a client must be masked"),
             (is_control and not first & 0x80, "a control frame must not be fragmented"),
             (is_control and second & 0x7F > CONTROL_LIMIT_BYTES, "a control frame has at most 125 bytes"),
-            (opcode is Opcode.CONTINUATION and not is_begun, "nothing to continue"),
-            (opcode in (1, 2) and is_begun, "the message before this one is not finished"),
+            (opcode is Opcode.CONTINUATION and not is_begun, "there is no message to continue"),
+            (opcode in (1, 2) and is_begun, "the previous message is not finished"),
         ):
             if is_wrong:
                 raise ProtocolError(CloseCode.PROTOCOL_ERROR, reason)
         return opcode
 
     def _parse_data(self, size: int, mask: bytes) -> Generator[None, None, None]:
-        """Take a data frame's payload as it arrives, so that bad UTF-8 fails at once and not at the end."""
+        """Decode a data frame's payload as it arrives, so that bad UTF-8 fails at once."""
         done = 0
         while done < size:
             while not self._buffer:
@@ -447,7 +469,7 @@ class FrameParser:
         try:
             self._parts.append(self._decoder.decode(piece, last))
             pending = self._decoder.getstate()[0]
-            # A surrogate; Python sees it a byte late.
+            # A surrogate; Python detects it one byte later.
             is_bad = pending[:1] == b"\xed" and pending[1:2] >= b"\xa0"
         except UnicodeDecodeError:
             is_bad = True
@@ -463,7 +485,7 @@ class FrameParser:
 
 
 class RequestError(Exception):
-    """A request that is refused: HTTP status, reason in words, headers that help the client."""
+    """A refused request: HTTP status, reason, additional headers of the response."""
 
     def __init__(self, status: int, reason: str, headers: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(f"{status} {reason}")
@@ -474,7 +496,7 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The head of an HTTP request; `headers` in order, names in lower case."""
+    """The head of an HTTP request; `headers` in order, their names in lower case."""
 
     method: str
     target: str
@@ -486,14 +508,14 @@ class Request:
         return [value for field, value in self.headers if field == name]
 
     def one(self, name: str) -> str:
-        """Return the value of a header, "" if it is missing; raise RequestError(400) if it comes twice."""
+        """Return the value of a header, "" if it is missing; raise RequestError(400) if it is repeated."""
         values = self.all(name)
         if len(values) > 1:
             raise RequestError(400, f"several {name} headers")
         return values[0] if values else ""
 
     def tokens(self, name: str) -> list[str]:
-        """Return the comma-separated tokens of a header in lower case, over all its lines."""
+        """Return the comma-separated tokens of a header in lower case, from all its lines."""
         return [token.strip().lower() for value in self.all(name) for token in value.split(",")]
 
 
@@ -505,8 +527,8 @@ _HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 def parse_request_head(head: bytes) -> Request:
     """Parse an HTTP/1.x request head without its final blank line; raise RequestError.
 
-    As strict as RFC 9112 sections 3 and 5 allow: a line that is no header, a folded one, a bare CR or LF and
-    control characters are refused, as a proxy in front may read them in another way.
+    As strict as RFC 9112 sections 3 and 5 allow: malformed and folded header lines, a bare CR or LF and
+    control characters are refused, since a proxy in front may parse them differently.
     """
     first, *lines = head.split(b"\r\n")
     request_line = _REQUEST_LINE.fullmatch(first)
@@ -522,21 +544,21 @@ def parse_request_head(head: bytes) -> Request:
             raise RequestError(400, "a header line is malformed")
         headers.append((header[1].decode("ascii").lower(), header[2].rstrip(b" \t").decode("latin-1")))
     if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise RequestError(505, "HTTP/1.1 is spoken here")
+        raise RequestError(505, "use HTTP/1.1")
     return Request(method, target, tuple(headers), version)
 
 
 def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Encode the head of an HTTP response, blank line and all."""
-    words = http.client.responses.get(status, "Refused")
-    lines = [f"HTTP/1.1 {status} {words}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    """Encode the head of an HTTP response, with the blank line."""
+    phrase = http.client.responses.get(status, "Refused")
+    lines = [f"HTTP/1.1 {status} {phrase}", *(f"{name}: {value}" for name, value in headers), "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 
 def handshake_response(request: Request) -> bytes:
     """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError.
 
-    Extensions and subprotocols are declined by leaving them out.
+    Extensions and subprotocols are declined: the response omits them.
     """
     if request.method != "GET":
         raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
@@ -544,7 +566,7 @@ def handshake_response(request: Request) -> bytes:
         raise RequestError(505, "a WebSocket needs HTTP/1.1")
     upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
     if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
-        raise RequestError(426, "this is the WebSocket port", upgrade)
+        raise RequestError(426, "a WebSocket handshake is expected here", upgrade)
     if request.one("sec-websocket-version") != "13":
         raise RequestError(426, "WebSocket version 13 is needed", [("Sec-WebSocket-Version", "13")])
     key = request.one("sec-websocket-key")
@@ -558,25 +580,25 @@ def handshake_response(request: Request) -> bytes:
 # Journal: events on disk, one file per day and session
 #
 # Owns: the files below events/, and the numbers (seq) that order arrival.
-# Knows: nothing of clients, sessions' states or sockets.
-# A line begins {"seq":…,"received":…,"id":…}, so that a place in a file is found without parsing JSON. The
-# numbers of a file grow. Those of a later day are higher unless the clock was set back by more than a day:
-# while the empty file events/.in-order is there they are; without it all days are merged, which is slower.
+# Does not know: clients, states of sessions, sockets.
+# A line begins {"seq":…,"received":…,"id":…}, so that it is found without parsing JSON. Within a file, seq
+# ascends. From day to day it does too, unless the clock was set back by more than a day: the empty file
+# events/.in-order marks that it does; without the mark all days are merged, which is slower.
 # ---------------------------------------------------------------------------
 
-_SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # neither hidden nor like an option
+_SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
-_PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # where one begins
+_PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # the start of a part
 _DAY_MS = 86_400_000
-_BLOCK_BYTES = 64 << 10  # read of a file at a time; less of each where many are merged
+_BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
-FREE_BYTES_TO_GO_ON = 4 << 20
+MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
 
 
 class StoredEvent(NamedTuple):
-    """An event that is on disk: its number, itself, and its line without the final newline."""
+    """An event on disk, with its number and its line without the newline."""
 
     seq: int
     event: JsonObject
@@ -584,9 +606,9 @@ class StoredEvent(NamedTuple):
 
 
 def session_file_name(session_id: str) -> str:
-    """Return the file name for a session: no other has it, also where a file system ignores case.
+    """Return the file name for a session, unique even if the file system ignores case.
 
-    Ids that are no plain lower-case names, or look like the name made for such a one, are hashed.
+    Ids that are not plain lower-case names, or look like a hashed one, are hashed.
     """
     if _SAFE_FILE_NAME.match(session_id) and not session_id.startswith("sha256-"):
         return session_id + ".jsonl"
@@ -595,56 +617,59 @@ def session_file_name(session_id: str) -> str:
 
 
 def day_of(time_ms: int) -> str:
-    """Return the UTC day, YYYY-MM-DD, whose folder holds what arrived at `time_ms`."""
+    """Return the UTC day, YYYY-MM-DD, that names the folder of events that arrived at `time_ms`."""
     return time.strftime("%Y-%m-%d", time.gmtime(time_ms // 1000))
 
 
 def numbered_line(seq: int, received_ms: int, encoded: bytes) -> bytes:
-    """Make the JSON of an event its line in the journal, without the newline."""
+    """Return the journal line of an encoded event, without the newline."""
     return b'{"seq":%d,"received":%d,' % (seq, received_ms) + encoded[1:]
 
 
 class Journal:
-    """Append events to the session files of a day, in the loop thread, and read them back, in any."""
+    """Appends events to the session files of a day, in the loop thread; any thread can read them."""
 
     OPEN_FILES = 64
 
     def __init__(self, root: str) -> None:
         self.root = root
         self.seq = 0  # the last number that was written
-        self.error: str | None = None  # why the last write failed; None when it did not
-        self.repaired = 0  # torn last lines found
+        self.error: str | None = None  # why the last write failed; None if it succeeded
+        self.repaired = 0  # incomplete last lines that were repaired
         self._descriptors: dict[str, int] = {}  # session id → its open file of newest_day
         self._day_number = -1  # of the last write, in days since 1970
-        self._is_open = False  # events may come in while others read
+        self._is_open = False  # events may be appended while other threads read
         emit_event.make_private_directory(root)
-        self.newest_day = max(self.days(), default="")  # that events are written to
+        self.newest_day = max(self.days(), default="")  # events are written to its folder
         self.in_order = not self.newest_day or os.path.exists(root + "/.in-order")
 
     def open(self) -> None:
-        """Find the last number; to be called before `append`.
+        """Find the last number; must be called before `append`.
 
-        Files that an older version packed, or named otherwise, become what this version writes.
+        Unpacks and renames files of older versions.
         """
         for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
             unpack(path)
         for path in glob.glob(glob.escape(self.root) + "/*/*[A-Z]*.jsonl"):
             rename_to_session(path)
         if not self.in_order:
-            days = [[file for file in self.day_files(day) if file.last] for day in self.days()]
-            ends = [(min(f.first for f in files), max(f.last for f in files)) for files in days if files]
+            days = [[file for file in self.day_files(day) if file.last_seq] for day in self.days()]
+            ends = [(min(f.first_seq for f in day), max(f.last_seq for f in day)) for day in days if day]
             self.in_order = all(ends[i][1] < ends[i + 1][0] for i in range(len(ends) - 1))
         if self.in_order:
             with contextlib.suppress(OSError), open(self.root + "/.in-order", "wb"):
                 pass
         newest = next(filter(None, self._runs(None, 0, sys.maxsize)), [])
-        self.seq = max([self.seq, *(file.last for file in newest)])
+        self.seq = max([self.seq, *(file.last_seq for file in newest)])
         self._is_open = True
 
     def append(
         self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
     ) -> list[StoredEvent | None]:
-        """Number the events and write them, one write a file; return None for what failed, see `error`."""
+        """Number the events and write them, with one write per file.
+
+        Return None in place of those that could not be written; `error` says why.
+        """
         stored: list[StoredEvent | None] = []
         by_session: dict[str, list[StoredEvent]] = {}
         seq = before = self.seq
@@ -663,23 +688,23 @@ class Journal:
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
                     stored[entry.seq - before - 1] = None
-        # Only now: what is read ends here, so that it has no later one of these without an earlier one.
+        # Readers stop at this number: set last, so that they never see a part of this batch.
         self.seq = seq
         return stored
 
     def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
         if received_ms // _DAY_MS != self._day_number:
-            self._turn_day(received_ms)
+            self._switch_day(received_ms)
         fd = self._descriptors.get(session_id)
-        if fd is None or not os.fstat(fd).st_nlink:  # `rm` is how events are deleted by hand
+        if fd is None or not os.fstat(fd).st_nlink:  # users may delete files with `rm`
             fd = self._open_to_append(session_id)
         written = os.write(fd, data)
         if written != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _turn_day(self, received_ms: int) -> None:
-        """Write to the day of this time; a clock set back over midnight puts no number out of order."""
+    def _switch_day(self, received_ms: int) -> None:
+        """Write to the folder of this day; a clock set back over midnight keeps the numbers in order."""
         self.close()
         self._day_number = received_ms // _DAY_MS
         day = day_of(received_ms)
@@ -700,8 +725,8 @@ class Journal:
         torn = next(JournalFile(path, os.fstat(fd)).segments_back())
         self.repaired += bool(torn)
         if torn and emit_event.is_json_object(torn):
-            os.write(fd, b"\n")  # it lacks only that
-        elif torn:  # its event was never acknowledged
+            os.write(fd, b"\n")  # only the newline is missing
+        elif torn:  # the event was not acknowledged
             os.ftruncate(fd, os.fstat(fd).st_size - len(torn))
         return fd
 
@@ -710,25 +735,25 @@ class Journal:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    def has_room(self) -> bool:
-        """Return True if events can be written; a disk that broke, or a quota, shows only when one tries."""
+    def is_writable(self) -> bool:
+        """True if events can be written; writes a test file, since quotas and broken disks show only then."""
         try:
             free = os.statvfs(self.root)
             with tempfile.TemporaryFile(dir=self.root, buffering=0) as file:
                 written = file.write(bytes(_BLOCK_BYTES))
         except OSError:
             return False
-        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > FREE_BYTES_TO_GO_ON
+        return written == _BLOCK_BYTES and free.f_bavail * free.f_frsize > MIN_FREE_BYTES
 
     def delete_session(self, session_id: str) -> int:
-        """Remove every file of a session; return the bytes that became free."""
+        """Delete every file of a session; return the bytes that were freed."""
         self.close()
         freed = 0
         for file in self.files(session_id):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(file.path)
                 freed += file.size
-            with contextlib.suppress(OSError):  # other sessions' files keep the day
+            with contextlib.suppress(OSError):  # the day has files of other sessions
                 os.rmdir(os.path.dirname(file.path))
         return freed
 
@@ -737,7 +762,7 @@ class Journal:
     ) -> Iterator[bytes]:
         """Yield the stored lines with after < seq < before, of one session or of all, in order of seq.
 
-        They come without newlines; none that was stored after the first was asked for. No file is kept open.
+        Lines have no newlines. Those stored after the iteration began are not included. No file stays open.
         """
         end = min(sys.maxsize if before is None else before, self.seq + 1 if self._is_open else sys.maxsize)
         runs = self._runs(session, after, end)
@@ -747,23 +772,23 @@ class Journal:
             yield from (line for _, line in keyed if line)
 
     def _runs(self, session: str | None, after: int, before: int) -> Iterator[list[JournalFile]]:
-        """Yield for each day, the last one first, the files that may hold such numbers."""
+        """Yield for each day, newest first, the files that can contain these numbers."""
         days = self.days()[::-1]
         for group in [[day] for day in days] if self.in_order else [days]:
-            files = [file for day in group for file in self.day_files(day, session) if file.last]
-            if files and max(file.last for file in files) <= after:
+            files = [file for day in group for file in self.day_files(day, session) if file.last_seq]
+            if files and max(file.last_seq for file in files) <= after:
                 return
-            yield [file for file in files if file.last > after and file.first < before]
+            yield [file for file in files if file.last_seq > after and file.first_seq < before]
 
     def find(self, event_id: str, session_id: str | None = None, seq: int | None = None) -> bytes | None:
-        """Return the line of one event; a session, and better still a seq, saves reading every file."""
+        """Return the line of one event; `session_id` or `seq` avoid reading every file."""
         near = [] if seq is None else self.lines(session_id, seq - 1, seq + 1)
         lines = itertools.chain(near, self.lines(session_id, backwards=True))
         needle = b'"id":' + encode_json(event_id)
         return next((line for line in lines if needle in line and line_id(line) == event_id), None)
 
     def days(self) -> list[str]:
-        """List the days that have events, oldest first."""
+        """Return the days that have events, oldest first."""
         return sorted(map(os.path.basename, glob.glob(glob.escape(self.root) + "/[12]???-[01]?-[0-3]?")))
 
     def day_files(self, day: str, session: str | None = None) -> list[JournalFile]:
@@ -785,7 +810,7 @@ class Journal:
         return [file for day in self.days() for file in self.day_files(day, session)]
 
     def line(self, seq: int, day: str, name: str) -> bytes | None:
-        """Return the line with a number in a file of a day; None when it is gone."""
+        """Return the line with this seq from a file of a day; None if it was deleted."""
         path = f"{self.root}/{day}/{name}"
         with contextlib.suppress(FileNotFoundError):
             return JournalFile(path, os.stat(path)).line(seq)
@@ -798,7 +823,7 @@ class Journal:
 
 
 def rename_to_session(path: str) -> None:
-    """Give a file the name that its session has now; leave it where that is taken or it cannot be read."""
+    """Rename a file of an older version for its session, unless the name is taken or it is unreadable."""
     with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
         session_id = parse_stored(file.readline())["sessionId"]
         name = os.path.join(os.path.dirname(path), session_file_name(session_id))
@@ -807,7 +832,7 @@ def rename_to_session(path: str) -> None:
 
 
 class MemoryJournal(Journal):
-    """The same for `persistence.enabled: false`: the last events, in memory only."""
+    """The journal for `persistence.enabled: false`: the last events, in memory only."""
 
     LIMIT_BYTES = 64 << 20
 
@@ -828,12 +853,12 @@ class MemoryJournal(Journal):
             while self._bytes > self.LIMIT_BYTES:
                 self._bytes -= len(self._kept.popleft()[2]) + 1
 
-    def has_room(self) -> bool:
-        """Return True: the oldest events make room."""
+    def is_writable(self) -> bool:
+        """Return True: the oldest events are deleted to free memory."""
         return True
 
     def delete_session(self, session_id: str) -> int:
-        """Forget a session's events; return their bytes."""
+        """Delete a session's events; return the bytes that were freed."""
         with self._lock:
             freed = sum(len(line) + 1 for _, owner, line in self._kept if owner == session_id)
             self._kept = collections.deque(entry for entry in self._kept if entry[1] != session_id)
@@ -843,7 +868,7 @@ class MemoryJournal(Journal):
     def lines(
         self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
     ) -> Iterator[bytes]:
-        """Yield lines as those of a Journal."""
+        """Yield stored lines, as `Journal.lines` does."""
         end = self.seq + 1 if before is None else before
         with self._lock:
             kept = [it for it in self._kept if after < it[0] < end and session in (None, it[1])]
@@ -852,30 +877,31 @@ class MemoryJournal(Journal):
 
 
 class JournalFile:
-    """A file of lines as it was when it was listed, opened for each piece that is read of it."""
+    """A file of lines with the size it had when it was listed; each read opens and closes it."""
 
     def __init__(self, path: str, about: os.stat_result) -> None:
         self.path, self.inode, self.size = path, about.st_ino, about.st_size
         *_, self.day, self.name = path.split("/")
 
     @functools.cached_property
-    def last(self) -> int:
-        """The number of the last event, also of a torn one; 0 when there is none. Reads the end only."""
+    def last_seq(self) -> int:
+        """The number of the last event, even an incomplete one; 0 if there is none. Reads only the end."""
         return next(filter(None, map(line_seq, self.segments_back(block=_TAIL_BYTES))), 0)
 
     @functools.cached_property
-    def first(self) -> int:
-        """The number of the first whole event, else the last."""
-        return next(filter(None, map(line_seq, self._whole_lines(0, _TAIL_BYTES))), self.last)
+    def first_seq(self) -> int:
+        """The number of the first complete event, else `last_seq`."""
+        return next(filter(None, map(line_seq, self._whole_lines(0, _TAIL_BYTES))), self.last_seq)
 
     def lines(self, after: int, before: int, backwards: bool, block: int) -> Iterator[tuple[int, bytes]]:
-        """Yield (seq or -seq, line), first one without a line: a merge then opens no file before its turn."""
-        yield (-self.last if backwards else self.first), b""
+        """Yield (seq or -seq, line), first one without a line, so that a merge opens files one by one."""
+        yield (-self.last_seq if backwards else self.first_seq), b""
         if backwards:
-            segments = self.segments_back(self.size if self.last < before else self._offset_of(before), block)
+            end = self.size if self.last_seq < before else self._offset_of(before)
+            segments = self.segments_back(end, block)
             next(segments)
         else:
-            segments = self._whole_lines(self._offset_of(after + 1) if self.first <= after else 0, block)
+            segments = self._whole_lines(self._offset_of(after + 1) if self.first_seq <= after else 0, block)
         for line in segments:
             seq = line_seq(line)
             if after < seq < before:
@@ -884,7 +910,7 @@ class JournalFile:
                 return
 
     def line(self, seq: int) -> bytes | None:
-        """Return the line with a number; all is read of a file that was edited and is out of order."""
+        """Return the line with this seq; a file whose lines were reordered by hand is read completely."""
         near = itertools.islice(self._whole_lines(self._offset_of(seq), _TAIL_BYTES), 1)
         lines = itertools.chain(near, self._whole_lines(0, _BLOCK_BYTES))
         return next((line for line in lines if line_seq(line) == seq), None)
@@ -898,7 +924,7 @@ class JournalFile:
             yield from lines
 
     def segments_back(self, end: int | None = None, block: int = _BLOCK_BYTES) -> Iterator[bytes]:
-        """Yield what stands between newlines from the end to the start; the first is empty or a torn line."""
+        """Yield the lines from the end to the start; the first is incomplete or empty."""
         rest, size, end = b"", block, self.size if end is None else end
         while end > 0:
             start = max(0, end - size)
@@ -908,19 +934,17 @@ class JournalFile:
         yield rest
 
     def _read(self, size: int, offset: int) -> bytes:
-        """Read a piece; nothing when the file was removed or replaced."""
+        """Return a block of the file; b"" if it was deleted or replaced."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_ino == self.inode:
                 return os.pread(file.fileno(), size, offset)
         return b""
 
     def _offset_of(self, seq: int) -> int:
-        """Find by bisection where the first line with a number of at least `seq` begins, else the end."""
+        """Return the offset of the first line with a number of at least `seq`, else the end; bisects."""
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
-            low, high = (
-                0,
-                self.size,
-            )  # lines that begin before low have smaller numbers, those from high on not
+            # Lines that begin before `low` have smaller numbers; lines from `high` on do not.
+            low, high = 0, self.size
             while high - low > _TAIL_BYTES:
                 middle = (low + high) // 2
                 file.seek(middle - 1)
@@ -939,19 +963,19 @@ class JournalFile:
 
 
 def line_seq(line: bytes) -> int:
-    """Return the number at the front of a stored line, 0 when there is none."""
+    """Return the seq at the beginning of a stored line, 0 if there is none."""
     match = _SEQ.match(line)
     return int(match[1]) if match else 0
 
 
 def line_id(line: bytes) -> str:
-    """Return the event id at the front of a stored line, "" when there is none."""
+    """Return the event id at the beginning of a stored line, "" if there is none."""
     match = _ID.match(line)
     return str(json.loads(match[1])) if match else ""
 
 
 def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that was edited is made an event again. Raise MalformedEvent if it is none."""
+    """Parse a stored line; one that was edited is rebuilt into a valid event. Raise MalformedEvent."""
     event = emit_event.parse_event_line(line)
     received_ms = event["received"] if isinstance(event.get("received"), int) else 0
     if received_ms and emit_event.is_whole_event(event):
@@ -962,12 +986,12 @@ def parse_stored(line: bytes) -> JsonObject:
 
 @functools.lru_cache(maxsize=1000)
 def warn_skipped_once(path: str) -> None:
-    """Log once that nothing in a file is read."""
-    log.warning("%s is left out: it is not a file that this user can read", path)
+    """Log once per file that it is skipped."""
+    log.warning("%s is skipped: it is not a regular file that this user can read", path)
 
 
 def unpack(path: str) -> None:
-    """Put a plain file in the place of a packed one, without what is damaged. A kill leaves one of both."""
+    """Replace a packed file with a plain one, without damaged parts; a kill leaves one of the two."""
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
@@ -979,83 +1003,89 @@ def unpack(path: str) -> None:
                         lines, newline, rest = (rest + gzip.decompress(part)).rpartition(b"\n")
                         file.write(lines + newline)
                     except (gzip.BadGzipFile, EOFError, zlib.error, struct.error):
-                        log.warning("%s is damaged: the events in that part of it are left out", path)
+                        log.warning("%s is damaged: the events in the damaged part are skipped", path)
                         rest = b""
                 if not file.tell():
-                    raise OSError("nothing in it can be read")
+                    raise OSError("no part of it can be read")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(plain + ".tmp", plain)
         os.unlink(path)
     except OSError as error:
-        log.warning("%s stays packed, its events are left out: %s", path, error)
+        log.warning("%s cannot be unpacked, its events are skipped: %s", path, error)
 
 
 class SeenIds:
-    """The ids of the last events, REMEMBERED_IDS and `least` at least, to know second deliveries by."""
+    """The ids of the last events, at least REMEMBERED_IDS and `minimum` of them, to detect duplicates."""
 
-    def __init__(self, least: int = REMEMBERED_IDS) -> None:
-        self._ids: set[str] = set()
-        self._in_order: collections.deque[str] = collections.deque()
-        self._limit = max(least, REMEMBERED_IDS)
+    def __init__(self, minimum: int = REMEMBERED_IDS) -> None:
+        self.limit = max(minimum, REMEMBERED_IDS)
+        # Digests, concatenated in buckets of about 16: a fifth of the memory of a set of strings.
+        self._new, self._old = ([b""] * (self.limit // 16 + 1) for _ in range(2))
+        self._count = 0
 
     def add(self, event_id: str) -> None:
-        """Remember an id."""
-        if event_id not in self._ids:
-            self._ids.add(event_id)
-            self._in_order.append(event_id)
-            if len(self._in_order) > self._limit:
-                self._ids.remove(self._in_order.popleft())
+        """Add a new id."""
+        number, digest = self._place(event_id)
+        self._new[number] += digest
+        self._count += 1
+        if self._count % self.limit == 0:
+            self._old, self._new = self._new, [b""] * len(self._new)
 
     def __contains__(self, event_id: str) -> bool:
-        return event_id in self._ids
+        number, digest = self._place(event_id)
+        return digest in self._new[number] or digest in self._old[number]
+
+    def _place(self, event_id: str) -> tuple[int, bytes]:
+        digest = hashlib.blake2b(event_id.encode("utf-8", "surrogatepass"), digest_size=10).digest()
+        return hash(digest) % len(self._new), digest
 
 
 class DeletedIds:
-    """The ids of the last deleted events, in a file: the stream may still have them."""
+    """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
 
     def __init__(self, path: str, limit: int) -> None:
         self._path = path
         self._limit = limit
-        self.ids: dict[str, None] = {}  # in order
+        self.ids: dict[str, None] = {}  # oldest first
         with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
             self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
-        """Remember some ids; of all of them the last `limit`."""
+        """Add ids; keep the last `limit` of all."""
         self.ids = dict.fromkeys([*self.ids, *event_ids][-self._limit :])
         try:
             emit_event.write_atomically(self._path, encode_json({"ids": list(self.ids)}) + b"\n")
         except OSError as error:
-            log.warning("deleted events may come back with the stream after a restart: %s", error)
+            log.warning("deleted events may return from the Redis stream after a restart: %s", error)
 
 
 # ---------------------------------------------------------------------------
-# Sessions: what each event says about who works, who waits and who is gone
+# Sessions: the state machine: who works, who waits and who has ended
 #
-# One fold without I/O: `Sessions.apply` takes every event once, in order of arrival (`seq`), live and out of
-# the files alike; `tick` lets time pass. `_apply_in_order` puts events in place that overtook each other by
-# seconds; what comes later than that is `late`. All times are on the monitor's clock: when an event happened
-# is computed once, as it arrives (`Sessions._clock`); silence counts from arrival.
+# One fold without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from
+# files; `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by
+# seconds; an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an
+# event is computed once, when it arrives (`Sessions._clock`); silence is measured from arrival.
 #
-# RULES says what follows from an event; below it stand the special cases of the client, each by its name.
+# RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
 
 MAIN = ""  # the agent id of a session's main agent
 
 
 class Rule(NamedTuple):
-    """What follows from an event."""
+    """The effects of an event."""
 
-    turn: str = ""  # the turn of the main agent after its event; "" leaves it as it was
-    ends: str = ""  # what cannot have outlived it
-    waits: str = ""  # which waits are over, beside those for a call that is over
+    turn: str = ""  # the new turn of the main agent, if the event is its own; "": unchanged
+    ends: str = ""  # the calls and agents that end
+    waits: str = ""  # the waits that end, besides those of calls that end
 
 
-# What happened (`kind_of`) → what follows. What is below an agent that ends, and all their calls, end too.
-#   ends:  call (named by it), agent (its own), task (named by it), foreground (what cannot outlive a turn),
-#          turn (the same, and what the client's list of tasks lacks), all
-#   waits: input (its agent's at the prompt; more in `_ends_wait`), agent (all of its agent), all
+# Kind of event (`kind_of`) → its effects. When an agent ends, so do the agents below it and all their calls.
+#   ends:  call (that the event names), agent (that sent it), task (that it names), foreground (what does not
+#          outlive a turn), turn (the same, and agents missing from the client's list of tasks), all
+#   waits: input (its agent's, at the prompt; more in `_end_waits`), agent (all of its agent), all
 RULES = {
     "session_start": Rule("idle", "all", "all"),
     "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
@@ -1072,34 +1102,36 @@ RULES = {
     "turn_end": Rule("idle", "turn", "agent"),
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
+    "replaced": Rule("ended", "all", "all"),  # its process started another session
 }
 _NOTHING = Rule()
 
-# The most urgent first. What holds in each is at the end of `apply_event`; `quiet` is `working` after
-# quietSeconds of silence and comes with time alone.
+# The most urgent first. `apply_event` chooses one at its end; `tick` turns `working` into `quiet` after
+# quietSeconds of silence.
 SESSION_STATES = ("waiting", "failed", "working", "quiet", "idle", "ended")
 
 QUESTION_TOOLS = ("AskUserQuestion", "ExitPlanMode")
 AGENT_TOOLS = ("Agent", "Task")
-TOGETHER_MS = 5000  # calls of one round begin within this time; events overtake each other by less
-TOGETHER_EVENTS = 256  # at most so many of a session are kept to be put in order
-CLOCK_STEP_MS = 5000  # a clock that moves so much more or less than time was set
-SKEW_STEP_MS = 60_000  # an event on its way for so much longer than others: its machine's clock was set back
-SKEW_EVENTS = 256  # over about so many events the skew follows the mean delay: clocks drift
-STUCK_FAILURES = 5  # the same tool of one agent failed so often in a row, the same way
-STUCK_TURNS = 3  # so many turns used tools and changed no file
-STUCK_MS = 2 * 3_600_000  # a turn or an agent runs for longer
-SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice at the same time
-PLACES = 256  # the last sessions that made way for others, or began so
-LINK_MS = 60_000  # within this time the next session begins after /clear, resume or fork
+REORDER_WINDOW_MS = 5000  # events overtake each other by less; calls of one round begin within this time
+REORDER_EVENTS = 256  # of one session that are kept for reordering
+CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
+SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
+SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
+STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
+STUCK_TURNS = 3  # turns that used tools and changed no file
+STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
+SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice within this time
+PROCESSES_LIMIT = 8  # that are kept per session
+LINK_CANDIDATES_LIMIT = 256  # that are kept
+LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 _NEVER = 1 << 62  # later than any time in ms
-# A fourth of the memory; before Python 3.10 dataclass cannot do so.
+# A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
 
 
 class OpenCall(NamedTuple):
-    """A tool call without a result so far."""
+    """A tool call that has no result yet."""
 
     tool_use_id: str
     tool_name: str
@@ -1107,26 +1139,27 @@ class OpenCall(NamedTuple):
     agent_id: str  # MAIN for the main agent
     since: int
     description: str = ""  # of an Agent call: the label of the agent it starts
+    digest: int = 0  # of the whole input; the target is only its beginning
 
     @property
-    def words(self) -> str:
-        """Return the call as an activity."""
+    def activity(self) -> str:
+        """Return the call as one line."""
         return f"{self.tool_name}: {self.target}" if self.target else self.tool_name
 
 
 class Reason(NamedTuple):
-    """Why a session waits, failed or ended."""
+    """Why a session waits, has failed or has ended."""
 
     kind: str  # permission, question, input, error, ended
     tool: str | None
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
-    tool_use_id: str | None = None  # the call that waits; None: not known (yet), or no call does
+    tool_use_id: str | None = None  # the call that waits; None: no call, or not known
 
 
 class Tokens(NamedTuple):
-    """Tokens that were used."""
+    """Numbers of used tokens."""
 
     input: int = 0
     output: int = 0
@@ -1138,17 +1171,17 @@ class Tokens(NamedTuple):
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
 
     def to_json(self) -> JsonObject:
-        """Return them as the API gives them."""
+        """Return the totals in the form of the API."""
         return dict(zip(("totalInput", "totalOutput", "totalCacheRead", "totalCacheCreation"), self))
 
 
 class SessionUsage(NamedTuple):
-    """What a session used until `time`, by model."""
+    """Tokens that a session used until `time`, by model."""
 
     time: int
     models: dict[str, Tokens]
-    model: str | None = None  # that the main agent used last
-    partial: bool = False  # its transcripts could not be read to their end yet
+    model: str | None = None  # the last one of the main agent
+    partial: bool = False  # the transcripts were not read to their end
 
     @property
     def total(self) -> Tokens:
@@ -1156,7 +1189,7 @@ class SessionUsage(NamedTuple):
         return sum(self.models.values(), Tokens())
 
     def to_json(self) -> JsonObject:
-        """Return the totals as the API gives them."""
+        """Return the totals in the form of the API."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
 
 
@@ -1169,8 +1202,8 @@ class Agent:
     start: int
     label: str = ""
     parent_id: str = MAIN
-    background: bool = False  # it outlives the turn that launched it
-    has_note: bool = False  # label and parent come from the client's own note on it
+    background: bool = False  # continues after the turn that launched it
+    has_metadata: bool = False  # label and parent come from the client's metadata file
     end: int | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS[:3], 0))
 
@@ -1180,7 +1213,7 @@ TEST_SESSION_ID = "contextuate-test"  # of `test-event`, `doctor` and the page's
 
 @dataclasses.dataclass(**_SLOTS)
 class Session:
-    """What is known of one session; times in milliseconds of the monitor's clock."""
+    """The state of one session; times in milliseconds of the monitor's clock."""
 
     session_id: str
     machine_id: str
@@ -1190,8 +1223,8 @@ class Session:
     state_since: int
     received: int  # when its last event arrived
     seq: int = 0  # of the last event that was applied
-    stamp: int = 0  # the last timestamp of its machine: what has a lower one was overtaken
-    clock: int = 0  # the time it is there, as far as known
+    last_timestamp: int = 0  # the last one of its machine: an event with a lower one was overtaken
+    clock: int = 0  # the current time: of the last event or tick
     state: str = "idle"
     user_label: str = ""
     title: str = ""
@@ -1203,53 +1236,53 @@ class Session:
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
-    turn_since: int = 0  # when the event happened that set the turn
+    turn_since: int = 0  # the time of the event that set the turn
     turn_start: int = 0  # when the running turn began
     turn_calls: int = 0  # tools used since then
     turn_changed: bool = False  # a file was changed since then
     unchanged_turns: int = 0  # the last turns in a row that used tools and changed no file
     unchanged_since: int = 0  # when the first of them began
-    # (agent id, tool) → its failures in a row and the same way: (error, how many, since)
+    # (agent id, tool) → its failures in a row with the same error: (error, count, since)
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
-    last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → when it last went on
-    background: list[str] = dataclasses.field(default_factory=list)  # what runs on after the turn, in words
+    last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
+    background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
     failure: Reason | None = None
     end: int | None = None
     end_reason: str = ""
-    end_presumed: bool = False  # without SessionEnd: its next event shows that it lives
+    end_presumed: bool = False  # without SessionEnd: its next event shows that it is alive
     waits: list[Reason] = dataclasses.field(default_factory=list)
     agents: dict[str, Agent] = dataclasses.field(default_factory=dict)
-    # agent id → (label, parent, background), from the results of calls that launched agents
+    # agent id → (label, parent, background), from results of calls that launched agents
     launched: dict[str, tuple[str, str, bool]] = dataclasses.field(default_factory=dict)
     open_calls: dict[str, OpenCall] = dataclasses.field(default_factory=dict)  # by tool use id
-    closed_calls: dict[str, bool] = dataclasses.field(default_factory=dict)  # id → False: interrupted so far
+    closed_calls: dict[str, bool] = dataclasses.field(default_factory=dict)  # id → False: interrupted
     parent_id: str | None = None
     parent_by_user: bool = False
     continued_from: str | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    pid: int | None = None
+    # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
+    processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
     demo: bool = False
-    imported: bool = False  # some of its history came by `import`
+    imported: bool = False  # a part of its history was imported
     pinned: bool = False
     hidden: bool = False
 
     def clone(self) -> Session:
-        """Return a copy that shares nothing that changes."""
-        values: list[Any] = [
-            each.copy() if isinstance(each, (dict, list)) else each for each in _values(self)
-        ]
+        """Return a copy that shares no mutable value."""
+        values: Any = (each.copy() if isinstance(each, (dict, list)) else each for each in _values(self))
         copy = Session(*values)
         for agent_id, agent in self.agents.items():
             copy.agents[agent_id] = dataclasses.replace(agent, counts=agent.counts.copy())
         return copy
 
     def shift(self, step_ms: int) -> None:
-        """Go on after our clock was set forward by `step_ms` (below 0: back); what has ended stays."""
+        """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
         if self.state == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
             setattr(self, name, getattr(self, name) + step_ms)
         self.last_step = {agent_id: at + step_ms for agent_id, at in self.last_step.items()}
+        self.processes = {process: at and at + step_ms for process, at in self.processes.items()}
         self.waits = [wait._replace(since=wait.since + step_ms) for wait in self.waits]
         for use_id, call in self.open_calls.items():
             self.open_calls[use_id] = call._replace(since=call.since + step_ms)
@@ -1258,8 +1291,18 @@ class Session:
             agent.end = None if agent.end is None else agent.end + step_ms
 
     @property
+    def process(self) -> tuple[int, int] | None:
+        """Return (pid, namespace) of the most recently active process."""
+        return next(reversed(self.processes), None)
+
+    @property
+    def pid(self) -> int | None:
+        """Return the pid of the most recently active process."""
+        return next((pid for pid, _ in reversed(self.processes)), None)
+
+    @property
     def label(self) -> tuple[str, str]:
-        """Return (label, where it comes from): the user, the title, the first prompt or the project."""
+        """Return (label, its source): from the user, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
         for label, source in ((self.user_label, "user"), (title, "title"), (self.first_prompt, "prompt")):
             if label:
@@ -1268,7 +1311,7 @@ class Session:
 
     @property
     def reason(self) -> Reason | None:
-        """Return why the session is in its state, where that needs saying; of several waits the first."""
+        """Return why the session waits, has failed or has ended; of several waits the first."""
         if self.state == "ended":
             return Reason("ended", None, self.end_reason, self.end or self.last_event)
         if self.state == "waiting":
@@ -1277,25 +1320,28 @@ class Session:
 
     @property
     def activity(self) -> str:
-        """Return what it does right now: its newest open call, else what runs in the background."""
+        """Return what the session does now: its newest open call, else a background task."""
         if self.open_calls:
-            return self.open_calls[next(reversed(self.open_calls))].words
+            return self.open_calls[next(reversed(self.open_calls))].activity
         return f"background: {self.background[0]}" if self.background else ""
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 
 
-# Words and targets
-
+# Text and targets
 _TARGET_KEYS = (
     "command", "file_path", "notebook_path", "path", "pattern", "url", "query", "subject", "description",
     "skill", "plan", "prompt", "name",
 )  # fmt: skip
 
 
+PATCH = "*** Begin Patch"  # begins the input of `apply_patch`, in a field of any name
+_PATCHED_FILE = re.compile(r"^\*\*\* (?:Add|Update|Delete) File: (.+)$", re.M)
+
+
 def effective_type(event: JsonObject) -> str:
-    """Return our category of an event: by its hook where it has one (other emitters name types otherwise)."""
+    """Return our category of an event: by its hook if it has one, since other emitters use other types."""
     return emit_event.EVENT_TYPES.get(event["hookType"]) or str(event["eventType"])
 
 
@@ -1313,7 +1359,7 @@ def text_of(value: Any) -> str:
 
 
 def tool_target(tool_input: Any, directory: str = "") -> str:
-    """Return what a tool works on, in one line; paths below `directory` are shortened."""
+    """Return the main argument of a tool call as one line, with paths relative to `directory`."""
     if not isinstance(tool_input, dict):
         return one_line(text_of(tool_input))
     questions, todos, task = tool_input.get("questions"), tool_input.get("todos"), tool_input.get("taskId")
@@ -1324,46 +1370,50 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
     if task not in (None, ""):
         status = text_of(tool_input.get("status"))
         return one_line(f"task {text_of(task)}" + (f": {status}" if status else ""))
+    below = directory.rstrip("/") + "/" if directory else ""
+    for value in tool_input.values():
+        if isinstance(value, str) and value.startswith(PATCH):
+            paths = [path.removeprefix(below) for path in _PATCHED_FILE.findall(value)]
+            return one_line(", ".join(paths) or value)
     for key in _TARGET_KEYS:
         text = text_of(tool_input.get(key))
         if text:
-            below = directory.rstrip("/") + "/"
-            return one_line(text[len(below) :] if directory and text.startswith(below) else text)
-    # Tools of MCP servers name their input as they like.
+            return one_line(text.removeprefix(below))
+    # Tools of MCP servers have fields of any name.
     named = [(name, text_of(value)[:400]) for name, value in itertools.islice(tool_input.items(), 10)]
     if len(named) == 1:
         return one_line(named[0][1])
     return one_line(", ".join(f"{name}: {value}" for name, value in named if value))
 
 
-# What an event says about calls
+# Tool calls
 
 
 class Outcome(enum.IntEnum):
-    """How a tool call ended; what is told later with a higher number wins, whatever came first."""
+    """The outcome of a tool call; of several events the highest number counts, in whatever order."""
 
     OPEN = 0
-    FAILED_BY_ROUND = 1  # it never ran: only its round (PostToolBatch) closed it, or it was denied
+    FAILED_BY_ROUND = 1  # never ran: it was denied, or only its round (PostToolBatch) closed it
     OK = 2
     FAILED = 3
     INTERRUPTED = 4
 
 
 class CallFact(NamedTuple):
-    """What one event says about one tool call; times in ms of the emitter's clock."""
+    """What one event reports about one tool call; times in ms of the emitter's clock."""
 
     use_id: str
     tool: str
-    tool_input: Any  # as the client gave it
+    tool_input: Any  # unchanged from the client
     agent_id: str
     begun_ms: int
     finish_ms: int | None  # None: it did not run, or has not ended
-    duration_ms: int | None  # None: the client does not say
+    duration_ms: int | None  # None: not reported
     outcome: Outcome
-    error: Any  # what the client says about a failure, of any type
+    error: Any  # from the client, of any type
 
 
-UNNAMED = "unnamed:"  # so begin the ids of calls to which the client gave none
+UNNAMED = "unnamed:"  # begins the ids that we give to calls without one
 _OUTCOMES = {
     "tool_call": Outcome.OPEN,
     "tool_result": Outcome.OK,
@@ -1373,14 +1423,14 @@ _OUTCOMES = {
 
 
 def is_duration(value: Any) -> bool:
-    """True if a value can be a duration in milliseconds; clients say all sorts of things."""
+    """True if a value is a plausible duration in milliseconds."""
     return emit_event.is_number(value) and 0 <= value < 1 << 40
 
 
 def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
-    """Return what an event says about tool calls.
+    """Return what an event reports about tool calls.
 
-    One without a name (clients before 2.0.43) is called after its event; UnnamedCalls joins it with its end.
+    A call without an id (clients before 2.0.43) gets one from its event; UnnamedCalls pairs it with its end.
     """
     data, timestamp, agent_id = event["data"], event["timestamp"], event.get("agentId", MAIN)
     if event["hookType"] == "PostToolBatch":
@@ -1405,7 +1455,7 @@ def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
 
 
 class UnnamedCalls:
-    """Pair calls of clients before 2.0.43, which have no name: a result ends the newest open call of the same
+    """Pairs calls of clients before 2.0.43, which have no ids: a result ends the newest open call of the same
     agent and tool.
     """
 
@@ -1413,7 +1463,7 @@ class UnnamedCalls:
         self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
 
     def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
-        """Return the facts of an event, a result with the use id of the call that it belongs to."""
+        """Return the facts of an event; a result gets the id of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
@@ -1434,33 +1484,33 @@ def _batch_calls(event: JsonObject) -> list[JsonObject]:
 
 
 def kind_of(event: JsonObject) -> str:
-    """Return what happened, as RULES names it: our category, with special cases of the client apart."""
+    """Return the kind of an event for RULES: our category, or a special case of the client."""
     kind = effective_type(event)
     if event["hookType"] == "PostToolBatch":
         return "round_end"
     if kind == "session_start" and event["data"].get("source") == "compact":
         return "compaction"  # within the same process
     if kind == "user_prompt" and task_notification(event) is not None:
-        return "task_notification"  # no person's prompt
+        return "task_notification"  # not from a person
     return kind
 
 
 def task_notification(event: JsonObject) -> str | None:
-    """Return the id of the background task of whose end the client informs itself by a UserPromptSubmit.
+    """Return the id of the background task whose end a UserPromptSubmit reports.
 
-    None for a person's prompt; "" when it names no task.
+    None for a person's prompt; "" if it names no task.
     """
-    words = text_of(event["data"].get("message")).lstrip()
-    if not words.startswith("<task-notification>"):
+    text = text_of(event["data"].get("message")).lstrip()
+    if not text.startswith("<task-notification>"):
         return None
-    match = re.search(r"<task-id>\s*([^<\s]+)\s*</task-id>", words[:2000])
+    match = re.search(r"<task-id>\s*([^<\s]+)\s*</task-id>", text[:2000])
     return match.group(1) if match else ""
 
 
 class Step(NamedTuple):
-    """An event as it is applied to its session; steps are put in order by their first two fields."""
+    """An event to apply to its session; steps are sorted by their first two fields."""
 
-    timestamp: int  # on the emitter's clock, which alone orders what one machine does at the same time
+    timestamp: int  # on the emitter's clock, which gives the exact order on one machine
     number: int
     event: JsonObject
     kind: str
@@ -1469,25 +1519,25 @@ class Step(NamedTuple):
 
 
 def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False) -> None:
-    """Apply one event to its session, in the order in which things happened.
+    """Apply one event to its session.
 
-    A `late` one happened long before what is known already, and ends nothing that began after it. Where its
-    own agent went on since, it is only counted, and its calls and agents are paired.
+    A `late` event happened long before the last one, and ends nothing that began after it. If its agent has
+    made progress since, the event is stale: it is only counted, and its calls and agents are paired.
     """
     _, _, event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
-    rule = RULES.get(kind, _NOTHING)
+    rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     was_quiet = at - session.last_event >= quiet_ms
-    went_on = late and at < session.last_step.get(agent_id, 0)
+    is_stale = late and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
-    session.stamp = session.stamp if late else step.timestamp
-    if not went_on:
+    session.last_timestamp = session.last_timestamp if late else step.timestamp
+    if not is_stale:
         if rule.turn or kind == "subagent_stop":
             session.last_step[agent_id] = at
         if session.end_presumed:
             session.turn, session.end, session.end_reason, session.end_presumed = "idle", None, "", False
-    _learn(session, event, kind, at)
+    _apply_metadata(session, event, kind, at)
     if agent_id or kind == "tool_result":
         _apply_agent(session, event, kind, at, until)
     is_progress = rule.ends == "call" and not facts
@@ -1496,15 +1546,15 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if rule.ends and not facts:
         _apply_ends(session, event, rule.ends, at, until)
     if session.waits:
-        over = "" if went_on else "agent" if is_progress and rule.waits == "input" else rule.waits
+        over = "" if is_stale else "agent" if is_progress and rule.waits == "input" else rule.waits
         _end_waits(session, step, over)
-    if rule.turn and not went_on and not agent_id:
+    if rule.turn and not is_stale and not agent_id:
         _apply_turn(session, event, kind, at, late)
-    if kind in _ASKING or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
-        _begin_wait(session, event, kind, at, until, went_on)
-    if session.turn == "ended":  # it ended, its process is gone, or its machine is silent
+    if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
+        _begin_wait(session, event, kind, at, until, is_stale)
+    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
         state = "ended"
-    elif session.waits:  # some agent of it waits for a person
+    elif session.waits:  # one of its agents waits for a person
         state = "waiting"
     elif session.turn == "failed":  # the last turn ended with an error
         state = "failed"
@@ -1515,13 +1565,39 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         session.state, session.state_since = state, at
 
 
-def _learn(session: Session, event: JsonObject, kind: str, at: int) -> None:
+def process_of(event: JsonObject) -> tuple[int, int] | None:
+    """Return (pid, namespace) of the client's process that sent an event; None: not known."""
+    return (event["pid"], event.get("pidNamespace", 0)) if "pid" in event else None
+
+
+def _is_second_process(session: Session, step: Step, late: bool) -> bool:
+    """Record the processes of a session; return True if the event starts or ends it in one of several.
+
+    A second terminal may resume a session that is open in the first one.
+    """
+    kind, process = step.kind, process_of(step.event)
+    if process is None or (kind == "replaced" and session.turn == "ended"):
+        return process is not None
+    others = {other: alive_at for other, alive_at in session.processes.items() if other != process}
+    if kind in ("session_end", "replaced"):
+        session.processes = others or {process: session.processes.get(process, 0)}
+        return bool(others)
+    if late and session.processes:
+        return False
+    if kind == "session_start":  # processes not seen alive recently may have been killed
+        is_open, since = session.turn != "ended", step.at - REORDER_WINDOW_MS
+        others = {other: alive_at for other, alive_at in others.items() if is_open and alive_at > since}
+    others = dict(list(others.items())[1 - PROCESSES_LIMIT :])
+    session.processes = {**others, process: session.processes.get(process, 0)}
+    return kind == "session_start" and bool(others)
+
+
+def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += 1
+    session.counts["events"] += kind != "replaced"  # that is an event of another session
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
-    session.pid = event.get("pid", session.pid)
     session.start = min(session.start, at)
     if not session.directory or (by_main and kind in ("session_start", "compaction")):
         session.directory = event["workingDirectory"] or session.directory
@@ -1532,29 +1608,30 @@ def _learn(session: Session, event: JsonObject, kind: str, at: int) -> None:
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
         session.model = model
-    _learn_usage(session, data.get("usage"), at)
+    if "usage" in data:
+        _apply_usage(session, data["usage"], at)
     if kind == "user_prompt":
-        # A plugin's hook delivers what that of the settings did: the last prompt again is no other one.
-        words, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
-        before, session.last_prompt = session.last_prompt, (at, prompt_id, words[:200])
-        within_ms = TOGETHER_MS if prompt_id else SECOND_DELIVERY_MS
+        # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
+        text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
+        before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
+        within_ms = REORDER_WINDOW_MS if prompt_id else SECOND_DELIVERY_MS
         is_again = before[1:] == session.last_prompt[1:] and abs(at - before[0]) <= within_ms
         session.counts["prompts"] += not is_again
-        session.first_prompt = session.first_prompt or one_line(words, 80)
+        session.first_prompt = session.first_prompt or one_line(text, 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
 
 
 # Tokens and cost
 
-MODELS_LIMIT = 50  # what a foreign event says beyond these is not kept
+MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
 
 
-def _learn_usage(session: Session, usage: Any, time_ms: int) -> None:
-    """Take the totals that the reader of the transcripts found; the newest are the whole truth.
+def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
+    """Apply the totals from the transcripts; the newest replace older ones.
 
-    What other programs call `usage` has another form and says nothing of a session's totals.
+    The `usage` of other programs has another form and is ignored.
     """
     about: JsonObject = usage if isinstance(usage, dict) else {}
     models, agents, model = about.get("models"), about.get("agents"), about.get("model")
@@ -1574,7 +1651,7 @@ def _learn_usage(session: Session, usage: Any, time_ms: int) -> None:
 
 
 def tokens_of(counts: Any) -> Tokens:
-    """Return what `counts` of a usage say; stored ones may have more names, such as over100k."""
+    """Return the `counts` of a usage; other names, such as over100k in stored events, are ignored."""
     if not isinstance(counts, dict):
         return Tokens()
     values = (counts.get(name) for name in emit_event.COUNT_NAMES)
@@ -1582,7 +1659,7 @@ def tokens_of(counts: Any) -> Tokens:
 
 
 class Price(NamedTuple):
-    """USD for a million tokens."""
+    """USD per million tokens."""
 
     input: float
     output: float
@@ -1592,19 +1669,20 @@ class Price(NamedTuple):
 
     @classmethod
     def of(cls, input: float, **given: float) -> Price:
-        """Return a price from its names in the configuration; what is left out follows as for most models."""
+        """Return a price by its names in the configuration; missing ones follow from the usual factors."""
         factors = {"output": 5.0, "cacheRead": 0.1, "cacheWrite5m": 1.25, "cacheWrite1h": 2.0}
         return cls(input, *(given.get(name, input * factor) for name, factor in factors.items()))
 
     def cost(self, used: Tokens) -> float:
-        """Return what tokens cost, in USD."""
+        """Return the cost of tokens in USD."""
         counts = (used.input, used.output, used.cache_read, used.cache_creation - used.cache_creation_1h)
         return sum(count * usd for count, usd in zip((*counts, used.cache_creation_1h), self)) / 1_000_000
 
 
 # List prices of https://platform.claude.com/docs/en/about-claude/pricing, as of 2026-10-24. Fast mode, web
-# searches, batches and regions are left out: what comes of it is an estimate. The configured `prices` win.
+# searches, batches and regions are ignored, so costs are estimates. The configured `prices` override them.
 _PRICED = (
+    (Price.of(8, cacheRead=0.2), "fable-5-2", "mythos-5-2"),
     (Price.of(10, cacheRead=0.25), "fable-5-1", "mythos-5-1"),
     (Price.of(10), "fable-5", "mythos-5"),
     (Price.of(4, cacheRead=0.2), "opus-5-5"),
@@ -1619,38 +1697,46 @@ _PRICED = (
     (Price.of(0.25, cacheRead=0.03, cacheWrite5m=0.3), "haiku-3"),
 )
 PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for family in families}
+# An alias ("opus", "claude-sonnet-latest") is the newest of its kind, which stands first.
+PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
 _MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
 _NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
 _OLD_MODEL = re.compile(r"claude-(?P<major>\d)(?:[-.](?P<minor>\d))?-" + _MODEL_KIND)
+_ALIAS = re.compile(r"(?:.*\bclaude-)?" + _MODEL_KIND + r"(?:-latest)?(?:\[\w+\])?")
 
 
 def model_family(model: str) -> str:
-    """Return a model's family, such as "opus-4-5", whichever cloud names it; "" for one of no known kind."""
+    """Return a model's family, such as "opus-4-5", from the name in any cloud; "" if it is not known.
+
+    That of an alias is its kind.
+    """
     found = _OLD_MODEL.search(model) or _NEW_MODEL.search(model)
     if found is None:
-        return ""
+        alias = _ALIAS.fullmatch(model)
+        return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
 
 
 class PriceList:
-    """What models cost: our table, and before it the configuration's `prices`.
+    """The prices of models: the configured `prices`, then PRICES.
 
-    Those are named by model, by family ("opus-4-5") or by kind ("opus").
+    Configured ones are named by model, by family ("opus-4-5") or by kind ("opus").
     """
 
     def __init__(self, configured: dict[str, dict[str, float]] | None = None) -> None:
-        self._own = {name: Price.of(**given) for name, given in (configured or {}).items()}
+        self._configured = {name: Price.of(**given) for name, given in (configured or {}).items()}
 
     def estimate(self, usage: SessionUsage) -> float | None:
-        """Return what a session cost, in USD; None when a model is not known: half a sum would mislead."""
+        """Return the cost of a session in USD; None if a model is not known, as a part would mislead."""
         cost = 0.0
         for model, used in usage.models.items():
             family = model_family(model)
             names = (model, family, family.partition("-")[0])
-            price = next((self._own[name] for name in names if name in self._own), PRICES.get(family))
+            own = (self._configured[name] for name in names if name in self._configured)
+            price = next(own, PRICES.get(family))
             if price is None and any(used):
                 return None
             cost += price.cost(used) if price else 0.0
@@ -1658,9 +1744,9 @@ class PriceList:
 
 
 def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until: int) -> None:
-    """Keep the subagents: known by `agent_id`; a stop without a start makes none."""
+    """Update the subagent that sent an event; a stop without a start creates none."""
     if kind == "tool_result" and event["data"].get("toolName") in AGENT_TOOLS:
-        _learn_launch(session, event, at, until)
+        _apply_launch(session, event, at, until)
     agent_id = event.get("agentId", MAIN)
     agent = session.agents.get(agent_id)
     if not agent_id or (agent is None and kind == "subagent_stop"):
@@ -1673,22 +1759,22 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
         elif len(launches) == 1 and launches[0].agent_id != agent_id:
             agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
         if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
-            agent.end = at  # it stopped before it was heard of
+            agent.end = at  # its first event arrived after its end
     elif agent.end is not None and session.turn != "ended" and RULES.get(kind, _NOTHING).turn:
-        agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be sent on
+        agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
     note = event["data"].get("agentMeta")
-    if isinstance(note, dict):  # the client's note on it, the only certain source on nested agents
+    if isinstance(note, dict):  # the client's metadata, the only reliable source on nested agents
         parent_id = note.get("parentAgentId")
-        agent.has_note = True
+        agent.has_metadata = True
         agent.parent_id = parent_id if isinstance(parent_id, str) and parent_id != agent_id else MAIN
         agent.background = agent.background or note.get("requestShape") == "background"
         agent.label = one_line(text_of(event["data"].get("agentDescription"))) or agent.label
 
 
-def _learn_launch(session: Session, event: JsonObject, at: int, until: int) -> None:
-    """Take an agent's label, parent and kind from the result of the call that launched it."""
+def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> None:
+    """Apply an agent's label, parent and kind from the result of the call that launched it."""
     output, parent_id = event["data"].get("toolOutput"), event.get("agentId", MAIN)
     agent_id = output.get("agentId") if isinstance(output, dict) else None
     if not isinstance(agent_id, str) or agent_id == parent_id:
@@ -1698,11 +1784,15 @@ def _learn_launch(session: Session, event: JsonObject, at: int, until: int) -> N
     agent = session.agents.get(agent_id)
     if agent is None:
         return
-    if not agent.has_note:
+    if not agent.has_metadata:
         agent.label, agent.parent_id = label or agent.label, parent_id
     agent.background = background
     if output.get("status") == "completed":
         _end_agents(session, lambda line: agent in line, at, until)
+
+
+def _digest(tool_input: Any) -> int:
+    return zlib.crc32(encode_json(tool_input))
 
 
 def _description(tool_input: Any) -> str:
@@ -1710,7 +1800,7 @@ def _description(tool_input: Any) -> str:
 
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
-    """Return an agent and those above it, the nearest first."""
+    """Return an agent and its ancestors, the nearest first."""
     line = [agent]
     while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
         line.append(session.agents[line[-1].parent_id])
@@ -1718,10 +1808,10 @@ def _lineage(session: Session, agent: Agent) -> list[Agent]:
 
 
 def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: int) -> None:
-    """End the agents and calls that an event shows to be over, but for what began after `until`."""
+    """End the agents and calls that an event ends, except those that began after `until`."""
     agent_id = event.get("agentId", MAIN)
     over = task_notification(event) if ends == "task" else agent_id
-    # At the end of a turn the client's own list of tasks is the truth about agents.
+    # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
 
@@ -1736,36 +1826,36 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     if ends != "call" and not (ends == "turn" and agent_id):
         _end_agents(session, is_over, at, until)
     if ends == "turn" and not agent_id and all(agent.end is not None for agent in session.agents.values()):
-        session.closed_calls, session.launched = {}, {}  # rounds of this turn are over
+        session.closed_calls, session.launched = {}, {}  # of the turn that has ended
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
-    """End agents by their lineages: their calls are interrupted, and none of them waits any more.
+    """End agents chosen by their lineages, with their waits; their calls are interrupted.
 
-    This concerns those that run, wait or have open calls.
+    Only those that run, wait or have open calls.
     """
     if not session.agents:
         return
     calls = session.open_calls.values()
     busy = {call.agent_id for call in calls} | {wait.agent_id for wait in session.waits}
-    gone = {
+    ending = {
         agent.agent_id
         for agent in session.agents.values()
         if (agent.end is None or agent.agent_id in busy)
         and agent.start <= until
         and is_over(_lineage(session, agent))
     }
-    for agent_id in gone:
+    for agent_id in ending:
         agent = session.agents[agent_id]
         agent.end = at if agent.end is None else agent.end
-    if gone:
-        session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in gone}
-        session.waits = [wait for wait in session.waits if wait.agent_id not in gone]
-        _interrupt(session, gone, until)
+    if ending:
+        session.streaks = {key: streak for key, streak in session.streaks.items() if key[0] not in ending}
+        session.waits = [wait for wait in session.waits if wait.agent_id not in ending]
+        _interrupt(session, ending, until)
 
 
 def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None:
-    """Close the open calls of some agents (None: of all) that nothing else will close."""
+    """Close the open calls of some agents (None: of all) as interrupted."""
     for call in list(session.open_calls.values()):
         if call.since <= until and (agent_ids is None or call.agent_id in agent_ids):
             del session.open_calls[call.tool_use_id]
@@ -1780,9 +1870,9 @@ def _running_tasks(event: JsonObject) -> list[JsonObject]:
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
-    """Open or close a call; return whether nothing was known of it. A second delivery changes nothing.
+    """Open or close a call; return True if it is new. A second delivery changes nothing.
 
-    Its own result says more than its round, an interruption least.
+    A call's own result replaces that of its round, and both replace an interruption.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
@@ -1793,27 +1883,27 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         for counts in own_counts:
             counts["toolCalls"] += 1
     if fact.outcome is not Outcome.OPEN and not by_itself:
-        session.counts["interrupted"] -= by_itself is False  # its end was only late
+        session.counts["interrupted"] -= by_itself is False  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
         session.closed_calls[fact.use_id] = True
         if fact.outcome is not Outcome.OK:
             for counts in own_counts:
                 counts["toolErrors"] += 1
         if fact.outcome is not Outcome.INTERRUPTED:
-            _learn_outcome(session, fact, at)
-    elif is_new and _was_over(session, fact.agent_id, at, late):
+            _apply_outcome(session, fact, at)
+    elif is_new and _already_ended(session, fact.agent_id, at, late):
         session.closed_calls[fact.use_id] = False
         session.counts["interrupted"] += 1
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
-        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label)
+        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, _digest(fact.tool_input))
         session.open_calls[fact.use_id] = call
     return is_new
 
 
-def _was_over(session: Session, agent_id: str, at: int, late: bool) -> bool:
-    """True if what an agent did at that time is known to be over: agent, turn or session ended since."""
+def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool:
+    """True if the agent, its turn or the session is known to have ended after this time."""
     if session.turn == "ended":
         return agent_id != MAIN or _has_just_ended(session, at, late)
     if agent_id == MAIN:
@@ -1823,45 +1913,42 @@ def _was_over(session: Session, agent_id: str, at: int, late: bool) -> bool:
 
 
 _EDITING_TOOLS = ("Edit", "MultiEdit", "NotebookEdit", "Write")
-# A command that writes, as far as one can tell by its look; what tests and reads files does not.
+# A shell command that probably writes files.
 _EDITING_COMMAND = re.compile(
     r"(?<![<>&\d=-])>>?(?!\s*(?:/dev/|[&>]))|\bsed\s+-\w*i"
-    r"|(?:^|[;&|(]\s*|\bsudo\s+)(?:tee|mv|cp|rm|mkdir|touch|patch|ln|install|unzip|tar\s+-?x)\s"
+    r"|(?:^|[;&|(]\s*|\bsudo\s+)(?:apply_patch|tee|mv|cp|rm|mkdir|touch|patch|ln|install|unzip|tar\s+-?x)\s"
     r"|\bgit\s+(?:apply|am|add|commit|checkout|switch|merge|rebase|cherry-pick|restore|revert|reset|stash|mv|rm|pull|clone)\b"
 )
-_EDITING_SERVER_TOOL = re.compile(
-    r"write|edit|create|update|insert|replace|delete|move|rename|apply|patch", re.I
+# Tools of MCP servers and of other agents, such as Codex's apply_patch.
+_EDITING_NAME = re.compile(
+    r"(?!.*(?:plan|todo)).*(?:write|edit|create|update|insert|replace|delete|move|rename|apply|patch)", re.I
 )
 _STREAKS_LIMIT = 64
 
 
-def _learn_outcome(session: Session, fact: CallFact, at: int) -> None:
-    """Count failures of a tool that are the same and in a row, other tools may run in between; after a
-    success see whether it changed files, as far as that can be seen.
-    """
+def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
+    """Count a tool's failures in a row with the same error; record whether a success changed files."""
     key = (fact.agent_id, fact.tool)
     error, times, since = session.streaks.pop(key, ("", 0, at))
     if fact.outcome is not Outcome.OK:
-        words = one_line(text_of(fact.error))
-        if error != words or not times:
+        new_error = one_line(text_of(fact.error))
+        if error != new_error or not times:
             times, since = 0, at
             if len(session.streaks) >= _STREAKS_LIMIT:
                 del session.streaks[next(iter(session.streaks))]
-        session.streaks[key] = (words, times + 1, since)
+        session.streaks[key] = (new_error, times + 1, since)
         return
-    if fact.tool == "Bash":
-        command = text_of(fact.tool_input.get("command")) if isinstance(fact.tool_input, dict) else ""
-        changes = _EDITING_COMMAND.search(command[:10_000]) is not None
-    elif fact.tool.startswith("mcp__"):
-        changes = _EDITING_SERVER_TOOL.search(fact.tool.rpartition("__")[2]) is not None
+    command = text_of(fact.tool_input.get("command")) if isinstance(fact.tool_input, dict) else ""
+    if fact.tool.startswith("mcp__") or fact.tool.islower():
+        changes = _EDITING_NAME.match(fact.tool.rpartition("__")[2]) is not None
     else:
         changes = fact.tool in _EDITING_TOOLS
-    if changes:
+    if changes or _EDITING_COMMAND.search(command[:10_000]):
         session.turn_changed, session.unchanged_turns = True, 0
 
 
 def _too_long_since(session: Session) -> int | None:
-    """Return since when a turn or an agent runs that takes too long, None when none does."""
+    """Return since when a turn or an agent that takes too long has been running, None if there is none."""
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
         starts.append(session.turn_start)
@@ -1870,7 +1957,7 @@ def _too_long_since(session: Session) -> int | None:
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
-    """Return what makes one think that a session goes in circles: signs, no verdict."""
+    """Return the signs that a session may be stuck."""
     if session.state == "ended":
         return []
     signals = [
@@ -1879,24 +1966,24 @@ def stuck_signals(session: Session) -> list[JsonObject]:
         if times >= STUCK_FAILURES
     ]
     if session.unchanged_turns >= STUCK_TURNS:
-        words = f"{session.unchanged_turns} turns without a change in files"
-        signals.append(("unchanged", session.unchanged_since, words))
+        detail = f"{session.unchanged_turns} turns without a change in files"
+        signals.append(("unchanged", session.unchanged_since, detail))
     since = _too_long_since(session)
     if since is not None:
-        signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours without an end"))
-    return [{"kind": kind, "since": since, "detail": words} for kind, since, words in signals]
+        signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
+    return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
 
 # Waits: each belongs to one agent, and to one call where a call waits. It ends with that call.
 
-_ASKING = frozenset(("permission_request", "elicitation", "notification"))
-# What a notification asks a person for, by its type; old clients give none and are known by their words.
-_NOTIFIED = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
-_SAID = {"needs your permission": "permission", "waiting for your input": "input"}
+_ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
+# What a notification asks a person for, by its type, or by its text where old clients give no type.
+_NOTICE_KINDS = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
+_NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
 def _end_waits(session: Session, step: Step, over: str) -> None:
-    """End the waits that an event shows to be over; one that knows no call yet gets the first that fits."""
+    """End the waits that an event ends; one without a call is tied to its call when that begins."""
     kept, kind = [], step.kind
     begun = session.open_calls.get(step.facts[0].use_id) if kind == "tool_call" else None
     server = text_of(step.event["data"].get("mcp_server_name"))
@@ -1907,91 +1994,96 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
             over == "all"
             or (wait.tool_use_id is not None and wait.tool_use_id not in session.open_calls)
             or (is_own and (over == "agent" or wait.kind == "input"))
-            # Calls of one round begin together, so only a later one shows that this one is decided.
-            or (is_own and kind == "tool_call" and abs(step.at - wait.since) > TOGETHER_MS)
+            # Calls of one round begin together, so only a later call proves that this one was decided.
+            or (is_own and kind == "tool_call" and abs(step.at - wait.since) > REORDER_WINDOW_MS)
             or (is_own and is_answer and (not server or wait.tool in (None, server)))
         ):
             continue
-        if is_own and begun and wait.tool_use_id is None and (begun.tool_name, begun.target) == wait[1:3]:
+        asked = session.open_calls.get(wait.tool_use_id or "")
+        is_open = asked is None or asked.agent_id != wait.agent_id  # the request overtook its call
+        if is_own and begun and is_open and (begun.tool_name, begun.target) == wait[1:3]:
             wait = wait._replace(tool_use_id=begun.tool_use_id)
         kept.append(wait)
     session.waits = kept
 
 
-def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, went_on: bool) -> None:
-    """Begin to wait for a person; however late, a request for a call that still runs counts."""
+def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
+    """Add a wait for a person; a request for an open call counts however late it is."""
     wait = _wait_of(session, event, kind, at, until)
-    if wait is None or session.turn == "ended" or (went_on and kind == "notification"):
+    if wait is None or session.turn == "ended" or (is_stale and kind == "notification"):
         return
-    if wait.tool_use_id is None and (went_on or kind == "tool_call"):
-        return  # what it is about is over
+    if wait.tool_use_id is None and (is_stale or kind == "tool_call"):
+        return  # its call has ended
     if wait.kind == "input":
-        # The client sits at its prompt: Esc or a rejection came before and fired nothing.
+        # The client shows its prompt: Esc or a rejection, which fire no hook, ended the turn.
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
     elif kind == "notification" and any(other.kind != "input" for other in session.waits):
-        return  # it repeats what the request itself has said, without saying which agent
+        return  # it repeats the request, without its agent
     elif any(
         other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
         for other in session.waits
     ):
-        return  # a question's call and its request are one
+        return  # the call of a question and its request are one wait
     session.waits.append(wait)
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
-    """Return what an event asks a person for, and for which call; None when it asks for nothing."""
+    """Return what an event asks a person for, and for which call; None if it asks for nothing."""
     data, agent_id = event["data"], event.get("agentId", MAIN)
-    words = one_line(text_of(data.get("message")))
+    text = one_line(text_of(data.get("message")))
     calls = list(session.open_calls.values())
     if kind == "elicitation":
-        return Reason("question", text_of(data.get("mcp_server_name")) or None, words, at, agent_id)
+        return Reason("question", text_of(data.get("mcp_server_name")) or None, text, at, agent_id)
     if kind != "notification":
-        # A request names no call: the first open one of the same agent, tool and target that no other wait
-        # has. Clients before 2.1.69 ask for subagents in the main agent's name.
+        # A request names no call: it is tied to the first open one of the same agent, tool and input without
+        # another wait. Clients before 2.1.69 send requests of subagents as the main agent.
         tool = text_of(data.get("toolName")) or None
         target = tool_target(data.get("toolInput"), session.directory)
         calls = [call for call in calls if call[1:3] == (tool, target) and call.since <= until]
         calls = [call for call in calls if agent_id in (call.agent_id, MAIN)]
         taken = {wait.tool_use_id for wait in session.waits}
-        calls.sort(key=lambda call: (call.agent_id != agent_id, call.tool_use_id in taken))
+        digest = _digest(data.get("toolInput"))
+        calls.sort(
+            key=lambda call: (call.agent_id != agent_id, call.digest != digest, call.tool_use_id in taken)
+        )
         about = "question" if tool in QUESTION_TOOLS else "permission"
         return Reason(about, tool, target, at, agent_id, calls[0].tool_use_id if calls else None)
     given = data.get("notificationType")
-    about = _NOTIFIED.get(text_of(given), "")
+    about = _NOTICE_KINDS.get(text_of(given), "")
     if given is None:
-        about = next((about for said, about in _SAID.items() if said in words), "")
+        about = next((about for part, about in _NOTICE_TEXTS.items() if part in text), "")
     if about != "permission":
-        return Reason(about, None, words, at) if about else None
-    named = re.search(r"permission to use (\S+)", words)
+        return Reason(about, None, text, at) if about else None
+    named = re.search(r"permission to use (\S+)", text)
     by_tool = [call for call in calls if named and call.tool_name == named.group(1)]
     calls = by_tool or [call for call in calls if call.agent_id == MAIN] or calls
     if not calls:
-        return Reason(about, None, words, at)
+        return Reason(about, None, text, at)
     return Reason(about, *calls[-1][1:3], at, calls[-1].agent_id, calls[-1].tool_use_id)
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
-    """True if the client said a moment ago that the session is over: what comes now was overtaken by that."""
+    """True if the session ended within REORDER_WINDOW_MS: its SessionEnd may have overtaken other events."""
     since_ms = at - (session.end or 0)
-    return since_ms <= TOGETHER_MS and (late or since_ms >= -TOGETHER_MS)
+    return since_ms <= REORDER_WINDOW_MS and (late or since_ms >= -REORDER_WINDOW_MS)
 
 
 def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: bool) -> None:
     turn, data = RULES[kind].turn, event["data"]
-    is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # no news of the turn before
+    is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # not about the previous turn
     if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
         return
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
-    if begins or kind in ("turn_end", "turn_error"):  # one that Esc ended fired nothing
+    if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
             since = session.unchanged_since if session.unchanged_turns else session.turn_start
             session.unchanged_turns, session.unchanged_since = session.unchanged_turns + 1, since
         session.turn_calls, session.turn_changed = 0, False
         session.turn_start = at if begins else session.turn_start
     if is_new:
-        session.streaks = {}  # a person is there, or nobody is
+        session.streaks = {}
     session.turn, session.turn_since, session.background = turn, at, []
     if turn == "ended":
         end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
@@ -2003,13 +2095,13 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             for task in _running_tasks(event)
         ]
     elif kind == "turn_error":
-        words = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
+        text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
         error = text_of(data.get("error")) or "error"
-        session.failure = Reason("error", None, f"{error}: {words}" if words else error, at)
+        session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
-    """End a session and everything in it; `presumed` when there was no SessionEnd."""
+    """End a session and everything in it; `presumed` if there was no SessionEnd."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
     if session.state != "ended":
@@ -2019,19 +2111,18 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
 
 
 class MachineClock(NamedTuple):
-    """What Sessions know of one machine."""
+    """The clock of one machine."""
 
     skew: float | None = None  # how far its clock is behind ours, in ms; None: not known yet
     received: int = 0  # when its last event arrived
-    heard: int = 0  # when its latest event happened
+    last_event: int = 0  # the time of its latest event
     seq: int = 0  # of that event
 
 
 class Sessions:
-    """All sessions, kept up to date by `apply` and `tick`.
+    """All sessions, updated by `apply` and `tick`.
 
-    `quiet_ms` and `ended_ms` are how long a working session may be silent before it is quiet, and a machine
-    before its sessions have ended.
+    A session becomes quiet after `quiet_ms` of silence; all sessions of a machine end after `ended_ms`.
     """
 
     def __init__(
@@ -2048,20 +2139,23 @@ class Sessions:
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}
         self._unnamed = UnnamedCalls()
-        # Session id → what puts events in order that overtook each other: at most two stages, each a copy of
-        # the session and the steps of TOGETHER_MS since. The session heard last is last.
+        # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
+        # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
         self._numbers = itertools.count()
-        self._ticked: tuple[int, float, int] | None = None  # the last tick: its time, the steady clock's, seq
+        self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
-        self._in_turn: dict[str, None] = {}  # ids of sessions that made way for another, or began after one
-        self._linked: set[str] = set()  # ids of sessions that changed because of another one
+        # (machine, (pid, namespace)) → the session that this process runs; a process runs one at a time
+        self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
+        # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
+        self._linkable: dict[str, None] = {}
+        self._linked: set[str] = set()  # ids of sessions that an event of another session changed
 
     def apply(self, event: JsonObject) -> Session:
-        """Take one event into account; return its session.
+        """Apply one event; return its session.
 
-        One with a `seq` that its session has seen (it is in a restored snapshot) changes nothing. The session
-        of `usage` that was deleted stays so; what is returned is then none of ours.
+        An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
+        `usage` never creates a session: for a deleted one, the returned session is a temporary object.
         """
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
@@ -2078,9 +2172,10 @@ class Sessions:
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
-                _learn_usage(version, event["data"].get("usage"), at)
+                _apply_usage(version, event["data"].get("usage"), at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
+            self._end_replaced(session, event, kind, received)
             if kind in ("session_start", "session_end"):
                 self._link(session, kind)
         session.seq = seq
@@ -2093,9 +2188,9 @@ class Sessions:
         return session
 
     def _clock(self, event: JsonObject, kind: str, seq: int) -> tuple[int, int]:
-        """Return when an event arrived and when it happened (never later than that), on our clock.
+        """Return when an event arrived and when it happened (not later), on our clock.
 
-        Measures its machine's clock: the skew is the least difference lately, as network and load only add.
+        Also updates its machine's skew: the recent minimum of the difference, since delays only add to it.
         """
         timestamp = event["timestamp"]
         received: int = event.get("received") or timestamp
@@ -2106,61 +2201,88 @@ class Sessions:
             if event["machineId"] == self._own_machine:
                 skew = 0
             elif event.get("spooled") or event.get("imported") or event.get("demo"):
-                pass  # it waited somewhere, or its time is made up
+                pass  # its delay or its timestamp is not real
             elif skew is None or not skew <= difference <= skew + SKEW_STEP_MS:
                 skew = difference
             else:
                 skew += (difference - skew) / SKEW_EVENTS
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
-            self._machines[event["machineId"]] = MachineClock(skew, received, max(at, machine.heard), seq)
+            latest = max(at, machine.last_event)
+            self._machines[event["machineId"]] = MachineClock(skew, received, latest, seq)
         return received, at
 
+    def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
+        """End the session that the same process ran before this one, in whatever order their events arrive.
+
+        A process runs one session: /clear and --resume may end the previous one without a SessionEnd.
+        """
+        process = process_of(event)
+        if process is None:
+            return
+        runner = event["machineId"], process
+        other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
+        if other is session or kind != "session_start":
+            return
+        before, after = sorted((other, session), key=lambda each: each.source_time)
+        self._running[runner] = after.session_id
+        if before.turn == "ended" or before.machine_id != runner[0] or process not in before.processes:
+            return
+        at = after.source_time
+        end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
+        end.update(data={"reason": "replaced"}, timestamp=event["timestamp"] + at - session.source_time)
+        before = self._apply_in_order(before, end, "replaced", at, received)
+        self._linked.add(before.session_id)
+        self._link(before, "session_end")
+
     def skew_ms(self, machine: str) -> int | None:
-        """Return how far a machine's clock is behind ours (below 0: ahead); None when that is not known."""
+        """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
         known = self._machines.get(machine)
         return None if known is None or known.skew is None else round(known.skew)
 
     def _apply_in_order(
         self, session: Session, event: JsonObject, kind: str, at: int, received: int
     ) -> Session:
-        """Apply an event to its session, and those again that overtook it; return the session now."""
+        """Apply an event, and again the events that overtook it; return the resulting session."""
         session_id = session.session_id
         is_elsewhere = event["machineId"] != session.machine_id and not event.get("imported")
+        if kind == "session_end" and session.processes and "pid" in event:  # the machine may be renamed
+            is_elsewhere = is_elsewhere and process_of(event) in session.processes
         if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
-            # It is resumed on another machine: its pid and its order of events are that one's.
-            session.machine_id, session.pid, session.stamp = event["machineId"], None, 0
+            # The session was resumed on another machine, which has its own pids and timestamps.
+            session.machine_id, session.processes, session.last_timestamp = event["machineId"], {}, 0
             self._stages.pop(session_id, None)
         facts = self._unnamed.paired(event, call_facts(event))
         step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
         while self._stages:
             first_id = next(iter(self._stages))
-            if abs(received - self.sessions[first_id].received) <= 2 * TOGETHER_MS:
+            if abs(received - self.sessions[first_id].received) <= 2 * REORDER_WINDOW_MS:
                 break
-            del self._stages[first_id]  # settled: nothing will come between any more
+            del self._stages[first_id]  # no older event is expected any more
         stages = self._stages[session_id] = self._stages.pop(session_id, [])
         session.received = received
         steps = [step]
-        if step.timestamp < session.stamp:
-            places = [  # of the stages after which it happened
-                place
-                for place, (before, since) in enumerate(stages)
-                if before.stamp <= step.timestamp and since[0].timestamp - step.timestamp < TOGETHER_MS
+        if step.timestamp < session.last_timestamp:
+            window_end = step.timestamp + REORDER_WINDOW_MS
+            earlier = [  # numbers of the stages after which it happened
+                number
+                for number, (before, since) in enumerate(stages)
+                if before.last_timestamp <= step.timestamp and since[0].timestamp < window_end
             ]
-            if places:
-                session = self.sessions[session_id] = stages[places[-1]][0]
+            if earlier:
+                session = self.sessions[session_id] = stages[earlier[-1]][0]
                 session.received = received
-                steps = sorted([step, *(each for _, since in stages[places[-1] :] for each in since)])
-                del stages[places[-1] :]
-            elif at < session.last_event and at < received - TOGETHER_MS:
+                steps = sorted([step, *(each for _, since in stages[earlier[-1] :] for each in since)])
+                del stages[earlier[-1] :]
+            elif at < session.last_event and at < received - REORDER_WINDOW_MS:
                 for version in self._versions(session_id):
                     apply_event(version, step, self._quiet_ms, late=True)
                 return session
             else:
                 stages.clear()  # our clock or its machine's was set back
         for step in steps:
-            since = stages[-1][1] if stages else [step] * TOGETHER_EVENTS
-            if step.timestamp - since[0].timestamp < TOGETHER_MS and len(since) < TOGETHER_EVENTS // 2:
+            since = stages[-1][1] if stages else [step] * REORDER_EVENTS
+            if step.timestamp - since[0].timestamp < REORDER_WINDOW_MS and len(since) < REORDER_EVENTS // 2:
                 since.append(step)
             else:
                 stages.append((session.clone(), [step]))
@@ -2169,35 +2291,35 @@ class Sessions:
         return session
 
     def _versions(self, session_id: str) -> list[Session]:
-        """Return a session, and what is kept of it to put events in order."""
+        """Return a session and its copies in the stages."""
         return [self.sessions[session_id], *(before for before, _ in self._stages.get(session_id, ()))]
 
     def tick(self, time_ms: int, steady_now_ms: float | None = None) -> list[Session]:
-        """Let time pass until `time_ms` (this machine's clock); return the sessions that changed.
+        """Apply the passing of time until `time_ms` (our clock); return the sessions that changed.
 
-        Call it when everything stored was applied. Time that the steady clock did not see was no silence.
+        All stored events must be applied before. Time that the steady clock did not count is no silence.
         """
         steady_now_ms = steady_ms() if steady_now_ms is None else steady_now_ms
         if self._ticked is not None:
             step_ms = round(time_ms - self._ticked[0] - (steady_now_ms - self._ticked[1]))
             if abs(step_ms) > CLOCK_STEP_MS:
-                self._follow_clock(time_ms, step_ms, self._ticked[2])
+                self._apply_clock_step(time_ms, step_ms, self._ticked[2])
         self._ticked = (time_ms, steady_now_ms, self._seq)
         for session_id in list(self._stages):
-            if abs(time_ms - self.sessions[session_id].received) > 2 * TOGETHER_MS:
+            if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
                 del self._stages[session_id]
         changed = []
         for session in self.sessions.values():
             if session.state == "ended":
                 continue
-            # What came late happened, and fell silent, before.
+            # Silence starts at the time of the last event, even if it arrived late.
             silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
             machine = self._machines.get(session.machine_id)
-            heard = machine.heard if machine else session.last_event
+            last_event = machine.last_event if machine else session.last_event
             session.clock = max(session.clock, time_ms)
             is_watched = session.machine_id == self._own_machine and session.pid is not None
-            if not is_watched and time_ms - heard >= self._ended_ms:
-                why = f"nothing heard from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
+            if not is_watched and time_ms - last_event >= self._ended_ms:
+                why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
             elif session.state == "working" and silence >= self._quiet_ms:
@@ -2207,10 +2329,10 @@ class Sessions:
                 changed.append(session)
         return changed
 
-    def _follow_clock(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
-        """Put the times of all sessions that have not ended on our clock as it is set now.
+    def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
+        """Shift the times of all sessions that have not ended to our clock after a step.
 
-        What came since the last tick came before or after the step: it is on the clock to which it is nearer.
+        An event since the last tick came before or after the step: it belongs to the clock it is nearer to.
         """
         self._stages.clear()
 
@@ -2221,66 +2343,105 @@ class Sessions:
         for name, machine in self._machines.items():
             if is_before(machine):
                 self._machines[name] = machine._replace(
-                    received=machine.received + step_ms, heard=machine.heard + step_ms
+                    received=machine.received + step_ms, last_event=machine.last_event + step_ms
                 )
         for session in filter(is_before, self.sessions.values()):
             session.shift(step_ms)
 
-    def end_gone(self, session_id: str, time_ms: int) -> Session:
-        """Take into account that a session's process is gone, without a SessionEnd."""
+    def check_processes(
+        self, namespace: int, was_running: Callable[[int, int], bool], time_ms: int, is_sure: bool
+    ) -> list[Session]:
+        """Check which processes of this machine still run, since a kill fires no hook; return ended sessions.
+
+        `namespace` is that of our pids; `was_running(pid, time)` checks one. `is_sure`: no other machine has
+        our name; else only a process that was seen alive can have exited. It may have exited long before this
+        check, so its session ends when it was last seen alive, or with its last event.
+        """
+        ended = []
+        for session in list(self.sessions.values()):
+            if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
+                continue
+            for process, alive_at in list(session.processes.items()):
+                is_here = process[1] == namespace
+                if is_here and was_running(process[0], session.last_event):
+                    session.processes[process] = time_ms
+                elif is_here and (alive_at or is_sure):
+                    if len(session.processes) > 1:
+                        del session.processes[process]
+                    else:
+                        ended.append(self.end_exited(session.session_id, max(alive_at, session.last_event)))
+            is_unseen = session.state != "ended" and not any(session.processes.values())
+            if is_unseen and time_ms - session.last_event >= self._ended_ms:  # e.g. in a container
+                why = f"no event from it for {self._ended_ms // 3_600_000} hours"
+                end_session(session, session.last_event, why, presumed=True)
+                ended.append(session)
+        return ended
+
+    def end_exited(self, session_id: str, time_ms: int) -> Session:
+        """End a session whose process exited without a SessionEnd."""
         session = self.sessions[session_id]
         self._stages.pop(session_id, None)
-        end_session(session, time_ms, "its process is gone", presumed=True)
+        end_session(session, time_ms, "its process exited", presumed=True)
         return session
 
     def delete(self, session_id: str) -> bool:
-        """Forget a session; return whether there was one."""
+        """Delete a session; return True if it existed."""
         self._stages.pop(session_id, None)
-        gone = self.sessions.pop(session_id, None)
-        if gone is not None and gone.parent_id:
-            self._linked.add(gone.parent_id)
-        return gone is not None
+        deleted = self.sessions.pop(session_id, None)
+        if deleted is None:
+            return False
+        for process in deleted.processes:
+            if self._running.get((deleted.machine_id, process)) == session_id:
+                del self._running[deleted.machine_id, process]
+        if deleted.parent_id:
+            self._linked.add(deleted.parent_id)
+        return True
 
     # Snapshots
 
     def snapshot(self, session_id: str) -> bytes:
-        """Return a session for `restore`; of "" what belongs to none: machines, open calls without a name."""
+        """Return a session for `restore`; for "" the rest: machines and open calls without ids."""
         state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
-        return pickle.dumps((_SNAPSHOT_FORM, state), 4)
+        return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
-        """Take over snapshots, as (session id, bytes), into an empty book.
+        """Restore snapshots, as (session id, bytes), into empty Sessions.
 
-        Applying the events after them gives what processing live gives, but for events that overtake each
-        other across the moment of the snapshot: those count in the order of their arrival.
-        Raises ValueError, and takes over nothing, when one is damaged or of another version of this program.
+        Applying the events after them gives the same state as processing live, except that events are not
+        reordered across a snapshot: they count in order of arrival.
+        Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
         machines, unnamed = self._machines, self._unnamed.open
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
-                if form != _SNAPSHOT_FORM:
+                if form != _SNAPSHOT_FORMAT:
                     raise ValueError("made by another version")
                 if session_id:
                     sessions.append(Session(*state))
                 else:
                     machines, unnamed = state
-            except Exception as error:  # pickle raises all sorts of them
+            except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
         self._machines, self._unnamed.open = machines, unnamed
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
-            if session.start_source in _MADE_WAY or session.end_reason in _MADE_WAY.values():
-                self._in_turn[session.session_id] = None
+            for process in session.processes:
+                place = session.machine_id, process
+                # a session that was replaced may be restored after the one that replaced it
+                if session.turn != "ended" or place not in self._running:
+                    self._running[place] = session.session_id
+            if session.start_source in _CONTINUED_REASONS or session.end_reason in _CONTINUABLE_REASONS:
+                self._linkable[session.session_id] = None
 
-    # What links sessions
+    # Links between sessions
 
     def lineage(self, session_id: str | None, link: str = "parent_id") -> Iterator[str]:
-        """Yield a session's id and those of its parents, the nearest first, each once even in a ring.
+        """Yield the id of a session and those of its ancestors, the nearest first, each once even in a cycle.
 
-        With "continued_from" as `link`: those of the sessions that it continues.
+        With "continued_from" as `link`: of the sessions that it continues.
         """
         seen: set[str] = set()
         while session_id and session_id not in seen:
@@ -2289,30 +2450,31 @@ class Sessions:
             session_id = getattr(self.sessions.get(session_id), link, None)
 
     def linked_changes(self) -> list[Session]:
-        """Return, once, the sessions that changed because of another one: its parents, those it continues."""
+        """Return, once, the sessions that an event of another session changed, such as its parents."""
         linked, self._linked = self._linked, set()
         return [self.sessions[session_id] for session_id in linked if session_id in self.sessions]
 
     def _link(self, session: Session, kind: str) -> None:
-        """Link a session that begins after /clear, resume or fork to the one that made way for it."""
-        begins = kind == "session_start" and session.start_source in _MADE_WAY
-        if not begins and (kind != "session_end" or session.end_reason not in _MADE_WAY.values()):
+        """Link a session that begins by /clear, resume or fork to the one that it continues."""
+        begins = kind == "session_start" and session.start_source in _CONTINUED_REASONS
+        if not begins and (kind != "session_end" or session.end_reason not in _CONTINUABLE_REASONS):
             return
-        self._in_turn.pop(session.session_id, None)
-        others = [self.sessions[session_id] for session_id in self._in_turn if session_id in self.sessions]
-        self._in_turn = dict.fromkeys([*self._in_turn, session.session_id][-PLACES:])
+        self._linkable.pop(session.session_id, None)
+        others = [self.sessions[session_id] for session_id in self._linkable if session_id in self.sessions]
+        candidates = [*self._linkable, session.session_id][-LINK_CANDIDATES_LIMIT:]
+        self._linkable = dict.fromkeys(candidates)
         pairs = [(other, session) if begins else (session, other) for other in others]
-        pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_MS and self._makes_way(*pair)]
+        pairs = [pair for pair in pairs if _gap_ms(*pair) < LINK_WINDOW_MS and self._is_continued_by(*pair)]
         if pairs:
-            self._continue(*min(pairs, key=lambda pair: _gap_ms(*pair)))
+            self._continue(*min(pairs, key=lambda pair: (pair[0].end_reason == "replaced", _gap_ms(*pair))))
 
-    def _makes_way(self, before: Session, after: Session) -> bool:
-        """True if one ended so that the other could begin: for one reason, in one process."""
-        continued = {self.sessions[each].continued_from for each in self._in_turn if each in self.sessions}
+    def _is_continued_by(self, before: Session, after: Session) -> bool:
+        """True if one ended because the other began: for a matching reason, in the same process."""
+        continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
-            before.end_reason == _MADE_WAY.get(after.start_source)
+            before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
             and (before.machine_id, before.directory) == (after.machine_id, after.directory)
-            and (before.pid == after.pid or None in (before.pid, after.pid))
+            and (before.process == after.process or None in (before.process, after.process))
             and not after.continued_from
             and before.session_id not in continued
             and after.session_id not in self.lineage(before.continued_from, "continued_from")
@@ -2329,10 +2491,10 @@ class Sessions:
             if inherits and session.session_id not in self.lineage(before.parent_id):
                 version.parent_id, version.parent_by_user = before.parent_id, before.parent_by_user
 
-    # What others ask
+    # JSON for clients
 
     def to_json(self, session: Session, children: dict[str, list[str]] | None = None) -> JsonObject:
-        """Return a session as the API and the WebSocket give it (README "WebSocket")."""
+        """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, source = session.label
         children = self.children(session.session_id) if children is None else children
         usage = session.usage
@@ -2355,7 +2517,7 @@ class Sessions:
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
-        """Return the ids of the sessions below each session, or below one."""
+        """Return the ids of the child sessions of each session, or of one."""
         children: dict[str, list[str]] = {}
         for session in self.sessions.values():
             if session.parent_id and parent_id in (None, session.parent_id):
@@ -2374,28 +2536,29 @@ class Sessions:
         return frozenset(session.session_id for session in self.sessions.values() if session.state == state)
 
 
-# The form of a snapshot: it changes with the fields of what is in it.
+# The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
     each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
-_SNAPSHOT_FORM = zlib.crc32(
+_SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
 )
 
 
 class _SnapshotReader(pickle.Unpickler):
-    """Reads our own classes only, by name: this module runs as __main__ too."""
+    """Loads only our classes, by name, since this module also runs as __main__."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _SNAPSHOT_CLASSES:
-            raise pickle.UnpicklingError(f"{name} is none of ours")
+            raise pickle.UnpicklingError(f"{name} is not allowed in a snapshot")
         return _SNAPSHOT_CLASSES[name]
 
 
-# SessionStart's source → the SessionEnd's reason of the session that made way.
-_MADE_WAY = {"clear": "clear", "resume": "resume", "fork": "resume"}
+# Source of a SessionStart → end reasons of the session that it continues (for resume not "replaced").
+_CONTINUED_REASONS = {"clear": ("clear", "replaced"), "resume": ("resume",), "fork": ("resume", "replaced")}
+_CONTINUABLE_REASONS = frozenset(itertools.chain(*_CONTINUED_REASONS.values()))
 
-# Name in JSON → attribute; `to_json` makes the rest.
+# Name in JSON → attribute; `to_json` adds the rest.
 _SESSION_JSON = {
     "sessionId": "session_id", "machineId": "machine_id", "workingDirectory": "directory",
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
@@ -2411,7 +2574,7 @@ def _gap_ms(before: Session, after: Session) -> int:
 
 
 def _apply_user_action(session: Session, data: JsonObject) -> None:
-    """Apply what the user did; their word wins over every guess."""
+    """Apply an action of the user, which overrides derived values."""
     action = data.get("action")
     if action == "rename":
         session.user_label = one_line(text_of(data.get("label")))
@@ -2437,14 +2600,14 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
-        "activity": own[-1].words if own else "",
+        "activity": own[-1].activity if own else "",
         "counts": dict(agent.counts),
         "tokenUsage": used and used[1].to_json(),
     }
 
 
 _ROW_DATA = ("toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt")
-# Whichever comes first says in words what an event without a tool is about.
+# The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",
     "compact_summary", "command_name",
@@ -2456,7 +2619,7 @@ _ROW_FIELDS = (
 
 
 def event_row(event: JsonObject) -> JsonObject:
-    """Reduce an event to what a list row needs, about 300 bytes; the whole one comes on demand."""
+    """Return the fields of an event that a list row needs, about 300 bytes; clients ask for the rest."""
     data = event["data"]
     small: JsonObject = {}
     for name in _ROW_DATA:
@@ -2465,7 +2628,8 @@ def event_row(event: JsonObject) -> JsonObject:
             small["isInterrupt" if name == "is_interrupt" else name] = value
     if "toolInput" in data:
         small["target"] = tool_target(data["toolInput"], event["workingDirectory"])
-    batch = [call["tool_use_id"] for call in _batch_calls(event) if isinstance(call.get("tool_use_id"), str)]
+    calls = _batch_calls(event) if "tool_calls" in event["data"] else ()
+    batch = [call["tool_use_id"] for call in calls if isinstance(call.get("tool_use_id"), str)]
     if batch:
         small["toolUseIds"] = batch[:50]
     text = next((data[name] for name in _ROW_TEXTS if data.get(name)), None if event["hookType"] else data)
@@ -2478,25 +2642,27 @@ def event_row(event: JsonObject) -> JsonObject:
 # ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
-# Owns: index.db, which may be deleted at any time: it is filled from the journal, and that is the truth.
-# Knows: the journal's lines and what an event says. Does not know: clients, or the states of sessions.
+# Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
+# Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer with a position: `indexed` is the seq up to which everything is in. One thread fills the file
-# through one connection, from what the loop hands over, or from the journal after a start, a pause or a rush;
-# while events arrive it takes a tenth of the time at most. Readers have read-only connections; they never
-# block writes. What is not indexed yet, a search reads from the journal.
+# A consumer with a position: `indexed` is the seq of the last indexed event. One thread fills the file
+# through one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while
+# events arrive it takes a tenth of the time at most. Readers have read-only connections; they never block
+# writes. A search reads events that are not indexed yet from the journal.
 #
-# No text is kept. Each day has a table of words, dropped with its day; it names candidates (rowid = seq), and
-# the line in the file decides. The file also keeps the snapshots of sessions, which are opaque bytes here.
+# No text is kept. Each day has a table of words, dropped with its day; it finds candidates (rowid = seq),
+# whose lines in the journal are checked. The file also keeps the snapshots of sessions, which are opaque
+# bytes here.
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 4
-INDEX_BATCH_S = 0.5  # in one transaction, or
-INDEX_BATCH_BYTES = 2 << 20
-INDEX_SLICE_EVENTS = 50  # after so many the thread rests if events are arriving
-INDEX_QUEUE_BYTES = 2 << 20  # of waiting lines; events beyond are read from the journal
+INDEX_BATCH_S = 0.5  # in one transaction
+INDEX_SLICE_EVENTS = 50  # after so many, or
+INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; the thread then rests if events are arriving
+INDEX_QUEUE_BYTES = 256 << 10  # of waiting lines; events beyond are read from the journal
+SNAPSHOTS_WAITING = 100  # to be written; no more are made until these are
 INDEX_GATHER_S = 0.1  # what arrives together is indexed together
-INDEX_LOOK_S = 5.0  # between two looks whether the file is still there
+INDEX_LOOK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
 INDEX_OPENS_S = 3.0  # at most, on a busy machine
 LIVE_S = 0.1  # events are arriving when the last one came within this time
@@ -2547,7 +2713,7 @@ PRAGMA user_version = {INDEX_VERSION};
 
 
 def stable_hash(*parts: str) -> int:
-    """Return 63 bits that stand for some texts, the same in every run."""
+    """Return a hash of some texts, 63 bits, the same in every run."""
     digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -2560,7 +2726,7 @@ _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
 _MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
-# What is never searched for, or is in every event of a session.
+# Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
     *("usage", "truncated", "effort", "type", "signature"),
@@ -2570,7 +2736,7 @@ _NOT_SEARCHED = {
 def fold(text: str) -> str:
     """Return text in the form in which words are compared: without case and accents, CJK characters apart.
 
-    What is no word is a space: this Python alone decides what is one, whatever SQLite knows of Unicode.
+    Everything else becomes a space: words are split here and not by SQLite, whose Unicode tables may differ.
     """
     if text.isascii():
         return text.lower()
@@ -2579,13 +2745,13 @@ def fold(text: str) -> str:
 
 
 def without_colours(text: str) -> str:
-    """Return a text without what sets colours on a terminal."""
+    """Return a text without the escape sequences for colours."""
     return _TERMINAL_CODE.sub("", text) if "\x1b" in text else text
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """Words that must stand next to each other; the last one may be only a beginning."""
+    """Adjacent words; the last one may be a prefix."""
 
     words: tuple[str, ...]
     is_prefix: bool = False
@@ -2600,7 +2766,7 @@ class Term:
 
     @property
     def pattern(self) -> str:
-        """Return the pattern that finds the term in a text as it was written."""
+        """Return the pattern that finds the term in the original text."""
         between = r"[\W_]*".join(map(re.escape, self.words))
         start, end = (r"(?<![^\W_])", r"(?![^\W_])") if between.isascii() else ("", "")
         return start + between + (r"\w*" if self.is_prefix else end)
@@ -2658,7 +2824,7 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
 
 @dataclasses.dataclass(frozen=True)
 class SearchQuery:
-    """What is searched for. `session_ids` (None: any) and times in ms, from <= timestamp < to."""
+    """Criteria of a search. `session_ids` (None: any) and times in ms, from <= timestamp < to."""
 
     terms: tuple[Term, ...] = ()
     session_ids: frozenset[str] | None = None
@@ -2668,10 +2834,10 @@ class SearchQuery:
     from_ms: int = 0
     to_ms: int = 1 << 53
     limit: int = 50
-    before: int | None = None  # seq: where the page before ended
+    before: int | None = None  # seq: where the previous page ended
 
     def takes(self, event: JsonObject) -> bool:
-        """True if an event is one of those searched for."""
+        """True if an event matches."""
         return (
             (self.session_ids is None or event["sessionId"] in self.session_ids)
             and self.machine in (None, event["machineId"])
@@ -2696,9 +2862,9 @@ SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
 
 
 def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None = None) -> SearchQuery:
-    """Return the query that some SEARCH_FIELDS, `from`, `to` and `limit` ask for; raise SearchError.
+    """Return the query of SEARCH_FIELDS, `from`, `to` and `limit`; raise SearchError.
 
-    `session_ids` are those of the state that was asked for, if one was.
+    `session_ids`: those of sessions in the given state, if there is one.
     """
     for name in SEARCH_FIELDS:
         if not isinstance(wanted.get(name), (str, type(None))):
@@ -2714,11 +2880,60 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
         raise SearchError("limit", f"an integer from 1 to {SEARCH_LIMIT}")
     cursor = texts.get("cursor", "")
     if cursor and not re.fullmatch("[0-9]{1,18}", cursor):
-        raise SearchError("cursor", "the `next` of the page before; search again")
+        raise SearchError("cursor", "the `next` of the previous page; search again")
     machine, tool, kind = map(texts.get, ("machine", "tool", "type"))
     times = (wanted.get("from") or 0, 1 << 53 if wanted.get("to") is None else wanted["to"])
     terms, before = parse_terms(texts.get("q", "")[:1000]), int(cursor) if cursor else None
     return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
+
+
+def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool]:
+    """Parse milliseconds since the epoch, or a date or time in ISO form in a zone (None: this machine's).
+
+    Returns the milliseconds, and whether it is a whole day; raises ValueError.
+    """
+    if re.fullmatch(r"[0-9]{10,16}", text):
+        return int(text), False
+    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
+        with contextlib.suppress(ValueError, OverflowError, OSError):
+            moment = datetime.datetime.strptime(text, form).replace(tzinfo=zone)
+            return int(moment.timestamp() * 1000), form == "%Y-%m-%d"
+    raise ValueError(
+        f"{text!r} is not a time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
+    )
+
+
+def time_range(start: str | None, end: str | None, zone: datetime.tzinfo | None = None) -> tuple[int, int]:
+    """Return [from, to) in ms; `end` is before that moment, but from a day to the same day is that day."""
+    if end is not None and start == end and moment_ms(end, zone)[1]:
+        day = datetime.date.fromisoformat(end) + datetime.timedelta(days=1)
+        end = day.isoformat()
+    times = (moment_ms(text, zone)[0] if text else None for text in (start, end))
+    first, last = times
+    return first or 0, 1 << 53 if last is None else last
+
+
+def time_zone(name: str) -> datetime.tzinfo:
+    """Return a time zone by its name, such as Europe/Berlin; raise SearchError where there is none."""
+    import zoneinfo  # not every system that lacks its data lacks them for all of the program
+
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        has_data = bool(zoneinfo.available_timezones())
+        lack = "" if has_data else "; this system has no time zone data (the package tzdata, or utcOffset)"
+        raise SearchError("timeZone", f"a time zone such as Europe/Berlin{lack}") from None
+
+
+def zone_offset(time_ms: int, zone: datetime.tzinfo | None, minutes: int = 0) -> int:
+    """Return how many minutes a zone's clock is east of UTC at a time; without a zone, `minutes`."""
+    if zone is None:
+        return minutes
+    try:
+        offset = datetime.datetime.fromtimestamp(time_ms / 1000, zone).utcoffset()
+    except (OverflowError, ValueError, OSError):  # a year that no calendar has
+        return 0
+    return int((offset or datetime.timedelta()).total_seconds()) // 60
 
 
 class SearchError(Exception):
@@ -2730,9 +2945,9 @@ class SearchError(Exception):
 
 
 def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
-    """Return the first events among lines, last arrived first, that are searched for, as the API gives them.
+    """Return the first matching events among lines, last arrived first, in the form of the API.
 
-    Ends early, with a cursor to go on from, when the time for one answer is over.
+    Ends early, with a cursor for the next page, when the time for one answer is over.
     """
     begin = time.monotonic()
     needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
@@ -2744,7 +2959,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
         if more:
             break
         last = line_seq(line)
-        # A cheap look first. An escape may be a letter with an accent, which is as good as one without.
+        # A cheap check first. An escape may be a letter with an accent, which matches the letter without.
         lowered = line.lower() if needles else line
         if b"\\u" not in line and not all(needle in lowered for needle in needles):
             continue
@@ -2759,7 +2974,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
 class IndexFile:
     """The SQLite file and what is written to it; one thread, one connection. Errors are sqlite3.Error.
 
-    `add` collects rows, `flush` writes them. What raises inside a transaction leaves the file to be closed.
+    `add` collects rows, `flush` writes them. After an error inside a transaction the file must be closed.
     """
 
     _ADD_FILE = """
@@ -2786,7 +3001,7 @@ class IndexFile:
     )
 
     def __init__(self, path: str) -> None:
-        """Open the file; begin a new one when there is none, or one of another version."""
+        """Open the file; make a new one when there is none, or one of another version."""
         self.path = path
         self.db = self._connect()
         self.is_new = not is_current(self.db)
@@ -2809,7 +3024,7 @@ class IndexFile:
 
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
-            remove_index(self.path)  # a log that was left behind does not belong to the next file
+            remove_index(self.path)  # an old write-ahead log does not belong to the next file
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
         # A power failure costs the last transactions, never the file; the events are read again.
@@ -2822,12 +3037,12 @@ class IndexFile:
         with contextlib.suppress(sqlite3.Error):
             self.db.close()
 
-    def is_gone(self) -> bool:
+    def is_removed(self) -> bool:
         """True if the file, or one that SQLite keeps beside it, was removed or replaced."""
         return index_inodes(self.path) != self._inodes
 
     def transaction(self) -> sqlite3.Connection:
-        """Begin a transaction, for `with`: everything inside is done, or nothing."""
+        """Begin a transaction, for `with`: all of it is committed, or nothing."""
         self.db.execute("BEGIN")
         return self.db
 
@@ -2836,7 +3051,7 @@ class IndexFile:
         return int(self.db.execute("SELECT id FROM names WHERE name = ?", (name_key(name),)).fetchone()[0])
 
     def _find_file(self, day: str, session: str, machine: str, project: str) -> tuple[int, int, int]:
-        """Return the ids of (file, day, session); make known what is new."""
+        """Return the ids of (file, day, session); insert new ones."""
         is_new = self.db.execute("INSERT OR IGNORE INTO days(name) VALUES(?)", (day,)).rowcount
         (day_id,) = self.db.execute("SELECT id FROM days WHERE name = ?", (day,)).fetchone()
         if is_new and self.full_text:
@@ -2877,7 +3092,7 @@ class IndexFile:
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
-        if kind != "session_meta":  # what the user did to a session is no event of it
+        if kind != "session_meta":  # an action of the user is no event of its session
             is_prompt = kind_of(event) == "user_prompt"
             rows[self._ADD_CELL].append((file_id, quarter, is_prompt, timestamp, timestamp))
         for call in self._unnamed.paired(event, call_facts(event)):
@@ -2889,12 +3104,12 @@ class IndexFile:
             rows[self._ADD_CALL].append((*place, *times, call.outcome, seq))
 
     def _words(self, event: JsonObject, kind: str) -> str:
-        """Return the words by which an event is found, and the marks that say what it is."""
+        """Return the words by which an event is found, and the marks for its session, tool, and so on."""
         texts: list[str] = []
         data = event["data"]
         for name, value in data.items():
             if name == "tool_calls" and event["hookType"] == "PostToolBatch":
-                # Each call has said the same itself; the round adds only those that never ran.
+                # Each call has its own events; the round adds only calls that never ran.
                 batch = _batch_calls(event)
                 value = [one for one in batch if text_of(one.get("tool_use_id")) not in self._closed_calls]
             if name not in _NOT_SEARCHED:
@@ -2908,7 +3123,7 @@ class IndexFile:
         return fold("\n".join(texts)).replace(_MARK, " ") + "\n" + marked
 
     def flush(self, seq: int) -> None:
-        """Write what was collected, and that everything up to a seq is in; inside a transaction."""
+        """Write the collected rows, and up to which seq events are indexed; inside a transaction."""
         for statement, rows in self._rows.items():
             self.db.executemany(statement, rows)
         self._rows.clear()
@@ -2916,7 +3131,7 @@ class IndexFile:
         self.db.execute("UPDATE meta SET value = ? WHERE name = 'indexed'", (self.indexed,))
 
     def forget_files(self, where: str, *parameters: Any) -> None:
-        """Delete what came from some files, and days without files; words stay until their day goes."""
+        """Delete rows of some files, and days without files; words are dropped with their day."""
         with self.transaction():
             if not self.db.execute(f"DELETE FROM files WHERE {where}", parameters).rowcount:
                 return
@@ -2931,12 +3146,12 @@ class IndexFile:
         self.db.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
 
     def forget_session(self, session_id: str) -> None:
-        """Delete everything that came from a session, and its snapshot."""
+        """Delete all rows of a session, and its snapshot."""
         self.forget_files("name = ?", session_file_name(session_id))
         self.db.execute("DELETE FROM snapshots WHERE session = ?", (name_key(session_id),))
 
     def save(self, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
-        """Write snapshots, and up to which seq all snapshots are complete, in one transaction."""
+        """Write snapshots, and up to which seq they are complete, in one transaction."""
         with self.transaction():
             self.db.executemany(
                 "INSERT OR REPLACE INTO snapshots VALUES(?, ?, ?)",
@@ -2972,7 +3187,7 @@ def has_full_text(db: sqlite3.Connection) -> bool:
 
 
 def index_files(path: str) -> dict[str, os.stat_result]:
-    """Return path → what it is, of the index and of what SQLite keeps beside it."""
+    """Return path → stat result of the index and of the files that SQLite keeps beside it."""
     found = {}
     for suffix in ("", "-wal", "-shm", "-journal"):
         with contextlib.suppress(FileNotFoundError):
@@ -2981,31 +3196,31 @@ def index_files(path: str) -> dict[str, os.stat_result]:
 
 
 def index_inodes(path: str) -> tuple[int, ...]:
-    """Return what changes when one of the files is replaced."""
+    """Return the files' devices and inodes, which change when one is replaced."""
     return tuple(about.st_ino for about in index_files(path).values())
 
 
 def index_bytes(path: str) -> int:
-    """Return how much room the index takes on disk."""
+    """Return the size of the index on disk."""
     return sum(about.st_size for about in index_files(path).values())
 
 
 def remove_index(path: str) -> None:
-    """Remove the index and what SQLite keeps beside it."""
+    """Remove the index and the files that SQLite keeps beside it."""
     for name in index_files(path):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
 
 
 def readable(lines: Iterable[bytes]) -> Iterator[StoredEvent]:
-    """Parse stored lines; those that were edited into no events are left out."""
+    """Parse stored lines; skip lines that are not events (edited by hand)."""
     for line in lines:
         with contextlib.suppress(MalformedEvent):
             yield StoredEvent(line_seq(line), parse_stored(line), line)
 
 
 class IndexReader:
-    """A read-only connection for any thread, kept: to open one takes long. One question at a time."""
+    """A read-only connection for any thread, kept open. One query at a time."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -3020,9 +3235,9 @@ class IndexReader:
 
     @contextlib.contextmanager
     def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Give a connection that sees one moment of the index; raise sqlite3.Error when there is none.
+        """Yield a connection in one read transaction; raise sqlite3.Error when there is no index.
 
-        What takes longer than `budget_s` raises an error that says "interrupted".
+        A query that takes longer than `budget_s` raises an error with the text "interrupted".
         """
         with self._lock:
             db = self._connection(index_inodes(self._path))
@@ -3046,7 +3261,7 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 
 
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
-    """Yield the lines that may be searched for, newest first; what is not indexed yet from the journal."""
+    """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
     indexed = read_meta(db, "indexed")
     if indexed < journal.seq:
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
@@ -3077,7 +3292,7 @@ def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) 
 
 
 def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
-    """Return what is searched for in FTS5's language; "" for anything, None when nothing can be found."""
+    """Return the query in FTS5's language; "" for anything, None when nothing can match."""
     parts = []
     for term in query.terms:
         parts += [f'"{word}"' for word in term.words]
@@ -3097,10 +3312,10 @@ def match_expression(db: sqlite3.Connection, query: SearchQuery) -> str | None:
 
 
 class Cell(NamedTuple):
-    """What a session did in an hour of the viewer's clock; names are numbers."""
+    """Counts of a session in an hour of the viewer's clock; names are numbers."""
 
     session: int
-    hour: int
+    hour: int  # the quarter that it begins with
     counts: tuple[int, ...]  # _COUNTED
     model: int | None = None  # of the tokens
     tokens: Tokens = Tokens()
@@ -3119,8 +3334,13 @@ class Statistics:
         session = next((number for number, name in self._names.items() if name == session_id), -1)
         self._bounds = {"session": session}
 
-    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int) -> JsonObject:
-        """Return everything, as /api/stats gives it; the days are those of a clock so far east of UTC."""
+    def to_json(
+        self, from_ms: int, to_ms: int, offset_minutes: int, zone: datetime.tzinfo | None = None
+    ) -> JsonObject:
+        """Return the answer of /api/stats.
+
+        Days and hours are those of a time zone, else of a clock so far east of UTC.
+        """
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
         shown_from = max(self._bounds["from"], first or 0)
@@ -3128,17 +3348,29 @@ class Statistics:
         return {
             "from": shown_from * QUARTER_MS,
             "to": shown_to * QUARTER_MS,
-            "utcOffset": offset_minutes,
+            **({"utcOffset": offset_minutes} if zone is None else {"timeZone": str(zone)}),
             "session": self._session_id,
-            **self._groups(offset_minutes),
+            **self._groups(lambda quarter: zone_offset(quarter * QUARTER_MS, zone, offset_minutes)),
             **self._tools(),
             "failing": self._failing(),
         }
 
-    def _groups(self, offset_minutes: int) -> JsonObject:
-        """Add up what each session did in each hour of the viewer's clock, for every table of the page."""
-        names, cells = self._names, list(self._cells(f"(quarter * 15 + {offset_minutes}) / 60"))
-        zone_ms = offset_minutes * 60_000
+    def _groups(self, offset_at: Callable[[int], int]) -> JsonObject:
+        """Add up the counts of each session in each hour of the viewer's clock, for every table of the page.
+
+        `offset_at` returns how many minutes that clock is east of UTC in a quarter.
+        """
+        names = self._names
+        offset_of = functools.lru_cache(None)(offset_at)
+
+        def begin_of(quarter: int) -> int:
+            return quarter - (quarter * 15 + offset_of(quarter)) % 60 // 15
+
+        def local_hour(cell: Cell) -> int:
+            return (cell.hour * 15 + offset_of(cell.hour)) // 60
+
+        self._db.create_function("hour_of", 1, begin_of, deterministic=True)
+        cells = list(self._cells())
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3174,7 +3406,9 @@ class Statistics:
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
-        hours = {row["hour"]: row for row in table(of_hour, lambda it: it.hour % 24, lambda it: {"hour": it})}
+        by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
+        hours = {row["hour"]: row for row in by_hour}
+        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * 86_400_000)})
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
@@ -3186,16 +3420,16 @@ class Statistics:
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
             "projects": sorted(projects, key=lambda row: (-row["events"], row["project"])),
             "machines": sorted(machines, key=lambda row: (-row["events"], row["machineId"])),
-            "days": table(every, lambda cell: cell.hour // 24, lambda it: {"day": day_of(it * 86_400_000)}),
+            "days": days,
             "hours": [hours.get(it, {"hour": it, **dict.fromkeys(of_hour, 0)}) for it in range(24)],
-            "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * 3_600_000 - zone_ms}),
+            "timeline": table(of_hour, lambda it: it.hour, lambda it: {"time": it * QUARTER_MS}),
             "sessions": sessions[: -COMPARED_SESSIONS - 1 : -1],
         }
 
-    def _cells(self, hour: str) -> Iterator[Cell]:
-        """Yield what each session did in each hour, and the tokens that it used of each model."""
+    def _cells(self) -> Iterator[Cell]:
+        """Yield each session's counts in each hour, and the tokens that it used of each model."""
         for row in self._db.execute(
-            f"""SELECT session, {hour}, sum(events), sum(prompts), sum(calls), sum(failures) FROM (
+            f"""SELECT session, hour_of(quarter), sum(events), sum(prompts), sum(calls), sum(failures) FROM (
                 SELECT session, quarter, events, prompts, 0 AS calls, 0 AS failures
                 FROM cells JOIN files ON files.id = file WHERE {self._where}
                 UNION ALL
@@ -3208,11 +3442,11 @@ class Statistics:
         known: dict[tuple[int, int], Tokens] = {}
         totals = ", ".join(f"max({name})" for name in _COUNTS)
         for session, model, quarter, at, *used in self._db.execute(
-            f"SELECT session, model, quarter, {hour}, {totals} FROM usage JOIN files ON files.id = file "
-            f"WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
+            f"SELECT session, model, quarter, hour_of(quarter), {totals} FROM usage JOIN files "
+            f"ON files.id = file WHERE {self._until} GROUP BY 1, 2, 3 ORDER BY 3",
             self._bounds,
         ):
-            # Events carry totals: what counts is by how much they grew.
+            # Events carry totals: each counts by its increase.
             before = known.get((session, model), Tokens())
             known[session, model] = after = Tokens(*map(max, before, used))
             if quarter >= self._bounds["from"]:
@@ -3270,7 +3504,7 @@ class Statistics:
         ]
 
     def _examples(self, seq: int) -> Iterator[tuple[JsonObject, str]]:
-        """Yield what is shown of the call that an event ended, and its error, if its line is still there."""
+        """Yield the row of the call that an event ended, and its error, if its line is still stored."""
         places = self._db.execute(f"SELECT {_PLACE} FROM events {_IN_FILES} WHERE seq = ?", (seq,))
         for _, event, _ in readable(filter(None, itertools.starmap(self._journal.line, places))):
             data = event["data"]
@@ -3284,18 +3518,18 @@ class Statistics:
 
 
 class NoStatistics(Exception):
-    """Statistics cannot be given now, and why."""
+    """Statistics are not available now; the message says why."""
 
 
-# Stored events to index, or something else to do with the file.
+# Stored events to index, or another operation on the file.
 _Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 
 
 class History:
-    """Search, statistics and snapshots. Where nothing else is said a method is for any thread.
+    """Search, statistics and snapshots. Methods are for any thread unless they say otherwise.
 
-    `generation` grows whenever what was saved may be lost: with a new index file, and after one could not be
-    written. Whoever saves snapshots then saves all of them.
+    `generation` grows whenever saved snapshots may be lost: with a new index file, and after a failed write.
+    All snapshots must then be saved again.
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
@@ -3322,7 +3556,7 @@ class History:
         self._thread = threading.Thread(target=self._run, name="index", daemon=True)
 
     def start(self) -> None:
-        """Begin to fill the index; for the thread that appends to the journal."""
+        """Start to fill the index; for the thread that appends to the journal."""
         if self._is_used:
             self._written = self._journal.seq
             self._thread.start()
@@ -3337,34 +3571,34 @@ class History:
         self._counter.close()
 
     def add(self, stored: Sequence[StoredEvent]) -> None:
-        """Take note of events that were just stored; for the thread that appends to the journal."""
+        """Queue events that were just stored; for the thread that appends to the journal."""
         if self._thread.ident is None or not stored:
             return
         size = sum(len(entry.line) + 1 for entry in stored)
         with self._lock:
             self._written = stored[-1].seq
             self._total += size
+            self._behind = self._behind or self._queued_bytes + size > INDEX_QUEUE_BYTES
             if not self._behind:
                 if not self._jobs or callable(self._jobs[-1]):
                     self._jobs.append([])
                 self._jobs[-1] += stored  # type: ignore[operator]
                 self._queued_bytes += size
-                self._behind = self._queued_bytes > INDEX_QUEUE_BYTES
         self._last_live = time.monotonic()
         if not self._wake.is_set():
             self._wake.set()
 
     def rescan(self) -> None:
-        """Compare with the files on disk once more: some were removed, replaced or added."""
+        """Compare with the files on disk again: some were removed, replaced or added."""
         self._state = "building" if self._state == "ready" else self._state
         self._queue(self._compare)
 
     def forget(self, session_id: str) -> None:
-        """Delete what is known of a session whose events were deleted, and its snapshot."""
+        """Delete the rows and the snapshot of a session whose events were deleted."""
         self._queue(lambda file: file.forget_session(session_id))
 
     def load_snapshots(self) -> tuple[int, list[tuple[str, bytes]]]:
-        """Return the checkpoint, and (session, state) as they were saved; for once, before `start`.
+        """Return the checkpoint and the saved (session, state); once, before `start`.
 
         (0, []) when there is no usable index. Sessions whose files were removed since are left out.
         """
@@ -3376,18 +3610,17 @@ class History:
                 rows = db.execute("SELECT session, state, crc FROM snapshots").fetchall()
             if any(zlib.crc32(state) != crc for _, state, crc in rows):
                 raise sqlite3.DatabaseError("a snapshot is damaged")
-            names = {file.name for file in self._journal.files()}
-            found = [(key_name(key), state) for key, state, _ in rows]
-        except Exception as error:  # whatever is wrong with it, the journal has everything
-            log.warning("the snapshots of sessions cannot be read, so every event is: %s", error)
+            names = {session_file_name(""), *(file.name for file in self._journal.files())}
+            found = [(key_name(key), state) for key, state, _ in rows if checkpoint]
+        except Exception as error:  # the journal has everything
+            log.warning("snapshots of sessions cannot be read, so all events are read again: %s", error)
             return 0, []
-        kept = [row for row in found if not row[0] or session_file_name(row[0]) in names]
-        return checkpoint, kept if checkpoint else []
+        return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
-    def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> None:
-        """Have snapshots written; dropped when `generation` is not the file's.
+    def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
+        """Queue snapshots, unless `generation` is not the file's; return whether the queue is long.
 
-        `checkpoint`: the state of every session as of this seq is now saved. None: more pieces follow.
+        `checkpoint`: the seq of which the state of every session is now saved. None: more snapshots follow.
         """
 
         def save(file: IndexFile) -> None:
@@ -3395,6 +3628,7 @@ class History:
                 file.save(rows, checkpoint)
 
         self._queue(save)
+        return len(self._jobs) > SNAPSHOTS_WAITING
 
     def _queue(self, job: Callable[[IndexFile], None]) -> None:
         if self._state != "off":  # a new file has nothing to forget, and is compared with the files on disk
@@ -3403,7 +3637,7 @@ class History:
             self._wake.set()
 
     def status(self) -> JsonObject:
-        """Return the index's state, how far it is, and its size."""
+        """Return the index's state, progress and size."""
         return {
             "state": self._state,
             "done": self._done,
@@ -3425,7 +3659,7 @@ class History:
                 page["complete"] = page["complete"] and before == self._state == "ready"
             except sqlite3.Error as error:
                 if "interrupt" in str(error):
-                    wanted = "longer words: so many begin like this that it takes too long"
+                    wanted = "longer words: too many words begin like this"
                     raise SearchError("q", wanted) from None
                 self._read_failed(error)
         if page is None:
@@ -3433,7 +3667,14 @@ class History:
             page = search_page(query, lines)
         return {**page, "index": self.status()}
 
-    def statistics(self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int) -> JsonObject:
+    def statistics(
+        self,
+        from_ms: int,
+        to_ms: int,
+        session_id: str | None,
+        offset_minutes: int,
+        zone: datetime.tzinfo | None = None,
+    ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
         if self._state == "building" and self._thread.is_alive():
             self._is_open.wait(INDEX_OPENS_S)
@@ -3443,19 +3684,19 @@ class History:
         try:
             with self._counter.reading(60.0) as db:
                 counted = Statistics(db, self._journal, self._prices, session_id)
-                return {**counted.to_json(from_ms, to_ms, offset_minutes), "index": status}
+                return {**counted.to_json(from_ms, to_ms, offset_minutes, zone), "index": status}
         except sqlite3.Error as error:
             self._read_failed(error)
-            raise NoStatistics(f"the index cannot be read just now: {error}") from None
+            raise NoStatistics(f"the index cannot be read now: {error}") from None
 
     def _read_failed(self, error: sqlite3.Error) -> None:
-        """Have the index rebuilt when it is damaged; one that is not there is noticed by the thread."""
+        """Rebuild a damaged index; the index thread notices a missing one."""
         if not isinstance(error, sqlite3.OperationalError):
             self._remove(str(error))
         self._wake.set()
 
     def _remove(self, why: str) -> None:
-        """Remove the file, which has the thread begin a new one."""
+        """Remove the file, so that the thread makes a new one."""
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
         self._is_open.clear()
@@ -3477,7 +3718,7 @@ class History:
                     self._fill(file)
                 if not self._stopping.is_set():
                     self._remove("its files were removed or replaced")
-            except Exception as error:  # whatever it is, searching the files still works
+            except Exception as error:  # searching the files still works
                 pause_s = self._write_failed(error)
             was_open = True
             self._is_open.clear()
@@ -3486,23 +3727,23 @@ class History:
                 self._jobs.clear()
 
     def _write_failed(self, error: Exception) -> float:
-        """Remove a damaged file, or give up for a while; return the seconds until the next try."""
+        """Remove a damaged file, or wait; return the seconds until the next attempt."""
         words = str(error)
         if isinstance(error, sqlite3.Error) and not re.search("full|readonly|unable to open|locked", words):
             self._remove(words)
             return 0.5
         if not isinstance(error, (sqlite3.Error, OSError)):
             log.exception("the index ended unexpectedly")
-            words = "it ended unexpectedly, see the log"
+            words = "it ended unexpectedly, see monitor.log"
         elif words != self._error:
             log.warning("the index cannot be written, searches read the files: %s", words)
         self._state, self._error = "off", words
         return INDEX_RETRY_S
 
     def _fill(self, file: IndexFile) -> None:
-        """Keep the file up to date until it is gone or the monitor stops."""
+        """Keep the file up to date until it is removed or the monitor stops."""
         self._compare(file)
-        while not file.is_gone():
+        while not file.is_removed():
             self._wake.clear()
             with self._lock:
                 jobs, self._jobs, self._queued_bytes = self._jobs, [], 0
@@ -3513,6 +3754,7 @@ class History:
                 entries = (entry for entry in job if entry.seq > file.indexed)
                 while self._batch(file, entries):
                     pass
+                job.clear()
             if self._stopping.is_set():
                 return
             if self._behind:
@@ -3522,17 +3764,19 @@ class History:
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
                     if not self._jobs:
-                        self._total = self._done  # what is no event, or was added by hand, is in neither
+                        self._total = (
+                            self._done
+                        )  # lines that are no events, or were added by hand, are in neither
                 self._state, self._error = "ready", ""
                 if self._wake.wait(INDEX_LOOK_S):
                     self._stopping.wait(INDEX_GATHER_S)
 
     def _catch_up(self, file: IndexFile) -> None:
-        """Read the journal from where the index ends, until there is something else to do."""
+        """Read the journal from where the index ends, until something else is queued."""
         until = self._written
         entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
         while self._batch(file, entries):
-            if self._jobs or self._stopping.is_set() or file.is_gone():
+            if self._jobs or self._stopping.is_set() or file.is_removed():
                 return
         file.flush(until)
         self._indexed = until
@@ -3540,10 +3784,10 @@ class History:
             self._behind = self._written > until
 
     def _compare(self, file: IndexFile) -> None:
-        """Forget what is no longer on disk, and read files that were put there by hand."""
+        """Delete rows of files that were removed, and read files that were added by hand."""
         on_disk = {(it.day, it.name): it for it in self._journal.files()}
         known_files = "SELECT files.id, days.name, files.name, bytes FROM files JOIN days ON days.id = day"
-        # A file that is shorter than what was read of it is another one.
+        # A file shorter than its indexed size was replaced.
         gone = [
             str(file_id)
             for file_id, *key, size in file.db.execute(known_files)
@@ -3562,35 +3806,35 @@ class History:
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
         """Write events in one transaction, all of a file of a `day`; return whether there may be more."""
-        count = size = seq = 0
+        count, size, flushed, seq, more = 0, 0, 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
             for entry in entries:
                 file.add(entry, day)
                 count, size, seq = count + 1, size + len(entry.line) + 1, entry.seq
-                if count % INDEX_SLICE_EVENTS == 0:
-                    now = time.monotonic()
+                if count % INDEX_SLICE_EVENTS == 0 or size - flushed > INDEX_SLICE_BYTES:
+                    file.flush(seq)
+                    flushed, now = size, time.monotonic()
                     if now - self._last_live < LIVE_S:
                         self._stopping.wait(min(1.0, (now - slice_began) * (1 - LIVE_SHARE) / LIVE_SHARE))
                     slice_began = time.monotonic()
-                    if day is None and (now - began > INDEX_BATCH_S or size > INDEX_BATCH_BYTES):
+                    more = day is None and now - began > INDEX_BATCH_S
+                    if more:
                         break
-            else:
-                count = 0
             file.flush(seq)
         self._indexed = file.indexed
         self._done += size
-        return count > 0
+        return more
 
 
 # ---------------------------------------------------------------------------
 # Export: stored lines by session, time and words, tool calls as a table
 #
-# Lines in, lines out; knows nothing of who wants them.
+# Stored lines in, lines out. Does not know: HTTP, the command line.
 # ---------------------------------------------------------------------------
 
 EXPORT_CHUNK_BYTES = 256 << 10
-EXPORT_FORMS = {
+EXPORT_FORMATS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
 }
@@ -3601,8 +3845,8 @@ _OUTCOME_WORDS = dict(zip(Outcome, ("unfinished", "failed", "ok", "failed", "int
 _TIMESTAMP = re.compile(rb'\{"seq":\d+,"received":\d+,"id":"(?:[^"\\]|\\.)*","timestamp":(\d+)')
 
 
-def chosen_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
-    """Yield the stored lines that a query asks for, in the order of arrival."""
+def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
+    """Yield the stored lines that match a query, in order of arrival."""
     only = query.only_session
     is_one_of_many = query.session_ids is not None and only is None
     is_filtered = query.terms or query.machine or query.tool or query.kind or is_one_of_many
@@ -3616,7 +3860,7 @@ def chosen_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks worth sending."""
+    """Join lines, each with its newline, into chunks of EXPORT_CHUNK_BYTES."""
     chunk: list[bytes] = []
     size = 0
     for line in lines:
@@ -3630,10 +3874,10 @@ def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the tool calls in some stored lines as CSV: a row when a call ends, those without an end last."""
+    """Yield the tool calls in stored lines as CSV: a row when a call ends, unfinished calls last."""
     yield CALL_COLUMNS.encode()
     unnamed = UnnamedCalls()
-    begun: dict[int, tuple[CallFact, JsonObject]] = {}  # with the event that says most of it
+    begun: dict[int, tuple[CallFact, JsonObject]] = {}  # with the event of the highest outcome
     ended: set[int] = set()
     for _, event, _ in readable(lines):
         for fact in unnamed.paired(event, call_facts(event)):
@@ -3656,7 +3900,7 @@ def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _call_row(fact: CallFact, event: JsonObject) -> bytes:
-    """Return one row; a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    """Return one row; text that a spreadsheet would read as a formula gets an apostrophe in front."""
     moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(fact.begun_ms / 1000))
     values = (
         f"{moment}.{fact.begun_ms % 1000:03d}Z",
@@ -3672,41 +3916,39 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
         "" if fact.use_id.startswith("unnamed:") else fact.use_id,
     )
     row = io.StringIO()
-    writer = csv.writer(
-        row, lineterminator="\r\n"
-    )  # before Python 3.13 it quotes only the line ends it writes
+    writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
     writer.writerow([f"'{text}" if text[:1] in set("=+-@\t\r\n") else text for text in values])
     return row.getvalue().removesuffix("\r\n").encode("utf-8", "backslashreplace")
 
 
 # ---------------------------------------------------------------------------
-# Retention: whole days of events go, the oldest first, until what is left is young and small enough
+# Retention: deletes whole days of events, oldest first, until the rest is within the limits of age and size
 #
-# Owns: the decision which files go, and their end. Knows: the files of our directory. Today's never go.
-# What a kill kept from being done is planned again the next time.
+# Owns: which files are deleted, and deleting them. Knows: the files of our directory. Today's files are kept.
+# What a kill interrupted is planned again the next time.
 # ---------------------------------------------------------------------------
 
 RETENTION_INTERVAL_S = 60.0
 
 
 class RetentionPlan(NamedTuple):
-    """What is to be deleted, and what there is; sizes in bytes."""
+    """The files to delete, and the sizes of all files, in bytes."""
 
     files: tuple[JournalFile, ...]
     size: int  # of these files
-    total: int  # of every file of ours
+    total: int  # of all our files
     events: int  # of all event files
     index_size: int
-    oldest_day: str | None  # that stays
-    today: str  # no event comes to an earlier day any more
+    oldest_day: str | None  # that is kept
+    today: str  # events are never added to an earlier day
 
     @property
     def days(self) -> list[str]:
-        """The days that lose files."""
+        """The days with files to delete."""
         return sorted({file.day for file in self.files})
 
     def to_json(self, dry_run: bool) -> JsonObject:
-        """Return what `prune` answers."""
+        """Return the reply to `prune`."""
         sessions = {file.name for file in self.files}
         counts = {"files": len(self.files), "sessions": len(sessions), "bytes": self.size}
         return {"days": self.days, **counts, "dryRun": dry_run}
@@ -3715,52 +3957,52 @@ class RetentionPlan(NamedTuple):
 def plan_retention(
     home: str, time_ms: int, days: int | None, limit_bytes: int | None, kept_names: frozenset[str]
 ) -> RetentionPlan:
-    """Choose what goes: what is older than `days`, then more, until everything of ours is within the limit.
+    """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
-    Files called like those of pinned sessions (`kept_names`) stay. So does a day with events that came after
-    those of a later one: the clock was wrong then, and the day is not as old as it is called.
+    Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
+    later day: the clock was wrong then, and the day is not as old as its name says.
     """
     journal = Journal(home + "/events")
     files = journal.files()
     events = sum(file.size for file in files)
-    # What a day's events free in the index comes a little later, but it belongs to them.
+    # The index shrinks later than the files are deleted, but its part counts with them.
     index_size = index_bytes(home + "/index.db")
-    total = bytes_below(home)  # after its parts, which grow meanwhile
+    total = bytes_below(home)  # measured after its parts, which may grow meanwhile
     with_index = 1 + index_size / max(1, events)
     first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
-    going: list[JournalFile] = []
+    to_delete: list[JournalFile] = []
     size = 0
     for day, of_day in itertools.groupby(files, lambda file: file.day):
         is_over = limit_bytes is not None and total - size * with_index > limit_bytes
         chosen = [file for file in of_day if file.name not in kept_names]
         if day >= today or not (day < first_kept or is_over):
             continue
-        last = 0 if journal.in_order else max((file.last for file in files if file.day == day), default=0)
-        if all(file.first > last for file in files if last and day < file.day < today and file.last):
-            going += chosen
+        last = 0 if journal.in_order else max((file.last_seq for file in files if file.day == day), default=0)
+        if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
+            to_delete += chosen
             size += sum(file.size for file in chosen)
-    oldest = min((file.day for file in set(files) - set(going)), default=None)
-    return RetentionPlan(tuple(going), size, total, events, index_size, oldest, today)
+    oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
+    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today)
 
 
-def carry_out(home: str, plan: RetentionPlan) -> frozenset[str]:
-    """Delete what was planned; return the names of session files of which no day is left."""
+def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
+    """Delete the planned files; return the names of session files that no day has any more."""
     if plan.files:
-        remember_seq(home, max(file.last for file in plan.files))
+        save_last_seq(home, max(file.last_seq for file in plan.files))
     for file in plan.files:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(file.path)
     journal = Journal(home + "/events")
-    for day in journal.days():  # also one that a kill left empty the last time
+    for day in journal.days():  # including days that a kill left empty
         if day < plan.today:
             with contextlib.suppress(OSError):  # it has files
                 os.rmdir(f"{journal.root}/{day}")
     return frozenset(file.name for file in plan.files) - {file.name for file in journal.files()}
 
 
-def remember_seq(home: str, seq: int) -> None:
-    """Keep the highest number that goes with its file; given again, it would hide events from clients."""
+def save_last_seq(home: str, seq: int) -> None:
+    """Save the highest deleted number; if it were used again, clients would miss events."""
     path = os.path.join(home, "last-seq")
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         seq = max(seq, int(file.read(20)))
@@ -3779,13 +4021,13 @@ def bytes_below(path: str) -> int:
 
 
 # ---------------------------------------------------------------------------
-# Metrics: what /metrics answers, in the text form of Prometheus
+# Metrics: what /metrics returns, in the text format of Prometheus
 #
-# Owns: counts since the start. Knows: what an event says; everything else is handed to it when it is asked.
+# Owns: counts since the start. Knows: events; all other figures are arguments.
 # ---------------------------------------------------------------------------
 
 DURATION_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-LABELS_LIMIT = 500  # of one metric; what other programs make up beyond that counts as "other"
+LABELS_LIMIT = 500  # of one metric; further values, from foreign events, count as "other"
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -3795,11 +4037,11 @@ class EventCounts:
     def __init__(self) -> None:
         self.events: collections.Counter[tuple[str, str]] = collections.Counter()  # by (machine, our type)
         self.failures: collections.Counter[str] = collections.Counter()  # by tool
-        self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last one without end
+        self.durations: dict[str, list[int]] = {}  # tool → calls in each bucket, the last is +Inf
         self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
-    def note(self, event: JsonObject) -> None:
-        """Count one event; totals of tokens are none."""
+    def add(self, event: JsonObject) -> None:
+        """Count one event, unless it is `usage`."""
         kind, data = effective_type(event), event["data"]
         if kind == "usage":
             return
@@ -3818,7 +4060,7 @@ class EventCounts:
             self.duration_sums_ms[tool] += duration
 
     def histogram(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Yield (suffix, labels, value) of the durations of tool calls, in seconds."""
+        """Yield the durations of tool calls as (suffix, labels, value), in seconds."""
         for tool, buckets in sorted(self.durations.items()):
             for limit, count in zip((*DURATION_BUCKETS_S, "+Inf"), itertools.accumulate(buckets)):
                 yield "_bucket", {"tool": tool, "le": str(limit)}, count
@@ -3829,7 +4071,7 @@ class EventCounts:
 def metrics_text(
     status: JsonObject, counts: EventCounts, states: Mapping[str, int], queues: Mapping[str, int]
 ) -> bytes:
-    """Return everything that can be measured; `states` are sessions by state, `queues` what waits here."""
+    """Return all metrics; `states` are sessions by state, `queues` bytes queued for clients and Redis."""
     events, spool, index, redis = status["events"], status["spool"], status["index"], status["redis"]
 
     def by(label: str, values: Iterable[tuple[str, float]]) -> list[tuple[str, dict[str, str], float]]:
@@ -3844,21 +4086,21 @@ def metrics_text(
     by_state = by("state", [(state, states.get(state, 0)) for state in SESSION_STATES])
     connected = by("state", [(redis["state"], int(redis["state"] == "connected"))]) if redis else None
     lines: list[str] = []
-    # A value, (suffix, labels, value) of each sample, or None: left out
+    # (name, help, values); values are a number, a list of (suffix, labels, value), or None: omitted
     rows: tuple[tuple[str, str, Any], ...] = (
-        ("build_info", "What runs here.", [("", build, 1)]),
+        ("build_info", "Version, mode and Python of the monitor.", [("", build, 1)]),
         ("start_time_seconds", "When the monitor started.", status["startedAt"] / 1000),
-        ("received_total", "Lines that came in.", events["received"]),
+        ("received_total", "Lines received.", events["received"]),
         ("duplicates_total", "Events that were delivered twice.", events["duplicates"]),
-        ("quarantined_total", "Lines that were no events.", events["quarantined"]),
+        ("quarantined_total", "Lines that were not events.", events["quarantined"]),
         ("clients", "Subscribed WebSocket clients.", status["clients"]),
         ("client_queue_bytes", "Bytes queued for WebSocket clients.", queues["client"]),
-        ("clients_closed_slow_total", "Clients cut off: they did not read.", queues["closed"]),
+        ("clients_closed_slow_total", "Clients closed because they read too slowly.", queues["closed"]),
         ("store_ok", "1 when events can be written.", int(status["store"]["ok"])),
         ("spool_bytes", "Bytes that wait in the spool.", spool["bytes"]),
         ("spool_segments", "Files that wait in the spool.", spool["segments"]),
         ("spool_dropped_total", "Events that full spools dropped.", spool["dropped"]),
-        ("index_ready", "1 when the index holds everything.", int(index["state"] == "ready")),
+        ("index_ready", "1 when the index contains all events.", int(index["state"] == "ready")),
         ("index_lag_events", "Events that are not yet in the index.", index["lagEvents"]),
         ("index_bytes", "Size of the index.", index["bytes"]),
         ("disk_bytes", "Size of all our files.", (status["disk"] or {}).get("bytes")),
@@ -3866,11 +4108,11 @@ def metrics_text(
         ("sessions", "Sessions by state.", by_state),
         ("tool_failures_total", "Tool calls that failed.", by("tool", sorted(counts.failures.items()))),
         ("tool_duration_seconds", "Durations of tool calls.", list(counts.histogram())),
-        ("machine_last_seen_seconds", "When a machine was last heard.", of_machines("lastSeen")),
-        ("machine_clock_skew_seconds", "How far a machine's clock is off.", of_machines("clockSkewMs")),
+        ("machine_last_seen_seconds", "When a machine last sent an event.", of_machines("lastSeen")),
+        ("machine_clock_skew_seconds", "How far a machine's clock is behind.", of_machines("clockSkewMs")),
         ("redis_connected", "1 when Redis is connected.", connected),
         ("redis_inbox_bytes", "Bytes from Redis that are not stored yet.", redis and queues["redis"]),
-        ("redis_gaps_total", "Times events may be missing.", redis and redis["gaps"]),
+        ("redis_gaps_total", "Gaps: times that events may have been missed.", redis and redis["gaps"]),
     )
     for name, about, values in rows:
         kind = "histogram" if "duration" in name else "counter" if name.endswith("_total") else "gauge"
@@ -3886,8 +4128,8 @@ def metrics_text(
 # ---------------------------------------------------------------------------
 # Event loop: ingest, WebSocket clients, timers
 #
-# One thread. Owns: the selector, every socket but HTTP's, and what is queued for clients.
-# Knows: bytes, lines and frames; what an event or a message means is the Monitor's business.
+# One thread. Owns: the selector, every socket but HTTP's, and the queues of clients.
+# Knows: bytes, lines and frames. Does not know: the meaning of events and messages.
 # ---------------------------------------------------------------------------
 
 RECEIVE_BYTES = 256 << 10
@@ -3896,18 +4138,18 @@ PING_INTERVAL_S = 20.0
 UNANSWERED_PINGS = 2
 CLOSE_DEADLINE_S = 5.0
 INGEST_CONNECTIONS = 2048
-ANSWER_LIMIT_BYTES = 32 << 20
-TOO_MANY = "too many connections; close some or raise limits.connections"
+REPLY_LIMIT_BYTES = 32 << 20
+TOO_MANY_CONNECTIONS = "too many connections; close some or raise limits.connections"
 
 
 class EventLoop:
-    """Call back when sockets are ready, when time has come, and when other threads ask.
+    """Calls callbacks of ready sockets, of timers and from other threads.
 
-    `turn_end` is called after each round of ready sockets: what one round brought is handled together.
+    `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
     """
 
     def __init__(self) -> None:
-        self.turn_end: Callable[[], None] = lambda: None
+        self.on_turn_end: Callable[[], None] = lambda: None
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # heap of (time.monotonic, number, …)
         self._timer_numbers = itertools.count()
@@ -3919,12 +4161,12 @@ class EventLoop:
         self.wake_writer.setblocking(False)
         self.watch(self._wake_reader, selectors.EVENT_READ, lambda _events: self._wake_reader.recv(4096))
 
-    def watch(self, sock: socket.socket, events: int, callback: Callable[[int], object]) -> None:
-        """Call `callback(ready events)` whenever the socket, which is not watched yet, is ready."""
+    def watch(self, sock: socket.socket | int, events: int, callback: Callable[[int], object]) -> None:
+        """Call `callback(ready events)` whenever the socket or fd is ready; it must not be watched yet."""
         self._selector.register(sock, events, callback)
 
     def listen(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
-        """Pass on the connections to a listening socket; pause when file descriptors run out."""
+        """Accept connections and call `accepted` with each; pause while no file descriptor is free."""
 
         def accept(_events: int) -> None:
             for _ in range(128):
@@ -3935,8 +4177,8 @@ class EventLoop:
                 except OSError as error:
                     if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                         raise
-                    log.warning("no file descriptor left for a new connection (%s); trying again", error)
-                    self.forget(sock)
+                    log.warning("a connection cannot be accepted (%s); trying again", error)
+                    self.unwatch(sock)
                     self.call_later(0.2, lambda: self.watch(sock, selectors.EVENT_READ, accept))
                     return
                 connection.setblocking(False)
@@ -3945,21 +4187,21 @@ class EventLoop:
         sock.setblocking(False)
         self.watch(sock, selectors.EVENT_READ, accept)
 
-    def wait_for(self, sock: socket.socket, events: int) -> None:
-        """Change what a watched socket is to be ready for."""
+    def modify(self, sock: socket.socket, events: int) -> None:
+        """Change the events for which a socket is watched."""
         self._selector.modify(sock, events, self._selector.get_key(sock).data)
 
-    def forget(self, sock: socket.socket) -> None:
-        """Stop watching a socket; harmless when it is not watched."""
+    def unwatch(self, sock: socket.socket | int) -> None:
+        """Stop watching a socket or fd; do nothing if it is not watched."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Call back once in `delay_s` seconds."""
+        """Call `callback` once after `delay_s` seconds."""
         heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_numbers), callback))
 
     def call_every(self, interval_s: float, callback: Callable[[], None]) -> None:
-        """Call back every `interval_s` seconds, whatever the call before it did."""
+        """Call `callback` every `interval_s` seconds, even after an error."""
 
         def again() -> None:
             self.call_later(interval_s, again)
@@ -3968,9 +4210,9 @@ class EventLoop:
         self.call_later(interval_s, again)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call back in the loop thread; for any thread and for signal handlers."""
+        """Call `callback` in the loop thread; for any thread and for signal handlers."""
         self._calls.append(callback)
-        with contextlib.suppress(OSError):  # full: a wake-up is under way; closed: the loop has ended
+        with contextlib.suppress(OSError):  # full: a wake-up is pending; closed: the loop has ended
             self.wake_writer.send(b"\0")
 
     def call(self, function: Callable[[], Any], timeout_s: float = 10.0) -> Any:
@@ -3982,7 +4224,7 @@ class EventLoop:
         def run() -> None:
             try:
                 future.set_result(function())
-            except Exception as error:  # belongs to the caller
+            except Exception as error:  # raised in the calling thread
                 future.set_exception(error)
 
         self.call_soon(run)
@@ -3992,7 +4234,7 @@ class EventLoop:
             raise TimeoutError("the monitor is too busy to answer") from None
 
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Run until `stop`."""
         self._thread = threading.current_thread()
         self._running = True
         while self._running:
@@ -4002,15 +4244,15 @@ class EventLoop:
             while self._timers and self._timers[0][0] <= time.monotonic():
                 due.append(heapq.heappop(self._timers)[2])
             due += [self._calls.popleft() for _ in range(len(self._calls))]
-            due.append(self.turn_end)
+            due.append(self.on_turn_end)
             for callback in due:
                 try:
                     callback()
-                except Exception:  # one connection's fault must not stop everybody's stream
-                    log.exception("unexpected error in the event loop, which goes on: %r", callback)
+                except Exception:  # an error in one connection must not stop the others
+                    log.exception("unexpected error in the event loop, which continues: %r", callback)
 
     def stop(self) -> None:
-        """Let `run` return after the turn that is under way."""
+        """Make `run` return after the current turn."""
         self._running = False
 
     def close(self) -> None:
@@ -4020,22 +4262,25 @@ class EventLoop:
         self.wake_writer.close()
 
 
+HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
+
+
 class TooLong(NamedTuple):
-    """A line beyond the limit: its first bytes, the rest is thrown away."""
+    """The first bytes of a line that exceeds the limit; the rest is discarded."""
 
     head: bytes
 
 
 class LineSplitter:
-    """Cut a byte stream into lines; no I/O. A line beyond `limit_bytes` comes out as TooLong, once."""
+    """Splits a byte stream into lines, without I/O; a line longer than `limit_bytes` becomes a TooLong."""
 
     def __init__(self, limit_bytes: int = emit_event.LINE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
-        self._rest = bytearray()  # of the line that is not finished
-        self._discarding = False  # the rest of a line that was too long
+        self._rest = bytearray()  # of the unfinished line
+        self._discarding = False  # the rest of a line that is too long
 
     def feed(self, data: bytes) -> list[bytes | TooLong]:
-        """Take bytes; return the lines they finished, without newlines and without empty ones."""
+        """Add bytes; return the lines that they complete, without newlines and empty lines."""
         self._rest += data
         ended: list[bytearray] = []
         lines: list[bytes | TooLong]
@@ -4044,37 +4289,37 @@ class LineSplitter:
             if self._discarding:
                 del ended[0]
             self._discarding = False
-        most = self._limit_bytes
-        lines = [TooLong(bytes(it[:200])) if len(it) > most else bytes(it.strip()) for it in ended]
-        if len(self._rest) > most or self._discarding:
+        limit = self._limit_bytes
+        lines = [TooLong(bytes(it[:HEAD_BYTES])) if len(it) > limit else bytes(it.strip()) for it in ended]
+        if len(self._rest) > limit or self._discarding:
             if not self._discarding:
-                lines.append(TooLong(bytes(self._rest[:200])))
+                lines.append(TooLong(bytes(self._rest[:HEAD_BYTES])))
             self._rest, self._discarding = bytearray(), True
         return [line for line in lines if line]
 
 
 @dataclasses.dataclass(eq=False)
 class Client:
-    """One WebSocket client: what it wants, and what is queued for it. It is small: there may be thousands."""
+    """One WebSocket client: its subscription and its queue. It is small, since there may be thousands."""
 
     sock: socket.socket
-    head: bytes = b""  # of the opening handshake, as far as it came
-    is_open: bool = False  # the handshake is done
-    parser: FrameParser | None = None  # while a message of the client is coming in
+    head: bytes = b""  # of the opening handshake, as far as received
+    is_open: bool = False  # after the handshake
+    parser: FrameParser | None = None  # while a message of the client is partly received
     queue: list[memoryview] = dataclasses.field(default_factory=list)
     queued: int = 0  # bytes in it
-    answer_bytes: int = 0  # of the queue: at most this many are answers to its own requests
+    reply_bytes: int = 0  # of these, at most this many are replies to its own requests
     unanswered_pings: int = 0
-    closing: bool = False  # our close frame is queued or sent: nothing may follow it
-    peer_closed: bool = False  # its close frame came: the TCP connection ends once ours is out
+    closing: bool = False  # our close frame is queued or sent, so nothing may follow it
+    peer_closed: bool = False  # its close frame was received: we end the connection once ours is sent
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
 
 
 @dataclasses.dataclass(eq=False)
-class ClientServer:
-    """The WebSocket side: handshakes, frames, pings, bounded queues."""
+class WebSocketServer:
+    """The connections of WebSocket clients: handshakes, frames, pings, bounded queues."""
 
     loop: EventLoop
     listener: socket.socket
@@ -4084,7 +4329,7 @@ class ClientServer:
     connection_limit: int
     queue_limit_bytes: int
     clients: dict[socket.socket, Client] = dataclasses.field(default_factory=dict)
-    closed_slow: int = 0  # clients that did not read, since the start
+    closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
         self.loop.listen(self.listener, self._accept)
@@ -4092,30 +4337,30 @@ class ClientServer:
 
     # Sending
 
-    def send(self, client: Client, frames: bytes, is_answer: bool = False) -> None:
-        """Send whole frames to one client, or queue them; one that does not read is closed with 1013.
+    def send(self, client: Client, frames: bytes, is_reply: bool = False) -> None:
+        """Send whole frames to one client, or queue them; a client that does not read is closed with 1013.
 
-        What a client asked for may be much: it has a limit of its own and does not count as falling behind.
+        Replies may be large: they have a limit of their own.
         """
         if client.closing:
             return
         before = client.queued
-        waiting = client.answer_bytes if is_answer else before - client.answer_bytes
-        if before and waiting + len(frames) > (ANSWER_LIMIT_BYTES if is_answer else self.queue_limit_bytes):
+        waiting = client.reply_bytes if is_reply else before - client.reply_bytes
+        if before and waiting + len(frames) > (REPLY_LIMIT_BYTES if is_reply else self.queue_limit_bytes):
             self.closed_slow += 1
-            log.info("a client does not read; closed until it comes back for what it missed")
+            log.info("a client reads too slowly; it was closed and can reconnect for the missed events")
             self.close(client, CloseCode.TRY_AGAIN_LATER, "too slow; subscribe again with since")
             return
         self._write(client, frames)
-        if is_answer:
-            client.answer_bytes += client.queued - before
+        if is_reply:
+            client.reply_bytes += client.queued - before
 
-    answer = functools.partialmethod(send, is_answer=True)
+    reply = functools.partialmethod(send, is_reply=True)
 
     def broadcast(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
-        """Send the events of one turn to everyone who wants them, and after them some frames to everyone.
+        """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
 
-        Encoded once a view, joined, one call a client.
+        Encodes once per view and calls `send` once per client.
         """
         frames: dict[str, list[bytes]] = {}
         joined: dict[str, bytes] = {}
@@ -4134,7 +4379,7 @@ class ClientServer:
                 self.send(client, wanted)
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
-        """Begin the closing handshake (RFC 6455 section 7.1.2); cut the connection if it takes too long."""
+        """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
         if client.closing:
             return
         if not client.is_open:
@@ -4146,13 +4391,13 @@ class ClientServer:
 
     def close_all(self) -> None:
         """Stop listening and close every client's connection."""
-        self.loop.forget(self.listener)
+        self.loop.unwatch(self.listener)
         self.listener.close()
         for client in list(self.clients.values()):
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
     def _write(self, client: Client, data: bytes) -> None:
-        """Send `data` behind what is queued; what the socket does not take waits in the queue."""
+        """Send `data` after the queue; queue what the socket does not accept."""
         was_waiting = bool(client.queue)
         try:
             sent = 0 if was_waiting else client.sock.send(data)
@@ -4165,29 +4410,29 @@ class ClientServer:
             client.queue.append(memoryview(data)[sent:])
             client.queued += len(data) - sent
             if not was_waiting:
-                self.loop.wait_for(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
+                self.loop.modify(client.sock, selectors.EVENT_READ | selectors.EVENT_WRITE)
         elif client.closing:
             self._finish_close(client)
 
     def _flush(self, client: Client) -> None:
-        """Send what is queued, as far as the socket takes it."""
+        """Send from the queue as much as the socket accepts."""
         try:
             while client.queue:
                 sent = client.sock.send(client.queue[0])
                 client.queued -= sent
-                client.answer_bytes = max(0, client.answer_bytes - sent)
+                client.reply_bytes = max(0, client.reply_bytes - sent)
                 client.queue[:1] = [client.queue[0][sent:]] if sent < len(client.queue[0]) else []
         except BlockingIOError:
             return
         except OSError:
             self._drop(client)
             return
-        self.loop.wait_for(client.sock, selectors.EVENT_READ)
+        self.loop.modify(client.sock, selectors.EVENT_READ)
         if client.closing:
             self._finish_close(client)
 
     def _finish_close(self, client: Client) -> None:
-        """End our side once both close frames have passed; the peer's bytes are read until its EOF."""
+        """Shut down our side after both close frames; the peer's bytes are read until its EOF."""
         if client.peer_closed and not client.queue:
             with contextlib.suppress(OSError):
                 client.sock.shutdown(socket.SHUT_WR)
@@ -4210,10 +4455,10 @@ class ClientServer:
         """Watch a new connection; refuse it and return None when there are too many."""
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
-                sock.send(refusal(RequestError(503, TOO_MANY)))
+                sock.send(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
             sock.close()
             return None
-        with contextlib.suppress(OSError):  # the peer may be gone already
+        with contextlib.suppress(OSError):  # the peer may have disconnected
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = self.clients[sock] = Client(sock)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
@@ -4264,10 +4509,10 @@ class ClientServer:
     def _take_frames(self, client: Client, data: bytes) -> None:
         parser = client.parser or FrameParser()
         received = parser.feed(data)
-        client.parser = None if parser.is_at_rest else parser  # most memory of a client that is silent
+        client.parser = None if parser.is_between_messages else parser  # it holds most of the memory
         for message in received:
             if isinstance(message, Close):
-                client.peer_closed = True  # where it broke the protocol, too: its next bytes mean nothing
+                client.peer_closed = True  # also after a protocol error: further bytes are ignored
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
@@ -4287,7 +4532,7 @@ class ClientServer:
     def _ping_all(self) -> None:
         for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
             if client.unanswered_pings >= UNANSWERED_PINGS:
-                log.info("a client has not answered %d pings; closed", client.unanswered_pings)
+                log.info("a client was closed: it did not answer %d pings", client.unanswered_pings)
                 self._drop(client)
             else:
                 client.unanswered_pings += 1
@@ -4295,13 +4540,13 @@ class ClientServer:
 
     def _drop(self, client: Client) -> None:
         if self.clients.pop(client.sock, None) is not None:
-            self.loop.forget(client.sock)
+            self.loop.unwatch(client.sock)
             client.sock.close()
             client.queue.clear()
 
 
 def event_frames(stored: Iterable[StoredEvent], view: str) -> list[bytes]:
-    """Encode each event's message for a view; the full view carries the very bytes that were stored."""
+    """Encode the message of each event for a view; the full view contains the stored bytes unchanged."""
     form = b'{"type":"event","seq":%d,"event":%b}'
     is_full = view == "full"
     bodies = ((seq, line if is_full else encode_json(event_row(event))) for seq, event, line in stored)
@@ -4313,14 +4558,16 @@ def text_frame(message: JsonObject) -> bytes:
     return encode_frame(Opcode.TEXT, encode_json(message))
 
 
-def encode_with_sessions(message: JsonObject, sessions: Sessions, with_hidden: bool) -> bytes:
-    """Encode a message with the sessions, one at a time: all of them are 2 kB each."""
-    rows = b",".join(encode_json(session) for session in sessions.each_json(with_hidden))
-    return encode_json(message)[:-1] + b',"sessions":[' + rows + b"]}"
+def encode_with_sessions(message: JsonObject, sessions: Sessions, with_hidden: bool) -> Iterator[bytes]:
+    """Encode a message with all sessions, one by one, since each has about 2 kB."""
+    yield encode_json(message)[:-1] + b',"sessions":['
+    for number, session in enumerate(sessions.each_json(with_hidden)):
+        yield b"," * (number > 0) + encode_json(session)
+    yield b"]}"
 
 
 def refusal(error: RequestError) -> bytes:
-    """Encode the HTTP response that refuses a request, JSON body and all; the connection ends with it."""
+    """Encode the HTTP response that refuses a request, with a JSON body; it closes the connection."""
     body = encode_json({"error": error.reason})
     ends = ("Connection", "close"), ("Content-Length", str(len(body)))
     form = ("Content-Type", "application/json"), ("X-Content-Type-Options", "nosniff")
@@ -4330,16 +4577,16 @@ def refusal(error: RequestError) -> bytes:
 # ---------------------------------------------------------------------------
 # Redis subscriber thread: events from many machines
 #
-# Owns: one thread at a time with two connections, and the position in the stream. The channel brings an event
-# at once, the stream has all: it is read on from the position after each confirmation of the subscription
-# (redis-py subscribes again silently), before anything more is taken from the channel, and with each ping,
-# which moves the position on. Ids remove what came twice. The thread receives; the loop stores.
+# Owns: one thread at a time with two connections, and the position in the stream. The channel delivers events
+# at once, the stream contains all of them. It is read from the position after each confirmation of the
+# subscription (redis-py resubscribes silently), before further messages of the channel, and after each ping.
+# Duplicates are removed by id. The thread receives; the loop stores.
 # ---------------------------------------------------------------------------
 
-SUBSCRIBER_DEADLINE_S = 15.0  # without a sign of life the connection counts as dead
+SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given up
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
-STREAM_PAGE_EVENTS = 200  # at most; a slow link gets smaller pages
+STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
 BATCH_LINES = 200  # stored in one turn of the loop, or
 BATCH_BYTES = 1 << 20
 STREAM_START = "0-0"
@@ -4347,10 +4594,16 @@ _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
 
 
-class RemoteLine(NamedTuple):
-    """One event as Redis brought it; `position` is its id in the stream, None when it came by the channel.
+def redis_address(client: Any) -> tuple[Any, Any]:
+    """Return (host, port) of a client of `emit_event.redis_client`."""
+    options = client.connection_pool.connection_kwargs
+    return options.get("host"), options.get("port")
 
-    An empty line with a position only says how far the stream was read; one without was really published.
+
+class RemoteLine(NamedTuple):
+    """One event from Redis; `position` is its id in the stream, None if it came from the channel.
+
+    An empty line with a position only moves the position; one without was published as it is.
     """
 
     line: bytes
@@ -4358,13 +4611,13 @@ class RemoteLine(NamedTuple):
 
 
 def position_key(position: str) -> tuple[int, int]:
-    """Return what stream ids are ordered by: the time in ms of the clock of Redis, then a number."""
+    """Return the sort key of a stream id: the time in ms of the clock of Redis, then a number."""
     time_part, _, number = position.partition("-")
     return int(time_part), int(number or 0)
 
 
 def event_key(line: bytes) -> str:
-    """Return what tells unparsed events apart: the id, or a digest if a line begins with none."""
+    """Return a key that identifies an unparsed event: its id, or a digest if the line begins without one."""
     match = _ID_AT_START.match(line)
     return match.group(1).decode("utf-8", "replace") if match else hashlib.sha256(line).hexdigest()
 
@@ -4372,16 +4625,16 @@ def event_key(line: bytes) -> str:
 class Subscription(threading.Thread):
     """One attempt to follow the channel, from connecting to the first error.
 
-    It has the link store what it brings and reports to the link. `heard` is the time (monotonic) of the last
-    sign of life; to wait for the loop, which has to store a batch before the next is read, is no silence.
+    It passes events to the link and reports changes to it. `last_alive` is the monotonic time of the last
+    reply of Redis or of the loop: waiting until the loop has stored a batch does not count as silence.
     """
 
     def __init__(self, link: RedisLink, position: str) -> None:
         super().__init__(name="redis subscriber", daemon=True)
-        self.heard = time.monotonic()
+        self.last_alive = time.monotonic()
         self.confirmed = False
         self.abandoned = False
-        self._position = position  # of the stream; handed over up to here
+        self._position = position  # up to which the stream was read
         self._link = link
         self._client: Any = None
         self._by_channel = SeenIds()
@@ -4390,7 +4643,7 @@ class Subscription(threading.Thread):
         self._batch: list[RemoteLine] = []
 
     def run(self) -> None:
-        """Follow the channel until something goes wrong, and report what it was."""
+        """Follow the channel until an error, and report it."""
         try:
             self._client = emit_event.redis_client(self._link.values)
             pubsub = self._client.pubsub()
@@ -4399,36 +4652,36 @@ class Subscription(threading.Thread):
             while not self.abandoned:
                 can_read = pubsub.connection.can_read(timeout=0 if self._batch else REDIS_PING_INTERVAL_S)
                 if can_read:
-                    # Only now: get_message with a short timeout would give up in the middle of a message.
+                    # Not before: get_message with a short timeout would stop in the middle of a message.
                     self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
                 if not can_read or len(self._batch) >= BATCH_LINES or self.batch_bytes > BATCH_BYTES:
-                    self._hand_over()
+                    self._store_batch()
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
                     self._check_primary()
                     self._read_stream()
-        except Exception as error:  # the link puts it into words
+        except Exception as error:  # the link logs it
             self._report(self._link.fail, self, error)
         finally:
             self.abandon()
-            self._hand_over()
+            self._store_batch()
 
     def abandon(self) -> None:
-        """End it, whatever it is doing; for both threads."""
+        """End the subscription, whatever it is doing; for both threads."""
         self.abandoned = True
         if self._client is not None:
-            with contextlib.suppress(Exception):  # another thread may be using it at this moment
+            with contextlib.suppress(Exception):  # the other thread may be using it
                 self._client.connection_pool.disconnect(inuse_connections=True)
 
-    def _report(self, note: Callable[..., None], *facts: object) -> None:
-        """Have the loop call `note(*facts)`, unless another subscription is the current one by then."""
-        self._link.loop.call_soon(lambda: note(*facts) if self._link.subscription is self else None)
+    def _report(self, callback: Callable[..., None], *facts: object) -> None:
+        """Call `callback(*facts)` in the loop thread, if this subscription is still the current one then."""
+        self._link.loop.call_soon(lambda: callback(*facts) if self._link.subscription is self else None)
 
     def _take(self, message: dict[str, Any]) -> None:
-        self.heard = time.monotonic()
+        self.last_alive = time.monotonic()
         if message["type"] == "subscribe":
-            self._report(self._link.enter, "connected", None)
+            self._report(self._link.set_state, "connected", None)
             self._read_stream(may_have_gap=True)
             self.confirmed = True
         elif message["type"] == "message":
@@ -4438,20 +4691,20 @@ class Subscription(threading.Thread):
                 self._add(message["data"], None)
 
     def _check_primary(self) -> None:
-        """Raise ConnectionError when sentinels or the cluster have chosen another primary."""
+        """Raise ConnectionError if sentinels or the cluster have elected another primary."""
         import redis
 
         if not (self._link.values["redis.sentinels"] or self._link.values["redis.cluster"]):
             return
         try:
-            now = emit_event.redis_address(emit_event.redis_client(self._link.values))
+            now = redis_address(emit_event.redis_client(self._link.values))
         except redis.RedisError:
-            return  # they do not know now, and ours still answers
-        if now != emit_event.redis_address(self._client):
+            return  # no primary is known now, and ours still replies
+        if now != redis_address(self._client):
             raise redis.ConnectionError(f"the primary is now {now[0]}:{now[1]}")
 
     def _read_stream(self, may_have_gap: bool = False) -> None:
-        """Hand over what the stream has behind the position; a refusal leaves the channel to go on alone."""
+        """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
         stream, reason = self._link.stream, None
@@ -4463,7 +4716,7 @@ class Subscription(threading.Thread):
                 time_ms, number = position_key(self._position)  # Redis before 6.2 has no exclusive ranges
                 page = self._client.xrange(stream, f"{time_ms}-{number + 1}", "+", count)
                 self._link.page_events = min(STREAM_PAGE_EVENTS, count * 2)
-                self.heard = time.monotonic()
+                self.last_alive = time.monotonic()
                 for raw_id, fields in page:
                     self._position, line = raw_id.decode("ascii"), fields.get(b"event", b"")
                     key = event_key(line)
@@ -4472,7 +4725,7 @@ class Subscription(threading.Thread):
                         self._add(line, self._position)
                 if page:
                     self._add(b"", self._position)
-                self._hand_over()
+                self._store_batch()
                 if len(page) < count:
                     break
         except redis.ResponseError as error:
@@ -4480,38 +4733,38 @@ class Subscription(threading.Thread):
                 raise  # another node has the stream
             reason = emit_event.redis_trouble(error, self._link.values)
         if reason != self._link.state["streamReason"]:
-            lost = "what the channel leaves out is lost"
-            words = f"cannot be read, {lost}: {reason}" if reason else "can be read again"
-            self._report(self._link.note, f"the stream {words}", {"streamReason": reason})
+            trouble = f"cannot be read, so events that the channel misses are lost: {reason}"
+            message = f"the stream {trouble if reason else 'can be read again'}"
+            self._report(self._link.log_change, message, {"streamReason": reason})
 
     def _check_position(self, stream: str) -> None:
-        """Begin at the start when the stream did, and report when it was cut before we had read it."""
+        """Restart from the beginning if the stream is new; report a gap if unread events were trimmed."""
         newest = self._client.xrevrange(stream, "+", "-", 1)
         oldest = self._client.xrange(stream, "-", "+", 1)
         here = position_key(self._position)
         if newest and position_key(newest[0][0].decode("ascii")) < here:
-            log.warning("Redis: the stream is a new one since it was last read; it is read from its start")
+            log.warning("Redis: the stream was replaced by a new one; it is read from its start")
             self._position = STREAM_START
         elif oldest and position_key(oldest[0][0].decode("ascii")) > here:
-            words = f"the stream no longer reaches back to {self._position}: events may be missing"
+            message = f"the stream was trimmed beyond {self._position}: events may be missing"
             gaps = {"gaps": self._link.state["gaps"] + 1}
-            self._report(self._link.note, f"{words}; a larger redis.streamMaxLength keeps more", gaps)
+            self._report(self._link.log_change, f"{message}; a larger redis.streamMaxLength keeps more", gaps)
 
     def _add(self, line: bytes, position: str | None) -> None:
         self._batch.append(RemoteLine(line, position))
         self.batch_bytes += len(line)
 
-    def _hand_over(self) -> None:
-        """Have the loop store what came, again and again until it is safe; once when this is abandoned."""
+    def _store_batch(self) -> None:
+        """Store the batch through the loop; retry until it is stored, or once if abandoned."""
         batch = self._batch
         while batch:
             try:
-                is_safe = self._link.loop.call(lambda: self._link.store(batch))
+                is_stored = self._link.loop.call(lambda: self._link.store(batch))
             except Exception:
-                log.exception("Redis: events could not be taken; trying again")
-                is_safe = False
-            self.heard = time.monotonic()
-            if is_safe or self.abandoned:
+                log.exception("Redis: events could not be stored; trying again")
+                is_stored = False
+            self.last_alive = time.monotonic()
+            if is_stored or self.abandoned:
                 break
             time.sleep(1)
         self._batch, self.batch_bytes = [], 0
@@ -4519,11 +4772,11 @@ class Subscription(threading.Thread):
 
 @dataclasses.dataclass(eq=False)
 class RedisLink:
-    """Keep one Subscription alive, hand what it brings to `take`, and call `changed` when the state did.
+    """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
 
-    `take` stores events and returns whether they are safe; until they are, they are offered again and the
-    position stays. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
-    Belongs to the loop thread.
+    `take` stores events and returns True once they are stored; until then they are passed again and the
+    position is kept. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
+    For the loop thread.
     """
 
     loop: EventLoop
@@ -4533,10 +4786,10 @@ class RedisLink:
 
     def __post_init__(self) -> None:
         self.values = values = self.settings.values
-        self.page_events = STREAM_PAGE_EVENTS  # how many the subscription asks for at once
+        self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
         self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
-        self.state: JsonObject = {  # as the status shows it; never a password
+        self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
             "tls": values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:"),
@@ -4554,10 +4807,10 @@ class RedisLink:
         self.loop.call_every(1.0, self._save_position)
 
     def reconnect(self, failures: int = 0) -> None:
-        """Connect at once; so many attempts in a row have failed."""
+        """Connect at once; `failures` is the number of failed attempts in a row."""
         self.state["attempt"] = failures
         self._drop_subscription()
-        self.enter("connecting", self.state["reason"])
+        self.set_state("connecting", self.state["reason"])
         self.subscription = Subscription(self, self._position)
         self.subscription.start()
         self._watch(self.subscription)
@@ -4571,7 +4824,7 @@ class RedisLink:
         """Return the state for /api/status."""
         state = self.state
         if self.subscription is not None and state["state"] == "connected":
-            state["lastHeardAt"] = now_ms() - int((time.monotonic() - self.subscription.heard) * 1000)
+            state["lastHeardAt"] = now_ms() - int((time.monotonic() - self.subscription.last_alive) * 1000)
         return {
             **state,
             "position": None if self._position == STREAM_START else self._position,
@@ -4579,43 +4832,43 @@ class RedisLink:
         }
 
     def _drop_subscription(self) -> None:
-        """Leave the thread behind; it hands over what it has."""
+        """Abandon the thread, which first stores what it has received."""
         if self.subscription is not None:
             self.subscription.abandon()
         self.subscription = self.state["nextAttemptAt"] = None
 
     def _watch(self, subscription: Subscription) -> None:
-        """End an attempt that shows no sign of life."""
+        """End a subscription that gets no replies."""
         if subscription is not self.subscription:
             return
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
-        left_s = subscription.heard + deadline_s - time.monotonic()
+        left_s = subscription.last_alive + deadline_s - time.monotonic()
         if left_s <= 0:
             self.fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
         else:
             self.loop.call_later(left_s, lambda: self._watch(subscription))
 
     def fail(self, subscription: Subscription, error: BaseException) -> None:
-        """Count a failed attempt or a lost connection; try again in a while or give up."""
+        """Count a failed attempt or a lost connection; retry later or give up."""
         self._drop_subscription()
         self.state["attempt"] += 1
-        self.page_events = max(1, self.page_events // 4)  # perhaps too much for the link to bring in time
+        self.page_events = max(1, self.page_events // 4)  # a page may have been too large for the deadline
         reason = emit_event.redis_trouble(error, self.values, connected=subscription.confirmed)
         state = self.state
-        most, tries = state["maxRetries"], state["attempt"]
-        if most is not None and tries >= most:
-            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", most, reason)
-            self.enter("given_up", reason)
+        limit, tries = state["maxRetries"], state["attempt"]
+        if limit is not None and tries >= limit:
+            log.error("Redis: given up after %d attempts: %s; SIGHUP or Reconnect tries again", limit, reason)
+            self.set_state("given_up", reason)
             return
         delay_s = emit_event.backoff_s(tries)
         at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        of = "" if most is None else f" of {most}"
+        of = "" if limit is None else f" of {limit}"
         log.warning("Redis: attempt %d%s: %s; next in %.1f s", tries, of, reason, delay_s)
-        self.enter("waiting", reason)
+        self.set_state("waiting", reason)
 
-    def enter(self, state: str, reason: str | None) -> None:
-        """Note the state of the connection, and why it is that."""
+    def set_state(self, state: str, reason: str | None) -> None:
+        """Set the state of the connection and its reason."""
         if state == "connected":
             self.state["attempt"] = 0
             log.info("Redis: connected to %s, channel %s", self.state["server"], self.state["channel"])
@@ -4624,14 +4877,14 @@ class RedisLink:
         self.state.update(state=state, reason=reason)
         self.changed()
 
-    def note(self, words: str, changes: JsonObject) -> None:
-        """Note what is wrong, or no longer is."""
-        log.warning("Redis: %s", words)
+    def log_change(self, message: str, changes: JsonObject) -> None:
+        """Log a problem or its end, and update the state."""
+        log.warning("Redis: %s", message)
         self.state.update(changes)
         self.changed()
 
     def store(self, batch: Sequence[RemoteLine]) -> bool:
-        """Store a batch and note how far the stream was read; return whether it is safe."""
+        """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
         for remote in batch:
@@ -4655,7 +4908,7 @@ class RedisLink:
     def _save_position(self) -> None:
         if self._position != self._saved_position:
             content = {"of": self._stream_name, "position": self._position}
-            with contextlib.suppress(OSError):  # full disk: an older position only means reading more again
+            with contextlib.suppress(OSError):  # with an older position, some events are only read again
                 emit_event.write_atomically(self._position_path, encode_json(content) + b"\n")
                 self._saved_position = self._position
 
@@ -4669,13 +4922,13 @@ class RedisLink:
 
 REQUEST_DEADLINE_S = 10.0
 BODY_DEADLINE_S = 60.0
-HISTORY_LIMIT = 1000  # events of one answer
+HISTORY_LIMIT = 1000  # events of one response
 TOKEN_COOKIE = "contextuate_token"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Access:
-    """Decide who may use the ports: Host, Origin, then the peer's user or the token."""
+    """Decides who may use the ports, by Host, Origin, then the peer's user or the token."""
 
     def __init__(self, auth: str, token: str, own_names: Iterable[str], allowed_hosts: Iterable[str]) -> None:
         self.port = 0  # of the page; set once the port is bound
@@ -4684,12 +4937,12 @@ class Access:
         self._own_names = frozenset(name.lower() for name in own_names)
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
 
-    def check(self, request: Request, port: int, is_ours: Callable[[], bool], writes: bool = False) -> None:
-        """Raise RequestError unless the request may go on; `port` is the one it came to.
+    def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
+        """Raise RequestError unless the request is allowed; `port` is the one that received it.
 
         421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
-        A request that `writes` needs an Origin of ours, or the token as a bearer header: a browser sends
-        cookies by itself.
+        A request that `writes` needs our Origin, or the token as a bearer header: browsers send cookies by
+        themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
@@ -4700,9 +4953,8 @@ class Access:
         if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
         has_token = has_bearer or self._has_cookie(request)
-        if self._auth != "off" and not has_token and not (self._auth == "auto" and is_ours()):
-            words = "a token is needed: `contextuate_monitor.py url --token` prints the link that carries it"
-            raise RequestError(401, words)
+        if self._auth != "off" and not has_token and not (self._auth == "auto" and same_user()):
+            raise RequestError(401, "a token is needed; `contextuate_monitor.py url --token` prints a link")
 
     def _has_bearer(self, request: Request) -> bool:
         scheme, _, token = request.one("authorization").partition(" ")
@@ -4713,14 +4965,11 @@ class Access:
         return any(name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(it) for name, _, it in cookies)
 
     def is_token(self, candidate: str) -> bool:
-        """Compare with the token in constant time."""
+        """True if `candidate` is the token; compares in constant time."""
         return hmac.compare_digest(candidate.encode("utf-8", "surrogateescape"), self._token)
 
     def check_host(self, request: Request) -> str:
-        """Return the name in the Host header if it is ours, with any port; raise RequestError(421).
-
-        A tunnel or a proxy may end at another port than ours.
-        """
+        """Return the name in the Host header if it is ours (any port: tunnels); raise RequestError(421)."""
         host = request.one("host").lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
@@ -4728,21 +4977,19 @@ class Access:
             is_loopback(name) or name.strip("[]") in self._own_names or {name, host} & self._allowed
         ):
             return name
-        raise RequestError(421, "this Host is not served here; add it to server.allowedHosts if it should be")
+        raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
 
     def _origins(self, host: str, name: str, port: int) -> set[str]:
-        """Return the Origins of our page: the Host itself; on the WebSocket port that of the page's port."""
-        good = {f"http://{host}", f"https://{host}"}
-        if port != self.port:
-            good |= {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
-            good |= {
-                f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in ("http", "https")
-            }
+        """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
+        if port == self.port:
+            return {f"http://{host}", f"https://{host}"}
+        good = {f"http://{name}:{self.port}", *([f"http://{name}"] if self.port == 80 else ())}
+        good |= {f"{scheme}://{it}" for it in self._allowed & {name, host} for scheme in ("http", "https")}
         return good
 
 
 def same_user_on_loopback(sock: socket.socket) -> bool:
-    """True if a TCP connection comes from this machine and, where /proc shows it (Linux), from our user."""
+    """True if a TCP connection comes from this machine and, on Linux, from our user (see /proc)."""
     try:
         peer, local = sock.getpeername(), sock.getsockname()
     except OSError:
@@ -4751,7 +4998,7 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
         return False
     if sys.platform != "linux":
         return True
-    # Their end of the connection is a row of its own: local and remote the other way round.
+    # The peer's end of the connection is a row of its own, with local and remote address exchanged.
     wanted, mapped = [_proc_address(peer), _proc_address(local)], _proc_address(("::ffff:0.0.0.0", 0))[:24]
     for table, before in (("/proc/net/tcp6", ""), ("/proc/net/tcp", mapped)):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
@@ -4763,14 +5010,14 @@ def same_user_on_loopback(sock: socket.socket) -> bool:
 
 
 def _proc_address(address: tuple[Any, ...]) -> str:
-    """Write an address as /proc/net/tcp6 does: 32-bit words in machine byte order, port in hex."""
+    """Format an address as in /proc/net/tcp6: 32-bit words in machine byte order, port in hex."""
     ip = ipaddress.ip_address(address[0].partition("%")[0])
     packed = ip.packed if ip.version == 6 else b"\0" * 10 + b"\xff\xff" + ip.packed
     return "{:08X}{:08X}{:08X}{:08X}:{:04X}".format(*struct.unpack("=4I", packed), address[1])
 
 
 def read_token(path: str) -> str:
-    """Return the token in our 0600 file, 192 random bits; make it when there is none."""
+    """Return the token from our 0600 file, 192 random bits; create it if there is none."""
     with (
         contextlib.suppress(FileNotFoundError),
         open(path, encoding="ascii", errors="replace", opener=emit_event.open_own) as file,
@@ -4785,7 +5032,7 @@ def read_token(path: str) -> str:
 
 
 def own_addresses(host: str) -> list[str]:
-    """List the names and addresses under which a server bound to `host` can be reached."""
+    """Return the names and addresses at which a server bound to `host` can be reached."""
     if host not in ("0.0.0.0", "::", ""):
         return [host]
     names = {socket.gethostname(), "127.0.0.1"}
@@ -4793,7 +5040,7 @@ def own_addresses(host: str) -> list[str]:
         found = socket.getaddrinfo(socket.gethostname(), None)
         names.update(str(info[4][0]).partition("%")[0] for info in found)
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        # Connecting a datagram socket sends nothing; it tells which address the way out would use.
+        # Connecting a datagram socket sends nothing; it only selects our address on the route.
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))
             names.add(probe.getsockname()[0])
@@ -4801,7 +5048,7 @@ def own_addresses(host: str) -> list[str]:
 
 
 class Response(NamedTuple):
-    """What a handler answers; `body` is bytes, or an iterator of bytes that is sent as it comes."""
+    """An HTTP response; `body` is bytes, or an iterator whose chunks are sent one by one."""
 
     status: int
     body: bytes | Iterator[bytes]
@@ -4810,7 +5057,7 @@ class Response(NamedTuple):
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """Answer with JSON."""
+    """Return a response with a JSON body."""
     return Response(status, encode_json(value))
 
 
@@ -4821,7 +5068,7 @@ class Query:
         self._values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
 
     def text(self, name: str) -> str | None:
-        """Return a parameter; None when it is missing."""
+        """Return a parameter; None if it is missing."""
         return self._values.get(name)
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
@@ -4833,35 +5080,56 @@ class Query:
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
+    def zone(self) -> datetime.tzinfo | None:
+        """Return the zone that `timeZone` names."""
+        name = self.text("timeZone")
+        return time_zone(name) if name else None
+
+    def time_range(self) -> tuple[int, int]:
+        """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
+        zone, given = self.zone(), [self.text(name) for name in ("from", "to")]
+        for number, name in enumerate(("from", "to")):
+            text = given[number]
+            if text is not None and text.isdigit():
+                given[number] = str(self.integer(name)).zfill(10)
+            elif text is not None:
+                try:
+                    moment_ms(text, zone)
+                except ValueError:
+                    wanted = f"an integer from 0 to {1 << 53}, or a time such as 2026-11-24"
+                    raise SearchError(name, wanted) from None
+        return time_range(given[0], given[1], zone)
+
 
 class Api:
-    """Answer the API's requests, in HTTP threads: reads stored events, and asks the loop thread for the rest.
+    """Handles requests to the API in HTTP threads: reads stored events, and gets the rest from the loop.
 
-    `ask` runs a function in the loop thread; `carry_out` does what a WebSocket message asks for, returns its
-    reply, and raises RequestError.
+    `ask` runs a function in the loop thread; `handle_message` handles a WebSocket message and returns its
+    reply, or raises RequestError.
     """
 
-    def __init__(self, monitor: Monitor, carry_out: Callable[[JsonObject], JsonObject]) -> None:
+    def __init__(self, monitor: Monitor, handle_message: Callable[[JsonObject], JsonObject]) -> None:
         self.ask = monitor.loop.call
         self.status = monitor.status
         self._monitor = monitor
-        self._carry_out = carry_out
+        self._handle_message = handle_message
 
-    def answer(self, method: str, path: str, query: Query, body: bytes) -> Response:
-        """Route one request; raise RequestError and what `RequestHandler` answers with 400 and 503."""
+    def respond(self, method: str, path: str, query: Query, body: bytes) -> Response:
+        """Route one request; raise RequestError, and errors that `RequestHandler` sends as 400 or 503."""
         for allowed, pattern, handler in self.ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method != allowed:
                 raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
                 return handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
-        raise RequestError(404, "no such address; the README lists them")
+        raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
         hidden = query.text("hidden") in ("1", "true")
-        monitor = self._monitor
-        body = self.ask(lambda: encode_with_sessions({"loading": monitor.loading}, monitor.sessions, hidden))
-        return Response(200, body)
+        pieces = encode_with_sessions({"loading": self._monitor.loading}, self._monitor.sessions, hidden)
+        # The loop encodes 50 at a time, so that it is not blocked for long and memory stays small.
+        body = iter(lambda: self.ask(lambda: b"".join(itertools.islice(pieces, 50))), b"")
+        return Response(200, itertools.chain([next(body)], body))
 
     def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
         return json_response(self.ask(lambda: self.status.session_json(session_id)))
@@ -4872,7 +5140,7 @@ class Api:
         found = self._monitor.journal.lines(session_id, after or 0, before, backwards=after is None)
         lines = list(itertools.islice(found, limit + 1))
         if not lines and session_id is not None:
-            self.ask(lambda: self.status.session_json(session_id))  # there is no such session perhaps
+            self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
         page, more = lines[:limit], len(lines) > limit
         if after is None:
             page.reverse()
@@ -4886,11 +5154,11 @@ class Api:
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
-        lines = chosen_lines(self._monitor.journal, self._search_query(query))
+        lines = matching_lines(self._monitor.journal, self._search_query(query))
         form = query.text("format") or "ndjson"
-        if form not in EXPORT_FORMS:
-            raise SearchError("format", " or ".join(EXPORT_FORMS))
-        content_type, file_name = EXPORT_FORMS[form]
+        if form not in EXPORT_FORMATS:
+            raise SearchError("format", " or ".join(EXPORT_FORMATS))
+        content_type, file_name = EXPORT_FORMATS[form]
         disposition = ("Content-Disposition", f'attachment; filename="{file_name}"')
         table = call_table(lines) if form == "csv" else lines
         return Response(200, in_chunks(table), content_type, (disposition,))
@@ -4902,7 +5170,7 @@ class Api:
         return json_response({})
 
     def _message(self, _query: Query, body: bytes) -> Response:
-        return json_response(self._carry_out(emit_event.parse_event_line(body)))
+        return json_response(self._handle_message(emit_event.parse_event_line(body)))
 
     def _search(self, query: Query, _body: bytes) -> Response:
         return json_response(self._monitor.history.search(self._search_query(query)))
@@ -4910,16 +5178,18 @@ class Api:
     def _search_query(self, query: Query) -> SearchQuery:
         wanted: dict[str, Any] = {name: query.text(name) for name in SEARCH_FIELDS}
         in_state = wanted["state"]
-        wanted.update({name: query.integer(name) for name in ("from", "to", "limit")})
+        wanted["limit"] = query.integer("limit")
+        wanted["from"], wanted["to"] = query.time_range()
         sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
         return search_query(wanted, sessions)
 
     def _stats(self, query: Query, _body: bytes) -> Response:
-        start, end = query.integer("from", 0), query.integer("to", 1 << 53)
+        start, end = query.time_range()
         offset = query.text("utcOffset") or "0"
         if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
             raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        figures = self._monitor.history.statistics(start or 0, end or 0, query.text("session"), int(offset))
+        wanted = (start, end, query.text("session"), int(offset), query.zone())
+        figures = self._monitor.history.statistics(*wanted)
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
@@ -4950,8 +5220,8 @@ BUILT_IN_PAGE = """<!doctype html>
 <style>:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
 p{border-left:3px solid #b45309;padding-left:8px}pre{tab-size:16;overflow:auto}
 </style></head><body><h1>Contextuate Monitor</h1>
-<p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload;
-until then this page shows the bare facts.</p>
+<p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload.
+Until then, this page shows a summary.</p>
 <h2>Sessions</h2><pre id="sessions"></pre><h2>Latest events</h2><pre id="events"></pre>
 <script>
 const show = (id, text) => document.getElementById(id).textContent = text;
@@ -4975,7 +5245,7 @@ setInterval(() => refresh().catch(() => {}), 2000);
 
 @functools.lru_cache(maxsize=1)
 def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str]:
-    """Return a version of the dashboard's file, or the built-in page, and the policy for its own scripts."""
+    """Return the dashboard's file, else the built-in page, and the CSP for its scripts and styles."""
     place = json.dumps(path)[1:-1].replace("<", "\\u003c")
     body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
     if version is not None:
@@ -5009,12 +5279,12 @@ def page_response(path: str, ws_port: int, host: str) -> Response:
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
-    """The HTTP port: a thread a connection, a bound on their number, and a deadline for request heads."""
+    """The HTTP port: one thread per connection, with a limit on their number and deadlines for requests."""
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
-    timeout = 2.0  # how often overdue connections are looked for, seconds
+    timeout = 2.0  # how often deadlines are checked, seconds
 
     def __init__(
         self,
@@ -5032,18 +5302,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.access = access
         self.page = page
         self.api = api
-        self.upgraded = upgraded  # takes over a WebSocket with the response that opens it; for any thread
-        self.given_away: set[socket.socket] = set()  # such connections until their thread has ended
-        self._places = threading.BoundedSemaphore(limit)
-        self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body comes in
+        self.upgraded = upgraded  # called with a WebSocket and its opening response, from any thread
+        self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
+        self._free_connections = threading.BoundedSemaphore(limit)
+        self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
         self._stopping = False
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more connections, and return when none is taken any more."""
+        """Stop accepting connections; return after the last one was accepted."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # a connection ends the wait for one
+        with contextlib.suppress(OSError):  # a connection wakes up the accepting thread
             socket.create_connection(self.socket.getsockname()[:2], self.timeout).close()
         self._thread.join()
         self.server_close()
@@ -5053,37 +5323,37 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.handle_request()
             now = time.monotonic()
             for sock, deadline in self.deadlines.copy().items():
-                if deadline < now:  # the head or body drips in
+                if deadline < now:  # the head or body arrives too slowly
                     with contextlib.suppress(OSError):
                         sock.shutdown(socket.SHUT_RDWR)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it when too many are open."""
-        if self._places.acquire(blocking=False):
+        if self._free_connections.acquire(blocking=False):
             super().process_request(request, client_address)
             return
         with contextlib.suppress(OSError):
             request.settimeout(1)
-            request.sendall(refusal(RequestError(503, TOO_MANY)))
+            request.sendall(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
         self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection to its end."""
+        """Serve one connection until it ends."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.deadlines.pop(request, None)
-            self._places.release()
+            self._free_connections.release()
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection, unless the loop has it now."""
-        if request in self.given_away:
-            self.given_away.discard(request)
+        """Close a connection, unless the loop has taken it over."""
+        if request in self.upgraded_sockets:
+            self.upgraded_sockets.discard(request)
         else:
             super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what a handler did not expect; a connection that broke is nothing unexpected."""
+        """Log an unexpected error; broken connections are expected."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError, socket.timeout)):
             log.exception("unexpected error in an HTTP request")
@@ -5105,15 +5375,15 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     raw_requestline: bytes
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_DEADLINE_S
-    disable_nagle_algorithm = True  # else an answer may wait for the acknowledgement of the one before
+    disable_nagle_algorithm = True  # else a response may wait for the acknowledgement of the previous one
 
     def handle_one_request(self) -> None:
-        """Read one request under the deadline for heads and answer it."""
+        """Read one request, with a deadline for its head, and respond."""
         self.server.deadlines[self.connection] = time.monotonic() + REQUEST_DEADLINE_S
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Read and parse the head, by the rules of the WebSocket port; that ends its deadline."""
+        """Read and parse the head, by the rules of the WebSocket port, and end its deadline."""
         lines = [self.raw_requestline]
         while (
             lines[-1].endswith(b"\r\n") and lines[-1] != b"\r\n" and sum(map(len, lines)) <= HEAD_LIMIT_BYTES
@@ -5122,7 +5392,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         head = b"".join(lines)
         self.server.deadlines.pop(self.connection, None)
         self.close_connection = True
-        if not lines[-1]:  # the peer has gone
+        if not lines[-1]:  # the peer has disconnected
             return False
         try:
             if len(head) > HEAD_LIMIT_BYTES:
@@ -5156,7 +5426,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
 
     @functools.cached_property
-    def _is_own_user(self) -> bool:  # looked up once a connection: /proc/net/tcp may be long
+    def _is_own_user(self) -> bool:  # cached per connection, since /proc/net/tcp may be long
         return same_user_on_loopback(self.connection)
 
     def _refusal(self, error: RequestError) -> Response:
@@ -5166,7 +5436,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return Response(error.status, encode_json({"error": error.reason}), headers=tuple(error.headers))
 
     def _answer(self) -> Response | None:
-        """Return the response; None when the connection has become a WebSocket."""
+        """Return the response; None if the connection has become a WebSocket."""
         request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(query_text), self.server
@@ -5176,21 +5446,21 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
         if path == "/ws":
             response = handshake_response(request)
-            self.close_connection = True  # this thread ends; the connection goes on
-            server.given_away.add(self.connection)
+            self.close_connection = True  # ends this thread, not the connection
+            server.upgraded_sockets.add(self.connection)
             server.upgraded(self.connection, response)
             return None
         body = self._body(request)
         if path not in ("/", "/index.html"):
-            return server.api.answer(method, path, query, body)
+            return server.api.respond(method, path, query, body)
         if method != "GET":
             raise RequestError(405, f"{path} takes GET", [("Allow", "GET")])
         return server.page(request.one("host"))
 
     def _exchange_token(self, request: Request, token: str) -> Response:
-        """Swap the token of a link for a cookie, so that it stays out of the browser's history."""
+        """Exchange the token of a link for a cookie, so that it stays out of the browser's history."""
         access = self.server.access
-        self.close_connection = True  # whatever body it may have is not read
+        self.close_connection = True  # a body is not read
         access.check_host(request)
         if not access.is_token(token):
             advice = "`contextuate_monitor.py url --token` prints a new one"
@@ -5203,14 +5473,23 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if (coding and length) or coding not in ("", "chunked") or not re.fullmatch("[0-9]{0,12}", length):
             raise RequestError(400, "a body needs either a Content-Length or Transfer-Encoding: chunked")
         self.server.deadlines[self.connection] = time.monotonic() + BODY_DEADLINE_S
-        body = bytearray() if coding else bytearray(self._read_body(int(length or 0)))
-        while coding and (size := self._chunk_size()):
+        try:
+            body = self._read_whole_body(int(length or 0), is_chunked=bool(coding))
+        except TimeoutError:
+            raise RequestError(408, "the body did not arrive in time") from None
+        self.server.deadlines.pop(self.connection, None)
+        return body
+
+    def _read_whole_body(self, length: int, is_chunked: bool) -> bytes:
+        if not is_chunked:
+            return self._read_body(length)
+        body = bytearray()
+        while size := self._chunk_size():
             body += self._read_body(size, len(body))
             if self.rfile.read(2) != b"\r\n":
                 raise RequestError(400, "a chunk is malformed")
-        while coding and self._chunk_line() != b"\r\n":
-            pass  # trailers mean nothing here
-        self.server.deadlines.pop(self.connection, None)
+        while self._chunk_line() != b"\r\n":
+            pass  # trailers are ignored
         return bytes(body)
 
     def _read_body(self, size: int, have: int = 0) -> bytes:
@@ -5234,7 +5513,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return line
 
     def _send(self, response: Response) -> None:
-        """Send an answer; head and body go in one write, a body that is an iterator as it comes."""
+        """Send a response: head and body in one write, or an iterator's chunks one by one."""
         body = response.body
         headers = [("Date", self.date_time_string()), ("Content-Type", response.content_type)]
         if isinstance(body, bytes):
@@ -5256,31 +5535,32 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.writelines(itertools.chain([head], body))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what BaseHTTPRequestHandler refuses in our form."""
+        """Send an error of BaseHTTPRequestHandler as JSON."""
         self.close_connection = True
         self.request_version = "HTTP/1.1"
         self.command = getattr(self, "command", None) or "GET"
         self._send(json_response({"error": message or http.client.responses.get(code, "refused")}, code))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing for each request: a link may carry the token."""
+        """Do not log requests: a link may contain the token."""
 
 
 # ---------------------------------------------------------------------------
 # The Monitor: what wires them
 #
-# hook → ingest → journal → acknowledgement → sessions → clients, one batch a turn of the loop. Everything
-# behind the journal has a position: a start restores the sessions' snapshots and applies what came after.
+# hook → ingest → journal → acknowledgement → sessions → clients, one batch a turn of the loop. Every
+# consumer of the journal has a position: a start restores the sessions' snapshots and applies later events.
 # ---------------------------------------------------------------------------
 
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
-FILES_INTERVAL_S = 5.0
+FILES_INTERVAL_S = 5.0  # between two looks for files of other users
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
-SLICE_S = 0.004  # of long work in the loop, before hooks and clients have their turn
+SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
+PROCESS_WATCHES = 256  # more are looked at every second
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # in the stream of Redis
@@ -5296,9 +5576,9 @@ Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connect
 
 @dataclasses.dataclass
 class HookPort:
-    """The Unix socket that hooks send to, one event a line, and get a byte back for each.
+    """The Unix socket that hooks send events to, one a line, each acknowledged with one byte.
 
-    Accepts connections of our own user only. `received((line, connection))` gets each line. Raises StartError
+    Accepts connections of this user only. `received((line, connection))` gets each line. Raises StartError
     when another monitor uses the socket.
     """
 
@@ -5336,7 +5616,7 @@ class HookPort:
             return
         if not data:
             self.ended.add(sock)
-            self.loop.forget(sock)
+            self.loop.unwatch(sock)
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         for line in lines:
             self.received((line, sock))
@@ -5348,32 +5628,32 @@ class HookPort:
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
-            pass  # a sender that never reads its acknowledgements does not want them
+            pass  # the sender never reads its acknowledgements
         except OSError:
             self.ended.add(sock)
         if sock in self.ended:
             self.drop(sock)
 
     def drop(self, sock: socket.socket) -> None:
-        """Close a connection; a sender that waits for an acknowledgement learns that there is none."""
+        """Close a connection, so that a sender does not wait for an acknowledgement."""
         self.connections.pop(sock, None)
         self.ended.discard(sock)
-        self.loop.forget(sock)
+        self.loop.unwatch(sock)
         sock.close()
 
     def restore(self) -> None:
-        """Bind the socket again when something removed it."""
+        """Bind the socket again when it was removed."""
         if self._listener is not None and not os.path.exists(self.path):
             log.warning("%s was removed; it is bound again", self.path)
             removed = self._listener
             self._listen()
-            self.loop.forget(removed)
+            self.loop.unwatch(removed)
             removed.close()
 
     def stop_listening(self) -> None:
-        """Accept no more connections; those that are open may still send."""
+        """Accept no more connections; open ones may still send."""
         if self._listener is not None:
-            self.loop.forget(self._listener)
+            self.loop.unwatch(self._listener)
             self._listener.close()
             self._listener = None
             with contextlib.suppress(OSError):
@@ -5386,6 +5666,16 @@ class HookPort:
         for sock in list(self.connections):
             self.drop(sock)
         unlock_file(self.path + ".lock", self._lock)
+
+
+def lock_is_held(path: str) -> bool:
+    """True while a process holds the lock on a file; the check itself holds it for a moment."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 @dataclasses.dataclass
@@ -5402,16 +5692,16 @@ class SpoolDrain:
     dropped: int = 0  # events that the spool dropped because it was full
     draining: bool = False
 
-    def look(self) -> None:
-        """Begin to drain when there is something."""
-        if not self.draining and not emit_event.lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True  # after a change of mode the publisher sees that and leaves
+    def check(self) -> None:
+        """Start to drain when there is something."""
+        if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
+            self.draining = True  # after a change of mode the publisher notices it and exits
             self._go_on(self._steps())
 
     def _go_on(self, steps: Iterator[bool]) -> None:
         try:
             self.draining = next(steps, False)
-        except Exception as error:  # whatever it is, it is tried again
+        except Exception as error:  # tried again
             is_known = isinstance(error, OSError)
             log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
             self.draining = False
@@ -5442,14 +5732,13 @@ class SpoolDrain:
 
 
 class Ingest:
-    """Build events from the lines that come in, store each once, and count what came from which machine."""
+    """Build events from received lines, store each once, and count them by machine."""
 
     def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
-        self.machines: dict[str, JsonObject] = {}  # name → what the status says of it
-        self.remembered = max(REMEMBERED_IDS, 2 * settings["redis.streamMaxLength"])
-        self.seen = SeenIds(self.remembered)
-        self.deleted = DeletedIds(settings.path("deleted-ids"), self.remembered)
+        self.machines: dict[str, JsonObject] = {}  # name → its part of the status
+        self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
         self._machine_id = settings.machine_id
@@ -5462,9 +5751,9 @@ class Ingest:
     ) -> tuple[list[bool], list[StoredEvent]]:
         """Store the events of a batch of lines.
 
-        `remote` lines came through Redis, where others may publish, too. `late` says of each line whether it
-        waited (spool, stream), so that its delay says nothing of clocks. Returns for each line whether it is
-        settled (stored, a duplicate, or no event), and what was stored.
+        `remote` lines came through Redis, where others may publish, too. `late`: for each line whether it
+        waited (spool, stream), so that its delay is no measure of clocks. Returns for each line whether it is
+        settled (stored, a duplicate, or no event), and the stored events.
         """
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
@@ -5495,8 +5784,15 @@ class Ingest:
         self.counts["stored"] += len(stored)
         return settled, stored
 
+    def read_transcripts(self, session_id: str) -> None:
+        """Read the tokens of a session whose client was killed; its last event names the transcript."""
+        newest = itertools.islice(readable(self._journal.lines(session_id, backwards=True)), 100)
+        named = (event for _, event, _ in newest if "transcriptPath" in event["data"])
+        for event in itertools.islice(named, 1):
+            self._usage.put({**event, "hookType": "SessionEnd"})
+
     def close(self) -> None:
-        """Stop the reader of transcripts; log what came from where."""
+        """Stop the reader of transcripts; log the number of events by machine."""
         for name, machine in sorted(self.machines.items()):
             log.info("%d events from machine %s since the start", machine["events"], name)
         self._usage.close()
@@ -5505,7 +5801,7 @@ class Ingest:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
         machine_id = "unknown" if remote else self._machine_id
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
-        event.pop("spooled", None)  # only the monitor says so
+        event.pop("spooled", None)  # only the monitor sets it
         if remote:
             event.pop("demo", None)  # nor may others rename, hide or delete anything here
             if "session_meta" in (event["eventType"], effective_type(event)):
@@ -5515,19 +5811,22 @@ class Ingest:
                 event["machineId"] = self._machine_id  # the host was renamed since the start
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            if event["hookType"] in emit_event.USAGE_HOOKS:  # of remote ones the publisher reads transcripts
-                self._usage.put(event)
+            self._usage.put(event)  # of remote ones the publisher reads transcripts
         return emit_event.protect(event, self._privacy)
 
     def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
         head = line.head if isinstance(line, TooLong) else line
         self.counts["quarantined"] += 1
+        shown, reason = emit_event.shown_head(head, 200, self._privacy), str(error)
         if isinstance(error, MalformedEvent):
-            log.warning("not an event (%s): %r", error, head[:200])
+            log.warning("not an event (%s): %r", reason, shown)
+        elif self._privacy.metadata_only:  # an error's text may quote content
+            reason = type(error).__name__
+            log.error("an event could not be built: %s", reason)
         else:
-            log.error("an event could not be built: %r", head[:200], exc_info=error)
+            log.error("an event could not be built: %r", shown, exc_info=error)
         try:
-            emit_event.keep_in_quarantine(self._quarantine_path, head, str(error))
+            emit_event.keep_in_quarantine(self._quarantine_path, head, reason, self._privacy)
         except OSError as trouble:
             log.warning("the quarantine could not be written: %s", trouble)
 
@@ -5552,11 +5851,11 @@ class Ingest:
 
 @dataclasses.dataclass
 class SessionFeed:
-    """Send clients what changed of the sessions, together and at most every UPDATE_INTERVAL_S, or all."""
+    """Send clients the changed sessions, together and at most every UPDATE_INTERVAL_S, or all sessions."""
 
     loop: EventLoop
     sessions: Sessions
-    clients: ClientServer
+    clients: WebSocketServer
     changed: dict[str, None] = dataclasses.field(default_factory=dict)  # ids whose update is still to be sent
     updates_due: bool = False
 
@@ -5587,16 +5886,17 @@ class SessionFeed:
         self.changed.clear()
         clients = [client for client in self.clients.clients.values() if client.view is not None]
         for with_hidden in {client.show_hidden for client in clients}:
-            message = encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden)
+            message = b"".join(encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden))
             for client in [client for client in clients if client.show_hidden == with_hidden]:
-                self.clients.answer(client, encode_frame(Opcode.TEXT, message))
+                self.clients.reply(client, encode_frame(Opcode.TEXT, message))
 
 
 @dataclasses.dataclass
 class Retention:
-    """Deletes what the configuration says is too old or too much, in its own thread; the rest is the loop's.
+    """Delete events that are too old or too much for the configuration, in a thread of its own.
 
-    `pinned()` gives the names of the files to keep; `removed(names)` hears whose events are all gone.
+    `pinned()` returns the names of the files to keep; `removed(names)` is called with the names of sessions
+    without events. Everything but deleting happens in the loop thread.
     """
 
     settings: Settings
@@ -5613,23 +5913,23 @@ class Retention:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
-        """Do it now, and from time to time."""
+        """Prune now and periodically."""
         self.prune(dry_run=False)
         self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
 
-    def least_now_ms(self) -> int:
-        """Return the time at least: a clock that was set forward since the start makes nothing older."""
+    def now_without_jumps_ms(self) -> int:
+        """Return the time, without jumps of the clock since the start, which would make events older."""
         return int(steady_ms() + min(self._ahead_ms, now_ms() - steady_ms()))
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
-        """Plan what must go, delete it unless `dry_run`, and hand the plan to `done`."""
+        """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
 
         def work() -> None:
             try:
-                plan = plan_retention(home, self.least_now_ms(), days, limit and limit << 20, kept)
-                gone = frozenset() if dry_run else carry_out(home, plan)
+                plan = plan_retention(home, self.now_without_jumps_ms(), days, limit and limit << 20, kept)
+                gone = frozenset() if dry_run else delete_planned(home, plan)
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
                 log.warning("%s", self._error)
@@ -5649,7 +5949,7 @@ class Retention:
             self._thread.submit(work)
 
     def disk_use(self, index_size: int) -> JsonObject | None:
-        """Return what the status shows, None before the first plan; `index_size` is that of now."""
+        """Return the disk use for the status, None before the first plan; `index_size`: the current one."""
         plan = self._plan
         if plan is None:
             return {"error": self._error} if self._error else None
@@ -5664,36 +5964,36 @@ class Retention:
         }
 
     def close(self) -> None:
-        """End the thread; what it is about is finished."""
+        """End the thread after its current work."""
         self._thread.shutdown(wait=True)
 
 
 class MessageError(Exception):
-    """A client's message that cannot be carried out; the text says why."""
+    """A client's message that cannot be carried out; the text is the reason."""
 
 
 Answer = Union[JsonObject, bytes, "concurrent.futures.Future[JsonObject]", None]
 
 
 class MessageHandlers:
-    """What clients ask for: for each type of message a method `_on_` that type, or a line of META.
+    """Handlers of client messages: for each type a method `_on_` that type, or a line of META.
 
-    A method returns the answer: a message, an encoded one, a future of one that the reader thread makes, or
-    None where nothing is to be answered. What is no question waits until the stored sessions are loaded.
+    A method returns the answer: a message, an encoded one, a future of one from the reader thread, or None
+    for no answer. Messages that change something wait until the stored sessions are loaded.
     """
 
     QUESTIONS = frozenset(
         "subscribe unsubscribe get_sessions set_show_hidden get_events get_all_recent_events "
         "get_event_detail search reconnect_redis send_test_event".split()
     )
-    # What the user did to a session → data of the event that is stored for it
+    # Action of the user on a session → data of the stored event
     META: dict[str, Callable[[Session, JsonObject], JsonObject]] = {
         "rename_session": lambda session, message: {"action": "rename", "label": message["label"][:200]},
         "toggle_pin": lambda session, message: {"action": "pin", "pinned": not session.pinned},
         "hide_session": lambda session, message: {"action": "hide", "hidden": True},
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
     }
-    CHECKS: dict[str, Callable[[Any], bool]] = {  # what is expected of a field → whether it is that
+    CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
         "text": lambda it: isinstance(it, str) and it != "",
         "text, perhaps empty": lambda it: isinstance(it, str),
         "a list of texts": lambda it: isinstance(it, list) and all(isinstance(text, str) for text in it),
@@ -5716,7 +6016,7 @@ class MessageHandlers:
         self._monitor = monitor
 
     def greet(self, client: Client) -> None:
-        """Send a new client what this monitor is."""
+        """Send a new client the greeting."""
         settings, seq = self._monitor.settings, self._monitor.journal.seq
         about = {"version": __version__, "mode": settings["mode"], "machineId": settings.machine_id}
         self._reply(client, {}, {"type": "hello", **about, "seq": seq, "wsProtocol": 1})
@@ -5751,7 +6051,7 @@ class MessageHandlers:
         return with_request_id(message, answer or {"type": "done"})
 
     def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
-        """Hand `done` the answer to a message, or the exception, in the loop thread."""
+        """Call `done` with the answer to a message, or the exception, in the loop thread."""
         kind, monitor = text_of(message.get("type")), self._monitor
         if monitor.loading is not None and kind not in self.QUESTIONS:
             if len(monitor.deferred) < DEFERRED_LIMIT:
@@ -5766,7 +6066,7 @@ class MessageHandlers:
                 if f"{kind}.{name}" in self.NEEDED if value is None else not self.CHECKS[expected](value):
                     raise MessageError(f"{name}: expected {expected}")
             answer = handler(client, message)
-        except Exception as error:  # the client is to know, whatever it is
+        except Exception as error:  # the client gets an error in any case
             answer = error
         if isinstance(answer, concurrent.futures.Future):
             call_soon = monitor.loop.call_soon
@@ -5785,7 +6085,7 @@ class MessageHandlers:
         if isinstance(answer, dict):
             answer = encode_json(with_request_id(message, answer))
         if answer is not None:
-            self._monitor.clients.answer(client, encode_frame(Opcode.TEXT, answer))
+            self._monitor.clients.reply(client, encode_frame(Opcode.TEXT, answer))
 
     def _on_subscribe(self, client: Client, message: JsonObject) -> None:
         journal, seq, since = self._monitor.journal, self._monitor.journal.seq, message.get("since")
@@ -5802,7 +6102,7 @@ class MessageHandlers:
         reply = {"type": "subscribed", "seq": seq, "resync": resync, "missed": len(frames)}
         self._reply(client, message, reply)
         status = text_frame({"type": "status", **self._monitor.status.to_json()})
-        self._monitor.clients.answer(client, b"".join([*frames, status]))
+        self._monitor.clients.reply(client, b"".join([*frames, status]))
 
     def _on_unsubscribe(self, client: Client, message: JsonObject) -> None:
         if client.session_ids is not None:
@@ -5810,7 +6110,7 @@ class MessageHandlers:
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> Answer:
         reply = with_request_id(message, {"type": "sessions"})
-        return encode_with_sessions(reply, self._monitor.sessions, client.show_hidden)
+        return b"".join(encode_with_sessions(reply, self._monitor.sessions, client.show_hidden))
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> Answer:
         client.show_hidden = message.get("showHidden") is True
@@ -5904,7 +6204,7 @@ class MessageHandlers:
         return session
 
     def _store_action(self, session: Session, data: JsonObject) -> None:
-        """Store what the user did as an event of its own, so that the files alone rebuild everything."""
+        """Store an action of the user as an event, so that sessions can be rebuilt from the files alone."""
         kind = {"eventType": "session_meta", "hookType": "Monitor", "data": data}
         where = {"machineId": self._monitor.settings.machine_id, "workingDirectory": session.directory}
         if not self._monitor.take_now(encode_json({**kind, **where, "sessionId": session.session_id})):
@@ -5912,7 +6212,7 @@ class MessageHandlers:
 
 
 def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
-    """Return the answer with the message's requestId, where it has one."""
+    """Return the answer with the message's requestId, if it has one."""
     return {**answer, "requestId": message["requestId"]} if "requestId" in message else answer
 
 
@@ -5924,18 +6224,71 @@ def test_event(machine_id: str) -> JsonObject:
     return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
 
 
-class Status:
-    """What the API and the clients ask about the whole: status, configuration, sessions, metrics.
+def foreign_files(home: str) -> list[tuple[str, str, str]]:
+    """Return (path, owner, command to run) for files in our directories that the monitor cannot use."""
+    found = []
+    for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            for entry in entries:
+                about = entry.stat(follow_symlinks=False)
+                is_useless = stat.S_ISFIFO(about.st_mode) or entry.name.endswith(".foreign")
+                if about.st_uid != os.getuid() or is_useless:
+                    command = "rm -r" if is_useless else f"chown {user_name(os.getuid())}"
+                    command = f"sudo {command} {shlex.quote(entry.path)}"
+                    found.append((entry.path, user_name(about.st_uid), command))
+    return found
 
-    Reads what the monitor's parts know, in the loop thread, and changes nothing.
+
+def user_name(uid: int) -> str:
+    """Return the name of a user; the number where there is none, as in many containers."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def publisher_state(home: str) -> JsonObject:
+    """Return the publisher's state, and whether its process runs (`running`)."""
+    state = {"state": "stopped", **emit_event.publisher_file(home)}
+    state.pop("recent", None)
+    running = state["state"] != "stopped" and is_publisher(state.get("pid"))
+    return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
+
+
+def is_publisher(pid: Any) -> bool:
+    """True if the process with this id is a publisher; without /proc, if it is one of this user."""
+    if type(pid) is not int or not 0 < pid < 1 << 31:
+        return False
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"\0--publish\0" in file.read(65536)
+    except OSError:
+        if os.path.exists("/proc/self/cmdline"):
+            return False
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+class Status:
+    """The monitor's state for the API and the clients: status, configuration, sessions, metrics.
+
+    Reads the monitor's parts, in the loop thread, and changes nothing.
     """
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
+        self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
+        self._foreign_seen = -math.inf  # time.monotonic()
 
-    def to_json(self) -> JsonObject:
-        """Return what /api/status and the `status` message show."""
+    def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
+        """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
         monitor = self._monitor
+        if time.monotonic() - self._foreign_seen >= foreign_age_s:
+            self._foreign_seen = time.monotonic()
+            self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
@@ -5969,12 +6322,12 @@ class Status:
                 for name, machine in sorted(ingest.machines.items())
             ],
             "redis": redis.status() if redis else None,
-            "publisher": emit_event.publisher_state(monitor.settings.home) if redis else None,
+            "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        problems = status_problems(status, unsaved, emit_event.foreign_files(monitor.settings.home))
+        problems = status_problems(status, unsaved, self._foreign)
         return {**status, "facts": status_facts(status), "problems": problems}
 
     def metrics(self) -> bytes:
@@ -5986,7 +6339,7 @@ class Status:
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
-        """Return the configuration in force; there is no secret in it."""
+        """Return the configuration in force, without secrets."""
         settings = self._monitor.settings
         about = {"version": __version__, "machineId": settings.machine_id, "path": settings.config_path}
         nested: JsonObject = {**about}
@@ -6003,12 +6356,12 @@ class Status:
         if session is not None:
             return self._monitor.sessions.to_json(session)
         if self._monitor.loading is not None:
-            raise RequestError(503, "stored sessions are being read; ask again in a moment")
+            raise RequestError(503, "stored sessions are still being read; try again in a moment")
         raise RequestError(404, "no session with this id is known")
 
 
 def steady_part(status: JsonObject) -> list[object]:
-    """Return what of a status is news when it changes: all but counters and times."""
+    """Return the part of a status whose changes are sent at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
@@ -6021,7 +6374,7 @@ def steady_part(status: JsonObject) -> list[object]:
 
 
 class Monitor:
-    """The running program. `run` serves until `stop`.
+    """The running program: `run` serves until `stop`.
 
     Everything but `__init__` happens in the loop thread.
     """
@@ -6046,10 +6399,11 @@ class Monitor:
         self._arrivals: list[Arrival] = []  # of this turn
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
-        self._alive_ms: dict[str, int] = {}  # session → when its process was last seen
+        self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
         self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self._processes = ProcessWatch(self.loop)
         self.status = Status(self)
         self._sent_status: list[object] = []
         self._stopping = False
@@ -6057,7 +6411,7 @@ class Monitor:
     # Start and stop
 
     def open(self) -> None:
-        """Open every port and begin to serve the page; raise StartError."""
+        """Open every port and start to serve the page; raise StartError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
         otherwise = "another monitor runs for this directory (pid {pid}); `stop` ends it"
@@ -6072,7 +6426,7 @@ class Monitor:
         access.port = self.port
         self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals.append)
         handlers = MessageHandlers(self)
-        self.clients = ClientServer(
+        self.clients = WebSocketServer(
             self.loop,
             ws_socket,
             admit=lambda it, sock: access.check(it, self.ws_port, lambda: same_user_on_loopback(sock)),
@@ -6093,19 +6447,19 @@ class Monitor:
             self.journal.seq = int(file.read(20))
         self.journal.open()
         self.loading = {"done": 0, "total": self.journal.seq}
-        self.loop.turn_end = self._handle_arrivals
+        self.loop.on_turn_end = self._store_received
         self._advance(self._load())
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
-        gc.freeze()  # what is there stays: looking through it for garbage would only hold up the loop
+        gc.freeze()  # loaded modules stay: collecting them again would only block the loop
         try:
             self.loop.run()
         finally:
             self._close()
 
     def stop(self) -> None:
-        """Store what has come in, close the clients, and let `run` return; for any thread."""
+        """Store received events, close the clients, and make `run` return; for any thread."""
         self.loop.call_soon(self._begin_stop)
 
     def _upgraded(self, sock: socket.socket, response: bytes) -> None:
@@ -6121,7 +6475,7 @@ class Monitor:
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
-        self._handle_arrivals()
+        self._store_received()
         if self.redis:
             self.redis.close()
         self.http.stop()
@@ -6133,39 +6487,36 @@ class Monitor:
         self.history.stop()
         self._hooks.close()
         # the newest files may be removed by hand before the next start
-        remember_seq(self.settings.home, self.journal.seq)
+        save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
         self.loop.close()
         os.close(self._lock)
 
-    # Loading: snapshots, then what came after them
+    # Loading: snapshots, then later events
 
-    def _advance(self, steps: Iterator[None]) -> None:
-        """Go on with long work for some milliseconds a turn, so that hooks and clients never wait for it."""
+    def _advance(self, steps: Iterator[bool]) -> None:
+        """Do long work for some milliseconds a turn, so that hooks and clients never wait; True: pause."""
         deadline = time.monotonic() + SLICE_S
-        for _ in steps:
-            if time.monotonic() >= deadline:
-                self.loop.call_soon(functools.partial(self._advance, steps))
+        for must_pause in steps:
+            if must_pause or time.monotonic() >= deadline:
+                self.loop.call_later(0.1 * must_pause, functools.partial(self._advance, steps))
                 return
 
-    def _load(self) -> Iterator[None]:
-        """Make the sessions what they were: restore snapshots, then apply the events stored after them.
+    def _load(self) -> Iterator[bool]:
+        """Restore the sessions: load snapshots, then apply the events stored after them.
 
-        What arrives meanwhile is only stored; its turn comes in order of arrival.
+        Events that arrive meanwhile are only stored; they are applied later, in order of arrival.
         """
         checkpoint, rows = self.history.load_snapshots()
         self._generation = self.history.generation if checkpoint else -1
-        recent: list[str] = []
-        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.remembered):
-            recent.append(line_id(line))
-            yield
-        for event_id in reversed(recent):
-            self.ingest.seen.add(event_id)
+        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
+            self.ingest.seen.add(line_id(line))
+            yield False
         self._connect_sources()
         try:
             self.sessions.restore(rows)
         except ValueError as error:
-            log.warning("the snapshots of sessions cannot be used, so every event is read: %s", error)
+            log.warning("snapshots of sessions cannot be used, so all events are read again: %s", error)
             checkpoint, self._generation = 0, -1
         begun = self._applied = checkpoint
         while self._applied < self.journal.seq:
@@ -6175,20 +6526,19 @@ class Monitor:
                 try:
                     self._apply(parse_stored(line))
                 except MalformedEvent:
-                    log.warning("a stored line is not an event and is skipped: %r", line[:200])
+                    shown = emit_event.shown_head(line, 200, self.settings.privacy)
+                    log.warning("a stored line is not an event and is skipped: %r", shown)
                 self.loading = {"done": self._applied - begun, "total": self.journal.seq - begun}
-                yield
+                yield False
             self._applied = max(self._applied, until)
-        self._end_loading()
+        self._end_loading(begun)
 
-    def _end_loading(self) -> None:
+    def _end_loading(self, begun: int) -> None:
         seconds = (now_ms() - self.started_at) / 1000
         log.info("%d sessions known, %.1f s after the start", len(self.sessions.sessions), seconds)
         self.loading = None
-        self.sessions.linked_changes()
-        self._dirty = set(self.sessions.sessions)
-        self.sessions.tick(now_ms())
-        self._end_sessions_without_process()
+        self._note_changes([it for it in self.sessions.sessions.values() if it.seq > begun])
+        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         gc.freeze()
         self.feed.send_list()
         self._send_status()
@@ -6201,23 +6551,22 @@ class Monitor:
             self.loop.call_soon(callback)
         self.deferred.clear()
 
-    def _snapshot_steps(self) -> Iterator[None]:
-        """Hand changed sessions, or all to a new index file, to the index: a start reads on from there."""
+    def _snapshot_steps(self) -> Iterator[bool]:
+        """Save snapshots of changed sessions, or of all in a new index file; a start continues from them."""
         generation, checkpoint = self.history.generation, self.journal.seq
-        changed = self._dirty if generation == self._generation else set(self.sessions.sessions)
-        self._dirty = set()
-        if not changed:
-            return
+        if generation != self._generation:
+            self._generation, self._dirty = generation, set(self.sessions.sessions)
+        dirty, changed = self._dirty, list(self._dirty)
         for session_id in changed:
+            dirty.discard(session_id)
             if session_id in self.sessions.sessions:
                 rows = {session_id: self.sessions.snapshot(session_id)}
-                self.history.save_snapshots(generation, rows, None)
-                yield
-        self.history.save_snapshots(generation, {"": self.sessions.snapshot("")}, checkpoint)
-        self._generation = generation
+                yield self.history.save_snapshots(generation, rows, None)
+        if changed:
+            self.history.save_snapshots(generation, {"": self.sessions.snapshot("")}, checkpoint)
 
     def _connect_sources(self) -> None:
-        """Read our own spool, or, with Redis, what every machine's publisher sends there."""
+        """Start to read this machine's spool or, in Redis mode, the events of all machines."""
         unsaved, spool = self.settings.path("unsaved"), self.settings.path("spool")
         for path, _ in emit_event.spool_segments(unsaved):
             emit_event.make_spool(spool)
@@ -6227,12 +6576,12 @@ class Monitor:
         else:
             take = functools.partial(self._take_all, remote=False)
             self.spool = SpoolDrain(self.loop, self.settings.home, take)
-        self.loop.call_every(TICK_INTERVAL_S, self._look_at_files)
+        self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
-    # Events that come in
+    # Received events
 
-    def _handle_arrivals(self) -> None:
-        """Store what this turn brought, acknowledge it, then show it: no hook waits for the page."""
+    def _store_received(self) -> None:
+        """Store the events of this turn, acknowledge them, then send them to clients."""
         if not self._arrivals:
             return
         arrivals = self._arrivals[:]
@@ -6254,14 +6603,14 @@ class Monitor:
     def _take_all(self, lines: Sequence[bytes], remote: bool, late: Sequence[bool] = ()) -> bool:
         """Store lines of the spool or of Redis in order; return whether all are settled.
 
-        Where one session's file cannot be written and others can, its events must not hold up the rest: they
-        go to unsaved/ and come back through the spool at the next start.
+        Events of a session whose file cannot be written, while others can, must not block the rest: they go
+        to unsaved/ and are read from the spool at the next start.
         """
         safe, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
         if all(safe):
             return True
-        if not self.journal.has_room():
+        if not self.journal.is_writable():
             return False
         left = [line for line, is_safe in zip(lines, safe) if not is_safe]
         log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
@@ -6278,7 +6627,7 @@ class Monitor:
         return safe[0]
 
     def _usage_counted(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens; called by the thread that read them."""
+        """Store the totals of a session's tokens; called in the thread of UsageWorker."""
 
         def store() -> None:
             if self.loading is not None or event["sessionId"] in self.sessions.sessions:  # else deleted
@@ -6294,7 +6643,7 @@ class Monitor:
             return
         changed: list[Session] = []
         for entry in stored:
-            self.counts.note(entry.event)
+            self.counts.add(entry.event)
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
@@ -6316,31 +6665,31 @@ class Monitor:
         self.feed.changed.update(dict.fromkeys(ids))
 
     def _tick(self) -> None:
-        self._note_changes(self.sessions.tick(now_ms()) + self._end_sessions_without_process())
+        self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
         self._send_status()
 
     def _send_status(self) -> None:
-        """Send the status to the clients when more than counters moved."""
+        """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            status, before = self.status.to_json(), self._sent_status
+            status, before = self.status.to_json(FILES_INTERVAL_S), self._sent_status
             self._sent_status = steady_part(status)
             if self._sent_status != before:
                 self.clients.broadcast((), text_frame({"type": "status", **status}))
 
-    def _look_at_files(self) -> None:
-        """Drain the spool (or have it published), recover from a full disk, bind a removed socket."""
+    def _check_files(self) -> None:
+        """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
         if self.spool:
-            self.spool.look()
+            self.spool.check()
         else:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)  # a publisher that we started and that has left
+                os.waitpid(-1, os.WNOHANG)  # reap a publisher that was started here
             if emit_event.spool_segments(self.settings.path("spool")):
                 try:
                     emit_event.ensure_publisher(self.settings.home)
                 except OSError as error:
                     log.warning("the publisher cannot be started: %s", error)
-        if self.store_error and self.journal.has_room():
+        if self.store_error and self.journal.is_writable():
             self.journal.error = None
             self._note_store_error()
         if self.loading is not None:
@@ -6357,35 +6706,26 @@ class Monitor:
         self._send_status()
 
     def _end_sessions_without_process(self) -> list[Session]:
-        """End the sessions of this machine whose client is no longer there: a kill fires no hook.
-
-        A process may have gone long before this look, so its session ends when it was last seen, or with its
-        last event.
-        """
-        gone = []
-        own = self.settings.machine_id
-        for session in list(self.sessions.sessions.values()):
-            if session.pid is None or session.state == "ended" or session.machine_id != own:
-                continue
-            if process_ran_at(session.pid, session.last_event):
-                self._alive_ms[session.session_id] = now_ms()
-            else:
-                seen_ms = self._alive_ms.pop(session.session_id, session.last_event)
-                gone.append(self.sessions.end_gone(session.session_id, max(seen_ms, session.last_event)))
+        """End the sessions of this machine whose client no longer runs."""
+        is_sure = self.redis is None  # through Redis events of another machine of the same name may arrive
+        ran_at = self._processes.ran_at
+        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure)
+        for session in gone:
+            self.ingest.read_transcripts(session.session_id)
         return gone
 
     def reconnect_redis(self) -> None:
-        """Connect to Redis at once, also after it was given up; for any thread."""
+        """Connect to Redis at once, also after the last attempt failed; for any thread."""
         if self.redis:
             self.loop.call_soon(self.redis.reconnect)
 
     def delete(self, session: Session) -> None:
-        """Delete a session with its events, as the user asks for."""
-        remember_seq(self.settings.home, self.journal.seq)
+        """Delete a session with its events, at the user's request."""
+        save_last_seq(self.settings.home, self.journal.seq)
         if self.redis:  # the stream may still have them, and be read again
             lines = self.journal.lines(session.session_id, backwards=True)
             self.ingest.deleted.add(
-                [line_id(line) for line in itertools.islice(lines, self.ingest.remembered)]
+                [line_id(line) for line in itertools.islice(lines, self.ingest.seen.limit)]
             )
         freed = self.journal.delete_session(session.session_id)
         self.retention.events_added -= freed
@@ -6397,7 +6737,7 @@ class Monitor:
         return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
 
     def _removed(self, names: frozenset[str]) -> None:
-        """Forget sessions that have no events left; look, too, at what was removed or added by hand."""
+        """Drop sessions without events; compare the index with files that were removed or added by hand."""
         self.history.rescan()
         sessions = self.sessions.sessions.values()
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
@@ -6406,7 +6746,6 @@ class Monitor:
         for session in sessions:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
-            self._alive_ms.pop(session.session_id, None)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
@@ -6414,12 +6753,12 @@ class Monitor:
 
 
 def loading_words(progress: JsonObject) -> str:
-    """Return how far loading is, for a person."""
+    """Return the progress of loading as text."""
     return f"{progress['done']} of {progress['total']} stored events have been read"
 
 
 def status_facts(status: JsonObject) -> list[JsonObject]:
-    """Describe the parts of a monitor by its status: [{"name": one word, "words": a line}]."""
+    """Return the state of the monitor's parts as [{"name": one word, "words": a line}]."""
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
     disk, stored = status["disk"] or {}, events["stored"]
@@ -6432,10 +6771,10 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         "store": f"{store['path'] or 'in memory'}: {'ok' if store['ok'] else store['error']}{kept}",
         "index": {
             "ready": f"{human_size(index['bytes'])}, {index['lagEvents']} events behind",
-            "building": f"being made: {human_size(index['done'])} of {human_size(index['total'])} are read",
+            "building": f"being built: {human_size(index['done'])} of {human_size(index['total'])} are read",
         }.get(index["state"], f"off: {index['error']}"),
         "spool": f"{human_size(spool['bytes'])} waiting",
-        "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines mended",
+        "lost": f"{spool['dropped']} events dropped by full spools, {store['repaired']} torn lines repaired",
     }
     link, publisher = status["redis"], status["publisher"]
     if link:
@@ -6448,7 +6787,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
         facts["stream"] = str(link["streamReason"] or read.get(link["streamState"]))
         if link["gaps"]:
-            facts["gaps"] = f"{link['gaps']} times the stream had been cut before it was read"
+            facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
     for machine in status["machines"] if link else ():
@@ -6465,7 +6804,7 @@ def status_problems(
 ) -> list[JsonObject]:
     """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
 
-    `foreign`: (path, owner, command that mends it) of what lies in our directory and cannot be used.
+    `foreign`: see `foreign_files`.
     """
     found: list[JsonObject] = []
 
@@ -6479,25 +6818,33 @@ def status_problems(
     attempt += f" of {redis['maxRetries']}" if redis.get("maxRetries") is not None else ""
     if redis.get("state") == "waiting":
         words = f"Redis does not answer ({attempt})"
-        add("redis", "fail", words, redis["reason"], "Shown is what this machine has stored.")
+        add(
+            "redis", "fail", words, redis["reason"], "The page shows the events that this machine has stored."
+        )
     elif redis.get("state") == "given_up":
         words = f"Redis did not answer, and the monitor no longer tries ({attempt})"
         add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
     if redis.get("streamState") == "refused":
-        advice = "What is sent while this monitor is away will be missing."
+        advice = "Events sent while this monitor is not running will be missing."
         add("stream", "fail", "Redis refuses the stream", redis["streamReason"], advice)
     if publisher.get("channelState") == "refused":
         words = "Redis refuses this machine's events"
         add("channel", "fail", words, publisher.get("channelReason"), "Correct the user's rights in Redis.")
     if redis.get("state") == "connected" and publisher.get("state") == "waiting":
-        words = "Events of this machine wait in the spool, since Redis does not take them"
-        add("publisher", "fail", words, publisher.get("reason"), "They are sent when it does.")
+        words = "Events of this machine wait in the spool, since Redis does not accept them"
+        add("publisher", "fail", words, publisher.get("reason"), "The publisher sends them when it does.")
     if redis.get("gaps"):
-        words = f"{redis['gaps']} times the stream had been cut before it was read: events may be missing"
-        add("gaps", "warn", words, None, "A larger redis.streamMaxLength keeps more.")
+        words = f"{redis['gaps']} times the stream was trimmed before it was read: events may be missing"
+        add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
-        add("store", "fail", words, store["error"], "Free space on its disk; it then goes on by itself.")
+        add(
+            "store",
+            "fail",
+            words,
+            store["error"],
+            "Free space on its disk; the monitor then continues by itself.",
+        )
     if unsaved_bytes:
         words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
         add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
@@ -6506,19 +6853,29 @@ def status_problems(
         add("spool", "warn", words, None, "Keep a monitor (or Redis) running while agents work.")
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
-        add("index", "warn", words, index["error"], "Correct what it names; the index is then rebuilt.")
+        add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
     if disk.get("error"):
         add("disk", "warn", disk["error"], None, "Correct what it names.")
-    for path, owner, command in foreign[:5]:
-        words = f"{path} (owner: {owner}) cannot be used by this user"
-        add("files", "warn", words, None, f"Run: {command}")
-    return found
+    return found + foreign_problems(foreign)
+
+
+def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
+    """Return as problems what we cannot use in our directory: (path, owner, command that mends it)."""
+    return [
+        {
+            "kind": "files",
+            "level": "warn",
+            "words": f"{path} (owner: {owner}) cannot be used by this user",
+            "advice": f"Run: {command}",
+        }
+        for path, owner, command in foreign[:5]
+    ]
 
 
 def lock_file(path: str, otherwise: str) -> int:
-    """Take the lock at `path` for as long as this process lives; raise StartError with the words `otherwise`.
+    """Take the lock at `path` until this process exits; raise StartError with the message `otherwise`.
 
-    The file holds our pid. "{pid}" in `otherwise` becomes the owner's. `unlock_file` takes the file away.
+    The file holds our pid. "{pid}" in `otherwise` becomes the owner's. `unlock_file` removes the file.
     """
     owner = ""
     for _ in range(LOCK_ATTEMPTS):
@@ -6527,7 +6884,7 @@ def lock_file(path: str, otherwise: str) -> int:
             about = os.fstat(fd)
             if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
                 os.close(fd)
-                raise OSError(errno.EPERM, "it is not a file of ours")
+                raise OSError(errno.EPERM, "is not a file of this user")
         except OSError as error:
             why = f"cannot be opened: {error.strerror}"
             with contextlib.suppress(OSError):
@@ -6541,8 +6898,8 @@ def lock_file(path: str, otherwise: str) -> int:
                 os.pwrite(fd, str(os.getpid()).encode(), 0)
                 return fd
         except FileNotFoundError:
-            pass  # taken away between our opening and locking it
-        except BlockingIOError:  # `running_monitor` has it for a moment, or another monitor for long
+            pass  # removed between opening and locking it
+        except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
             owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
@@ -6550,7 +6907,7 @@ def lock_file(path: str, otherwise: str) -> int:
 
 
 def unlock_file(path: str, fd: int) -> None:
-    """Give the lock back and leave no file, which would be in the way of another user."""
+    """Release the lock and remove the file, which would block another user."""
     with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), os.fstat(fd)):
             os.unlink(path)
@@ -6558,7 +6915,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the process that has the lock at `path`, None when nobody has it."""
+    """Return the process that holds the lock at `path`, None when there is none."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -6583,7 +6940,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600 in place of one that nobody listens on; raise StartError.
+    """Listen on a Unix socket of mode 0600; replace one that no program listens on; raise StartError.
 
     The caller holds its lock.
     """
@@ -6592,7 +6949,7 @@ def bind_unix(path: str) -> socket.socket:
         probe.settimeout(1)
         choose = "choose another socketPath"
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
-            raise StartError(f"{path} is there already and is not our socket; remove it or {choose}")
+            raise StartError(f"{path} exists and is not a socket; remove it or {choose}")
         if probe.connect_ex(path) == 0:
             raise StartError(f"{path}: another program listens there; stop it or {choose}")
         os.unlink(path)
@@ -6609,36 +6966,81 @@ def bind_unix(path: str) -> socket.socket:
 
 
 def process_ran_at(pid: int, time_ms: int) -> bool:
-    """True if a process runs that ran at `time_ms` already, so is not a later one with the same pid.
+    """True if a process with this pid has been running since `time_ms` or before, so is not a later one."""
+    start_s = process_start_s(pid)
+    return start_s is not None and _began_by(start_s, time_ms)
 
-    On Linux by its start time (proc(5): stat field 22, in ticks since boot); elsewhere any process counts.
+
+def process_start_s(pid: int) -> float | None:
+    """Return when a process began, None if it does not run.
+
+    On Linux in seconds since boot (proc(5): stat field 22, in ticks); elsewhere at the beginning of time.
     """
     if sys.platform != "linux":
         try:
             os.kill(pid, 0)
         except OSError as error:
-            return isinstance(error, PermissionError)
-        return True
+            return 0.0 if isinstance(error, PermissionError) else None
+        return 0.0
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        return False
-    if fields[0] in (b"Z", b"X"):
-        return False
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _began_by(start_s: float, time_ms: int) -> bool:
+    if sys.platform != "linux":
+        return True
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
     return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
 
+class ProcessWatch:
+    """Say which processes run; those seen once are not looked at again until the kernel reports their end.
+
+    That is where there are pidfds (Linux 5.3); elsewhere every question looks.
+    """
+
+    def __init__(self, loop: EventLoop) -> None:
+        self._loop = loop
+        self._starts: dict[int, float] = {}  # pid → when it began, of those whose end will be reported
+
+    def ran_at(self, pid: int, time_ms: int) -> bool:
+        """Return what process_ran_at does, in the loop thread."""
+        start_s = self._starts.get(pid)
+        if start_s is None:
+            start_s = self._look(pid)
+        return start_s is not None and _began_by(start_s, time_ms)
+
+    def _look(self, pid: int) -> float | None:
+        fd = -1
+        with contextlib.suppress(AttributeError, OSError):  # an older kernel, another user's, none left
+            fd = os.pidfd_open(pid)
+        start_s = process_start_s(pid)
+        if fd >= 0 and (start_s is None or len(self._starts) >= PROCESS_WATCHES):
+            os.close(fd)
+        elif fd >= 0 and start_s is not None:
+            self._starts[pid] = start_s
+            self._loop.watch(fd, selectors.EVENT_READ, lambda _events: self._ended(pid, fd))
+        return start_s
+
+    def _ended(self, pid: int, fd: int) -> None:
+        del self._starts[pid]
+        self._loop.unwatch(fd)
+        os.close(fd)
+
+
 # ---------------------------------------------------------------------------
-# Running monitor: found and asked by other processes
+# Running monitor: found and queried by other processes
 #
-# Knows: the files in which a monitor describes itself, its HTTP port, the hooks' socket.
+# Knows: the files with a monitor's address, its HTTP port, the hooks' socket.
 # ---------------------------------------------------------------------------
 
 
 class CommandError(Exception):
-    """A command that cannot be carried out; the message says what to do."""
+    """A command failed; the message says what to do."""
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
@@ -6663,7 +7065,7 @@ def needed_monitor(settings: Settings) -> JsonObject:
 
 
 def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[str]:
-    """Return the addresses of the page, with the token where one is needed to come in."""
+    """Return the addresses of the page, with the token where one is needed."""
     auth = settings["server.auth"]
     needs_token = with_token or auth == "token" or not is_loopback(about["host"])
     token = f"?token={read_token(settings.path('token'))}" if needs_token and auth != "off" else ""
@@ -6674,7 +7076,7 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
 def ask_monitor(
     settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
 ) -> JsonObject:
-    """Return what the running monitor answers to GET `path`, or to POST of `message`; raise CommandError."""
+    """Return the running monitor's answer to GET `path`, or to POST of `message`; raise CommandError."""
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -6693,7 +7095,7 @@ def ask_monitor(
 
 
 class EventSender:
-    """Hand events to the running monitor as hooks do; they are safe when `send` returns."""
+    """Send events to the running monitor as hooks do; they are stored when `send` returns."""
 
     BATCH = 200
 
@@ -6717,7 +7119,7 @@ class EventSender:
             while taken < len(batch):
                 answer = self._sock.recv(self.BATCH)
                 if not answer:
-                    raise CommandError("the monitor could not store an event; `status` may tell why")
+                    raise CommandError("the monitor could not store an event; run `status` for the reason")
                 taken += len(answer)
 
 
@@ -6754,8 +7156,29 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
 }
 
 
+MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
+
+
 class InstallError(Exception):
     """An installation that is refused; the message is one line and says what to do."""
+
+
+class ClientFile(NamedTuple):
+    """A file in which Claude Code looks for hooks.
+
+    `settings` is {} where `trouble` says why the client cannot use it.
+    """
+
+    path: str
+    is_managed: bool
+    settings: JsonObject
+    trouble: str = ""
+
+    def handlers(self) -> Iterator[tuple[str, JsonObject]]:
+        """Yield (event name, handler) of every hook."""
+        for name, groups in _checked_hooks(self.settings).items():
+            for group in groups:
+                yield from ((name, entry) for entry in group["hooks"])
 
 
 class InstallPlan(NamedTuple):
@@ -6825,14 +7248,116 @@ def claude_version() -> Version | None:
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
-def settings_path(project: str | None) -> str:
-    """Return the absolute path of the settings file of `project`, or of the user's own for None.
+def settings_path(project: str | None, name: str = "settings.json") -> str:
+    """Return the absolute path of a settings file of `project`, or of the user's own for None.
 
     CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
     """
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     directory = os.path.join(project, ".claude") if project is not None else directory
-    return os.path.abspath(os.path.join(directory, "settings.json"))
+    return os.path.abspath(os.path.join(directory, name))
+
+
+def client_files(project: str) -> list[ClientFile]:
+    """Return the files in which Claude Code looks for hooks in `project`, what overrides others first.
+
+    They are those of the organisation, the project (local before shared), the user and the plugins.
+    """
+    managed, user = os.path.join(_managed_directory(), "managed-settings"), settings_path(None)
+    paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
+    paths += [settings_path(project, "settings.local.json"), settings_path(project), user]
+    files = [_client_file(path) for path in dict.fromkeys(paths)]
+    plugins = _client_file(os.path.join(os.path.dirname(user), "plugins", "installed_plugins.json")).settings
+    for name, installed in _object(plugins.get("plugins")).items():
+        copies = map(_object, installed if isinstance(installed, list) else [installed])
+        roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
+        if _first_that_sets(files, "enabledPlugins", name):
+            files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
+    return files
+
+
+def _managed_directory() -> str:
+    """Return the directory of an organisation's settings; more of them may be in managed-settings.d there."""
+    return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
+
+
+def _client_file(path: str) -> ClientFile:
+    is_managed = path.startswith(_managed_directory() + os.sep)
+    try:
+        file = ClientFile(path, is_managed, read_settings(path)[1])
+        _checked_hooks(file.settings)
+        return file
+    except InstallError as error:
+        words = str(error).rpartition(";")[0]
+        return ClientFile(path, is_managed, {}, words if words.startswith(path) else f"{path}: {words}")
+
+
+def _object(value: Any) -> JsonObject:
+    return value if isinstance(value, dict) else {}
+
+
+def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
+    """Return the first file with a value below `keys`; None if that is not true and no list with hooks."""
+    for file in files:
+        value: Any = file.settings
+        for key in keys:
+            value = _object(value).get(key)
+        if value is not None:
+            return file if value is True or (isinstance(value, list) and "hooks" in value) else None
+    return None
+
+
+def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
+    """Return the files whose hooks Claude Code runs, and in words what keeps it from running the others'.
+
+    Only an organisation can switch off all hooks; anyone else switches off all but the organisation's.
+    """
+    managed = [file for file in files if file.is_managed]
+    others = [file for file in files if not file.is_managed]
+    for key, read, left in (
+        ("disableAllHooks", managed, []),
+        ("allowManagedHooksOnly", managed, managed),
+        ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
+        ("disableAllHooks", others, managed),
+    ):
+        file = _first_that_sets(read, key)
+        if file is not None:
+            return left, f"{file.path} has {key}, so the hook does not run"
+    return files, ""
+
+
+def registered_commands(files: Iterable[ClientFile]) -> list[str]:
+    """List the different commands of ours, each as it stands in the settings."""
+    entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
+    return list(dict.fromkeys(entry["command"] for entry in entries))
+
+
+def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
+    """Return (event names, paths of files) of events that more than one handler brings to a monitor.
+
+    The client runs the same command once, wherever it stands. Here a hook counts in whatever form.
+    """
+    places: dict[str, dict[str, str]] = {}  # event name → what brings it → the file
+    for file in files:
+        for name, entry in file.handlers():
+            command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
+            what = command if entry.get("type") == "command" else text_of(entry.get("url"))
+            if re.search(r"emit[_-]event\.(py|js)\b|/api/hooks$", what):
+                places.setdefault(name, {}).setdefault(what, file.path)
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
+
+
+def first_choice_trouble(command: str) -> str:
+    """Return why a command of ours does not run as it was installed; "" when it does."""
+    interpreter, *options, script = shlex.split(command)[:4]
+    try:
+        starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
+    except OSError:
+        starts = False
+    if not starts:
+        return f"{interpreter} is gone or does not start"
+    return "" if os.path.isfile(script) else f"{script} is not there"
 
 
 def base_interpreter() -> str:
@@ -6856,16 +7381,21 @@ def hook_script(home: str) -> str:
 
 
 def hook_command(interpreter: str, script: str) -> str:
-    """Return the line for /bin/sh that runs `script`; it ends with status 0 even when either file is gone.
+    """Return the line for /bin/sh that runs `script`, with another Python 3 where `interpreter` is gone.
 
-    A missing script would end with 2, and with that Claude Code blocks every tool call and every prompt.
+    The second choice finds a script in the default place also where the home is mounted elsewhere. What does
+    not start has not read standard input. The line ends with status 0 whatever is gone: a missing script
+    would end with 2, and with that Claude Code blocks every tool call and every prompt.
     """
     quoted = []
     for path in map(os.path.abspath, (interpreter, script)):
         if _HALF_PAIR.search(path):  # JSON could not carry such a path: Claude Code would run another one
             raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
         quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
-    return f"{quoted[0]} -I -S {quoted[1]} || :"
+    default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
+    is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
+    second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
+    return f"{quoted[0]} -I -S {quoted[1]} || python3 -I -S {second} || :"
 
 
 def install_hook_files(home: str) -> str:
@@ -6964,11 +7494,15 @@ def _is_ours(entry: JsonObject) -> bool:
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
     try:
-        _, *words = shlex.split(command)
-    except ValueError:  # a quote is open, or there is no word
+        words = shlex.split(command)
+    except ValueError:  # a quote is open
         return False
-    script, end = "".join(words[2:3]), words[3:]
-    return words[:2] == ["-I", "-S"] and script.endswith("/hooks/emit_event.py") and end in ([], ["||", ":"])
+    choices = [list(choice) for is_or, choice in itertools.groupby(words, "||".__eq__) if not is_or]
+    choices = choices[:-1] if choices[1:] and choices[-1] == [":"] else choices
+    return choices != [] and all(
+        len(choice) == 4 and choice[1:3] == ["-I", "-S"] and choice[3].endswith("/hooks/emit_event.py")
+        for choice in choices
+    )
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
@@ -7100,18 +7634,28 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
     return backup
 
 
-def send_through_hook(settings: Settings, message: str) -> str:
-    """Run the hook as Claude Code does, with a test notification; return what it says when debugging."""
-    script = hook_script(settings.home)
-    if not os.path.exists(script):
-        script = os.path.abspath(emit_event.__file__)
+def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
+    """Run the hook as Claude Code does, with a test notification; its standard error says where that went.
+
+    That is the command which is registered, by /bin/sh; without one the hook that is there.
+    """
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
-    ours = {"DEBUG": "1", "HOME": settings.home, "CONFIG": settings.config_path}
-    environment = {**os.environ, **{f"CONTEXTUATE_{name}": value for name, value in ours.items()}}
-    command, given = [base_interpreter(), "-I", "-S", script], encode_json(payload)
-    done = subprocess.run(command, input=given, capture_output=True, env=environment, timeout=30)
-    return done.stderr.decode("utf-8", "replace")
+    environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "1"}, client_files(os.getcwd())
+    for command in [*registered_commands(files_that_run(files)[0]), *registered_commands(files)][:1]:
+        for file in reversed(files):
+            values = _object(file.settings.get("env")).items()
+            environment.update((name, value) for name, value in values if isinstance(value, str))
+        arguments = ["/bin/sh", "-c", command]
+        break
+    else:
+        script = hook_script(settings.home)
+        script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
+        environment.update(CONTEXTUATE_HOME=settings.home, CONTEXTUATE_CONFIG=settings.config_path)
+        arguments = [base_interpreter(), "-I", "-S", script]
+    given = encode_json(payload).decode()
+    words: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **words)
 
 
 def was_delivered(words: str) -> bool:
@@ -7157,6 +7701,7 @@ class Doctor:
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
         self._settings, self._warnings = settings, warnings  # both of the configuration
         self._about = running_monitor(settings)
+        self._client_files = client_files(os.getcwd())
         # What looks like a team's monitor, on a machine where Claude Code does not run:
         has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
         self._only_shows = settings["mode"] == "redis" and not has_hook
@@ -7176,7 +7721,7 @@ class Doctor:
                 yield from check()
             except Exception as error:  # one check must not keep the others from looking
                 name = check.__name__.strip("_").replace("_", "-")
-                yield _fail(name, f"could not be examined: {type(error).__name__}: {error}")
+                yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
 
     def _config(self) -> Findings:
         path = self._settings.config_path
@@ -7204,6 +7749,9 @@ class Doctor:
         free = shutil.disk_usage(home).free
         if free < LOW_DISK_BYTES:
             yield _warn("files", f"only {human_size(free)} are free on its disk", "make room")
+        if self._about is None:  # else its status has them
+            for problem in foreign_problems(foreign_files(home)):
+                yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
     def _claude(self) -> Findings:
         version = claude_version()
@@ -7225,33 +7773,38 @@ class Doctor:
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
         path = self._settings.path("emit.log")
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - os.path.getmtime(path) < RECENT_FAILURE_S:
-                with open(path, "rb") as file:
-                    file.seek(max(0, os.path.getsize(path) - 4096))
-                    last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
+        with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
+            if time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
+                file.seek(max(0, os.path.getsize(path) - 4096))
+                last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
                 yield _warn("hook", f"its last trouble: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
-        plan = plan_install(self._settings.home, None, claude_version())
-        _, claude_settings = read_settings(plan.path)
+        user = settings_path(None)
+        for file in self._client_files:
+            if file.trouble:
+                level = "fail" if file.path == user else "warn"
+                yield Finding(level, "registered", f"no hook of this file runs: {file.trouble}", "correct it")
+        running, off = files_that_run(self._client_files)
+        ours = [file.path for file in self._client_files if registered_commands([file])]
+        if off and not registered_commands(running):
+            yield _fail("registered", off, "take that out, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
-        if claude_settings.get("disableAllHooks"):
-            words = f"{plan.path} has disableAllHooks, so no hook runs"
-            yield _fail("registered", words, "take disableAllHooks out of it")
-        if plan.new_text == plan.old_text:
-            yield _ok("registered", f"{len(plan.names)} events in {plan.path}")
-        elif merge_hooks(claude_settings, "", []) != claude_settings:
-            yield _warn("registered", f"{plan.path} is not as this version would register", advice)
+        if user in ours:
+            plan = plan_install(self._settings.home, None, claude_version())
+            if plan.new_text == plan.old_text:
+                yield _ok("registered", f"{len(plan.names)} events in {user}")
+            else:
+                yield _warn("registered", f"{user} is not as this version would register", advice)
+        elif ours:
+            is_project = os.path.dirname(ours[0]) == os.path.dirname(settings_path(os.getcwd()))
+            yield _ok("registered", f"in {ours[0]}" + (", for this project only" if is_project else ""))
         else:
-            for name in ("settings.json", "settings.local.json"):
-                path = os.path.join(os.getcwd(), ".claude", name)
-                with contextlib.suppress(InstallError):
-                    settings = read_settings(path)[1]
-                    if merge_hooks(settings, "", []) != settings:
-                        yield _ok("registered", f"in {path}, for this project only")
-                        return
-            yield _fail("registered", f"no hook of ours in {plan.path}", advice)
+            yield _fail("registered", f"the hook is not registered in {user}", advice)
+        names, paths = registered_twice(running)
+        if names:
+            words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
+            yield _warn("registered", words + " and ".join(paths), "keep one of them")
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -7358,7 +7911,7 @@ class Doctor:
                     yield _fail(check, emit_event.redis_trouble(error, self._settings.values))
 
     def _publisher(self) -> Findings:
-        state = emit_event.publisher_state(self._settings.home)
+        state = publisher_state(self._settings.home)
         if not state["running"]:
             yield _ok("publisher", "none runs: it comes with the next event and leaves when it is quiet")
         elif state.get("reason"):
@@ -7369,6 +7922,23 @@ class Doctor:
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield _warn("publisher", f"refused: {state[name]}")
+
+    def _through_hook(self, token: str) -> Generator[Finding, None, str]:
+        """Send an event as Claude Code would; return why that failed, or ""."""
+        done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
+        gone = first_choice_trouble(commands[0]) if commands else ""
+        read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
+        if read and read[1] != self._settings.config_path:
+            words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
+            yield _warn("hook", words, "set CONTEXTUATE_CONFIG where Claude Code is started, too")
+        if done.returncode or done.stdout:
+            return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
+        if was_delivered(done.stderr):
+            if gone:
+                yield _warn("hook", f"{gone}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            return ""
+        last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
+        return gone or last or "the hook says nothing"
 
     def _probe(self) -> Findings:
         """Send one event as Claude Code would, and look for it at the other end."""
@@ -7381,9 +7951,7 @@ class Doctor:
                 heard = _subscribe(client, channel)
         trouble = ""
         if not self._only_shows:
-            words = send_through_hook(self._settings, token)
-            if not was_delivered(words):
-                trouble = words.strip().rpartition("\n")[2].removeprefix("contextuate: ") or "?"
+            trouble = yield from self._through_hook(token)
         elif client is None:
             trouble = "Redis does not answer"
         else:  # there is no hook, so we publish it ourselves
@@ -7440,10 +8008,10 @@ def _ms_since(started: float) -> str:
 
 
 # ---------------------------------------------------------------------------
-# Demo: a working day of a small team, made up, marked as a demo
+# Demo: a fictitious working day of a small team, marked as a demo
 #
-# Owns: the story, two tables of text, and a small player that makes payloads of the real client of them.
-# Does no I/O and knows nothing of the monitor. Ids and pauses come from the time of the call alone.
+# Owns: the story, two tables of text, and a small player that turns it into payloads of the real client.
+# Does no I/O and knows nothing of the monitor. Ids and pauses depend on the time of the call alone.
 # ---------------------------------------------------------------------------
 
 # The steps of a project: letter, tool ("!": it fails), what _DEMO_INPUTS names or JSON | output. \n and an
@@ -7497,8 +8065,8 @@ x ExitPlanMode {"plan": "## PostgreSQL 17\n1. Upgrade staging and probe it\n2. P
 """
 # The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
 # and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
-# repeats steps, `open` lasts until then or for good, and so does `ask`, which needs a person first. Any other
-# verb is a hook's name, with its fields in JSON.
+# repeats steps, `open` lasts until then or for ever, and so does `ask`, which waits for a person first. Any
+# other verb is a hook's name, with its fields in JSON.
 _DEMO_STORY = """
 build-box /home/ci/projects/tidewater-shop bypassPermissions other
   -480m > Update the patch-level dependencies = g r t d T r e t d < All are in; one cart test is fixed.
@@ -7602,7 +8170,7 @@ class _DemoAgent:
         self.record(hook={**common, "hook_event_name": name, **fields})
 
     def play(self, story: str) -> None:
-        """Do what some lines of the story say."""
+        """Play some lines of the story."""
         for block in re.split(r"\n(?=\S)", story):
             line, _, inner = block.replace("\n  ", "\n").partition("\n")
             for moment, verb, words in _DEMO_VERB.findall(line):
@@ -7637,7 +8205,7 @@ class _DemoAgent:
             self.at = max(ends)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
-        """Begin a call; return what its events repeat."""
+        """Start a call; return the fields that all its events have."""
         agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
         for models in (self.usage["models"], agents):
             emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
@@ -7672,7 +8240,7 @@ class _DemoAgent:
             self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
     def answer(self, text: str) -> None:
-        """End the turn, or the subagent. The tokens so far follow a turn, as the monitor finds them."""
+        """End the turn, or the subagent; after a turn comes an event with the tokens so far."""
         self.pause()
         tasks = [task for end, task in self.running if end > self.at]
         name = "SubagentStop" if self.fields else "Stop"
@@ -7696,8 +8264,10 @@ class _DemoAgent:
             task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
             self.running.append((child.at, task))
             child.fields = {}  # its report comes to the main agent
-            told = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
-            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{told}\n</task-notification>")
+            notification = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
+            child.hook(
+                "UserPromptSubmit", prompt=f"<task-notification>\n{notification}\n</task-notification>"
+            )
         else:
             result.update(status="completed", content=[{"type": "text", "text": report}])
             self.at = child.at
@@ -7735,20 +8305,28 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 
 
 # ---------------------------------------------------------------------------
-# Import: history from before the monitor was there
+# Import: history from before the monitor was installed
 #
 # Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
-# An event's id comes from its place, so that importing twice gives the same events. What hooks have reported
-# of a session is never repeated: of such a session only what was before is taken.
+# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are never
+# repeated: of a session that has some, only earlier events are imported.
+# A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
 # The transcripts of a session and its subagents, or an export (session id ""): files that are read together.
 ImportSource = tuple[str, tuple[str, ...]]
+# Lines of the type `user` that no person typed.
+_NOT_TYPED = re.compile(
+    r"\s*(?:\[Request interrupted|Caveat: The messages below"
+    r"|<(?:command-\w+|local-command-\w+|bash-\w+|task-notification|teammate-message|system-reminder)\b)"
+)
+_UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
 
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
-    """Return the events of one session that say something new."""
+    """Return the events of one session that are not stored yet."""
     ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
     for stored in map(parse_stored, store.lines(session_id)):
         ids.add(stored["id"])
@@ -7766,53 +8344,98 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
-def import_sources(paths: Sequence[str]) -> list[ImportSource]:
-    """Return the transcripts among some files and directories, the oldest first, and the exports."""
+def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
+    """Return the transcripts among some files and directories, the oldest first, and the exports.
+
+    Anything else in a directory (a FIFO, a device, a broken link) is added to `skipped`.
+    """
     transcripts: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
+    seen: set[str] = set()  # without links
     for given in paths:
-        pattern = f"{glob.escape(given)}/**/*.json*"
-        for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isdir(given) else [given]:
-            if path.endswith(".meta.json"):
-                continue
+        for path in _json_files(given, skipped) if os.path.isdir(given) else [given]:
             try:
-                with open(path, "rb") as file:
+                with open_regular(path) as file:
                     lines = list(itertools.islice(iter(functools.partial(file.readline, 1 << 20), b""), 50))
             except OSError as error:
-                raise CommandError(f"{path}: {error.strerror or error}") from None
+                why = f"{path}: {error.strerror or error}"
+                if path == given:
+                    raise CommandError(why) from None
+                skipped.append(why)
+                continue
+            if os.path.realpath(path) in seen:
+                continue
+            seen.add(os.path.realpath(path))
             is_export = path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
-            session_id = _transcript_session(lines)
+            session_id = _transcript_session(path, lines)
             if session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or is_export:  # what else a directory holds is no business of ours
+            elif path == given or is_export:  # other files of a directory are ignored
                 exports.append(("", (path,)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
 
-def _transcript_session(lines: Iterable[bytes]) -> str | None:
-    """Return whose transcript these lines begin, None when they are not one of Claude Code's."""
+def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
+    """Yield the files named *.json* in a folder and below, each directory once."""
+    seen = set()
+
+    def skip(error: OSError) -> None:
+        skipped.append(f"{error.filename}: {error.strerror}")
+
+    for directory, folders, names in os.walk(folder, followlinks=True, onerror=skip):
+        if os.path.realpath(directory) in seen:
+            skipped.append(f"{directory}: is a link to a directory that was read already")
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(directory))
+        folders.sort()
+        for name in sorted(names):
+            if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
+                yield os.path.join(directory, name)
+
+
+def open_regular(path: str) -> io.BufferedReader:
+    """Open a regular file to read; raise OSError for anything else: a FIFO would block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", path)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))
+
+
+def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
+    """Return the session id of a transcript by its first lines, None for any other file."""
+    folder, _, name = path.rpartition("/")
+    above, is_below, _ = folder.rpartition("/subagents")
+    is_agent, stem = name.startswith("agent-"), name.partition(".")[0]
     for line in lines:
         with contextlib.suppress(MalformedEvent):
             entry = emit_event.parse_event_line(line)
-            if entry.get("type") in ("user", "assistant") and isinstance(entry.get("message"), dict):
-                session_id = entry.get("sessionId")
-                return session_id if isinstance(session_id, str) and session_id else None
+            session_id = text_of(entry.get("sessionId"))
+            if isinstance(entry.get("type"), str) and session_id:
+                if is_below:
+                    return os.path.basename(above) if is_agent else None
+                return stem if _UUID.fullmatch(stem) else session_id
     return None
 
 
-def import_batches(sources: list[ImportSource], machine: str) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them)."""
+def import_batches(
+    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool] = lambda _: False
+) -> Iterator[tuple[str, list[JsonObject], int]]:
+    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events."""
     seen: set[str] = set()
+    ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
         if session_id:
-            lines: list[bytes] = []
+            reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
+            files: dict[str, list[bytes]] = {}  # by agent id
             for path in paths:
-                with open(path, "rb") as file:
-                    lines += file.read().split(b"\n")
-            by_session[session_id] = TranscriptReader(session_id, machine, seen).events(lines)
+                name = os.path.basename(path)
+                agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
+                with open_regular(path) as file:
+                    files.setdefault(agent_id, []).extend(file.read().split(b"\n"))
+            by_session[session_id] = reader.events(files.pop("", []), files)
         else:
             for event in export_events(paths[0]):
                 built = emit_event.build_event(event, now_ms(), machine)
@@ -7825,45 +8448,87 @@ def import_batches(sources: list[ImportSource], machine: str) -> Iterator[tuple[
 class TranscriptReader:
     """Turn a session's transcript, and those of its subagents, into the events that hooks would have sent."""
 
-    def __init__(self, session_id: str, machine_id: str, seen: set[str]) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        machine_id: str,
+        seen: set[str],
+        is_known: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
-        self._seen = seen  # lines of any transcript so far: a resumed or forked session begins with copies
+        self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
+        self._is_known = is_known  # a session that has its lines elsewhere
+        self._is_fork = False  # it begins with lines of another session
+        self._chain = ""  # of the client's own sums
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
-        self._used: dict[str, emit_event.MessageUsage] = {}  # by message id
+        self._used: dict[str, emit_event.MessageUsage] = {}  # by key
         self._model: str | None = None
+        self._titles: list[tuple[str, JsonObject]] = []  # type of line, line
 
-    def events(self, lines: Iterable[bytes]) -> list[JsonObject]:
-        """Return the events in order of time; [] when the lines say nothing new."""
-        entries = [entry for entry in map(self._entry_of, lines) if entry is not None]
+    def events(
+        self, lines: Iterable[bytes], of_agents: Mapping[str, Iterable[bytes]] = {}
+    ) -> list[JsonObject]:
+        """Return the events in order of time; [] when there are none."""
+        files = {"": lines, **of_agents}
+        found = {
+            agent_id: [entry for line in files[agent_id] for entry in self._entry_of(line, agent_id)]
+            for agent_id in files
+        }
+        entries = [*itertools.chain.from_iterable(found.values())]
+        # The client's sums have no time: they include everything before the next line.
+        next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
+        for entry in reversed(found[""]):
+            next_ms = entry["timestamp_ms"] = entry["timestamp_ms"] or next_ms
         entries.sort(key=lambda entry: entry["timestamp_ms"])
         events = [event for entry in entries for event in self._events_of(entry)]
         if not events:
             return []
+        entries = [entry for entry in entries if entry["type"] != "cost-state"]
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
+        own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
+        titles = {
+            kind: entry
+            for kind, entry in self._titles
+            if kind != "summary" or text_of(entry.get("leafUuid")) in own
+        }
+        title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
+        about = {"source": "import", "model": self._model, "session_title": title}
         return [
-            self._event(start, "SessionStart", "start", {"source": "import", "model": self._model}),
+            self._event(start, "SessionStart", "start", about),
             *events,
             *self._usage(end, "end"),
             self._event(end, "SessionEnd", "end", {"reason": "import"}),
         ]
 
-    def _entry_of(self, line: bytes) -> JsonObject | None:
+    def _entry_of(self, line: bytes, agent_id: str) -> Iterator[JsonObject]:
         try:
             entry = emit_event.parse_event_line(line)
         except MalformedEvent:
-            return None
-        message, place = entry.get("message"), entry.get("uuid")
-        time_ms = iso_time_ms(entry.get("timestamp"))
-        if entry.get("type") not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
-            return None
-        if not isinstance(place, str) or place in self._seen or entry.get("isMeta") is True:
-            return None
+            return
+        message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
+        kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
+        if isinstance(origin, str) and origin != self._session_id:
+            self._is_fork = True
+            if self._is_known(origin):
+                return
+        if kind in _TITLES and text_of(entry.get(_TITLES[kind])).strip():
+            self._titles.append((kind, entry))
+        if kind == "cost-state":
+            yield {**entry, "line": line, "timestamp_ms": 0, "blocks": []}
+        if kind not in ("user", "assistant") or not isinstance(message, dict) or time_ms is None:
+            return
+        if not isinstance(place, str) or place in self._seen:
+            self._is_fork = self._is_fork or isinstance(place, str)
+            return
         self._seen.add(place)
+        if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
+            return
         content = message.get("content")
         blocks = [{"text": content}] if isinstance(content, str) else content
         blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-        return {**entry, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
+        agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
+        yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
 
     def _events_of(self, entry: JsonObject) -> Iterator[JsonObject]:
         agent_id = entry.get("agentId")
@@ -7875,7 +8540,8 @@ class TranscriptReader:
 
     def _of_user(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
         results = [block for block in entry["blocks"] if block.get("type") == "tool_result"]
-        if text and not results and not isinstance(entry.get("agentId"), str):
+        is_main = entry["agentId"] is None and entry.get("isSidechain") is not True
+        if text and not results and is_main and not _NOT_TYPED.match(text):
             yield self._event(entry, "UserPromptSubmit", "prompt", {"message": text})
         for number, block in enumerate(results):
             use_id = text_of(block.get("tool_use_id"))
@@ -7892,28 +8558,49 @@ class TranscriptReader:
             yield self._event(entry, hook, f"result{number}", data)
 
     def _of_assistant(self, entry: JsonObject, text: str) -> Iterator[JsonObject]:
-        is_main = not isinstance(entry.get("agentId"), str)
-        for used in emit_event.TranscriptParser().feed(entry["line"] + b"\n"):
-            self._used[used.message_id] = used
-            self._model = used.model if is_main else self._model
+        agent_id = entry.get("agentId") or ""
+        for used in emit_event.TranscriptParser(agent_id).feed(entry["line"] + b"\n"):
+            if isinstance(used, emit_event.MessageUsage):
+                self._count(used)
+                self._model = self._model if used.agent_id else used.model
+            elif not self._is_fork and (used.chain == self._chain or used.chain not in self._seen):
+                self._chain = used.chain
+                self._seen.add(used.chain)
+                for rest in used.uncounted(_by_model(self._used.values())):
+                    self._count(rest)
         for number, block in enumerate(entry["blocks"]):
             use_id = block.get("id")
             if block.get("type") == "tool_use" and isinstance(use_id, str):
                 self._calls[use_id] = block
                 data = {"toolName": block.get("name"), "toolInput": block.get("input"), "toolUseId": use_id}
                 yield self._event(entry, "PreToolUse", f"call{number}", data)
-        if text and entry["message"].get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens"):
-            hook = "Stop" if is_main else "SubagentStop"
+        is_end = text and entry["message"].get("stop_reason") in ("end_turn", "stop_sequence", "max_tokens")
+        if is_end and (agent_id or entry.get("isSidechain") is not True):
+            hook = "SubagentStop" if agent_id else "Stop"
             yield self._event(entry, hook, "stop", {"assistantResponse": text})
             yield from self._usage(entry, "stop")
+
+    def _count(self, used: emit_event.MessageUsage) -> None:
+        """Count a message in the first session that has it; of its lines the largest numbers are true."""
+        if used.key in self._used:
+            before = self._used[used.key].counts
+            used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
+        elif used.key in self._seen:
+            return
+        self._seen.add(used.key)
+        self._used[used.key] = used
 
     def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
         """Yield the event with the tokens used so far, each message counted once."""
         models: dict[str, JsonObject] = {}
+        agents: dict[str, dict[str, JsonObject]] = {}
         for used in self._used.values():
-            emit_event.add_counts(models.setdefault(used.model, {}), used.counts)
+            for by_model in (models, agents.setdefault(used.agent_id, {})):
+                emit_event.add_counts(by_model.setdefault(used.model, {}), used.counts)
         if models:
-            usage = {"models": models, "agents": {}}
+            newest = reversed(agents)
+            named = ("", *itertools.islice(newest, emit_event.AGENTS_IN_USAGE - 1))
+            usage = {"models": models, "agents": {it: agents[it] for it in named if it in agents}}
             yield self._event({**entry, "agentId": None}, "", f"usage at {place}", {"usage": usage})
 
     def _event(self, entry: JsonObject, hook: str, place: str, data: JsonObject) -> JsonObject:
@@ -7932,6 +8619,14 @@ class TranscriptReader:
         }
 
 
+def _by_model(used: Iterable[emit_event.MessageUsage]) -> dict[str, emit_event.Counts]:
+    sums: dict[str, emit_event.Counts] = {}
+    for one in used:
+        before = sums.get(one.model, (0, 0, 0, 0, 0))
+        sums[one.model] = tuple(map(operator.add, before, one.counts))
+    return sums
+
+
 def iso_time_ms(text: Any) -> int | None:
     """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text_of(text))
@@ -7945,7 +8640,7 @@ def iso_time_ms(text: Any) -> int | None:
 
 def export_events(path: str) -> Iterator[JsonObject]:
     """Yield the events of an export of this monitor (one JSON object a line) or of others (one document)."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
         if b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0]):
@@ -7961,7 +8656,7 @@ def export_events(path: str) -> Iterator[JsonObject]:
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
-    """Yield what looks like an event in a document, marked and with an id that is the same every time."""
+    """Yield the events in a document, marked and with an id that is the same every time."""
     if isinstance(value, list):
         for inner in value:
             yield from _events_in(inner)
@@ -7982,8 +8677,8 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
 # ---------------------------------------------------------------------------
 # Command line
 #
-# Every command is a function that takes the parsed arguments and returns the exit status; what goes wrong is
-# raised as one of OUR_ERRORS and printed by `main` in one line.
+# Every command is a function that takes the parsed arguments and returns the exit status; a failure is raised
+# as one of OUR_ERRORS and printed by `main` in one line.
 # ---------------------------------------------------------------------------
 
 LOG_LIMIT_BYTES = 2 << 20
@@ -8001,7 +8696,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     overrides = {key: value for key, value in given.items() if value is not None}
     settings, warnings = load_settings(args.config, overrides)
     for warning in warnings:
-        tell(f"warning: {warning}")
+        print_status(f"warning: {warning}")
     return settings
 
 
@@ -8014,7 +8709,7 @@ def command_start(args: argparse.Namespace) -> int:
     if about is not None and args.report_fd is None:
         print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
         if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
-            tell("it stays where it is; `restart` with the same options moves it")
+            print_status("the options have no effect; `restart` with the same options applies them")
         return 0
     if args.foreground:
         return serve(settings, args)
@@ -8023,12 +8718,12 @@ def command_start(args: argparse.Namespace) -> int:
     print(f"Contextuate Monitor runs (pid {about['pid']}). Open:", *links, sep="\n  ")
     loading = ask_monitor(settings, about, "/api/status").get("loading")
     if loading:
-        print(f"{loading_words(loading)}, the others follow; the page and `status` show how far it is.")
+        print(f"{loading_words(loading)}, the rest follows; the page and `status` show the progress.")
     if settings["mode"] == "redis":
         print(redis_words(settings, about))
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    # A browser makes sense only for a person at this machine's own screen.
+    # A browser is opened only on this machine's own screen.
     has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
         webbrowser.open(links[0])
@@ -8036,7 +8731,7 @@ def command_start(args: argparse.Namespace) -> int:
 
 
 def redis_words(settings: Settings, about: JsonObject) -> str:
-    """Wait a moment for the subscription, so that what is published next arrives; return how it is."""
+    """Wait a moment for the subscription, so that the next events arrive; return its state as text."""
     deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
     while True:
         redis = ask_monitor(settings, about, "/api/status")["redis"] or {}
@@ -8049,12 +8744,12 @@ def redis_words(settings: Settings, about: JsonObject) -> str:
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
-    """Start a detached process and wait until it serves; raise StartError with its words when it cannot."""
+    """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
     folder, name = os.path.split(os.path.abspath(__file__))
     module = os.path.splitext(name)[0]
-    # As a module it comes from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    # A module is loaded from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
     program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
     command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
@@ -8076,8 +8771,8 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
         return needed_monitor(settings)
     if kind == "error":
         raise StartError(words)
-    what = "ended at once" if has_answer else f"(process {process.pid}) says nothing; end it, start again"
-    raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may tell why")
+    what = "ended at once" if has_answer else f"(process {process.pid}) does not answer; end it, start again"
+    raise StartError(f"the monitor {what}; {settings.path('monitor.log')} may name the reason")
 
 
 def serve(settings: Settings, args: argparse.Namespace) -> int:
@@ -8086,15 +8781,15 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
 
     def report(line: str) -> None:
         if in_background:
-            with contextlib.suppress(OSError):  # it has gone away; the log has it all
+            with contextlib.suppress(OSError):  # it has exited; the log has everything
                 os.write(args.report_fd, f"{line}\n".encode("utf-8", "replace"))
                 os.close(args.report_fd)
 
     os.umask(0o077)
     if in_background:
-        os.chdir("/")  # no directory is kept from being removed or unmounted
+        os.chdir("/")  # so that any directory can be removed or unmounted
     emit_event.make_private_directory(settings.home)
-    # A thousand hooks at once shall find a place.
+    # For a thousand hooks at once.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -8129,11 +8824,18 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
 
 
 class PrivateLog(logging.handlers.RotatingFileHandler):
-    """A log that rotates, for our user only, and never written through a link."""
+    """A log that rotates, readable by this user only, and never written through a link."""
 
     def _open(self) -> Any:
         opener = emit_event.open_for_append
         return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=opener)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Remove secrets from every line of the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return emit_event.redact_text(super().format(record))
 
 
 def set_up_log(settings: Settings, to_stderr: bool) -> None:
@@ -8144,19 +8846,19 @@ def set_up_log(settings: Settings, to_stderr: bool) -> None:
     except OSError as error:
         raise StartError(f"{path} cannot be written: {error.strerror}") from None
     for handler in (log_file, *([logging.StreamHandler()] if to_stderr else ())):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
     log.setLevel(logging.DEBUG if os.environ.get("CONTEXTUATE_DEBUG") else logging.INFO)
-    logging.raiseExceptions = False  # on a full disk no traceback for every line that cannot be logged
+    logging.raiseExceptions = False  # no traceback on a full disk
     sys.excepthook = lambda *error: log.critical("ended by an unexpected error", exc_info=error)
 
 
 def command_stop(args: argparse.Namespace) -> int:
-    """Stop the monitor and wait until it is gone."""
+    """Stop the monitor and wait until it has exited."""
     try:
         settings = settings_of(args)
     except ConfigError as error:  # no hindrance
-        tell(f"warning: {error}")
+        print_status(f"warning: {error}")
         home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
         settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
     about = running_monitor(settings)
@@ -8175,7 +8877,7 @@ def command_stop(args: argparse.Namespace) -> int:
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
-    """End the running monitor; raise CommandError if it does not go."""
+    """End the running monitor; raise CommandError if it does not exit."""
     os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
     while running_monitor(settings) is not None:
@@ -8195,7 +8897,7 @@ def command_restart(args: argparse.Namespace) -> int:
 
 
 def command_status(args: argparse.Namespace) -> int:
-    """Print how the monitor is, with exit status 1 when it does not run."""
+    """Print the monitor's state, with exit status 1 when it does not run."""
     settings = settings_of(args)
     about = running_monitor(settings)
     if about is None:
@@ -8229,42 +8931,107 @@ def command_url(args: argparse.Namespace) -> int:
     return 0
 
 
+# What each key of emit_event.KEYS is for.
+KEY_MEANINGS = """
+mode                     how events reach the monitor: on this machine only, or through Redis
+socketPath               Unix socket on which the monitor takes events from hooks
+server.host              address of the page and the WebSocket; `0.0.0.0` for all, then others need the token
+server.port              port of the page and the API
+server.wsPort            port of the WebSocket
+server.allowedHosts      more names for the page's address, such as that of a reverse proxy
+server.auth              who needs the token: all but this user's own processes (`auto`), all, none
+redis.url                address in one piece, instead of host, port and db; `rediss:` is with TLS
+redis.host               where Redis is
+redis.port               its port
+redis.username           user of Redis; none: its default user
+redis.password           `CONTEXTUATE_REDIS_PASSWORD` in the environment replaces it; never shown
+redis.db                 number of the database
+redis.channel            channel of the events; with `:stream` after it, the stream
+redis.tls                connect with TLS
+redis.verify             check the server's certificate and its name
+redis.caFile             authority of the server's certificate; none: those of the system
+redis.certFile           certificate of this client
+redis.keyFile            key of that certificate
+redis.sentinels          Redis Sentinels that know where the primary is; they replace host, port and url
+redis.master             name of the primary there
+redis.sentinelPassword   password of the sentinels; never shown
+redis.cluster            use a Redis Cluster; its nodes, or `true` where redis.host is one
+redis.streamMaxLength    about how many events Redis keeps
+redis.maxRetries         failed attempts in a row after which a monitor stops trying
+persistence.enabled      store events in files; `false`: only the last 64 MiB, in memory
+persistence.type         how events are stored
+limits.fieldBytes        longer texts in an event are cut in the middle; in Redis mode the default is 65536
+limits.connections       connections at the same time, for each of the two ports
+limits.clientQueueBytes  data queued for a page that does not read before its connection is closed
+sessions.quietSeconds    silence after which a working session is quiet
+sessions.endedHours      silence of a machine after which its sessions count as ended
+retention.days           age in days at which events are deleted, by whole days
+retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
+privacy.redact           replace what looks like a secret before an event is stored or sent
+privacy.level            `metadata`: store names, ids, times and durations only, no content
+prices                   prices of models, in place of the built-in ones
+"""
+
+
+def command_config(args: argparse.Namespace) -> int:
+    """Print every configuration key: value, default, meaning and what it may be."""
+    lines = (line.partition(" ") for line in KEY_MEANINGS.strip().splitlines())
+    meanings = {key: words.strip() for key, _, words in lines}
+    if args.markdown:
+        print("| key | default | meaning | may be |", "|---|---|---|---|", sep="\n")
+        for name, key in emit_event.KEYS.items():
+            default = json.dumps(key.default)
+            print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
+        return 0
+    settings = settings_of(args)
+    found = "" if os.path.exists(settings.config_path) else " (does not exist: defaults)"
+    print(f"{settings.config_path}{found}")
+    for name, key in emit_event.KEYS.items():
+        default = json.dumps(key.default)
+        is_hidden = name in emit_event.SECRET_KEYS and settings[name] is not None
+        value = "(not shown)" if is_hidden else json.dumps(settings[name])
+        print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
+        print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
+    return 0
+
+
 def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
     plan = plan_install(settings.home, args.project, version)
     if version is None:
-        words = "`claude` did not tell its version, so only events that every version knows are added"
-        tell(f"{words}; put it on the PATH and run install again")
+        words = "`claude` did not print its version, so only events that every version knows are added"
+        print_status(f"{words}; put it on the PATH and run install again")
     if args.dry_run:
         return show_plan(plan)
     print(f"hook     {install_hook_files(settings.home)}")
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
-    if read_settings(plan.path)[1].get("disableAllHooks"):
-        tell(f"{plan.path} has disableAllHooks, so no hook runs: take it out")
+    running, off = files_that_run(client_files(args.project or os.getcwd()))
+    if off and not registered_commands(running):
+        print_status(f"{off}: take that out, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
-        tell(f"redis-py is missing, so no event can leave this machine: {advice}")
+        print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
     if backup:
         print(f"backup   {backup}")
-    print("Sessions of Claude Code that are open now pick the hook up when they are started again.")
+    print("Restart open sessions of Claude Code: they run the hook from then on.")
     return 0
 
 
 def command_uninstall(args: argparse.Namespace) -> int:
-    """Take our hook out of Claude Code's settings; everything else there stays."""
+    """Remove the hook from Claude Code's settings; everything else there stays."""
     settings = settings_of(args)
     plan = plan_uninstall(args.project)
     if args.dry_run:
         return show_plan(plan)
     if plan.new_text == plan.old_text:
-        print(f"{plan.path}: no hook of ours is registered")
+        print(f"{plan.path}: the hook is not registered")
         return 0
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
-    print(f"settings {plan.path}: our hook is taken out" + (f", backup {backup}" if backup else ""))
-    print(f"Events and configuration stay in {settings.home}; remove that directory to forget everything.")
+    print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
+    print(f"Events and configuration stay in {settings.home}; remove that directory to delete everything.")
     return 0
 
 
@@ -8278,17 +9045,17 @@ def command_test_event(args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
     settings = settings_of(args)
     data = test_event(settings.machine_id)["data"]
-    words = send_through_hook(settings, data["message"])
+    words = send_through_hook(settings, data["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):
         return 0
     goal = "a monitor" if settings["mode"] == "local" else "Redis"
     left = "waits in the spool" if "kept in the spool" in words else "is lost"
-    raise CommandError(f"the event did not reach {goal}; it {left}. `doctor` looks for the cause")
+    raise CommandError(f"the event did not reach {goal}; it {left}. run `doctor` to find the cause")
 
 
 def command_doctor(args: argparse.Namespace) -> int:
-    """Examine the whole chain and say what to do, with exit status 1 when a link is broken."""
+    """Check the whole chain and print what to do, with exit status 1 when a check fails."""
     try:
         settings, warnings = load_settings(args.config)
         findings: Iterable[Finding] = Doctor(settings, warnings).run()
@@ -8303,16 +9070,16 @@ def command_doctor(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": not broken, "findings": [finding._asdict() for finding in found]}, indent=2))
     else:
-        words = f"{broken} broken: begin with the first" if broken else "Everything that was examined works."
+        words = f"{broken} failed: begin with the first" if broken else "All checks passed."
         print(f"\n{words}")
     return 1 if broken else 0
 
 
 def known_sessions(settings: Settings, with_hidden: bool) -> list[JsonObject]:
-    """Return the sessions that the running monitor knows; say so when it is still reading stored ones."""
+    """Return the running monitor's sessions; print a warning while it is still reading stored ones."""
     answer = ask_monitor(settings, needed_monitor(settings), f"/api/sessions?hidden={int(with_hidden)}")
     if answer.get("loading"):
-        tell(f"{loading_words(answer['loading'])}; the list is not complete yet")
+        print_status(f"{loading_words(answer['loading'])}; the list is not complete yet")
     return list(answer["sessions"])
 
 
@@ -8334,7 +9101,8 @@ def command_sessions(args: argparse.Namespace) -> int:
             detail = session["stuck"][0]["detail"] or detail
         since = human_duration(now_ms() - session["stateSince"])
         label, machine = session["label"], session["machineId"]
-        print(safe_line(f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"))
+        text = f"{session['state']:<8} {since:>7}  {label:<40.40} {machine:<14.14} {detail}"
+        print(safe_line(without_colours(text)))
     return 0
 
 
@@ -8350,14 +9118,14 @@ def command_tail(args: argparse.Namespace) -> int:
             if last_seq is None or is_waiting:
                 status = ask_monitor(settings, about, "/api/status")
                 if status.get("loading"):
-                    tell(f"{loading_words(status['loading'])}; new events are shown all the same")
+                    print_status(f"{loading_words(status['loading'])}; new events are shown meanwhile")
                 # In memory only, the numbers begin again with each start.
                 last_seq = status["seq"] if last_seq is None else min(last_seq, status["seq"])
                 is_waiting = False
             page = ask_monitor(settings, about, f"/api/events?after={last_seq}&limit=1000")
         except CommandError as error:
             if not is_waiting:
-                tell(f"{error}; waiting for the monitor")
+                print_status(f"{error}; waiting for the monitor")
             is_waiting = True
             time.sleep(1)
             about = running_monitor(settings) or about
@@ -8403,22 +9171,29 @@ def command_prune(args: argparse.Namespace) -> int:
 
 
 def command_import(args: argparse.Namespace) -> int:
-    """Take in transcripts of Claude Code and exports of monitors."""
+    """Import transcripts of Claude Code and exports of monitors."""
     settings = settings_of(args)
     about = needed_monitor(settings)
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
-    sources = import_sources([os.path.abspath(path) for path in paths])
+    skipped: list[str] = []
+    sources = import_sources([os.path.abspath(path) for path in paths], skipped)
+    for words in skipped[:10]:
+        print_status(f"skipped {words}")
+    if len(skipped) > 10:
+        print_status(f"skipped {len(skipped) - 10} more")
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
-        for session_id, events, size in import_batches(sources, settings.machine_id):
+        names = {file.name for file in store.files()}
+        batches = import_batches(sources, settings.machine_id, lambda it: session_file_name(it) in names)
+        for session_id, events, size in batches:
             wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
             sender.send(wanted)
             progress.add(len(wanted), size)
-    print(f"{progress.count} events imported, {known} were known already")
+    print(f"{progress.count} events imported, {known} were stored already")
     return 0
 
 
@@ -8428,7 +9203,7 @@ def command_search(args: argparse.Namespace) -> int:
     about = needed_monitor(settings)
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type", "state")}
     session_id = whole_session_id(settings, args.session)
-    wanted |= {"q": " ".join(args.words), "session": session_id, "from": args.start, "to": args.end}
+    wanted |= {"q": " ".join(args.words), "session": session_id, **times_of(args)}
     colours = sys.stdout.isatty()
     left, cursor, page = args.limit, None, {}
     while left > 0:
@@ -8441,16 +9216,16 @@ def command_search(args: argparse.Namespace) -> int:
         if cursor is None:
             break
     if left == args.limit and not args.json:
-        tell("nothing was found")
+        print_status("no results")
     elif cursor is not None:
-        tell(f"there is more; --limit {args.limit * 4} shows it")
+        print_status(f"there are more results; --limit {args.limit * 4} shows it")
     if page["index"]["state"] == "building":
-        tell("the index is still being made, so there may be more")
+        print_status("the index is still being built, so there may be more results")
     return 0 if left < args.limit else 1
 
 
 def search_line(result: JsonObject, colours: bool) -> str:
-    """Return one line for one result, what was found in bold on a terminal."""
+    """Return one line for one result, matches in bold on a terminal."""
     clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["timestamp"] / 1000))
     what = result["hookType"] or result["eventType"]
     who = f"{safe_line(result['machineId']):<12.12} {safe_line(result['sessionId'])[:8]}"
@@ -8469,16 +9244,16 @@ def command_export(args: argparse.Namespace) -> int:
     store = Journal(settings.path("events"))
     wanted = {name: getattr(args, name) for name in ("machine", "tool", "type")}
     wanted |= {"session": whole_session_id(settings, args.session), "q": " ".join(args.words)}
-    wanted |= {"from": args.start or 0, "to": args.end or 1 << 53}
+    wanted |= times_of(args)
     sessions = None
     if args.state:
         known = known_sessions(settings, with_hidden=True)
         sessions = frozenset(session["sessionId"] for session in known if session["state"] == args.state)
     if not settings["persistence.enabled"]:
-        tell("persistence.enabled is false: only what was stored before is there to export")
+        print_status("persistence.enabled is false: only events stored before can be exported")
     query = search_query(wanted, sessions)
     counter = Progress(store.size()[1], "events", quiet=not args.output)
-    lines: Iterable[bytes] = counter.counting(chosen_lines(store, query))
+    lines: Iterable[bytes] = counter.counting(matching_lines(store, query))
     if args.format == "csv":
         lines = call_table(lines)
     if not args.output:
@@ -8494,23 +9269,23 @@ def command_export(args: argparse.Namespace) -> int:
 
 
 def whole_session_id(settings: Settings, beginning: str | None) -> str | None:
-    """Return the id of the one stored session whose id begins so; raise CommandError if several do."""
+    """Return the id of the stored session with this prefix; raise CommandError if there are several."""
     if beginning is None:
         return None
     paths = glob.glob(f"{glob.escape(settings.path('events'))}/*/{glob.escape(beginning)}*.jsonl*")
     found = sorted({os.path.basename(path).partition(".jsonl")[0] for path in paths})
     if len(found) > 1 and beginning not in found:
         shown = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
-        raise CommandError(f"{len(found)} sessions begin with {beginning!r}: {shown}; write more of the id")
+        raise CommandError(f"{len(found)} sessions begin with {beginning!r}: {shown}; give more of the id")
     return found[0] if len(found) == 1 else beginning
 
 
 def command_demo(args: argparse.Namespace) -> int:
-    """Play a made-up working day into the running monitor, or take it out again."""
+    """Send a fictitious working day to the running monitor, or remove it again."""
     settings = settings_of(args)
     about = needed_monitor(settings)
     if args.remove or ask_monitor(settings, about, "/api/status")["demo"]:
-        # Two of them would look like one that repeats itself.
+        # Two demos at once would look like one that repeats itself.
         sessions = ask_monitor(settings, about, "/api/sessions?hidden=1")["sessions"]
         demo = [session["sessionId"] for session in sessions if session["demo"]]
         for session_id in demo:
@@ -8532,7 +9307,7 @@ def command_demo(args: argparse.Namespace) -> int:
             sender.send([event])
     if on_terminal:
         print(file=sys.stderr)
-    print(f"{sent} demo events sent; `demo --remove` takes them out again")
+    print(f"{sent} demo events sent; `demo --remove` deletes them")
     return 0
 
 
@@ -8540,19 +9315,26 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong with the command line and end with status 2."""
-        self.exit(2, f"contextuate: error: {message}; `{self.prog} --help` tells more\n")
+        """Print an error of the command line and exit with status 2."""
+        self.exit(2, f"contextuate: error: {message}; see `{self.prog} --help`\n")
 
 
-def moment_ms(text: str) -> int:
-    """Parse milliseconds since the epoch, or a date or time in ISO form (local time)."""
-    if re.fullmatch(r"\d{10,16}", text):
-        return int(text)
-    for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
-        with contextlib.suppress(ValueError):
-            return int(time.mktime(time.strptime(text, form)) * 1000)
-    advice = "write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
-    raise argparse.ArgumentTypeError(f"{text!r} is no time; {advice}")
+def _moment(text: str) -> str:
+    try:
+        moment_ms(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def times_of(args: argparse.Namespace) -> JsonObject:
+    """Return `from` and `to` of the options; explain a range that ends with a day."""
+    zone = time_zone(args.time_zone) if args.time_zone else None
+    if args.end and args.start != args.end and moment_ms(args.end, zone)[1]:
+        print_status(
+            f"--to {args.end} means before that day; --from {args.end} --to {args.end} is the day itself"
+        )
+    return dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
 
 
 def _number(pattern: str, kind: type[float], words: str, text: str) -> float:
@@ -8584,7 +9366,7 @@ _SERVING = (
 _INSTALLING = (
     _option("--project", "in the settings of one project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
-    _switch("--dry-run", "show what would change, and change nothing"),
+    _switch("--dry-run", "print what would change, and change nothing"),
 )
 _SESSION = _option("--session", "only this session (the id's beginning is enough)", metavar="ID")
 _MACHINE = _option("--machine", "only this machine")
@@ -8592,42 +9374,46 @@ _TYPE = _option("--type", "only this hook or event type, such as PreToolUse or t
 _FILTERS = (
     _SESSION, _MACHINE, _TYPE,
     _option("--tool", "only this tool, such as Bash"),
-    _option("--state", "only sessions that are so now", choices=SESSION_STATES),
+    _option("--state", "only sessions in this state now", choices=SESSION_STATES),
     _option("--from", "from 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch on",
-           dest="start", type=moment_ms, metavar="TIME"),
-    _option("--to", "before that time", dest="end", type=moment_ms, metavar="TIME"),
+           dest="start", type=_moment, metavar="TIME"),
+    _option("--to", "before that time; from a day to the same day is that day", dest="end", type=_moment,
+           metavar="TIME"),
+    _option("--time-zone", "time zone of the times, such as Europe/Berlin (default: this machine's)",
+           metavar="NAME"),
 )
 _JSON = _switch("--json", "for programs: as JSON")
 _JSON_LINES = _switch("--json", "for programs: one JSON object a line")
 
-# In the order of `--help`, which takes the name from the function and the words from its docstring.
+# In the order of `--help`, which takes the name from the function and the text from its docstring.
 COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_start: _SERVING,
     command_stop: (),
     command_restart: _SERVING,
     command_status: (_JSON,),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
+    command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: _INSTALLING,
     command_uninstall: _INSTALLING,
-    command_sessions: (_switch("--all", "ended and hidden ones too"), _JSON),
+    command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
     command_search: (
         _option("words", 'words, begin* or "words in a row" that must all occur', nargs="*"), *_FILTERS,
-        _option("--limit", "at most so many (default 50)", type=_at_least_one, default=50), _JSON_LINES),
+        _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
     command_export: (
-        _option("words", "only events that hold these words, as in `search`", nargs="*"), *_FILTERS,
-        _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMS), default="ndjson"),
-        _option("--output", "write there (default: standard output)", metavar="FILE")),
+        _option("words", "only events with these words, as in `search`", nargs="*"), *_FILTERS,
+        _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMATS), default="ndjson"),
+        _option("--output", "file to write to (default: standard output)", metavar="FILE")),
     command_import: (
         _option("paths", "files or directories (default: every transcript of Claude Code)", nargs="*",
                metavar="PATH"),),
-    command_prune: (_switch("--dry-run", "print what would go, and delete nothing"),),
+    command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
     command_doctor: (_JSON,),
     command_test_event: (),
     command_demo: (
-        _option("--live", "how long it goes on (default 300); 0: the past only", type=_seconds, default=300,
+        _option("--live", "of live events (default 300); 0: the past only", type=_seconds, default=300,
                metavar="SECONDS"),
-        _switch("--remove", "take the demo's sessions out again")),
+        _switch("--remove", "delete the demo's sessions")),
 }
 # fmt: on
 
@@ -8637,7 +9423,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="contextuate_monitor.py",
         description="A live monitor for coding agents.",
-        epilog="`COMMAND --help` tells more of one, README.md of everything.",
+        epilog="`COMMAND --help` shows its options; see README.md.",
     )
     parser.add_argument("--version", action="version", version=f"contextuate {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -8655,7 +9441,7 @@ OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, 
 
 
 def prepare_output() -> None:
-    """Let no command fail for its output: one that is closed, or an encoding that lacks a character."""
+    """Prepare standard output for any text, and for being closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -8663,26 +9449,26 @@ def prepare_output() -> None:
         elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(encoding="ascii", errors="backslashreplace")
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for what a file's name may hold
+            stream.reconfigure(errors="backslashreplace")  # for any file name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for what could not be done, 2 for a command line that is wrong."""
+    """Run one command; return 0, 1 for a failure, 2 for an error of the command line."""
     prepare_output()
     args = build_parser().parse_args(arguments)
     try:
         return int(args.function(args))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of our output has gone; be silent at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader of the output has exited; be silent at exit
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except OUR_ERRORS as error:
-        tell(f"error: {error}")
+        print_status(f"error: {error}")
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:  # a file or directory that is not as we need it
-        tell(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
+    except OSError as error:  # an unusable file or directory
+        print_status(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return 1
 
 

@@ -2,21 +2,20 @@
 """Hand one Claude Code hook event to the Contextuate Monitor, unnoticed.
 
 As a program it is a hook: Claude Code starts it for every event with one JSON object on standard input.
-It exits with 0 whatever happens, writes nothing to standard output, and waits for the monitor's
-acknowledgement for at most 250 ms; an event that nobody acknowledged goes to the spool, where the monitor
-finds it. `CONTEXTUATE_DEBUG=1` makes it tell on standard error what it did.
+It always exits with 0, writes nothing to standard output, and waits for the monitor's acknowledgement for at
+most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
+`CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 
 With many machines (mode "redis") the event goes to the spool at once, and a publisher, one for each user,
-takes it from there to Redis: this same file, started by a hook that finds none running, gone after 60 s of
-quiet.
+sends it to Redis: this same file, started by a hook that finds none running; it exits after 60 s of quiet.
 
 As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
 publisher.
 
-The interpreter compiles a script anew at each start, so the hot path comes first and needs none of the rest:
+The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
 `contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
-which a launcher of a few lines imports from its bytecode, and this whole file beside it for the rare paths.
-Registered as it is, this file works too; a hook call then takes several times as long.
+which a short launcher imports from its bytecode, and this whole file beside it for the rare paths.
+This file can be registered itself; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
@@ -38,6 +37,7 @@ PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
+FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in its proc_ns.h
 
 
 def run_hook() -> None:
@@ -46,7 +46,7 @@ def run_hook() -> None:
     try:
         import _signal
 
-        # A hook of StopFailure is told to stop 40 ms after its start (print mode).
+        # A hook of StopFailure gets SIGTERM 40 ms after its start (print mode).
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -60,7 +60,7 @@ def run_hook() -> None:
         notes.append(f"failed: {reason}")
         try:
             whole().log_failure(reason)
-        except BaseException as second:  # e.g. a full disk: there is no place left to tell it
+        except BaseException as second:  # such as a full disk
             notes.append(f"and could not log it: {second!r}")
     if debugging():
         try:
@@ -76,10 +76,10 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, stripped; what came by `deadline` (time.monotonic) if it never ends.
+    """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
 
-    Ends at EOF, at the newline of a one-line object, or when the object is whole and nothing follows: old
-    clients send no newline and a pipe may be held open by others.
+    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows: old
+    clients send no newline, and other processes may hold the pipe open.
     """
     import select
 
@@ -123,7 +123,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
-        notes.append(f"the monitor did not take it: {outcome}")
+        notes.append(f"no acknowledgement from the monitor: {outcome}")
     notes.append("kept in the spool: " + append_to_spool(home + "/spool", line))
     if mode == "redis":
         notes.append(ensure_publisher(home))
@@ -134,7 +134,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    Where HOME is another user's, as after `sudo`, it is not used: files of root in it would stop its owner.
+    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner.
     """
     # An installed hook belongs to the directory that it is installed in.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
@@ -160,7 +160,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path); a derived file for this very configuration spares parsing JSON."""
+    """Return (mode, socket path), from hook.cache where it is of this very configuration file."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -180,9 +180,10 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
 
 
 def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
-    """Return the line for one payload: the payload untouched, and beside it what only the hook knows.
+    """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "pid"?, "sessionId"?, "cwd"?, "parentSessionId"?, "hook": <payload>}`
+    `{"id", "timestamp", "machineId", "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?, "parentSessionId"?,
+    "hook": <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -195,6 +196,9 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
         head += f',"pid":{int(pid)}'
+        namespace = pid_namespace()
+        if namespace:
+            head += f',"pidNamespace":{namespace}'
     parent = environ.get(b"CONTEXTUATE_PARENT_SESSION", b"")
     if parent:
         head += f',"parentSessionId":{quote(parent.decode("utf-8", "surrogateescape"))}'
@@ -208,6 +212,17 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
             pass
     # In JSON a line end can only stand between tokens, so a space in its place changes nothing.
     return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+
+
+def pid_namespace() -> int:
+    """Return the inode of this process's pid namespace; 0 is the machine's first one, 1 unknown."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        name = posix.readlink("/proc/self/ns/pid")  # "pid:[4026531836]"
+    except OSError:
+        return 1
+    return 0 if name == FIRST_PID_NAMESPACE else int(name[5:-1])
 
 
 def quote(text: str) -> str:
@@ -234,7 +249,7 @@ def send(socket_path: str, line: bytes, deadline: float) -> str:
         if left <= 0:
             return "no time left to wait for an acknowledgement"
         connection.settimeout(left)
-        return "" if connection.recv(1) == ACKNOWLEDGEMENT else "it closed the connection"
+        return "" if connection.recv(1) == ACKNOWLEDGEMENT else "the monitor closed the connection"
     except OSError as error:
         return f"{type(error).__name__} {error}"
     finally:
@@ -254,11 +269,10 @@ def append_to_spool(directory: str, line: bytes) -> str:
     """Append `line` to the newest segment of the spool and return the segment's path.
 
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
-    writes, and writes only when the locked file still has its name; the drainer renames a segment first and
-    then asks for the exclusive lock, after which nobody can be writing to it. Nobody waits for a lock, so a
-    writer that was stopped holds up no other. No segment is begun under a name that was taken: what has it
-    may still wait to be read. A line begins with a newline of its own, so what a full disk or a kill tore
-    stands alone.
+    writes, and writes only if the locked file still has its name; the drainer renames a segment first and
+    then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
+    stopped writer blocks no other. A new segment never has a name that exists: that file may still be unread.
+    A line begins with a newline of its own, so that one torn by a full disk or a kill spoils no other.
     """
     import fcntl
 
@@ -297,43 +311,35 @@ def append_to_spool(directory: str, line: bytes) -> str:
 def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool]":
     """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
 
-    `pass_over` begins a new one in any case.
-
-    Segments are read in the order of their names, so a new one never has the time of one that is there, also
-    when the clock was set back since.
+    With `pass_over` it is always new. Segments are read in the order of their names, so a new one is named
+    later than all others, also when the clock was set back.
     """
     now_ms = time.time_ns() // 1_000_000
+    newest = ""
     try:
-        names = [name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))]
+        newest = max(
+            (name for name in posix.listdir(directory) if name.endswith((".jsonl", ".taken"))), default=""
+        )
     except OSError:
         whole().make_spool(directory)
-        names = []
-    if not names:
-        return new_segment(directory, now_ms), True
-    newest = max(names)
     started = newest.partition("-")[0]
-    age_ms = now_ms - int(started) if started.isdigit() else SEGMENT_LIMIT_MS
+    start_ms = int(started) if started.isdigit() else 0
     if newest.endswith(".jsonl") and not pass_over:
         path = f"{directory}/{newest}"
         try:
-            if age_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
+            if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
                 return path, False
         except OSError:
             pass  # taken by the drainer since it was listed
         whole().drop_old_segments(directory)
-    return new_segment(directory, max(now_ms, now_ms - age_ms + 1)), True
-
-
-def new_segment(directory: str, start_ms: int) -> str:
-    """Return a new segment's path."""
-    return f"{directory}/{start_ms:013d}-{posix.urandom(4).hex()}.jsonl"
+    return f"{directory}/{max(now_ms, start_ms + 1):013d}-{posix.urandom(4).hex()}.jsonl", True
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return in words what was done. After an append only.
+    """Start a publisher unless one runs for `home`; return what was done, as text. After an append only.
 
-    Whoever holds the lock on publisher.lock publishes. The new publisher inherits the locked file, so there
-    is no moment in which a second hook could start another.
+    The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
+    that no second hook can start another.
     """
     import fcntl
 
@@ -346,6 +352,9 @@ def ensure_publisher(home: str) -> str:
         fd = posix.open(path, flags, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fd < 3:  # a standard stream was closed; in the publisher /dev/null would take this place
+            low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+            posix.close(low)
         posix.set_inheritable(fd, True)
         python = publisher_python(home)
         pid = posix.posix_spawn(
@@ -373,13 +382,14 @@ def publisher_python(home: str) -> str:
     except OSError:
         return sys.executable
     try:
-        return posix.read(fd, 4096).decode("utf-8", "surrogateescape").partition("\n")[0] or sys.executable
+        python = posix.read(fd, 4096).decode("utf-8", "surrogateescape").partition("\n")[0]
+        return python if posix.access(python, posix.X_OK) else sys.executable  # an upgrade removed it
     finally:
         posix.close(fd)
 
 
 def whole() -> "Any":
-    """Import the whole of this file, for what is too rare to be compiled at every call."""
+    """Import this whole file, for what is too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
     if sys.path[:1] != [here]:
         sys.path.insert(0, here)
@@ -396,7 +406,9 @@ if __name__ == "__main__":
 
 # --- end of the hot path ---
 
-import collections  # noqa: E402 - the hot path above must not pay for these
+import base64  # noqa: E402 - the hot path above must not import these
+import bisect  # noqa: E402
+import collections  # noqa: E402
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
 import errno  # noqa: E402
@@ -405,10 +417,10 @@ import functools  # noqa: E402
 import glob  # noqa: E402
 import hashlib  # noqa: E402
 import inspect  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import os  # noqa: E402
-import pwd  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
@@ -421,7 +433,7 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
 JsonObject = dict[str, Any]
 
-# What Claude Code runs once it is installed; a fault of any kind ends without a word, as in run_hook.
+# What Claude Code runs once it is installed; any failure is silent, as in run_hook.
 LAUNCHER = """\
 import posix
 import sys
@@ -438,9 +450,9 @@ HOT_PATH_END = "# --- end of the hot path ---\n"
 
 
 # ---------------------------------------------------------------------------
-# Common ground: the time, numbers, and files of our own
+# Common helpers: the time, numbers, and private files
 #
-# Every file of ours is for this user only, never written through a link, and replaced whole or appended to.
+# Every file is readable by this user only, never written through a link, and replaced whole or appended to.
 # ---------------------------------------------------------------------------
 
 EMIT_LOG_LIMIT_BYTES = 256 << 10
@@ -462,7 +474,7 @@ def is_integer(value: Any) -> bool:
 
 
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; raise OSError where something else is in its place."""
+    """Make `path` and its parents, for this user only; raise OSError where something else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     about = os.lstat(path)
     if not os.path.isdir(path) or about.st_uid != os.getuid():
@@ -472,7 +484,7 @@ def make_private_directory(path: str) -> None:
 
 
 def make_spool(path: str) -> None:
-    """Make the directory of the spool; set aside what is in its place."""
+    """Make the directory of the spool; set aside anything else of that name."""
     try:
         make_private_directory(path)
     except (PermissionError, FileExistsError):
@@ -481,44 +493,18 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename what is in the place of a file of ours, so that one can be made; `foreign_files` lists it.
+    """Rename a foreign file that has the name of one of our own to `….foreign`, which `doctor` lists.
 
-    In a directory of ours only, where nothing else belongs; raises PermissionError elsewhere.
+    Raises PermissionError outside of this user's directories.
     """
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
     os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
 
 
-def foreign_files(home: str) -> "list[tuple[str, str, str]]":
-    """Return (path, owner, command that mends it) of what lies in our directories and is of no use."""
-    found = []
-    for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            for entry in entries:
-                about = entry.stat(follow_symlinks=False)
-                is_useless = stat.S_ISFIFO(about.st_mode) or entry.name.endswith(".foreign")
-                if about.st_uid != os.getuid() or is_useless:
-                    command = "rm -r" if is_useless else f"chown {user_name(os.getuid())}"
-                    command = f"sudo {command} {shlex.quote(entry.path)}"
-                    found.append((entry.path, user_name(about.st_uid), command))
-    return found
-
-
-def user_name(uid: int) -> str:
-    """Return the name of a user; its number where it has none, as in many containers."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def open_own(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file of this user, and nothing else: a FIFO would wait; raise OSError.
-
-    For `open` as its opener, too.
-    """
-    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
+    """Open a regular file of this user, also as opener of `open`; raise OSError for anything else."""
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC, 0o600)
     about = os.fstat(fd)
     if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid():
         return fd
@@ -527,7 +513,7 @@ def open_own(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
-    """Replace the file at `path` in one step, so that nobody ever reads half of it."""
+    """Replace the file at `path` in one step, so that no reader sees half of it."""
     temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -540,8 +526,8 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 
 def open_for_append(path: str, _flags: int = 0) -> int:
-    """Open a file of ours to add to its end, made when there is none; `open` takes this as its opener."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    """Open a private file to append to, made when there is none; `open` takes this as its opener."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
         return open_own(path, flags)
     except OSError as error:
@@ -552,25 +538,25 @@ def open_for_append(path: str, _flags: int = 0) -> int:
 
 
 def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
-    """Add to a file that is moved aside once it is beyond its limit, so two exist at most."""
+    """Append to a file that is renamed to `….1` once it is beyond its limit."""
     if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
         os.replace(path, path + ".1")
     with os.fdopen(open_for_append(path), "wb") as file:
         file.write(content)
 
 
-def log_failure(reason: str) -> None:
+def write_log(words: str) -> None:
     """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {reason}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
 # ---------------------------------------------------------------------------
 # Config: one table of keys, read from one file
 #
-# Knows: what every key must look like. Does not know: what the values are used for.
+# Knows: which values each key accepts. Does not know: what they are used for.
 # ---------------------------------------------------------------------------
 
 PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
@@ -581,7 +567,7 @@ class ConfigError(Exception):
 
 
 class Key(NamedTuple):
-    """One configuration key: its default, a check, and the check in words."""
+    """One configuration key: its default, a check, and its description."""
 
     default: Any
     expected: str
@@ -597,7 +583,7 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
-    """Describe an integer; `null` says what null means where it is allowed."""
+    """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(
         default,
@@ -634,7 +620,7 @@ def _nodes(value: Any) -> bool:
 
 
 def _redis_url(value: Any) -> bool:
-    """True when an address means what it looks like; a "/" or "#" in a password would end it early."""
+    """True for a URL whose parts are unambiguous; a "/" or "#" in a password would end it early."""
     try:
         parts = urllib.parse.urlsplit(value if _text(value) else "")
         port_is_good = parts.port is None or parts.port > 0
@@ -743,20 +729,20 @@ def parse_relaxed_json(text: str) -> Any:
 def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
     """Read the configuration at `path`.
 
-    Returns every key of KEYS with its value, and warnings in words. A missing file means defaults.
+    Returns every key of KEYS with its value, and warnings for people. A missing file means defaults.
     Raises ConfigError for what cannot be used.
     """
     given, readable_by_others = _read_config(path)
     values, warnings = default_values(), []
-    said: JsonObject = {}
+    flat: JsonObject = {}
     for name, value in given.items():
         if not any(key.startswith(name + ".") for key in KEYS):
-            said[name] = value
+            flat[name] = value
         elif isinstance(value, dict):
-            said.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
+            flat.update((f"{name}.{inner}", inner_value) for inner, inner_value in value.items())
         else:
             raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
-    for name, value in said.items():
+    for name, value in flat.items():
         if name in NO_LONGER_USED:
             warnings.append(f"{path}: {name} is no longer used; remove it")
         elif name not in KEYS:
@@ -768,9 +754,9 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         else:
             shown = "something else" if name in SECRET_KEYS else _shown(value)
             raise ConfigError(f"{path}: {name}: expected {KEYS[name].expected}, got {shown}")
-    if values["mode"] == "redis" and "limits.fieldBytes" not in said:
+    if values["mode"] == "redis" and "limits.fieldBytes" not in flat:
         values["limits.fieldBytes"] = REDIS_FIELD_BYTES
-    if values["redis.tls"] is False and any(said.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
+    if values["redis.tls"] is False and any(flat.get(f"redis.{name}File") for name in ("ca", "cert", "key")):
         warnings.append(f"{path}: redis.tls: is false, so the certificate files are not used")
     if values["redis.sentinels"] and values["redis.cluster"]:
         raise ConfigError(f"{path}: redis.sentinels and redis.cluster cannot both be used; remove one")
@@ -786,7 +772,7 @@ def default_values() -> "dict[str, Any]":
 
 
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
-    """Return what the file says, and whether other users can read it."""
+    """Return the object in the file, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
@@ -809,17 +795,17 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Read mode and socket path from the configuration and leave them for the next hooks in hook.cache.
+    """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
 
-    `key` names the configuration file's device, inode, size and time; the derived file is valid for it alone.
-    An unusable configuration means defaults: the monitor is the one to complain.
+    `key`: the configuration file's device, inode, size and time; the cache is valid for it alone.
+    An unusable configuration means defaults: the monitor reports it.
     """
     try:
         values = load_config(config_path)[0]
         mode, socket_path = values["mode"], values["socketPath"]
-    except ConfigError as error:  # not remembered either, so that every call complains until it is mended
+    except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            log_failure(f"defaults used: {error}")
+            write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         content = f"{key}\n{mode}\n{socket_path}\n"
@@ -846,7 +832,7 @@ EVENT_TYPES = {
     "TaskCreated": "task_created", "TaskCompleted": "task_completed", "Monitor": "session_meta",
 }  # fmt: skip
 
-# Payload field → name in `data`. Where two lead to one name the first present wins, the other keeps its own.
+# Payload field → name in `data`. Of two fields with one name the first wins, the other keeps its own.
 DATA_NAMES = {
     "tool_name": "toolName", "tool_input": "toolInput", "tool_use_id": "toolUseId",
     "tool_response": "toolOutput", "tool_output": "toolOutput",
@@ -856,21 +842,31 @@ DATA_NAMES = {
     "notification_type": "notificationType",
 }  # fmt: skip
 
-# What a payload says about its event; a value that does not fit there is content.
-_ABOUT_EVENT = {
+# Payload field → field of the event; a value of another type is content.
+_EVENT_NAMES = {
     "session_id": "sessionId", "cwd": "workingDirectory", "agent_id": "agentId",
     "agent_type": "agentType",  # without agent_id it is the type of an `--agent` session's main thread
 }  # fmt: skip
 # None: not in `data`
-_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_ABOUT_EVENT, "hook_event_name"))}
-# Of an event, not of the wrapper around a payload: where one has it all the same, it is content.
-_SAID_BY_HOOK = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
-_NOT_OF_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
+_PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAMES, "hook_event_name"))}
+# Of an event, not of the wrapper around a payload: in a wrapper it is content.
+_EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
+_IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
+# Payload field in camel case, as VS Code's agent and others write some → as Claude Code does.
+_CAMEL_CASE = {
+    re.sub("_(.)", lambda match: match[1].upper(), field): field
+    for field in (
+        *_PLACES, "is_interrupt", "error_details", "prompt_id", "session_title", "tool_calls",
+        "background_tasks", "stop_hook_active", "mcp_server_name", "agent_transcript_path", "to_model",
+        "new_cwd", "permission_suggestions",
+    )
+    if "_" in field
+}  # fmt: skip
 _ID_LIMIT = 256
 
 
 class MalformedEvent(ValueError):
-    """What came is not one JSON object."""
+    """A line is not one JSON object."""
 
 
 _parse_json = json.JSONDecoder(parse_constant=str).raw_decode
@@ -881,7 +877,7 @@ _to_json, _to_plain_json = _encoder().encode, _encoder(ensure_ascii=False).encod
 def parse_event_line(line: bytes) -> JsonObject:
     """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
 
-    Bytes that are not UTF-8 are replaced, NaN and infinities become strings: the event is kept all the same.
+    Bytes that are not UTF-8 are replaced, NaN and infinities become strings.
     """
     try:
         text = line.decode("utf-8", "replace")
@@ -898,7 +894,7 @@ def parse_event_line(line: bytes) -> JsonObject:
     except ValueError as error:
         raise MalformedEvent(f"not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise MalformedEvent(f"one JSON object was expected, not {type(value).__name__}")
+        raise MalformedEvent(f"expected one JSON object, got {type(value).__name__}")
     return value
 
 
@@ -916,24 +912,14 @@ def encode_json(value: Any) -> bytes:
     try:
         return _to_json(value).encode("ascii")
     except ValueError:
-        return _to_json(_finite(value)).encode("ascii")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return value
+        return _to_json(json.loads(json.dumps(value), parse_constant=str)).encode("ascii")
 
 
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
-    """Build an event (README "The event") from a wrapped payload, a raw one, an event or any other object.
+    """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
 
-    `received_ms` and `machine_id` fill in for what the sender did not say. Never raises on wrong types: a
-    value that does not fit its place is kept in `data`.
+    `received_ms` and `machine_id` are the defaults. A value of a wrong type raises nothing; it is kept in
+    `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
     if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
@@ -942,25 +928,29 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
         return _event_from_hook(given, {}, received_ms, machine_id)
     if isinstance(event_type, str):
         return _event_from_event(dict(given), received_ms, machine_id)
+    if isinstance(given.get("hookEventName"), str) and "eventType" not in given:
+        return _event_from_hook(given, {}, received_ms, machine_id)
     return _event({}, received_ms, machine_id, "", "message", dict(given))
 
 
 def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     data: JsonObject = {}
+    if "hook_event_name" not in hook or "session_id" not in hook:
+        names = {field: _CAMEL_CASE.get(field, field) for field in hook}
+        hook = {field if names[field] in hook else names[field]: value for field, value in hook.items()}
     for field, value in hook.items():
         place = _PLACES.get(field, field)
         if place in data:
-            data = _data_of_clashing(hook)
-            break
-        if place is not None:
+            _keep(data, field, value)
+        elif place is not None:
             data[place] = value
     about: JsonObject = {}
     for name, value in wrapper.items():
-        if name in _SAID_BY_HOOK:
+        if name in _EVENT_ONLY:
             _keep(data, name, value)
-        elif name not in _NOT_OF_WRAPPER:
+        elif name not in _IGNORED_IN_WRAPPER:
             about["workingDirectory" if name == "cwd" else name] = value
-    for field, name in _ABOUT_EVENT.items():
+    for field, name in _EVENT_NAMES.items():
         if field in hook:
             value = hook[field]
             if _EVENT_CHECKS[name](value) and (name != "agentType" or "agentId" in about):
@@ -973,16 +963,6 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
             _keep(data, "hook_event_name", hook_type)
         hook_type = ""
     return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
-
-
-def _data_of_clashing(hook: JsonObject) -> JsonObject:
-    """Return the `data` of a payload of which two fields lead to one name: the first in DATA_NAMES has it."""
-    data: JsonObject = {}
-    for field in (*DATA_NAMES, *(field for field in hook if field not in _PLACES)):
-        if field in hook:
-            name = DATA_NAMES.get(field, field)
-            _keep(data, field if name in data else name, hook[field])
-    return data
 
 
 def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -1001,7 +981,7 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
 def _event(
     about: JsonObject, received_ms: int, machine_id: str, hook_type: str, event_type: str, data: JsonObject
 ) -> JsonObject:
-    """Put the fields of an event together; what has a wrong type moves into `data` under its own name."""
+    """Return an event of these fields; a value of a wrong type moves into `data` under its own name."""
     event: JsonObject = {
         "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
         "workingDirectory": "", "hookType": hook_type, "eventType": event_type,
@@ -1041,6 +1021,7 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
     "sessionId": _is_id, "machineId": _is_id, "workingDirectory": _is_text,
     "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
+    "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
     ("id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data")
@@ -1049,7 +1030,7 @@ _EVENT_FIELDS = _REQUIRED_FIELDS.union(_EVENT_CHECKS, ("demo",))
 
 
 def is_whole_event(event: JsonObject) -> bool:
-    """True when every field of an event is there and of its type."""
+    """True if an event has every required field, each of its type."""
     for name, check in _EVENT_CHECKS.items():
         if name in event and not check(event[name]):
             return False
@@ -1075,79 +1056,246 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret: without `hint` in the text there is none, which is quickly seen.
 
-    A hint that is in no harmless text spares the search: "ghp_", not "gh".
     A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
-    the text. It also matches where lines stand before and after the text. Its group `secret`, or the whole
-    match, is what gets replaced. `folded` ones are matched against
-    the text in lower case. `is_secret` looks at what is around a match, where the shape alone says too
-    little.
+    the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
+    that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
+    lower case. `is_secret` looks at what is around a match, where the shape alone says too little. A token's
+    pattern says what follows its hint, which is in its own case and not in the middle of a word.
     """
 
     kind: str
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[str, re.Match[str]], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str]], bool]]" = None
+    is_token: bool = False
 
 
-# A value that only says where the secret is, or what type it has.
-_REFERS = re.compile(r"\[redacted:|[$%<{]|(?:self|this|os|process|config|settings|env|args|e|t)\.[A-Za-z_]")
+# Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
+
+_NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
+# What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
+_NEUTRAL_WORDS = frozenset((
+    "base", "b64", "data", "default", "dev", "development", "enc", "encrypted", "hex", "live", "new", "old",
+    "pem", "plain", "plaintext", "primary", "prod", "production", "raw", "salt", "secondary", "staging",
+    "str", "string", "test", "text", "val", "value",
+))  # fmt: skip
+_PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
+_SECRET_ENDS = (
+    "secret", "token", "credential", "credentials", "creds", "apikey", "authkey", "accesskey", "secretkey",
+    "privatekey", "accountkey", "signingkey", "encryptionkey", "authorization", "bearer", "cookie",
+)  # fmt: skip
+_PASS_OWNERS = frozenset((  # dbPass is a password, renderPass is not
+    "account", "admin", "api", "app", "client", "database", "db", "email", "ftp", "http", "imap", "key",
+    "ldap", "login", "mail", "mongo", "my", "mysql", "pg", "postgres", "proxy", "redis", "root", "server",
+    "sftp", "smtp", "sql", "ssh", "sudo", "svn", "user", "vpn", "web", "wifi",
+))  # fmt: skip
+_SECRET_KEYS = frozenset((
+    "access", "account", "activation", "admin", "aes", "api", "app", "auth", "cipher", "client", "consumer",
+    "crypto", "deploy", "encryption", "fernet", "hmac", "ingest", "ingestion", "jwt", "license", "master",
+    "preshared", "private", "recovery", "secret", "server", "service", "session", "shared", "signing", "ssh",
+    "storage", "subscription", "unseal", "webhook", "write",
+))  # fmt: skip
+_OTHER_KEYS = frozenset((
+    "by", "cache", "column", "composite", "dict", "foreign", "group", "hash", "hot", "index", "item", "map",
+    "object", "order", "partition", "primary", "public", "publishable", "registry", "row", "shard",
+    "shortcut", "sort", "translation", "unique",
+))  # fmt: skip
+_OTHER_TOKENS = frozenset(("bos", "cancellation", "cls", "eos", "mask", "max", "min", "pad", "sep", "unk"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_class(name: str) -> str:
+    """Return "password" or "secret" for the name of one, "weak" where the value decides, else ""."""
+    words = [word.lower() for word in _NAME_WORD.findall(name[-200:].replace("\u212a", "k"))]
+    while len(words) > 1 and (words[-1] in _NEUTRAL_WORDS or words[-1].isdigit()):
+        words.pop()
+    if not words:
+        return ""
+    owner, last = (words[-2] if len(words) > 1 else ""), words[-1]
+    if last.endswith(_PASSWORD_ENDS):
+        return "password"
+    if last.endswith(_SECRET_ENDS):
+        return "" if owner in _OTHER_TOKENS else "secret"
+    if last == "pass" or last.endswith("pass") and last[:-4] in _PASS_OWNERS:
+        return "password" if last != "pass" or owner in _PASS_OWNERS or owner and name.isupper() else "weak"
+    if last == "key" and owner and owner not in _OTHER_KEYS:
+        return "secret" if owner in _SECRET_KEYS else "weak"
+    return "weak" if last == "auth" else ""
+
+
+# Values: what stands where a secret could stand, and is none.
+
+# It only says where the secret is.
+_REFERS = re.compile(
+    r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
+    r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
+    r"|request|req|params|ctx|props|state|options|opts|System|import)\.[A-Za-z_]"
+)
 _PLACEHOLDER = re.compile(
-    r"(?:true|false|none|null|undefined|include|omit|same-origin|required|optional|string|number|boolean|object)$",
+    r"(?:true|false|yes|no|on|off|none|null|nil|undefined|include|omit|same-origin|required|optional|string"
+    r"|number|boolean|object|empty|unset|hidden|inherit|changeme|(?P<same>.)(?P=same)+|\.+|v?\d+(?:\.\d+)+"
+    r"|your?[-_ ].*|x{3,}.*)$",
     re.I,
 )
-_TYPE_NAME = re.compile(r"(?:u?int|bytes|float|sha|utf|base|md|[iuf])[-_]?\d+|[A-Z][a-z]+\d+[A-Z]")
-_IDENTIFIER = re.compile(r"[A-Za-z_$]+(?:\.[A-Za-z_$][\w$]*)*$")
+_TYPE_NAME = re.compile(
+    r"(?i:(?:u?int|bytes|float|sha|utf|base|md|vec|x|[iufh])[-_]?\d{1,4}(?:[-_]?t|[xfi]?\d?|array))"
+    r"|(?:[A-Z][a-z]+)+\d+(?:[A-Z][a-z]+)*"
+)
+_IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$")
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
+_PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
+_RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
+_LINE_START = re.compile(r"(?:\S+:\d+:)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
+# What stands before NAME VALUE and makes it an assignment: an option, netrc, fish, Docker, C, aws configure.
+_SETS = re.compile(
+    r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
+    r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
+    r"|#\s*define\s+|^\s*(?:ENV|ARG)\s+|\bconfig(?:ure)?\s+(?:set\s+|-\S+\s+)*(?:\S+\.)?|:_?)[\w.-]*\Z",
+    re.I | re.M,
+)  # fmt: skip
+_SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
+_NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
 
-def _is_assigned_secret(text: str, match: "re.Match[str]") -> bool:
-    """True if NAME=value, name: value or "name": "value" gives a secret away and is no code."""
-    start = match.start()
-    before, first = text[max(0, start - 1) : start], text[start]
-    if first in "sStTcC" and before.isalnum() and not (before.islower() and first.isupper()):
-        return False  # part of another word
-    group = str(match.lastgroup)
-    value = text[match.start(group) : match.end(group)]
-    if _REFERS.match(value) or _PLACEHOLDER.match(value):
+def _is_no_secret(name: str, value: str) -> bool:
+    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
+    is_placeholder = _PLACEHOLDER.match(value) or value.isupper() and _SAYS_SECRET.search(value)
+    is_name = name.lower().endswith(value.rstrip(")]").lower())
+    return bool(_REFERS.match(value) or is_placeholder or is_path or is_name)
+
+
+def _is_login_in_base64(value: str) -> bool:
+    """True for `user:password` as Docker, npm and HTTP write it."""
+    try:
+        login = base64.b64decode(value, validate=True).decode()
+    except ValueError:
         return False
+    return 0 < login.find(":") < len(login) - 1 and login.isprintable()
+
+
+def _is_mixed(value: str) -> bool:
+    """True for the letters of a long random text, which no name in code has."""
+    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
+
+
+def _is_weak_secret(name: str, value: str) -> bool:
+    """True if the value looks like a secret, under a name that alone does not say so."""
+    if _is_login_in_base64(value):
+        return True
+    if name.lower().endswith("pass"):
+        return len(value) >= 5 and any(map(str.isdigit, value)) and sum(map(str.isalpha, value)) > 1
+    return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
+
+
+def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
+    """True if a name with a value behind it gives a secret away and is no code."""
+    text = view.text
+    start, group = match.start(), str(match.lastgroup)
+    head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
+    name = (head + text[start : match.end("tail")]).strip(".-")
+    kind = _name_class(name)
+    begin, end = match.span(group)
+    if group == "quoted" and kind:
+        end = view.closing_quote(begin - 1)
+    value = text[begin : min(end, begin + 200)]
+    if not kind or len(value) < 3 or _is_no_secret(name, value):
+        return False
+    if kind == "weak" and not _is_weak_secret(name, value):
+        return False
+    before = text[max(0, start - len(head) - 160) : start - len(head)]
     digits = sum(map(str.isdigit, value))
     if group == "quoted":
-        if match.group("named") or match.group("operator") == "=":
-            return " " not in value or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
-        return digits > 0 and " " not in value and not _SAYS_SECRET.match(value)
-    return _is_bare_secret(text, match, value, digits)
+        return _is_quoted_secret(match, name, kind, value, digits)
+    if group == "bare":
+        return _is_bare_secret(text, match, before, name, kind, value, digits)
+    if group == "element" and before[-1:] not in ("<", ":") and before[-5:].lower() != "<key>":
+        group = "attribute"
+    if group == "element":  # <password>…</password>
+        return "</" in text[match.end() - 1 : match.end() + 5]
+    if group == "attribute":  # <entry key="password">…</entry>, <add key="password" value="…"/>
+        return bool(_NAMES_ENTRY.search(before[-60:]))
+    if group == "argument":  # define('DB_PASSWORD', '…')
+        call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
+        is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
+        return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
+    return _is_spaced_secret(match, before + head, name, value, digits)
 
 
-def _is_bare_secret(text: str, match: "re.Match[str]", value: str, digits: int) -> bool:
-    named, operator = match.group("named"), match.group("operator")
-    after = text[match.end() : match.end() + 1]
-    if digits == len(value):
-        return digits >= 6
-    if named or len(value) < 6 or after in ("(", "<", "`") or "[" in value:
+def _is_spaced_secret(match: "re.Match[str]", before: str, name: str, value: str, digits: int) -> bool:
+    if match.group("quote") == "'" and _SQL.search(before):
+        return True
+    is_netrc = "machine" in before or "default" in before or "login" in before
+    if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
         return False
+    return _SETS.search(before) is not None and (digits < len(value) or digits >= 6)
+
+
+def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
+    operator = match.group("operator")
+    if operator == "(":  # builder.password("…")
+        return bool(_RANDOM.match(value))
+    if match.group("named") or operator == "=":
+        return " " not in value or not _SAYS_SECRET.search(value)  # "password": "Enter your password"
+    if name.isupper() and len(name) > 5:
+        return " " not in value and not (_IDENTIFIER.match(value) and _SAYS_SECRET.search(value))
+    is_random = digits > 0 or kind == "password" and re.search(r"\w[!@#$%^&*]", value)
+    return bool(is_random) and " " not in value and not _SAYS_SECRET.match(value)
+
+
+def _is_bare_secret(
+    text: str, match: "re.Match[str]", before: str, name: str, kind: str, value: str, digits: int
+) -> bool:
+    operator, after = match.group("operator"), text[match.end() : match.end() + 1]
+    if digits == len(value):
+        return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
+    if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
+        return False
+    is_constant = name.isupper()
+    ends_line = after in ("", "\r", "\n", '"', "'", "#")
+    is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
+    is_word = bool(_IDENTIFIER.match(value))
     if operator == "=":  # `f(token=name, …)`: code; in capitals it is a shell's variable, whatever follows
-        return (
-            text[match.start() : match.start() + 3].isupper()
-            or after not in tuple("),;{}")
-            or not _IDENTIFIER.match(value)
-        )
-    is_expression = "=" in operator and after not in tuple('\r\n\\"') and after
-    is_code = is_expression or after in tuple(";{)") or _TYPE_NAME.match(value) or _SAYS_SECRET.match(value)
-    return digits > 1 and operator[-1].isspace() and not is_code
+        if is_constant:
+            return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
+        if len(value) < 6:
+            return kind == "password" and digits > 0 and after not in tuple("),;{}")
+        is_connection = after == ";" and (before[-1:] == ";" or name[:1].isupper())
+        return is_connection or after not in tuple("),;{}") or not is_word
+    if len(value) < 5 or _TYPE_NAME.fullmatch(value) or _SAYS_SECRET.match(value) or after in tuple(";{)"):
+        return False
+    if is_constant and is_line and ":" in operator:
+        return True
+    if kind == "password" and is_line and (digits > 0 or re.search(r"\w[!@#^]", value)):
+        return True
+    if "=" in operator and not ends_line or len(value) < 6 or is_word and "." in value:
+        return False
+    if "\n" in operator:
+        return is_line and bool(_RANDOM.match(value))
+    if operator[-1].isspace():
+        return digits > 1 or _is_mixed(value)
+    if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
+        return True
+    return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
-def _is_authorization(text: str, match: "re.Match[str]") -> bool:
+def _is_authorization(view: "_View", match: "re.Match[str]") -> bool:
     """True if a value of `authorization` is one, and not code that makes it or prose on it."""
-    value = text[match.start("secret") : match.end("secret")]
-    return "(" not in value and not _REFERS.match(value) and not _IDENTIFIER.match(value)
+    value = view.text[match.start("secret") : match.end("secret")]
+    is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
+    return "(" not in value and not _REFERS.match(value) and not is_word
 
 
-def _token(kind: str, hint: str, rest: str) -> SecretShape:
-    """Describe a token that begins with `hint`, in its own case, and not in the middle of a word."""
-    head = re.escape(hint)
-    return SecretShape(kind, hint, re.compile(rf"{head}(?<!\w{head}){rest}"))
+def _has_digits(view: "_View", match: "re.Match[str]") -> bool:
+    return any(map(str.isdigit, view.text[match.start("secret") : match.end("secret")]))
+
+
+def _is_value(view: "_View", match: "re.Match[str]") -> bool:
+    value = view.text[match.start("secret") : match.end("secret")]
+    is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
+    return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
@@ -1155,27 +1303,110 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
-_QUOTE = r"(?:\\{0,3}[\"'])"  # also in JSON that is a text in JSON
-# What follows a name: the operator, then the value in quotes, or as far as a shell, a URL or YAML would read
-# it. Only so much of it as it takes to decide: _REST has the rest.
+_QUOTE = r"[\"'`]"
+# What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
+# as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
+# behind a space. Only so much of the value as it takes to decide: _REST has the rest.
 _ASSIGNED = (
-    rf"(?P<named>{_QUOTE})?(?P<operator>[ \t]{{0,8}}(?:=(?![=>~])|:(?![:=]))[ \t]{{0,8}})"
-    r"(?:\\{0,3}[\"'`](?P<quoted>(?! )(?:[^\"'`\\\r\n]|\\(?![\"'])){6,200})"
-    r"|(?P<bare>(?:[^\s\"'`,;&|()<>{}\\]|\\(?![\"'nrt])){4,200}))"
+    r"(?P<tail>[\w.-]{0,30})(?:"
+    r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
+    r"|[ \t]{0,2}:?[ \t]{0,2}[&*]?[a-z][\w.]{1,15}(?:\[\])?(?=[ \t]{1,8}=))?"
+    r"(?P<operator>[ \t]{0,8}(?:=>|[:?+|]{0,2}=(?![=~>])|:(?![:=])|\((?=[\"'`]))"
+    r"(?:[ \t]{0,4}(?:[|>][+-]?[ \t]{0,4})?\\?\r?\n[ \t]{0,40}|[ \t]{0,8}))"
+    r"(?:[nbfrlu@]{0,2}(?P<opening>[\"'`])(?P<quoted>(?![ \t])(?:(?!(?P=opening))[^\r\n]){1,200})"
+    r"|(?P<bare>[^\s\"'`,;&|()<>{}]{4,200}))"
+    r"|(?:[\"']?>(?:\s{0,40}<(?:!\[cdata\[|value>))?|</key>\s{0,40}<string>)\s{0,40}"
+    r"(?P<element>[^\s<>]{3,200})\s{0,40}[<\]]"
+    r"|[\"']?,?\s{0,40}[\"']?value[\"']?\s?[:=]\s?[\"']?(?P<attribute>[^\"'<>\r\n]{3,200})"
+    r"|[\"']\s{0,8},\s{0,8}[\"'](?P<argument>[^\"'\r\n]{3,200})(?=[\"']\s{0,8}(?:,\s?\w+)?\))"
+    r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
+_ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
 _REST = {
+    "line": re.compile(r"[^\s\"'`;]*"),
     "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
-    "quoted": re.compile(r"(?:[^\"'`\\\r\n]|\\(?![\"']))*"),
-    "bare": re.compile(r"(?:[^\s\"'`,;&|()<>{}\\]|\\(?![\"'nrt]))*"),
+    "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
+    "element": re.compile(r""),
+    "attribute": re.compile(r"[^\"'<>\r\n]*"),
+    "argument": re.compile(r""),
+    "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
 }
-_KEYS = "|".join(
-    f"(?<={word}{gap}key)" for word in ("api", "access", "private", "secret", "auth") for gap in ("", "[_-]")
-)
-_NAMES = r"(?:pass(?:word|wd|phrase)|secret|token|(?:api|access|private|secret|auth)[_-]?key|credentials?)"
 
 
-def _assigned(hint: str, rest: str = "") -> SecretShape:
-    return _folded("assignment", hint, rest + _ASSIGNED, _is_assigned_secret)
+def _assigned(hint: str) -> SecretShape:
+    return _folded("assignment", hint, _ASSIGNED, _is_assigned_secret)
+
+
+def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
+    """Describe a secret that is an option's value on a program's command line."""
+    rest = rf"(?:[^\n|;]|\\\n){{0,400}}?\s(?:{option})"
+    return _folded("command-line", hint, program.replace("{hint}", hint) + rest, _is_value)
+
+
+# The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
+# kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
+_HEX_GROUPS = "[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}"
+_TOKENS = {
+    "[A-Za-z0-9_-]{20,}": "anthropic sk-ant- | openai sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- "
+        "sk-lf- | aws amzn.mws. amzn1.oa2-cs.v1. | heroku HRKU- | supabase sbp_ sb_secret_ | mongodb "
+        "mdb_sa_sk_ | pinecone pcsk_ | aiven AVNS_ | cockroach CCDB1_ | vault hvs. hvb. hvr. | docker "
+        "dckr_pat_ dckr_oat_ | circleci CCIPAT_ CCIPRJ_ | paddle pdl_live_apikey_ pdl_sdbx_apikey_ | wandb "
+        "wandb_v1_ | midtrans SB-Mid-server- Mid-server- | openvsx ovsxat_ ovsxp_ | together tgp_v1_ | "
+        "zuplo zpka_ | tavily tvly- tvly-dev- tvly-prod- | contentful CFPAT- | defined dnkey- | unkey "
+        "unkey_ | square sq0atp- sq0csp- | gitlab GR1348941",
+    "[A-Za-z0-9]{20,}": "openai sk- sess- | bitbucket ATBB ATTA | render rnd_ | fireworks fw_ | vercel vcp_ "
+        "vci_ vca_ vcr_ vck_ | alibaba LTAI",
+    "[A-Za-z0-9]{30,}": "github ghp_ gho_ ghu_ ghs_ ghr_ | tencent AKID | netlify nfp_ nfc_ nfo_ nfu_ | "
+        "neon napi_ | infracost ico- | huggingface hf_ api_org_ | groq gsk_ | xai xai- | perplexity pplx- | "
+        "replicate r8_ | cerebras csk- | runpod rpa_ | apify apify_api_ | posthog phx_ phs_ | prefect pnu_ "
+        "pnb_ | linear lin_api_ lin_oauth_ | notion ntn_ | adobe p8e- | artifactory AKCp cmVmd | clojars "
+        "CLOJARS_ | easypost EZAK EZTK | workos wos_ | adafruit aio_ | npm npm_ | readme rdme_",
+    "[A-Za-z0-9_-]{30,}": "google AIza | yandex AQVN | nvidia nvapi- | jina jina_ | pypi pypi- | github "
+        "github_pat_ | openshift sha256~ | figma figd_ figo_ figoh_ | scalingo tk-us-",
+    "[A-Za-z0-9_.=%-]{30,}": "google ya29. GOCSPX- | doppler dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. "
+        "| planetscale pscale_tkn_ pscale_oauth_ pscale_pw_ | snyk snyk_uat. snyk_sat. | bitbucket ATATT3 "
+        "ATCTT3 | yandex t1. y0_ | typeform tfp_ | duffel duffel_live_ duffel_test_ | frameio fio-u-",
+    "[A-Za-z0-9+/=_-]{30,}": "aws ABSK bedrock-api-key- | fly fo1_ fm1a_ fm1r_ fm2_ | grafana glc_ | sentry "
+        "sntrys_ sntryu_ sntrya_",
+    "[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])": "digitalocean dop_v1_ doo_v1_ dor_v1_ | pulumi "
+        "pul- | buildkite bkua_ bkct_ | shippo shippo_live_ shippo_test_ | shopify shpat_ shpca_ shppa_ "
+        "shpss_ shpua_ shptka_ | rubygems rubygems_ | e2b e2b_ sk_e2b_ | elevenlabs sk_ | sonar sqp_ sqa_ "
+        "squ_ | mailgun key- | intra42 s-s4t2ud- s-s4t2af- | twilio SK",
+    "[A-Za-z0-9_-]{20,}(?:\\.[0-9a-z]{2,12}){0,2}": "gitlab glpat- glptt- gldt- glrt- glrtr- glcbt- glft- "
+        "glimt- glagent- gloas- glsoat- glffct- glwt-",
+    "[A-Za-z0-9]{14,}": "razorpay rzp_live_ rzp_test_ | settlemint sm_aat_ sm_pat_ sm_sat_ | stripe "
+        "sk_live_ sk_test_ sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_",
+    "[A-Za-z0-9%-]{14,}": "slack xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- | flutterwave "
+        "FLWSECK- FLWSECK_TEST- | newrelic NRAK- NRII- NRIQ- NRRA- NRJS- | tailscale tskey-auth- tskey-api- "
+        "tskey-client- tskey-scim- tskey-webhook-",
+    _HEX_GROUPS: "plaid access-sandbox- access-development- access-production- | launchdarkly sdk- mob- | "
+        "hubspot pat-na1- pat-na2- pat-eu1- pat-ap1- | wakatime waka_",
+    "[A-Z2-7]{16}(?![A-Za-z0-9])": "aws AKIA ASIA ABIA ACCA",
+    "[A-Za-z0-9_-]{60,}": "facebook EAAA EAAB EAAC EAAG EAAM | dropbox sl. sl.u.",
+    "[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?": "cloudflare cfut_ cfat_ cfk_ cfoc_ v1.0-",
+    "[a-f0-9]{32}(?:-\\d)?(?![A-Za-z0-9])": "databricks dapi",
+    "eyJ[A-Za-z0-9+/=_.-]{60,}": "1password ops_ | mapbox sk.",
+    "[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}": "1password A3-",
+    "1[A-Z0-9]{50,}": "age AGE-SECRET-KEY-",
+    "[A-Za-z0-9_-]{16,}\\.[A-Za-z0-9_-]{16,}": "sendgrid SG.",
+    "[a-f0-9]{64}-[A-Za-z0-9]{16}": "brevo xkeysib- xsmtpsib-",
+    "[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}": "resend re_",
+    "[a-f0-9]{24}-[a-f0-9]{34}": "postman PMAK-",
+    "[A-Z0-9]{8,24}\\.[A-Z0-9]{60,}": "dynatrace dt0c01. dt0s01. dt0s02. dt0s16.",
+    "[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}": "grafana glsa_ | langsmith lsv2_pt_ lsv2_sk_",
+    "(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}": "sourcegraph sgp_ sgp_local_",
+    "[A-Za-z0-9]{14}\\.[a-f0-9]{64}": "airtable pat",
+    "[A-Za-z0-9_-]{22}\\.[A-Za-z0-9]{24}\\.[A-Za-z0-9]{20}": "harness pat. sat.",
+    "[A-Z0-9]{26,}(?![A-Za-z0-9])": "octopus API-",
+}  # fmt: skip
+
+
+def _token_shapes() -> "Iterator[SecretShape]":
+    for rest, kinds in _TOKENS.items():
+        pattern = re.compile(rest)
+        for row in kinds.split(" | "):
+            kind, *hints = row.split()
+            yield from (SecretShape(kind, hint, pattern, is_token=True) for hint in hints)
 
 
 SECRET_SHAPES = (
@@ -1186,74 +1417,79 @@ SECRET_SHAPES = (
             r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
             re.S,
         )),
-    _token("anthropic", "sk-ant-", r"[A-Za-z0-9_-]{20,}"),
-    _token("openai", "sk-", r"(?!ant-)(?:proj-|svcacct-|admin-)?[A-Za-z0-9_-]{20,}"),
-    *(_token("github", f"gh{letter}_", r"[A-Za-z0-9]{30,}") for letter in "pousr"),
-    _token("github", "github_pat_", r"[A-Za-z0-9_]{40,}"),
-    *(_token("gitlab", f"gl{kind}-", r"[A-Za-z0-9_-]{20,}") for kind in ("pat", "ptt", "dt", "rt")),
-    _token("bitbucket", "ATATT3", r"[A-Za-z0-9_=-]{40,}"),
-    _token("aws", "AKIA", r"[A-Z2-7]{16}\b"),
-    _token("aws", "ASIA", r"[A-Z2-7]{16}\b"),
-    _token("google", "AIza", r"[A-Za-z0-9_-]{35}"),
-    _token("google", "ya29.", r"[A-Za-z0-9_-]{20,}"),
+    SecretShape("private-key", "Private-Lines:",  # of PuTTY
+        re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
+    *_token_shapes(),
+    SecretShape("telegram", "AA", re.compile(r"AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
+    SecretShape("mailchimp", "-us", re.compile(r"-us\d(?<=(?P<begin>[a-f0-9]{32})-us\d)\d?(?![A-Za-z0-9])")),
+    SecretShape("terraform", ".atlasv1.",
+        re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
+    SecretShape("azure", "Q~",
+        re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
+    SecretShape("jwt", "eyJ",
+        re.compile(
+            r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"
+        )),
+    _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
+    _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
+    _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
     _folded("azure", "accountkey=", r"(?P<secret>[a-z0-9+/]{40,}={0,2})"),
-    *(_token("digitalocean", f"do{letter}_v1_", r"[a-f0-9]{40,}") for letter in "por"),
-    _token("vault", "hvs.", r"[A-Za-z0-9_-]{24,}"),
-    _token("docker", "dckr_pat_", r"[A-Za-z0-9_-]{20,}"),
-    _token("slack", "xox", r"[abeoprs]-[A-Za-z0-9-]{10,}"),
-    _token("slack", "hooks.slack.com/", r"services/(?P<secret>[A-Za-z0-9/]{20,})"),
-    _folded("discord", "discord", r"(?:app)?\.com/api/webhooks/(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
-    SecretShape("telegram", ":AA", re.compile(r":AA(?<=\d{8}:AA)(?P<secret>[A-Za-z0-9_-]{32,})")),
-    *(_token("stripe", hint, r"(?:live|test)_[A-Za-z0-9]{16,}") for hint in ("sk_", "rk_", "pk_")),
-    _token("stripe", "whsec_", r"[A-Za-z0-9]{16,}"),
-    _token("shopify", "shpat_", r"[a-f0-9]{32}"),
-    _token("npm", "npm_", r"[A-Za-z0-9]{36}"),
-    _token("pypi", "pypi-", r"[A-Za-z0-9_-]{40,}"),
-    _token("huggingface", "hf_", r"[A-Za-z0-9]{30,}"),
-    _token("groq", "gsk_", r"[A-Za-z0-9]{40,}"),
-    _token("xai", "xai-", r"[A-Za-z0-9]{60,}"),
-    _token("sendgrid", "SG.", r"[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
-    SecretShape("jwt", ".eyJ",
-        re.compile(r"eyJ(?<![\w-]eyJ)[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}")),
+    _folded("azure", "sig=", r"(?<![a-z0-9]sig=)(?P<secret>[a-z0-9+/_-]{40,}={0,2})"),
     _folded("authorization", "authorization",
-        rf"(?<!\[redacted:authorization){_QUOTE}?\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?"
-        r"(?:(?:bearer|basic|token|digest)\s{1,20})?(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
+        rf"(?<!\[redacted:authorization){_QUOTE}?"
+        rf"(?:\s{{0,20}}[:=]\s{{0,20}}{_QUOTE}?(?:[a-z][a-z0-9-]{{1,20}}\s{{1,20}})?"
+        r"|\s?,\s{0,8}[\"'](?:basic|bearer|token|apikey)\s{1,20})(?P<secret>[^\s\"',;<>\[\]\\]{8,200})",
         _is_authorization),
-    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{20,})"),
+    _folded("authorization", "bearer", r"(?<!\wbearer)\s{1,20}(?P<secret>[a-z0-9._~+/=-]{12,})", _has_digits),
     _folded("cookie", "cookie",
         rf"{_QUOTE}?: ?{_QUOTE}?(?P<secret>[^\s=;\"'<>:]{{1,100}}=[^\r\n\"'<>\\]{{6,}})"),
-    _folded("url-password", "://",
-        r"(?<=[a-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:(?P<secret>(?!\[redacted:)[^\s/\"'<>]{1,256})@"),
-    *(_assigned(hint) for hint in ("password", "passwd", "passphrase")),
-    _assigned("secret"),
-    _assigned("token"),
-    _assigned("credential", "s?"),
-    _assigned("key", f"(?:{_KEYS})"),
-    _folded("assignment", "--",
-        rf"(?<![\w-]--)(?:[a-z0-9]{{1,20}}-){{0,3}}{_NAMES} {_QUOTE}?"
-        r"(?P<secret>(?!\[redacted:)(?=[^\s\"']{0,64}\d)[^\s\"'$<{`]{6,})"),
+    SecretShape("url-password", "@", re.compile(
+        r"://(?<=[A-Za-z0-9+.-]://)[^\s/:@\"'<>]{0,256}:"
+        r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
+    SecretShape("url-password", "@", re.compile(
+        r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
+    *map(_assigned, ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    _folded("assignment", "identified",
+        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
+        r"'(?P<secret>[^'\r\n]{1,200})",
+        lambda view, match: view.text[match.start()] == "I" or _has_digits(view, match)),
+    _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
+    _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
+    _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
+    _command("sqlcmd", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
+    _command("redis-cli", r"-a ?[\"']?(?P<secret>[^\s\"']{3,200})"),
+    _command("login", r"-p[= ]?[\"']?(?P<secret>[^\s\"']{3,200})", r"(?<=[a-z] login)\b"),
+    _folded("assignment", "set password",
+        r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )  # fmt: skip
 
 SHORTEST_SECRET = 7  # a://:b@
 REDACTION_ROUNDS = 8
-_SECRET_KEY = re.compile(
-    r"(?:^|_)(?:password|passwd|pwd|passphrase|secret|token|api_?key|access_?key|private_?key|secret_?key"
-    r"|auth_?key|credentials?|client_?secret|authorization|cookie|set_?cookie|bearer)$"
-)
 _METADATA_KEYS = frozenset((
     "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
-    "usage", "agentMeta", "truncated", "agent_type", "is_interrupt", "prompt_id", "trigger", "action",
-    "label", "pinned", "hidden", "parentSessionId",
+    "agent_type", "is_interrupt", "prompt_id", "trigger", "action", "label", "pinned", "hidden",
+    "parentSessionId",
 ))  # fmt: skip
+_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
+_METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
+_ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
 _LATER_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
 
 
-@functools.lru_cache(maxsize=4096)
-def _names_a_secret(key: str) -> bool:
-    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key[:200]).replace("-", "_").replace(".", "_").lower()
-    return _SECRET_KEY.search(snake) is not None
+def _names_a_secret(name: str, value: Any = None) -> bool:
+    """True if any value of that name is a secret, or that one is."""
+    kind = _name_class(name)
+    return (
+        kind not in ("", "weak") or kind == "weak" and isinstance(value, str) and _is_weak_secret(name, value)
+    )
+
+
+def _name_of(name: str, beside: "dict[str, Any]") -> str:
+    """Return under which name a value stands: `{"name": "DB_PASSWORD", "value": "…"}` says it beside."""
+    named = beside.get("name", beside.get("key")) if name == "value" else None
+    return named if isinstance(named, str) else name
 
 
 def _replacement(kind: str, secret: str) -> str:
@@ -1264,19 +1500,121 @@ def _replacement(kind: str, secret: str) -> str:
 _RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
 # Hints have these parts in common: a text without the part is not searched for each of them. A part of one
 # rare letter is found or missed in a fifth of the time.
-_COMMON_PARTS = ("gh", "gl", "pat_", "_v1_", "k_", "i-", "sk-", *"AJSwxz", "ssw", "cre", "key")
+_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
+# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
+_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 
 
 def _by_part(folded: bool) -> "list[tuple[str, list[_RankedShape]]]":
     shapes: dict[str, list[_RankedShape]] = {}
     for ranked in enumerate(SECRET_SHAPES):
         hint = ranked[1].hint
-        if ranked[1].folded == folded:
-            shapes.setdefault(next((part for part in _COMMON_PARTS if part in hint), hint), []).append(ranked)
+        if ranked[1].folded == folded and hint not in _TOKENS_BY_HINT:
+            part = " -" if ranked[1].kind == "command-line" else "'" if hint == "identified" else hint
+            shapes.setdefault(next((each for each in _COMMON_PARTS if each in part), part), []).append(ranked)
     return list(shapes.items())
 
 
+def _tokens_by_hint() -> "dict[str, list[_RankedShape]]":
+    tokens: dict[str, list[_RankedShape]] = {}
+    for ranked in enumerate(SECRET_SHAPES):
+        hint = ranked[1].hint
+        if hint[-1] in "-_." or hint[0] in "AE" or hint == "pat":
+            tokens.setdefault(hint, []).append(ranked)
+    return tokens
+
+
+_TOKENS_BY_HINT = _tokens_by_hint()
+_TOKENS_BY_END: "dict[str, list[str]]" = {}  # the last two letters of a beginning → the beginnings
+for _hint in _TOKENS_BY_HINT:
+    _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_hint)
+# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
+_TOKEN_ENDS = tuple(re.compile(re.escape(separator) + _TOKEN_BODY) for separator in "-_.")
+_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _first in "AE":
+    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
+    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 _SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
+
+
+# Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
+
+_ESCAPES = (
+    ("\x1b", re.compile(
+        r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
+    ("\\", re.compile(
+        r"\\(?<!\\\\)\\*(?:(?:[xX]1[bB]|033|e|u001[bB])(?P<colour>\[[0-?]{0,40}[@-~])"
+        r"|(?:u00|[xX])(?P<code>[0-7][0-9A-Fa-f])|(?P<letter>[nrtbf\"'`/]))")),
+    ("%", re.compile(r"%(?:25)*(?P<code>[2-7][0-9A-Fa-f]|0[9AaDd])")),
+    ("&", re.compile(
+        r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
+)  # fmt: skip
+_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
+_MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
+_MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
+
+
+def _meaning(escape: "re.Match[str]") -> str:
+    kind = escape.lastgroup
+    if kind == "letter":
+        return _MEANINGS.get(escape[kind], escape[kind])
+    return "" if kind == "colour" else chr(int(escape[str(kind)], 16 if kind == "code" else 10))
+
+
+class _View:
+    """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
+
+    `colours` stand where one begins or ends: nothing joins the pieces of a word that `grep` has marked, a
+    space keeps two words apart.
+    """
+
+    def __init__(self, raw: str, colours: str = "") -> None:
+        self.coloured = False
+        # For every escape its place in the view, in the raw text, its width there; and the same after it.
+        self._places, self._raw_places, self._widths = [0], [0], [0]
+        found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
+        found.sort(key=re.Match.start)
+        pieces: list[str] = []
+        done = length = 0
+        for match in found:
+            begin, end = match.span()
+            if begin < done:
+                continue
+            meaning = _meaning(match) or colours
+            self.coloured = self.coloured or meaning is colours
+            pieces += raw[done:begin], meaning
+            length += begin - done
+            self._places += length, length + len(meaning)
+            self._raw_places += begin, end
+            self._widths += end - begin, 0
+            length += len(meaning)
+            done = end
+        self.text = "".join(pieces) + raw[done:] if pieces else raw
+
+    @functools.cached_property
+    def folded(self) -> str:
+        return _folded_text(self.text)
+
+    def raw_span(self, start: int, end: int) -> "tuple[int, int]":
+        """Return where in the raw text a piece of the view stands."""
+        first, last = (bisect.bisect_right(self._places, place) - 1 for place in (start, end - 1))
+        raw_start = self._raw_places[first] + start - self._places[first]
+        raw_last = self._raw_places[last] + end - 1 - self._places[last]
+        return raw_start, raw_last + (self._widths[last] or 1)
+
+    def closing_quote(self, opening: int) -> int:
+        """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
+        level, ends = self._width(opening), [len(self.text)]
+        for sign, most in ((self.text[opening], level), ("\n", 1)):
+            at = opening
+            while (at := self.text.find(sign, at + 1, ends[0])) >= 0 and self._width(at) > most:
+                pass
+            ends[0] = at if at >= 0 else ends[0]
+        return ends[0]
+
+    def _width(self, at: int) -> int:
+        start, end = self.raw_span(at, at + 1)
+        return end - start
 
 
 def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> str:
@@ -1288,13 +1626,21 @@ def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> st
     for _ in range(REDACTION_ROUNDS):
         if len(text) < SHORTEST_SECRET:
             break
-        folded = _folded_text(text)
         if shapes is None:
-            shapes = _shapes_in(text, folded)
-        else:
+            plain = _View(text).text if "\x1b" in text else text
+            shapes = _shapes_in(plain, _folded_text(plain))
+        elif "\x1b" not in text:
+            folded = _folded_text(text)
             shapes = [each for each in shapes if each[1].hint in (folded if each[1].folded else text)]
+        if not shapes:
+            break
+        view = _View(text)
+        found = set(_secrets_in(view, shapes))
+        tokens = [each for each in shapes if each[1].is_token]
+        if tokens and view.coloured:  # only a token asks for a beginning of its own
+            found.update(_secrets_in(_View(text, " "), tokens))
         secrets: list[tuple[int, int, int]] = []
-        for start, end, rank in sorted(_secrets_in(text, folded, shapes)):
+        for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap: the shape that is described first names it
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
@@ -1312,10 +1658,13 @@ def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> st
 
 
 def _folded_text(text: str) -> str:
-    """Return the text in lower case, each character in its place."""
+    """Return the text with its ASCII letters in lower case, each character in its place."""
     if text.isascii():
         return text.lower()
-    return text.replace("\u0130", "I").lower()  # the one character whose lower case has another length
+    # Five times as fast as lower(); the Kelvin sign is the one other letter whose lower case is ASCII.
+    return (
+        text.replace("\u212a", "k").encode("utf-8", "surrogatepass").lower().decode("utf-8", "surrogatepass")
+    )
 
 
 def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
@@ -1323,26 +1672,63 @@ def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
     found: list[_RankedShape] = []
     for by_part, searched in ((_SHAPES, text), (_FOLDED_SHAPES, folded)):
         for part, shapes in by_part:
-            if part in searched:
+            # The mode bypassPermissions stands in many events.
+            if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [ranked for ranked in shapes if ranked[1].hint in searched]
+    hints: set[str] = set()
+    for pattern in _TOKEN_ENDS:
+        for match in pattern.finditer(text):
+            end = match.end()
+            for hint in _TOKENS_BY_END.get(text[end - 2 : end], ()):
+                if text.startswith(hint, end - len(hint)):
+                    hints.add(hint)
+    for pattern in _TOKEN_STARTS:
+        hints.update(pattern.findall(text))
+    for hint in hints:
+        found += _TOKENS_BY_HINT[hint]
     return found
 
 
-def _secrets_in(text: str, folded: str, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
+def _secrets_in(view: _View, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
     """Yield every match of some shapes as (start, end, its shape's place); they may overlap."""
     for rank, shape in shapes:
-        searched = folded if shape.folded else text
-        match = shape.pattern.search(searched)
-        while match is not None:
+        spans = _tokens_in(view.text, shape) if shape.is_token else _matches_in(view, shape)
+        for start, end in spans:
+            yield (*view.raw_span(start, end), rank)
+
+
+def _tokens_in(text: str, shape: SecretShape) -> "Iterator[tuple[int, int]]":
+    start = text.find(shape.hint)
+    while start >= 0:
+        end = start + len(shape.hint)
+        before = text[start - 1 : start]
+        match = None if before.isascii() and before.isalnum() else shape.pattern.match(text, end)
+        if match is not None:
             end = match.end()
-            if shape.is_secret is not None and not shape.is_secret(text, match):
-                end = match.start() + len(shape.hint)
-            else:
-                group = match.lastgroup or 0
-                if shape.is_secret is not None:
-                    end = _REST[str(group)].match(text, end).end()  # type: ignore[union-attr]  # may be empty
-                yield match.start(group), end if shape.is_secret else match.end(group), rank
-            match = shape.pattern.search(searched, end)
+            yield start, end
+        start = text.find(shape.hint, end)
+
+
+def _matches_in(view: _View, shape: SecretShape) -> "Iterator[tuple[int, int]]":
+    searched = view.folded if shape.folded else view.text
+    match = shape.pattern.search(searched)
+    while match is not None:
+        if shape.is_secret is not None and not shape.is_secret(view, match):
+            next_at = match.start() + len(shape.hint)
+        else:
+            group = match.lastgroup or 0
+            start, end = match.span(group)
+            if group == "begin":  # of a secret whose fixed text is in its middle
+                end = match.end()
+            elif group == "quoted":
+                end = view.closing_quote(start - 1)
+            elif shape.is_secret is not None:
+                line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
+                rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
+            yield start, end
+            next_at = max(end, match.end())
+        match = shape.pattern.search(searched, next_at)
 
 
 class Privacy(NamedTuple):
@@ -1371,10 +1757,12 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         searched = text
         if event.keys() <= _EVENT_FIELDS:
             searched = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+        if "\\u001b[" in searched:
+            searched = _COLOURS_IN_JSON.sub("", searched)
         folded = searched.lower() if is_plain else _folded_text(searched)
         shapes = _shapes_in(searched, folded)
-        # Every other name of a secret has a hint in it.
-        in_doubt = shapes or "pwd" in folded or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
+        # Every name of a secret has a hint in it.
+        in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
         is_clean = is_clean and not (in_doubt and _may_have_secrets(event, shapes))
     if is_clean:
         return event, text.encode() if is_plain else encode_json(event)
@@ -1382,7 +1770,7 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
 
 def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
-    """True when a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
+    """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
 
     All texts are searched together, as lines of one: what matches in a text matches there too.
     """
@@ -1392,7 +1780,7 @@ def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
         deeper = []
         for value in level:
             if isinstance(value, dict):
-                if any(map(_names_a_secret, value)):
+                if any(_names_a_secret(_name_of(name, value), inner) for name, inner in value.items()):
                     return True
                 texts += value
                 value = value.values()
@@ -1406,9 +1794,8 @@ def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
         level = deeper
     else:
         return True
-    text = "\n".join(texts)
-    folded = _folded_text(text)
-    return any(shape.pattern.search(folded if shape.folded else text) for _, shape in shapes)
+    view = _View("\n".join(texts))
+    return view.coloured or next(_secrets_in(view, shapes), None) is not None
 
 
 def _protect_each_value(
@@ -1416,7 +1803,7 @@ def _protect_each_value(
 ) -> "tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
-        data = {name: value for name, value in data.items() if name in _METADATA_KEYS}
+        data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # of a denial it is prose
     protector = _Protector(privacy, shapes)
@@ -1431,6 +1818,29 @@ def _protect_each_value(
         data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event, encode_json(event)
+
+
+def _metadata_of(data: JsonObject) -> JsonObject:
+    """Return what `data` says besides content: single values under known names, and figures."""
+    kept = {name: _figures_of(data[name], name) for name in _METADATA_OBJECTS & data.keys()}
+    for name in _METADATA_KEYS & data.keys():
+        value = data[name]
+        if not isinstance(value, (dict, list)) and not (isinstance(value, str) and len(value) > 200):
+            kept[name] = value
+    return {name: kept[name] for name in data if kept.get(name) is not None}
+
+
+def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
+    """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
+    if isinstance(value, dict) and depth < 5:
+        inner_values = value.items()
+        kept = {
+            key: _figures_of(inner, key, depth + 1) for key, inner in inner_values if _ID_LIKE.fullmatch(key)
+        }
+        return {key: inner for key, inner in kept.items() if inner is not None}
+    if isinstance(value, str):
+        return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
+    return value if isinstance(value, (bool, int, float)) else None
 
 
 class _Protector:
@@ -1452,7 +1862,9 @@ class _Protector:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
             return {
-                self._clean(name): self.value(inner, name, f"{path}.{name}" if path else name, depth + 1)
+                self._clean(name): self.value(
+                    inner, _name_of(name, value), f"{path}.{name}" if path else name, depth + 1
+                )
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1466,7 +1878,7 @@ class _Protector:
         return text if self._shapes == [] else redact_text(text, self._shapes)
 
     def _text(self, text: str, key: str, path: str) -> str:
-        if self._privacy.redact and text and _names_a_secret(key):
+        if self._privacy.redact and text and _names_a_secret(key, text):
             return text if text.startswith("[redacted:") else _replacement("key", text)
         limit = self._privacy.field_limit_bytes
         if len(text) <= limit // 4:  # a character is at most four bytes
@@ -1492,6 +1904,18 @@ class _Protector:
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
+def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
+    """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
+    if privacy.metadata_only:
+        return ""
+    margin = 4096  # as where a field is cut: a secret across the end is seen whole
+    text = line[: limit + margin].decode("utf-8", "backslashreplace")
+    shown = redact_text(text)
+    if len(text) > limit:
+        shown = shown[: max(0, len(shown) - (len(text) - limit))]
+    return shown
+
+
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
     """Cut the fields of one wrapped payload so that the line fits what a monitor takes.
 
@@ -1509,7 +1933,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
         truncated = {}  # as the fields are called in `data`
         for path, size in protector.cuts.items():
             field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
-            truncated[DATA_NAMES.get(field, field) + rest] = size
+            truncated[DATA_NAMES.get(_CAMEL_CASE.get(field, field), field) + rest] = size
         line = encode_json({**wrapped, "hook": {**hook, "truncated": truncated}}) + b"\n"
         limit //= 4
     if len(line) > LINE_LIMIT_BYTES:
@@ -1517,129 +1941,203 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     return line
 
 
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log, without the secrets in it."""
+    write_log(redact_text(reason))
+
+
 # ---------------------------------------------------------------------------
 # Token usage from transcripts: what each session and agent has used so far
 #
-# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db, which knows how far
-# each transcript was read and what was counted. A message counts once, by its id, whichever lines and files
+# TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
+# transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
+# What the client's own sums (`cost-state`) have beyond the lines, such as /compact, is added to them.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
 # AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
-SYNTHETIC_MODEL = "<synthetic>"  # what the client itself wrote, such as the text of an API error
 TRANSCRIPT_CHUNK_BYTES = 256 << 10  # read and counted in one transaction
 TRANSCRIPT_LINE_LIMIT_BYTES = 64 << 20
 TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
-COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago go
+COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
-USAGE_SCHEMA = 1
+USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
+USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
+USAGE_SCHEMA = 3
 _USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
+_MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
+    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
+    "ephemeral_1h_input_tokens",
+)
+_CLIENT_COUNTS = (
+    *("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens"),
+    "cacheCreationEphemeral1hInputTokens",
+)
+SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
+_BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_AGENT_NOTE_FIELDS = ("agentType", "toolUseId", "parentAgentId", "requestShape")
-_USAGE_TABLES = """
+_AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
+    "spawnDepth": is_integer,
+}
+_USAGE_TABLES = f"""
+BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions;
 DROP TABLE IF EXISTS files;
 DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, device INTEGER, inode INTEGER, position INTEGER,
-                    mark BLOB);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT, input INTEGER,
-                       output INTEGER, cache_read INTEGER, cache_creation INTEGER, cache_creation_1h INTEGER);
+CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT, origin TEXT,
+                       chain TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT,
+                       {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
-CREATE INDEX files_of_session ON files (session)
+CREATE INDEX files_of_session ON files (session);
+PRAGMA user_version = {USAGE_SCHEMA};
+COMMIT;
 """
 # Of several lines of one message the largest numbers are true.
-_COUNT_MESSAGE = """
-INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
-    input = max(input, excluded.input), output = max(output, excluded.output),
-    cache_read = max(cache_read, excluded.cache_read),
-    cache_creation = max(cache_creation, excluded.cache_creation),
-    cache_creation_1h = max(cache_creation_1h, excluded.cache_creation_1h)
-"""
+_LARGEST = ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
+_COUNT_MESSAGE = (
+    f"INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET {_LARGEST}"
+)
+_SUMS = ", ".join(f"SUM({name})" for name in COUNT_NAMES)
+# The model is that of the main agent's last message, the origin whose messages the transcript begins with.
+_UPDATE_SESSION = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, '')) WHERE number = ?"
+# The client's sums belong to the first session of a chain; a fork begins with messages of another session.
+_FIND_FORK = "SELECT 1 FROM sessions WHERE CASE number WHEN ? THEN origin != ? ELSE chain = ? END"
+Counts = tuple[int, int, int, int, int]  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
 class MessageUsage(NamedTuple):
     """What one message of a model used; `agent_id` "" is the main agent."""
 
     message_id: str
+    request: str  # with the id, which a gateway may give to every message, the key of the message
     agent_id: str
     model: str
-    counts: "tuple[int, int, int, int, int]"  # tokens, as in COUNT_NAMES; the last is part of the one before
+    counts: Counts
+    session_id: str = ""  # as the line says; a fork begins with lines of another session
+
+    @property
+    def key(self) -> str:
+        """Return what identifies the message in all transcripts."""
+        return f"{self.message_id} {self.request}"
+
+
+class CostState(NamedTuple):
+    """The client's own sums, for the whole session so far; a fork's include those of its parent."""
+
+    session_id: str
+    chain: str  # the same for a session and its forks: when the first of them began
+    models: "dict[str, Counts]"
+
+    def uncounted(self, counted: "dict[str, Counts]") -> "list[MessageUsage]":
+        """Return what the sums have beyond what was counted so far: requests that have no line.
+
+        The names of a model may differ (`[1m]`, those of a cloud), so it is never more than all sums have
+        beyond all that was counted.
+        """
+        nothing = (0,) * len(COUNT_NAMES)
+        in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (self.models, counted))
+        left = [max(0, own - ours) for own, ours in zip(in_all, known)]
+        found = []
+        for model, sums in self.models.items():
+            more = [min(max(0, a - b), c) for a, b, c in zip(sums, counted.get(model, nothing), left)]
+            left = [a - b for a, b in zip(left, more)]
+            more[4] = min(more[3:])
+            if any(more):
+                request = f"cost-state {model} {sums}"
+                found.append(MessageUsage(self.chain, request, "", model, tuple(more)))  # type: ignore[arg-type]
+        return found
 
 
 class TranscriptParser:
-    """Find the usage in a transcript that is fed in pieces of any size; a line counts once its end has come.
+    """Find the usage in a transcript that is fed in pieces of any size; a line counts once it is complete.
 
-    `consumed` says how many of the bytes fed so far are done with: the next reader begins there.
+    `consumed`: how many of the bytes fed so far are processed; the next reader begins there.
     """
 
     def __init__(self, agent_id: str = "") -> None:
         self.consumed = 0
         self._agent_id = agent_id
-        self._begun: list[bytes] = []  # of a line whose end has not come yet
+        self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage]":
-        """Take the next bytes; return the usage in the lines that they complete, one entry a line."""
-        head, newline, rest = data.partition(b"\n")
-        self._begun.append(head)
-        if not newline:
-            size = sum(map(len, self._begun))
-            if size > TRANSCRIPT_LINE_LIMIT_BYTES:  # given up; what is left of it is no JSON object
-                self.consumed += size
-                self._begun = []
+    def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
+        """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
+        self._rest += data
+        if b"\n" not in data:
+            if len(self._rest) > TRANSCRIPT_LINE_LIMIT_BYTES:  # skipped; its end will be no JSON object
+                self.consumed += len(self._rest)
+                self._rest.clear()
             return []
-        whole_lines, newline, rest = rest.rpartition(b"\n")
-        lines = [b"".join(self._begun), *(whole_lines.split(b"\n") if newline else ())]
-        self.consumed += sum(len(line) + 1 for line in lines)
-        self._begun = [rest]
-        return [usage for usage in map(self._usage_of, lines) if usage is not None]
+        *lines, rest = bytes(self._rest).split(b"\n")
+        self.consumed += len(self._rest) - len(rest)
+        self._rest = bytearray(rest)
+        return [usage for line in lines for usage in self._usage_of(line)]
 
-    def _usage_of(self, line: bytes) -> "MessageUsage | None":
-        if b'"assistant"' not in line or b'"usage"' not in line:
-            return None  # most of a transcript is what tools gave back
+    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState]":
+        if b'"usage"' not in line and b'"cost-state"' not in line:
+            return  # most of a transcript is output of tools
         try:
             entry = parse_event_line(line)
         except MalformedEvent:
-            return None
-        message, agent_id = entry.get("message"), entry.get("agentId")
-        if entry.get("type") != "assistant" or not isinstance(message, dict):
-            return None
-        message_id, model, usage = message.get("id"), message.get("model"), message.get("usage")
-        if not _is_id(message_id) or not _is_id(model) or not isinstance(usage, dict):
-            return None
-        if model == SYNTHETIC_MODEL:
-            return None
-        by_lifetime = usage.get("cache_creation")
-        for_an_hour = by_lifetime.get("ephemeral_1h_input_tokens") if isinstance(by_lifetime, dict) else 0
-        input_, output, cache_read, created = (
-            _tokens(usage.get(f"{kind}_tokens"))
-            for kind in ("input", "output", "cache_read_input", "cache_creation_input")
-        )
-        counts = (input_, output, cache_read, created, min(created, _tokens(for_an_hour)))
-        return MessageUsage(message_id, agent_id if _is_id(agent_id) else self._agent_id, model, counts)  # type: ignore[arg-type]
+            return
+        kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
+        sums = entry.get("modelUsage")
+        if kind == "cost-state" and isinstance(sums, dict):
+            named = itertools.islice(filter(_is_id, sums), 50)
+            models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in named}
+            begun = entry.get("startTime")
+            yield CostState(session_id, str(begun) if is_integer(begun) else session_id, models)
+        if kind != "assistant" or not isinstance(message, dict):
+            return
+        model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
+        message_id = id_or(message.get("id"), id_or(request, id_or(entry.get("uuid"), "")))
+        if not message_id or model in ("", "<synthetic>") or not isinstance(usage, dict):
+            return
+        counts = _counts_of(usage, _MESSAGE_COUNTS)
+        # Without a request: lines of one message have the same input, and more and more output.
+        request = id_or(request, f"{counts[0]} {counts[2]} {counts[3]}")
+        sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
+        agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
+        parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
+        beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
+        for number, part in enumerate(beside):
+            about = (id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS), session_id)
+            yield MessageUsage(message_id, f"{request} {number}", agent_id, *about)
+        yield MessageUsage(message_id, request, agent_id, model, counts, session_id)
 
 
-def _tokens(value: Any) -> int:
-    return value if is_integer(value) and 0 <= value < 1 << 40 else 0
+def id_or(value: Any, otherwise: str) -> str:
+    """Return a value that can be an id, without half of a surrogate pair, else the other."""
+    return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
+
+
+def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
+    """Return the tokens under these names; what is no number of tokens is 0."""
+    usage = usage if isinstance(usage, dict) else {}
+    by_lifetime = usage.get("cache_creation")
+    values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
+    tokens = (value if is_integer(value) and 0 <= value < 1 << 40 else 0 for value in values)
+    input_, output, cache_read, created, for_an_hour = tokens
+    return input_, output, cache_read, created, min(created, for_an_hour)
 
 
 class UsageReader:
     """Read transcripts; make events of their own with what the sessions of this machine have used.
 
-    The event of a session holds totals so far, so one that is lost, repeated or late does no harm:
-    `{"eventType": "usage", "hookType": "", "sessionId", "machineId", "workingDirectory", "timestamp", "data":
-    {"usage": {"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "partial": true when there were too many messages to count}}}`, and `counts` `{"input",
-    "output", "cacheRead", "cacheCreation", "cacheCreation1h"?}`.
+    The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
+    `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
+    agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
 
-    It is to be used by one thread and stops early, without a result, once `stopping` is set; what was read
-    until then is not read again. A second process is kept out by SQLite's own lock.
+    For one thread. Stops early, without a result, once `stopping` is set, and continues there the next time.
+    SQLite's own lock keeps a second process out.
     """
 
     def __init__(self, home: str, machine_id: str, stopping: "threading.Event | None" = None) -> None:
@@ -1648,7 +2146,6 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
-        self._complaint = ""
 
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
         """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
@@ -1677,12 +2174,10 @@ class UsageReader:
             database.close()
 
     def _recover(self, error: Exception) -> None:
-        """Log what went wrong, once, and begin a new file when the old one is damaged."""
-        complaint, self._complaint = self._complaint, f"token usage could not be read: {error!r}"
+        """Log a failure, and remove a damaged file, so that a new one is made."""
         with contextlib.suppress(OSError):
-            if self._complaint != complaint:
-                log_failure(self._complaint)
-        with contextlib.suppress(Exception):  # e.g. a damaged file cannot be closed in order either
+            log_failure(f"token usage could not be read: {error!r}")
+        with contextlib.suppress(Exception):  # a damaged file cannot always be closed
             self.close()
         if type(error).__name__ == "DatabaseError":  # sqlite3's own, not one of its kinds: it is no database
             for suffix in ("", "-journal"):
@@ -1702,11 +2197,8 @@ class UsageReader:
         # Nothing waits for the disk: after a loss of power everything can be read again.
         database.execute("PRAGMA synchronous = OFF")
         database.execute("PRAGMA journal_mode = TRUNCATE")
-        with database:
-            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
-                for statement in _USAGE_TABLES.split(";"):
-                    database.execute(statement)
-                database.execute(f"PRAGMA user_version = {USAGE_SCHEMA}")
+        if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+            database.executescript(_USAGE_TABLES)
         self._database = database
         return database
 
@@ -1715,8 +2207,8 @@ class UsageReader:
         database = self._open()
         find = "SELECT number FROM sessions WHERE name = ?"
         is_known = database.execute(find, (session_id,)).fetchone() is not None
-        if not is_known and not any(_stat_own(path) for path, _ in files):
-            return None  # nobody here can read them, and nothing need be remembered of that
+        if not is_known and not any(os.path.isfile(path) for path, _ in files):
+            return None  # a session of a file system that is not here leaves no trace
         with database:
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
@@ -1725,7 +2217,7 @@ class UsageReader:
             )
             (session,) = database.execute(find, (session_id,)).fetchone()
             (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
-            # What was read longest ago is forgotten; a session is read again from its start when it goes on.
+            # A dropped session is read from its start when it has another event.
             others = "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1"
             while count >= COUNTED_MESSAGES_LIMIT:
                 oldest = database.execute(others, (session,)).fetchone()
@@ -1734,59 +2226,56 @@ class UsageReader:
                 count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
                 database.execute("DELETE FROM files WHERE session = ?", oldest)
                 database.execute("DELETE FROM sessions WHERE number = ?", oldest)
-            has_room = count < COUNTED_MESSAGES_LIMIT
-        for path, agent_id in files if has_room else ():
-            self._read_transcript(session, path, agent_id)
+        has_room = count < COUNTED_MESSAGES_LIMIT
+        # The main transcript is the last, because the client's sums in it include those of the subagents.
+        for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
+            with contextlib.suppress(OSError), open(path, "rb", 0, opener=open_own) as file:
+                self._count(session, path, file.fileno(), TranscriptParser(agent_id))
         usage = None if self._stopping.is_set() else _session_usage(database, session)
         return usage if has_room or usage is None else {**usage, "partial": True}
 
-    def _read_transcript(self, session: int, path: str, agent_id: str) -> None:
-        """Count what is new in one transcript."""
-        seen = _stat_own(path)
-        if seen is None:
-            return
-        find = "SELECT device, inode, position, mark FROM files WHERE path = ?"
-        row = self._database.execute(find, (path,)).fetchone()
-        # As SQLite can hold them: some file systems use all 64 bits.
-        identity = (seen.st_dev & (1 << 63) - 1, seen.st_ino & (1 << 63) - 1)
-        start, mark = row[2:] if row and row[:2] == identity and row[2] <= seen.st_size else (0, b"")
-        if start and start == seen.st_size:
-            return
-        try:
-            fd = _open_own(path, seen)
-        except OSError:
-            return  # gone, or not for us
-        try:
-            if start and mark != _mark(fd, start):
-                start = 0  # rewritten in place
-            self._count((path, session, *identity), TranscriptParser(agent_id), fd, start)
-        finally:
-            os.close(fd)
-
-    def _count(self, file: "tuple[Any, ...]", parser: TranscriptParser, fd: int, start: int) -> None:
-        """Count the messages from a position of a transcript to its end, a chunk in each transaction.
-
-        `file` is what the first columns of its row hold: path, session, device, inode.
-        """
-        place, size = start, os.fstat(fd).st_size
+    def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
+        """Count what is new in one transcript, a chunk in each transaction."""
+        about = os.fstat(fd)
+        size, identity = about.st_size, f"{about.st_dev} {about.st_ino}"
+        find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
+        start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
+        if 0 < start < size and mark != _mark(fd, start):
+            start = 0  # rewritten in place
+        place = start
         while place < size and not self._stopping.is_set():
             chunk = os.pread(fd, min(TRANSCRIPT_CHUNK_BYTES, size - place), place)
             if not chunk:
                 return  # it has become shorter
             place += len(chunk)
-            messages = [_message_row(file[1], message) for message in parser.feed(chunk)]
-            position = start + parser.consumed
-            with self._database:
-                self._database.executemany(_COUNT_MESSAGE, messages)
-                row = (*file, position, _mark(fd, position))
-                self._database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)", row)
+            found = parser.feed(chunk)
+            own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
+            with self._database as database:
+                if own:
+                    database.execute(_UPDATE_SESSION, (own[-1].model, own[0].session_id, session))
+                for entry in found:
+                    messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
+                    for it in messages:
+                        key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
+                        database.execute(_COUNT_MESSAGE, (key, session, it.agent_id, it.model, *it.counts))
+                position = start + parser.consumed
+                row = (path, session, identity, position, _mark(fd, position))
+                database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
+
+    def _rest_of(self, session: int, state: CostState) -> "list[MessageUsage]":
+        """Return what the client's own sums have beyond the lines so far; a fork's sums are not its own."""
+        if self._database.execute(_FIND_FORK, (session, state.session_id, state.chain)).fetchone():
+            return []
+        self._database.execute("UPDATE sessions SET chain = ? WHERE number = ?", (state.chain, session))
+        counted = f"SELECT model, {_SUMS} FROM messages WHERE session = ? GROUP BY model"
+        return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
 
 class UsageWorker:
-    """Read transcripts in a thread of its own, so that no event waits for them, and hand over usage events.
+    """Read transcripts in a thread of its own, so that no event waits for them, and deliver usage events.
 
     `put` belongs to the thread that stores events; `deliver` is called from ours and must not raise. What is
-    pending at the end is made up for at the next event of its session.
+    pending at the end is read at the next event of its session.
     """
 
     def __init__(self, home: str, machine_id: str, deliver: "Callable[[JsonObject], Any]") -> None:
@@ -1794,30 +2283,38 @@ class UsageWorker:
         self._closing = threading.Event()
         self._reader = UsageReader(home, machine_id, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → what is to be read; stays until it has been read
-        self._pending: dict[tuple[str, str], JsonObject] = {}
+        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
+        self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
-        """True while something is still to be read."""
-        return bool(self._pending)
+        """True while something is to be read at once."""
+        with self._wake:
+            return any(due == 0 for due, _ in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Have the transcripts read that an event names; the newest event of a session takes the place."""
-        if event["hookType"] not in USAGE_HOOKS:
-            return
+        """Have the transcripts read that an event names: at the end of something now, else once it is quiet.
+
+        The newest event of a session replaces the one before.
+        """
         names = ("transcriptPath", "agent_transcript_path")
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
-        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": event["hookType"], "data": paths}
+        if not paths:
+            return
+        is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
+        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": "Stop", "data": paths}
         with self._wake:
-            self._pending[event["sessionId"], paths.get("agent_transcript_path", "")] = kept
+            if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
+                return  # it will be read in a moment
+            self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            self._wake.notify()
+            if is_end or len(self._pending) == 1:
+                self._wake.notify()
 
     def close(self) -> None:
         """End the thread; it stops within one chunk."""
@@ -1830,92 +2327,94 @@ class UsageWorker:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._pending or self._closing.is_set())
                 if self._closing.is_set():
                     break
-                key, event = next(iter(self._pending.items()))
+                key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
+                due, event = entry = self._pending.get(key, (math.inf, {}))
+                wait_s = due - time.monotonic()
+                if wait_s > 0:
+                    self._wake.wait(min(wait_s, 3600.0))
+                    continue
             usage = self._reader.usage_event(event)
             if usage is not None:
                 self._deliver(usage)
             with self._wake:
-                if self._pending.get(key) is event:
+                if self._pending.get(key) is entry:
                     del self._pending[key]
+                    if due == 0:
+                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event)
         self._reader.close()  # SQLite wants it in the thread that opened it
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
-    """List a session's transcripts as (path, agent id): the main one, then those of its subagents.
+    """List a session's transcripts as (path without links, agent id): the main one, then its subagents'.
 
-    Subagents write beside the session in older clients, and into `<session>/subagents/` in newer ones.
+    Subagents write beside the session in older clients, into `<session>/subagents/` in newer ones, and in
+    workflows into folders below it.
     """
-    if not _is_transcript_path(main_path):
-        return []
-    found = {main_path: ""}
-    folder = main_path[: -len(".jsonl")] + "/subagents"
-    try:
-        names = sorted(os.listdir(folder)[:TRANSCRIPTS_LIMIT])
-    except (OSError, ValueError):
-        names = []
-    paths = [f"{folder}/{name}" for name in names if name.startswith("agent-")]
-    for path in filter(_is_transcript_path, (*paths, agent_path)):
-        name = path.rpartition("/")[2]
-        found.setdefault(path, name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else "")
+    places = transcript_places(main_path)
+    found = {os.path.realpath(place): "" for place in places}
+    named = (
+        f"{folder}/{name}"
+        for place in places
+        for folder, _, names in os.walk(place[: -len(".jsonl")] + "/subagents")
+        for name in sorted(names)
+        if name.startswith("agent-") and name.endswith(".jsonl")
+    )
+    beside = transcript_places(agent_path) if places else []
+    for path in (*itertools.islice(named, TRANSCRIPTS_LIMIT), *beside):
+        name = os.path.basename(path)
+        agent_id = name[len("agent-") : -len(".jsonl")] if name.startswith("agent-") else ""
+        found.setdefault(os.path.realpath(path), agent_id)
     return list(found.items())
 
 
+def transcript_places(path: Any) -> "list[str]":
+    """Return where a transcript may be: at its path, where a link there leads, or in another folder.
+
+    The client may name a folder that does not exist (of a worktree); another one in `projects/` has the file.
+    """
+    if not _is_transcript_path(path):
+        return []
+    places = [path, os.path.realpath(path)]
+    folder, _, name = path.rpartition("/")
+    projects = os.path.dirname(folder)
+    if not os.path.exists(path) and os.path.basename(projects) == "projects":
+        places += sorted(glob.glob(f"{glob.escape(projects)}/*/{glob.escape(name)}"))
+    return list(dict.fromkeys(places))
+
+
 def _is_transcript_path(path: Any) -> bool:
-    return isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl") and len(path) <= 4096
-
-
-def _stat_own(path: str) -> "os.stat_result | None":
-    """Look at a file; None unless it is a regular file of this user: its path is what a client said."""
     try:
-        about = os.lstat(path)
-    except (OSError, ValueError):
-        return None
-    return about if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid() else None
-
-
-def _open_own(path: str, seen: os.stat_result) -> int:
-    """Open the file that was seen by `_stat_own`; raise OSError when another is in its place."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC)
-    if not os.path.samestat(os.fstat(fd), seen):
-        os.close(fd)
-        raise FileNotFoundError(path)
-    return fd
+        is_path = isinstance(path, str) and path.startswith("/") and path.endswith(".jsonl")
+        return is_path and len(os.fsencode(path)) <= 4096 and "\0" not in path
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _mark(fd: int, position: int) -> bytes:
-    """Return a hash of the bytes before `position`: it says whether a file still has them."""
+    """Return a hash of the bytes before `position`: another one where a file was rewritten."""
     length = min(position, 256)
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
-
-
-def _message_row(session: int, message: MessageUsage) -> "tuple[Any, ...]":
-    key = hashlib.blake2b(message.message_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    # SQLite takes no half of a surrogate pair.
-    texts = (text.encode("utf-8", "replace").decode() for text in (message.agent_id, message.model))
-    return (key, session, *texts, *message.counts)
 
 
 def _session_usage(database: Any, session: int) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
     agents: dict[str, dict[str, JsonObject]] = {}
-    newest: dict[str, tuple[int, str]] = {}  # agent → its latest message's row and model
+    newest: dict[str, int] = {}  # agent → its latest message's row
     for agent, model, *counts, row in database.execute(
-        "SELECT agent, model, SUM(input), SUM(output), SUM(cache_read), SUM(cache_creation),"
-        " SUM(cache_creation_1h), MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2",
-        (session,),
+        f"SELECT agent, model, {_SUMS}, MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2", (session,)
     ):
-        newest[agent] = max((row, model), newest.get(agent, (0, "")))
+        newest[agent] = max(row, newest.get(agent, 0))
         for by_model in (models, agents.setdefault(agent, {})):
             add_counts(by_model.setdefault(model, {}), counts)
     if not models:
         return None
-    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent][0]))[:AGENTS_IN_USAGE]
+    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent]))[:AGENTS_IN_USAGE]
     usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
-    return {**usage, "model": newest[""][1]} if "" in newest else usage
+    (model,) = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()
+    return {**usage, "model": model} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
@@ -1928,9 +2427,8 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 class AgentNoteReader:
     """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
 
-    `agentMeta` holds of `agentType`, `toolUseId`, `parentAgentId`, `spawnDepth` and `requestShape` what the
-    note has, `data.agentDescription` what the launching agent called it. The note is not there yet when
-    the subagent starts, but at its first tool call; of nested agents nothing else says the parent.
+    `agentMeta` holds the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the launching agent's name of
+    it. The note exists from the first tool call on; only it names the parent of a nested agent.
     """
 
     def __init__(self, machine_id: str) -> None:
@@ -1940,33 +2438,32 @@ class AgentNoteReader:
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
-        agent_id = event.get("agentId")
-        if not agent_id:
-            return
-        data, key = event["data"], (event["sessionId"], agent_id)
-        path = data.get("transcriptPath")
+        agent_id, data = event.get("agentId"), event["data"]
+        key = (event["sessionId"], agent_id or "")
         if (
-            event["machineId"] != self._machine_id
+            not agent_id
+            or event["machineId"] != self._machine_id
             or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
-            or not _is_transcript_path(path)
             or not _AGENT_ID.fullmatch(agent_id)
         ):
             return
-        note_path = f"{path[: -len('.jsonl')]}/subagents/agent-{agent_id}.meta.json"
-        seen = _stat_own(note_path)
-        if seen is None or seen.st_size > AGENT_NOTE_LIMIT_BYTES:
-            return
+        notes = (
+            note
+            for place in transcript_places(data.get("transcriptPath"))
+            for below in ("", "/workflows/*")
+            for note in glob.iglob(
+                f"{glob.escape(place[: -len('.jsonl')])}/subagents{below}/agent-{agent_id}.meta.json"
+            )
+        )
         try:
-            with os.fdopen(_open_own(note_path, seen), "rb") as file:
+            with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
                 note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
         except (OSError, MalformedEvent):
-            return  # gone, or only half written
+            return  # not there, or only half written
         if len(self._noted) >= AGENTS_REMEMBERED:
             del self._noted[next(iter(self._noted))]
         self._noted[key] = event["id"]
-        kept = {name: note[name] for name in _AGENT_NOTE_FIELDS if _is_id(note.get(name))}
-        if type(note.get("spawnDepth")) is int:
-            kept["spawnDepth"] = note["spawnDepth"]
+        kept = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
         _keep(data, "agentMeta", kept)
         if isinstance(note.get("description"), str):
             _keep(data, "agentDescription", note["description"])
@@ -1975,7 +2472,7 @@ class AgentNoteReader:
 # ---------------------------------------------------------------------------
 # Spool: the drainer's side (the writer's side is in the hot path)
 #
-# Owns: spool/, segments named <start in ms>-<random>.jsonl, taken ones .taken, and dropped.jsonl.
+# Owns: spool/, its segments <start in ms>-<random>.jsonl (while drained: .taken), and dropped.log.
 # ---------------------------------------------------------------------------
 
 SPOOL_LIMIT_BYTES = 64 << 20
@@ -1985,7 +2482,7 @@ QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
-    """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; count what is lost."""
+    """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
     oldest_ms = now_ms() - SPOOL_LIMIT_MS
@@ -2007,29 +2504,30 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """List our segments as (path, bytes), oldest first; of one name what was taken comes first."""
+    """List segments as (path, bytes), oldest first; of one name the .taken one comes first."""
     segments = []
     with contextlib.suppress(FileNotFoundError):  # of the directory
         names = os.listdir(directory)
         for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
             if name.endswith((".jsonl", ".taken")):
-                about = _stat_own(f"{directory}/{name}")  # None when it was drained since it was listed
-                if about is not None:
-                    segments.append((f"{directory}/{name}", about.st_size))
+                with contextlib.suppress(OSError):  # not ours, or drained since it was listed
+                    about = os.lstat(f"{directory}/{name}")
+                    if stat.S_ISREG(about.st_mode) and about.st_uid == os.getuid():
+                        segments.append((f"{directory}/{name}", about.st_size))
     return segments
 
 
 def segment_start_ms(path: str) -> int:
-    """Return the time in a segment's name; 0, the oldest of all, when the name is not ours."""
+    """Return the time in a segment's name; 0, the oldest of all, for any other name."""
     start = path.rpartition("/")[2].partition("-")[0]
     return int(start) if start.isdigit() else 0
 
 
 def take_segment(path: str) -> str:
-    """Take one segment away from its writers and return its new path; after this nobody writes to it.
+    """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError while a writer that opened it under its old name is not done, or while one that was
-    taken under the same name is not drained (a hook of an older version begins one anew): try again later.
+    Raises BlockingIOError, to try again later, while a writer still has it open, or while an older one of the
+    same name (of a hook of an older version) is not drained.
     """
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
@@ -2042,7 +2540,7 @@ def take_segment(path: str) -> str:
 
 
 def take_dropped(directory: str) -> "tuple[int, int]":
-    """Return how many (events, bytes) the spool has had to drop since the last call, and forget them."""
+    """Return how many (events, bytes) the spool has dropped since the last call, and reset the count."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
     with contextlib.suppress(FileNotFoundError, PermissionError):
@@ -2058,10 +2556,10 @@ def take_dropped(directory: str) -> "tuple[int, int]":
     return events, size
 
 
-def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
-    """Keep the beginning of what was not one JSON object, for a person to look at. Raises OSError."""
-    record = {"received": now_ms(), "reason": reason, "bytes": len(line)}
-    record["head"] = line[:QUARANTINED_HEAD_BYTES].decode("utf-8", "backslashreplace")
+def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
+    """Keep the beginning of a line that is not one JSON object. Raises OSError."""
+    record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
+    record["head"] = shown_head(line, QUARANTINED_HEAD_BYTES, privacy)
     append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
 
 
@@ -2069,8 +2567,8 @@ def keep_in_quarantine(path: str, line: bytes, reason: str) -> None:
 # Redis publisher: from the spool to Redis
 #
 # Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
-# redis-py's timeouts count from one recv to the next and not at all while a name is looked up, so a server
-# that drips bytes holds it for ever: each exchange runs in a thread that is left behind at its deadline.
+# redis-py's timeouts apply to each recv and not to DNS, so that a server that drips bytes would block it for
+# ever: each exchange runs in a thread that is abandoned at its deadline.
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
@@ -2084,10 +2582,10 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 30.0
 BATCH_LIMIT_EVENTS = 200
 BATCH_LIMIT_BYTES = 256 << 10
-RESEND_S = 10.0  # what was sent so long before a connection broke is sent again: a new primary may lack it
+RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
 RESEND_BYTES = 1 << 20
 STATE_INTERVAL_S = 0.25
-WRITER_PATIENCE_S = 1.0
+WRITER_DEADLINE_S = 1.0
 RECENT_OUTCOMES = 50
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
@@ -2097,7 +2595,7 @@ class Overrun(Exception):
 
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread of its own and return its result; leave it at the deadline and raise Overrun."""
+    """Run `work` in a thread and return its result; abandon it at the deadline and raise Overrun."""
     outcome: list[tuple[Any, Any]] = []
 
     def run() -> None:
@@ -2121,14 +2619,15 @@ def backoff_s(failures: int) -> float:
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
-    """Return a redis-py client of the server that has the stream, which has not connected yet.
+    """Return a redis-py client, not yet connected, of the server that has the stream.
 
     With `redis.sentinels` or `redis.cluster` it asks them first which server that is. Raises
-    ModuleNotFoundError without redis-py, ValueError for a url that it cannot use, and redis-py's errors. Off
-    are redis-py's retries, which reconnect silently, and what it sends about itself with each connection
-    (HELLO, CLIENT SETINFO), which an access list would have to allow.
+    ModuleNotFoundError without redis-py, ValueError for an unusable url, and redis-py's errors. Off are
+    redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which an ACL would have to
+    allow.
     """
-    import redis
+    import redis.cluster
+    import redis.sentinel
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
@@ -2148,68 +2647,46 @@ def redis_client(values: "dict[str, Any]") -> Any:
         options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
         options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these: a timeout of a Unix socket, another protocol, what it says of itself.
+    # Not every redis-py knows these, and for a Unix socket not every one knows the first.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
-    known: set[str] = set()
-    for base in kind.__mro__:
-        parameters = inspect.signature(base.__init__).parameters
-        known.update(parameters)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break  # else what it does not name goes on to the class that it is made of
-    options.update((name, value) for name, value in silent.items() if name in known)
+    known = inspect.signature(redis.Redis.__init__).parameters.keys()
+    options.update((name, silent[name]) for name in silent.keys() & known)
+    if "path" in options:
+        options.pop("socket_connect_timeout")
 
-    def client_of(address: "tuple[str, int] | None" = None, **changes: Any) -> Any:
-        own = {**options, **changes, **(dict(zip(("host", "port"), address)) if address else {})}
-        return redis.Redis(connection_pool=redis.ConnectionPool(connection_class=kind, **own))
+    def client_of(**changes: Any) -> Any:
+        pool: Any = redis.ConnectionPool(connection_class=kind, **{**options, **changes})
+        return redis.Redis(connection_pool=pool)
 
     if values["redis.sentinels"]:
+        manager: Any = redis.sentinel.Sentinel([])  # type: ignore[no-untyped-call]
         login = {"db": 0, "username": None, "password": values["redis.sentinelPassword"]}
-        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
-        return client_of(
-            _primary_of_sentinels([client_of(it, **login) for it in nodes], values["redis.master"])
-        )
+        for node in values["redis.sentinels"]:
+            host, port = host_and_port(node, 26379)
+            manager.sentinels.append(client_of(host=host, port=port, **login))
+        try:
+            host, port = manager.discover_master(values["redis.master"])
+        finally:
+            for sentinel in manager.sentinels:
+                sentinel.connection_pool.disconnect()
+        return client_of(host=host, port=port)
     if values["redis.cluster"]:
-        first = options.get("host", "localhost"), options.get("port", 6379)
-        listed = values["redis.cluster"]
-        nodes = [first] if listed is True else [host_and_port(node, 6379) for node in listed]
-        tls = issubclass(kind, redis.connection.SSLConnection)
+        listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
+        nodes = [host_and_port(node, 6379) for node in listed]
+        nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
         rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
-        return client_of(
-            _cluster_node(nodes, stream_name(values) or values["redis.channel"], ssl=tls, **rest), db=0
+        cluster: Any = redis.cluster.RedisCluster(
+            startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
+            require_full_coverage=False,
+            ssl=issubclass(kind, redis.connection.SSLConnection),
+            **rest,
         )
+        try:  # PUBLISH at the node that has the stream reaches subscribers of every node
+            node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
+        finally:
+            cluster.close()
+        return client_of(host=node.host, port=node.port, db=0)
     return client_of()
-
-
-def _primary_of_sentinels(sentinels: "list[Any]", name: str) -> "tuple[str, int]":
-    from redis.sentinel import Sentinel
-
-    manager: Any = Sentinel([])  # type: ignore[no-untyped-call]
-    manager.sentinels = sentinels
-    try:
-        host, port = manager.discover_master(name)
-    finally:
-        for sentinel in sentinels:
-            sentinel.connection_pool.disconnect()
-    return host, port
-
-
-def _cluster_node(nodes: "list[tuple[str, int]]", key: str, **options: Any) -> "tuple[str, int]":
-    """Return the address of the node that has a key: PUBLISH there reaches subscribers of every node."""
-    from redis.cluster import ClusterNode, RedisCluster
-
-    startup: Any = [ClusterNode(*node) for node in nodes]  # type: ignore[no-untyped-call]
-    cluster: Any = RedisCluster(startup_nodes=startup, require_full_coverage=False, **options)
-    try:
-        node = cluster.get_node_from_key(key)
-    finally:
-        cluster.close()
-    return node.host, node.port
-
-
-def redis_address(client: Any) -> "tuple[Any, Any]":
-    """Return (host, port) of a client that `redis_client` made."""
-    options = client.connection_pool.connection_kwargs
-    return options.get("host"), options.get("port")
 
 
 def stream_name(values: "dict[str, Any]") -> "Optional[str]":
@@ -2219,14 +2696,13 @@ def stream_name(values: "dict[str, Any]") -> "Optional[str]":
 
 def redis_place(values: "dict[str, Any]") -> str:
     """Return where Redis is, for people: "host:port/db" or a socket's path, never a password."""
-    url = values["redis.url"]
     if values["redis.sentinels"]:
         return f"{values['redis.master']} of the sentinels {', '.join(values['redis.sentinels'])}"
     if isinstance(values["redis.cluster"], list):
         return f"the cluster of {', '.join(values['redis.cluster'])}"
-    if not url:
+    if not values["redis.url"]:
         return f"{values['redis.host']}:{values['redis.port']}/{values['redis.db']}"
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit(values["redis.url"])
     if parts.scheme == "unix":
         return urllib.parse.unquote(parts.path)
     database = parts.path.strip("/") or values["redis.db"]
@@ -2234,7 +2710,7 @@ def redis_place(values: "dict[str, Any]") -> str:
 
 
 def redis_py_advice(python: str) -> str:
-    """Say what to do where an interpreter lacks redis-py: pip, unless a distribution manages it (PEP 668)."""
+    """Return how to install redis-py for an interpreter: pip, unless a distribution manages it (PEP 668)."""
     prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
     managed = glob.glob(glob.escape(prefix) + "/lib/python3*/EXTERNALLY-MANAGED")
     if managed and not os.path.exists(prefix + "/pyvenv.cfg"):
@@ -2245,7 +2721,7 @@ def redis_py_advice(python: str) -> str:
     return f"run `{shlex.quote(python)} -m pip install --upgrade redis`, then try again"
 
 
-# What an error's text holds → what to tell a person. redis-py leaves the code (NOAUTH) out of some texts.
+# Part of an error's text → message. redis-py leaves the code (NOAUTH) out of some texts.
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: {advice}"),
     ("No module named 'redis.", "redis-py is too old: {advice}"),
@@ -2256,7 +2732,7 @@ _REDIS_TROUBLES = (
      "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
      "(or CONTEXTUATE_REDIS_PASSWORD)"),
     ("NOPERM|has no permissions|No permissions to access",
-     "the Redis user lacks a right (NOPERM: {text}): the README lists the ACL rules"),
+     "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
     ("READONLY|read only replica|read-only replica|previous master",
      "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary, or redis.sentinels "
      "to have it found"),
@@ -2294,32 +2770,34 @@ _REDIS_TROUBLES = (
 
 
 def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Say in one sentence what is wrong with Redis and what to do about it.
+    """Return one sentence on what is wrong with Redis and what to do.
 
-    `connected`: this configuration has worked before, so a connection that ends has other causes.
+    `connected`: this configuration has worked before, so it is not why a connection ends.
     """
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
-    tls = values["redis.tls"] or (values["redis.url"] or "").startswith("rediss:")
-    silence_hint = "if that port is without TLS, set redis.tls to false"
-    closed_hint = "is a client certificate asked for?" if tls else "if that is a TLS port, set redis.tls"
+    url, place = values["redis.url"] or "", redis_place(values)
+    tls = values["redis.tls"] or url.startswith("rediss:")
+    closed_hint = (
+        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
+    )
+    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
-    if (values["redis.url"] or "").startswith("unix:"):
-        named.append(redis_place(values))
+    named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
     facts = {
         "text": text,
-        "place": redis_place(values),
-        "host": values["redis.host"] if not values["redis.url"] else redis_place(values).rpartition(":")[0],
+        "place": place,
+        "host": place.rpartition(":")[0] if url else values["redis.host"],
         "missing": ", ".join(missing) or "a file",
         "advice": redis_py_advice(sys.executable),
-        "closed_hint": "" if connected else f" ({closed_hint})",
-        "silence_hint": "" if connected or not tls else f" ({silence_hint})",
+        "closed_hint": "" if connected else closed_hint,
+        "silence_hint": "" if connected else silence_hint,
     }
-    for signs, words in _REDIS_TROUBLES:
+    for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return words.format(**facts)
-    return f"{type(error).__name__} from Redis at {facts['place']}: {text}"
+            return message.format(**facts)
+    return f"{type(error).__name__} from Redis at {place}: {text}"
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
@@ -2329,29 +2807,29 @@ def privacy_of(values: "dict[str, Any]") -> Privacy:
 
 
 def run_publisher(lock_fd: int) -> None:
-    """Be the publisher until the spool has been quiet for 60 s (the program with --publish).
+    """Run the publisher until the spool has been quiet for 60 s (the program with --publish).
 
-    `lock_fd` is publisher.lock, locked and handed down by the hook that started this process.
+    `lock_fd`: publisher.lock, locked, inherited from the hook that started this process.
     """
     home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
     try:
         os.umask(0o077)
         os.chdir("/")  # the project's directory may be removed or unmounted meanwhile
-        os.closerange(3, lock_fd)  # whatever else was handed down is not ours to hold open
+        os.closerange(3, lock_fd)  # other inherited files are not held open
         os.closerange(lock_fd + 1, 256)
         os.set_inheritable(lock_fd, False)
         publisher = Publisher(home, config_path, lock_fd)
         signal.signal(signal.SIGTERM, lambda *_: setattr(publisher, "stopping", True))
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         publisher.run()
-    except BaseException as error:  # nobody sees a traceback; the next hook starts another publisher
+    except BaseException as error:  # a traceback would be lost; the next hook starts another publisher
         with contextlib.suppress(OSError):
             log_failure(f"the publisher stopped: {error!r}")
-    os._exit(0)  # an exchange that was left behind may still hold its thread
+    os._exit(0)  # an abandoned exchange may still block its thread
 
 
 class Publisher:
-    """Send what is in the spool to Redis, in its order, and follow it until it has been quiet for a while."""
+    """Send the events in the spool to Redis, in order, until it has been quiet for a while."""
 
     def __init__(self, home: str, config_path: str, lock_fd: int) -> None:
         self._home = home
@@ -2367,18 +2845,18 @@ class Publisher:
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
-        self._sent: collections.deque[tuple[float, _Batch]] = collections.deque()  # of the last RESEND_S
+        self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
-        self.stopping = False  # True: `run` returns after the exchange under way; the spool keeps the rest
+        self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
             "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
             "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
             "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
         }  # fmt: skip
-        self._told: JsonObject = {}  # the state as it is in publisher.json
-        self._told_at = 0.0
+        self._written: JsonObject = {}  # the state as it is in publisher.json
+        self._written_at = 0.0
 
     def run(self) -> None:
         """Publish until it has been quiet for PUBLISHER_QUIET_S, or the mode is no longer Redis."""
@@ -2393,7 +2871,7 @@ class Publisher:
                 last_event = now
                 if not self._failures:
                     continue
-            self._tell()
+            self._write_state()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
             elif now - last_event < PUBLISHER_QUIET_S or self._usage.is_busy or self._usage_events:
@@ -2405,16 +2883,16 @@ class Publisher:
             else:
                 last_event = now
         self._enter("stopped", None)
-        self._tell(now=True)
+        self._write_state(at_once=True)
 
     def _leave(self) -> bool:
-        """Give up the lock, unless there is something in the spool again.
+        """Release the lock; take it again and return False if the spool has an event.
 
-        No event is left behind: a hook appends first and asks for the lock then. If it was refused, its
-        append came before our release, so the look after it sees it; if not, it starts the next publisher.
+        No event is left behind: a hook appends first and tries the lock then. If it was refused, its append
+        came before our release, and is seen after it; if not, it starts the next publisher.
         """
         self._enter("stopped", None)
-        self._tell(now=True)  # before the next publisher may tell of itself
+        self._write_state(at_once=True)  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if not spool_segments(self._spool):
             return True
@@ -2426,19 +2904,18 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; one that cannot be used leaves the last one in force."""
-        try:
+        """Read the configuration if it has changed; while it is unusable the last one stays in force."""
+        key: Any = "none"
+        with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
-            key: Any = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-        except OSError:
-            key = "none"
+            key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
         if key == self._config_key:
             return
         self._config_key = key
         try:
             self._values = load_config(self._config_path)[0]
         except ConfigError as error:
-            log_failure(f"the publisher goes on as before: {error}")
+            log_failure(f"the publisher keeps its last configuration: {error}")
             self._values = self._values or default_values()
         self._state["server"] = redis_place(self._values)
         self._drop_client()
@@ -2450,72 +2927,77 @@ class Publisher:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         privacy = privacy_of(self._values)
         while self._usage_events:
-            usage = build_event(self._usage_events.popleft(), now_ms(), this_machine())
-            self._batch.append((usage["id"], protect(usage, privacy)[1]))
+            self._add(build_event(self._usage_events.popleft(), now_ms(), this_machine()), privacy)
         if self._segment is None and not self._open_segment():
             return bool(self._batch)
         size = 0
         while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
             line = self._segment.readline()
+            if not line and not self._batch:
+                self._segment.close()
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._segment.name)
+                self._segment = None
+                return self._read_batch()
             if not line:
                 break
-            event = self._build(line.strip(), privacy) if line.strip() else None
-            if event:
-                self._batch.append(event)
-                size += len(event[1])
-        if not self._batch:
-            self._segment.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._segment.name)
-            self._segment = None
-            return self._read_batch()
-        return True
+            size += len(line)
+            if line.strip():
+                self._read_line(line.strip(), privacy)
+        return bool(self._batch)
+
+    def _add(self, event: JsonObject, privacy: Privacy) -> None:
+        event, encoded = protect(event, privacy)
+        self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> bool:
-        """Open the oldest segment; tell if there is one that can be read now."""
-        blocked = False
-        for path, _ in spool_segments(self._spool):
+        """Open the oldest segment that can be read now; False when there is none.
+
+        One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
+        """
+        segments = [path for path, _ in spool_segments(self._spool)]
+        for path in segments:
             try:
                 self._segment = open(take_segment(path), "rb", opener=open_own)  # noqa: SIM115 - over many rounds
             except BlockingIOError:
-                blocked = True
                 self._blocked_since = self._blocked_since or time.monotonic()
-                if time.monotonic() - self._blocked_since < WRITER_PATIENCE_S:
-                    return False  # a writer is at it: what comes after it waits, to keep the order
+                if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
+                    return False
                 continue
             except OSError:  # drained meanwhile, or not readable
                 continue
-            self._blocked_since = self._blocked_since if blocked else None
+            if path == segments[0]:
+                self._blocked_since = None
             self._report_dropped()
             return True
         return False
 
-    def _build(self, line: bytes, privacy: Privacy) -> "tuple[str, bytes] | None":
-        """Build and protect one event; what is none goes to the quarantine."""
+    def _read_line(self, line: bytes, privacy: Privacy) -> None:
+        """Add the event of one line to the batch; a line that has none goes to the quarantine."""
         try:
             event = build_event(parse_event_line(line), now_ms(), this_machine())
             self._usage.put(event)
             self._agent_notes.add_note(event)
-            event, encoded = protect(event, privacy)
-            return (event["id"], encoded)
+            self._add(event, privacy)
+            return
+        except MalformedEvent as error:
+            reason = str(error)
         except Exception as error:  # no line may stop those after it
-            reason = str(error) if isinstance(error, MalformedEvent) else f"could not be built: {error!r}"
+            reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
         self._state["quarantined"] += 1
         with contextlib.suppress(OSError):
-            log_failure(f"not an event ({reason}): {line[:200]!r}")
-            keep_in_quarantine(self._home + "/quarantine.log", line, reason)
-        return None
+            log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
+            keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
 
     def _report_dropped(self) -> None:
-        """Report to the monitors what the spool has had to drop on this machine: an event like any other."""
+        """Publish an event on what the spool of this machine has dropped."""
         events, size = take_dropped(self._spool)
-        if not events:
-            return
-        self._state["dropped"] += events
-        words = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-        report = {"eventType": "message", "data": {"message": words, "spoolDropped": events}}
-        event = build_event(report, now_ms(), this_machine())
-        self._batch.append((event["id"], encode_json(event)))
+        if events:
+            self._state["dropped"] += events
+            text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
+            report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
+            event = build_event(report, now_ms(), this_machine())
+            self._batch.append((event["id"], encode_json(event)))
 
     # Sending
 
@@ -2528,7 +3010,7 @@ class Publisher:
                 self._client = within(2 * EXCHANGE_DEADLINE_S, lambda: redis_client(self._values))
             client = self._client
             replies = within(deadline_s, lambda: self._send(client, batch))
-        except Exception as error:  # whatever it is, the events stay in the spool
+        except Exception as error:  # the events stay in the spool
             if isinstance(error, ImportError):
                 self._change_interpreter()
             self._fail(redis_trouble(error, self._values, connected=self._state["published"] > 0))
@@ -2547,9 +3029,9 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep what has not arrived: an event that the stream has not or, without one, no subscriber got.
+        """Keep events that did not arrive: not in the stream or, without one, no subscriber got them.
 
-        A node of a cluster counts only its own subscribers, so there it is enough that PUBLISH was taken.
+        A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
         """
         stream = stream_name(self._values)
         step = 2 if stream else 1
@@ -2561,45 +3043,41 @@ class Publisher:
             self._outcomes.append([event[0], subscribers, streamed])
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
-        # For publisher.json: how the last event fared on the channel and in the stream.
-        published_last: Any = replies[-step]
+        # For publisher.json: the replies to the last event.
+        last: Any = replies[-step]
         added: Any = replies[-1] if stream else None
-        refused, unstreamed = isinstance(published_last, Exception), isinstance(added, Exception)
+        reasons = [
+            redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
+            for reply in (last, added)
+        ]
         self._state.update(
-            channelState="refused" if refused else "ok",
-            channelReason=redis_trouble(published_last, self._values) if refused else None,
-            subscribers=None if refused else published_last,
-            stream="refused" if unstreamed else "off" if added is None else "ok",
-            streamReason=redis_trouble(added, self._values) if unstreamed else None,
+            channelState="refused" if reasons[0] else "ok",
+            channelReason=reasons[0],
+            subscribers=None if reasons[0] else last,
+            stream="refused" if reasons[1] else "ok" if stream else "off",
+            streamReason=reasons[1],
         )
         self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
-        self._sent.append((time.monotonic(), sent))
-        while self._sent and (
-            time.monotonic() - self._sent[0][0] > RESEND_S
-            or sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES
-        ):
-            self._sent.popleft()
+        self._sent = [*self._recently_sent(), (time.monotonic(), sent)]
+        while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
+            del self._sent[0]
         if not kept:
             self._failures = 0
             self._enter("publishing", None)
             return
-        reasons = [self._state["channelReason"], self._state["streamReason"]]
-        unheard = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(reason for reason in reasons if reason) or unheard)
+        no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
+        self._fail("; ".join(filter(None, reasons)) or no_subscriber)
         if stream:
             self._send_again()
 
+    def _recently_sent(self) -> "list[tuple[float, _Batch]]":
+        return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
+
     def _send_again(self) -> None:
-        """Put what was sent just now before the batch: the server that had it may have been replaced."""
-        recent = [
-            event
-            for sent_at, events in self._sent
-            if time.monotonic() - sent_at < RESEND_S
-            for event in events
-        ]
+        """Put the events of the last seconds before the batch: their server may have been replaced."""
+        self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
         self._sent.clear()
-        self._batch = recent + self._batch
 
     def _fail(self, reason: str) -> None:
         self._failures += 1
@@ -2609,9 +3087,11 @@ class Publisher:
         self._enter("waiting", reason)
         self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
+        if not os.path.isdir(self._home):  # removed with all its events
+            self.stopping = True
 
     def _change_interpreter(self) -> None:
-        """Go on in the interpreter that `install` has recorded meanwhile; the lock goes with us."""
+        """Continue in the interpreter that `install` has recorded meanwhile, with the same lock."""
         python = publisher_python(self._home)
         if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
             return
@@ -2620,7 +3100,7 @@ class Publisher:
         os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
-        """Close the connection, also under the hands of an exchange that was left behind."""
+        """Close the connection, also that of an abandoned exchange."""
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(Exception):
@@ -2636,74 +3116,40 @@ class Publisher:
                     log_failure(f"publisher: {reason}")
         self._state["nextAttemptAt"] = None
 
-    def _tell(self, now: bool = False) -> None:
-        """Write publisher.json when something is new, a few times a second at most."""
-        if self._state == self._told or (not now and time.monotonic() - self._told_at < STATE_INTERVAL_S):
+    def _write_state(self, at_once: bool = False) -> None:
+        """Write publisher.json if the state has changed, a few times a second at most."""
+        if self._state == self._written or (
+            not at_once and time.monotonic() - self._written_at < STATE_INTERVAL_S
+        ):
             return
-        self._told_at = time.monotonic()
+        self._written_at = time.monotonic()
         content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
-            self._told = dict(self._state)
+            self._written = dict(self._state)
 
 
-def publisher_state(home: str) -> JsonObject:
-    """Return what publisher.json says, and whether that process runs (`running`)."""
+def publisher_file(home: str) -> JsonObject:
+    """Return what publisher.json holds; {} when there is none."""
     try:
         with open(home + "/publisher.json", "rb", opener=open_own) as file:
-            state = parse_event_line(file.read(1 << 20))
+            return parse_event_line(file.read(1 << 20))
     except (OSError, MalformedEvent):
-        state = {"state": "stopped"}
-    state.pop("recent", None)
-    running = state.get("state") != "stopped" and _is_pid(state.get("pid")) and _is_publisher(state["pid"])
-    return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
-
-
-def _is_publisher(pid: int) -> bool:
-    """True if the process of this number is a publisher; without /proc, if it is one of ours."""
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"\0--publish\0" in file.read(65536)
-    except OSError:
-        if os.path.exists("/proc/self/cmdline"):
-            return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
-
-
-def lock_is_held(path: str) -> bool:
-    """True while a process holds the lock on a file.
-
-    Only where no reader takes "it is held" for "it is at work": the look itself holds it for a moment.
-    """
-    try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        return {}
 
 
 def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[str]":
-    """Wait for the publisher to tell what became of one wrapped line; return it in words, for debugging."""
+    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging."""
     event_id = parse_event_line(line)["id"]
     deadline = time.monotonic() + deadline_s
-    state: JsonObject = {}
-    while time.monotonic() < deadline:
-        try:
-            with open(home + "/publisher.json", "rb", opener=open_own) as file:
-                state = parse_event_line(file.read(1 << 20))
-        except (OSError, MalformedEvent):
-            pass  # it is still to be written
+    while True:
+        state = publisher_file(home)
+        server = f"Redis at {state.get('server')}"
         for known, count, streamed in state.get("recent", []):
             if known == event_id:
                 got = "the channel was refused" if count is None else f"{count} subscribers got it"
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
-                return [f"Redis at {state.get('server')}: {got}, {kept}"]
+                return [f"{server}: {got}, {kept}"]
+        if time.monotonic() > deadline:
+            return [f"{server}: no outcome after {deadline_s:.0f} s: {state.get('reason')}"]
         time.sleep(0.02)
-    return [f"Redis at {state.get('server')}: nothing known after {deadline_s:.0f} s: {state.get('reason')}"]
