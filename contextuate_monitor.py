@@ -7126,7 +7126,7 @@ class EventSender:
 # ---------------------------------------------------------------------------
 # Hook installation: our hook in Claude Code's settings
 #
-# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, nobody else's.
+# Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
 # running monitor. Planning reads only; what is written is exactly what a plan has shown before.
 # ---------------------------------------------------------------------------
@@ -7308,7 +7308,7 @@ def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | No
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return the files whose hooks Claude Code runs, and in words what keeps it from running the others'.
+    """Return the files whose hooks Claude Code runs, and why it does not run those of the others.
 
     Only an organisation can switch off all hooks; anyone else switches off all but the organisation's.
     """
@@ -7461,7 +7461,7 @@ def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObj
     for name in {**hooks, **dict.fromkeys(names)}:
         groups = hooks.get(name, [])
         kept = _groups_with(groups, handler if name in names else None)
-        if kept or not groups:  # a list that was empty before is somebody else's
+        if kept or not groups:  # a list that was empty before is not ours
             changed[name] = kept
     if changed:
         return {**settings, "hooks": changed}
@@ -7488,7 +7488,7 @@ def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[J
 def _is_ours(entry: JsonObject) -> bool:
     """Return True for a handler that we installed, with whatever interpreter, for whatever home.
 
-    The whole command must have the form of ours: what somebody has put around it is not ours to throw away.
+    The whole command must have the form of ours: what was added around it is not ours to remove.
     """
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
@@ -7605,7 +7605,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
     file has changed since it was read.
     """
     if read_settings(path)[0] != old_text:
-        raise InstallError(f"{path}: somebody has just changed it; try again, nothing was changed")
+        raise InstallError(f"{path}: another program has just changed it; nothing was written, try again")
     if text == old_text:
         return None
     target, new = os.path.realpath(path), text.encode("utf-8")
@@ -8159,7 +8159,7 @@ class _DemoAgent:
         return self.end if text == "end" else self.now + int(text[:-1]) * {"m": 60_000, "s": 1000}[text[-1]]
 
     def pause(self) -> None:
-        self.at += self.rng.randrange(800, 6000 if self.at < self.now else 2500)  # live, somebody is watching
+        self.at += self.rng.randrange(800, 6000 if self.at < self.now else 2500)  # live, a person is watching
 
     def record(self, **event: Any) -> None:
         about = {"id": self.new_id(), "timestamp": self.at, "machineId": self.machine, "demo": True}

@@ -1049,7 +1049,7 @@ def this_machine() -> str:
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut, before an event is stored or sent on
 #
-# Knows: what secrets look like. Best effort: a secret of a shape that nobody described stays.
+# Knows: what secrets look like. Best effort: a secret of an unknown shape stays.
 # ---------------------------------------------------------------------------
 
 

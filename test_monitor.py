@@ -10310,7 +10310,7 @@ SAFE_FILES = (
 
 @pytest.fixture
 def precious(tmp_path: Any) -> Iterator[str]:
-    """Give a file of somebody else; it must stay as it is, and alone in its directory."""
+    """Give a file of another user; it must stay as it is, and alone in its directory."""
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "precious").chmod(0o644)
     yield str(tmp_path / "precious")
@@ -12016,7 +12016,7 @@ def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, ope
 
 
 def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
-    """Return a problem as the status tells it."""
+    """Return a problem as the status shows it."""
     return {"kind": kind, "level": "warn", "words": words, "advice": advice}
 
 
