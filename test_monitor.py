@@ -13839,6 +13839,13 @@ def test_export_takes_the_filters_of_search_as_query_and_as_options(running: Run
         )
     running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
+    moment = stored[6]["timestamp"]
+    for query, chosen in (
+        (f"from={moment}", lambda event: event["timestamp"] >= moment),
+        (f"to={moment}", lambda event: event["timestamp"] < moment),
+    ):
+        found = [json.loads(line)["id"] for line in running.request(f"/api/export?{query}")[2].splitlines()]
+        assert sorted(found) == sorted(event["id"] for event in filter(chosen, stored)), query
     for query, options, chosen in (
         ("", "", lambda event: True),
         ("tool=Bash&session=s0", "--tool Bash --session s0",
