@@ -7605,7 +7605,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
     file has changed since it was read.
     """
     if read_settings(path)[0] != old_text:
-        raise InstallError(f"{path}: another program has just changed it; nothing was written, try again")
+        raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
     if text == old_text:
         return None
     target, new = os.path.realpath(path), text.encode("utf-8")
@@ -7757,7 +7757,7 @@ class Doctor:
         version = claude_version()
         if version is None:
             advice = "install it, or put it on the PATH; until then only the oldest events are registered"
-            yield _warn("claude", "`claude` was not found or does not tell its version", advice)
+            yield _warn("claude", "`claude` was not found or does not print its version", advice)
         else:
             yield _ok("claude", f"Claude Code {'.'.join(map(str, version))}")
 

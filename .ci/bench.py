@@ -19,6 +19,8 @@ import datetime
 import functools
 import gc
 import glob
+import http.client
+import http.server
 import inspect
 import itertools
 import json
@@ -531,6 +533,70 @@ def bench_ingest(sizes: Sizes) -> Iterator[Measured]:
 
 START = "import sys, contextuate_monitor as cm; sys.exit(cm.main(['start', '--foreground', '--no-open']))"
 START_WITHOUT_INDEX = START.replace("; ", "; cm.History.start = lambda history: None; ", 1)
+
+
+@benchmark(
+    "http",
+    "GET /api/status, one connection | /s | bare http.server | >= 0.6",
+    "POST /api/hooks, one connection | /s | bare http.server | >= 0.6",
+)
+def bench_http(sizes: Sizes) -> Iterator[Measured]:
+    """Make requests back to back, in turn to the monitor and to an `http.server` with the same answers."""
+    body = json.dumps(tests.payload("UserPromptSubmit", prompt="over HTTP")).encode()
+    with new_monitor() as monitor:
+        monitor.start()
+        origin = {"Origin": f"http://127.0.0.1:{monitor.port}"}
+        for method, path, given in (("GET", "/api/status", None), ("POST", "/api/hooks", body)):
+            _, headers, answer = monitor.request(path, method, given, origin)
+            with (
+                socket.create_server(("127.0.0.1", 0), backlog=16) as listener,
+                tests.serving(serve_bare_http, listener, headers, answer),
+            ):
+                rate = functools.partial(
+                    request_rate, method=method, path=path, body=given, headers=origin, seconds=sizes.round_s
+                )
+                bare_port = listener.getsockname()[1]
+                yield paired([(rate(monitor.port), rate(bare_port)) for _ in range(sizes.rounds)])
+
+
+def serve_bare_http(listener: socket.socket, headers: dict[str, str], answer: bytes) -> None:
+    """Answer every request with the same status, headers and body, head and body in one write."""
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    response = f"HTTP/1.1 200 OK\r\n{head}\r\n".encode("latin-1") + answer
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.wfile.write(response)
+
+        do_POST = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    server.serve_forever()
+
+
+def request_rate(
+    port: int, method: str, path: str, body: bytes | None, headers: dict[str, str], seconds: float
+) -> float:
+    """Return the requests a second over one connection that is kept open."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    count, begin = 0, time.perf_counter()
+    try:
+        while time.perf_counter() - begin < seconds:
+            connection.request(method, path, body=body, headers=headers)
+            with connection.getresponse() as response:
+                response.read()
+            if response.status != 200:
+                raise BenchError(f"{method} {path} was answered with {response.status}")
+            count += 1
+        return count / (time.perf_counter() - begin)
+    finally:
+        connection.close()
 
 
 @benchmark("index", "ingest of events of 2 kB with the index | /s | without the index | >= 0.85")
