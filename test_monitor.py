@@ -9711,7 +9711,7 @@ def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) ->
         server.stop()
         about = machine.wait_until("given_up")
         assert (about["maxRetries"], about["nextAttemptAt"]) == (2, None)
-        assert about["attempt"] >= 2 and about["reason"]
+        assert about["attempt"] == 2 and about["reason"]
         assert machine.request("/health")[0] == 200
         machine.say(f"away-{number}")
         server.start()
