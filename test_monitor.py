@@ -10102,18 +10102,17 @@ def test_a_failover_loses_and_doubles_no_event(make, kind):
 # ---------------------------------------------------------------------------
 
 
-def safe_become_stranger() -> None:
-    """Make this process one of another user."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 @contextlib.contextmanager
 def safe_stranger() -> Iterator[Any]:
     """Give a function that calls another one in a process of another user."""
+
+    def become_stranger() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(1, context, safe_become_stranger) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, become_stranger) as pool:
         yield lambda work, *arguments: pool.submit(work, *arguments).result(60)
 
 
@@ -10128,31 +10127,20 @@ def safe_send(path: str, line: bytes) -> bytes:
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net/tcp")
-def test_another_user_of_the_machine_gets_nothing_without_the_token(running: RunningMonitor) -> None:
+def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
     line = json.dumps(payload("Stop", "stranger")).encode() + b"\n"
     running.emit(payload("UserPromptSubmit", prompt="precious"))
     run_hook(running.installed_command(), json.dumps(payload("Stop")).encode(), running.environment)
     page, live = f"127.0.0.1:{running.port}", f"127.0.0.1:{running.ws_port}"
     origin = f"Origin: http://{page}"
     bearer = "Authorization: Bearer " + install_text(running.home + "/token").strip()
-    refused = (
-        (running.port, protocol_get(page, path="/")),
-        (running.port, protocol_get(page, path="/api/events")),
-        (
-            running.port,
-            protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}",
-        ),
-        (running.ws_port, protocol_upgrade(live)),
-        (running.ws_port, protocol_upgrade(live, origin)),
-    )
+    posted = protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}"
+    asked = (protocol_get(page, path="/"), protocol_get(page, path="/api/events"), posted)
+    refused = [(running.port, request) for request in asked]
+    refused += [(running.ws_port, protocol_upgrade(live, *more)) for more in ((), (origin,))]
     files = [os.path.join(folder, name) for folder, _, names in os.walk(running.home) for name in names]
-    own = (
-        "/claude",
-        "__pycache__",
-        "monitor.config.json",
-        ".sock",
-    )  # the user's own, our program, the socket
-    files = [path for path in files if not any(name in path for name in own)]
+    own = "/claude|__pycache__|monitor.config.json|[.]sock"  # the user's own, our program, the socket
+    files = [path for path in files if not re.search(own, path)]
     # The directory keeps others out; so does every file in it, should it stand open.
     for mode in (0o700, 0o777):
         for folder, _, _ in os.walk(running.home):
@@ -10161,9 +10149,8 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
             for port, request in refused:
                 status, _, body = ask(protocol_exchange, port, request)
                 assert status == 401 and not re.search(b"precious|testbox", body), (mode, request)
-            status, _, body = ask(
-                protocol_exchange, running.port, protocol_get(page, bearer, path="/api/events")
-            )
+            events = protocol_get(page, bearer, path="/api/events")
+            status, _, body = ask(protocol_exchange, running.port, events)
             assert status == 200 and b"precious" in body
             assert ask(protocol_exchange, running.ws_port, protocol_upgrade(live, bearer))[0] == 101
             assert [path for path in files if ask(os.access, path, os.R_OK)] == []
@@ -10176,86 +10163,61 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
 
 
 @pytest.mark.parametrize("candidate", ["t" * 32, "t" * 31 + "u", "u" * 32, "", "é"])
-def test_tokens_are_compared_in_constant_time(monkeypatch: Any, candidate: str) -> None:
+def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
     compared = []
     real = cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     access = cm.Access("token", "t" * 32, ["here"], [])
-    for header in (
-        ("authorization", f"Bearer {candidate}"),
-        ("cookie", f"a=b; contextuate_token_0={candidate}"),
-    ):
-        request = cm.Request("GET", "/", (("host", "here"), header))
+    for name, prefix in (("authorization", "Bearer "), ("cookie", "a=b; contextuate_token_0=")):
+        request = cm.Request("GET", "/", (("host", "here"), (name, prefix + candidate)))
         with contextlib.nullcontext() if candidate == "t" * 32 else pytest.raises(cm.RequestError):
             access.check(request, 0, lambda: True)
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
-def test_a_body_that_drips_in_is_cut_off(monkeypatch: Any) -> None:
+def test_a_body_that_drips_in_is_cut_off(monkeypatch):
     monkeypatch.setattr(cm, "BODY_DEADLINE_S", 0.3)
     with protocol_inside() as inside:
-        head = protocol_get(
-            f"127.0.0.1:{inside.port}", f"Origin: http://127.0.0.1:{inside.port}", "Content-Length: 9000000",
-            path="/api/hooks", method="POST",
-        )  # fmt: skip
+        host = f"127.0.0.1:{inside.port}"
+        headers = (f"Origin: http://{host}", "Content-Length: 9000000")
+        head = protocol_get(host, *headers, path="/api/hooks", method="POST")
         assert b" 200 " not in protocol_drip(inside.port, head)
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
 
 
 SAFE_REQUESTS = (
-    ("OPTIONS", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization"),
-    ("OPTIONS", "Access-Control-Request-Private-Network: true"),
-    *(("POST", f"Content-Type: {kind}") for kind in ("text/plain", "application/x-www-form-urlencoded")),
-    *((method,) for method in ("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "HEAD")),
+    "OPTIONS | Access-Control-Request-Method: POST | Access-Control-Request-Headers: authorization",
+    "OPTIONS | Access-Control-Request-Private-Network: true",
+    "POST | Content-Type: text/plain",
+    "POST | Content-Type: application/x-www-form-urlencoded",
+    *("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "HEAD"),
 )
 
 
-@pytest.mark.parametrize(("method", "more"), [(method, more) for method, *more in SAFE_REQUESTS])
-def test_other_methods_and_other_sites_change_nothing(
-    spoken: RunningMonitor, method: str, more: list[str]
-) -> None:
+@pytest.mark.parametrize("request_", SAFE_REQUESTS)
+def test_no_method_gives_another_site_anything(spoken, request_):
+    method, *more = request_.split(" | ")
     host, body = f"127.0.0.1:{spoken.port}", json.dumps(payload("Stop", "csrf"))
     seq = spoken.get("/api/status")["seq"]
-
-    def request(path: str, origin: str) -> int:
-        length = f"Content-Length: {len(body)}"
-        head = protocol_get(host, f"Origin: {origin}", length, *more, path=path, method=method)
-        status, headers, answer = protocol_exchange(spoken.port, head + body.encode(), method)
-        assert b"Origin" not in answer  # TRACE would give it back
-        assert not [name for name, _ in headers if name.startswith("access-control")]
-        return status
-
-    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}"):
-        assert request("/api/hooks", origin) == 403
-    if method != "POST":
-        for path in ("/", "/api/hooks", "/api/sessions/x"):
-            assert request(path, f"http://{host}") in ((404, 405) if method != "HEAD" else (200, 404, 405))
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"{method} / HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n", method)[0] == 405
-    for target in ("http://127.0.0.1/", "http://evil.example/", "*", "evil", "?x", "ws://a/"):
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"GET {target} HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")[0] == 400
+    own = [f"http://{host}"] if method != "POST" else []
+    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}", *own):
+        headers = (f"Origin: {origin}", f"Content-Length: {len(body)}", *more)
+        head = protocol_get(host, *headers, path="/api/hooks", method=method)
+        status, given, answer = protocol_exchange(spoken.port, head + body.encode(), method)
+        assert status == (405 if origin in own else 403) and b"Origin" not in answer  # TRACE would return it
+        assert not [name for name, _ in given if name.startswith("access-control")]
+    live = ("Host", f"127.0.0.1:{spoken.ws_port}")
+    upgrades = {f"{method} /": 405} if own else {}
+    upgrades |= {f"GET {target}": 400 for target in ("http://127.0.0.1/", "http://evil.example/", "*", "?x")}
+    for line, expected in upgrades.items():
+        head = protocol_head(live, line=f"{line} HTTP/1.1") + b"\r\n\r\n"
+        assert protocol_exchange(spoken.ws_port, head, method)[0] == expected, line
     assert spoken.get("/api/status")["seq"] == seq
 
 
-def test_behind_a_proxy_everyone_needs_the_token(monitor: RunningMonitor) -> None:
-    monitor.write_config({"server": {"auth": "token", "allowedHosts": ["monitor.example"]}})
-    monitor.serve()
-    token = install_text(monitor.home + "/token").strip()
-    page, live = "monitor.example", f"monitor.example:{monitor.ws_port}"
-    ours, evil = "Origin: https://monitor.example", "Origin: https://evil.example"
-
-    def upgraded(*headers: str) -> int:
-        return protocol_exchange(monitor.ws_port, protocol_upgrade(live, *headers))[0]
-
-    assert protocol_exchange(monitor.port, protocol_get(page, ours))[0] == upgraded(ours) == 401
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, path=f"/?token={token}"))
-    cookie = "Cookie: " + dict(headers)["set-cookie"].partition(";")[0]
-    assert status == 303
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, cookie, path="/"))
-    assert status == 200
-    assert f"wss://monitor.example:{monitor.ws_port}" in dict(headers)["content-security-policy"]
-    assert (upgraded(ours, cookie), upgraded(evil, cookie)) == (101, 403)
+def test_the_pages_policy_allows_the_websocket_of_a_proxy(spoken):
+    _, headers, _ = protocol_exchange(spoken.port, protocol_get("monitor.example", path="/"))
+    assert f"wss://monitor.example:{spoken.ws_port}" in dict(headers)["content-security-policy"]
 
 
 # -- files and sockets ----------------------------------------------------------
@@ -10274,7 +10236,7 @@ def safe_open_modes(home: str, until: threading.Event) -> set[str]:
     return seen
 
 
-def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningMonitor) -> None:
+def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
     done, config = threading.Event(), monitor.home + "/monitor.config.json"
     command = monitor.installed_command()
     hook = payload("PreToolUse", tool_use_id="t", tool_input={})
@@ -10297,9 +10259,9 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningM
             os.umask(mask)
             done.set()
         os.kill(json.loads(install_text(monitor.home + "/publisher.json"))["pid"], signal.SIGKILL)
-        seen = watch.result(30)
     # the configuration is the user's own file; bytecode holds nothing but our program
-    assert [path for path in seen if "__pycache__" not in path and not config.endswith(path)] == []
+    seen = [path for path in watch.result() if "__pycache__" not in path and not config.endswith(path)]
+    assert seen == []
 
 
 SAFE_FILES = (
@@ -10319,20 +10281,25 @@ def precious(tmp_path: Any) -> Iterator[str]:
     assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("name", [*SAFE_FILES, "spool", "events"])
-def test_no_link_in_place_of_our_file_is_written_through(monitor, name, precious):
-    command = monitor.installed_command()
-    place = f"{monitor.home}/{name}"
-    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(place)
-    os.symlink(precious, place)
+# What ends a start by itself is tried alone.
+SAFE_LINKED = (
+    [name for name in SAFE_FILES if name not in ("monitor.pid", "token")],
+    *("monitor.pid", "token", "spool", "events"),
+)
+
+
+@pytest.mark.parametrize("names", SAFE_LINKED, ids=lambda names: names if isinstance(names, str) else "files")
+def test_no_link_in_place_of_our_file_is_written_through(hook_alone, monitor, names, precious):
+    for name in [names] if isinstance(names, str) else names:
+        os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), mode=0o700, exist_ok=True)
+        os.symlink(precious, f"{monitor.home}/{name}")
     monitor.write_config({"limits": {"fieldBytes": 2048}})
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    monitor.command("start", "--no-open", check=False)
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    hook_call(command, b"not json", monitor.environment)
-    monitor.command("stop", check=False)
+    hook_alone(payload("Stop", "link"))
+    started = monitor.command("start", "--no-open", check=False)
+    assert started.returncode == isinstance(names, str) or names == "spool"
+    hook_alone(payload("Stop", "link"))
+    hook_alone(b"not json")
+    assert in_process(monitor, "stop").returncode == 0
 
 
 SAFE_SQUATS = {
@@ -10350,35 +10317,39 @@ SAFE_SQUATS = {
 @needs_root
 @pytest.mark.parametrize("kind", SAFE_SQUATS)
 @pytest.mark.parametrize("squatted", ["m.sock", "m.sock.lock", "events"])
-def test_something_else_in_place_of_socket_or_events_is_left_alone(monitor, squatted, kind, precious):
+def test_what_stands_in_place_of_socket_or_events_is_left_alone(
+    hook_alone, monitor, squatted, kind, precious
+):
     if (squatted, kind) in (("m.sock.lock", "a file"), ("events", "a directory")):
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
     SAFE_SQUATS[kind](place, precious)
     before = os.lstat(place)
-    refused = monitor.command("start", "--no-open", check=False)
+    refused = in_process(monitor, "start", "--no-open")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
     assert (place if squatted == "events" else monitor.socket_path) in refused.stderr
-    hook_call(monitor.installed_command(), payload("Stop"), monitor.environment)
-    assert len(hook_spooled(monitor.home)) == 1
+    hook_alone()
+    assert len(hook_alone.spooled()) == 1
     assert (os.lstat(place).st_ino, os.lstat(place).st_size) == (before.st_ino, before.st_size)
 
 
+# What stands in place of our files or of the spool; its owner and the command, as `status` names them.
+SAFE_FOREIGN = {
+    "a directory": ("", ""),
+    "a link to itself": ("", ""),
+    "a fifo": ("root", "rm -r"),
+    "another user's file": ("nobody", "chown root"),
+    "another user's directory": ("nobody", "chown root"),
+}
+
+
 @needs_root
-@pytest.mark.parametrize(
-    ("kind", "owner", "command"),
-    [
-        ("a directory", "", ""),
-        ("a link to itself", "", ""),
-        ("a fifo", "root", "rm -r"),
-        ("another user's file", "nobody", "chown root"),
-        ("another user's directory", "nobody", "chown root"),
-    ],
-)
+@pytest.mark.parametrize("kind", SAFE_FOREIGN)
 @pytest.mark.parametrize("where", ["files", "spool"])
 def test_what_is_not_ours_in_our_directory_is_stepped_around(
-    hook_alone, monitor, monkeypatch, precious, where, kind, owner, command
+    hook_alone, monitor, monkeypatch, precious, where, kind
 ):
+    owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
     files = (segment, "hook.cache", "last-seq", "publisher.lock", "emit.log")
     names = files if where == "files" else ("spool",)
@@ -10410,24 +10381,18 @@ def test_what_is_not_ours_in_our_directory_is_stepped_around(
 class SafeEcho(cm.WebSocketServer):
     """The monitor's own WebSocket side, which gives back what it gets."""
 
-    def __init__(self, loop: cm.EventLoop, listener: socket.socket) -> None:
-        super().__init__(
-            loop, listener, lambda request, sock: None, lambda client: None, self._echo,
-            connection_limit=64, queue_limit_bytes=1 << 20,
-        )  # fmt: skip
+    @classmethod
+    def serve(cls, listener: socket.socket) -> None:
+        """Run a server of its own."""
+        loop = cm.EventLoop()
+        callbacks = (lambda request, sock: None, lambda client: None, cls._echo)
+        cls(loop, listener, *callbacks, connection_limit=64, queue_limit_bytes=1 << 20).loop.run()
 
     def _echo(self, client: cm.Client, text: str) -> None:
         self.reply(client, cm.encode_frame(cm.Opcode.TEXT, text.encode()))
 
     def _take_binary(self, client: cm.Client, data: bytes) -> None:
         self.reply(client, cm.encode_frame(cm.Opcode.BINARY, data))
-
-
-def safe_serve_echo(listener: socket.socket) -> None:
-    """Run the echo server."""
-    loop = cm.EventLoop()
-    SafeEcho(loop, listener)
-    loop.run()
 
 
 def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
@@ -10452,7 +10417,7 @@ def safe_given_up_early(result: Any) -> bool:
 
 @pytest.mark.slow
 def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener, serving(safe_serve_echo, listener):
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listener, serving(SafeEcho.serve, listener):
         port = listener.getsockname()[1]
         # 12 and 13 are of compression, which is declined
         results = safe_run_cases(port, exclude_cases=["12.*", "13.*"], concurrency=4)
@@ -10469,53 +10434,41 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
 # -- clocks ---------------------------------------------------------------------
 
 HOUR_MS = 3_600_000
+# Where the clock is set while a session works: by how much it is wrong at each event from the second on, in ms.
+CLOCK_SHIFTS = {
+    "an hour back": [0, -HOUR_MS],
+    "an hour ahead": [0, HOUR_MS],
+    "seconds back": [0, -7_000],
+    "most of a day back": [0, -20 * HOUR_MS],
+    "over midnight": [-60_000, 1_000],
+    "over midnight, back because that was wrong, and over it": [-60_000, 1_000, -60_000, 5_000],
+}
+CLOCK_STORY = "prompt go; call a; result a; call b; ask b; result b; answer done"
+CLOCK_STATES = "working working working working waiting working idle"
 
 
-@pytest.mark.parametrize(
-    ("from_midnight", "shifts_ms"),
-    [
-        (False, [0, -HOUR_MS]),
-        (False, [0, HOUR_MS]),
-        (False, [0, -7_000]),
-        (False, [0, -20 * HOUR_MS]),
-        (True, [-60_000, 1_000]),
-        (
-            True,
-            [-60_000, 1_000, -60_000, 5_000],
-        ),  # over midnight, back because that was wrong, and over it again
-    ],
-)
-def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, from_midnight, shifts_ms):
-    real, shift_ms = time.time_ns, 0
-    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if from_midnight else 0
+@pytest.mark.parametrize("rule", CLOCK_SHIFTS)
+def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, rule):
+    real, shift_ms, shifts_ms = time.time_ns, 0, CLOCK_SHIFTS[rule]
+    is_midnight = "midnight" in rule
+    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if is_midnight else 0
     monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ms * 1_000_000)
 
     def get(path: str) -> Any:
-        return json.loads(
-            protocol_exchange(inside.port, protocol_get(f"127.0.0.1:{inside.port}", path=path))[2]
-        )
+        request = protocol_get(f"127.0.0.1:{inside.port}", path=path)
+        return json.loads(protocol_exchange(inside.port, request)[2])
 
     with protocol_inside() as inside:
-        for number, (hook, call, state) in enumerate((
-            ("UserPromptSubmit", "", "working"), ("PreToolUse", "a", "working"), ("PostToolUse", "a", "working"),
-            ("PreToolUse", "b", "working"), ("PermissionRequest", "b", "waiting"), ("PostToolUse", "b", "working"),
-            ("Stop", "", "idle"),
-        )):  # fmt: skip
+        for number, (hook, state) in enumerate(zip(hooks(CLOCK_STORY), CLOCK_STATES.split())):
             shift_ms = to_midnight_ms + shifts_ms[min(max(0, number - 1), len(shifts_ms) - 1)]
-            bash = {"tool_name": "Bash", "tool_use_id": call, "tool_input": {"command": "ls"}} if call else {}
-            sent = {
-                "hook": payload(hook, background_tasks=[], **bash),
-                "id": f"e{number}",
-                "timestamp": cm.now_ms(),
-            }
-            line = json.dumps({**sent, "machineId": "testbox"}).encode()
+            line = json.dumps(timed({**hook, "background_tasks": []}, cm.now_ms())).encode()
             assert inside.loop.call(lambda line=line: inside.take_now(line))
             eventually(
-                lambda state=state: get("/api/sessions/s1")["state"] == state, what=f"{state} after {hook}"
+                lambda state=state: get("/api/sessions/s1")["state"] == state, what=f"{state} {number}"
             )
         session = get("/api/sessions/s1")
         assert session["stateSince"] <= cm.now_ms() + 1000 and session["openCalls"] == []
-        assert len(retention_days(inside.settings.home)) == 2 or not from_midnight
+        assert len(retention_days(inside.settings.home)) == 2 or not is_midnight
         last = get("/api/sessions/s1/events?limit=4")["events"]
         first = get(f"/api/sessions/s1/events?limit=4&before={last[0]['seq']}")["events"]
         served = [event["seq"] for event in get("/api/events?limit=9")["events"]]
@@ -10532,9 +10485,8 @@ def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, fr
 
 def safe_prompt(number: int, **more: Any) -> bytes:
     """Return a numbered event as a hook's payload."""
-    return (
-        json.dumps(payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)).encode() + b"\n"
-    )
+    hook = payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)
+    return json.dumps(hook).encode() + b"\n"
 
 
 def safe_told(monitor: RunningMonitor, numbers: Iterable[int]) -> list[int]:
@@ -10572,50 +10524,43 @@ def safe_disk(monitor: RunningMonitor, size: str, below: str = "") -> Iterator[A
         yield remount
     finally:
         remount("rw")
-        about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
-        if about:
-            os.kill(about["pid"], signal.SIGKILL)
-            eventually(lambda: not alive(about["pid"]))
+        clean_up(monitor)
         unmount(place)
 
 
 @needs_root
-def test_a_full_disk_loses_no_acknowledged_event(monitor: RunningMonitor) -> None:
+def test_a_full_disk_loses_no_acknowledged_event(monitor):
+    def fill() -> None:
+        """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
+        with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
+            while True:
+                os.write(filler.fileno(), b"x" * 4096)
+
+    def is_reported() -> bool:
+        """True once an event that cannot be written shows; the index may have given a page back."""
+        fill()
+        sure.extend(safe_told(monitor, [next(numbers)]))
+        store = monitor.get("/api/status")["store"]
+        return store["ok"] is False and bool(store["error"])
+
     with safe_disk(monitor, "4m"):
-        command = monitor.installed_command()
+        command, numbers = monitor.installed_command(), itertools.count(1001)
         monitor.serve()
         sure = safe_told(monitor, range(10))
         assert sure == list(range(10))
-
-        def fill() -> None:
-            """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
-            with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
-                while True:
-                    os.write(filler.fileno(), b"x" * 4096)
-
         fill()
         sure += safe_told(monitor, range(10, 200))
         assert len(sure) < 200
         for _ in range(3):  # neither monitor nor spool can keep it: the hook is silent all the same
             hook_call(command, safe_prompt(1000, pad="x" * 9000), monitor.environment)
-        numbers = itertools.count(1001)
-
-        def is_reported() -> bool:
-            """True once an event that cannot be written shows; the index may have given a page back."""
-            fill()
-            sure.extend(safe_told(monitor, [next(numbers)]))
-            store = monitor.get("/api/status")["store"]
-            return store["ok"] is False and bool(store["error"])
-
         eventually(is_reported)
         os.unlink(monitor.home + "/filler")
         assert safe_told(monitor, range(200, 210)) == list(range(200, 210))
         sure += range(200, 210)
         assert set(sure) <= set(safe_stored(monitor))
         assert monitor.get("/api/status")["store"]["ok"] is True
-        assert "events can be written again" in install_text(
-            monitor.home + "/monitor.log"
-        )  # the log goes on, too
+        log = install_text(monitor.home + "/monitor.log")
+        assert "events can be written again" in log, "the log goes on, too"
         monitor.kill()
         monitor.serve()
         assert set(sure) <= set(safe_stored(monitor))
@@ -10661,10 +10606,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
     def fail() -> None:
         """Let the file system find an error, as it does when a disk breaks."""
         run("sync", "-f", place)
-        with open(
-            f"/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error", "w", encoding="ascii"
-        ) as file:
-            file.write("a test")
+        run("sh", "-c", f"echo a test >/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error")
 
     def replace() -> None:
         """Put a repaired copy over it, so that the place is never empty; open files are of the broken one."""
@@ -10675,8 +10617,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
         mount()
 
     os.mkdir(place)
-    with open(image, "wb") as file:
-        file.truncate(24 << 20)
+    run("truncate", "-s", "24M", image)
     run("mkfs.ext4", "-q", "-F", image)
     try:
         mount()
@@ -10716,14 +10657,13 @@ def test_a_disk_that_breaks_is_reported_and_its_replacement_used(monitor, breaki
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is changed")
-def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) -> None:
+def test_a_monitor_without_file_descriptors_recovers(running):
     assert safe_told(running, [0]) == [0]
     limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
     used = len(os.listdir(f"/proc/{running.pid}/fd"))
     resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
-    held = [
-        socket.create_connection(("127.0.0.1", port), 15) for port in (running.port, running.ws_port) * 10
-    ]
+    ports = (running.port, running.ws_port) * 10
+    held = [socket.create_connection(("127.0.0.1", port), 15) for port in ports]
     with hooks_in_a_row(running.environment) as call:
         for number in range(1, 6):
             call(json.loads(safe_prompt(number)))
@@ -10736,18 +10676,16 @@ def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonitor, number: int) -> None:
+def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
     rng = random.Random(int(number))
     command = shlex.split(monitor.installed_command())[:4]
     line = json.dumps(payload("UserPromptSubmit", prompt="x" * 20_000)).encode() + b"\n"
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     ended_well = 0
     for round_number in range(30):
         if round_number == 15:
             monitor.serve()
-        hook = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=monitor.environment, stderr=subprocess.DEVNULL
-        )
-        assert hook.stdin is not None
+        hook = subprocess.Popen(command, env=monitor.environment, **pipes)
         with contextlib.suppress(BrokenPipeError):
             hook.stdin.write(line)
             hook.stdin.close()
@@ -10764,8 +10702,8 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonit
 
 
 SAFE_GARBAGE = {
-    "empty": b"", "zeros": b"\0" * 4096, "text": b"garbage\n", "json": b'{"pid": "x", "position": [], "state": 7}\n',
-    "list": b"[1, 2]\n", "huge": b'{"pid": 99999999999999999999999}', "not utf-8": b"\xff\xfe" * 100,
+    "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
+    "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
@@ -10803,21 +10741,22 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor, kind:
     assert in_process(monitor, "doctor").returncode in (0, 1)
 
 
-def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor) -> None:
+SAFE_CONFIGS = (
+    "",
+    "{",
+    "[]",
+    '{"socketPath": 5}',
+    '{"mode": "moon"}',
+    "\0\0",
+    '{"limits": {"fieldBytes": -1}}',
+)
+
+
+def test_a_broken_configuration_stops_no_running_monitor(running):
     command, config = running.installed_command(), running.home + "/monitor.config.json"
     good = install_text(config)
-    broken = (
-        "",
-        "{",
-        "[]",
-        '{"socketPath": 5}',
-        '{"mode": "moon"}',
-        "\0\0",
-        '{"limits": {"fieldBytes": -1}}',
-    )
-    for content in broken:
-        with open(config, "w", encoding="utf-8") as file:
-            file.write(content)
+    for content in SAFE_CONFIGS:
+        ee.write_atomically(config, content.encode())
         hook_call(command, payload("UserPromptSubmit"), running.environment)
         running.emit(payload("Stop"))
         assert running.get("/health")["status"] == "ok"
@@ -10825,9 +10764,9 @@ def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor
             refused = in_process(running, "restart", "--no-open")
             assert refused.returncode in (1, 2) and config in refused.stderr
             assert alive(running.pid)
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(good)
-    eventually(lambda: len(running.stored_events()) == 14, 30, "what the hooks had to spool, too")
+    ee.write_atomically(config, good.encode())
+    both = 2 * len(SAFE_CONFIGS)
+    eventually(lambda: len(running.stored_events()) == both, 30, "what the hooks had to spool, too")
 
 
 # -- fuzzing: what is well-formed, and then not quite ----------------------------
@@ -10953,19 +10892,9 @@ def timed(hook: dict[str, Any], at_ms: int, machine: str = "testbox") -> dict[st
     return {"hook": hook, "id": str(uuid.uuid4()), "timestamp": at_ms, "machineId": machine}
 
 
-def browser_call(number: int, session: str = "s1", **result: Any) -> list[dict[str, Any]]:
-    """Return a call of Bash, with its result if there is one."""
-    command = {"command": f"make step-{number}"}
-    call = {"tool_name": "Bash", "tool_input": command, "tool_use_id": f"t{number}"}
-    events = [payload("PreToolUse", session, **call)]
-    if result:
-        events.append(payload("PostToolUse", session, **call, duration_ms=1234, **result))
-    return events
-
-
 def many_calls(numbers: Iterable[int], session: str) -> list[dict[str, Any]]:
     """Return calls with their results."""
-    return [event for number in numbers for event in browser_call(number, session, tool_response="")]
+    return hooks("; ".join(f"call make step-{n}; result make step-{n}" for n in numbers), session)
 
 
 BROWSER_OPTIONS = [
@@ -11166,7 +11095,11 @@ def open_tab(chromium: Any) -> Iterator[Any]:
 def shared_tab(chromium: Any) -> Iterator[BrowserTab]:
     """One page on one monitor."""
     made = RunningMonitor(new_home()).serve()
-    yield BrowserTab(chromium.new_page(viewport={"width": 1440, "height": 900}), made).load()
+    options = {
+        "viewport": {"width": 1440, "height": 900},
+        "permissions": ["clipboard-read", "clipboard-write"],
+    }
+    yield BrowserTab(chromium.new_page(**options), made).load()
     clean_up(made)
 
 
@@ -11188,11 +11121,19 @@ def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     assert said == []
 
 
-# A title is a rule. Below it: what the monitor gets (see `hooks`) | what the page then shows:
-#     row STATUS: words of the one row that has them        rows STATUS: how many there are
-#     rail STATE: words of the session in the rail          counter STATE: its number in the top bar
+# A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
+# `hooks`), or what a person does:
+#     load #LINK    press KEYS    type WORDS    click, focus PART    fill, select PART: WORDS    menu SESSION: ENTRY
+#     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
+# In a PART, <NAME> is the part of that data-testid. What the page shows:
+#     row STATUS: words of the one row that has them (none: there is none)      rows STATUS: how many there are
+#     rail STATE: words of the session in the rail          rail: all its sessions
+#     counter STATE: its number in the top bar              found WORDS: how many the monitor finds
 #     open TOOL / words of its target: what the drawer shows, between semicolons
-BROWSER_SHOWS = """
+#     in, not in NAME: words of a part, or not              no NAME: the part is away or empty
+#     kept SESSION FIELD: what the monitor has              agents: of how many agents there are rows
+#     true: what holds in the page
+BROWSER_SHOWS = r"""
 a call and its result are one row
     prompt fix the cart             | rail working: fix the cart
     call make cart                  | row running: Bash make cart
@@ -11231,14 +11172,14 @@ a session that ended says where and why
 
 calls that only their batch ended failed, as the monitor counts
     play p-perm                     | rows failed: 2
-                                    | errors: 2
+                                    | kept s1 counts.toolErrors: 2
                                     | open Write / perm.txt: you haven't granted it yet
 
 files and edits are shown with numbers and as a diff
     play simple                     | open Bash / echo hello: Say hello; echo hello; Output Copy hello; 24 ms
                                     | open Write / note.txt: note.txt; 1 line one 2 line two
                                     | open Read / note.txt: note.txt; 1 line one 2 line two
-                                    | open Edit / note.txt: note.txt; +1 \u22121; \u2212 line two; + line 2
+                                    | open Edit / note.txt: note.txt; +1 −1; − line two; + line 2
                                     | open Prompt / do it: [[scn:simple]] please do it
                                     | every row opens
 
@@ -11251,12 +11192,12 @@ errors are shown whole
 
 tasks are named, with their change
     play tasks                      | open TaskCreate / : Task 1; First task; Do the first thing
-                                    | open TaskUpdate / : Task 1; in_progress \u2192 completed
+                                    | open TaskUpdate / : Task 1; in_progress → completed
                                     | every row opens
 
 tools of MCP servers and their questions are named
-    play mcp                        | open demo \u203a echo / : hello mcp; echo: hello mcp
-                                    | open demo \u203a fail / : boom; fail: boom; failed
+    play mcp                        | open demo › echo / : hello mcp; echo: hello mcp
+                                    | open demo › fail / : boom; fail: boom; failed
                                     | open Question / Your name?: Your name?; demo
                                     | every row opens
 
@@ -11269,82 +11210,292 @@ a call that started an agent shows its task and result, and leads to it
     @old play v2.0.77-subagent      | open Task / : do it; Inner result: 42; 3,608
     play subagent                   | every row opens
                                     | open Agent / inner job: general-purpose; do the inner job; Inner result: 42; Totals
-                                    | the agent's rows
+    click <jump>                    | link has: a=
+                                    | agents: 1
 
 background commands, any characters and long output are shown
     play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
     @two play unicode               | every row opens
     @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
                                     | open Read / lines.txt: lines.txt; Show 500 more of
-                                    | the rest is shown: 777
+                                    | not in drawer: 777
+    click .showmore >> nth=0        | in drawer: 777
+
+the keyboard leads from the first visit to raw JSON
+                                    | in firstvisit: contextuate_monitor.py install
+    tab send-test
+    press Enter                     | row event: Test event
+                                    | no firstvisit
+    press j Enter                   | in drawer: Test event
+    press r                         | in drawer: "hookType": "Notification"
+    press Escape                    | no drawer
+    press ?                         | true: document.querySelector('dialog[open]') !== null
+
+words filter the table, also by a link and when a result brings them
+    @w prompt work of w; @i prompt work of i; @i answer finished | rows: 3
+    press /
+    type no such words              | true: document.querySelector('#tablenote').innerText.includes('No loaded row matches “no such words”')
+    other same link                 | other true: document.querySelector('#tablenote').innerText.includes('“no such words”')
+    press Escape                    | rows: 3
+    fill <filter>: finished         | rows: 1
+                                    | row event: finished
+    fill <filter>:                  | rows: 3
+    @w call make                    | row running: Bash make
+    fill <filter>: boom             | rows: 0
+    @w failure make => boom         | row failed: Bash make
+
+what one tab does is kept and shown in every tab
+    @one prompt work of one; @one call make one; @two prompt work of two
+    other #s=one                    | other open Bash / make one: make one
+    menu one: Rename
+    fill dialog input: named elsewhere
+    press Enter                     | kept one label: "named elsewhere"
+                                    | other in rail: named elsewhere
+                                    | other true: document.title.includes('named elsewhere')
+    menu one: Pin                   | kept one isPinned: true
+                                    | other rail: one two
+    menu one: Unpin                 | kept one isPinned: false
+    menu one: Set parent            | true: [...document.querySelectorAll('dialog option')].map((el) => el.value).join() === ',two'
+    select dialog select: two
+    click dialog button.first       | kept one parentSessionId: "two"
+                                    | other true: document.querySelector('.child').dataset.sessionId === 'one'
+    menu one: Set parent
+    select dialog select:
+    click dialog button.first       | kept one parentSessionId: null
+                                    | other true: document.querySelector('.child') === null
+    menu one: Hide                  | kept one hidden: true
+                                    | rail: two
+                                    | row none: work of one
+    click text=Show hidden (1)      | row event: work of one
+    menu one: Unhide                | kept one hidden: false
+    menu one: Delete
+    click dialog >> text=Cancel     | kept one hidden: false
+    menu one: Delete
+    click dialog >> button.danger   | rail: two
+                                    | other rail: two
+                                    | other no link
+                                    | other no drawer
+                                    | other row event: work of two
+
+keys reach who waits, menus and the rail
+    @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
+    press n                         | link: #s=asks
+                                    | row none: busy work
+    press m                         | in menu: Rename
+    press ArrowDown Enter
+    type By keys
+    press Enter                     | kept asks label: "By keys"
+    press Escape                    | no link
+    focus <rail>
+    press Home ArrowDown ArrowDown Enter | link: #s=asks
+    press P                         | kept asks isPinned: true
+    press R
+    fill dialog input: named
+    press Enter                     | kept asks label: "named"
+    press C                         | true: navigator.clipboard.readText().then((text) => text === 'claude --resume asks')
+    press H                         | kept asks hidden: true
+                                    | kept busy hidden: false
+
+a session is replayed as it went
+    +0 call a; +20 result a took 20; +30 call b; +50 result b took 20; +60 call c; +80 result c took 20; +90 call d; +110 result d took 20
+    load #s=s1                      | row done: Bash d
+    press y                         | in replay: of 1 min 50 s
+                                    | rows running: 1
+                                    | row none: Bash d
+    press Space                     | true: document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'
+                                    | link has: #s=s1&replay=
+    fill <replay> input[type=range]: 70000 | rows done: 2
+                                    | row running: Bash c 10 s
+    load same link                  | rows done: 2
+                                    | row running: Bash c 10 s
+    select <replay> select: 60
+    fill <replay> input[type=range]: 0
+    press Space                     | rows done: 4
+    press Escape                    | no replay
+                                    | link: #s=s1
+
+the keyboard stays in details, replay and head
+    call make 1; call make 2
+    load #s=s1                      | open Bash / make 1: make 1
+    focus .drawerbody
+    result make 1 => here it is     | in drawer: here it is
+                                    | focus: body
+    press Escape y                  | in replay: of
+    focus <replay> input[type=checkbox]
+    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
+    press Escape R                  | true: document.querySelector('dialog[open]') !== null
+                                    | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
+    focus [aria-label='Show all sessions']
+    press Enter                     | focus: grid
+
+history finds what is stored and opens it
+    @one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing
+    @two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed | found zebra: 3
+    load #history&q=zebra           | hits: 3
+                                    | true: [...document.querySelectorAll('.hit mark')].map((el) => el.textContent).join() === 'zebra,zebra,zebra'
+                                    | in hits: <b>
+    select [aria-label=Type]: tool_result | hits: 1
+    click <hit>                     | in drawer: zebra crossing
+                                    | link has: q=zebra; type=tool_result; e=
+    other same link                 | other in drawer: zebra crossing
+    select [aria-label=Type]:       | hits: 3
+    press Escape / Space
+    type crossing                   | hits: 1
+    press Enter j                   | in drawer: zebra crossing
+    press /
+    fill <history-query>: no words  | hits: 0
+                                    | in sheet: No matches. All words must match
+    fill <history-query>: zebra     | hits: 3
+    select [aria-label='Session state']: working | hits: 0
+                                    | link has: state=working
+    select [aria-label='Session state']: idle | hits: 3
+                                    | link has: state=idle
+    select [aria-label='Session state']: | hits: 3
+    select [aria-label=Time]: custom
+    fill [aria-label=To]: 2020-01-01T00:00
+    press Tab                       | hits: 0
+    fill [aria-label=From]: 2020-01-01T00:00
+    fill [aria-label=To]: 2099-01-01T00:00
+    press Tab                       | hits: 3
+                                    | link has: when=custom&from=
+    select [aria-label=Time]:
+    fill <history-query>:           | hits: 4
+
+statistics count what happened and lead to it
+    @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
+    @one call make 2; @one result make 2; @one call make 3; @one result make 3
+    @two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2 | calls: 5
+    load #stats                     | in stats: 5 calls; 2 failed; 1 min 05 s; make 1; make 9; Exit code 2; first work; testbox
+    click <stats> tr.open >> text=make 1 | in drawer: slow output
+    press Escape                    | no drawer
+    select [aria-label=Time]: 1h    | link: #stats&when=1h
+    click <stats> table[aria-label=Sessions] tr.open >> text=first work | row done: Bash make 1
+                                    | link: #s=one
+    press m
+    click <menu> >> text=Session statistics | link has: session=one
+                                    | in stats: 3 calls
+                                    | not in stats: make 9
 """
 
 
 def browser_stories() -> dict[str, list[tuple[str, str]]]:
-    """Return BROWSER_SHOWS by its titles: (what the monitor gets, what the page then shows)."""
+    """Return BROWSER_SHOWS by its titles: (what happens, what the page then shows)."""
     stories: dict[str, list[tuple[str, str]]] = {}
     for block in BROWSER_SHOWS.strip().split("\n\n"):
         title, *lines = block.split("\n")
-        stories[title] = [
-            (got.strip(), shown.strip()) for got, _, shown in (line.partition(" | ") for line in lines)
-        ]
+        parts = (line.partition(" | ") for line in lines)
+        stories[title] = [(got.strip(), shown.strip()) for got, _, shown in parts]
     return stories
 
 
-def browser_shows(tab: BrowserTab, session: str, look: str) -> bool:
-    """Return if the page shows what one line of BROWSER_SHOWS says."""
-    place, _, words = look.partition(": ")
-    kind, _, more = place.partition(" ")
-    if kind == "row":
-        return [row["status"] for row in tab.rows(words + " ")] == [more]
-    if kind == "rows":
-        return len(tab.rows(status=more)) == int(words)
-    if kind == "errors":
-        return bool(tab.monitor.sessions()[session]["counts"]["toolErrors"] == int(words))
-    if kind == "rail":
-        shown = tab.page.query_selector(f"[data-session-id={session}][data-state={more}]")
-        return bool(shown) and words in " ".join(shown.inner_text().split())
-    if kind == "counter":
-        return tab.counts().get(more, 0) == int(words)
-    if kind == "title":
-        return bool(tab.page.title() == words)
-    if kind == "open":
-        tool, _, target = more.partition(" / ")
-        tab.row_with(target, tool.strip(" /")).click()
-        tab.shows("drawer", *words.split("; "))
-        return True
-    if look == "every row opens":
-        tab.page.focus("[data-testid=table]")
-        tab.press("g")
-        details = set()
-        for _ in tab.rows():
-            tab.press("Enter")
-            tab.shows_details()
-            details.add(tab.text("drawer")[:60])
-            tab.press("j")
-        return len(details) > 2
-    if look == "the agent's rows":
-        tab.page.click("[data-testid=jump]")
-        tab.until("location.hash.includes('a=')")
-        return len({row["session"] for row in tab.rows()}) == 1
-    assert kind == "the" and f" {words} " not in tab.text("drawer"), look
-    tab.page.click(".showmore >> nth=0")
-    tab.shows("drawer", f" {words} ")
+def press_tab_until(tab: BrowserTab, testid: str) -> None:
+    focused = "document.activeElement.dataset.testid"
+    assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
+
+
+# What a person does: (tab, part, words) → None
+BROWSER_ACTS: dict[str, Any] = {
+    "load": lambda tab, part, _: tab.load(tab.link() if part == "same link" else part),
+    "press": lambda tab, part, _: tab.press(part),
+    "type": lambda tab, part, _: tab.page.keyboard.type(part),
+    "click": lambda tab, part, _: tab.page.click(part),
+    "focus": lambda tab, part, _: tab.page.focus(part),
+    "fill": lambda tab, part, words: tab.page.fill(part, words),
+    "select": lambda tab, part, words: tab.page.select_option(part, words),
+    "menu": lambda tab, part, words: tab.choose(part, words),
+    "tab": lambda tab, part, _: press_tab_until(tab, part),
+}
+
+
+def browser_acts(tab: BrowserTab, act: str) -> None:
+    """Let happen what one line of BROWSER_SHOWS says."""
+    verb, _, what = act.partition(" ")
+    if verb in BROWSER_ACTS:
+        part, _, words = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", what).partition(":")
+        BROWSER_ACTS[verb](tab, part, words.strip())
+    elif act:
+        tab.emit(act, **({"start_ms": cm.now_ms() - HOUR_MS} if act.startswith("+") else {}))
+
+
+def browser_opens(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    tool, _, target = place.partition(" / ")
+    tab.row_with(target, tool.strip(" /")).click()
+    tab.shows("drawer", *words.split("; "))
     return True
 
 
+def browser_opens_all(tab: BrowserTab, *_: str) -> bool:
+    tab.page.focus("[data-testid=table]")
+    tab.press("g")
+    details = set()
+    for _ in tab.rows():
+        tab.press("Enter")
+        tab.shows_details()
+        details.add(tab.text("drawer")[:60])
+        tab.press("j")
+    return len(details) > 2
+
+
+def browser_rail(tab: BrowserTab, session: str, state: str, words: str) -> bool:
+    if not state:
+        return [name for name, _ in tab.rail()] == words.split()
+    shown = tab.page.query_selector(f"[data-session-id={session}][data-state={state}]")
+    return bool(shown) and words in " ".join(shown.inner_text().split())
+
+
+def browser_kept(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    session, _, path = place.partition(" ")
+    value = functools.reduce(
+        lambda inner, name: inner[name], path.split("."), tab.monitor.sessions()[session]
+    )
+    return bool(value == json.loads(words))
+
+
+# What the page shows: (tab, session, what comes before the colon, words) → if it does
+BROWSER_LOOKS: dict[str, Any] = {
+    "row": lambda tab, _, status, words: (
+        [row["status"] for row in tab.rows(words + " ")] == [status for _ in "1" if status != "none"]
+    ),
+    "rows": lambda tab, _, status, words: len(tab.rows(status=status)) == int(words),
+    "rail": browser_rail,
+    "counter": lambda tab, _, state, words: tab.counts().get(state, 0) == int(words),
+    "title": lambda tab, _, __, words: tab.page.title() == words,
+    "open": browser_opens,
+    "every": browser_opens_all,
+    "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
+    "not": lambda tab, _, part, words: words not in tab.text(part.partition(" ")[2]),
+    "no": lambda tab, _, part, __: not (tab.link() if part == "link" else tab.text(part)),
+    "link": lambda tab, _, has, words: (
+        all(each in tab.link() for each in words.split("; ")) if has else tab.link() == words
+    ),
+    "kept": browser_kept,
+    "agents": lambda tab, _, __, words: len({row["session"] for row in tab.rows()}) == int(words),
+    "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
+    "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
+    "hits": lambda tab, _, __, words: tab.page.locator("[data-testid=hit]").count() == int(words),
+    "focus": lambda tab, _, __, words: (
+        tab.page.evaluate("document.activeElement.dataset.act || document.activeElement.id") == words
+    ),
+    "true": lambda tab, _, __, words: tab.page.evaluate(words),
+}
+
+
 @pytest.mark.parametrize("rule", browser_stories())
-def test_the_page_shows(shared_tab: BrowserTab, rule: str) -> None:
-    delete_sessions(shared_tab.monitor)
-    eventually(lambda: shared_tab.store("store.loaded && !store.rows.length"))
-    shared_tab.page.evaluate("location.hash = ''")
-    for got, shown in browser_stories()[rule]:
-        if got:
-            found = re.match(r"@(\S+) ", got)
-            session = f"{found[1] if found else 's1'}"
-            shared_tab.emit(got)
-        eventually(lambda session=session, shown=shown: browser_shows(shared_tab, session, shown), 15, shown)
-    assert shared_tab.said == []
+def test_the_page_shows(tab, open_tab, rule):
+    tabs, session = {"": tab}, "s1"
+    for act, shown in browser_stories()[rule]:
+        if act.startswith("other "):
+            link = act[len("other ") :]
+            tabs["other"] = open_tab(tab.monitor, tab.link() if link == "same link" else link)
+        else:
+            browser_acts(tab, act)
+        session = found[1] if (found := re.match(r"@(\S+) ", act)) else session
+        where, _, look = shown.partition(" ") if shown.startswith("other ") else ("", "", shown)
+        place, _, words = look.partition(": ")
+        kind, _, more = place.partition(" ")
+        if kind:
+            looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
+            eventually(looks, 20, shown)
 
 
 def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
@@ -11355,26 +11506,7 @@ def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab
     eventually(lambda: tab.store(outcomes) == ["interrupted"] * 10 + ["refused"] * 50)
 
 
-def test_the_keyboard_leads_from_the_first_visit_to_raw_json(tab: BrowserTab) -> None:
-    tab.shows("firstvisit", "contextuate_monitor.py install")
-    for _ in range(20):
-        if tab.page.evaluate("document.activeElement.dataset.testid") == "send-test":
-            break
-        tab.press("Tab")
-    tab.press("Enter")
-    tab.row_with("Test event")
-    assert tab.text("firstvisit") == "" and len(tab.monitor.stored_events()) == 1
-    tab.press("j Enter")
-    tab.shows("drawer", "Test event")
-    tab.press("r")
-    tab.shows("drawer", '"hookType": "Notification"')
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.press("?")
-    tab.until("document.querySelector('dialog[open]') !== null")
-
-
-def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any) -> None:
+def test_counters_filter_rail_and_table(tab):
     tab.emit("; ".join(f"@{name} prompt work of {name}" for name in "wifen"))
     tab.emit("@i answer finished; @f error server_error; @e end logout; @n call rm x; @n ask rm x")
     states = {session["sessionId"]: session["state"] for session in tab.monitor.sessions().values()}
@@ -11384,25 +11516,9 @@ def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any
         tab.page.click(f"[data-testid=counter-{state}]")
         eventually(lambda session=session, state=state: tab.rail() == [(session, state)])
         name = f"work of {session}"
-        eventually(lambda name=name: tab.rows() and {row["session"] for row in tab.rows()} == {name})
+        eventually(lambda name=name: {row["session"] for row in tab.rows()} == {name})
         tab.press("Escape")
         eventually(lambda: len(tab.rail()) == 5)
-    tab.press("/")
-    tab.page.keyboard.type("no such words")
-    note = "document.querySelector('#tablenote').innerText.includes('No loaded row matches \u201cno such words\u201d')"
-    tab.until(note)
-    open_tab(tab.monitor, tab.link()).until(note)
-    tab.press("Escape")
-    tab.row_with("work of w")
-    tab.page.fill("[data-testid=filter]", "finished")
-    eventually(lambda: {row["session"] for row in tab.rows()} == {"work of i"})
-    tab.page.fill("[data-testid=filter]", "")
-    tab.emit("@w call make")
-    tab.row_with("Bash make")
-    tab.page.fill("[data-testid=filter]", "boom")
-    eventually(lambda: not tab.rows())
-    tab.emit("@w failure make => boom")
-    tab.row_with("Bash make")  # a result may bring what the filter looks for
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -11427,84 +11543,6 @@ def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMo
     emit("c", "result rm c")
     eventually(lambda: tab.rail()[0] == ("a", "waiting") and ("c", "working") in tab.rail())
     assert tab.page.title() == "(1) Contextuate Monitor"
-
-
-def test_what_one_tab_does_is_kept_and_shown_in_every_tab(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("@one prompt work of one; @one call make one; @two prompt work of two")
-    watching = open_tab(tab.monitor, "#s=one")
-    watching.row_with("make one").click()
-    watching.shows("drawer", "make one")
-
-    def kept(**fields: Any) -> None:
-        eventually(lambda: fields.items() <= tab.monitor.sessions()["one"].items(), what=f"{fields}")
-
-    tab.choose("one", "Rename")
-    tab.page.fill("dialog input", "named elsewhere")
-    tab.press("Enter")
-    kept(label="named elsewhere")
-    watching.shows("rail", "named elsewhere")
-    eventually(lambda: "named elsewhere" in watching.page.title())
-    tab.choose("one", "Pin")
-    kept(isPinned=True)
-    eventually(lambda: watching.rail()[0][0] == "one")
-    tab.choose("one", "Unpin")
-    kept(isPinned=False)
-    for parent in ("two", None):
-        tab.choose("one", "Set parent")
-        options = tab.page.evaluate("[...document.querySelectorAll('dialog option')].map((el) => el.value)")
-        assert options == ["", "two"], "not itself"
-        tab.page.select_option("dialog select", parent or "")
-        tab.page.click("dialog button.first")
-        kept(parentSessionId=parent)
-        children = ["one"] if parent else []
-        child = "[...document.querySelectorAll('[data-session-id].child')].map((el) => el.dataset.sessionId)"
-        eventually(lambda child=child, children=children: watching.page.evaluate(child) == children)
-    tab.choose("one", "Hide")
-    kept(hidden=True)
-    eventually(lambda: [session for session, _ in tab.rail()] == ["two"] and not tab.rows("work of one"))
-    tab.page.click("text=Show hidden (1)")
-    tab.row_with("work of one")
-    tab.choose("one", "Unhide")
-    kept(hidden=False)
-    for button in ("text=Cancel", "button.danger"):
-        assert "one" in tab.monitor.sessions()
-        tab.choose("one", "Delete")
-        tab.page.click(f"dialog >> {button}")
-    eventually(lambda: list(tab.monitor.sessions()) == ["two"])
-    eventually(lambda: [session for session, _ in watching.rail()] == ["two"] and watching.link() == "")
-    watching.hides("drawer")
-    watching.row_with("work of two")
-
-
-def test_keys_reach_who_waits_menus_and_the_rail(tab: BrowserTab) -> None:
-    tab.emit("@busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm")
-    eventually(lambda: ("asks", "waiting") in tab.rail())
-    tab.press("n")
-    tab.until("location.hash === '#s=asks'")
-    eventually(lambda: not tab.rows("busy work"))
-    tab.press("m")
-    tab.shows("menu", "Rename")
-    tab.press("ArrowDown Enter")
-    tab.page.keyboard.type("By keys")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "By keys")
-    tab.press("Escape")
-    tab.until("location.hash === ''")
-    tab.page.focus("[data-testid=rail]")
-    tab.press("Home ArrowDown ArrowDown Enter")
-    tab.until("location.hash === '#s=asks'")
-    tab.press("P")
-    eventually(lambda: tab.monitor.sessions()["asks"]["isPinned"])
-    tab.press("R")
-    tab.page.fill("dialog input", "named")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "named")
-    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab.press("C")
-    eventually(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "claude --resume asks")
-    tab.press("H")
-    eventually(lambda: tab.monitor.sessions()["asks"]["hidden"])
-    assert not tab.monitor.sessions()["busy"]["hidden"]
 
 
 def test_links_bring_back_session_event_and_search(tab: BrowserTab, open_tab: Any) -> None:
@@ -11787,15 +11825,13 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserT
 # What events say is text
 
 
-HOSTILE = [
-    "<script>window.acted = 1</script>",
-    "<img src=x onerror='window.acted = 1'>",
+# Alone, as an address is, and all others at once.
+HOSTILE = (
     "javascript:window.acted=1",
-    '"><svg onload=window.acted=1>',
-    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1}",
-    "\u202egnihtyna\u202c \u2066x",
+    "<script>window.acted = 1</script> <img src=x onerror='window.acted = 1'> \"><svg onload=window.acted=1> "
+    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
     "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
-]
+)
 BROWSER_WATCH = """
 window.violations = [];
 document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
@@ -11817,66 +11853,43 @@ seen.observe(document, { childList: true, subtree: true });
 
 
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
-    """Return events of every kind that have these words, and names of JavaScript's, wherever words may stand."""
-    deep = {
-        "__proto__": {"acted": 1},
-        "constructor": {"prototype": {"acted": 1}},
-        "toString": "x",
-        "hasOwnProperty": 1,
-    }
-    each = dict.fromkeys(("cwd", "transcript_path", "model", "agent_id", "agent_type"), words)
-    paths = {
-        "command": words,
-        "file_path": words,
-        "description": words,
-        words: {words: [words, deep]},
-        **deep,
-    }
-    call = {"tool_name": words, "tool_use_id": words, "tool_input": paths, **each}
-    bash = {**call, "tool_name": "Bash", "tool_use_id": "b"}
-    question = {"question": words, "header": words, "options": [{"label": words, "description": words}, deep]}
-    ask = {"tool_name": "AskUserQuestion", "tool_use_id": "q", "tool_input": {"questions": [question, words]}}
-    todos = [{"content": words, "status": words}, {"content": words, "status": "constructor"}, words, None, 1]
-    edit = {"tool_name": "Edit", "tool_use_id": "e", "tool_input": {"file_path": words, "old_string": words}}
-    patch = {"structuredPatch": [{"lines": [words, "+" + words, 7]}, words, None]}
+    """Return events of every recorded kind and tool, and of odd ones, with these words wherever words may stand."""
+    deep = {"__proto__": {"acted": 1}, "constructor": {"prototype": {"acted": 1}}, "toString": "x"}
+
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**{name: poisoned(inner) for name, inner in value.items()}, words: [words, deep], **deep}
+        if isinstance(value, list):
+            return [*map(poisoned, value), words, deep, None, 7]
+        return words if isinstance(value, str) else value
+
+    kinds: dict[Any, Any] = {}
+    for hook in itertools.chain.from_iterable(map(recorded, recording_names())):
+        kinds.setdefault((hook["hook_event_name"], hook.get("tool_name", "")), hook)
+    for odd in ("__proto__", "constructor", words):
+        kinds |= {(odd, ""): {"message": ""}, ("PreToolUse", odd): {"tool_input": {}}}
     return [
-        payload("SessionStart", session, source=words, **each),
-        payload("UserPromptSubmit", session, prompt=words, cwd=words, session_title=words),
-        payload("PreToolUse", session, **call),
-        payload("PostToolUse", session, **call, tool_response=[deep, words], usage=deep, __proto__=deep),
-        payload("PreToolUse", session, **ask),
-        payload("PermissionRequest", session, **ask, permission_suggestions=[deep, words]),
-        payload("PreToolUse", session, tool_name="TodoWrite", tool_use_id="t", tool_input={"todos": todos}),
-        payload("PostToolUse", session, **edit, tool_response=patch),
-        payload("PostToolUse", session, **bash, tool_response={"stdout": words, "stderr": words, words: words}),
-        payload("PostToolUseFailure", session, error=words, **{**bash, "tool_use_id": "f"}),
-        payload("Notification", session, message=words, notification_type=words),
-        payload("Stop", session, last_assistant_message=f"# {words}\n- {words}\n[{words}]({words})"),
-        payload("StopFailure", session, error=words, error_details=words),
-        payload("__proto__", session, **{"__proto__": words, words: deep}),
-        payload("constructor", session, message=deep),
-        payload(words, session, anything=words),
+        {**poisoned(hook), "session_id": session, "hook_event_name": kind, "tool_name": tool, "tool_use_id": tool + words}
+        for (kind, tool), hook in kinds.items()
     ]  # fmt: skip
 
 
-def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, open_tab: Any) -> None:
-    sessions = {f"evil-{number}{words}": words for number, words in enumerate(HOSTILE)}
+def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
     client = running.websocket("rows")
-    for session, words in sessions.items():
-        running.emit(*hostile_events(session, words))
-        client.send(type="rename_session", sessionId=session, label=words)
+    for number, words in enumerate(HOSTILE):
+        running.emit(*hostile_events(f"evil-{number}{words}", words))
+        client.send(type="rename_session", sessionId=f"evil-{number}{words}", label=words)
     eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
     client.close()
     tab = open_tab(running, script=BROWSER_WATCH)
     eventually(lambda: len(tab.rows()) > 20)
-    assert "<script>window.acted = 1</script>" in tab.text("rail")
-    assert "{{constructor.constructor" in tab.text("rail")
+    assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
     assert "\x1b" not in tab.page.inner_text("body")
-    for item in tab.page.query_selector_all("[data-testid=session]")[: len(HOSTILE)]:
-        item.click()
+    for number in range(len(HOSTILE)):
+        tab.page.click(f"[data-session-id^=evil-{number}]")
         tab.page.focus("[data-testid=table]")
         tab.press("g")
-        for _ in range(14):
+        for _ in range(int(tab.page.get_attribute("[data-testid=table]", "aria-rowcount"))):
             tab.press("Enter")
             tab.shows_details()
             assert "Unexpected format" not in tab.text("drawer") and "\x1b" not in tab.text("drawer")
@@ -11888,29 +11901,24 @@ def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, 
             tab.press("m")
             tab.page.click(f"[data-testid=menu] >> text={entry}")
             tab.page.click("dialog >> text=Cancel")
-    assert tab.page.evaluate("[window.acted ?? null, ({}).acted ?? null, [...strange], violations]") == [
-        None, None, [], [],
-    ]  # fmt: skip
+    found = "[window.acted ?? null, ({}).acted ?? null, [...strange], violations]"
+    assert tab.page.evaluate(found) == [None, None, [], []]
     assert tab.page.query_selector_all("img, iframe, object, script[src], a[href^='javascript']") == []
     assert len(tab.page.query_selector_all("script")) == 1
     assert tab.said == []
-    refused = (
-        "(() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } })()"
-    )
+    refused = "() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } }"
     assert tab.page.evaluate(refused) == "TypeError", "the browser itself takes no text for markup"
     assert tab.page.evaluate("violations") == ["require-trusted-types-for"]
     tab.said.clear()
 
 
-def test_colours_of_a_terminal_are_colours_and_no_text(tab: BrowserTab) -> None:
+def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
-    tab.monitor.emit(*browser_call(1, tool_response={"stdout": words + " \x1b]0;title\x07end\x1b[2J"}))
-    tab.row_with("make step-1").click()
+    tab.emit(f"call make; result make => {words} \x1b]0;title\x07end\x1b[2J")
+    tab.row_with("make").click()
     tab.shows("drawer", "red green orange plain end")
-    found = tab.page.evaluate(
-        "[...document.querySelectorAll('.drawer .block span')]"
-        ".map((el) => [el.textContent, getComputedStyle(el).color])"
-    )
+    spans = "[...document.querySelectorAll('.drawer .block span')]"
+    found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
     assert [text for text, _ in found] == ["red", "green", "orange"]
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
 
@@ -12173,37 +12181,6 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
 # Replay
 
 
-def test_a_session_is_replayed_as_it_went(tab: BrowserTab) -> None:
-    start = cm.now_ms() - 3_600_000
-    steps = (f"+{30 * n} call make {n}; +{30 * n + 20} result make {n} took 20" for n in range(6))
-    tab.emit("; ".join(steps), start_ms=start)
-    tab.load("#s=s1").row_with("make 5")
-    tab.press("y")
-    tab.shows("replay", " of 2 min 50 s")
-    eventually(lambda: tab.rows(status="running") and not tab.rows("make 3"))
-    tab.press("Space")
-    tab.until("document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'")
-    assert tab.link().startswith("#s=s1&replay=")
-
-    def seek(offset_ms: int) -> None:
-        tab.page.evaluate(
-            """(to) => { const range = document.querySelector('[data-testid=replay] input[type=range]');
-              range.value = to; range.dispatchEvent(new Event('input')); }""", offset_ms
-        )  # fmt: skip
-
-    seek(70_000)
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    assert tab.rows("make 2 10 s")
-    tab.load(f"#s=s1&replay={start + 70_000}")
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    tab.page.select_option("[data-testid=replay] select", "60")
-    seek(0)
-    tab.press("Space")
-    eventually(lambda: len(tab.rows(status="done")) == 6, 20, "played to its end")
-    tab.press("Escape")
-    eventually(lambda: tab.text("replay") == "" and tab.link() == "#s=s1")
-
-
 def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab, open_tab: Any) -> None:
     held: list[dict[str, Any]] = []
 
@@ -12263,30 +12240,6 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
 
 
-def test_the_keyboard_stays_in_details_replay_and_head(tab: BrowserTab) -> None:
-    tab.emit("call make 1; call make 2")
-    tab.load("#s=s1").row_with("make 1").click()
-    tab.shows("drawer", "make 1")
-    focused = "document.activeElement.dataset.act || document.activeElement.id"
-    tab.page.focus(".drawerbody")
-    tab.emit("result make 1 => here it is")
-    tab.shows("drawer", "here it is")
-    assert tab.page.evaluate(focused) == "body"
-    tab.press("Escape y")
-    tab.shows("replay", " of ")
-    skip = tab.page.query_selector("[data-testid=replay] input[type=checkbox]")
-    skip.focus()
-    tab.press("Space")
-    assert not skip.is_checked()
-    tab.press("Escape R")
-    tab.page.wait_for_selector("dialog[open]")
-    left = tab.page.evaluate("(document.querySelector('dialog .first').click(), document.activeElement.id)")
-    assert left == "grid", "not the dialog's field until the next frame"
-    tab.page.focus("[aria-label='Show all sessions']")
-    tab.press("Enter")
-    tab.until(f"({focused}) === 'grid'")
-
-
 def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n} prompt word {n}" for n in range(5)))
     eventually(lambda: len(tab.monitor.get("/api/search?q=word")["results"]) == 5)
@@ -12334,56 +12287,6 @@ def test_widths_are_kept(tab: BrowserTab) -> None:
 # History and statistics
 
 
-def test_history_finds_what_is_stored_and_opens_it(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit(
-        "@one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing; "
-        "@two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed"
-    )
-    eventually(lambda: len(tab.monitor.get("/api/search?q=zebra")["results"]) == 3)
-    tab.load("#history&q=zebra")
-
-    def hits(count: int) -> None:
-        tab.until(f"document.querySelectorAll('[data-testid=hit]').length === {count}")
-        if not count:
-            tab.shows("sheet", "No matches. All words must match")
-
-    hits(3)
-    marked = "[...document.querySelectorAll('.hit mark')].map((el) => el.textContent)"
-    assert tab.page.evaluate(marked) == ["zebra"] * 3
-    assert "<b>" in tab.page.inner_text("[data-testid=hit] >> nth=0"), "text stays text"
-    tab.page.select_option("[aria-label=Type]", "tool_result")
-    hits(1)
-    tab.page.click("[data-testid=hit]")
-    tab.shows("drawer", "zebra crossing")
-    assert all(part in tab.link() for part in ("q=zebra", "type=tool_result", "e="))
-    open_tab(tab.monitor, tab.link()).shows("drawer", "zebra crossing")
-    tab.page.select_option("[aria-label=Type]", "")
-    hits(3)
-    tab.press("Escape /")
-    tab.page.keyboard.type(" crossing")
-    hits(1)
-    tab.press("Enter j")
-    tab.shows("drawer", "zebra crossing")
-    tab.press("/")
-    for words, count in (("no such words", 0), ("zebra", 3)):
-        tab.page.fill("[data-testid=history-query]", words)
-        hits(count)
-    for state, count in (("working", 0), ("idle", 3), ("", 3)):
-        tab.page.select_option("[aria-label='Session state']", state)
-        hits(count)
-        assert f"state={state}" in tab.link() or not state
-    tab.page.select_option("[aria-label=Time]", "custom")
-    for start, end, count in (("", "2020-01-01T00:00", 0), ("2020-01-01T00:00", "2099-01-01T00:00", 3)):
-        tab.page.fill("[aria-label=From]", start)
-        tab.page.fill("[aria-label=To]", end)
-        tab.page.press("[aria-label=To]", "Tab")
-        hits(count)
-    assert "when=custom&from=" in tab.link()
-    tab.page.select_option("[aria-label=Time]", "")
-    tab.page.fill("[data-testid=history-query]", "")
-    hits(4)  # no words: everything, a call and its result as one
-
-
 def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
     eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
@@ -12400,41 +12303,6 @@ def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> N
     tab.page.fill("[data-testid=history-query]", "make")
     eventually(lambda: tab.page.evaluate(targets) == ["make", "before make ends"])
     assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
-
-
-def test_statistics_count_what_happened_and_lead_to_it(tab: BrowserTab) -> None:
-    tab.emit(
-        "@one prompt first work; @one call make 1; @one result make 1 took 65 => slow output; "
-        "@one call make 2; @one result make 2; @one call make 3; @one result make 3; "
-        "@two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2"
-    )
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 5)
-    tab.load("#stats")
-    for words in (
-        "5 calls",
-        "2 failed",
-        "1 min 05 s",
-        "make 1",
-        "make 9",
-        "Exit code 2",
-        "first work",
-        "testbox",
-    ):
-        tab.shows("stats", words)
-    tab.page.click("[data-testid=stats] tr.open >> text=make 1")
-    tab.shows("drawer", "slow output")
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.page.select_option("[aria-label=Time]", "1h")
-    tab.until("location.hash === '#stats&when=1h'")
-    tab.page.click("[data-testid=stats] table[aria-label=Sessions] tr.open >> text=first work")
-    tab.row_with("make 1")
-    assert tab.link() == "#s=one"
-    tab.press("m")
-    tab.page.click("[data-testid=menu] >> text=Session statistics")
-    tab.until("location.hash.includes('session=one')")
-    tab.shows("stats", "3 calls")
-    assert "make 9" not in tab.text("stats")
 
 
 def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
@@ -12764,42 +12632,30 @@ def index_prompts(numbers: Iterable[int], text: str = "word", sessions: int = 1)
 
 def newest_first(numbers: Iterable[int]) -> list[str]:
     """Return the ids of prompts that were stored in this order, as a search finds them."""
-    return [f"e{number}" for number in reversed(list(numbers))]
+    return [f"e{number}" for number in numbers][::-1]
 
 
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
-        ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
-        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [7, 6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
-        ("日本", [5]), ("fail", [7]), ('"fail cart"', [7]), ("31mFAIL", []), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
-        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [7, 6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
-    ],
-)  # fmt: skip
+INDEX_TEXTS = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
+               "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
+# What is typed → the numbers of the texts above that are found
+INDEX_SEARCHES: dict[str, list[int]] = {
+    "apple": [4, 1, 0], "APPLE": [4, 1, 0], "apple pear": [1], "app*": [4, 3, 1, 0], "app": [3], '"apple pie"': [4, 0],
+    '"pie apple"': [], "src/app.py": [3], "app.py": [3], "py.app": [], "Grusse": [2], "Grüße": [], "Grüsse": [2],
+    "gru*": [2], "*": [7, 6, 5, 4, 3, 2, 1, 0], "nothing": [], '"unclosed': [], "日本": [5], "fail": [7],
+    '"fail cart"': [7], "31mFAIL": [], "本語": [5], "本日": [], "toolu_9": [], "naïve_name": [6], "naive": [6], "OR": [],
+    "apple NOT pie": [], "(apple": [4, 1, 0], '"': [7, 6, 5, 4, 3, 2, 1, 0], "apple AND pear": [1],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
-def test_words_beginnings_and_phrases_are_found_newest_first(
-    searched: dict[str, IndexCase], how: str, typed: str, found: list[int]
-) -> None:
-    assert searched[how].ids(typed) == [f"e{number}" for number in found]
-
-
-@pytest.fixture(scope="module")
-def searched() -> Iterator[dict[str, IndexCase]]:
-    """The same texts, to be searched in each way there is."""
-    texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-             "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
-    cases = {how: IndexCase() for how in ("full text", "no full text", "no index")}
-    for case in cases.values():
-        case.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
-    os.mkdir(cases["no index"].path)
-    cases["full text"].ready()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cm, "has_full_text", lambda db: False)
-        cases["no full text"].ready()
-    yield cases
-    for case in cases.values():
-        case.close()
+def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
+    indexed.add(*(index_prompt(number, text) for number, text in enumerate(INDEX_TEXTS)))
+    if how == "no full text":
+        monkeypatch.setattr(cm, "has_full_text", lambda db: False)
+    if how != "no index":
+        indexed.ready()
+    expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
+    assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
 
 
 index_texts = st.lists(
@@ -12828,16 +12684,16 @@ def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], d
             assert sorted(case.ids(typed)) == sorted(expected), typed
 
 
-def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_every_filter_takes_what_it_says(indexed, monkeypatch):
     for number in range(60):
         hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
-        indexed.add({
-            "hook": payload(hook, f"s{number % 4}", tool_name=("Bash", "Read")[number % 2], tool_use_id=f"t{number}",
-                            tool_input={"command": f"number {number % 5}"}),
-            "id": f"e{number}", "timestamp": NOW_MS + number * 1000, "machineId": f"box{number % 3}",
-        }, day_ms=NOW_MS + (number // 20) * DAY_MS)  # fmt: skip
+        call = {"tool_name": ("Bash", "Read")[number % 2], "tool_use_id": f"t{number}"}
+        hook = payload(hook, f"s{number % 4}", **call, tool_input={"command": f"number {number % 5}"})
+        event = {**timed(hook, NOW_MS + number * 1000, f"box{number % 3}"), "id": f"e{number}"}
+        indexed.add(event, day_ms=NOW_MS + (number // 20) * DAY_MS)
     indexed.ready()
     every = sorted(indexed.events(), key=lambda event: -event["timestamp"])
+    start = NOW_MS + 7000
     wanted: list[tuple[dict[str, Any], Any]] = [
         ({}, lambda event: True),
         ({"session": "s2"}, lambda event: event["sessionId"] == "s2"),
@@ -12847,25 +12703,26 @@ def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -
         ({"type": "tool_error"}, lambda event: event["eventType"] == "tool_error"),
         ({"type": "PostToolUse"}, lambda event: event["hookType"] == "PostToolUse"),
         ({"type": "tool"}, lambda event: False),
-        ({"from": NOW_MS + 7000}, lambda event: event["timestamp"] >= NOW_MS + 7000),
-        ({"to": NOW_MS + 7000}, lambda event: event["timestamp"] < NOW_MS + 7000),
-        ({"from": NOW_MS + 7000, "to": NOW_MS + 7001}, lambda event: event["timestamp"] == NOW_MS + 7000),
+        ({"from": start}, lambda event: event["timestamp"] >= start),
+        ({"to": start}, lambda event: event["timestamp"] < start),
+        ({"from": start, "to": start + 1}, lambda event: event["timestamp"] == start),
     ]
-    for one, other in itertools.product(wanted, repeat=2):
-        both = {**one[0], **other[0]}
-        if len(both) < len(one[0]) + len(other[0]):
+    for (one, takes_one), (other, takes_other) in itertools.product(wanted, repeat=2):
+        both = {**one, **other}
+        if len(both) < len(one) + len(other):
             continue
-        expected = [event for event in every if one[1](event) and other[1](event)]
+        expected = [event for event in every if takes_one(event) and takes_other(event)]
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
+    own = [
+        event for event in every if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
+    ]
     for limit in (500, 1):  # sessions by the index, or by the line in the file
         monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
         query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
-        assert [one["id"] for one in indexed.history.search(query)["results"]] == [
-            event["id"] for event in every
-            if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
-        ]  # fmt: skip
+        found = indexed.history.search(query)["results"]
+        assert [result["id"] for result in found] == [event["id"] for event in own]
 
 
 def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> None:
@@ -12888,9 +12745,7 @@ def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> No
 
 
 @pytest.mark.parametrize("days", [(0, 1, 2), (3, 0.9, 0.95, 4), (5, 1, 5.1, 1.1), (1, 0.3, 1.1)], ids=str)
-def test_results_come_in_order_of_arrival_whatever_the_clock_did(
-    indexed: IndexCase, days: tuple[float, ...]
-) -> None:
+def test_results_come_in_order_of_arrival_whatever_the_clock_did(indexed, days):
     for place, day in enumerate(days):
         for number in range(place * 3, place * 3 + 3):
             arrived_ms = NOW_MS + int(day * DAY_MS) + number % 3
@@ -12959,12 +12814,10 @@ def test_what_is_read_before_it_is_handed_over_is_not_missing(indexed: IndexCase
     eventually(lambda: indexed.history.status()["lagEvents"] == 0)
 
 
-def test_an_idle_index_looks_only_now_and_then(indexed: IndexCase, monkeypatch: Any) -> None:
-    looks: list[float] = []
-    is_removed = cm.IndexFile.is_removed
-    monkeypatch.setattr(
-        cm.IndexFile, "is_removed", lambda file: looks.append(time.monotonic()) or is_removed(file)
-    )
+def test_an_idle_index_looks_only_now_and_then(indexed, monkeypatch):
+    looks, is_removed = [], cm.IndexFile.is_removed
+    noted = lambda file: looks.append(time.monotonic()) or is_removed(file)  # noqa: E731
+    monkeypatch.setattr(cm.IndexFile, "is_removed", noted)
     indexed.add(index_prompt(1, "word"))
     indexed.ready()
     eventually(lambda: time.monotonic() > looks[-1] + 1, what="a second without a look")
@@ -12981,58 +12834,53 @@ def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     assert result["data"]["target"] == "find hay" and result["partial"] is True
 
 
-def remove_beside(path: str, *suffixes: str) -> None:
-    """Remove what SQLite keeps beside its file while it is open."""
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-def write_at(path: str, offset: int, content: bytes) -> None:
-    """Overwrite a part of a file."""
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
-def change_snapshot(path: str) -> None:
-    """Change a snapshot and not its checksum."""
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
-
-
-INDEX_DAMAGE: dict[str, Any] = {
-    "deleted": os.unlink,
-    "deleted with its log": cm.remove_index,
-    "truncated": lambda path: os.truncate(path, 5000),
-    "emptied": lambda path: os.truncate(path, 0),
-    "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
-    "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
-    "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
-    "without its log": lambda path: remove_beside(path, "-wal", "-shm"),
-    "without its map": lambda path: remove_beside(path, "-shm"),
-    "another file in its place": lambda path: ee.write_atomically(path, b"this is no database" * 4000),
+# Shell commands in the directory of the index.
+INDEX_DAMAGE = {
+    "deleted": "rm index.db",
+    "deleted with its log": "rm index.db*",
+    "truncated": "head -c 5000 index.db >part; cat part >index.db",
+    "emptied": ": >index.db",
+    "overwritten": "yes no database | dd of=index.db bs=4096 count=20 iflag=fullblock conv=notrunc",
+    "zeros inside": "dd if=/dev/zero of=index.db bs=4096 count=15 seek=1 conv=notrunc",
+    "of another version": r"printf '\0\0\3\347' | dd of=index.db bs=1 seek=60 conv=notrunc",
+    "without its log": "rm -f index.db-wal index.db-shm",
+    "without its map": "rm -f index.db-shm",
+    "another file in its place": "yes no database | head -c 80000 >other; mv other index.db",
 }
 # Damage while the index is not open. A closed index has no log and no map.
-SNAPSHOT_DAMAGE: dict[str, Any] = {
+SNAPSHOT_DAMAGE = {
     **INDEX_DAMAGE,
-    "a directory in its place": lambda path: (os.unlink(path), os.mkdir(path)),
-    "a snapshot changed": change_snapshot,
+    "a directory in its place": "rm index.db; mkdir index.db",
+    "a snapshot changed": ":",
 }
 SNAPSHOTS = {"": b"machines", "s1": b"\x00\xff" * 3000, "s\ud8001": b""}
+
+
+def damage_index(case: IndexCase, damage: str) -> None:
+    shell = ["/bin/sh", "-c", SNAPSHOT_DAMAGE[damage]]
+    subprocess.run(shell, cwd=case.home, check=True, stderr=subprocess.DEVNULL)
+    if damage == "a snapshot changed":  # and not its checksum
+        with contextlib.closing(sqlite3.connect(case.path)) as db, db:
+            db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
 
 
 @pytest.fixture
 def saved(indexed: IndexCase) -> IndexCase:
     """A stopped index with events of three sessions, SNAPSHOTS and the checkpoint 2."""
-    indexed.add(
-        index_prompt(1, "all"), index_prompt(2, "all", "s\ud8001"), *index_prompts(range(3, 300), "all")
+    prompts = (
+        index_prompt(1, "all"),
+        index_prompt(2, "all", "s\ud8001"),
+        *index_prompts(range(3, 300), "all"),
     )
+    indexed.add(*prompts)
     indexed.ready()
     indexed.history.save_snapshots(indexed.history.generation, {"s1": b"old", "": b"machines"}, None)
     indexed.history.save_snapshots(indexed.history.generation, SNAPSHOTS, 2)
     indexed.history.stop()  # writes what is queued
     return indexed
+
+
+# Damage while the index is not open. A closed index has no log and no map.
 
 
 def snapshots_of(case: IndexCase) -> tuple[int, dict[str, bytes]]:
@@ -13041,12 +12889,10 @@ def snapshots_of(case: IndexCase) -> tuple[int, dict[str, bytes]]:
     return checkpoint, dict(rows)
 
 
-@pytest.mark.parametrize("damage", sorted(SNAPSHOT_DAMAGE))
-def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
-    saved: IndexCase, monkeypatch: Any, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", SNAPSHOT_DAMAGE)
+def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(saved, monkeypatch, damage):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.1)
-    SNAPSHOT_DAMAGE[damage](saved.path)
+    damage_index(saved, damage)
     nothing_lost = damage in ("without its log", "without its map")
     assert snapshots_of(saved) == ((2, SNAPSHOTS) if nothing_lost else (0, {}))
     again = IndexCase(saved.home)
@@ -13063,18 +12909,18 @@ def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
     again.history.stop()
 
 
-@pytest.mark.parametrize("damage", sorted(INDEX_DAMAGE))
-def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed: IndexCase, damage: str) -> None:
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed, damage):
     indexed.add(*index_prompts(range(300), "all"))
     assert indexed.ready().ids("all") == newest_first(range(300))
-    INDEX_DAMAGE[damage](indexed.path)
+    damage_index(indexed, damage)
     for number in range(3):
         eventually(lambda: indexed.ids("all") == newest_first(range(300)))
         indexed.add(index_prompt(1000 + number, "later"))
         eventually(lambda number=number: len(indexed.search("later")) == number + 1)
 
 
-def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_statistics_wait_for_an_index_that_is_being_made(indexed, monkeypatch):
     connect = cm.IndexFile._connect
 
     def connect_slowly(file: Any) -> Any:
@@ -13089,17 +12935,13 @@ def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, mon
 
 def many_words(rng: random.Random, numbers: Iterable[int], session: str = "s1") -> list[dict[str, Any]]:
     """Return prompts of 50 words each, of which few are alike."""
-    return [
-        index_prompt(number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50)), session)
-        for number in numbers
-    ]
+    texts = ((number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50))) for number in numbers)
+    return [index_prompt(number, text, session) for number, text in texts]
 
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(
-    indexed: IndexCase, monkeypatch: Any
-) -> None:
+def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(indexed, monkeypatch):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.2)
     place = indexed.home + "/small"
     os.mkdir(place)
@@ -13207,24 +13049,24 @@ def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, 
 def calls_by_hand(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of every call its tool, how it ended and how long it took, if that is known."""
     calls: dict[Any, dict[str, Any]] = {}
+    ends = {"PostToolUse": "ok", "PostToolUseFailure": "failed"}
     for event in sorted(events, key=lambda event: event["seq"]):
         data, hook = event["data"], event["hookType"]
+
+        def call_of(call_id: str, tool: str, session: str = event["sessionId"]) -> dict[str, Any]:
+            return calls.setdefault((session, call_id), {"tool": tool, "how": "", "ms": None})
+
         for one in data["tool_calls"] if hook == "PostToolBatch" else ():
-            call = {"tool": one["tool_name"], "how": "failed"}
-            call = calls.setdefault((event["sessionId"], one["tool_use_id"]), call)
+            call = call_of(one["tool_use_id"], one["tool_name"])
             call["how"] = call["how"] or "failed"
-        if hook not in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
-            continue
-        call = {"tool": data["toolName"], "how": ""}
-        call = calls.setdefault((event["sessionId"], data["toolUseId"]), call)
         if hook == "PreToolUse":
-            call["begun"] = event["timestamp"]
-        else:
-            failed = "interrupted" if data.get("is_interrupt") else "failed"
-            call |= {"how": "ok" if hook == "PostToolUse" else failed, "end": event["timestamp"]}
-            call["ms"] = data.get("durationMs")
+            call_of(data["toolUseId"], data["toolName"])["begun"] = event["timestamp"]
+        if hook in ends:
+            how = "interrupted" if data.get("is_interrupt") else ends[hook]
+            call = call_of(data["toolUseId"], data["toolName"])
+            call |= {"how": how, "end": event["timestamp"], "ms": data.get("durationMs")}
     for call in calls.values():
-        if call.get("ms") is None and {"begun", "end"} <= call.keys():
+        if call["ms"] is None and {"begun", "end"} <= call.keys():
             call["ms"] = call["end"] - call["begun"]
     return list(calls.values())
 
@@ -13234,74 +13076,59 @@ def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
     tools: dict[str, Any] = {}
     for name in {call["tool"] for call in calls}:
         own = [call for call in calls if call["tool"] == name]
-        times = sorted(call["ms"] for call in own if call.get("ms") is not None)
+        outcomes = collections.Counter(call["how"] for call in own)
+        times = sorted(call["ms"] for call in own if call["ms"] is not None)
         tools[name] = {
-            "calls": len(own),
-            "failures": sum(call["how"] == "failed" for call in own),
-            "interrupted": sum(call["how"] == "interrupted" for call in own),
-            "timed": len(times),
-            "totalMs": sum(times),
-            "maxMs": max(times, default=None),
-        }
+            "calls": len(own), "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+            "timed": len(times), "totalMs": sum(times), "maxMs": max(times, default=None),
+        }  # fmt: skip
         for percent in (50, 95):  # the least time that so many calls did not exceed
             enough = (ms for ms in times if sum(other <= ms for other in times) * 100 >= percent * len(times))
             tools[name][f"p{percent}Ms"] = next(enough, None)
     return tools
 
 
-def count_by_hand(events: list[dict[str, Any]], offset_minutes: int = 0) -> dict[str, Any]:
-    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
-    events = [event for event in events if event["hookType"] != "Monitor"]
-    tools = tools_by_hand(calls_by_hand(events))
-    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offset_minutes: int) -> None:
+    """Compare the statistics with what counting gives: one event after the other, all durations in lists."""
 
     def day(event: dict[str, Any]) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
 
-    return {
-        "tools": tools,
-        "days": dict(collections.Counter(map(day, events))),
-        "machines": dict(collections.Counter(event["machineId"] for event in events)),
-        "totals": {
-            "events": len(events),
-            "prompts": sum("<task-" not in str(message) for message in prompts),
-            "sessions": len({event["sessionId"] for event in events}),
-            "failures": sum(tool["failures"] for tool in tools.values()),
-            "toolCalls": sum(tool["calls"] for tool in tools.values()),
-        },
+    events = [event for event in events if event["hookType"] != "Monitor"]
+    tools = tools_by_hand(calls_by_hand(events))
+    assert {
+        row["toolName"]: {name: row[name] for name in tools[row["toolName"]]} for row in figures["tools"]
+    } == tools
+    days = {row["day"]: row["events"] for row in figures["days"] if row["events"]}
+    assert days == collections.Counter(map(day, events))
+    machines = {row["machineId"]: row["events"] for row in figures["machines"]}
+    assert machines == collections.Counter(event["machineId"] for event in events)
+    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+    totals = {
+        "events": len(events),
+        "prompts": sum("<task-" not in str(message) for message in prompts),
+        "sessions": len({event["sessionId"] for event in events}),
+        "failures": sum(tool["failures"] for tool in tools.values()),
+        "toolCalls": sum(tool["calls"] for tool in tools.values()),
     }
-
-
-def check_statistics(figures: dict[str, Any], by_hand: dict[str, Any]) -> None:
-    """Compare the statistics with what was counted by hand."""
-    for tool in figures["tools"]:
-        counted = by_hand["tools"][tool["toolName"]]
-        assert {name: tool[name] for name in counted} == counted
-    assert len(figures["tools"]) == len(by_hand["tools"])
-    assert {day["day"]: day["events"] for day in figures["days"] if day["events"]} == by_hand["days"]
-    assert {machine["machineId"]: machine["events"] for machine in figures["machines"]} == by_hand["machines"]
-    totals = {name: figures["totals"][name] for name in by_hand["totals"]}
-    assert totals == by_hand["totals"]
+    assert {name: figures["totals"][name] for name in totals} == totals
     for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
         for name in ("events", "toolCalls", "failures"):
             assert sum(row[name] for row in figures[group]) == totals[name], (group, name)
     slowest = [call["durationMs"] for call in figures["slowest"]]
     assert slowest == sorted(slowest, reverse=True)
-    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in by_hand["tools"].values())[:-2:-1]
+    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in tools.values())[:-2:-1]
     assert sum(row["failures"] for row in figures["failing"]) <= totals["failures"]
 
 
 def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Return made-up work of some sessions on two machines over three days, told out of order."""
-    told = []
+    """Return made-up work of some sessions on two machines over three days, out of order."""
+    work = []
     for number in range(count):
         session, at = f"s{rng.randrange(6)}", NOW_MS + rng.randrange(3 * DAY_MS)
-        length = int(rng.lognormvariate(5, 2))
-        about = {
-            "tool_name": rng.choice(["Bash", "Read", "Edit"]),
-            "tool_use_id": f"t{number}",
-            "tool_input": {"command": f"run {rng.randrange(5)}"},
-        }
+        length, tool = int(rng.lognormvariate(5, 2)), rng.choice(["Bash", "Read", "Edit"])
+        command = {"command": f"run {rng.randrange(5)}"}
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": command}
         steps: list[tuple[int, str, dict[str, Any]]] = [(0, "PreToolUse", about)] if number % 9 else []
         steps.append(rng.choice([
             (length, "PostToolUse", {**about, "duration_ms": length}), (length, "PostToolUse", about),
@@ -13311,17 +13138,16 @@ def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
         if number % 7 == 0:
             gone = {"tool_name": "Gone", "tool_use_id": f"gone{number}", "tool_input": {}}
             steps.append((length + 5, "PostToolBatch", {"tool_calls": [about, gone]}))
+        machine = f"box{session[1] in '123'}"
         for place, (after_ms, hook, fields) in enumerate(steps):
-            told.append({
-                "hook": payload(hook, session, **fields), "id": f"e{number}.{place}",
-                "timestamp": at + after_ms, "machineId": f"box{session[1] in '123'}",
-            })  # fmt: skip
-    rng.shuffle(told)
-    return told
+            event = timed(payload(hook, session, **fields), at + after_ms, machine)
+            work.append({**event, "id": f"e{number}.{place}"})
+    rng.shuffle(work)
+    return work
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: int) -> None:
+def test_statistics_are_what_counting_the_files_gives(indexed, seed):
     work = index_work(random.Random(seed), 300)
     indexed.add(*work[:400])
     indexed.ready()
@@ -13330,19 +13156,17 @@ def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: 
     events = indexed.events()
     for session, offset in itertools.product((None, "s1", "s4"), (0, 60, -570)):
         own = [event for event in events if session in (None, event["sessionId"])]
-        check_statistics(indexed.figures(session, offset), count_by_hand(own, offset))
+        check_statistics(indexed.figures(session, offset), own, offset)
 
 
 def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[str, Any]:
-    """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
-    told = {
-        name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
-        for name, used in models.items()
+    """Return the end of a turn that has what a session has used so far: (input, output) by model."""
+    used = {
+        name.replace("_", "-"): dict(zip(("input", "output", "cacheRead"), (*counts, 7)))
+        for name, counts in models.items()
     }
-    return {
-        **index_prompt(number, "", session), "eventType": "turn_end", "hookType": "Stop",
-        "data": {"usage": {"models": told, "agents": {}}},
-    }  # fmt: skip
+    turn = {"eventType": "turn_end", "hookType": "Stop", "data": {"usage": {"models": used, "agents": {}}}}
+    return {**index_prompt(number, "", session), **turn}
 
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
@@ -13521,14 +13345,12 @@ search?timeZone=x%00 export?timeZone=%F0%9F%A6%93
 """
 
 
-@pytest.mark.parametrize("query", WRONG_QUESTIONS.split())
-def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(
-    shared: RunningMonitor, query: str
-) -> None:
-    status, _, body = shared.request("/api/" + query)
-    answer = json.loads(body)
-    assert status == 400 and answer["field"] == re.split("[?=]", query)[1]
-    assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
+def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
+    for query in WRONG_QUESTIONS.split():
+        status, _, body = shared.request("/api/" + query)
+        answer = json.loads(body)
+        assert (query, status, answer["field"]) == (query, 400, re.split("[?=]", query)[1])
+        assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
 
 
 def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
@@ -13554,17 +13376,15 @@ def test_a_range_ends_before_its_last_day_unless_it_is_the_first(start, end, zon
     assert cm.time_range(start, end, cm.time_zone(zone)) == (utc_ms(first), utc_ms(last))
 
 
-def test_days_are_searched_in_the_zone_that_is_named(running: RunningMonitor) -> None:
+def test_days_are_searched_in_the_zone_that_is_named(running):
     running.emit(*zone_calls("Europe/Berlin"))
     the_day, zone = [f"z{number}" for number in (1, 2, 3, 4)], "--time-zone Europe/Berlin"
 
     def ids(lines: str) -> list[str]:
         return sorted(json.loads(line)["id"] for line in lines.splitlines())
 
-    first_ms, last_ms = (
-        utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5)
-    )  # the last is left out
-    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={last_ms}"):
+    first_ms, after_ms = (utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5))
+    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={after_ms}"):
         assert sorted(row["id"] for row in running.get(f"/api/search?{query}")["results"]) == the_day
         assert ids(running.request(f"/api/export?{query}")[2].decode()) == the_day
     for command in ("search --json", "export"):
@@ -13589,22 +13409,15 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
 ]
 
 
-def test_the_search_command_prints_what_the_monitor_finds(
-    running: RunningMonitor, monkeypatch: Any, capsys: Any
-) -> None:
+def test_the_search_command_prints_what_the_monitor_finds(running):
     running.emit(*hooks("@a prompt where is the \x1b[1;31mquokka\x1b[31m?; @b prompt nothing of the kind"))
     running.emit(*hooks("@b call grep -r quokka src"))
     eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
-    for name, value in running.environment.items():
-        monkeypatch.setenv(name, value)
     for options, code, printed, said in SEARCHES:
-        try:
-            assert cm.main(["search", *options.split()]) == code, options
-        except SystemExit as exit:
-            assert exit.code == code, options
-        out, err = capsys.readouterr()
-        lines = out.splitlines()
-        assert len(lines) == len(printed) and said in err and "\x1b" not in out, options
+        done = in_process(running, "search", *options.split())
+        lines = done.stdout.splitlines()
+        assert (done.returncode, len(lines)) == (code, len(printed)), options
+        assert said in done.stderr and "\x1b" not in done.stdout, options
         assert all(re.search(words, line) for words, line in zip(printed, lines)), options
 
 
@@ -13628,10 +13441,10 @@ def retention_days(home: str) -> list[str]:
     return sorted(name for name in os.listdir(home + "/events") if name != ".in-order")
 
 
-def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: int = 2) -> dict[int, str]:
+def retention_fill(home: str, ages: Iterable[int], size: int = 100, sessions: int = 2) -> dict[int, str]:
     """Store events that arrived so many days ago; return the name of each day."""
     store, now = cm.Journal(home + "/events"), cm.now_ms()
-    arrivals = {age: now - age * 86_400_000 for age in sorted(ages, reverse=True)}
+    arrivals = {age: now - age * DAY_MS for age in sorted(ages, reverse=True)}
     for age, at in arrivals.items():
         for number in range(sessions):
             about = {"session": f"s{number}-{age}", "timestamp": at, "id": f"{age}.{number}"}
@@ -13641,26 +13454,22 @@ def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: 
     return {age: cm.day_of(at) for age, at in arrivals.items()}
 
 
-def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor: RunningMonitor) -> None:
-    monitor.config["retention"] = {"days": 5}
+def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor):
     monitor.write_config({"retention": {"days": 1000}})
     days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
     note = f"{monitor.home}/events/{days[40]}/note.txt"
     ee.write_atomically(note, b"mine")
     monitor.serve()
-    client = monitor.websocket("rows")
-    client.send(type="toggle_pin", sessionId="s1-8")
-    eventually(lambda: monitor.sessions()["s1-8"]["isPinned"])
+    protocol_post(monitor, type="toggle_pin", sessionId="s1-8")
     highest = monitor.get("/api/status")["seq"]
     monitor.kill()
-    monitor.write_config({})
+    monitor.write_config({"retention": {"days": 5}})
     monitor.serve()
     eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8, 40)})
     assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
-    gone = {f"s{n}-{age}" for n, age in ((0, 7), (1, 7), (0, 8), (0, 40), (1, 40))}
-    eventually(lambda: not gone & set(monitor.sessions()))
-    assert "s1-8" in monitor.sessions() and "s0-4" in monitor.sessions()
+    left = {"s1-8", *(f"s{number}-{age}" for number in (0, 1) for age in (0, 1, 4))}
+    eventually(lambda: set(monitor.sessions()) == left)
     eventually(lambda: len(monitor.get("/api/search?q=age8")["results"]) == 1)
     assert monitor.get("/api/search?q=age40")["results"] == []
     assert monitor.get("/api/status")["seq"] >= highest
@@ -13668,7 +13477,7 @@ def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monit
     assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
 
 
-def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
+def test_the_status_shows_how_much_is_on_disk(running):
     def on_disk() -> int:
         return sum(os.path.getsize(path) for path in glob.glob(running.home + "/events/*/*"))
 
@@ -13677,9 +13486,7 @@ def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
     disk = running.get("/api/status")["disk"]
     assert disk["eventsBytes"] == on_disk() > 50_000
     assert disk["bytes"] >= disk["eventsBytes"] + disk["indexBytes"]  # of one moment: the index grows
-    client = running.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="a")
-    client.close()
+    protocol_post(running, type="delete_session", sessionId="a")
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
@@ -13715,57 +13522,57 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
     assert cm.plan_retention(home, now, None, None, frozenset()).days == []
 
 
-def test_prune_keeps_a_session_that_took_over_a_pin(monitor: RunningMonitor) -> None:
+def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
     monitor.write_config({"retention": {"days": 5}})
-    began = cm.now_ms() - 10 * 86_400_000
+    began = cm.now_ms() - 10 * DAY_MS
+
+    def pin(is_pinned: bool) -> dict[str, Any]:
+        meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "before"}
+        return {**meta, "data": {"action": "pin", "pinned": is_pinned}}
+
     store = cm.Journal(monitor.home + "/events")
-
-    def tell(at_ms: int, session: str, hook: str = "", **fields: Any) -> None:
-        given = payload(hook, session, **fields) if hook else {
-            "eventType": "session_meta", "hookType": "Monitor", "sessionId": session, "data": fields
-        }  # fmt: skip
-        event = {**ee.build_event(given, began + at_ms, "testbox"), "timestamp": began + at_ms}
+    for at_ms, hook in {
+        0: payload("SessionStart", "before", source="startup"),
+        1000: pin(True),
+        2000: payload("SessionEnd", "before", reason="clear"),
+        2010: payload("SessionStart", "after", source="clear"),
+        3000: payload("SessionEnd", "after", reason="other"),
+        60_000: pin(False),
+    }.items():
+        event = {**ee.build_event(hook, began + at_ms, "testbox"), "timestamp": began + at_ms}
         store.append([event], began + at_ms)
-
-    tell(0, "before", "SessionStart", source="startup")
-    tell(1000, "before", action="pin", pinned=True)
-    tell(2000, "before", "SessionEnd", reason="clear")
-    tell(2010, "after", "SessionStart", source="clear")
-    tell(3000, "after", "SessionEnd", reason="other")
-    tell(60_000, "before", action="pin", pinned=False)
     store.close()
-    monitor.serve().command("prune")
+    assert in_process(monitor.serve(), "prune").returncode == 0
     left = glob.glob(monitor.home + "/events/*/*.jsonl")
     assert [os.path.basename(path) for path in left] == ["after.jsonl"]
 
 
-def test_prune_prints_what_it_would_delete_and_deletes_it(monitor: RunningMonitor) -> None:
+def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     monitor.write_config({"retention": {"days": 10}})
     monitor.serve()
     assert "nothing is too old" in in_process(monitor, "prune").stdout
     days = retention_fill(monitor.home, (0, 3, 20, 30))
-    told = in_process(monitor, "prune", "--dry-run").stdout
-    assert "4 files of 4 sessions" in told and days[30] in told and days[20] in told and "would be" in told
+    plan = in_process(monitor, "prune", "--dry-run").stdout
+    for words in ("4 files of 4 sessions", days[30], days[20], "would be"):
+        assert words in plan
     assert len(retention_days(monitor.home)) == 4
     assert "deleted" in in_process(monitor, "prune").stdout
     assert retention_days(monitor.home) == sorted([days[0], days[3]])
     assert "nothing is too old" in in_process(monitor, "prune").stdout
 
 
-def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path: Any) -> None:
-    store = journal_opened(tmp_path / "events")
-    day_ms, now = 86_400_000, cm.now_ms()
+def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
+    store, now = journal_opened(tmp_path / "events"), cm.now_ms()
     for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
-        event = ee.build_event(index_prompt(number, "x"), now, "m")
-        store.append([event], now - age * day_ms)
+        store.append([ee.build_event(index_prompt(number, "x"), now, "m")], now - age * DAY_MS)
     store.close()
     assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).files == ()
-    assert len(cm.plan_retention(str(tmp_path), now + 40 * day_ms, 30, None, frozenset()).files) >= 2
+    assert len(cm.plan_retention(str(tmp_path), now + 40 * DAY_MS, 30, None, frozenset()).files) >= 2
 
 
 @pytest.mark.slow
-def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: RunningMonitor) -> None:
-    retention_fill(monitor.home, tuple(range(90)), sessions=5)
+def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor):
+    retention_fill(monitor.home, range(90), sessions=5)
     rng = random.Random(2)
     for _ in range(3):
         before = len(retention_days(monitor.home))
@@ -13786,31 +13593,31 @@ def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: Runnin
 # ---------------------------------------------------------------------------
 
 
-def export_table(lines: list[bytes]) -> list[dict[str, str]]:
+def export_table(lines: Iterable[bytes]) -> list[dict[str, str]]:
     """Read a table of calls the way a spreadsheet does."""
     text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_table_has_each_call_once_as_counted_by_hand(indexed: IndexCase, seed: int) -> None:
+def test_the_table_has_each_call_once_as_counted_by_hand(indexed, seed):
     work = index_work(random.Random(seed), 300)
     work.sort(key=lambda event: (float(event["id"][1:]), event["id"][0] == "b"))  # a result after its call
     indexed.add(*work)
-    rows = export_table(list(indexed.store.lines()))
+    rows = export_table(indexed.store.lines())
     assert len({(row["sessionId"], row["toolUseId"]) for row in rows}) == len(rows)
-    for tool, counts in count_by_hand(indexed.events())["tools"].items():
+    for tool, counts in tools_by_hand(calls_by_hand(indexed.events())).items():
         own = [row for row in rows if row["toolName"] == tool]
         durations = [int(row["durationMs"]) for row in own if row["durationMs"]]
         outcomes = collections.Counter(row["outcome"] for row in own)
-        found = (len(own), len(durations), sum(durations), outcomes["failed"], outcomes["interrupted"])
-        assert found == tuple(
-            counts[name] for name in ("calls", "timed", "totalMs", "failures", "interrupted")
-        )
+        assert counts.items() >= {
+            "calls": len(own), "timed": len(durations), "totalMs": sum(durations),
+            "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+        }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("nasty", ['=cmd|"calc"!A1, and\nmore \ud83d é', "=cmd|a\n=1+cmd", "=cmd|a\r=1+cmd"])
-def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, nasty: str) -> None:
+def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed, nasty):
     bash = {"tool_name": "-Bash", "tool_use_id": "@t1", "tool_input": {"command": nasty}}
     read = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.txt"}}
     indexed.add(
@@ -13820,52 +13627,44 @@ def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, 
         payload("PostToolUse", "old", **read),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
     )
-    first, second, third = export_table(list(indexed.store.lines()))
-    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
-    assert (first["sessionId"], first["toolName"], first["outcome"], first["durationMs"]) == (
-        "'+s", "'-Bash", "failed", "5"
-    )  # fmt: skip
+    first, second, third = export_table(indexed.store.lines())
     assert first["target"].startswith("'=cmd|")
-    assert (second["target"], second["outcome"], second["durationMs"]) == ("a.txt", "ok", "0")
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    first_row = {"sessionId": "'+s", "toolName": "'-Bash", "outcome": "failed", "durationMs": "5"}
+    assert first_row.items() <= first.items()
+    assert {"target": "a.txt", "outcome": "ok", "durationMs": "0"}.items() <= second.items()
     assert third["outcome"] == "ok"
 
 
-def test_export_takes_the_filters_of_search_as_query_and_as_options(running: RunningMonitor) -> None:
+# The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
+EXPORTS: list[tuple[str, str, Any]] = [
+    ("", "", lambda event: True),
+    ("tool=Bash&session=s0", "--tool Bash --session s0",
+     lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
+    ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
+     lambda event: event["hookType"] == "PostToolUse"),
+    ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
+    ("machine=other", "--machine other", lambda event: False),
+    ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
+    ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
+    ("state=failed", "--state failed", lambda event: False),
+]  # fmt: skip
+
+
+def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
     for number in range(6):
-        tool, word = ("Bash", "Read")[number % 2], {"command": f"word{number}"}
-        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": word}
-        running.emit(
-            payload("PreToolUse", f"s{number % 3}", **about),
-            payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
-        )
+        tool, session = ("Bash", "Read")[number % 2], f"s{number % 3}"
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": {"command": f"word{number}"}}
+        running.emit(payload("PreToolUse", session, **about), payload("PostToolUse", session, **about))
     running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
-    moment = stored[6]["timestamp"]
-    for query, chosen in (
-        (f"from={moment}", lambda event: event["timestamp"] >= moment),
-        (f"to={moment}", lambda event: event["timestamp"] < moment),
-    ):
-        found = [json.loads(line)["id"] for line in running.request(f"/api/export?{query}")[2].splitlines()]
-        assert sorted(found) == sorted(event["id"] for event in filter(chosen, stored)), query
-    for query, options, chosen in (
-        ("", "", lambda event: True),
-        ("tool=Bash&session=s0", "--tool Bash --session s0",
-         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
-        ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
-         lambda event: event["hookType"] == "PostToolUse"),
-        ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
-        ("machine=other", "--machine other", lambda event: False),
-        ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
-        ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
-        ("state=failed", "--state failed", lambda event: False),
-    ):  # fmt: skip
-        status, headers, body = running.request(f"/api/export?{query}")
-        assert status == 200 and headers["content-type"] == "application/x-ndjson"
-        found, expected = [json.loads(line)["id"] for line in body.splitlines()], filter(chosen, stored)
-        assert sorted(found) == sorted(event["id"] for event in expected)
+    for query, options, chosen in EXPORTS:
+        lines = running.request(f"/api/export?{query}")[2].decode().splitlines()
+        expected = [event["id"] for event in filter(chosen, stored)]
+        assert sorted(json.loads(line)["id"] for line in lines) == sorted(expected), query
         printed = in_process(running, "export", *options.split()).stdout
-        assert sorted(printed.splitlines()) == sorted(body.decode().splitlines())
-    status, headers, body = running.request("/api/export?format=csv&tool=Read")
+        assert sorted(printed.splitlines()) == sorted(lines)
+    _, headers, body = running.request("/api/export?format=csv&tool=Read")
     assert headers["content-type"].startswith("text/csv") and "calls.csv" in headers["content-disposition"]
     rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
     assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
@@ -13899,17 +13698,13 @@ def import_entries(name: str) -> Iterator[dict[str, Any]]:
 
 def import_hooks(name: str, start_ms: int) -> list[dict[str, Any]]:
     """Return a recorded session's payloads as hooks send them from `start_ms` on."""
-    return [
-        {"hook": one, "id": f"h{number}", "timestamp": start_ms + number, "machineId": "testbox"}
-        for number, one in enumerate(recorded(name))
-    ]
+    return [timed(hook, start_ms + number) for number, hook in enumerate(recorded(name))]
 
 
-def test_imported_transcripts_give_the_sessions_that_hooks_give(running: RunningMonitor) -> None:
+def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
     names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
-    words = in_process(running, "import").stdout
-    stored = len(running.stored_events())
-    assert words == f"{stored} events imported, 0 were stored already\n" and stored
+    first, stored = in_process(running, "import").stdout, len(running.stored_events())
+    assert first == f"{stored} events imported, 0 were stored already\n" and stored
     again = in_process(running, "import", running.claude_home).stdout
     assert again == f"0 events imported, {stored} were stored already\n"
     assert len(running.stored_events()) == stored
@@ -13929,33 +13724,31 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running: Running
         assert session["label"] == by_hooks.label[0] and session["workingDirectory"] == by_hooks.directory
         assert session["model"] == by_hooks.model or by_hooks.model is None
         messages = [entry.get("message") or {} for entry in import_entries(name)]
-        used = {one["id"]: one["usage"]["output_tokens"] for one in messages
-                if one.get("usage") and one.get("role") == "assistant"}  # fmt: skip
-        assert session["tokenUsage"]["totalOutput"] == sum(used.values()), name
-        assert figures[session_id]["tokenUsage"]["totalOutput"] == sum(used.values()), name
+        answers = [one for one in messages if one.get("usage") and one.get("role") == "assistant"]
+        output = sum({one["id"]: one["usage"]["output_tokens"] for one in answers}.values())
+        assert [it["tokenUsage"]["totalOutput"] for it in (session, figures[session_id])] == [output] * 2, (
+            name
+        )
 
 
-@pytest.mark.parametrize("name", IMPORT_TRANSCRIPTS)
-def test_import_repeats_nothing_that_hooks_have_sent(running: RunningMonitor, name: str) -> None:
-    session_id = import_copy(running, name)
-    times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
-    running.emit(*import_hooks(name, min(times)))
-    before = running.sessions()[session_id]["counts"]
+def test_import_repeats_nothing_that_hooks_have_sent(running):
+    for name in IMPORT_TRANSCRIPTS:
+        import_copy(running, name)
+        times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
+        running.emit(*import_hooks(name, min(times)))
+    before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
     assert in_process(running, "import").stdout.startswith("0 events imported")
-    assert running.sessions()[session_id]["counts"] == before
+    assert {name: session["counts"] for name, session in running.sessions().items()} == before
 
 
-def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: RunningMonitor) -> None:
+def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     session_id = import_copy(running, "failing")
-    with open(f"{RECORDED}/transcripts/failing/{session_id}.jsonl", "rb") as file:
-        entries = [json.loads(line) for line in file if b'"tool_use"' in line]
-    first, use = (entry["message"]["content"][0] for entry in (entries[0], entries[4]))
-    at = (
-        cm.iso_time_ms(entries[4]["timestamp"]) or 0
-    ) + 60_000  # its clock may differ: the call's name tells
+    entries = [entry for entry in import_entries("failing") if "tool_use" in json.dumps(entry.get("message"))]
+    entries = [entry for entry in entries if entry["type"] == "assistant"]
+    first, use = (entries[number]["message"]["content"][0] for number in (0, 2))
+    at = (cm.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
     call = {"tool_name": use["name"], "tool_use_id": use["id"], "tool_input": use["input"]}
-    hook = payload("PreToolUse", session_id, **call)
-    running.emit({"hook": hook, "id": "late", "timestamp": at, "machineId": "testbox"})
+    running.emit({**timed(payload("PreToolUse", session_id, **call), at), "id": "late"})
     in_process(running, "import")
     stored = running.stored_events()
     calls = [event["data"]["toolUseId"] for event in stored if event["hookType"] == "PreToolUse"]
@@ -13967,7 +13760,7 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: Ru
 
 def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shared):
     shared.emit(*recorded("simple"), payload("UserPromptSubmit", "import-x", prompt="hello there"))
-    export = running.home + "/export.ndjson"
+    export, node_export = running.home + "/export.ndjson", running.home + "/node.json"
     in_process(shared, "export", "--output", export)
     expected = shared.stored_events()
     common = {"sessionId": "0123456789abcdef", "machineId": "mac"}
@@ -13977,13 +13770,12 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
         {"timestamp": NOW_MS + 5, **common, "eventType": "tool_result", "hookType": "PostToolUse",
          "data": {"toolName": "Bash", "tool_output": "a b"}},
     ]  # fmt: skip
-    with open(running.home + "/node.json", "w", encoding="utf-8") as file:
-        json.dump(
-            {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}, file, indent=1
-        )
+    whole = {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}
+    ee.write_atomically(node_export, json.dumps(whole, indent=1).encode())
     for count in (len(expected) + 2, 0):
-        words = in_process(running, "import", export, running.home + "/node.json").stdout
-        assert words.startswith(f"{count} events imported")
+        assert in_process(running, "import", export, node_export).stdout.startswith(
+            f"{count} events imported"
+        )
     stored = {event["id"]: event for event in running.stored_events()}
     for event in expected:
         kept = {**stored[event["id"]], "seq": 0, "received": 0}
@@ -13993,19 +13785,18 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_import_of_files_without_history_stores_nothing(running: RunningMonitor) -> None:
+def test_import_of_files_without_history_stores_nothing(running):
     path = running.home + "/odd.jsonl"
     objects = (b"[]", b"{}", b'{"type":"user"}\n' * 3)
     for content in (b"", b"not json\nat all", *objects, b"\xff\x00", b"[" * 100_000):
-        with open(path, "wb") as file:
-            file.write(content)
+        ee.write_atomically(path, content)
         assert in_process(running, "import", path).returncode in (0, 1), content
     missing = in_process(running, "import", running.home + "/missing.json")
     assert missing.returncode == 1 and "error" in missing.stderr
     assert running.stored_events() == []
 
 
-def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
+def test_odd_transcripts_are_read_as_far_as_they_make_sense():
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
         about = {
             "sessionId": "s",
@@ -14027,8 +13818,8 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
         *(entry("user", "f", "hello"),) * 2,
     ]
     events = cm.TranscriptReader("s", "m", set()).events(lines)
-    hooks = "SessionStart PostToolUse UserPromptSubmit SessionEnd"
-    assert " ".join(event["hookType"] for event in events) == hooks
+    read = [event["hookType"] for event in events]
+    assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
 
 
@@ -14051,42 +13842,39 @@ IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
 IMPORT_SUMS = usage_entries("sums opus 200/20 startTime=5", IMPORT_B)
 # A session's transcript, and what its fork begins with and ends with.
+IMPORT_UNMARKED = IMPORT_COPY.replace("u-", "v-")
+IMPORT_SHOWN = (1, 100, "fork question")
+# A session's transcript; what its fork begins with and ends with; the prompts, input tokens and label of the fork.
 IMPORT_FORKS = {
-    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, ""),
-    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), ""),
-    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, ""),
-    "the fork's sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS),
-    "its sums do not say when they began": (IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")),
-    "copies without any mark have their tokens counted once": (
-        IMPORT_OLD,
-        IMPORT_COPY.replace("u-", "v-"),
-        "",
+    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, "", IMPORT_SHOWN),
+    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), "", IMPORT_SHOWN),
+    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, "", IMPORT_SHOWN),
+    "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS, IMPORT_SHOWN),
+    "its sums do not say when they began": (
+        *(IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")), IMPORT_SHOWN
     ),
-    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, ""),
-    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, ""),
-}
-# Prompts, input tokens and label of the fork.
-IMPORT_FORK_SHOWN = {
-    "copies without any mark have their tokens counted once": (2, 100, "first question"),
-    "it keeps the history of an origin that is gone": (2, 200, "first question"),
-}
+    "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_UNMARKED, "", (2, 100, "first question")),
+    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, "", (2, 200, "first question")),
+    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, "", IMPORT_SHOWN),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", IMPORT_FORKS)
 def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
-    origin, copied, sums = IMPORT_FORKS[rule]
-    write_files(
-        tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": copied + IMPORT_OWN + sums}
-    )
+    origin, copied, sums, shown = IMPORT_FORKS[rule]
+    fork = copied + IMPORT_OWN + sums
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": fork})
     write_files(tmp_path, {f"x/{IMPORT_A}.jsonl": f"->p/{IMPORT_A}.jsonl", "y": "->p"})  # read once
     os.utime(tmp_path / "p" / f"{IMPORT_A}.jsonl", (1, 1))
-    found = imported(tmp_path, IMPORT_A if "stored" in rule else "")
-    shown = {
+    sessions = imported(tmp_path, IMPORT_A if "stored" in rule else "")
+    found = {
         session_id: (session["counts"]["prompts"], session["tokenUsage"]["totalInput"], session["label"])
-        for session_id, session in found.items()
+        for session_id, session in sessions.items()
     }
-    assert shown.pop(IMPORT_B) == IMPORT_FORK_SHOWN.get(rule, (1, 100, "fork question"))
-    assert shown == ({IMPORT_A: (1, 100, "first question")} if origin else {})
+    assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
+
+
+# Prompts, input tokens and label of the fork.
 
 
 @pytest.mark.parametrize(
@@ -14129,16 +13917,15 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_path: Any) -> None:
+def test_import_skips_what_is_no_file_and_says_so(running, tmp_path):
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
     write_files(tmp_path, {f"p/{IMPORT_A}.jsonl": IMPORT_OLD, "p/x.txt": "", "p/again": "->p"})
-    write_files(
-        tmp_path / "p", {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.jsonl": "->/nowhere"}
-    )
+    odd = {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.jsonl": "->/nowhere"}
+    write_files(tmp_path / "p", odd)
     os.mkfifo(fifo)
     done = in_process(running, "import", str(tmp_path))
     assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
-    for name in (fifo.name, "null.json", "gone.jsonl", "loop.jsonl", "again"):
+    for name in (fifo.name, *odd, "again"):
         assert f"/p/{name}: " in done.stderr
     refused = in_process(running, "import", str(fifo))
     assert refused.returncode == 1 and "is no regular file" in refused.stderr
@@ -14150,60 +13937,60 @@ def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_p
 
 
 def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """Return what /metrics tells: sample's name → labels → value."""
-    status, headers, body = monitor.request("/metrics")
-    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    """Return what /metrics has: sample's name → labels → value."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    status, headers, body = monitor.request("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
         for sample in family.samples:
-            values = found.setdefault(sample.name, {})
-            key = tuple(sorted(sample.labels.items()))
+            values, key = found.setdefault(sample.name, {}), tuple(sorted(sample.labels.items()))
             assert key not in values, (sample.name, key)
             values[key] = sample.value
     return found
 
 
-def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
-    for number, (hook, more) in enumerate((
-        ("PostToolUse", {"duration_ms": 10}), ("PostToolUse", {"duration_ms": 11}), ("PostToolUse", {"duration_ms": 700_000}),
-        ("PostToolUseFailure", {"duration_ms": 2500, "error": "no"}), ("PostToolUse", {}),
-    )):  # fmt: skip
-        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", tool_input={}, **more))
-    odd = {
-        "eventType": "message",
-        "machineId": 'odd "box"\\ with\nlines \ud83d é',
-        "sessionId": "z",
-        "data": {},
-    }
+# The events that are counted: four calls with their time in ms, one without.
+METRICS_CALLS = (
+    "PostToolUse 10",
+    "PostToolUse 11",
+    "PostToolUse 700000",
+    "PostToolUseFailure 2500",
+    "PostToolUse",
+)
+# Samples without labels, then others that are there.
+METRICS_SINGLE = {
+    "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
+    "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
+}  # fmt: skip
+METRICS_OTHERS = "spool_bytes spool_dropped_total client_queue_bytes clients_closed_slow_total".split()
+
+
+def test_prometheus_reads_what_is_measured(running):
+    for number, (hook, *duration) in enumerate(map(str.split, METRICS_CALLS)):
+        more = {"duration_ms": int(duration[0])} if duration else {}
+        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", error="no", **more))
+    name = 'odd "box"\\ with\nlines \ud83d é'
+    odd = {"eventType": "message", "machineId": name, "sessionId": "z", "data": {}}
     running.emit(odd, payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"}), odd)
     index_ready(running)
     eventually(lambda: metrics_of(running)["contextuate_disk_bytes"][()] > 0)
-    measured = metrics_of(running)
+    measured = {name.partition("_")[2]: values for name, values in metrics_of(running).items()}
 
     def by(label: str, name: str) -> dict[str, float]:
-        return {dict(key)[label]: value for key, value in measured[f"contextuate_{name}"].items()}
+        return {dict(key)[label]: value for key, value in measured[name].items()}
 
     events = {"tool_result": 4, "tool_error": 1, "message": 2, "permission_request": 1}
     assert by("type", "events_total") == events
-    assert set(by("machine", "events_total")) == {"testbox", 'odd "box"\\ with\nlines \\ud83d é'}
+    assert set(by("machine", "events_total")) == {"testbox", name.replace("\ud83d", "\\ud83d")}
     buckets = by("le", "tool_duration_seconds_bucket")
     assert [buckets[le] for le in ("0.01", "0.05", "2.5", "600.0", "+Inf")] == [1, 2, 3, 3, 4]
     sessions = by("state", "sessions")
     assert sessions["waiting"] == 1 and sum(sessions.values()) == 3
-    single = {
-        "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
-        "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
-    }  # fmt: skip
-    assert {name: list(measured[f"contextuate_{name}"].values()) for name in single} == {
-        name: [value] for name, value in single.items()
-    }
-    assert measured["contextuate_index_bytes"][()] > 0
-    assert {f"contextuate_{name}" for name in (
-        "spool_bytes", "spool_dropped_total", "client_queue_bytes", "clients_closed_slow_total"
-    )} <= set(measured)  # fmt: skip
+    assert {name: sum(measured[name].values()) for name in METRICS_SINGLE} == METRICS_SINGLE
+    assert measured["index_bytes"][()] > 0 and set(METRICS_OTHERS) <= set(measured)
 
 
 def test_metrics_are_bounded_whatever_names_events_carry() -> None:
@@ -14239,9 +14026,8 @@ def test_the_docstring_ends_with_an_index_of_the_rooms() -> None:
 
 
 @pytest.mark.parametrize("module", [ee, cm], ids=["hook", "monitor"])
-def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
-    with open(str(module.__file__), encoding="utf-8") as file:
-        source = file.read()
+def test_a_room_uses_only_the_rooms_above_it(module):
+    source = install_text(module.__file__)
     tree = ast.parse(source)
     starts = [source.count("\n", 0, it.start()) + 1 for it in re.finditer(r"(?m)^# -{75}\n# [A-Z]", source)]
     assert len(starts) > 7
@@ -14250,13 +14036,13 @@ def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node.lineno
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = [
-                it.id for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
-            ]
-            defined.update(dict.fromkeys(names, node.lineno))
+            names = (
+                it for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
+            )
+            defined.update({it.id: node.lineno for it in names})
     below = [
         f"line {line} uses {name} of line {defined[name]}"
-        for line, names in uses_of_names(compile(tree, str(module.__file__), "exec"))
+        for line, names in uses_of_names(compile(tree, module.__file__, "exec"))
         for name in names & defined.keys()
         if bisect.bisect(starts, line) < bisect.bisect(starts, defined[name])
     ]
@@ -14314,12 +14100,12 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 # ---------------------------------------------------------------------------
 
 
-def read_document(path: str) -> str:
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        return file.read()
+DOCUMENTS = {
+    path: install_text(os.path.join(ROOT, path))
+    for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))
+}
 
 
-DOCUMENTS = {path: read_document(path) for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))}
 PROTOCOL_MD = DOCUMENTS[".docs/protocol.md"]
 DOC_BLOCKS = [
     (path, language, text)
@@ -14478,15 +14264,14 @@ def test_the_websocket_conversation_in_the_documents_is_a_real_one(running: Runn
 
 
 @pytest.mark.slow
-def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
+def test_a_new_user_gets_through_the_commands_of_the_readme():
     home = new_home()
     files, python = f"{home}/monitor", f"{home}/python3"
     os.mkdir(files)
     os.mkdir(f"{home}/.contextuate", 0o700)
     for name in ("contextuate_monitor.py", "emit_event.py", "index.html"):
         shutil.copy2(os.path.join(ROOT, name), files)
-    with open(python, "w", encoding="utf-8") as file:
-        file.write(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
+    ee.write_atomically(python, f'#!/bin/sh\nexec "{PYTHON}" "$@"\n'.encode())
     os.chmod(python, 0o700)
     made = RunningMonitor(f"{home}/.contextuate")
     kept = {name: it for name, it in os.environ.items() if not name.startswith(("CLAUDE", "CONTEXTUATE"))}
@@ -14506,10 +14291,8 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
             shell = ["/bin/sh", "-c", line]
             done = subprocess.run(shell, cwd=files, env=environment, capture_output=True, check=False)
             assert done.returncode == 0 and (done.stdout or line.startswith(("echo", "rm"))), done
-        with open(f"{files}/calls.csv", encoding="utf-8") as file:
-            assert len(file.readlines()) > 5
-        with open(f"{home}/.claude/settings.json", encoding="utf-8") as file:
-            assert json.load(file) == {}
+        assert install_text(f"{files}/calls.csv").count("\n") > 5
+        assert json.loads(install_text(f"{home}/.claude/settings.json")) == {}
         assert not os.path.exists(f"{home}/.contextuate")
     finally:
         clean_up(made)
@@ -14517,22 +14300,23 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
 
 
 @pytest.mark.slow
-def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -> None:
+def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
     blocks = [text for path, _, text in DOC_BLOCKS if path == ".docs/redis.md"]
     folder, port = str(tmp_path), redis_free_port()
+    ours = {
+        "redis.example.org": "localhost",
+        "/etc/redis": folder,
+        "6380": str(port),
+        "~/.contextuate": folder,
+    }
 
     def block(words: str) -> str:
         (found,) = [text for text in blocks if words in text]
-        for theirs, ours in (
-            ("redis.example.org", "localhost"), ("/etc/redis", folder), ("6380", str(port)), ("~/.contextuate", folder)
-        ):  # fmt: skip
-            found = found.replace(theirs, ours)
-        return found
+        return functools.reduce(lambda text, it: text.replace(*it), ours.items(), found)
 
     subprocess.run(["/bin/sh", "-e", "-c", block("openssl req")], cwd=folder, check=True, capture_output=True)
     users = block("user emitter on")
-    with open(folder + "/users.acl", "w", encoding="ascii") as file:
-        file.write(users)
+    ee.write_atomically(folder + "/users.acl", users.encode())
     make(RedisServer, *block("tls-cert-file").splitlines(), port=port, user="both", password="THIRD-PASSWORD")
     machines = {}
     for name, password in re.findall(r"^user (\w+) on >(\S+)", users, re.M):
@@ -14552,8 +14336,8 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -
         about = machine.redis()
         assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
     for machine in (emitter, both):
-        told = machine.publisher()
-        assert (told["stream"], told["channelState"]) == ("ok", "ok")
+        publisher = machine.publisher()
+        assert (publisher["stream"], publisher["channelState"]) == ("ok", "ok")
     strict = ssl.create_default_context(cafile=folder + "/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
     with socket.create_connection(("localhost", port)) as sock:
@@ -14582,7 +14366,7 @@ def test_the_tables_of_benchmarks_have_their_rows_and_goals() -> None:
     assert tables == {title: [(row.name, row.goal) for row in rows] for title, rows in expected.items()}
 
 
-def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
+def test_a_benchmark_replaces_its_own_table_only(tmp_path):
     import bench
 
     document = tmp_path / "benchmarks.md"
@@ -14594,8 +14378,6 @@ def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
     text = document.read_text()
     assert text.startswith("# Benchmarks\n\nText.\n") and "old" not in text and "\nkept\n" in text
     assert list(benchmark_tables(text)) == ["all", "hook", "idle"]
-    assert (
-        "| hook, local mode | 20.0 ms | 10.0 ms, bare interpreter | 2.00 | **<= 1.3** | 1.10 to 1.40 |"
-        in text
-    )
-    assert "| hook, local mode | 12.0 ms | 10.0 ms, bare interpreter | 1.20 | <= 1.3 | 1.10 to 1.40 |" in text
+    for ours, ratio, goal in (("20.0", "2.00", "**<= 1.3**"), ("12.0", "1.20", "<= 1.3")):
+        cells = f"{ours} ms | 10.0 ms, bare interpreter | {ratio} | {goal} | 1.10 to 1.40"
+        assert f"| hook, local mode | {cells} |" in text
