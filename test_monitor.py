@@ -10184,33 +10184,18 @@ def test_a_body_that_drips_in_is_cut_off(monkeypatch):
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
 
 
-SAFE_REQUESTS = (
-    "OPTIONS | Access-Control-Request-Method: POST | Access-Control-Request-Headers: authorization",
-    "OPTIONS | Access-Control-Request-Private-Network: true",
-    "POST | Content-Type: text/plain",
-    "POST | Content-Type: application/x-www-form-urlencoded",
-    *("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "HEAD"),
-)
-
-
-@pytest.mark.parametrize("request_", SAFE_REQUESTS)
-def test_no_method_gives_another_site_anything(spoken, request_):
-    method, *more = request_.split(" | ")
+@pytest.mark.parametrize("method", "GET HEAD POST PUT DELETE PATCH OPTIONS TRACE CONNECT".split())
+def test_no_method_gives_another_site_anything(spoken, method):
     host, body = f"127.0.0.1:{spoken.port}", json.dumps(payload("Stop", "csrf"))
+    preflight = ("Access-Control-Request-Method: POST", "Access-Control-Request-Private-Network: true")
+    more = (f"Content-Length: {len(body)}", "Content-Type: text/plain", *preflight)
     seq = spoken.get("/api/status")["seq"]
     own = [f"http://{host}"] if method != "POST" else []
     for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}", *own):
-        headers = (f"Origin: {origin}", f"Content-Length: {len(body)}", *more)
-        head = protocol_get(host, *headers, path="/api/hooks", method=method)
-        status, given, answer = protocol_exchange(spoken.port, head + body.encode(), method)
+        head = protocol_get(host, f"Origin: {origin}", *more, path="/api/hooks", method=method)
+        status, headers, answer = protocol_exchange(spoken.port, head + body.encode(), method)
         assert status == (405 if origin in own else 403) and b"Origin" not in answer  # TRACE would return it
-        assert not [name for name, _ in given if name.startswith("access-control")]
-    live = ("Host", f"127.0.0.1:{spoken.ws_port}")
-    upgrades = {f"{method} /": 405} if own else {}
-    upgrades |= {f"GET {target}": 400 for target in ("http://127.0.0.1/", "http://evil.example/", "*", "?x")}
-    for line, expected in upgrades.items():
-        head = protocol_head(live, line=f"{line} HTTP/1.1") + b"\r\n\r\n"
-        assert protocol_exchange(spoken.ws_port, head, method)[0] == expected, line
+        assert not [name for name, _ in headers if name.startswith("access-control")]
     assert spoken.get("/api/status")["seq"] == seq
 
 
@@ -10400,7 +10385,7 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
 
 
 def safe_given_up_early(result: Any) -> bool:
-    """Tell whether the client closed before the time was over that it says it gave the case.
+    """True if the client closed before the time was over that it says it gave the case.
 
     It (kosoku 0.1.0) does so now and then on a busy machine, whatever the server does.
     """
@@ -10810,7 +10795,6 @@ def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
         assert [number for number, line in enumerate(file, 1) if len(line.rstrip("\n")) > 120] == []
 
 
-# Stories: verb → the hook, and its field that holds the words behind the verb.
 # Stories: verb → the hook, and its field that holds the words behind the verb.
 HOOK_VERBS = {
     "prompt": ("UserPromptSubmit", "prompt"), "agent": ("SubagentStart", None),
@@ -11442,9 +11426,6 @@ def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
         tab.emit(act, start_ms=start_ms if act.startswith("+") else None)
 
 
-# What a person does: (tab, part, words) → None
-
-
 def browser_opens(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
     tool, _, target = place.partition(" / ")
     tab.row_with(target, tool.strip(" /")).click()
@@ -11540,9 +11521,6 @@ def test_the_page_shows(request, open_tab, rule):
             kind, _, more = place.partition(" ")
             looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
             eventually(looks, 20, look)
-
-
-# What the page shows: (tab, session, what comes before the colon, words) → if it does
 
 
 def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
@@ -12334,9 +12312,6 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
             assert found == [], (screen, scheme, width)
 
 
-# Colours are the same at every width, the other rules are the same in every colour.
-
-
 def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
     for name in ("contextuate_monitor.py", "emit_event.py"):
         shutil.copy(os.path.join(ROOT, name), monitor.home)
@@ -12689,9 +12664,6 @@ def saved(indexed: IndexCase) -> IndexCase:
     indexed.history.save_snapshots(indexed.history.generation, SNAPSHOTS, 2)
     indexed.history.stop()  # writes what is queued
     return indexed
-
-
-# Damage while the index is not open. A closed index has no log and no map.
 
 
 def snapshots_of(case: IndexCase) -> tuple[int, dict[str, bytes]]:
@@ -13645,7 +13617,6 @@ IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId": "{IMPORT_A}"', f'"sessionId": "{
 IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
 IMPORT_SUMS = usage_entries("sums opus 200/20 startTime=5", IMPORT_B)
-# A session's transcript, and what its fork begins with and ends with.
 IMPORT_UNMARKED = IMPORT_COPY.replace("u-", "v-")
 IMPORT_SHOWN = (1, 100, "fork question")
 # A session's transcript; what its fork begins with and ends with; the prompts, input tokens and label of the fork.
@@ -13676,9 +13647,6 @@ def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
         for session_id, session in sessions.items()
     }
     assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
-
-
-# Prompts, input tokens and label of the fork.
 
 
 @pytest.mark.parametrize(
