@@ -10230,11 +10230,11 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
         mask = os.umask(0)
         try:
             hook_call(command, hook, monitor.environment)  # into the spool
-            monitor.start()
+            assert in_process(monitor, "start", "--no-open").returncode == 0
             hook_call(command, hook, monitor.environment)
-            monitor.command("test-event")
+            assert in_process(monitor, "test-event").returncode == 0
             assert safe_send(monitor.socket_path, b"garbage\n")  # into quarantine.log
-            monitor.stop()
+            assert in_process(monitor, "stop").returncode == 0
             monitor.write_config({"mode": "redis", "redis": {"port": 1}})
             os.chmod(config, 0o600)
             hook_call(command, hook, monitor.environment)  # with a publisher
@@ -12275,7 +12275,7 @@ def test_without_an_index_history_is_searched_and_not_counted(monitor: RunningMo
 @pytest.fixture(scope="module")
 def shared_demo() -> Iterator[RunningMonitor]:
     made = RunningMonitor(new_home()).serve()
-    made.command("demo", "--live", "0")
+    assert in_process(made, "demo", "--live", "0").returncode == 0
     yield made
     clean_up(made)
 
@@ -13267,13 +13267,12 @@ def test_the_status_shows_how_much_is_on_disk(running):
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
-def test_numbers_go_on_after_every_event_was_too_old(monitor: RunningMonitor) -> None:
+def test_numbers_go_on_after_every_event_was_too_old(monitor):
     retention_fill(monitor.home, (50, 60))
     monitor.serve()
     eventually(lambda: retention_days(monitor.home) == [])
-    monitor.stop()
-    monitor.serve()
-    monitor.emit(payload("UserPromptSubmit", prompt="again"))
+    assert in_process(monitor, "stop").returncode == 0
+    monitor.serve().emit(payload("UserPromptSubmit", prompt="again"))
     assert monitor.stored_events()[-1]["seq"] == 5
 
 
@@ -13561,27 +13560,11 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_import_of_files_without_history_stores_nothing(running):
-    path = running.home + "/odd.jsonl"
-    objects = (b"[]", b"{}", b'{"type":"user"}\n' * 3)
-    for content in (b"", b"not json\nat all", *objects, b"\xff\x00", b"[" * 100_000):
-        ee.write_atomically(path, content)
-        assert in_process(running, "import", path).returncode in (0, 1), content
-    missing = in_process(running, "import", running.home + "/missing.json")
-    assert missing.returncode == 1 and "error" in missing.stderr
-    assert running.stored_events() == []
-
-
 def test_odd_transcripts_are_read_as_far_as_they_make_sense():
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
-        about = {
-            "sessionId": "s",
-            "cwd": 5,
-            "timestamp": "2026-11-24T06:03:18.373Z",
-            "type": kind,
-            "uuid": uuid,
-        }
-        return json.dumps({**about, "message": {"content": content}, **more}).encode()
+        about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
+        about |= {"uuid": uuid, "message": {"content": content}}
+        return json.dumps({**about, **more}).encode()
 
     lines = [
         *(b"{ broken", b"[]", b""),
@@ -13689,18 +13672,31 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-def test_import_skips_what_is_no_file_and_says_so(running, tmp_path):
+IMPORT_NOTHING = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
+
+
+def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
+    path = running.home + "/odd.jsonl"
+    for content in IMPORT_NOTHING:
+        ee.write_atomically(path, content)
+        assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    write_files(tmp_path, {f"p/{IMPORT_A}.jsonl": IMPORT_OLD, "p/x.txt": "", "p/again": "->p"})
-    odd = {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.jsonl": "->/nowhere"}
-    write_files(tmp_path / "p", odd)
+    odd = {
+        "loop.jsonl": "->loop.jsonl",
+        "null.json": "->/dev/null",
+        "gone.json": "->/nowhere",
+        "again": "->.",
+    }
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
     os.mkfifo(fifo)
+    for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
+        refused = in_process(running, "import", path)
+        assert refused.returncode == 1 and words in refused.stderr
+    assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
     assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
-    for name in (fifo.name, *odd, "again"):
+    for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
-    refused = in_process(running, "import", str(fifo))
-    assert refused.returncode == 1 and "is no regular file" in refused.stderr
 
 
 # ---------------------------------------------------------------------------
@@ -13726,11 +13722,7 @@ def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str],
 
 # The events that are counted: four calls with their time in ms, one without.
 METRICS_CALLS = (
-    "PostToolUse 10",
-    "PostToolUse 11",
-    "PostToolUse 700000",
-    "PostToolUseFailure 2500",
-    "PostToolUse",
+    "PostToolUse 10; PostToolUse 11; PostToolUse 700000; PostToolUseFailure 2500; PostToolUse".split("; ")
 )
 # Samples without labels, then others that are there.
 METRICS_SINGLE = {
@@ -14075,12 +14067,8 @@ def test_a_new_user_gets_through_the_commands_of_the_readme():
 def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
     blocks = [text for path, _, text in DOC_BLOCKS if path == ".docs/redis.md"]
     folder, port = str(tmp_path), redis_free_port()
-    ours = {
-        "redis.example.org": "localhost",
-        "/etc/redis": folder,
-        "6380": str(port),
-        "~/.contextuate": folder,
-    }
+    ours = {"redis.example.org": "localhost", "6380": str(port)}
+    ours |= dict.fromkeys(("/etc/redis", "~/.contextuate"), folder)
 
     def block(words: str) -> str:
         (found,) = [text for text in blocks if words in text]
