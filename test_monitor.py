@@ -10301,9 +10301,7 @@ SAFE_SQUATS = {
 @needs_root
 @pytest.mark.parametrize("kind", SAFE_SQUATS)
 @pytest.mark.parametrize("squatted", ["m.sock", "m.sock.lock", "events"])
-def test_what_stands_in_place_of_socket_or_events_is_left_alone(
-    hook_alone, monitor, squatted, kind, precious
-):
+def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, kind, precious):
     if (squatted, kind) in (("m.sock.lock", "a file"), ("events", "a directory")):
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
@@ -10330,9 +10328,7 @@ SAFE_FOREIGN = {
 @needs_root
 @pytest.mark.parametrize("kind", SAFE_FOREIGN)
 @pytest.mark.parametrize("where", ["files", "spool"])
-def test_what_is_not_ours_in_our_directory_is_stepped_around(
-    hook_alone, monitor, monkeypatch, precious, where, kind
-):
+def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
     owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
     files = (segment, "hook.cache", "last-seq", "publisher.lock", "emit.log")
@@ -10357,9 +10353,6 @@ def test_what_is_not_ours_in_our_directory_is_stepped_around(
     hook_alone(CONTEXTUATE_DEBUG="0")
     assert machine.publishers()
     machine.end_publisher()
-
-
-# -- WebSocket conformance ------------------------------------------------------
 
 
 def safe_serve_echo(listener: socket.socket) -> None:
@@ -10409,8 +10402,6 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
     assert {case: verdict for case, verdict in verdicts.items() if verdict not in good} == {}
 
 
-# -- clocks ---------------------------------------------------------------------
-
 HOUR_MS = 3_600_000
 # Where the clock is set while a session works: by how much it is wrong at each event from the second on, in ms.
 CLOCK_SHIFTS = {
@@ -10441,9 +10432,7 @@ def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, ru
             shift_ms = to_midnight_ms + shifts_ms[min(max(0, number - 1), len(shifts_ms) - 1)]
             line = json.dumps(timed({**hook, "background_tasks": []}, cm.now_ms())).encode()
             assert inside.loop.call(lambda line=line: inside.take_now(line))
-            eventually(
-                lambda state=state: get("/api/sessions/s1")["state"] == state, what=f"{state} {number}"
-            )
+            eventually(lambda state=state: get("/api/sessions/s1")["state"] == state, 15, f"{state} {number}")
         session = get("/api/sessions/s1")
         assert session["stateSince"] <= cm.now_ms() + 1000 and session["openCalls"] == []
         assert len(retention_days(inside.settings.home)) == 2 or not is_midnight
@@ -10922,9 +10911,8 @@ class BrowserTab:
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page on one line, "" when it is hidden."""
-        parts = self.page.evaluate(
-            f"({BROWSER_SEEN})('[data-testid={testid}]').map((part) => part.innerText)"
-        )
+        seen = f"({BROWSER_SEEN})('[data-testid={testid}]')"
+        parts = self.page.evaluate(f"{seen}.map((part) => part.innerText)")
         return " ".join("".join(parts[:1]).split())
 
     def shows(self, testid: str, *words: str) -> None:
@@ -10950,9 +10938,8 @@ class BrowserTab:
     def counts(self) -> dict[str, int]:
         """Return the counters in the top bar that are not 0; -1 where one says "?"."""
         number = "Number(el.querySelector('b').textContent.replace('?', '-1'))"
-        counters = (
-            f"[...document.querySelectorAll('.counter')].map((el) => [el.dataset.testid.slice(8), {number}])"
-        )
+        counter = f"[el.dataset.testid.slice(8), {number}]"
+        counters = f"[...document.querySelectorAll('.counter')].map((el) => {counter})"
         return {name: int(number) for name, number in self.page.evaluate(counters) if number}
 
     def choose(self, session: str, words: str) -> None:
@@ -10975,12 +10962,13 @@ class BrowserTab:
         }"""
         self.page.evaluate(script, status)
 
-    def drag(self, start: float, end: float, below: float) -> None:
-        """Drag the mouse on the timeline, between parts of its width, so many pixels below its top."""
-        box = self.page.query_selector("#timeline-canvas").bounding_box()
-        self.page.mouse.move(box["x"] + box["width"] * start, box["y"] + below)
+    def drag(self, part: str, start: float, end: float, below: int) -> None:
+        """Drag the mouse in a part of the page: from and to a pixel, or with floats a fraction of its width."""
+        box = self.page.query_selector(part).bounding_box()
+        at = [box["x"] + (x * box["width"] if isinstance(x, float) else x) for x in (start, end)]
+        self.page.mouse.move(at[0], box["y"] + below)
         self.page.mouse.down()
-        self.page.mouse.move(box["x"] + box["width"] * end, box["y"] + below, steps=4)
+        self.page.mouse.move(at[1], box["y"] + below, steps=4)
         self.page.mouse.up()
 
 
@@ -11043,17 +11031,10 @@ def shared_tab(chromium: Any) -> Iterator[BrowserTab]:
     clean_up(made)
 
 
-def delete_sessions(monitor: RunningMonitor) -> None:
-    client = monitor.websocket("rows")
-    for session in monitor.sessions():
-        client.ask("session_deleted", type="delete_session", sessionId=session)
-    client.close()
-
-
 @pytest.fixture
 def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     """The shared page, reloaded on the shared monitor, which has no session."""
-    delete_sessions(shared_tab.monitor)
+    assert protocol_post(shared_tab.monitor, type="delete_all_sessions")[0] == 200
     shared_tab.page.evaluate("localStorage.clear()")
     yield shared_tab.load()
     said, shared_tab.said[:] = list(shared_tab.said), []
@@ -11103,7 +11084,7 @@ a session that ended says where and why
     prompt go; end logout           | rail ended: shop, /logout
 
 calls that only their batch ended failed, as the monitor counts
-    play p-perm                     | rows failed: 2 & kept s1 counts.toolErrors: 2
+    play p-perm                     | rows failed: 2 & errors: 2
                                     | open Write / perm.txt: you haven't granted it yet
 
 files and edits are shown with numbers and as a diff
@@ -11375,14 +11356,6 @@ def press_tab_until(tab: BrowserTab, testid: str) -> None:
     assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
 
 
-def browser_pull(tab: BrowserTab, part: str, pixels: str) -> None:
-    box = tab.page.query_selector(part).bounding_box()
-    tab.page.mouse.move(box["x"] + 3, 400)
-    tab.page.mouse.down()
-    tab.page.mouse.move(box["x"] + 3 + int(pixels), 400)
-    tab.page.mouse.up()
-
-
 def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
     bar = browser_bar(tab, target)
     return {"x": bar["x"], "y": bar["y"]}
@@ -11401,13 +11374,11 @@ BROWSER_ACTS: dict[str, Any] = {
     "menu": lambda tab, session, words: tab.choose(session, words),
     "tab": lambda tab, testid, _: press_tab_until(tab, testid),
     "width": lambda tab, pixels, _: tab.page.set_viewport_size({"width": int(pixels), "height": 900}),
-    "brush": lambda tab, parts, _: tab.drag(*map(float, parts.split()), 8),
+    "brush": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 8),
     "point": lambda tab, target, _: tab.page.mouse.move(**browser_place(tab, target)),
     "hit": lambda tab, target, _: tab.page.mouse.click(**browser_place(tab, target)),
-    "pull": lambda tab, what, _: browser_pull(tab, *what.split()),
-    "lane": lambda tab, number, _: tab.page.click(
-        "#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(number)}
-    ),
+    "pull": lambda tab, what, _: tab.drag(what.split()[0], 3, 3 + int(what.split()[1]), 300),
+    "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
 }
 
 
@@ -11452,12 +11423,8 @@ def browser_rail(tab: BrowserTab, session: str, state: str, words: str) -> bool:
     return bool(shown) and words in " ".join(shown.inner_text().split())
 
 
-def browser_kept(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
-    session, *path = re.split("[ .]", place)
-    value = tab.monitor.sessions()[session]
-    for name in path:
-        value = value[name]
-    return bool(value == json.loads(words))
+def kept_of(tab: BrowserTab, session: str, field: str) -> Any:
+    return tab.monitor.sessions()[session][field]
 
 
 def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
@@ -11483,11 +11450,12 @@ BROWSER_LOOKS: dict[str, Any] = {
     "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
     "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
     "no": lambda tab, _, part, words: (
-        not (tab.rows(words) if part == "row" else tab.link() if part == "link" else tab.text(part))
+        not {"row": tab.rows(words), "link": tab.link()}.get(part, tab.text(part))
     ),
     "link": lambda tab, _, __, words: tab.link() == words,
     "linked": lambda tab, _, __, words: all(each in tab.link() for each in words.split("; ")),
-    "kept": browser_kept,
+    "kept": lambda tab, _, field, words: kept_of(tab, *field.split()) == json.loads(words),
+    "errors": lambda tab, session, _, words: kept_of(tab, session, "counts")["toolErrors"] == int(words),
     "agents": lambda tab, _, __, words: len({row["session"] for row in tab.rows()}) == int(words),
     "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
     "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
@@ -11580,8 +11548,11 @@ def crowded() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, open_tab: Any) -> None:
-    tab = open_tab(crowded)
+def test_events_of_long_ago_are_reached_by_link_and_by_scrolling(crowded, open_tab):
+    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
+    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
+    tab.shows("drawer", "ancient output")
+    tab.load()
 
     def scrolled_up() -> bool:
         tab.page.evaluate("document.querySelector('[data-testid=table]').scrollTop = 0")
@@ -11596,12 +11567,6 @@ def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, 
     tab.press("Escape")
     tab.row_with("make step-1300")
     eventually(scrolled_up, 20)
-
-
-def test_an_event_from_long_ago_is_opened_by_its_link(crowded: RunningMonitor, open_tab: Any) -> None:
-    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
-    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
-    tab.shows("drawer", "ancient output")
 
 
 def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, open_tab: Any) -> None:
@@ -11655,9 +11620,6 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running,
     assert tab.store("store.rows.every((row) => row.outcome === 'done')")
     assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
     tab.said.clear()
-
-
-# Timeline: a canvas, looked at where the page says that something is drawn
 
 
 def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
@@ -11720,7 +11682,7 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     tab.page.focus("#time-out")
     tab.press("Enter " * 11)
     tab.until(f"contextuate.timeline.span === {24 * HOUR_MS} && document.querySelector('#time-out').disabled")
-    tab.drag(0.5, 0.7, 60)
+    tab.drag("#timeline-canvas", 0.5, 0.7, 60)
     eventually(lambda: tab.page.is_visible("#time-now"))
     tab.page.click("#time-now")
     eventually(lambda: not tab.page.is_visible("#time-now"))
@@ -11730,9 +11692,6 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     assert tab.text("timeline") == "", "it stays away"
     tab.press("t")
     eventually(lambda: tab.text("timeline"))
-
-
-# What events say is text
 
 
 # Alone, as an address is, and all others at once.
@@ -11785,12 +11744,10 @@ def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
 
 
 def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
-    client = running.websocket("rows")
     for number, words in enumerate(HOSTILE):
         running.emit(*hostile_events(f"evil-{number}{words}", words))
-        client.send(type="rename_session", sessionId=f"evil-{number}{words}", label=words)
-    eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
-    client.close()
+        protocol_post(running, type="rename_session", sessionId=f"evil-{number}{words}", label=words)
+    assert all(session["labelSource"] == "user" for session in running.sessions().values())
     tab = open_tab(running, script=BROWSER_WATCH)
     eventually(lambda: len(tab.rows()) > 20)
     assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
@@ -11894,9 +11851,6 @@ def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
     wire = BrowserWire(tab, refuse_details)
     tab.row_with("make").click()
     tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
-# Views, status, trouble
 
 
 def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -12038,7 +11992,7 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open
     assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
-def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMonitor, open_tab: Any) -> None:
+def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
     tab = open_tab(crowded, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
@@ -12046,8 +12000,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make gone")
     wire.cut()
     crowded.emit(*hooks("@asks prompt ask me; @asks call rm x; @asks ask rm x"))
-    client = crowded.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="gone")
+    protocol_post(crowded, type="delete_session", sessionId="gone")
     wire.mend()
     eventually(lambda: len(tab.page.evaluate("alerts")) == 1, what="the wait is alerted, once")
     eventually(lambda: not tab.rows("make gone"), what="the deleted session's rows are gone")
@@ -12057,11 +12010,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make old")
     eventually(lambda: tab.rows("make old", "done"))
     assert len(tab.page.evaluate("alerts")) == 1
-    client.ask("session_deleted", type="delete_session", sessionId="asks")
-    client.close()
-
-
-# Replay
+    protocol_post(crowded, type="delete_session", sessionId="asks")
 
 
 def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab, open_tab: Any) -> None:
@@ -12082,9 +12031,6 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     wire.page.send(json.dumps(page_of_rows))
     tab.shows("replay", " of 2 min")
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
-
-
-# Mouse and keyboard while events come
 
 
 def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
@@ -12145,9 +12091,6 @@ def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -
     assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
 
 
-# History and statistics
-
-
 def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
     eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
@@ -12194,9 +12137,8 @@ def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -
 
     asks_nothing()  # for nothing is new
     seq = tab.store("store.seq")
-    tab.page.evaluate(
-        "getSelection().selectAllChildren(document.querySelector('[data-testid=stats] .summary'))"
-    )
+    summary = "document.querySelector('[data-testid=stats] .summary')"
+    tab.page.evaluate(f"getSelection().selectAllChildren({summary})")
     tab.emit("call make 3; result make 3")
     tab.until(f"contextuate.store.seq >= {seq + 2}")
     asks_nothing()  # for a person marks text
@@ -12227,10 +12169,8 @@ def zone_calls(zone: str) -> list[dict[str, Any]]:
     return [{**timed(*hooks(f"call make {number}"), at), "id": f"z{number}"} for number, at in times]
 
 
-@pytest.mark.parametrize(
-    ("zone", "parameter"), [*((zone, "timeZone") for zone in ZONE_TIMES), ("unknown", "utcOffset")]
-)
-def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone, parameter):
+@pytest.mark.parametrize("zone", [*ZONE_TIMES, "unknown"])
+def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone):
     times = ZONE_TIMES.get(zone, ZONE_TIMES["Europe/Berlin"])
     running.emit(*zone_calls("Europe/Berlin" if zone == "unknown" else zone))
     index_ready(running)
@@ -12242,7 +12182,7 @@ def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone, 
     tab.page.on("request", lambda it: "/api/stats?" in it.url and asked.append(re.split("[?=]", it.url)[1]))
     tab.page.evaluate("location.hash = '#stats&when='")
     tab.shows("stats", f"{len(times)} calls")
-    assert asked[0] == "timeZone" and asked[-1] == parameter
+    assert asked[0] == "timeZone" and asked[-1] == ("utcOffset" if zone == "unknown" else "timeZone")
     if zone == "unknown":
         tab.said.clear()  # the browser names the refusal
         return
@@ -12267,9 +12207,6 @@ def test_without_an_index_history_is_searched_and_not_counted(monitor: RunningMo
     tab.press("3")
     tab.shows("banner", "there are no statistics")
     eventually(lambda: tab.page.query_selector("[data-testid=sheet] .note.bad"))
-
-
-# Sizes, colours, and people who cannot see them
 
 
 @pytest.fixture(scope="module")
@@ -12501,9 +12438,7 @@ def test_every_filter_takes_what_it_says(indexed, monkeypatch):
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
-    own = [
-        event for event in every if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
-    ]
+    own = [it for it in every if it["sessionId"] in ("s0", "s1") and it["data"]["toolName"] == "Bash"]
     for limit in (500, 1):  # sessions by the index, or by the line in the file
         monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
         query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
@@ -12877,9 +12812,8 @@ def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offs
 
     events = [event for event in events if event["hookType"] != "Monitor"]
     tools = tools_by_hand(calls_by_hand(events))
-    assert {
-        row["toolName"]: {name: row[name] for name in tools[row["toolName"]]} for row in figures["tools"]
-    } == tools
+    rows = {row["toolName"]: row for row in figures["tools"]}
+    assert {tool: {name: row[name] for name in tools[tool]} for tool, row in rows.items()} == tools
     days = {row["day"]: row["events"] for row in figures["days"] if row["events"]}
     assert days == collections.Counter(map(day, events))
     machines = {row["machineId"]: row["events"] for row in figures["machines"]}
@@ -13097,11 +13031,13 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
     assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
-    for number, (wrong, words) in enumerate(
-        [({"state": "asleep"}, "waiting"), ({"cursor": "nonsense"}, "cursor"), ({"limit": 100_000}, "limit")]
+    for words, wrong in (
+        ("waiting", {"state": "asleep"}),
+        ("cursor", {"cursor": "x"}),
+        ("limit", {"limit": 100_000}),
     ):
-        client.send(requestId=number, **wanted, **wrong)
-        assert words in client.next("error", requestId=number)["message"]
+        client.send(requestId=words, **wanted, **wrong)
+        assert words in client.next("error", requestId=words)["message"]
     figures = running.get("/api/stats")
     assert figures["totals"]["prompts"] == 2
     labels = {row["sessionId"]: row["label"] for row in figures["sessions"]}
@@ -13501,9 +13437,8 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
         messages = [entry.get("message") or {} for entry in import_entries(name)]
         answers = [one for one in messages if one.get("usage") and one.get("role") == "assistant"]
         output = sum({one["id"]: one["usage"]["output_tokens"] for one in answers}.values())
-        assert [it["tokenUsage"]["totalOutput"] for it in (session, figures[session_id])] == [output] * 2, (
-            name
-        )
+        for counted in (session, figures[session_id]):
+            assert counted["tokenUsage"]["totalOutput"] == output, name
 
 
 def test_import_repeats_nothing_that_hooks_have_sent(running):
@@ -13548,9 +13483,8 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     whole = {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}
     ee.write_atomically(node_export, json.dumps(whole, indent=1).encode())
     for count in (len(expected) + 2, 0):
-        assert in_process(running, "import", export, node_export).stdout.startswith(
-            f"{count} events imported"
-        )
+        done = in_process(running, "import", export, node_export)
+        assert done.stdout.startswith(f"{count} events imported")
     stored = {event["id"]: event for event in running.stored_events()}
     for event in expected:
         kept = {**stored[event["id"]], "seq": 0, "received": 0}
@@ -13721,9 +13655,7 @@ def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str],
 
 
 # The events that are counted: four calls with their time in ms, one without.
-METRICS_CALLS = (
-    "PostToolUse 10; PostToolUse 11; PostToolUse 700000; PostToolUseFailure 2500; PostToolUse".split("; ")
-)
+METRICS_CALLS = [*(f"PostToolUse {ms}" for ms in ("10", "11", "700000", "")), "PostToolUseFailure 2500"]
 # Samples without labels, then others that are there.
 METRICS_SINGLE = {
     "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
@@ -13800,10 +13732,8 @@ def test_a_room_uses_only_the_rooms_above_it(module):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node.lineno
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = (
-                it for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
-            )
-            defined.update({it.id: node.lineno for it in names})
+            names = (it for it in ast.walk(node) if isinstance(it, ast.Name))
+            defined.update({it.id: node.lineno for it in names if isinstance(it.ctx, ast.Store)})
     below = [
         f"line {line} uses {name} of line {defined[name]}"
         for line, names in uses_of_names(compile(tree, module.__file__, "exec"))
