@@ -10746,26 +10746,16 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-def safe_spoken_to(port: int, data: bytes) -> bytes:
-    """Send bytes to a port, and nothing more; return what comes back until it closes or says no more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
-        received = b""
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
+@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@given(safe_mutants(SAFE_HEADS))
+def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
+    for port in (spoken.port, spoken.ws_port):
+        answer = b""
+        with socket.create_connection(("127.0.0.1", port), timeout=15) as sock, contextlib.suppress(OSError):
+            sock.sendall(data.replace(b"PORT", str(port).encode()))
             sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(1 << 16):
-                received += piece
-        return received
-
-
-SAFE_FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
-
-
-@SAFE_FUZZ
-@given(safe_mutants(SAFE_HEADS))
-def test_no_bytes_sent_to_either_port_do_any_harm(spoken: RunningMonitor, data: bytes) -> None:
-    for port in (spoken.port, spoken.ws_port):
-        answer = safe_spoken_to(port, data.replace(b"PORT", str(port).encode()))
+                answer += piece
         assert answer == b"" or re.match(rb"HTTP/1\.1 (?:101|200|303|4\d\d|501|505) ", answer), answer[:200]
         assert b"Traceback" not in answer
     assert spoken.request("/health")[0] == 200
@@ -13236,22 +13226,17 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
 
 def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
     monitor.write_config({"retention": {"days": 5}})
-    began = cm.now_ms() - 10 * DAY_MS
-
-    def pin(is_pinned: bool) -> dict[str, Any]:
-        meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "before"}
-        return {**meta, "data": {"action": "pin", "pinned": is_pinned}}
-
-    store = cm.Journal(monitor.home + "/events")
-    for at_ms, hook in {
-        0: payload("SessionStart", "before", source="startup"),
-        1000: pin(True),
-        2000: payload("SessionEnd", "before", reason="clear"),
-        2010: payload("SessionStart", "after", source="clear"),
-        3000: payload("SessionEnd", "after", reason="other"),
-        60_000: pin(False),
-    }.items():
-        event = {**ee.build_event(hook, began + at_ms, "testbox"), "timestamp": began + at_ms}
+    began, store = cm.now_ms() - 10 * DAY_MS, cm.Journal(monitor.home + "/events")
+    meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "before"}
+    for at_ms, given_event in (
+        (0, payload("SessionStart", "before", source="startup")),
+        (1000, {**meta, "data": {"action": "pin", "pinned": True}}),
+        (2000, payload("SessionEnd", "before", reason="clear")),
+        (2010, payload("SessionStart", "after", source="clear")),
+        (3000, payload("SessionEnd", "after", reason="other")),
+        (60_000, {**meta, "data": {"action": "pin", "pinned": False}}),
+    ):
+        event = {**ee.build_event(given_event, began + at_ms, "testbox"), "timestamp": began + at_ms}
         store.append([event], began + at_ms)
     store.close()
     assert in_process(monitor.serve(), "prune").returncode == 0
