@@ -10102,23 +10102,21 @@ def test_a_failover_loses_and_doubles_no_event(make, kind):
 # ---------------------------------------------------------------------------
 
 
-def safe_become_stranger() -> None:
-    """Make this process one of another user."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 @contextlib.contextmanager
 def safe_stranger() -> Iterator[Any]:
     """Give a function that calls another one in a process of another user."""
+
+    def become_stranger() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(1, context, safe_become_stranger) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, become_stranger) as pool:
         yield lambda work, *arguments: pool.submit(work, *arguments).result(60)
 
 
 def safe_send(path: str, line: bytes) -> bytes:
-    """Send a line to a Unix socket; return the answer."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(path)
@@ -10128,31 +10126,20 @@ def safe_send(path: str, line: bytes) -> bytes:
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net/tcp")
-def test_another_user_of_the_machine_gets_nothing_without_the_token(running: RunningMonitor) -> None:
+def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
     line = json.dumps(payload("Stop", "stranger")).encode() + b"\n"
     running.emit(payload("UserPromptSubmit", prompt="precious"))
     run_hook(running.installed_command(), json.dumps(payload("Stop")).encode(), running.environment)
     page, live = f"127.0.0.1:{running.port}", f"127.0.0.1:{running.ws_port}"
     origin = f"Origin: http://{page}"
     bearer = "Authorization: Bearer " + install_text(running.home + "/token").strip()
-    refused = (
-        (running.port, protocol_get(page, path="/")),
-        (running.port, protocol_get(page, path="/api/events")),
-        (
-            running.port,
-            protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}",
-        ),
-        (running.ws_port, protocol_upgrade(live)),
-        (running.ws_port, protocol_upgrade(live, origin)),
-    )
+    posted = protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}"
+    asked = (protocol_get(page, path="/"), protocol_get(page, path="/api/events"), posted)
+    refused = [(running.port, request) for request in asked]
+    refused += [(running.ws_port, protocol_upgrade(live, *more)) for more in ((), (origin,))]
     files = [os.path.join(folder, name) for folder, _, names in os.walk(running.home) for name in names]
-    own = (
-        "/claude",
-        "__pycache__",
-        "monitor.config.json",
-        ".sock",
-    )  # the user's own, our program, the socket
-    files = [path for path in files if not any(name in path for name in own)]
+    own = "/claude|__pycache__|monitor.config.json|[.]sock"  # the user's own, our program, the socket
+    files = [path for path in files if not re.search(own, path)]
     # The directory keeps others out; so does every file in it, should it stand open.
     for mode in (0o700, 0o777):
         for folder, _, _ in os.walk(running.home):
@@ -10161,9 +10148,8 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
             for port, request in refused:
                 status, _, body = ask(protocol_exchange, port, request)
                 assert status == 401 and not re.search(b"precious|testbox", body), (mode, request)
-            status, _, body = ask(
-                protocol_exchange, running.port, protocol_get(page, bearer, path="/api/events")
-            )
+            events = protocol_get(page, bearer, path="/api/events")
+            status, _, body = ask(protocol_exchange, running.port, events)
             assert status == 200 and b"precious" in body
             assert ask(protocol_exchange, running.ws_port, protocol_upgrade(live, bearer))[0] == 101
             assert [path for path in files if ask(os.access, path, os.R_OK)] == []
@@ -10176,86 +10162,46 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
 
 
 @pytest.mark.parametrize("candidate", ["t" * 32, "t" * 31 + "u", "u" * 32, "", "é"])
-def test_tokens_are_compared_in_constant_time(monkeypatch: Any, candidate: str) -> None:
+def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
     compared = []
     real = cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     access = cm.Access("token", "t" * 32, ["here"], [])
-    for header in (
-        ("authorization", f"Bearer {candidate}"),
-        ("cookie", f"a=b; contextuate_token_0={candidate}"),
-    ):
-        request = cm.Request("GET", "/", (("host", "here"), header))
+    for name, prefix in (("authorization", "Bearer "), ("cookie", "a=b; contextuate_token_0=")):
+        request = cm.Request("GET", "/", (("host", "here"), (name, prefix + candidate)))
         with contextlib.nullcontext() if candidate == "t" * 32 else pytest.raises(cm.RequestError):
             access.check(request, 0, lambda: True)
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
-def test_a_body_that_drips_in_is_cut_off(monkeypatch: Any) -> None:
+def test_a_body_that_drips_in_is_cut_off(monkeypatch):
     monkeypatch.setattr(cm, "BODY_DEADLINE_S", 0.3)
     with protocol_inside() as inside:
-        head = protocol_get(
-            f"127.0.0.1:{inside.port}", f"Origin: http://127.0.0.1:{inside.port}", "Content-Length: 9000000",
-            path="/api/hooks", method="POST",
-        )  # fmt: skip
+        host = f"127.0.0.1:{inside.port}"
+        headers = (f"Origin: http://{host}", "Content-Length: 9000000")
+        head = protocol_get(host, *headers, path="/api/hooks", method="POST")
         assert b" 200 " not in protocol_drip(inside.port, head)
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
 
 
-SAFE_REQUESTS = (
-    ("OPTIONS", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization"),
-    ("OPTIONS", "Access-Control-Request-Private-Network: true"),
-    *(("POST", f"Content-Type: {kind}") for kind in ("text/plain", "application/x-www-form-urlencoded")),
-    *((method,) for method in ("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "HEAD")),
-)
-
-
-@pytest.mark.parametrize(("method", "more"), [(method, more) for method, *more in SAFE_REQUESTS])
-def test_other_methods_and_other_sites_change_nothing(
-    spoken: RunningMonitor, method: str, more: list[str]
-) -> None:
+@pytest.mark.parametrize("method", "GET HEAD POST PUT DELETE PATCH OPTIONS TRACE CONNECT".split())
+def test_no_method_gives_another_site_anything(spoken, method):
     host, body = f"127.0.0.1:{spoken.port}", json.dumps(payload("Stop", "csrf"))
+    preflight = ("Access-Control-Request-Method: POST", "Access-Control-Request-Private-Network: true")
+    more = (f"Content-Length: {len(body)}", "Content-Type: text/plain", *preflight)
     seq = spoken.get("/api/status")["seq"]
-
-    def request(path: str, origin: str) -> int:
-        length = f"Content-Length: {len(body)}"
-        head = protocol_get(host, f"Origin: {origin}", length, *more, path=path, method=method)
+    own = [f"http://{host}"] if method != "POST" else []
+    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}", *own):
+        head = protocol_get(host, f"Origin: {origin}", *more, path="/api/hooks", method=method)
         status, headers, answer = protocol_exchange(spoken.port, head + body.encode(), method)
-        assert b"Origin" not in answer  # TRACE would give it back
+        assert status == (405 if origin in own else 403) and b"Origin" not in answer  # TRACE would return it
         assert not [name for name, _ in headers if name.startswith("access-control")]
-        return status
-
-    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}"):
-        assert request("/api/hooks", origin) == 403
-    if method != "POST":
-        for path in ("/", "/api/hooks", "/api/sessions/x"):
-            assert request(path, f"http://{host}") in ((404, 405) if method != "HEAD" else (200, 404, 405))
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"{method} / HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n", method)[0] == 405
-    for target in ("http://127.0.0.1/", "http://evil.example/", "*", "evil", "?x", "ws://a/"):
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"GET {target} HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")[0] == 400
     assert spoken.get("/api/status")["seq"] == seq
 
 
-def test_behind_a_proxy_everyone_needs_the_token(monitor: RunningMonitor) -> None:
-    monitor.write_config({"server": {"auth": "token", "allowedHosts": ["monitor.example"]}})
-    monitor.serve()
-    token = install_text(monitor.home + "/token").strip()
-    page, live = "monitor.example", f"monitor.example:{monitor.ws_port}"
-    ours, evil = "Origin: https://monitor.example", "Origin: https://evil.example"
-
-    def upgraded(*headers: str) -> int:
-        return protocol_exchange(monitor.ws_port, protocol_upgrade(live, *headers))[0]
-
-    assert protocol_exchange(monitor.port, protocol_get(page, ours))[0] == upgraded(ours) == 401
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, path=f"/?token={token}"))
-    cookie = "Cookie: " + dict(headers)["set-cookie"].partition(";")[0]
-    assert status == 303
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, cookie, path="/"))
-    assert status == 200
-    assert f"wss://monitor.example:{monitor.ws_port}" in dict(headers)["content-security-policy"]
-    assert (upgraded(ours, cookie), upgraded(evil, cookie)) == (101, 403)
+def test_the_pages_policy_allows_the_websocket_of_a_proxy(spoken):
+    _, headers, _ = protocol_exchange(spoken.port, protocol_get("monitor.example", path="/"))
+    assert f"wss://monitor.example:{spoken.ws_port}" in dict(headers)["content-security-policy"]
 
 
 # -- files and sockets ----------------------------------------------------------
@@ -10274,7 +10220,7 @@ def safe_open_modes(home: str, until: threading.Event) -> set[str]:
     return seen
 
 
-def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningMonitor) -> None:
+def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
     done, config = threading.Event(), monitor.home + "/monitor.config.json"
     command = monitor.installed_command()
     hook = payload("PreToolUse", tool_use_id="t", tool_input={})
@@ -10284,11 +10230,11 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningM
         mask = os.umask(0)
         try:
             hook_call(command, hook, monitor.environment)  # into the spool
-            monitor.start()
+            assert in_process(monitor, "start", "--no-open").returncode == 0
             hook_call(command, hook, monitor.environment)
-            monitor.command("test-event")
+            assert in_process(monitor, "test-event").returncode == 0
             assert safe_send(monitor.socket_path, b"garbage\n")  # into quarantine.log
-            monitor.stop()
+            assert in_process(monitor, "stop").returncode == 0
             monitor.write_config({"mode": "redis", "redis": {"port": 1}})
             os.chmod(config, 0o600)
             hook_call(command, hook, monitor.environment)  # with a publisher
@@ -10297,9 +10243,9 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningM
             os.umask(mask)
             done.set()
         os.kill(json.loads(install_text(monitor.home + "/publisher.json"))["pid"], signal.SIGKILL)
-        seen = watch.result(30)
     # the configuration is the user's own file; bytecode holds nothing but our program
-    assert [path for path in seen if "__pycache__" not in path and not config.endswith(path)] == []
+    seen = [path for path in watch.result() if "__pycache__" not in path and not config.endswith(path)]
+    assert seen == []
 
 
 SAFE_FILES = (
@@ -10319,20 +10265,25 @@ def precious(tmp_path: Any) -> Iterator[str]:
     assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("name", [*SAFE_FILES, "spool", "events"])
-def test_no_link_in_place_of_our_file_is_written_through(monitor, name, precious):
-    command = monitor.installed_command()
-    place = f"{monitor.home}/{name}"
-    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(place)
-    os.symlink(precious, place)
+# What ends a start by itself is tried alone.
+SAFE_LINKED = (
+    [name for name in SAFE_FILES if name not in ("monitor.pid", "token")],
+    *("monitor.pid", "token", "spool", "events"),
+)
+
+
+@pytest.mark.parametrize("names", SAFE_LINKED, ids=lambda names: names if isinstance(names, str) else "files")
+def test_no_link_in_place_of_our_file_is_written_through(hook_alone, monitor, names, precious):
+    for name in [names] if isinstance(names, str) else names:
+        os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), mode=0o700, exist_ok=True)
+        os.symlink(precious, f"{monitor.home}/{name}")
     monitor.write_config({"limits": {"fieldBytes": 2048}})
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    monitor.command("start", "--no-open", check=False)
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    hook_call(command, b"not json", monitor.environment)
-    monitor.command("stop", check=False)
+    hook_alone(payload("Stop", "link"))
+    started = monitor.command("start", "--no-open", check=False)
+    assert started.returncode == isinstance(names, str) or names == "spool"
+    hook_alone(payload("Stop", "link"))
+    hook_alone(b"not json")
+    assert in_process(monitor, "stop").returncode == 0
 
 
 SAFE_SQUATS = {
@@ -10350,35 +10301,35 @@ SAFE_SQUATS = {
 @needs_root
 @pytest.mark.parametrize("kind", SAFE_SQUATS)
 @pytest.mark.parametrize("squatted", ["m.sock", "m.sock.lock", "events"])
-def test_something_else_in_place_of_socket_or_events_is_left_alone(monitor, squatted, kind, precious):
+def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, kind, precious):
     if (squatted, kind) in (("m.sock.lock", "a file"), ("events", "a directory")):
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
     SAFE_SQUATS[kind](place, precious)
     before = os.lstat(place)
-    refused = monitor.command("start", "--no-open", check=False)
+    refused = in_process(monitor, "start", "--no-open")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
     assert (place if squatted == "events" else monitor.socket_path) in refused.stderr
-    hook_call(monitor.installed_command(), payload("Stop"), monitor.environment)
-    assert len(hook_spooled(monitor.home)) == 1
+    hook_alone()
+    assert len(hook_alone.spooled()) == 1
     assert (os.lstat(place).st_ino, os.lstat(place).st_size) == (before.st_ino, before.st_size)
 
 
+# What stands in place of our files or of the spool; its owner and the command, as `status` names them.
+SAFE_FOREIGN = {
+    "a directory": ("", ""),
+    "a link to itself": ("", ""),
+    "a fifo": ("root", "rm -r"),
+    "another user's file": ("nobody", "chown root"),
+    "another user's directory": ("nobody", "chown root"),
+}
+
+
 @needs_root
-@pytest.mark.parametrize(
-    ("kind", "owner", "command"),
-    [
-        ("a directory", "", ""),
-        ("a link to itself", "", ""),
-        ("a fifo", "root", "rm -r"),
-        ("another user's file", "nobody", "chown root"),
-        ("another user's directory", "nobody", "chown root"),
-    ],
-)
+@pytest.mark.parametrize("kind", SAFE_FOREIGN)
 @pytest.mark.parametrize("where", ["files", "spool"])
-def test_what_is_not_ours_in_our_directory_is_stepped_around(
-    hook_alone, monitor, monkeypatch, precious, where, kind, owner, command
-):
+def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
+    owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
     files = (segment, "hook.cache", "last-seq", "publisher.lock", "emit.log")
     names = files if where == "files" else ("spool",)
@@ -10404,34 +10355,19 @@ def test_what_is_not_ours_in_our_directory_is_stepped_around(
     machine.end_publisher()
 
 
-# -- WebSocket conformance ------------------------------------------------------
-
-
-class SafeEcho(cm.WebSocketServer):
-    """The monitor's own WebSocket side, which gives back what it gets."""
-
-    def __init__(self, loop: cm.EventLoop, listener: socket.socket) -> None:
-        super().__init__(
-            loop, listener, lambda request, sock: None, lambda client: None, self._echo,
-            connection_limit=64, queue_limit_bytes=1 << 20,
-        )  # fmt: skip
-
-    def _echo(self, client: cm.Client, text: str) -> None:
-        self.reply(client, cm.encode_frame(cm.Opcode.TEXT, text.encode()))
-
-    def _take_binary(self, client: cm.Client, data: bytes) -> None:
-        self.reply(client, cm.encode_frame(cm.Opcode.BINARY, data))
-
-
 def safe_serve_echo(listener: socket.socket) -> None:
-    """Run the echo server."""
-    loop = cm.EventLoop()
-    SafeEcho(loop, listener)
-    loop.run()
+    """Run the monitor's own WebSocket side, which gives back what it gets."""
+
+    def echo(opcode: cm.Opcode, client: cm.Client, data: Any) -> None:
+        server.reply(client, cm.encode_frame(opcode, data if isinstance(data, bytes) else data.encode()))
+
+    callbacks = (lambda request, sock: None, lambda client: None, functools.partial(echo, cm.Opcode.TEXT))
+    server = cm.WebSocketServer(cm.EventLoop(), listener, *callbacks, 64, 1 << 20)
+    server._take_binary = functools.partial(echo, cm.Opcode.BINARY)  # type: ignore[method-assign]
+    server.loop.run()
 
 
 def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
-    """Let the fuzzing client run cases against a server; return their results by number."""
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
         fuzzing = kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)
@@ -10442,7 +10378,7 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
 
 
 def safe_given_up_early(result: Any) -> bool:
-    """Tell whether the client closed before the time was over that it says it gave the case.
+    """True if the client closed before the time was over that it says it gave the case.
 
     It (kosoku 0.1.0) does so now and then on a busy machine, whatever the server does.
     """
@@ -10466,56 +10402,40 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
     assert {case: verdict for case, verdict in verdicts.items() if verdict not in good} == {}
 
 
-# -- clocks ---------------------------------------------------------------------
-
 HOUR_MS = 3_600_000
+# Where the clock is set while a session works: by how much it is wrong at each event from the second on, in ms.
+CLOCK_SHIFTS = {
+    "an hour back": [0, -HOUR_MS],
+    "an hour ahead": [0, HOUR_MS],
+    "seconds back": [0, -7_000],
+    "most of a day back": [0, -20 * HOUR_MS],
+    "over midnight": [-60_000, 1_000],
+    "over midnight, back because that was wrong, and over it": [-60_000, 1_000, -60_000, 5_000],
+}
+CLOCK_STORY = "prompt go; call a; result a; call b; ask b; result b; answer done"
+CLOCK_STATES = "working working working working waiting working idle"
 
 
-@pytest.mark.parametrize(
-    ("from_midnight", "shifts_ms"),
-    [
-        (False, [0, -HOUR_MS]),
-        (False, [0, HOUR_MS]),
-        (False, [0, -7_000]),
-        (False, [0, -20 * HOUR_MS]),
-        (True, [-60_000, 1_000]),
-        (
-            True,
-            [-60_000, 1_000, -60_000, 5_000],
-        ),  # over midnight, back because that was wrong, and over it again
-    ],
-)
-def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, from_midnight, shifts_ms):
-    real, shift_ms = time.time_ns, 0
-    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if from_midnight else 0
+@pytest.mark.parametrize("rule", CLOCK_SHIFTS)
+def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, rule):
+    real, shift_ms, shifts_ms = time.time_ns, 0, CLOCK_SHIFTS[rule]
+    is_midnight = "midnight" in rule
+    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if is_midnight else 0
     monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ms * 1_000_000)
 
     def get(path: str) -> Any:
-        return json.loads(
-            protocol_exchange(inside.port, protocol_get(f"127.0.0.1:{inside.port}", path=path))[2]
-        )
+        request = protocol_get(f"127.0.0.1:{inside.port}", path=path)
+        return json.loads(protocol_exchange(inside.port, request)[2])
 
     with protocol_inside() as inside:
-        for number, (hook, call, state) in enumerate((
-            ("UserPromptSubmit", "", "working"), ("PreToolUse", "a", "working"), ("PostToolUse", "a", "working"),
-            ("PreToolUse", "b", "working"), ("PermissionRequest", "b", "waiting"), ("PostToolUse", "b", "working"),
-            ("Stop", "", "idle"),
-        )):  # fmt: skip
+        for number, (hook, state) in enumerate(zip(hooks(CLOCK_STORY), CLOCK_STATES.split())):
             shift_ms = to_midnight_ms + shifts_ms[min(max(0, number - 1), len(shifts_ms) - 1)]
-            bash = {"tool_name": "Bash", "tool_use_id": call, "tool_input": {"command": "ls"}} if call else {}
-            sent = {
-                "hook": payload(hook, background_tasks=[], **bash),
-                "id": f"e{number}",
-                "timestamp": cm.now_ms(),
-            }
-            line = json.dumps({**sent, "machineId": "testbox"}).encode()
+            line = json.dumps(timed({**hook, "background_tasks": []}, cm.now_ms())).encode()
             assert inside.loop.call(lambda line=line: inside.take_now(line))
-            eventually(
-                lambda state=state: get("/api/sessions/s1")["state"] == state, what=f"{state} after {hook}"
-            )
+            eventually(lambda state=state: get("/api/sessions/s1")["state"] == state, 15, f"{state} {number}")
         session = get("/api/sessions/s1")
         assert session["stateSince"] <= cm.now_ms() + 1000 and session["openCalls"] == []
-        assert len(retention_days(inside.settings.home)) == 2 or not from_midnight
+        assert len(retention_days(inside.settings.home)) == 2 or not is_midnight
         last = get("/api/sessions/s1/events?limit=4")["events"]
         first = get(f"/api/sessions/s1/events?limit=4&before={last[0]['seq']}")["events"]
         served = [event["seq"] for event in get("/api/events?limit=9")["events"]]
@@ -10531,10 +10451,8 @@ def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, fr
 
 
 def safe_prompt(number: int, **more: Any) -> bytes:
-    """Return a numbered event as a hook's payload."""
-    return (
-        json.dumps(payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)).encode() + b"\n"
-    )
+    hook = payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)
+    return json.dumps(hook).encode() + b"\n"
 
 
 def safe_told(monitor: RunningMonitor, numbers: Iterable[int]) -> list[int]:
@@ -10549,7 +10467,6 @@ def safe_told(monitor: RunningMonitor, numbers: Iterable[int]) -> list[int]:
 
 
 def safe_stored(monitor: RunningMonitor) -> list[int]:
-    """Return the numbers of all stored events."""
     return sorted(int(event["data"]["message"]) for event in monitor.stored_events())
 
 
@@ -10572,71 +10489,52 @@ def safe_disk(monitor: RunningMonitor, size: str, below: str = "") -> Iterator[A
         yield remount
     finally:
         remount("rw")
-        about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
-        if about:
-            os.kill(about["pid"], signal.SIGKILL)
-            eventually(lambda: not alive(about["pid"]))
+        clean_up(monitor)
         unmount(place)
 
 
 @needs_root
-def test_a_full_disk_loses_no_acknowledged_event(monitor: RunningMonitor) -> None:
-    with safe_disk(monitor, "4m"):
-        command = monitor.installed_command()
+def test_a_full_or_read_only_disk_loses_no_acknowledged_event(monitor):
+    def fill() -> None:
+        """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
+        with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
+            while True:
+                os.write(filler.fileno(), b"x" * 4096)
+
+    def is_reported() -> bool:
+        """True once an event that cannot be written shows; the index may have given a page back."""
+        fill()
+        sure.extend(safe_told(monitor, [next(numbers)]))
+        store = monitor.get("/api/status")["store"]
+        return store["ok"] is False and bool(store["error"])
+
+    with safe_disk(monitor, "4m") as remount:
+        command, numbers = monitor.installed_command(), itertools.count(1001)
         monitor.serve()
         sure = safe_told(monitor, range(10))
         assert sure == list(range(10))
-
-        def fill() -> None:
-            """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
-            with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
-                while True:
-                    os.write(filler.fileno(), b"x" * 4096)
-
         fill()
         sure += safe_told(monitor, range(10, 200))
         assert len(sure) < 200
         for _ in range(3):  # neither monitor nor spool can keep it: the hook is silent all the same
             hook_call(command, safe_prompt(1000, pad="x" * 9000), monitor.environment)
-        numbers = itertools.count(1001)
-
-        def is_reported() -> bool:
-            """True once an event that cannot be written shows; the index may have given a page back."""
-            fill()
-            sure.extend(safe_told(monitor, [next(numbers)]))
-            store = monitor.get("/api/status")["store"]
-            return store["ok"] is False and bool(store["error"])
-
         eventually(is_reported)
         os.unlink(monitor.home + "/filler")
         assert safe_told(monitor, range(200, 210)) == list(range(200, 210))
         sure += range(200, 210)
         assert set(sure) <= set(safe_stored(monitor))
         assert monitor.get("/api/status")["store"]["ok"] is True
-        assert "events can be written again" in install_text(
-            monitor.home + "/monitor.log"
-        )  # the log goes on, too
-        monitor.kill()
-        monitor.serve()
-        assert set(sure) <= set(safe_stored(monitor))
-        assert sum(session["counts"]["prompts"] for session in monitor.sessions().values()) >= len(sure)
-
-
-@needs_root
-def test_a_read_only_directory_is_reported_and_loses_nothing(monitor: RunningMonitor) -> None:
-    with safe_disk(monitor, "16m") as remount:
-        command = monitor.installed_command()
-        monitor.serve()
-        assert safe_told(monitor, [1, 2, 3]) == [1, 2, 3]
+        log = install_text(monitor.home + "/monitor.log")
+        assert "events can be written again" in log, "the log goes on, too"
         monitor.kill()  # a file that is open for writing would forbid the change
         remount("ro")
-        refused = monitor.command("start", "--no-open", check=False)
-        assert refused.returncode == 1 and "Read-only" in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        refused = in_process(monitor, "start", "--no-open")
+        assert refused.returncode == 1 and "Read-only" in refused.stderr and refused.stderr.count("\n") == 1
         hook_call(command, payload("Stop"), monitor.environment)
         remount("rw")
         monitor.serve()
-        assert safe_told(monitor, [4]) == [4] and safe_stored(monitor) == [1, 2, 3, 4]
+        assert set(sure) <= set(safe_stored(monitor)) and safe_told(monitor, [220]) == [220]
+        assert sum(session["counts"]["prompts"] for session in monitor.sessions().values()) > len(sure)
 
 
 @pytest.fixture
@@ -10661,10 +10559,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
     def fail() -> None:
         """Let the file system find an error, as it does when a disk breaks."""
         run("sync", "-f", place)
-        with open(
-            f"/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error", "w", encoding="ascii"
-        ) as file:
-            file.write("a test")
+        run("sh", "-c", f"echo a test >/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error")
 
     def replace() -> None:
         """Put a repaired copy over it, so that the place is never empty; open files are of the broken one."""
@@ -10675,8 +10570,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
         mount()
 
     os.mkdir(place)
-    with open(image, "wb") as file:
-        file.truncate(24 << 20)
+    run("truncate", "-s", "24M", image)
     run("mkfs.ext4", "-q", "-F", image)
     try:
         mount()
@@ -10716,14 +10610,13 @@ def test_a_disk_that_breaks_is_reported_and_its_replacement_used(monitor, breaki
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is changed")
-def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) -> None:
+def test_a_monitor_without_file_descriptors_recovers(running):
     assert safe_told(running, [0]) == [0]
     limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
     used = len(os.listdir(f"/proc/{running.pid}/fd"))
     resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
-    held = [
-        socket.create_connection(("127.0.0.1", port), 15) for port in (running.port, running.ws_port) * 10
-    ]
+    ports = (running.port, running.ws_port) * 10
+    held = [socket.create_connection(("127.0.0.1", port), 15) for port in ports]
     with hooks_in_a_row(running.environment) as call:
         for number in range(1, 6):
             call(json.loads(safe_prompt(number)))
@@ -10736,18 +10629,16 @@ def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonitor, number: int) -> None:
+def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
     rng = random.Random(int(number))
     command = shlex.split(monitor.installed_command())[:4]
     line = json.dumps(payload("UserPromptSubmit", prompt="x" * 20_000)).encode() + b"\n"
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     ended_well = 0
     for round_number in range(30):
         if round_number == 15:
             monitor.serve()
-        hook = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=monitor.environment, stderr=subprocess.DEVNULL
-        )
-        assert hook.stdin is not None
+        hook = subprocess.Popen(command, env=monitor.environment, **pipes)
         with contextlib.suppress(BrokenPipeError):
             hook.stdin.write(line)
             hook.stdin.close()
@@ -10764,8 +10655,8 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonit
 
 
 SAFE_GARBAGE = {
-    "empty": b"", "zeros": b"\0" * 4096, "text": b"garbage\n", "json": b'{"pid": "x", "position": [], "state": 7}\n',
-    "list": b"[1, 2]\n", "huge": b'{"pid": 99999999999999999999999}', "not utf-8": b"\xff\xfe" * 100,
+    "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
+    "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
@@ -10803,21 +10694,14 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor, kind:
     assert in_process(monitor, "doctor").returncode in (0, 1)
 
 
-def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor) -> None:
+SAFE_CONFIGS = """{ [] {"socketPath":5} {"mode":"moon"} \0\0 {"limits":{"fieldBytes":-1}}""".split(" ")
+
+
+def test_a_broken_configuration_stops_no_running_monitor(running):
     command, config = running.installed_command(), running.home + "/monitor.config.json"
     good = install_text(config)
-    broken = (
-        "",
-        "{",
-        "[]",
-        '{"socketPath": 5}',
-        '{"mode": "moon"}',
-        "\0\0",
-        '{"limits": {"fieldBytes": -1}}',
-    )
-    for content in broken:
-        with open(config, "w", encoding="utf-8") as file:
-            file.write(content)
+    for content in ("", *SAFE_CONFIGS):
+        ee.write_atomically(config, content.encode())
         hook_call(command, payload("UserPromptSubmit"), running.environment)
         running.emit(payload("Stop"))
         assert running.get("/health")["status"] == "ok"
@@ -10825,8 +10709,7 @@ def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor
             refused = in_process(running, "restart", "--no-open")
             assert refused.returncode in (1, 2) and config in refused.stderr
             assert alive(running.pid)
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(good)
+    ee.write_atomically(config, good.encode())
     eventually(lambda: len(running.stored_events()) == 14, 30, "what the hooks had to spool, too")
 
 
@@ -10863,26 +10746,16 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-def safe_spoken_to(port: int, data: bytes) -> bytes:
-    """Send bytes to a port, and nothing more; return what comes back until it closes or says no more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
-        received = b""
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
+@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@given(safe_mutants(SAFE_HEADS))
+def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
+    for port in (spoken.port, spoken.ws_port):
+        answer = b""
+        with socket.create_connection(("127.0.0.1", port), timeout=15) as sock, contextlib.suppress(OSError):
+            sock.sendall(data.replace(b"PORT", str(port).encode()))
             sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(1 << 16):
-                received += piece
-        return received
-
-
-SAFE_FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
-
-
-@SAFE_FUZZ
-@given(safe_mutants(SAFE_HEADS))
-def test_no_bytes_sent_to_either_port_do_any_harm(spoken: RunningMonitor, data: bytes) -> None:
-    for port in (spoken.port, spoken.ws_port):
-        answer = safe_spoken_to(port, data.replace(b"PORT", str(port).encode()))
+                answer += piece
         assert answer == b"" or re.match(rb"HTTP/1\.1 (?:101|200|303|4\d\d|501|505) ", answer), answer[:200]
         assert b"Traceback" not in answer
     assert spoken.request("/health")[0] == 200
@@ -10904,24 +10777,21 @@ def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
 # Stories: verb → the hook, and its field that holds the words behind the verb.
 HOOK_VERBS = {
     "prompt": ("UserPromptSubmit", "prompt"), "agent": ("SubagentStart", None),
-    "call": ("PreToolUse", None), "ask": ("PermissionRequest", None),
-    "result": ("PostToolUse", None), "failure": ("PostToolUseFailure", "error"),
+    "call": ("PreToolUse", None), "ask": ("PermissionRequest", None), "question": ("PreToolUse", None),
+    "result": ("PostToolUse", None), "failure": ("PostToolUseFailure", "error"), "reply": ("PostToolUse", None),
     "batch": ("PostToolBatch", "tool_calls"), "answer": ("Stop", "last_assistant_message"),
     "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"),
 }  # fmt: skip
-STORY_STEP = re.compile(
-    r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL
-)
+STORY_WHO = r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?"
+STORY_STEP = re.compile(STORY_WHO + r"(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL)
 
 
-def hooks(
-    story: str, session: str = "s1", start_ms: int | None = None, machine: str = "testbox"
-) -> list[dict[str, Any]]:
+def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[str, Any]]:
     """Return the payloads of a story: steps `[+SECOND] [@SESSION[/AGENT]] VERB WORDS`, with "; " between them.
 
     Calls are of Bash: `call make`, then `result make took 3 => its output` or `failure make => its error`; `ask make`
-    asks for permission, `batch 1 2` ends `make 1` and `make 2`; `play NAME` is a recording. With `start_ms` payloads
-    have times, counted from there, and a machine.
+    asks for permission, `batch 1 2` ends `make 1` and `make 2`; `question WORDS`, `reply WORDS` are of AskUserQuestion;
+    `play NAME` is a recording. With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
     for step in re.split(r"; +", story.strip()):
@@ -10933,18 +10803,18 @@ def hooks(
         about: dict[str, Any] = {field: said if verb == "failure" else words} if field else {}
         if agent:
             about |= {"agent_id": agent, "agent_type": "explorer"}
-        if "Permission" in hook or "ToolUse" in hook:
+        if verb in ("question", "reply"):
+            about |= {"tool_name": "AskUserQuestion", "tool_input": {"questions": [{"question": words}]}}
+        elif "Permission" in hook or "ToolUse" in hook:
             about |= {"tool_name": "Bash", "tool_input": {"command": words}}
         if "ToolUse" in hook:
             about |= {"tool_use_id": words, "duration_ms": int(took or 0) * 1000 or 1234}
-        if verb == "result":
+        if hook == "PostToolUse":
             about |= {"tool_response": {"stdout": said or "", "stderr": ""}}
         if verb == "batch":
             about[field] = [{"tool_use_id": f"make {n}", "tool_response": "denied"} for n in words.split()]
         event = payload(hook, who or session, **about)
-        if start_ms is not None:
-            event = timed(event, start_ms + int(second or 0) * 1000, machine)
-        made.append(event)
+        made.append(event if start_ms is None else timed(event, start_ms + int(second or 0) * 1000, machine))
     return made
 
 
@@ -10953,19 +10823,8 @@ def timed(hook: dict[str, Any], at_ms: int, machine: str = "testbox") -> dict[st
     return {"hook": hook, "id": str(uuid.uuid4()), "timestamp": at_ms, "machineId": machine}
 
 
-def browser_call(number: int, session: str = "s1", **result: Any) -> list[dict[str, Any]]:
-    """Return a call of Bash, with its result if there is one."""
-    command = {"command": f"make step-{number}"}
-    call = {"tool_name": "Bash", "tool_input": command, "tool_use_id": f"t{number}"}
-    events = [payload("PreToolUse", session, **call)]
-    if result:
-        events.append(payload("PostToolUse", session, **call, duration_ms=1234, **result))
-    return events
-
-
 def many_calls(numbers: Iterable[int], session: str) -> list[dict[str, Any]]:
-    """Return calls with their results."""
-    return [event for number in numbers for event in browser_call(number, session, tool_response="")]
+    return hooks("; ".join(f"call make step-{n}; result make step-{n}" for n in numbers), session)
 
 
 BROWSER_OPTIONS = [
@@ -10976,7 +10835,6 @@ BROWSER_OPTIONS = [
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for this section."""
     if BROWSER is None:
         pytest.skip("Chromium is missing")
     with playwright.sync_api.sync_playwright() as tool:
@@ -11017,11 +10875,9 @@ class BrowserTab:
         return self
 
     def emit(self, story: str, **options: Any) -> None:
-        """Send the payloads of a story to the monitor."""
         self.monitor.emit(*hooks(story, **options))
 
     def press(self, keys: str) -> None:
-        """Press keys, one after the other."""
         for key in keys.split():
             self.page.keyboard.press(key)
 
@@ -11045,23 +10901,18 @@ class BrowserTab:
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page on one line, "" when it is hidden."""
-        parts = self.page.evaluate(
-            f"(part) => ({BROWSER_SEEN})(part).map((part) => part.innerText)", f"[data-testid={testid}]"
-        )
+        seen = f"({BROWSER_SEEN})('[data-testid={testid}]')"
+        parts = self.page.evaluate(f"{seen}.map((part) => part.innerText)")
         return " ".join("".join(parts[:1]).split())
 
     def shows(self, testid: str, *words: str) -> None:
-        """Wait until a part of the page shows some words."""
         for each in words:
             eventually(lambda each=each: each in self.text(testid), 15, f"{each!r} in {testid}")
 
-    def hides(self, *testids: str) -> None:
-        """Wait until parts of the page are away or empty."""
-        for testid in testids:
-            eventually(lambda testid=testid: self.text(testid) == "", 15, f"nothing in {testid}")
+    def hides(self, testid: str) -> None:
+        eventually(lambda: self.text(testid) == "", 15, f"nothing in {testid}")
 
     def shows_details(self) -> None:
-        """Wait until the details of an event are there."""
         eventually(lambda: self.text("drawer") and "Loading" not in self.text("drawer"), what="details")
 
     def link(self) -> str:
@@ -11070,19 +10921,16 @@ class BrowserTab:
 
     def rail(self) -> list[tuple[str, str]]:
         """Return the sessions of the rail, from the top: id and state."""
-        found = self.page.evaluate(
-            "[...document.querySelectorAll('[data-testid=session]')]"
-            ".map((el) => [el.dataset.sessionId, el.dataset.state])"
-        )
+        items = "[...document.querySelectorAll('[data-testid=session]')]"
+        found = self.page.evaluate(f"{items}.map((el) => [el.dataset.sessionId, el.dataset.state])")
         return [(session, state) for session, state in found]
 
     def counts(self) -> dict[str, int]:
         """Return the counters in the top bar that are not 0; -1 where one says "?"."""
-        found = self.page.evaluate(
-            "[...document.querySelectorAll('.counter')].map((el) => "
-            "[el.dataset.testid.slice(8), Number(el.querySelector('b').textContent.replace('?', '-1'))])"
-        )
-        return {name: int(number) for name, number in found if number}
+        number = "Number(el.querySelector('b').textContent.replace('?', '-1'))"
+        counter = f"[el.dataset.testid.slice(8), {number}]"
+        counters = f"[...document.querySelectorAll('.counter')].map((el) => {counter})"
+        return {name: int(number) for name, number in self.page.evaluate(counters) if number}
 
     def choose(self, session: str, words: str) -> None:
         """Choose an entry of a session's menu."""
@@ -11095,20 +10943,23 @@ class BrowserTab:
 
     def hears(self, **status: Any) -> None:
         """Change some fields of the monitor's status, now and whenever the monitor sends it."""
-        self.page.evaluate(
-            """(fields) => {
-              const { store } = contextuate;
-              if (!store.differently) {
-                const hear = store.apply.bind(store);
-                store.differently = {};
-                store.apply = (message) =>
-                  hear(message.type === 'status' ? { ...message, ...store.differently } : message);
-              }
-              Object.assign(store.differently, fields);
-              store.apply({ ...store.status, type: 'status' });
-            }""",
-            status,
-        )
+        script = """(fields) => {
+          const { store } = contextuate;
+          const hear = (store.hear ??= store.apply.bind(store));
+          store.differently = { ...store.differently, ...fields };
+          store.apply = (message) => hear(message.type === 'status' ? { ...message, ...store.differently } : message);
+          store.apply({ ...store.status, type: 'status' });
+        }"""
+        self.page.evaluate(script, status)
+
+    def drag(self, part: str, start: float, end: float, below: int) -> None:
+        """Drag the mouse in a part of the page: from and to a pixel, or with floats a fraction of its width."""
+        box = self.page.query_selector(part).bounding_box()
+        at = [box["x"] + (x * box["width"] if isinstance(x, float) else x) for x in (start, end)]
+        self.page.mouse.move(at[0], box["y"] + below)
+        self.page.mouse.down()
+        self.page.mouse.move(at[1], box["y"] + below, steps=4)
+        self.page.mouse.up()
 
 
 class BrowserWire:
@@ -11164,101 +11015,89 @@ def open_tab(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared_tab(chromium: Any) -> Iterator[BrowserTab]:
-    """One page on one monitor."""
-    made = RunningMonitor(new_home()).serve()
-    yield BrowserTab(chromium.new_page(viewport={"width": 1440, "height": 900}), made).load()
+    made, size = RunningMonitor(new_home()).serve(), {"width": 1440, "height": 900}
+    page = chromium.new_page(viewport=size, permissions=["clipboard-read", "clipboard-write"])
+    yield BrowserTab(page, made).load()
     clean_up(made)
-
-
-def delete_sessions(monitor: RunningMonitor) -> None:
-    """Delete every session and its events."""
-    client = monitor.websocket("rows")
-    for session in monitor.sessions():
-        client.ask("session_deleted", type="delete_session", sessionId=session)
-    client.close()
 
 
 @pytest.fixture
 def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     """The shared page, reloaded on the shared monitor, which has no session."""
-    delete_sessions(shared_tab.monitor)
+    assert protocol_post(shared_tab.monitor, type="delete_all_sessions")[0] == 200
     shared_tab.page.evaluate("localStorage.clear()")
     yield shared_tab.load()
     said, shared_tab.said[:] = list(shared_tab.said), []
     assert said == []
 
 
-# A title is a rule. Below it: what the monitor gets (see `hooks`) | what the page then shows:
+# A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
+# `hooks`), or what a person does:
+#     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
+#     width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
+#     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
+# In a PART, <NAME> is the part of that data-testid. What the page shows:
 #     row STATUS: words of the one row that has them        rows STATUS: how many there are
-#     rail STATE: words of the session in the rail          counter STATE: its number in the top bar
+#     rail STATE: words of the session in the rail          rail: all its sessions
+#     counter STATE: its number in the top bar              found WORDS: how many the monitor finds
 #     open TOOL / words of its target: what the drawer shows, between semicolons
-BROWSER_SHOWS = """
+#     in, not in NAME: words of a part, or not              no NAME: the part is away or empty; no row: words
+#     kept SESSION FIELD: what the monitor has              agents: of how many agents there are rows
+#     link: the address; linked: parts of it                bars TARGET SECONDS…: the timeline's colours in its lane then
+#     true: what holds in the page                          … & …: both
+BROWSER_SHOWS = r"""
 a call and its result are one row
     prompt fix the cart             | rail working: fix the cart
-    call make cart                  | row running: Bash make cart
-                                    | rail working: Bash: make cart
+    call make cart                  | row running: Bash make cart & rail working: Bash: make cart
     result make cart => It is made  | row done: Bash make cart 1.2 s
                                     | open Bash / make cart: make cart; Output Copy It is made
 
 a call that failed is marked, with its error
-    call make; failure make => Exit code 2 | row failed: Bash make
-                                    | open Bash / make: Exit code 2
+    call make; failure make => Exit code 2 | row failed: Bash make & open Bash / make: Exit code 2
 
 a prompt interrupts the call before it
-    call make; prompt stop that     | row interrupted: Bash make
-                                    | rail working: stop that
+    call make; prompt stop that     | row interrupted: Bash make & rail working: stop that
 
 who waits for a permission is named, with what is asked
-    call rm build; ask rm build     | row waiting: Bash rm build
-                                    | rail waiting: Allow Bash: rm build
-                                    | counter waiting: 1
-                                    | title: (1) Contextuate Monitor
-    result rm build                 | row done: Bash rm build
-                                    | rail working: No tool running
-                                    | counter waiting: 0
-                                    | title: Contextuate Monitor
+    call rm build; ask rm build     | row waiting: Bash rm build & rail waiting: Allow Bash: rm build
+                                    | counter waiting: 1 & title: (1) Contextuate Monitor
+    result rm build                 | row done: Bash rm build & rail working: No tool running
+                                    | counter waiting: 0 & title: Contextuate Monitor
 
 a turn that ended says where and how much
-    prompt go; call make; result make; answer All done | rail idle: shop, 1 call
-                                    | row event: Answer All done
+    prompt go; call make; result make; answer All done | rail idle: shop, 1 call & row event: Answer All done
 
 a turn that failed says why
-    prompt go; error overloaded     | rail failed: overloaded
-                                    | row failed: Turn failed overloaded
+    prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
 
 a session that ended says where and why
     prompt go; end logout           | rail ended: shop, /logout
 
 calls that only their batch ended failed, as the monitor counts
-    play p-perm                     | rows failed: 2
-                                    | errors: 2
+    play p-perm                     | rows failed: 2 & errors: 2
                                     | open Write / perm.txt: you haven't granted it yet
 
 files and edits are shown with numbers and as a diff
     play simple                     | open Bash / echo hello: Say hello; echo hello; Output Copy hello; 24 ms
                                     | open Write / note.txt: note.txt; 1 line one 2 line two
                                     | open Read / note.txt: note.txt; 1 line one 2 line two
-                                    | open Edit / note.txt: note.txt; +1 \u22121; \u2212 line two; + line 2
-                                    | open Prompt / do it: [[scn:simple]] please do it
-                                    | every row opens
+                                    | open Edit / note.txt: note.txt; +1 −1; − line two; + line 2
+                                    | open Prompt / do it: [[scn:simple]] please do it & every row opens
 
 errors are shown whole
     play failing                    | open Bash / exit 3: A failing command; Exit code 3; out err; failed
                                     | open Bash / sleep 5: Exit code 143; Command timed out after 1s; 1.0 s
-                                    | open Read / does-not-exist.txt: File does not exist
-                                    | every row opens
+                                    | open Read / does-not-exist.txt: File does not exist & every row opens
     @two play apierror529           | open Turn failed / : server_error; 529 fake: Overloaded
 
 tasks are named, with their change
     play tasks                      | open TaskCreate / : Task 1; First task; Do the first thing
-                                    | open TaskUpdate / : Task 1; in_progress \u2192 completed
-                                    | every row opens
+                                    | open TaskUpdate / : Task 1; in_progress → completed & every row opens
 
 tools of MCP servers and their questions are named
-    play mcp                        | open demo \u203a echo / : hello mcp; echo: hello mcp
-                                    | open demo \u203a fail / : boom; fail: boom; failed
-                                    | open Question / Your name?: Your name?; demo
-                                    | every row opens
+    play mcp                        | open demo › echo / : hello mcp; echo: hello mcp
+                                    | open demo › fail / : boom; fail: boom; failed
+                                    | open Question / Your name?: Your name?; demo & every row opens
 
 questions are shown with their answers
     play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
@@ -11269,82 +11108,377 @@ a call that started an agent shows its task and result, and leads to it
     @old play v2.0.77-subagent      | open Task / : do it; Inner result: 42; 3,608
     play subagent                   | every row opens
                                     | open Agent / inner job: general-purpose; do the inner job; Inner result: 42; Totals
-                                    | the agent's rows
+    click <jump>                    | linked: a= & agents: 1
 
 background commands, any characters and long output are shown
     play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
     @two play unicode               | every row opens
     @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt; Show 500 more of
-                                    | the rest is shown: 777
+                                    | open Read / lines.txt: lines.txt; Show 500 more of & not in drawer: 777
+    click .showmore >> nth=0        | in drawer: 777
+
+the keyboard leads from the first visit to raw JSON
+                                    | in firstvisit: contextuate_monitor.py install
+    tab send-test
+    press Enter                     | row event: Test event: & no firstvisit
+    press j Enter                   | in drawer: Test event
+    press r                         | in drawer: "hookType": "Notification"
+    press Escape                    | no drawer
+    press ?                         | true: document.querySelector('dialog[open]') !== null
+
+words filter the table, also by a link and when a result brings them
+    @w prompt work of w; @i prompt work of i; @i answer finished | rows: 3
+    press /
+    type no such words              | true: document.querySelector('#tablenote').innerText.includes('No loaded row matches “no such words”')
+    other same link                 | other true: document.querySelector('#tablenote').innerText.includes('“no such words”')
+    press Escape                    | rows: 3
+    fill <filter>: finished         | rows: 1 & row event: finished
+    fill <filter>:                  | rows: 3
+    @w call make                    | row running: Bash make
+    fill <filter>: boom             | rows: 0
+    @w failure make => boom         | row failed: Bash make
+
+what one tab does is kept and shown in every tab
+    @one prompt work of one; @one call make one; @two prompt work of two
+    other #s=one                    | other open Bash / make one: make one
+    menu one: Rename
+    fill dialog input: named elsewhere
+    press Enter                     | kept one label: "named elsewhere" & other in rail: named elsewhere
+                                    | other true: document.title.includes('named elsewhere')
+    menu one: Pin                   | kept one isPinned: true & other rail: one two
+    menu one: Unpin                 | kept one isPinned: false
+    menu one: Set parent            | true: [...document.querySelectorAll('dialog option')].map((el) => el.value).join() === ',two'
+    select dialog select: two
+    click dialog button.first       | kept one parentSessionId: "two"
+                                    | other true: document.querySelector('.child')?.dataset.sessionId === 'one'
+    menu one: Set parent
+    select dialog select:
+    click dialog button.first       | kept one parentSessionId: null
+                                    | other true: document.querySelector('.child') === null
+    menu one: Hide                  | kept one hidden: true & rail: two & no row: work of one
+    click text=Show hidden (1)      | row event: work of one
+    menu one: Unhide                | kept one hidden: false
+    menu one: Delete
+    click dialog >> text=Cancel     | kept one hidden: false
+    menu one: Delete
+    click dialog >> button.danger   | rail: two & other rail: two & other no link
+                                    | other no drawer & other row event: work of two
+
+keys reach who waits, menus and the rail
+    @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
+    press n                         | link: #s=asks & no row: busy work
+    press m                         | in menu: Rename
+    press ArrowDown Enter
+    type By keys
+    press Enter                     | kept asks label: "By keys"
+    press Escape                    | no link
+    focus <rail>
+    press Home ArrowDown ArrowDown Enter | link: #s=asks
+    press P                         | kept asks isPinned: true
+    press R
+    fill dialog input: named
+    press Enter                     | kept asks label: "named"
+    press C                         | true: navigator.clipboard.readText().then((text) => text === 'claude --resume asks')
+    press H                         | kept asks hidden: true & kept busy hidden: false
+
+a session is replayed as it went
+    +0 call a; +20 result a took 20; +30 call b; +50 result b took 20; +60 call c; +80 result c took 20; +90 call d; +110 result d took 20
+    load #s=s1                      | row done: Bash d
+    press y                         | in replay: of 1 min 50 s & rows running: 1 & no row: Bash d
+    press Space                     | true: document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'
+                                    | linked: #s=s1&replay=
+    fill <replay> input[type=range]: 70000 | rows done: 2 & row running: Bash c 10 s
+    load #s=s1&replay={70 s}        | row running: Bash c 10 s & rows done: 2
+    select <replay> select: 60
+    fill <replay> input[type=range]: 0
+    focus <table>
+    press Space                     | rows done: 4
+    press Escape                    | no replay & link: #s=s1
+
+the keyboard stays in details, replay and head
+    call make 1; call make 2
+    load #s=s1                      | open Bash / make 1: make 1
+    focus .drawerbody
+    result make 1 => here it is     | in drawer: here it is & focus: body
+    press Escape y                  | in replay: of
+    focus <replay> input[type=checkbox]
+    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
+    press Escape R                  | true: document.querySelector('dialog[open]') !== null
+                                    | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
+    focus [aria-label='Show all sessions']
+    press Enter                     | focus: grid
+
+history finds what is stored and opens it
+    @one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing
+    @two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed | found zebra: 3
+    load #history&q=zebra           | hits: 3
+                                    | true: [...document.querySelectorAll('.hit mark')].map((el) => el.textContent).join() === 'zebra,zebra,zebra'
+                                    | in hits: <b>
+    select [aria-label=Type]: tool_result | hits: 1
+    click <hit>                     | in drawer: zebra crossing & linked: q=zebra; type=tool_result; e=
+    other same link                 | other in drawer: zebra crossing
+    select [aria-label=Type]:       | hits: 3
+    press Escape / Space
+    type crossing                   | hits: 1
+    press Enter j                   | in drawer: zebra crossing
+    press /
+    fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
+    fill <history-query>: zebra     | hits: 3
+    select [aria-label='Session state']: working | hits: 0 & linked: state=working
+    select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
+    select [aria-label='Session state']: | hits: 3
+    select [aria-label=Time]: custom
+    fill [aria-label=To]: 2020-01-01T00:00
+    press Tab                       | hits: 0
+    fill [aria-label=From]: 2020-01-01T00:00
+    fill [aria-label=To]: 2099-01-01T00:00
+    press Tab                       | hits: 3 & linked: when=custom&from=
+    select [aria-label=Time]:
+    fill <history-query>:           | hits: 4
+
+widths are kept
+    call make                       | open Bash / make: make & widths: 280 560
+    focus #rail-split
+    press ArrowRight
+    pull #drawer-split -60          | widths: 296 620
+    load same link                  | in drawer: make & widths: 296 620
+
+statistics count what happened and lead to it
+    @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
+    @one call make 2; @one result make 2; @one call make 3; @one result make 3
+    @two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2 | calls: 5
+    load #stats                     | in stats: 5 calls; 2 failed; 1 min 05 s; make 1; make 9; Exit code 2; first work; testbox
+    click <stats> tr.open >> text=make 1 | in drawer: slow output
+    press Escape                    | no drawer
+    select [aria-label=Time]: 1h    | link: #stats&when=1h
+    click <stats> table[aria-label=Sessions] tr.open >> text=first work | row done: Bash make 1 & link: #s=one
+    press m
+    click <menu> >> text=Session statistics | linked: session=one & in stats: 3 calls & not in stats: make 9
+
+links bring back session, event and search
+    @one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2 | found zebra: 2
+    click [data-session-id=one]     | no row: zebra & open Bash / make: first output
+    other same link                 | other in drawer: first output & other no row: zebra
+    go #history&q=zebra             | hits: 2
+    go #history&q=make              | hits: 1
+    go #s0=two&e={zebra 1}          | in drawer: zebra 1
+    press Escape                    | no drawer
+    go #s0=two&e={zebra 1}          | in drawer: zebra 1
+    load #s=one&e=none              | row done: Bash make & no drawer
+
+views are reached by key, click and link
+    prompt first                    | row event: first
+    press 2                         | in sheet: History & linked: #history
+    load same link                  | in sheet: History
+    press 3                         | in sheet: Statistics & linked: #stats
+    load same link                  | in sheet: Statistics
+    press 4                         | in sheet: Status & linked: #status
+    load same link                  | in sheet: Status
+                                    | true: [...document.querySelectorAll('.views [aria-current]')].map((el) => el.dataset.view).join() === 'status'
+    press 1                         | row event: first
+    click <view-history>            | in sheet: History
+    press Escape                    | row event: first
+
+the timeline shows each agent and how its calls went
+    prompt go; call a; result a took 40; @s1/a1 agent; @s1/a1 call b; @s1/a1 failure b took 20 => no
+    @other prompt else; @other call rm; @other ask rm | true: contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label]).join('; ') === 'other,,0,else; s1,,0,go; s1,a1,1,explorer'
+    focus #timeline-canvas
+    press + + +                     | bars a: bar & bars b: red & bars rm: amber
+    point b                         | in tip: Bash; b; failed; 20 s; go › explorer
+    hit b                           | in drawer: Bash; no
+    press Escape                    | no drawer
+    lane 3                          | linked: a=a1
+
+the timeline shows who waited for a person and how long
+    +0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60; +180 call rejected; +180 ask rejected
+    +240 prompt not that; +250 question ?; +310 reply ?; +320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents
+    load                            | row done: Bash granted
+                                    | bars granted 40 140 6 200 235 245 280 315 330: amber bar - amber amber - amber - -
+                                    | bars agents 200 400 590: - amber amber
+    +600 @s1/a1 result agents took 100 | bars agents 400 590: amber bar
+
+a brushed part of the timeline filters the table
+    prompt go; call make; result make | rows: 2
+    brush 0.3 0.5                   | in range: – & rows: 0
+    other same link                 | other in range: – & other rows: 0
+    click <range>                   | rows: 2
+    brush 0.6 0.999                 | in range: – & rows: 2
+    press Escape                    | no range
+
+demo: nothing sticks out at any width, with or without the drawer
+    width 360                       | fits
+    width 1024                      | fits
+    width 1440                      | fits
+    click <row>:not([hidden]) >> nth=2 | details
+    width 360                       | fits
+    width 1024                      | fits
+    width 1440                      | fits
+
+demo: a phone shows one pane at a time and everything fits
+    width 360                       | in banner: demo --remove
+                                    | true: document.querySelector('[data-testid=banner]').offsetHeight < 40
+    click text=Got it               | no banner
+    load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
+                                    | no banner & fits
+    click <session>                 | no rail & fits & open Edit / : Edit
+                                    | fits
+    click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
+    click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
+    click [aria-label='Close (Esc)'] | no drawer
+    click [aria-label='Back to the sessions'] | rows: 0 & in rail: Needs you
+    click [data-state=idle] [aria-label=Actions]
+    click <menu> >> text=Replay     | in replay: 60×
 """
 
 
 def browser_stories() -> dict[str, list[tuple[str, str]]]:
-    """Return BROWSER_SHOWS by its titles: (what the monitor gets, what the page then shows)."""
+    """Return BROWSER_SHOWS by its titles: (what happens, what the page then shows)."""
     stories: dict[str, list[tuple[str, str]]] = {}
     for block in BROWSER_SHOWS.strip().split("\n\n"):
         title, *lines = block.split("\n")
-        stories[title] = [
-            (got.strip(), shown.strip()) for got, _, shown in (line.partition(" | ") for line in lines)
-        ]
+        parts = (line.partition(" | ") for line in lines)
+        stories[title] = [(got.strip(), shown.strip()) for got, _, shown in parts]
     return stories
 
 
-def browser_shows(tab: BrowserTab, session: str, look: str) -> bool:
-    """Return if the page shows what one line of BROWSER_SHOWS says."""
-    place, _, words = look.partition(": ")
-    kind, _, more = place.partition(" ")
-    if kind == "row":
-        return [row["status"] for row in tab.rows(words + " ")] == [more]
-    if kind == "rows":
-        return len(tab.rows(status=more)) == int(words)
-    if kind == "errors":
-        return bool(tab.monitor.sessions()[session]["counts"]["toolErrors"] == int(words))
-    if kind == "rail":
-        shown = tab.page.query_selector(f"[data-session-id={session}][data-state={more}]")
-        return bool(shown) and words in " ".join(shown.inner_text().split())
-    if kind == "counter":
-        return tab.counts().get(more, 0) == int(words)
-    if kind == "title":
-        return bool(tab.page.title() == words)
-    if kind == "open":
-        tool, _, target = more.partition(" / ")
-        tab.row_with(target, tool.strip(" /")).click()
-        tab.shows("drawer", *words.split("; "))
-        return True
-    if look == "every row opens":
-        tab.page.focus("[data-testid=table]")
-        tab.press("g")
-        details = set()
-        for _ in tab.rows():
-            tab.press("Enter")
-            tab.shows_details()
-            details.add(tab.text("drawer")[:60])
-            tab.press("j")
-        return len(details) > 2
-    if look == "the agent's rows":
-        tab.page.click("[data-testid=jump]")
-        tab.until("location.hash.includes('a=')")
-        return len({row["session"] for row in tab.rows()}) == 1
-    assert kind == "the" and f" {words} " not in tab.text("drawer"), look
-    tab.page.click(".showmore >> nth=0")
-    tab.shows("drawer", f" {words} ")
+def press_tab_until(tab: BrowserTab, testid: str) -> None:
+    focused = "document.activeElement.dataset.testid"
+    assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
+
+
+def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
+    bar = browser_bar(tab, target)
+    return {"x": bar["x"], "y": bar["y"]}
+
+
+# What a person does: (tab, part, words) → None
+BROWSER_ACTS: dict[str, Any] = {
+    "load": lambda tab, link, _: tab.load(tab.link() if link == "same link" else link),
+    "go": lambda tab, link, _: tab.page.evaluate(f"location.hash = '{link}'"),
+    "press": lambda tab, keys, _: tab.press(keys),
+    "type": lambda tab, words, _: tab.page.keyboard.type(words),
+    "click": lambda tab, part, _: tab.page.click(part),
+    "focus": lambda tab, part, _: tab.page.focus(part),
+    "fill": lambda tab, part, words: tab.page.fill(part, words),
+    "select": lambda tab, part, words: tab.page.select_option(part, words),
+    "menu": lambda tab, session, words: tab.choose(session, words),
+    "tab": lambda tab, testid, _: press_tab_until(tab, testid),
+    "width": lambda tab, pixels, _: tab.page.set_viewport_size({"width": int(pixels), "height": 900}),
+    "brush": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 8),
+    "point": lambda tab, target, _: tab.page.mouse.move(**browser_place(tab, target)),
+    "hit": lambda tab, target, _: tab.page.mouse.click(**browser_place(tab, target)),
+    "pull": lambda tab, what, _: tab.drag(what.split()[0], 3, 3 + int(what.split()[1]), 300),
+    "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
+}
+
+
+def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
+    act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
+    verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
+    if verb in ("fill", "select", "menu"):
+        part, _, words = what.removesuffix(":").partition(": ")
+        BROWSER_ACTS[verb](tab, part, words)
+    elif verb in BROWSER_ACTS:
+        for one in re.findall(r"\{(.*?)\}", what):
+            (event,) = (it for it in tab.monitor.stored_events() if it["data"].get("message") == one)
+            what = what.replace("{" + one + "}", event["id"])
+        BROWSER_ACTS[verb](tab, what, "")
+    elif act:
+        tab.emit(act, start_ms=start_ms if act.startswith("+") else None)
+
+
+def browser_opens(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    tool, _, target = place.partition(" / ")
+    tab.row_with(target, tool.strip(" /")).click()
+    tab.shows("drawer", *words.split("; "))
     return True
 
 
+def browser_opens_all(tab: BrowserTab, *_: str) -> bool:
+    tab.page.focus("[data-testid=table]")
+    tab.press("g")
+    details = set()
+    for _ in tab.rows():
+        tab.press("Enter")
+        tab.shows_details()
+        details.add(tab.text("drawer")[:60])
+        tab.press("j")
+    return len(details) > 2
+
+
+def browser_rail(tab: BrowserTab, session: str, state: str, words: str) -> bool:
+    if not state:
+        return [name for name, _ in tab.rail()] == words.split()
+    shown = tab.page.query_selector(f"[data-session-id={session}][data-state={state}]")
+    return bool(shown) and words in " ".join(shown.inner_text().split())
+
+
+def kept_of(tab: BrowserTab, session: str, field: str) -> Any:
+    return tab.monitor.sessions()[session][field]
+
+
+def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    target, *seconds = place.split()
+    moments = [tab.start_ms + int(second) * 1000 for second in seconds] or [None]
+    return [browser_bar(tab, target, at_ms)["colour"] or "-" for at_ms in moments] == words.split()
+
+
+BROWSER_FITS = """[document.documentElement, document.body, ...document.querySelectorAll(
+  '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
+)].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
+BROWSER_WIDTHS = "['.rail', '.drawer'].map((part) => Math.round(document.querySelector(part).offsetWidth))"
+BROWSER_FOCUS = "document.activeElement.dataset.act || document.activeElement.id"
+# What the page shows: (tab, session, what comes before the colon, words) → if it does
+BROWSER_LOOKS: dict[str, Any] = {
+    "row": lambda tab, _, status, words: [row["status"] for row in tab.rows(words + " ")] == [status],
+    "rows": lambda tab, _, status, words: len(tab.rows(status=status)) == int(words),
+    "rail": browser_rail,
+    "counter": lambda tab, _, state, words: tab.counts().get(state, 0) == int(words),
+    "title": lambda tab, _, __, words: tab.page.title() == words,
+    "open": browser_opens,
+    "every": browser_opens_all,
+    "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
+    "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
+    "no": lambda tab, _, part, words: (
+        not {"row": tab.rows(words), "link": tab.link()}.get(part, tab.text(part))
+    ),
+    "link": lambda tab, _, __, words: tab.link() == words,
+    "linked": lambda tab, _, __, words: all(each in tab.link() for each in words.split("; ")),
+    "kept": lambda tab, _, field, words: kept_of(tab, *field.split()) == json.loads(words),
+    "errors": lambda tab, session, _, words: kept_of(tab, session, "counts")["toolErrors"] == int(words),
+    "agents": lambda tab, _, __, words: len({row["session"] for row in tab.rows()}) == int(words),
+    "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
+    "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
+    "hits": lambda tab, _, __, words: tab.page.locator("[data-testid=hit]").count() == int(words),
+    "focus": lambda tab, _, __, words: tab.page.evaluate(BROWSER_FOCUS) == words,
+    "bars": browser_bars,
+    "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
+    "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
+    "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
+    "true": lambda tab, _, __, words: tab.page.evaluate(words),
+}
+
+
 @pytest.mark.parametrize("rule", browser_stories())
-def test_the_page_shows(shared_tab: BrowserTab, rule: str) -> None:
-    delete_sessions(shared_tab.monitor)
-    eventually(lambda: shared_tab.store("store.loaded && !store.rows.length"))
-    shared_tab.page.evaluate("location.hash = ''")
-    for got, shown in browser_stories()[rule]:
-        if got:
-            found = re.match(r"@(\S+) ", got)
-            session = f"{found[1] if found else 's1'}"
-            shared_tab.emit(got)
-        eventually(lambda session=session, shown=shown: browser_shows(shared_tab, session, shown), 15, shown)
-    assert shared_tab.said == []
+def test_the_page_shows(request, open_tab, rule):
+    if rule.startswith("demo: "):
+        tab = open_tab(request.getfixturevalue("shared_demo"))
+    else:
+        tab = request.getfixturevalue("tab")
+    tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
+    for act, shown in browser_stories()[rule]:
+        if act.startswith("other "):
+            link = act.removeprefix("other ")
+            tabs["other"] = open_tab(tab.monitor, tab.link() if link == "same link" else link)
+        else:
+            browser_acts(tab, act, tab.start_ms)
+        session = found[1] if (found := re.match(r"@(\S+) ", act)) else session
+        for look in filter(None, shown.split(" & ")):
+            where = "other" if look.startswith("other ") else ""
+            place, _, words = look.removeprefix("other ").partition(": ")
+            kind, _, more = place.partition(" ")
+            looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
+            eventually(looks, 20, look)
 
 
 def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
@@ -11355,26 +11489,7 @@ def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab
     eventually(lambda: tab.store(outcomes) == ["interrupted"] * 10 + ["refused"] * 50)
 
 
-def test_the_keyboard_leads_from_the_first_visit_to_raw_json(tab: BrowserTab) -> None:
-    tab.shows("firstvisit", "contextuate_monitor.py install")
-    for _ in range(20):
-        if tab.page.evaluate("document.activeElement.dataset.testid") == "send-test":
-            break
-        tab.press("Tab")
-    tab.press("Enter")
-    tab.row_with("Test event")
-    assert tab.text("firstvisit") == "" and len(tab.monitor.stored_events()) == 1
-    tab.press("j Enter")
-    tab.shows("drawer", "Test event")
-    tab.press("r")
-    tab.shows("drawer", '"hookType": "Notification"')
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.press("?")
-    tab.until("document.querySelector('dialog[open]') !== null")
-
-
-def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any) -> None:
+def test_counters_filter_rail_and_table(tab):
     tab.emit("; ".join(f"@{name} prompt work of {name}" for name in "wifen"))
     tab.emit("@i answer finished; @f error server_error; @e end logout; @n call rm x; @n ask rm x")
     states = {session["sessionId"]: session["state"] for session in tab.monitor.sessions().values()}
@@ -11384,25 +11499,9 @@ def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any
         tab.page.click(f"[data-testid=counter-{state}]")
         eventually(lambda session=session, state=state: tab.rail() == [(session, state)])
         name = f"work of {session}"
-        eventually(lambda name=name: tab.rows() and {row["session"] for row in tab.rows()} == {name})
+        eventually(lambda name=name: {row["session"] for row in tab.rows()} == {name})
         tab.press("Escape")
         eventually(lambda: len(tab.rail()) == 5)
-    tab.press("/")
-    tab.page.keyboard.type("no such words")
-    note = "document.querySelector('#tablenote').innerText.includes('No loaded row matches \u201cno such words\u201d')"
-    tab.until(note)
-    open_tab(tab.monitor, tab.link()).until(note)
-    tab.press("Escape")
-    tab.row_with("work of w")
-    tab.page.fill("[data-testid=filter]", "finished")
-    eventually(lambda: {row["session"] for row in tab.rows()} == {"work of i"})
-    tab.page.fill("[data-testid=filter]", "")
-    tab.emit("@w call make")
-    tab.row_with("Bash make")
-    tab.page.fill("[data-testid=filter]", "boom")
-    eventually(lambda: not tab.rows())
-    tab.emit("@w failure make => boom")
-    tab.row_with("Bash make")  # a result may bring what the filter looks for
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -11429,108 +11528,6 @@ def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMo
     assert tab.page.title() == "(1) Contextuate Monitor"
 
 
-def test_what_one_tab_does_is_kept_and_shown_in_every_tab(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("@one prompt work of one; @one call make one; @two prompt work of two")
-    watching = open_tab(tab.monitor, "#s=one")
-    watching.row_with("make one").click()
-    watching.shows("drawer", "make one")
-
-    def kept(**fields: Any) -> None:
-        eventually(lambda: fields.items() <= tab.monitor.sessions()["one"].items(), what=f"{fields}")
-
-    tab.choose("one", "Rename")
-    tab.page.fill("dialog input", "named elsewhere")
-    tab.press("Enter")
-    kept(label="named elsewhere")
-    watching.shows("rail", "named elsewhere")
-    eventually(lambda: "named elsewhere" in watching.page.title())
-    tab.choose("one", "Pin")
-    kept(isPinned=True)
-    eventually(lambda: watching.rail()[0][0] == "one")
-    tab.choose("one", "Unpin")
-    kept(isPinned=False)
-    for parent in ("two", None):
-        tab.choose("one", "Set parent")
-        options = tab.page.evaluate("[...document.querySelectorAll('dialog option')].map((el) => el.value)")
-        assert options == ["", "two"], "not itself"
-        tab.page.select_option("dialog select", parent or "")
-        tab.page.click("dialog button.first")
-        kept(parentSessionId=parent)
-        children = ["one"] if parent else []
-        child = "[...document.querySelectorAll('[data-session-id].child')].map((el) => el.dataset.sessionId)"
-        eventually(lambda child=child, children=children: watching.page.evaluate(child) == children)
-    tab.choose("one", "Hide")
-    kept(hidden=True)
-    eventually(lambda: [session for session, _ in tab.rail()] == ["two"] and not tab.rows("work of one"))
-    tab.page.click("text=Show hidden (1)")
-    tab.row_with("work of one")
-    tab.choose("one", "Unhide")
-    kept(hidden=False)
-    for button in ("text=Cancel", "button.danger"):
-        assert "one" in tab.monitor.sessions()
-        tab.choose("one", "Delete")
-        tab.page.click(f"dialog >> {button}")
-    eventually(lambda: list(tab.monitor.sessions()) == ["two"])
-    eventually(lambda: [session for session, _ in watching.rail()] == ["two"] and watching.link() == "")
-    watching.hides("drawer")
-    watching.row_with("work of two")
-
-
-def test_keys_reach_who_waits_menus_and_the_rail(tab: BrowserTab) -> None:
-    tab.emit("@busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm")
-    eventually(lambda: ("asks", "waiting") in tab.rail())
-    tab.press("n")
-    tab.until("location.hash === '#s=asks'")
-    eventually(lambda: not tab.rows("busy work"))
-    tab.press("m")
-    tab.shows("menu", "Rename")
-    tab.press("ArrowDown Enter")
-    tab.page.keyboard.type("By keys")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "By keys")
-    tab.press("Escape")
-    tab.until("location.hash === ''")
-    tab.page.focus("[data-testid=rail]")
-    tab.press("Home ArrowDown ArrowDown Enter")
-    tab.until("location.hash === '#s=asks'")
-    tab.press("P")
-    eventually(lambda: tab.monitor.sessions()["asks"]["isPinned"])
-    tab.press("R")
-    tab.page.fill("dialog input", "named")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "named")
-    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab.press("C")
-    eventually(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "claude --resume asks")
-    tab.press("H")
-    eventually(lambda: tab.monitor.sessions()["asks"]["hidden"])
-    assert not tab.monitor.sessions()["busy"]["hidden"]
-
-
-def test_links_bring_back_session_event_and_search(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("@one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2")
-    eventually(lambda: len(tab.monitor.get("/api/search?q=zebra")["results"]) == 2)
-    tab.page.click("[data-session-id=one]")
-    eventually(lambda: not tab.rows("zebra"))
-    tab.row_with("make").click()
-    tab.shows("drawer", "first output")
-    other = open_tab(tab.monitor, tab.link())
-    other.shows("drawer", "first output")
-    eventually(lambda: not other.rows("zebra"))
-    found = "document.querySelectorAll('[data-testid=hit]').length"
-    for words, count in (("zebra", 2), ("make", 1)):  # each while another view is open
-        other.page.evaluate(f"location.hash = '#history&q={words}'")
-        other.until(f"{found} === {count}")
-    event = next(one for one in tab.monitor.stored_events() if one["data"].get("message") == "zebra 1")
-    for _ in range(2):
-        other.page.evaluate(f"location.hash = '#s0=two&e={event['id']}'")
-        other.shows("drawer", "zebra 1")
-        other.press("Escape")
-        other.hides("drawer")
-    other.load(f"#s=one&e={uuid.uuid4()}").row_with("make")
-    assert other.text("drawer") == "", "of an event that is not there"
-
-
 @pytest.fixture(scope="module")
 def crowded() -> Iterator[RunningMonitor]:
     """A running monitor with more calls than a page loads: 1 of `old`, 600 of `long`, 700 of `later`."""
@@ -11541,8 +11538,11 @@ def crowded() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, open_tab: Any) -> None:
-    tab = open_tab(crowded)
+def test_events_of_long_ago_are_reached_by_link_and_by_scrolling(crowded, open_tab):
+    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
+    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
+    tab.shows("drawer", "ancient output")
+    tab.load()
 
     def scrolled_up() -> bool:
         tab.page.evaluate("document.querySelector('[data-testid=table]').scrollTop = 0")
@@ -11557,12 +11557,6 @@ def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, 
     tab.press("Escape")
     tab.row_with("make step-1300")
     eventually(scrolled_up, 20)
-
-
-def test_an_event_from_long_ago_is_opened_by_its_link(crowded: RunningMonitor, open_tab: Any) -> None:
-    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
-    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
-    tab.shows("drawer", "ancient output")
 
 
 def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, open_tab: Any) -> None:
@@ -11589,9 +11583,7 @@ def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, ope
     assert tab.text("new-count") == ""
 
 
-def test_the_page_shows_loading_and_fills_without_a_reload(
-    monkeypatch: pytest.MonkeyPatch, open_tab: Any
-) -> None:
+def test_the_page_shows_loading_and_fills_without_a_reload(monkeypatch, open_tab):
     with loading_held(monkeypatch) as (place, _ids, gate):
         tab = open_tab(place)
         tab.shows("banner", "Reading history: 0 of 2")
@@ -11602,9 +11594,7 @@ def test_the_page_shows_loading_and_fills_without_a_reload(
         tab.page.close()
 
 
-def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(
-    running: RunningMonitor, open_tab: Any
-) -> None:
+def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running, open_tab):
     running.write_config({"server": {"port": running.port, "wsPort": running.ws_port}})
     running.emit(*many_calls([0], "s1"))
     tab = open_tab(running)
@@ -11620,9 +11610,6 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(
     assert tab.store("store.rows.every((row) => row.outcome === 'done')")
     assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
     tab.said.clear()
-
-
-# Timeline: a canvas, looked at where the page says that something is drawn
 
 
 def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
@@ -11653,112 +11640,30 @@ def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[
     ))  # fmt: skip
 
 
-def test_the_timeline_shows_each_agent_and_how_its_calls_went(tab: BrowserTab) -> None:
-    tab.emit("prompt go; call make 1; result make 1 took 40; @s1/a1 agent; @s1/a1 call make 2")
-    tab.emit("@s1/a1 failure make 2 took 20 => no; @other prompt else; @other call rm; @other ask rm")
-    tab.until("contextuate.timeline.shown.length === 3")
-    tab.page.focus("#timeline-canvas")
-    tab.press("+ + +")
-    lanes = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
-    own, agents = [["other", "", 0, "else"], ["s1", "", 0, "go"]], [["s1", "a1", 1, "explorer"]]
-    assert tab.page.evaluate(lanes) == own + agents
-    for target, colour in (("make 1", "bar"), ("make 2", "red"), ("rm", "amber")):
-        eventually(lambda target=target, colour=colour: browser_bar(tab, target)["colour"] == colour)
-    place = browser_bar(tab, "make 2")
-    tab.page.mouse.move(place["x"], place["y"])
-    tab.shows("tip", "Bash", "make 2", "failed", "20 s", "go \u203a explorer")
-    tab.page.mouse.click(place["x"], place["y"])
-    tab.shows("drawer", "make 2")
-    tab.press("Escape")
-    canvas = tab.page.query_selector("#timeline-canvas").bounding_box()
-    tab.page.mouse.click(canvas["x"] + 40, canvas["y"] + 24 + 2 + 20 * 2 + 10)
-    tab.until("location.hash.includes('a=a1')")
-
-
-def test_the_timeline_shows_who_waited_for_a_person_and_how_long(tab: BrowserTab) -> None:
-    start = cm.now_ms() - 600_000
-    asked = {
-        "tool_name": "AskUserQuestion",
-        "tool_use_id": "q",
-        "tool_input": {"questions": [{"question": "?"}]},
-    }
-    granted = "+0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60"
-    rejected = "+180 call rejected; +180 ask rejected; +240 prompt not that"
-    agents = "+320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents"
-    tab.emit(f"{granted}; {rejected}", start_ms=start)
-    tab.monitor.emit(timed(payload("PreToolUse", **asked), start + 250_000))
-    answered = payload("PostToolUse", tool_response={}, duration_ms=5, **asked)
-    tab.monitor.emit(timed(answered, start + 310_000), *hooks(agents, start_ms=start))
-    tab.load()
-    tab.until("contextuate.timeline.shown.length === 2")
-
-    def colours(target: str, *seconds: int) -> list[str]:
-        return [browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds]
-
-    eventually(lambda: colours("granted", 40, 140) == ["amber", "bar"])
-    assert colours("granted", 6, 200, 235, 245, 280, 315, 330) == ["", "amber", "amber", "", "amber", "", ""]
-    assert colours("agents", 200, 400, 590) == ["", "amber", "amber"], "it still waits"
-    place = browser_bar(tab, "granted", start + 60_000)
-    tab.page.mouse.click(place["x"], place["y"])
-    tab.shows("drawer", "granted")
-    tab.emit("+600 @s1/a1 result agents took 100", start_ms=start)
-    eventually(lambda: colours("agents", 400, 590) == ["amber", "bar"], what="it was decided after 170 s")
-
-
-def test_a_brushed_part_of_the_timeline_filters_the_table(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("prompt go; call make; result make")
-    tab.row_with("make")
-    box = tab.page.query_selector("#timeline-canvas").bounding_box()
-
-    def brush(start: float, end: float) -> None:
-        tab.page.mouse.move(box["x"] + box["width"] * start, box["y"] + 8)
-        tab.page.mouse.down()
-        tab.page.mouse.move(box["x"] + box["width"] * end, box["y"] + 8, steps=2)
-        tab.page.mouse.up()
-
-    brush(0.3, 0.5)
-    tab.shows("range", "\u2013")
-    eventually(lambda: not tab.rows(), 15, "rows of that time only")
-    assert re.fullmatch(r"#t=\d+-\d+", tab.link())
-    other = open_tab(tab.monitor, tab.link())
-    other.shows("range", "\u2013")
-    assert not other.rows()
-    tab.page.click("[data-testid=range]")
-    tab.row_with("make")
-    brush(0.6, 0.999)
-    tab.shows("range", "\u2013")
-    tab.row_with("make")
-    tab.press("Escape")
-    tab.hides("range")
-
-
-def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserTab) -> None:
+def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
     quarter = 15 * 60_000
     tab.until(f"contextuate.timeline.span === {quarter}")
     box = tab.page.query_selector("#timeline-canvas").bounding_box()
-    middle = box["y"] + 60
     touch = tab.page.context.new_cdp_session(tab.page)
 
-    def fingers(kind: str, *places: float) -> None:
-        points = [{"x": box["x"] + box["width"] * at, "y": middle, "id": n} for n, at in enumerate(places)]
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    def fingers(*moves: tuple[float, ...]) -> list[float]:
+        """Touch the timeline and move the fingers; return its span and end."""
+        for kind, places in zip(["touchStart", *["touchMove"] * (len(moves) - 1), "touchEnd"], [*moves, ()]):
+            points = [
+                {"x": box["x"] + box["width"] * at, "y": box["y"] + 60, "id": n}
+                for n, at in enumerate(places)
+            ]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        return tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
 
-    fingers("touchStart", 0.45, 0.55)
-    for step in range(1, 5):
-        fingers("touchMove", 0.45 - 0.05 * step, 0.55 + 0.05 * step)
-    fingers("touchEnd")
-    span, to = tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
+    span, to = fingers(*((0.45 - 0.05 * step, 0.55 + 0.05 * step) for step in range(5)))
     assert span == pytest.approx(quarter * 0.1 / 0.5, rel=0.1)
     eventually(lambda: tab.page.is_visible("#time-now"), 15, "zoomed around the fingers, not around now")
-    fingers("touchStart", 0.5)
-    fingers("touchMove", 0.6)
-    fingers("touchMove", 0.7)
-    fingers("touchEnd")
-    moved = tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
+    moved = fingers((0.5,), (0.6,), (0.7,))
     assert moved[0] == span and moved[1] < to - span * 0.1
-    tab.page.mouse.move(box["x"] + box["width"] * 0.6, middle)
+    tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60)
     tab.page.mouse.wheel(0, 200)
     tab.until(f"contextuate.timeline.span > {span}")
     for _ in range(4):
@@ -11766,13 +11671,8 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserT
     tab.until("contextuate.timeline.span === 60_000")
     tab.page.focus("#time-out")
     tab.press("Enter " * 11)
-    tab.until(
-        f"contextuate.timeline.span === {24 * 3_600_000} && document.querySelector('#time-out').disabled"
-    )
-    tab.page.mouse.move(box["x"] + box["width"] * 0.5, middle)
-    tab.page.mouse.down()
-    tab.page.mouse.move(box["x"] + box["width"] * 0.7, middle, steps=4)
-    tab.page.mouse.up()
+    tab.until(f"contextuate.timeline.span === {24 * HOUR_MS} && document.querySelector('#time-out').disabled")
+    tab.drag("#timeline-canvas", 0.5, 0.7, 60)
     eventually(lambda: tab.page.is_visible("#time-now"))
     tab.page.click("#time-now")
     eventually(lambda: not tab.page.is_visible("#time-now"))
@@ -11784,18 +11684,13 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserT
     eventually(lambda: tab.text("timeline"))
 
 
-# What events say is text
-
-
-HOSTILE = [
-    "<script>window.acted = 1</script>",
-    "<img src=x onerror='window.acted = 1'>",
+# Alone, as an address is, and all others at once.
+HOSTILE = (
     "javascript:window.acted=1",
-    '"><svg onload=window.acted=1>',
-    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1}",
-    "\u202egnihtyna\u202c \u2066x",
+    "<script>window.acted = 1</script> <img src=x onerror='window.acted = 1'> \"><svg onload=window.acted=1> "
+    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
     "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
-]
+)
 BROWSER_WATCH = """
 window.violations = [];
 document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
@@ -11817,66 +11712,41 @@ seen.observe(document, { childList: true, subtree: true });
 
 
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
-    """Return events of every kind that have these words, and names of JavaScript's, wherever words may stand."""
-    deep = {
-        "__proto__": {"acted": 1},
-        "constructor": {"prototype": {"acted": 1}},
-        "toString": "x",
-        "hasOwnProperty": 1,
-    }
-    each = dict.fromkeys(("cwd", "transcript_path", "model", "agent_id", "agent_type"), words)
-    paths = {
-        "command": words,
-        "file_path": words,
-        "description": words,
-        words: {words: [words, deep]},
-        **deep,
-    }
-    call = {"tool_name": words, "tool_use_id": words, "tool_input": paths, **each}
-    bash = {**call, "tool_name": "Bash", "tool_use_id": "b"}
-    question = {"question": words, "header": words, "options": [{"label": words, "description": words}, deep]}
-    ask = {"tool_name": "AskUserQuestion", "tool_use_id": "q", "tool_input": {"questions": [question, words]}}
-    todos = [{"content": words, "status": words}, {"content": words, "status": "constructor"}, words, None, 1]
-    edit = {"tool_name": "Edit", "tool_use_id": "e", "tool_input": {"file_path": words, "old_string": words}}
-    patch = {"structuredPatch": [{"lines": [words, "+" + words, 7]}, words, None]}
+    """Return events of every recorded kind and tool, and of odd ones, with these words wherever words may stand."""
+    deep = {"__proto__": {"acted": 1}, "constructor": {"prototype": {"acted": 1}}, "toString": "x"}
+
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**{name: poisoned(inner) for name, inner in value.items()}, words: [words, deep], **deep}
+        if isinstance(value, list):
+            return [*map(poisoned, value), words, deep, None, 7]
+        return words if isinstance(value, str) else value
+
+    kinds: dict[Any, Any] = {}
+    for hook in itertools.chain.from_iterable(map(recorded, recording_names())):
+        kinds.setdefault((hook["hook_event_name"], hook.get("tool_name", "")), hook)
+    for odd in ("__proto__", "constructor", words):
+        kinds |= {(odd, ""): {"message": ""}, ("PreToolUse", odd): {"tool_input": {}}}
     return [
-        payload("SessionStart", session, source=words, **each),
-        payload("UserPromptSubmit", session, prompt=words, cwd=words, session_title=words),
-        payload("PreToolUse", session, **call),
-        payload("PostToolUse", session, **call, tool_response=[deep, words], usage=deep, __proto__=deep),
-        payload("PreToolUse", session, **ask),
-        payload("PermissionRequest", session, **ask, permission_suggestions=[deep, words]),
-        payload("PreToolUse", session, tool_name="TodoWrite", tool_use_id="t", tool_input={"todos": todos}),
-        payload("PostToolUse", session, **edit, tool_response=patch),
-        payload("PostToolUse", session, **bash, tool_response={"stdout": words, "stderr": words, words: words}),
-        payload("PostToolUseFailure", session, error=words, **{**bash, "tool_use_id": "f"}),
-        payload("Notification", session, message=words, notification_type=words),
-        payload("Stop", session, last_assistant_message=f"# {words}\n- {words}\n[{words}]({words})"),
-        payload("StopFailure", session, error=words, error_details=words),
-        payload("__proto__", session, **{"__proto__": words, words: deep}),
-        payload("constructor", session, message=deep),
-        payload(words, session, anything=words),
+        {**poisoned(hook), "session_id": session, "hook_event_name": kind, "tool_name": tool, "tool_use_id": tool + words}
+        for (kind, tool), hook in kinds.items()
     ]  # fmt: skip
 
 
-def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, open_tab: Any) -> None:
-    sessions = {f"evil-{number}{words}": words for number, words in enumerate(HOSTILE)}
-    client = running.websocket("rows")
-    for session, words in sessions.items():
-        running.emit(*hostile_events(session, words))
-        client.send(type="rename_session", sessionId=session, label=words)
-    eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
-    client.close()
+def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
+    for number, words in enumerate(HOSTILE):
+        running.emit(*hostile_events(f"evil-{number}{words}", words))
+        protocol_post(running, type="rename_session", sessionId=f"evil-{number}{words}", label=words)
+    assert all(session["labelSource"] == "user" for session in running.sessions().values())
     tab = open_tab(running, script=BROWSER_WATCH)
     eventually(lambda: len(tab.rows()) > 20)
-    assert "<script>window.acted = 1</script>" in tab.text("rail")
-    assert "{{constructor.constructor" in tab.text("rail")
+    assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
     assert "\x1b" not in tab.page.inner_text("body")
-    for item in tab.page.query_selector_all("[data-testid=session]")[: len(HOSTILE)]:
-        item.click()
+    for number in range(len(HOSTILE)):
+        tab.page.click(f"[data-session-id^=evil-{number}]")
         tab.page.focus("[data-testid=table]")
         tab.press("g")
-        for _ in range(14):
+        for _ in range(int(tab.page.get_attribute("[data-testid=table]", "aria-rowcount"))):
             tab.press("Enter")
             tab.shows_details()
             assert "Unexpected format" not in tab.text("drawer") and "\x1b" not in tab.text("drawer")
@@ -11888,29 +11758,24 @@ def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, 
             tab.press("m")
             tab.page.click(f"[data-testid=menu] >> text={entry}")
             tab.page.click("dialog >> text=Cancel")
-    assert tab.page.evaluate("[window.acted ?? null, ({}).acted ?? null, [...strange], violations]") == [
-        None, None, [], [],
-    ]  # fmt: skip
+    found = "[window.acted ?? null, ({}).acted ?? null, [...strange], violations]"
+    assert tab.page.evaluate(found) == [None, None, [], []]
     assert tab.page.query_selector_all("img, iframe, object, script[src], a[href^='javascript']") == []
     assert len(tab.page.query_selector_all("script")) == 1
     assert tab.said == []
-    refused = (
-        "(() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } })()"
-    )
+    refused = "() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } }"
     assert tab.page.evaluate(refused) == "TypeError", "the browser itself takes no text for markup"
     assert tab.page.evaluate("violations") == ["require-trusted-types-for"]
     tab.said.clear()
 
 
-def test_colours_of_a_terminal_are_colours_and_no_text(tab: BrowserTab) -> None:
+def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
-    tab.monitor.emit(*browser_call(1, tool_response={"stdout": words + " \x1b]0;title\x07end\x1b[2J"}))
-    tab.row_with("make step-1").click()
+    tab.emit(f"call make; result make => {words} \x1b]0;title\x07end\x1b[2J")
+    tab.row_with("make").click()
     tab.shows("drawer", "red green orange plain end")
-    found = tab.page.evaluate(
-        "[...document.querySelectorAll('.drawer .block span')]"
-        ".map((el) => [el.textContent, getComputedStyle(el).color])"
-    )
+    spans = "[...document.querySelectorAll('.drawer .block span')]"
+    found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
     assert [text for text, _ in found] == ["red", "green", "orange"]
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
 
@@ -11962,45 +11827,20 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
 
 
-def test_an_event_that_the_monitor_cannot_read_is_named(tab: BrowserTab, open_tab: Any) -> None:
+def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
+    error = {"type": "error", "request": "get_event_detail", "message": "could not be read: an I/O error"}
+
     def refuse_details(message: dict[str, Any]) -> bool:
-        if message["type"] == "get_event_detail":
-            error = {
-                "type": "error",
-                "request": "get_event_detail",
-                "message": "could not be read: an I/O error",
-            }
+        is_asked = message["type"] == "get_event_detail"
+        if is_asked:
             wire.page.send(json.dumps(error))
-        return bool(message["type"] == "get_event_detail")
+        return bool(is_asked)
 
     tab.emit("call make")
     tab = open_tab(tab.monitor)
     wire = BrowserWire(tab, refuse_details)
     tab.row_with("make").click()
     tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
-# Views, status, trouble
-
-
-def test_views_are_reached_by_key_click_and_link(tab: BrowserTab) -> None:
-    tab.emit("prompt first")
-    tab.row_with("first")
-    views = {"history": "History", "stats": "Statistics", "status": "Status"}
-    shown = "[...document.querySelectorAll('.views button')].map((el) => el.dataset.view)"
-    assert tab.page.evaluate(shown) == ["live", *views]
-    heading = "document.querySelector('[data-testid=sheet] h2')?.innerText"
-    for number, (view, name) in enumerate(views.items(), 2):
-        tab.press(str(number))
-        tab.until(f"location.hash.startsWith('#{view}') && {heading} === '{name}'")
-        assert tab.page.evaluate("document.querySelectorAll('.views [aria-current]').length") == 1
-        tab.load(tab.link()).until(f"{heading} === '{name}'")
-        tab.press("1")
-        tab.row_with("first")
-    tab.page.click("[data-testid=view-history]")
-    tab.shows("sheet", "History")
-    tab.press("Escape")
-    tab.row_with("first")
 
 
 def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -12017,7 +11857,6 @@ def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, ope
 
 
 def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
-    """Return a problem as the status shows it."""
     return {"kind": kind, "level": "warn", "words": words, "advice": advice}
 
 
@@ -12068,8 +11907,6 @@ def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: Brows
 
 
 def forward(listener: socket.socket, port: int) -> None:
-    """Pass connections on to another port, as the end of a tunnel does."""
-
     def pump(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
@@ -12123,9 +11960,7 @@ AudioContext.prototype.createOscillator = function () { alerts.push('tone'); ret
 """
 
 
-def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
-    tab: BrowserTab, open_tab: Any
-) -> None:
+def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open_tab):
     tab.emit("@quiet prompt quiet work; @quiet call rm a; @quiet ask rm a")
     tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.row_with("rm a")
@@ -12135,8 +11970,8 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
     icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
     assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
     tab.page.click("[data-testid=alerts]")
-    tab.page.click("[data-testid=menu] >> text=Notify")
-    tab.page.click("[data-testid=menu] >> text=Sound")
+    for entry in ("Notify", "Sound"):
+        tab.page.click(f"[data-testid=menu] >> text={entry}")
     eventually(lambda: tab.page.evaluate("alerts") == ["tone", "tone"], 15, "the sound is tried out")
     tab.press("Escape")
     tab.emit("@next prompt next work; @next call rm -rf c; @next ask rm -rf c")
@@ -12147,7 +11982,7 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
     assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
-def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMonitor, open_tab: Any) -> None:
+def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
     tab = open_tab(crowded, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
@@ -12155,8 +11990,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make gone")
     wire.cut()
     crowded.emit(*hooks("@asks prompt ask me; @asks call rm x; @asks ask rm x"))
-    client = crowded.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="gone")
+    protocol_post(crowded, type="delete_session", sessionId="gone")
     wire.mend()
     eventually(lambda: len(tab.page.evaluate("alerts")) == 1, what="the wait is alerted, once")
     eventually(lambda: not tab.rows("make gone"), what="the deleted session's rows are gone")
@@ -12166,42 +12000,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make old")
     eventually(lambda: tab.rows("make old", "done"))
     assert len(tab.page.evaluate("alerts")) == 1
-    client.ask("session_deleted", type="delete_session", sessionId="asks")
-    client.close()
-
-
-# Replay
-
-
-def test_a_session_is_replayed_as_it_went(tab: BrowserTab) -> None:
-    start = cm.now_ms() - 3_600_000
-    steps = (f"+{30 * n} call make {n}; +{30 * n + 20} result make {n} took 20" for n in range(6))
-    tab.emit("; ".join(steps), start_ms=start)
-    tab.load("#s=s1").row_with("make 5")
-    tab.press("y")
-    tab.shows("replay", " of 2 min 50 s")
-    eventually(lambda: tab.rows(status="running") and not tab.rows("make 3"))
-    tab.press("Space")
-    tab.until("document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'")
-    assert tab.link().startswith("#s=s1&replay=")
-
-    def seek(offset_ms: int) -> None:
-        tab.page.evaluate(
-            """(to) => { const range = document.querySelector('[data-testid=replay] input[type=range]');
-              range.value = to; range.dispatchEvent(new Event('input')); }""", offset_ms
-        )  # fmt: skip
-
-    seek(70_000)
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    assert tab.rows("make 2 10 s")
-    tab.load(f"#s=s1&replay={start + 70_000}")
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    tab.page.select_option("[data-testid=replay] select", "60")
-    seek(0)
-    tab.press("Space")
-    eventually(lambda: len(tab.rows(status="done")) == 6, 20, "played to its end")
-    tab.press("Escape")
-    eventually(lambda: tab.text("replay") == "" and tab.link() == "#s=s1")
+    protocol_post(crowded, type="delete_session", sessionId="asks")
 
 
 def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab, open_tab: Any) -> None:
@@ -12222,9 +12021,6 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     wire.page.send(json.dumps(page_of_rows))
     tab.shows("replay", " of 2 min")
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
-
-
-# Mouse and keyboard while events come
 
 
 def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
@@ -12263,30 +12059,6 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
 
 
-def test_the_keyboard_stays_in_details_replay_and_head(tab: BrowserTab) -> None:
-    tab.emit("call make 1; call make 2")
-    tab.load("#s=s1").row_with("make 1").click()
-    tab.shows("drawer", "make 1")
-    focused = "document.activeElement.dataset.act || document.activeElement.id"
-    tab.page.focus(".drawerbody")
-    tab.emit("result make 1 => here it is")
-    tab.shows("drawer", "here it is")
-    assert tab.page.evaluate(focused) == "body"
-    tab.press("Escape y")
-    tab.shows("replay", " of ")
-    skip = tab.page.query_selector("[data-testid=replay] input[type=checkbox]")
-    skip.focus()
-    tab.press("Space")
-    assert not skip.is_checked()
-    tab.press("Escape R")
-    tab.page.wait_for_selector("dialog[open]")
-    left = tab.page.evaluate("(document.querySelector('dialog .first').click(), document.activeElement.id)")
-    assert left == "grid", "not the dialog's field until the next frame"
-    tab.page.focus("[aria-label='Show all sessions']")
-    tab.press("Enter")
-    tab.until(f"({focused}) === 'grid'")
-
-
 def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n} prompt word {n}" for n in range(5)))
     eventually(lambda: len(tab.monitor.get("/api/search?q=word")["results"]) == 5)
@@ -12309,81 +12081,6 @@ def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -
     assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
 
 
-def test_widths_are_kept(tab: BrowserTab) -> None:
-    tab.emit("call make")
-    tab.row_with("make").click()
-
-    def widths() -> list[float]:
-        return [round(tab.page.query_selector(part).bounding_box()["width"]) for part in (".rail", ".drawer")]
-
-    tab.shows("drawer", "make")
-    assert widths() == [280, 560]
-    tab.page.focus("#rail-split")
-    tab.press("ArrowRight")
-    box = tab.page.query_selector("#drawer-split").bounding_box()
-    tab.page.mouse.move(box["x"] + 3, 400)
-    tab.page.mouse.down()
-    tab.page.mouse.move(box["x"] - 57, 400)
-    tab.page.mouse.up()
-    eventually(lambda: widths() == [296, 620], 5, f"{widths()}")
-    tab.page.reload()
-    tab.shows("drawer", "make")
-    assert widths() == [296, 620]
-
-
-# History and statistics
-
-
-def test_history_finds_what_is_stored_and_opens_it(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit(
-        "@one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing; "
-        "@two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed"
-    )
-    eventually(lambda: len(tab.monitor.get("/api/search?q=zebra")["results"]) == 3)
-    tab.load("#history&q=zebra")
-
-    def hits(count: int) -> None:
-        tab.until(f"document.querySelectorAll('[data-testid=hit]').length === {count}")
-        if not count:
-            tab.shows("sheet", "No matches. All words must match")
-
-    hits(3)
-    marked = "[...document.querySelectorAll('.hit mark')].map((el) => el.textContent)"
-    assert tab.page.evaluate(marked) == ["zebra"] * 3
-    assert "<b>" in tab.page.inner_text("[data-testid=hit] >> nth=0"), "text stays text"
-    tab.page.select_option("[aria-label=Type]", "tool_result")
-    hits(1)
-    tab.page.click("[data-testid=hit]")
-    tab.shows("drawer", "zebra crossing")
-    assert all(part in tab.link() for part in ("q=zebra", "type=tool_result", "e="))
-    open_tab(tab.monitor, tab.link()).shows("drawer", "zebra crossing")
-    tab.page.select_option("[aria-label=Type]", "")
-    hits(3)
-    tab.press("Escape /")
-    tab.page.keyboard.type(" crossing")
-    hits(1)
-    tab.press("Enter j")
-    tab.shows("drawer", "zebra crossing")
-    tab.press("/")
-    for words, count in (("no such words", 0), ("zebra", 3)):
-        tab.page.fill("[data-testid=history-query]", words)
-        hits(count)
-    for state, count in (("working", 0), ("idle", 3), ("", 3)):
-        tab.page.select_option("[aria-label='Session state']", state)
-        hits(count)
-        assert f"state={state}" in tab.link() or not state
-    tab.page.select_option("[aria-label=Time]", "custom")
-    for start, end, count in (("", "2020-01-01T00:00", 0), ("2020-01-01T00:00", "2099-01-01T00:00", 3)):
-        tab.page.fill("[aria-label=From]", start)
-        tab.page.fill("[aria-label=To]", end)
-        tab.page.press("[aria-label=To]", "Tab")
-        hits(count)
-    assert "when=custom&from=" in tab.link()
-    tab.page.select_option("[aria-label=Time]", "")
-    tab.page.fill("[data-testid=history-query]", "")
-    hits(4)  # no words: everything, a call and its result as one
-
-
 def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
     eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
@@ -12400,41 +12097,6 @@ def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> N
     tab.page.fill("[data-testid=history-query]", "make")
     eventually(lambda: tab.page.evaluate(targets) == ["make", "before make ends"])
     assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
-
-
-def test_statistics_count_what_happened_and_lead_to_it(tab: BrowserTab) -> None:
-    tab.emit(
-        "@one prompt first work; @one call make 1; @one result make 1 took 65 => slow output; "
-        "@one call make 2; @one result make 2; @one call make 3; @one result make 3; "
-        "@two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2"
-    )
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 5)
-    tab.load("#stats")
-    for words in (
-        "5 calls",
-        "2 failed",
-        "1 min 05 s",
-        "make 1",
-        "make 9",
-        "Exit code 2",
-        "first work",
-        "testbox",
-    ):
-        tab.shows("stats", words)
-    tab.page.click("[data-testid=stats] tr.open >> text=make 1")
-    tab.shows("drawer", "slow output")
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.page.select_option("[aria-label=Time]", "1h")
-    tab.until("location.hash === '#stats&when=1h'")
-    tab.page.click("[data-testid=stats] table[aria-label=Sessions] tr.open >> text=first work")
-    tab.row_with("make 1")
-    assert tab.link() == "#s=one"
-    tab.press("m")
-    tab.page.click("[data-testid=menu] >> text=Session statistics")
-    tab.until("location.hash.includes('session=one')")
-    tab.shows("stats", "3 calls")
-    assert "make 9" not in tab.text("stats")
 
 
 def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
@@ -12465,9 +12127,8 @@ def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -
 
     asks_nothing()  # for nothing is new
     seq = tab.store("store.seq")
-    tab.page.evaluate(
-        "getSelection().selectAllChildren(document.querySelector('[data-testid=stats] .summary'))"
-    )
+    summary = "document.querySelector('[data-testid=stats] .summary')"
+    tab.page.evaluate(f"getSelection().selectAllChildren({summary})")
     tab.emit("call make 3; result make 3")
     tab.until(f"contextuate.store.seq >= {seq + 2}")
     asks_nothing()  # for a person marks text
@@ -12494,34 +12155,32 @@ def utc_ms(text: str) -> int:
 
 
 def zone_calls(zone: str) -> list[dict[str, Any]]:
-    """Return a call at each of a zone's times, with ids z0, z1 …"""
     times = enumerate(utc_ms(at) for at, _, _ in ZONE_TIMES[zone])
     return [{**timed(*hooks(f"call make {number}"), at), "id": f"z{number}"} for number, at in times]
 
 
-@pytest.mark.parametrize(
-    ("zone", "is_known"), [*((zone, True) for zone in ZONE_TIMES), ("Europe/Berlin", False)]
-)
-def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone, is_known):
-    running.emit(*zone_calls(zone))
+@pytest.mark.parametrize("zone", [*ZONE_TIMES, "unknown"])
+def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone):
+    times = ZONE_TIMES.get(zone, ZONE_TIMES["Europe/Berlin"])
+    running.emit(*zone_calls("Europe/Berlin" if zone == "unknown" else zone))
     index_ready(running)
     asked: list[str] = []
-    tab = open_tab(running, "#live", timezone_id=zone)
+    tab = open_tab(running, "#live", timezone_id="Europe/Berlin" if zone == "unknown" else zone)
     refusal = {"status": 400, "json": {"error": "timeZone: expected …", "field": "timeZone"}}
-    if not is_known:
+    if zone == "unknown":  # to the monitor
         tab.page.route("**/api/stats?*timeZone=*", lambda route: route.fulfill(**refusal))
-    tab.page.on("request", lambda it: "/api/stats?" in it.url and asked.append(it.url.partition("?")[2]))
+    tab.page.on("request", lambda it: "/api/stats?" in it.url and asked.append(re.split("[?=]", it.url)[1]))
     tab.page.evaluate("location.hash = '#stats&when='")
-    tab.shows("stats", f"{len(ZONE_TIMES[zone])} calls")
-    assert [re.split("[&=]", query)[0] for query in asked] == ["timeZone", "utcOffset"][: 2 - is_known]
-    if not is_known:
+    tab.shows("stats", f"{len(times)} calls")
+    assert asked[0] == "timeZone" and asked[-1] == ("utcOffset" if zone == "unknown" else "timeZone")
+    if zone == "unknown":
         tab.said.clear()  # the browser names the refusal
         return
     titles = "[...document.querySelectorAll('[aria-label=\"Calls by day\"] > div')].map((bar) => bar.title).join(';')"
     bars = eventually(lambda: re.findall(r"\b(\d{1,2})\b[^;]*: (\d+) call", tab.page.evaluate(titles)))
-    shown = {int(day): int(count) for day, count in bars}
-    calls = collections.Counter(day for _, day, _ in ZONE_TIMES[zone])
-    assert shown == {day: calls[day] for day in range(min(calls), max(calls) + 1)}
+    calls = collections.Counter(day for _, day, _ in times)
+    every_day = range(min(calls), max(calls) + 1)
+    assert {int(day): int(count) for day, count in bars} == {day: calls[day] for day in every_day}
     rows = tab.page.locator("table[aria-label=Days] tbody tr").all_inner_texts()
     assert sorted(row.split()[0] for row in rows) == [f"2026-10-{day:02}" for day in sorted(calls)]
 
@@ -12540,83 +12199,19 @@ def test_without_an_index_history_is_searched_and_not_counted(monitor: RunningMo
     eventually(lambda: tab.page.query_selector("[data-testid=sheet] .note.bad"))
 
 
-# Sizes, colours, and people who cannot see them
-
-
 @pytest.fixture(scope="module")
 def shared_demo() -> Iterator[RunningMonitor]:
-    """A running monitor with the demo in it."""
     made = RunningMonitor(new_home()).serve()
-    made.command("demo", "--live", "0")
+    assert in_process(made, "demo", "--live", "0").returncode == 0
     yield made
     clean_up(made)
 
 
-def browser_fits(tab: BrowserTab) -> bool:
-    """Return if nothing sticks out at the right of the page or of a pane."""
-    return bool(
-        tab.page.evaluate(
-            """() => [document.documentElement, document.body, ...document.querySelectorAll(
-            '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
-            )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
-        )
-    )
-
-
-def test_nothing_sticks_out_at_any_width_with_or_without_the_drawer(
-    shared_demo: RunningMonitor, open_tab: Any
-) -> None:
-    tab = open_tab(shared_demo)
-    eventually(lambda: len(tab.rows()) > 5)
-    for is_open in (False, True):
-        if is_open:
-            tab.page.click("[data-testid=row]:not([hidden]) >> nth=2")
-            tab.shows_details()
-        for width in (360, 1024, 1440):
-            tab.page.set_viewport_size({"width": width, "height": 900})
-            eventually(lambda: browser_fits(tab), 15, f"{width} pixels")
-
-
-def test_a_phone_shows_one_pane_at_a_time_and_everything_fits(
-    shared_demo: RunningMonitor, open_tab: Any
-) -> None:
-    tab = open_tab(shared_demo, viewport={"width": 360, "height": 900})
-    tab.shows("banner", "demo --remove")
-    assert tab.page.query_selector("[data-testid=banner]").bounding_box()["height"] < 40, "one line"
-    tab.page.click("text=Got it")
-    tab.hides("banner")
-    tab.page.reload()
-    tab.until("document.querySelector('[data-testid=session]') && contextuate.store.status !== null")
-    assert tab.text("banner") == "" and browser_fits(tab)
-    tab.page.click("[data-testid=session]")
-    eventually(tab.rows)
-    assert tab.text("rail") == "" and browser_fits(tab)
-    for tool in ("Edit", "Bash", "Prompt"):
-        tab.row_with("", tool).click()
-        tab.shows("drawer", tool)
-        tab.shows_details()
-        assert browser_fits(tab), tool
-        tab.page.click("[aria-label='Close (Esc)']")
-        tab.hides("drawer")
-    tab.page.click("[aria-label='Back to the sessions']")
-    eventually(lambda: tab.text("rail") and not tab.rows())
-    tab.page.click("[data-state=idle] [aria-label=Actions]")
-    tab.page.click("[data-testid=menu] >> text=Replay")
-    tab.shows("replay", "60\u00d7")
-
-
 # What is checked: a link, then what a person does there, a key or `click SELECTOR`.
-CHECKED_SCREENS: list[tuple[str, list[str]]] = [
-    ("", []),
-    ("", ["click [data-testid=session]", "click [data-testid=row]"]),
-    ("", ["click [data-testid=session][data-state=idle]", "y"]),
-    ("", ["click [data-testid=session]", "m"]),
-    ("", ["click [data-testid=alerts]"]),
-    ("", ["?"]),
-    ("#history", []),
-    ("#stats", []),
-    ("#status", []),
-]
+CHECKED_SCREENS = (
+    "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
+    "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
+)  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
     ("light", 1440, {}),
@@ -12625,43 +12220,37 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def test_axe_finds_nothing_to_complain_about(shared_demo: RunningMonitor, open_tab: Any) -> None:
+def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
     tab = open_tab(shared_demo)
-    for link, acts in CHECKED_SCREENS:
-        tab.page.set_viewport_size({"width": 1440, "height": 900})
-        tab.load(link).until("contextuate.store.loaded && contextuate.store.status")
-        for act in acts:
-            verb, _, what = act.partition(" ")
-            tab.page.click(what) if what else tab.press(verb)
+    for screen in CHECKED_SCREENS:
+        browser_acts(tab, "width 1440")
+        for act in screen.split("; "):
+            browser_acts(tab, act)
+            tab.until("contextuate.store.loaded && contextuate.store.status")
         Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
         for scheme, width, rules in CHECKED_WITH:
             tab.page.emulate_media(color_scheme=scheme)
-            tab.page.set_viewport_size({"width": width, "height": 900})
+            browser_acts(tab, f"width {width}")
             options = {"resultTypes": ["violations"], **rules}
             report = tab.page.evaluate("(options) => axe.run(document, options)", options)
             found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
-            assert found == [], (link, acts, scheme, width)
+            assert found == [], (screen, scheme, width)
 
 
-def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any) -> None:
-    folder = new_home()
+def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
     for name in ("contextuate_monitor.py", "emit_event.py"):
-        shutil.copy(os.path.join(ROOT, name), folder)
-    bare = RunningMonitor(new_home(), program=folder + "/contextuate_monitor.py")
-    try:
-        bare.start().emit(*hooks("prompt early"))
-        tab = open_tab(bare)
-        shows = "document.querySelector('{0}').innerText.includes('{1}')"
-        tab.until(shows.format("body", folder + "/index.html"))
-        tab.until(shows.format("#events", "early"))
-        tab.emit("@later prompt later <b>work</b>")
-        for part in ("#events", "#sessions"):
-            tab.until(shows.format(part, "later <b>work</b>"))
-    finally:
-        clean_up(bare)
-        shutil.rmtree(folder)
+        shutil.copy(os.path.join(ROOT, name), monitor.home)
+    monitor.program = monitor.home + "/contextuate_monitor.py"
+    monitor.start().emit(*hooks("prompt early"))
+    tab = open_tab(monitor)
+    shows = "document.querySelector('{0}').innerText.includes('{1}')"
+    tab.until(shows.format("body", monitor.home + "/index.html"))
+    tab.until(shows.format("#events", "early"))
+    tab.emit("@later prompt later <b>work</b>")
+    for part in ("#events", "#sessions"):
+        tab.until(shows.format(part, "later <b>work</b>"))
 
 
 # ---------------------------------------------------------------------------
@@ -12689,10 +12278,9 @@ class IndexCase:
         self.history.add(stored)
 
     def start(self) -> IndexCase:
-        """Start the index, once."""
         if not self.started:
-            self.started = True
             self.history.start()
+        self.started = True
         return self
 
     def ready(self) -> IndexCase:
@@ -12707,28 +12295,24 @@ class IndexCase:
 
     def search(self, words: str = "", **wanted: Any) -> list[dict[str, Any]]:
         """Return every result, over all pages."""
-        results, cursor = [], None
-        while True:
-            query = cm.search_query({"q": words, "limit": 200, **wanted, "cursor": cursor})
-            page = self.history.search(query)
+        page = self.history.search(cm.search_query({"q": words, "limit": 200, **wanted}))
+        results = page["results"]
+        while page["next"] is not None:
+            query = {"q": words, "limit": 200, **wanted, "cursor": page["next"]}
+            page = self.history.search(cm.search_query(query))
             results += page["results"]
-            cursor = page["next"]
-            if cursor is None:
-                return results
+        return results
 
     def ids(self, words: str = "", **wanted: Any) -> list[str]:
         return [result["id"] for result in self.search(words, **wanted)]
 
     def figures(self, session: str | None = None, offset_minutes: int = 0) -> dict[str, Any]:
-        """Return the statistics of all time."""
         return self.history.statistics(0, 1 << 53, session, offset_minutes)
 
     def counted(self) -> int:
-        """Return how many events the statistics count."""
         return int(self.figures()["totals"]["events"])
 
     def events(self) -> list[dict[str, Any]]:
-        """Read every event in the files; lines that are none are passed over."""
         found = []
         for path in glob.glob(self.home + "/events/*/*.jsonl"):
             with open(path, "rb") as file:
@@ -12743,7 +12327,6 @@ class IndexCase:
 
 @pytest.fixture
 def indexed() -> Iterator[IndexCase]:
-    """An empty store with a history."""
     case = IndexCase()
     yield case
     case.close()
@@ -12758,48 +12341,34 @@ def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> di
 
 
 def index_prompts(numbers: Iterable[int], text: str = "word", sessions: int = 1) -> list[dict[str, Any]]:
-    """Return prompts with the same words, of some sessions in turn."""
     return [index_prompt(number, text, f"s{number % sessions}") for number in numbers]
 
 
 def newest_first(numbers: Iterable[int]) -> list[str]:
-    """Return the ids of prompts that were stored in this order, as a search finds them."""
-    return [f"e{number}" for number in reversed(list(numbers))]
+    return [f"e{number}" for number in numbers][::-1]
 
 
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
-        ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
-        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [7, 6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
-        ("日本", [5]), ("fail", [7]), ('"fail cart"', [7]), ("31mFAIL", []), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
-        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [7, 6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
-    ],
-)  # fmt: skip
+INDEX_TEXTS = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
+               "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
+# What is typed → the numbers of the texts above that are found
+INDEX_SEARCHES: dict[str, list[int]] = {
+    "apple": [4, 1, 0], "APPLE": [4, 1, 0], "apple pear": [1], "app*": [4, 3, 1, 0], "app": [3], '"apple pie"': [4, 0],
+    '"pie apple"': [], "src/app.py": [3], "app.py": [3], "py.app": [], "Grusse": [2], "Grüße": [], "Grüsse": [2],
+    "gru*": [2], "*": [7, 6, 5, 4, 3, 2, 1, 0], "nothing": [], '"unclosed': [], "日本": [5], "fail": [7],
+    '"fail cart"': [7], "31mFAIL": [], "本語": [5], "本日": [], "toolu_9": [], "naïve_name": [6], "naive": [6], "OR": [],
+    "apple NOT pie": [], "(apple": [4, 1, 0], '"': [7, 6, 5, 4, 3, 2, 1, 0], "apple AND pear": [1],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
-def test_words_beginnings_and_phrases_are_found_newest_first(
-    searched: dict[str, IndexCase], how: str, typed: str, found: list[int]
-) -> None:
-    assert searched[how].ids(typed) == [f"e{number}" for number in found]
-
-
-@pytest.fixture(scope="module")
-def searched() -> Iterator[dict[str, IndexCase]]:
-    """The same texts, to be searched in each way there is."""
-    texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-             "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
-    cases = {how: IndexCase() for how in ("full text", "no full text", "no index")}
-    for case in cases.values():
-        case.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
-    os.mkdir(cases["no index"].path)
-    cases["full text"].ready()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cm, "has_full_text", lambda db: False)
-        cases["no full text"].ready()
-    yield cases
-    for case in cases.values():
-        case.close()
+def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
+    indexed.add(*(index_prompt(number, text) for number, text in enumerate(INDEX_TEXTS)))
+    if how == "no full text":
+        monkeypatch.setattr(cm, "has_full_text", lambda db: False)
+    if how != "no index":
+        indexed.ready()
+    expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
+    assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
 
 
 index_texts = st.lists(
@@ -12828,16 +12397,16 @@ def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], d
             assert sorted(case.ids(typed)) == sorted(expected), typed
 
 
-def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_every_filter_takes_what_it_says(indexed, monkeypatch):
     for number in range(60):
         hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
-        indexed.add({
-            "hook": payload(hook, f"s{number % 4}", tool_name=("Bash", "Read")[number % 2], tool_use_id=f"t{number}",
-                            tool_input={"command": f"number {number % 5}"}),
-            "id": f"e{number}", "timestamp": NOW_MS + number * 1000, "machineId": f"box{number % 3}",
-        }, day_ms=NOW_MS + (number // 20) * DAY_MS)  # fmt: skip
+        call = {"tool_name": ("Bash", "Read")[number % 2], "tool_use_id": f"t{number}"}
+        hook = payload(hook, f"s{number % 4}", **call, tool_input={"command": f"number {number % 5}"})
+        event = {**timed(hook, NOW_MS + number * 1000, f"box{number % 3}"), "id": f"e{number}"}
+        indexed.add(event, day_ms=NOW_MS + (number // 20) * DAY_MS)
     indexed.ready()
     every = sorted(indexed.events(), key=lambda event: -event["timestamp"])
+    start = NOW_MS + 7000
     wanted: list[tuple[dict[str, Any], Any]] = [
         ({}, lambda event: True),
         ({"session": "s2"}, lambda event: event["sessionId"] == "s2"),
@@ -12847,25 +12416,24 @@ def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -
         ({"type": "tool_error"}, lambda event: event["eventType"] == "tool_error"),
         ({"type": "PostToolUse"}, lambda event: event["hookType"] == "PostToolUse"),
         ({"type": "tool"}, lambda event: False),
-        ({"from": NOW_MS + 7000}, lambda event: event["timestamp"] >= NOW_MS + 7000),
-        ({"to": NOW_MS + 7000}, lambda event: event["timestamp"] < NOW_MS + 7000),
-        ({"from": NOW_MS + 7000, "to": NOW_MS + 7001}, lambda event: event["timestamp"] == NOW_MS + 7000),
+        ({"from": start}, lambda event: event["timestamp"] >= start),
+        ({"to": start}, lambda event: event["timestamp"] < start),
+        ({"from": start, "to": start + 1}, lambda event: event["timestamp"] == start),
     ]
-    for one, other in itertools.product(wanted, repeat=2):
-        both = {**one[0], **other[0]}
-        if len(both) < len(one[0]) + len(other[0]):
+    for (one, takes_one), (other, takes_other) in itertools.product(wanted, repeat=2):
+        both = {**one, **other}
+        if len(both) < len(one) + len(other):
             continue
-        expected = [event for event in every if one[1](event) and other[1](event)]
+        expected = [event for event in every if takes_one(event) and takes_other(event)]
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
+    own = [it for it in every if it["sessionId"] in ("s0", "s1") and it["data"]["toolName"] == "Bash"]
     for limit in (500, 1):  # sessions by the index, or by the line in the file
         monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
         query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
-        assert [one["id"] for one in indexed.history.search(query)["results"]] == [
-            event["id"] for event in every
-            if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
-        ]  # fmt: skip
+        found = indexed.history.search(query)["results"]
+        assert [result["id"] for result in found] == [event["id"] for event in own]
 
 
 def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> None:
@@ -12888,9 +12456,7 @@ def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> No
 
 
 @pytest.mark.parametrize("days", [(0, 1, 2), (3, 0.9, 0.95, 4), (5, 1, 5.1, 1.1), (1, 0.3, 1.1)], ids=str)
-def test_results_come_in_order_of_arrival_whatever_the_clock_did(
-    indexed: IndexCase, days: tuple[float, ...]
-) -> None:
+def test_results_come_in_order_of_arrival_whatever_the_clock_did(indexed, days):
     for place, day in enumerate(days):
         for number in range(place * 3, place * 3 + 3):
             arrived_ms = NOW_MS + int(day * DAY_MS) + number % 3
@@ -12959,12 +12525,10 @@ def test_what_is_read_before_it_is_handed_over_is_not_missing(indexed: IndexCase
     eventually(lambda: indexed.history.status()["lagEvents"] == 0)
 
 
-def test_an_idle_index_looks_only_now_and_then(indexed: IndexCase, monkeypatch: Any) -> None:
-    looks: list[float] = []
-    is_removed = cm.IndexFile.is_removed
-    monkeypatch.setattr(
-        cm.IndexFile, "is_removed", lambda file: looks.append(time.monotonic()) or is_removed(file)
-    )
+def test_an_idle_index_looks_only_now_and_then(indexed, monkeypatch):
+    looks, is_removed = [], cm.IndexFile.is_removed
+    noted = lambda file: looks.append(time.monotonic()) or is_removed(file)  # noqa: E731
+    monkeypatch.setattr(cm.IndexFile, "is_removed", noted)
     indexed.add(index_prompt(1, "word"))
     indexed.ready()
     eventually(lambda: time.monotonic() > looks[-1] + 1, what="a second without a look")
@@ -12981,53 +12545,45 @@ def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     assert result["data"]["target"] == "find hay" and result["partial"] is True
 
 
-def remove_beside(path: str, *suffixes: str) -> None:
-    """Remove what SQLite keeps beside its file while it is open."""
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-def write_at(path: str, offset: int, content: bytes) -> None:
-    """Overwrite a part of a file."""
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
-def change_snapshot(path: str) -> None:
-    """Change a snapshot and not its checksum."""
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
-
-
-INDEX_DAMAGE: dict[str, Any] = {
-    "deleted": os.unlink,
-    "deleted with its log": cm.remove_index,
-    "truncated": lambda path: os.truncate(path, 5000),
-    "emptied": lambda path: os.truncate(path, 0),
-    "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
-    "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
-    "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
-    "without its log": lambda path: remove_beside(path, "-wal", "-shm"),
-    "without its map": lambda path: remove_beside(path, "-shm"),
-    "another file in its place": lambda path: ee.write_atomically(path, b"this is no database" * 4000),
+# Shell commands in the directory of the index.
+INDEX_DAMAGE = {
+    "deleted": "rm index.db",
+    "deleted with its log": "rm index.db*",
+    "truncated": "head -c 5000 index.db >part; cat part >index.db",
+    "emptied": ": >index.db",
+    "overwritten": "yes no database | dd of=index.db bs=4096 count=20 iflag=fullblock conv=notrunc",
+    "zeros inside": "dd if=/dev/zero of=index.db bs=4096 count=15 seek=1 conv=notrunc",
+    "of another version": r"printf '\0\0\3\347' | dd of=index.db bs=1 seek=60 conv=notrunc",
+    "without its log": "rm -f index.db-wal index.db-shm",
+    "without its map": "rm -f index.db-shm",
+    "another file in its place": "yes no database | head -c 80000 >other; mv other index.db",
 }
 # Damage while the index is not open. A closed index has no log and no map.
-SNAPSHOT_DAMAGE: dict[str, Any] = {
+SNAPSHOT_DAMAGE = {
     **INDEX_DAMAGE,
-    "a directory in its place": lambda path: (os.unlink(path), os.mkdir(path)),
-    "a snapshot changed": change_snapshot,
+    "a directory in its place": "rm index.db; mkdir index.db",
+    "a snapshot changed": ":",
 }
 SNAPSHOTS = {"": b"machines", "s1": b"\x00\xff" * 3000, "s\ud8001": b""}
+
+
+def damage_index(case: IndexCase, damage: str) -> None:
+    shell = ["/bin/sh", "-c", SNAPSHOT_DAMAGE[damage]]
+    subprocess.run(shell, cwd=case.home, check=True, stderr=subprocess.DEVNULL)
+    if damage == "a snapshot changed":  # and not its checksum
+        with contextlib.closing(sqlite3.connect(case.path)) as db, db:
+            db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
 
 
 @pytest.fixture
 def saved(indexed: IndexCase) -> IndexCase:
     """A stopped index with events of three sessions, SNAPSHOTS and the checkpoint 2."""
-    indexed.add(
-        index_prompt(1, "all"), index_prompt(2, "all", "s\ud8001"), *index_prompts(range(3, 300), "all")
+    prompts = (
+        index_prompt(1, "all"),
+        index_prompt(2, "all", "s\ud8001"),
+        *index_prompts(range(3, 300), "all"),
     )
+    indexed.add(*prompts)
     indexed.ready()
     indexed.history.save_snapshots(indexed.history.generation, {"s1": b"old", "": b"machines"}, None)
     indexed.history.save_snapshots(indexed.history.generation, SNAPSHOTS, 2)
@@ -13041,12 +12597,10 @@ def snapshots_of(case: IndexCase) -> tuple[int, dict[str, bytes]]:
     return checkpoint, dict(rows)
 
 
-@pytest.mark.parametrize("damage", sorted(SNAPSHOT_DAMAGE))
-def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
-    saved: IndexCase, monkeypatch: Any, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", SNAPSHOT_DAMAGE)
+def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(saved, monkeypatch, damage):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.1)
-    SNAPSHOT_DAMAGE[damage](saved.path)
+    damage_index(saved, damage)
     nothing_lost = damage in ("without its log", "without its map")
     assert snapshots_of(saved) == ((2, SNAPSHOTS) if nothing_lost else (0, {}))
     again = IndexCase(saved.home)
@@ -13063,18 +12617,18 @@ def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
     again.history.stop()
 
 
-@pytest.mark.parametrize("damage", sorted(INDEX_DAMAGE))
-def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed: IndexCase, damage: str) -> None:
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed, damage):
     indexed.add(*index_prompts(range(300), "all"))
     assert indexed.ready().ids("all") == newest_first(range(300))
-    INDEX_DAMAGE[damage](indexed.path)
+    damage_index(indexed, damage)
     for number in range(3):
         eventually(lambda: indexed.ids("all") == newest_first(range(300)))
         indexed.add(index_prompt(1000 + number, "later"))
         eventually(lambda number=number: len(indexed.search("later")) == number + 1)
 
 
-def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_statistics_wait_for_an_index_that_is_being_made(indexed, monkeypatch):
     connect = cm.IndexFile._connect
 
     def connect_slowly(file: Any) -> Any:
@@ -13088,18 +12642,13 @@ def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, mon
 
 
 def many_words(rng: random.Random, numbers: Iterable[int], session: str = "s1") -> list[dict[str, Any]]:
-    """Return prompts of 50 words each, of which few are alike."""
-    return [
-        index_prompt(number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50)), session)
-        for number in numbers
-    ]
+    texts = ((number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50))) for number in numbers)
+    return [index_prompt(number, text, session) for number, text in texts]
 
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(
-    indexed: IndexCase, monkeypatch: Any
-) -> None:
+def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(indexed, monkeypatch):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.2)
     place = indexed.home + "/small"
     os.mkdir(place)
@@ -13207,101 +12756,84 @@ def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, 
 def calls_by_hand(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of every call its tool, how it ended and how long it took, if that is known."""
     calls: dict[Any, dict[str, Any]] = {}
+    ends = {"PostToolUse": "ok", "PostToolUseFailure": "failed"}
     for event in sorted(events, key=lambda event: event["seq"]):
         data, hook = event["data"], event["hookType"]
+
+        def call_of(call_id: str, tool: str, session: str = event["sessionId"]) -> dict[str, Any]:
+            return calls.setdefault((session, call_id), {"tool": tool, "how": "", "ms": None})
+
         for one in data["tool_calls"] if hook == "PostToolBatch" else ():
-            call = {"tool": one["tool_name"], "how": "failed"}
-            call = calls.setdefault((event["sessionId"], one["tool_use_id"]), call)
+            call = call_of(one["tool_use_id"], one["tool_name"])
             call["how"] = call["how"] or "failed"
-        if hook not in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
-            continue
-        call = {"tool": data["toolName"], "how": ""}
-        call = calls.setdefault((event["sessionId"], data["toolUseId"]), call)
         if hook == "PreToolUse":
-            call["begun"] = event["timestamp"]
-        else:
-            failed = "interrupted" if data.get("is_interrupt") else "failed"
-            call |= {"how": "ok" if hook == "PostToolUse" else failed, "end": event["timestamp"]}
-            call["ms"] = data.get("durationMs")
+            call_of(data["toolUseId"], data["toolName"])["begun"] = event["timestamp"]
+        if hook in ends:
+            how = "interrupted" if data.get("is_interrupt") else ends[hook]
+            call = call_of(data["toolUseId"], data["toolName"])
+            call |= {"how": how, "end": event["timestamp"], "ms": data.get("durationMs")}
     for call in calls.values():
-        if call.get("ms") is None and {"begun", "end"} <= call.keys():
+        if call["ms"] is None and {"begun", "end"} <= call.keys():
             call["ms"] = call["end"] - call["begun"]
     return list(calls.values())
 
 
 def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Count calls by tool."""
     tools: dict[str, Any] = {}
     for name in {call["tool"] for call in calls}:
         own = [call for call in calls if call["tool"] == name]
-        times = sorted(call["ms"] for call in own if call.get("ms") is not None)
+        outcomes = collections.Counter(call["how"] for call in own)
+        times = sorted(call["ms"] for call in own if call["ms"] is not None)
         tools[name] = {
-            "calls": len(own),
-            "failures": sum(call["how"] == "failed" for call in own),
-            "interrupted": sum(call["how"] == "interrupted" for call in own),
-            "timed": len(times),
-            "totalMs": sum(times),
-            "maxMs": max(times, default=None),
-        }
+            "calls": len(own), "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+            "timed": len(times), "totalMs": sum(times), "maxMs": max(times, default=None),
+        }  # fmt: skip
         for percent in (50, 95):  # the least time that so many calls did not exceed
             enough = (ms for ms in times if sum(other <= ms for other in times) * 100 >= percent * len(times))
             tools[name][f"p{percent}Ms"] = next(enough, None)
     return tools
 
 
-def count_by_hand(events: list[dict[str, Any]], offset_minutes: int = 0) -> dict[str, Any]:
-    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
-    events = [event for event in events if event["hookType"] != "Monitor"]
-    tools = tools_by_hand(calls_by_hand(events))
-    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offset_minutes: int) -> None:
+    """Compare the statistics with what counting gives: one event after the other, all durations in lists."""
 
     def day(event: dict[str, Any]) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
 
-    return {
-        "tools": tools,
-        "days": dict(collections.Counter(map(day, events))),
-        "machines": dict(collections.Counter(event["machineId"] for event in events)),
-        "totals": {
-            "events": len(events),
-            "prompts": sum("<task-" not in str(message) for message in prompts),
-            "sessions": len({event["sessionId"] for event in events}),
-            "failures": sum(tool["failures"] for tool in tools.values()),
-            "toolCalls": sum(tool["calls"] for tool in tools.values()),
-        },
+    events = [event for event in events if event["hookType"] != "Monitor"]
+    tools = tools_by_hand(calls_by_hand(events))
+    rows = {row["toolName"]: row for row in figures["tools"]}
+    assert {tool: {name: row[name] for name in tools[tool]} for tool, row in rows.items()} == tools
+    days = {row["day"]: row["events"] for row in figures["days"] if row["events"]}
+    assert days == collections.Counter(map(day, events))
+    machines = {row["machineId"]: row["events"] for row in figures["machines"]}
+    assert machines == collections.Counter(event["machineId"] for event in events)
+    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+    totals = {
+        "events": len(events),
+        "prompts": sum("<task-" not in str(message) for message in prompts),
+        "sessions": len({event["sessionId"] for event in events}),
+        "failures": sum(tool["failures"] for tool in tools.values()),
+        "toolCalls": sum(tool["calls"] for tool in tools.values()),
     }
-
-
-def check_statistics(figures: dict[str, Any], by_hand: dict[str, Any]) -> None:
-    """Compare the statistics with what was counted by hand."""
-    for tool in figures["tools"]:
-        counted = by_hand["tools"][tool["toolName"]]
-        assert {name: tool[name] for name in counted} == counted
-    assert len(figures["tools"]) == len(by_hand["tools"])
-    assert {day["day"]: day["events"] for day in figures["days"] if day["events"]} == by_hand["days"]
-    assert {machine["machineId"]: machine["events"] for machine in figures["machines"]} == by_hand["machines"]
-    totals = {name: figures["totals"][name] for name in by_hand["totals"]}
-    assert totals == by_hand["totals"]
+    assert {name: figures["totals"][name] for name in totals} == totals
     for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
         for name in ("events", "toolCalls", "failures"):
             assert sum(row[name] for row in figures[group]) == totals[name], (group, name)
     slowest = [call["durationMs"] for call in figures["slowest"]]
     assert slowest == sorted(slowest, reverse=True)
-    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in by_hand["tools"].values())[:-2:-1]
+    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in tools.values())[:-2:-1]
     assert sum(row["failures"] for row in figures["failing"]) <= totals["failures"]
 
 
 def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Return made-up work of some sessions on two machines over three days, told out of order."""
-    told = []
+    """Return made-up work of some sessions on two machines over three days, out of order."""
+    work = []
     for number in range(count):
         session, at = f"s{rng.randrange(6)}", NOW_MS + rng.randrange(3 * DAY_MS)
-        length = int(rng.lognormvariate(5, 2))
-        about = {
-            "tool_name": rng.choice(["Bash", "Read", "Edit"]),
-            "tool_use_id": f"t{number}",
-            "tool_input": {"command": f"run {rng.randrange(5)}"},
-        }
+        length, tool = int(rng.lognormvariate(5, 2)), rng.choice(["Bash", "Read", "Edit"])
+        command = {"command": f"run {rng.randrange(5)}"}
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": command}
         steps: list[tuple[int, str, dict[str, Any]]] = [(0, "PreToolUse", about)] if number % 9 else []
         steps.append(rng.choice([
             (length, "PostToolUse", {**about, "duration_ms": length}), (length, "PostToolUse", about),
@@ -13311,17 +12843,16 @@ def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
         if number % 7 == 0:
             gone = {"tool_name": "Gone", "tool_use_id": f"gone{number}", "tool_input": {}}
             steps.append((length + 5, "PostToolBatch", {"tool_calls": [about, gone]}))
+        machine = f"box{session[1] in '123'}"
         for place, (after_ms, hook, fields) in enumerate(steps):
-            told.append({
-                "hook": payload(hook, session, **fields), "id": f"e{number}.{place}",
-                "timestamp": at + after_ms, "machineId": f"box{session[1] in '123'}",
-            })  # fmt: skip
-    rng.shuffle(told)
-    return told
+            event = timed(payload(hook, session, **fields), at + after_ms, machine)
+            work.append({**event, "id": f"e{number}.{place}"})
+    rng.shuffle(work)
+    return work
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: int) -> None:
+def test_statistics_are_what_counting_the_files_gives(indexed, seed):
     work = index_work(random.Random(seed), 300)
     indexed.add(*work[:400])
     indexed.ready()
@@ -13330,19 +12861,17 @@ def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: 
     events = indexed.events()
     for session, offset in itertools.product((None, "s1", "s4"), (0, 60, -570)):
         own = [event for event in events if session in (None, event["sessionId"])]
-        check_statistics(indexed.figures(session, offset), count_by_hand(own, offset))
+        check_statistics(indexed.figures(session, offset), own, offset)
 
 
 def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[str, Any]:
-    """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
-    told = {
-        name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
-        for name, used in models.items()
+    """Return the end of a turn that has what a session has used so far: (input, output) by model."""
+    used = {
+        name.replace("_", "-"): dict(zip(("input", "output", "cacheRead"), (*counts, 7)))
+        for name, counts in models.items()
     }
-    return {
-        **index_prompt(number, "", session), "eventType": "turn_end", "hookType": "Stop",
-        "data": {"usage": {"models": told, "agents": {}}},
-    }  # fmt: skip
+    turn = {"eventType": "turn_end", "hookType": "Stop", "data": {"usage": {"models": used, "agents": {}}}}
+    return {**index_prompt(number, "", session), **turn}
 
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
@@ -13466,8 +12995,6 @@ def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: Inde
 
 
 def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
-    """Wait until everything that is stored is in the index; return its status."""
-
     def complete() -> dict[str, Any] | None:
         index: dict[str, Any] = monitor.get("/api/status")["index"]
         return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
@@ -13476,7 +13003,6 @@ def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
 
 
 def found_in(answer: dict[str, Any]) -> list[str]:
-    """Return the sessions of an answer's results."""
     return [result["sessionId"] for result in answer["results"]]
 
 
@@ -13495,11 +13021,13 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
     assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
-    for number, (wrong, words) in enumerate(
-        [({"state": "asleep"}, "waiting"), ({"cursor": "nonsense"}, "cursor"), ({"limit": 100_000}, "limit")]
+    for words, wrong in (
+        ("waiting", {"state": "asleep"}),
+        ("cursor", {"cursor": "x"}),
+        ("limit", {"limit": 100_000}),
     ):
-        client.send(requestId=number, **wanted, **wrong)
-        assert words in client.next("error", requestId=number)["message"]
+        client.send(requestId=words, **wanted, **wrong)
+        assert words in client.next("error", requestId=words)["message"]
     figures = running.get("/api/stats")
     assert figures["totals"]["prompts"] == 2
     labels = {row["sessionId"]: row["label"] for row in figures["sessions"]}
@@ -13521,14 +13049,12 @@ search?timeZone=x%00 export?timeZone=%F0%9F%A6%93
 """
 
 
-@pytest.mark.parametrize("query", WRONG_QUESTIONS.split())
-def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(
-    shared: RunningMonitor, query: str
-) -> None:
-    status, _, body = shared.request("/api/" + query)
-    answer = json.loads(body)
-    assert status == 400 and answer["field"] == re.split("[?=]", query)[1]
-    assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
+def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
+    for query in WRONG_QUESTIONS.split():
+        status, _, body = shared.request("/api/" + query)
+        answer = json.loads(body)
+        assert (query, status, answer["field"]) == (query, 400, re.split("[?=]", query)[1])
+        assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
 
 
 def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
@@ -13554,17 +13080,15 @@ def test_a_range_ends_before_its_last_day_unless_it_is_the_first(start, end, zon
     assert cm.time_range(start, end, cm.time_zone(zone)) == (utc_ms(first), utc_ms(last))
 
 
-def test_days_are_searched_in_the_zone_that_is_named(running: RunningMonitor) -> None:
+def test_days_are_searched_in_the_zone_that_is_named(running):
     running.emit(*zone_calls("Europe/Berlin"))
     the_day, zone = [f"z{number}" for number in (1, 2, 3, 4)], "--time-zone Europe/Berlin"
 
     def ids(lines: str) -> list[str]:
         return sorted(json.loads(line)["id"] for line in lines.splitlines())
 
-    first_ms, last_ms = (
-        utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5)
-    )  # the last is left out
-    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={last_ms}"):
+    first_ms, after_ms = (utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5))
+    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={after_ms}"):
         assert sorted(row["id"] for row in running.get(f"/api/search?{query}")["results"]) == the_day
         assert ids(running.request(f"/api/export?{query}")[2].decode()) == the_day
     for command in ("search --json", "export"):
@@ -13589,22 +13113,15 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
 ]
 
 
-def test_the_search_command_prints_what_the_monitor_finds(
-    running: RunningMonitor, monkeypatch: Any, capsys: Any
-) -> None:
+def test_the_search_command_prints_what_the_monitor_finds(running):
     running.emit(*hooks("@a prompt where is the \x1b[1;31mquokka\x1b[31m?; @b prompt nothing of the kind"))
     running.emit(*hooks("@b call grep -r quokka src"))
     eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
-    for name, value in running.environment.items():
-        monkeypatch.setenv(name, value)
     for options, code, printed, said in SEARCHES:
-        try:
-            assert cm.main(["search", *options.split()]) == code, options
-        except SystemExit as exit:
-            assert exit.code == code, options
-        out, err = capsys.readouterr()
-        lines = out.splitlines()
-        assert len(lines) == len(printed) and said in err and "\x1b" not in out, options
+        done = in_process(running, "search", *options.split())
+        lines = done.stdout.splitlines()
+        assert (done.returncode, len(lines)) == (code, len(printed)), options
+        assert said in done.stderr and "\x1b" not in done.stdout, options
         assert all(re.search(words, line) for words, line in zip(printed, lines)), options
 
 
@@ -13624,14 +13141,13 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
 
 
 def retention_days(home: str) -> list[str]:
-    """List the days that have events."""
     return sorted(name for name in os.listdir(home + "/events") if name != ".in-order")
 
 
-def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: int = 2) -> dict[int, str]:
+def retention_fill(home: str, ages: Iterable[int], size: int = 100, sessions: int = 2) -> dict[int, str]:
     """Store events that arrived so many days ago; return the name of each day."""
     store, now = cm.Journal(home + "/events"), cm.now_ms()
-    arrivals = {age: now - age * 86_400_000 for age in sorted(ages, reverse=True)}
+    arrivals = {age: now - age * DAY_MS for age in sorted(ages, reverse=True)}
     for age, at in arrivals.items():
         for number in range(sessions):
             about = {"session": f"s{number}-{age}", "timestamp": at, "id": f"{age}.{number}"}
@@ -13641,26 +13157,22 @@ def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: 
     return {age: cm.day_of(at) for age, at in arrivals.items()}
 
 
-def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor: RunningMonitor) -> None:
-    monitor.config["retention"] = {"days": 5}
+def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor):
     monitor.write_config({"retention": {"days": 1000}})
     days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
     note = f"{monitor.home}/events/{days[40]}/note.txt"
     ee.write_atomically(note, b"mine")
     monitor.serve()
-    client = monitor.websocket("rows")
-    client.send(type="toggle_pin", sessionId="s1-8")
-    eventually(lambda: monitor.sessions()["s1-8"]["isPinned"])
+    protocol_post(monitor, type="toggle_pin", sessionId="s1-8")
     highest = monitor.get("/api/status")["seq"]
     monitor.kill()
-    monitor.write_config({})
+    monitor.write_config({"retention": {"days": 5}})
     monitor.serve()
     eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8, 40)})
     assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
-    gone = {f"s{n}-{age}" for n, age in ((0, 7), (1, 7), (0, 8), (0, 40), (1, 40))}
-    eventually(lambda: not gone & set(monitor.sessions()))
-    assert "s1-8" in monitor.sessions() and "s0-4" in monitor.sessions()
+    left = {"s1-8", *(f"s{number}-{age}" for number in (0, 1) for age in (0, 1, 4))}
+    eventually(lambda: set(monitor.sessions()) == left)
     eventually(lambda: len(monitor.get("/api/search?q=age8")["results"]) == 1)
     assert monitor.get("/api/search?q=age40")["results"] == []
     assert monitor.get("/api/status")["seq"] >= highest
@@ -13668,7 +13180,7 @@ def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monit
     assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
 
 
-def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
+def test_the_status_shows_how_much_is_on_disk(running):
     def on_disk() -> int:
         return sum(os.path.getsize(path) for path in glob.glob(running.home + "/events/*/*"))
 
@@ -13677,19 +13189,16 @@ def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
     disk = running.get("/api/status")["disk"]
     assert disk["eventsBytes"] == on_disk() > 50_000
     assert disk["bytes"] >= disk["eventsBytes"] + disk["indexBytes"]  # of one moment: the index grows
-    client = running.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="a")
-    client.close()
+    protocol_post(running, type="delete_session", sessionId="a")
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
-def test_numbers_go_on_after_every_event_was_too_old(monitor: RunningMonitor) -> None:
+def test_numbers_go_on_after_every_event_was_too_old(monitor):
     retention_fill(monitor.home, (50, 60))
     monitor.serve()
     eventually(lambda: retention_days(monitor.home) == [])
-    monitor.stop()
-    monitor.serve()
-    monitor.emit(payload("UserPromptSubmit", prompt="again"))
+    assert in_process(monitor, "stop").returncode == 0
+    monitor.serve().emit(payload("UserPromptSubmit", prompt="again"))
     assert monitor.stored_events()[-1]["seq"] == 5
 
 
@@ -13715,57 +13224,52 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
     assert cm.plan_retention(home, now, None, None, frozenset()).days == []
 
 
-def test_prune_keeps_a_session_that_took_over_a_pin(monitor: RunningMonitor) -> None:
+def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
     monitor.write_config({"retention": {"days": 5}})
-    began = cm.now_ms() - 10 * 86_400_000
-    store = cm.Journal(monitor.home + "/events")
-
-    def tell(at_ms: int, session: str, hook: str = "", **fields: Any) -> None:
-        given = payload(hook, session, **fields) if hook else {
-            "eventType": "session_meta", "hookType": "Monitor", "sessionId": session, "data": fields
-        }  # fmt: skip
-        event = {**ee.build_event(given, began + at_ms, "testbox"), "timestamp": began + at_ms}
+    began, store = cm.now_ms() - 10 * DAY_MS, cm.Journal(monitor.home + "/events")
+    meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "before"}
+    for at_ms, given_event in (
+        (0, payload("SessionStart", "before", source="startup")),
+        (1000, {**meta, "data": {"action": "pin", "pinned": True}}),
+        (2000, payload("SessionEnd", "before", reason="clear")),
+        (2010, payload("SessionStart", "after", source="clear")),
+        (3000, payload("SessionEnd", "after", reason="other")),
+        (60_000, {**meta, "data": {"action": "pin", "pinned": False}}),
+    ):
+        event = {**ee.build_event(given_event, began + at_ms, "testbox"), "timestamp": began + at_ms}
         store.append([event], began + at_ms)
-
-    tell(0, "before", "SessionStart", source="startup")
-    tell(1000, "before", action="pin", pinned=True)
-    tell(2000, "before", "SessionEnd", reason="clear")
-    tell(2010, "after", "SessionStart", source="clear")
-    tell(3000, "after", "SessionEnd", reason="other")
-    tell(60_000, "before", action="pin", pinned=False)
     store.close()
-    monitor.serve().command("prune")
+    assert in_process(monitor.serve(), "prune").returncode == 0
     left = glob.glob(monitor.home + "/events/*/*.jsonl")
     assert [os.path.basename(path) for path in left] == ["after.jsonl"]
 
 
-def test_prune_prints_what_it_would_delete_and_deletes_it(monitor: RunningMonitor) -> None:
+def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     monitor.write_config({"retention": {"days": 10}})
     monitor.serve()
     assert "nothing is too old" in in_process(monitor, "prune").stdout
     days = retention_fill(monitor.home, (0, 3, 20, 30))
-    told = in_process(monitor, "prune", "--dry-run").stdout
-    assert "4 files of 4 sessions" in told and days[30] in told and days[20] in told and "would be" in told
+    plan = in_process(monitor, "prune", "--dry-run").stdout
+    for words in ("4 files of 4 sessions", days[30], days[20], "would be"):
+        assert words in plan
     assert len(retention_days(monitor.home)) == 4
     assert "deleted" in in_process(monitor, "prune").stdout
     assert retention_days(monitor.home) == sorted([days[0], days[3]])
     assert "nothing is too old" in in_process(monitor, "prune").stdout
 
 
-def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path: Any) -> None:
-    store = journal_opened(tmp_path / "events")
-    day_ms, now = 86_400_000, cm.now_ms()
+def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
+    store, now = journal_opened(tmp_path / "events"), cm.now_ms()
     for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
-        event = ee.build_event(index_prompt(number, "x"), now, "m")
-        store.append([event], now - age * day_ms)
+        store.append([ee.build_event(index_prompt(number, "x"), now, "m")], now - age * DAY_MS)
     store.close()
     assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).files == ()
-    assert len(cm.plan_retention(str(tmp_path), now + 40 * day_ms, 30, None, frozenset()).files) >= 2
+    assert len(cm.plan_retention(str(tmp_path), now + 40 * DAY_MS, 30, None, frozenset()).files) >= 2
 
 
 @pytest.mark.slow
-def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: RunningMonitor) -> None:
-    retention_fill(monitor.home, tuple(range(90)), sessions=5)
+def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor):
+    retention_fill(monitor.home, range(90), sessions=5)
     rng = random.Random(2)
     for _ in range(3):
         before = len(retention_days(monitor.home))
@@ -13786,31 +13290,31 @@ def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: Runnin
 # ---------------------------------------------------------------------------
 
 
-def export_table(lines: list[bytes]) -> list[dict[str, str]]:
+def export_table(lines: Iterable[bytes]) -> list[dict[str, str]]:
     """Read a table of calls the way a spreadsheet does."""
     text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_table_has_each_call_once_as_counted_by_hand(indexed: IndexCase, seed: int) -> None:
+def test_the_table_has_each_call_once_as_counted_by_hand(indexed, seed):
     work = index_work(random.Random(seed), 300)
     work.sort(key=lambda event: (float(event["id"][1:]), event["id"][0] == "b"))  # a result after its call
     indexed.add(*work)
-    rows = export_table(list(indexed.store.lines()))
+    rows = export_table(indexed.store.lines())
     assert len({(row["sessionId"], row["toolUseId"]) for row in rows}) == len(rows)
-    for tool, counts in count_by_hand(indexed.events())["tools"].items():
+    for tool, counts in tools_by_hand(calls_by_hand(indexed.events())).items():
         own = [row for row in rows if row["toolName"] == tool]
         durations = [int(row["durationMs"]) for row in own if row["durationMs"]]
         outcomes = collections.Counter(row["outcome"] for row in own)
-        found = (len(own), len(durations), sum(durations), outcomes["failed"], outcomes["interrupted"])
-        assert found == tuple(
-            counts[name] for name in ("calls", "timed", "totalMs", "failures", "interrupted")
-        )
+        assert counts.items() >= {
+            "calls": len(own), "timed": len(durations), "totalMs": sum(durations),
+            "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+        }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("nasty", ['=cmd|"calc"!A1, and\nmore \ud83d é', "=cmd|a\n=1+cmd", "=cmd|a\r=1+cmd"])
-def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, nasty: str) -> None:
+def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed, nasty):
     bash = {"tool_name": "-Bash", "tool_use_id": "@t1", "tool_input": {"command": nasty}}
     read = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.txt"}}
     indexed.add(
@@ -13820,52 +13324,44 @@ def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, 
         payload("PostToolUse", "old", **read),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
     )
-    first, second, third = export_table(list(indexed.store.lines()))
-    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
-    assert (first["sessionId"], first["toolName"], first["outcome"], first["durationMs"]) == (
-        "'+s", "'-Bash", "failed", "5"
-    )  # fmt: skip
+    first, second, third = export_table(indexed.store.lines())
     assert first["target"].startswith("'=cmd|")
-    assert (second["target"], second["outcome"], second["durationMs"]) == ("a.txt", "ok", "0")
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    first_row = {"sessionId": "'+s", "toolName": "'-Bash", "outcome": "failed", "durationMs": "5"}
+    assert first_row.items() <= first.items()
+    assert {"target": "a.txt", "outcome": "ok", "durationMs": "0"}.items() <= second.items()
     assert third["outcome"] == "ok"
 
 
-def test_export_takes_the_filters_of_search_as_query_and_as_options(running: RunningMonitor) -> None:
+# The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
+EXPORTS: list[tuple[str, str, Any]] = [
+    ("", "", lambda event: True),
+    ("tool=Bash&session=s0", "--tool Bash --session s0",
+     lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
+    ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
+     lambda event: event["hookType"] == "PostToolUse"),
+    ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
+    ("machine=other", "--machine other", lambda event: False),
+    ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
+    ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
+    ("state=failed", "--state failed", lambda event: False),
+]  # fmt: skip
+
+
+def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
     for number in range(6):
-        tool, word = ("Bash", "Read")[number % 2], {"command": f"word{number}"}
-        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": word}
-        running.emit(
-            payload("PreToolUse", f"s{number % 3}", **about),
-            payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
-        )
+        tool, session = ("Bash", "Read")[number % 2], f"s{number % 3}"
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": {"command": f"word{number}"}}
+        running.emit(payload("PreToolUse", session, **about), payload("PostToolUse", session, **about))
     running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
-    moment = stored[6]["timestamp"]
-    for query, chosen in (
-        (f"from={moment}", lambda event: event["timestamp"] >= moment),
-        (f"to={moment}", lambda event: event["timestamp"] < moment),
-    ):
-        found = [json.loads(line)["id"] for line in running.request(f"/api/export?{query}")[2].splitlines()]
-        assert sorted(found) == sorted(event["id"] for event in filter(chosen, stored)), query
-    for query, options, chosen in (
-        ("", "", lambda event: True),
-        ("tool=Bash&session=s0", "--tool Bash --session s0",
-         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
-        ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
-         lambda event: event["hookType"] == "PostToolUse"),
-        ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
-        ("machine=other", "--machine other", lambda event: False),
-        ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
-        ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
-        ("state=failed", "--state failed", lambda event: False),
-    ):  # fmt: skip
-        status, headers, body = running.request(f"/api/export?{query}")
-        assert status == 200 and headers["content-type"] == "application/x-ndjson"
-        found, expected = [json.loads(line)["id"] for line in body.splitlines()], filter(chosen, stored)
-        assert sorted(found) == sorted(event["id"] for event in expected)
+    for query, options, chosen in EXPORTS:
+        lines = running.request(f"/api/export?{query}")[2].decode().splitlines()
+        expected = [event["id"] for event in filter(chosen, stored)]
+        assert sorted(json.loads(line)["id"] for line in lines) == sorted(expected), query
         printed = in_process(running, "export", *options.split()).stdout
-        assert sorted(printed.splitlines()) == sorted(body.decode().splitlines())
-    status, headers, body = running.request("/api/export?format=csv&tool=Read")
+        assert sorted(printed.splitlines()) == sorted(lines)
+    _, headers, body = running.request("/api/export?format=csv&tool=Read")
     assert headers["content-type"].startswith("text/csv") and "calls.csv" in headers["content-disposition"]
     rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
     assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
@@ -13891,7 +13387,6 @@ def import_copy(monitor: RunningMonitor, name: str) -> str:
 
 
 def import_entries(name: str) -> Iterator[dict[str, Any]]:
-    """Yield what a recorded session's transcripts hold."""
     for path in glob.glob(f"{RECORDED}/transcripts/{name}/**/*.jsonl", recursive=True):
         with open(path, "rb") as file:
             yield from map(json.loads, file)
@@ -13899,17 +13394,13 @@ def import_entries(name: str) -> Iterator[dict[str, Any]]:
 
 def import_hooks(name: str, start_ms: int) -> list[dict[str, Any]]:
     """Return a recorded session's payloads as hooks send them from `start_ms` on."""
-    return [
-        {"hook": one, "id": f"h{number}", "timestamp": start_ms + number, "machineId": "testbox"}
-        for number, one in enumerate(recorded(name))
-    ]
+    return [timed(hook, start_ms + number) for number, hook in enumerate(recorded(name))]
 
 
-def test_imported_transcripts_give_the_sessions_that_hooks_give(running: RunningMonitor) -> None:
+def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
     names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
-    words = in_process(running, "import").stdout
-    stored = len(running.stored_events())
-    assert words == f"{stored} events imported, 0 were stored already\n" and stored
+    first, stored = in_process(running, "import").stdout, len(running.stored_events())
+    assert first == f"{stored} events imported, 0 were stored already\n" and stored
     again = in_process(running, "import", running.claude_home).stdout
     assert again == f"0 events imported, {stored} were stored already\n"
     assert len(running.stored_events()) == stored
@@ -13929,33 +13420,30 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running: Running
         assert session["label"] == by_hooks.label[0] and session["workingDirectory"] == by_hooks.directory
         assert session["model"] == by_hooks.model or by_hooks.model is None
         messages = [entry.get("message") or {} for entry in import_entries(name)]
-        used = {one["id"]: one["usage"]["output_tokens"] for one in messages
-                if one.get("usage") and one.get("role") == "assistant"}  # fmt: skip
-        assert session["tokenUsage"]["totalOutput"] == sum(used.values()), name
-        assert figures[session_id]["tokenUsage"]["totalOutput"] == sum(used.values()), name
+        answers = [one for one in messages if one.get("usage") and one.get("role") == "assistant"]
+        output = sum({one["id"]: one["usage"]["output_tokens"] for one in answers}.values())
+        for counted in (session, figures[session_id]):
+            assert counted["tokenUsage"]["totalOutput"] == output, name
 
 
-@pytest.mark.parametrize("name", IMPORT_TRANSCRIPTS)
-def test_import_repeats_nothing_that_hooks_have_sent(running: RunningMonitor, name: str) -> None:
-    session_id = import_copy(running, name)
-    times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
-    running.emit(*import_hooks(name, min(times)))
-    before = running.sessions()[session_id]["counts"]
+def test_import_repeats_nothing_that_hooks_have_sent(running):
+    for name in IMPORT_TRANSCRIPTS:
+        import_copy(running, name)
+        times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
+        running.emit(*import_hooks(name, min(times)))
+    before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
     assert in_process(running, "import").stdout.startswith("0 events imported")
-    assert running.sessions()[session_id]["counts"] == before
+    assert {name: session["counts"] for name, session in running.sessions().items()} == before
 
 
-def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: RunningMonitor) -> None:
+def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     session_id = import_copy(running, "failing")
-    with open(f"{RECORDED}/transcripts/failing/{session_id}.jsonl", "rb") as file:
-        entries = [json.loads(line) for line in file if b'"tool_use"' in line]
-    first, use = (entry["message"]["content"][0] for entry in (entries[0], entries[4]))
-    at = (
-        cm.iso_time_ms(entries[4]["timestamp"]) or 0
-    ) + 60_000  # its clock may differ: the call's name tells
+    entries = [entry for entry in import_entries("failing") if "tool_use" in json.dumps(entry.get("message"))]
+    entries = [entry for entry in entries if entry["type"] == "assistant"]
+    first, use = (entries[number]["message"]["content"][0] for number in (0, 2))
+    at = (cm.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
     call = {"tool_name": use["name"], "tool_use_id": use["id"], "tool_input": use["input"]}
-    hook = payload("PreToolUse", session_id, **call)
-    running.emit({"hook": hook, "id": "late", "timestamp": at, "machineId": "testbox"})
+    running.emit({**timed(payload("PreToolUse", session_id, **call), at), "id": "late"})
     in_process(running, "import")
     stored = running.stored_events()
     calls = [event["data"]["toolUseId"] for event in stored if event["hookType"] == "PreToolUse"]
@@ -13967,7 +13455,7 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: Ru
 
 def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shared):
     shared.emit(*recorded("simple"), payload("UserPromptSubmit", "import-x", prompt="hello there"))
-    export = running.home + "/export.ndjson"
+    export, node_export = running.home + "/export.ndjson", running.home + "/node.json"
     in_process(shared, "export", "--output", export)
     expected = shared.stored_events()
     common = {"sessionId": "0123456789abcdef", "machineId": "mac"}
@@ -13977,13 +13465,11 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
         {"timestamp": NOW_MS + 5, **common, "eventType": "tool_result", "hookType": "PostToolUse",
          "data": {"toolName": "Bash", "tool_output": "a b"}},
     ]  # fmt: skip
-    with open(running.home + "/node.json", "w", encoding="utf-8") as file:
-        json.dump(
-            {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}, file, indent=1
-        )
+    whole = {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}
+    ee.write_atomically(node_export, json.dumps(whole, indent=1).encode())
     for count in (len(expected) + 2, 0):
-        words = in_process(running, "import", export, running.home + "/node.json").stdout
-        assert words.startswith(f"{count} events imported")
+        done = in_process(running, "import", export, node_export)
+        assert done.stdout.startswith(f"{count} events imported")
     stored = {event["id"]: event for event in running.stored_events()}
     for event in expected:
         kept = {**stored[event["id"]], "seq": 0, "received": 0}
@@ -13993,28 +13479,11 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_import_of_files_without_history_stores_nothing(running: RunningMonitor) -> None:
-    path = running.home + "/odd.jsonl"
-    objects = (b"[]", b"{}", b'{"type":"user"}\n' * 3)
-    for content in (b"", b"not json\nat all", *objects, b"\xff\x00", b"[" * 100_000):
-        with open(path, "wb") as file:
-            file.write(content)
-        assert in_process(running, "import", path).returncode in (0, 1), content
-    missing = in_process(running, "import", running.home + "/missing.json")
-    assert missing.returncode == 1 and "error" in missing.stderr
-    assert running.stored_events() == []
-
-
-def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
+def test_odd_transcripts_are_read_as_far_as_they_make_sense():
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
-        about = {
-            "sessionId": "s",
-            "cwd": 5,
-            "timestamp": "2026-11-24T06:03:18.373Z",
-            "type": kind,
-            "uuid": uuid,
-        }
-        return json.dumps({**about, "message": {"content": content}, **more}).encode()
+        about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
+        about |= {"uuid": uuid, "message": {"content": content}}
+        return json.dumps({**about, **more}).encode()
 
     lines = [
         *(b"{ broken", b"[]", b""),
@@ -14027,8 +13496,8 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
         *(entry("user", "f", "hello"),) * 2,
     ]
     events = cm.TranscriptReader("s", "m", set()).events(lines)
-    hooks = "SessionStart PostToolUse UserPromptSubmit SessionEnd"
-    assert " ".join(event["hookType"] for event in events) == hooks
+    read = [event["hookType"] for event in events]
+    assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
 
 
@@ -14050,43 +13519,36 @@ IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId": "{IMPORT_A}"', f'"sessionId": "{
 IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
 IMPORT_SUMS = usage_entries("sums opus 200/20 startTime=5", IMPORT_B)
-# A session's transcript, and what its fork begins with and ends with.
+IMPORT_UNMARKED = IMPORT_COPY.replace("u-", "v-")
+IMPORT_SHOWN = (1, 100, "fork question")
+# A session's transcript; what its fork begins with and ends with; the prompts, input tokens and label of the fork.
 IMPORT_FORKS = {
-    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, ""),
-    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), ""),
-    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, ""),
-    "the fork's sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS),
-    "its sums do not say when they began": (IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")),
-    "copies without any mark have their tokens counted once": (
-        IMPORT_OLD,
-        IMPORT_COPY.replace("u-", "v-"),
-        "",
+    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, "", IMPORT_SHOWN),
+    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), "", IMPORT_SHOWN),
+    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, "", IMPORT_SHOWN),
+    "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS, IMPORT_SHOWN),
+    "its sums do not say when they began": (
+        *(IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")), IMPORT_SHOWN
     ),
-    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, ""),
-    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, ""),
-}
-# Prompts, input tokens and label of the fork.
-IMPORT_FORK_SHOWN = {
-    "copies without any mark have their tokens counted once": (2, 100, "first question"),
-    "it keeps the history of an origin that is gone": (2, 200, "first question"),
-}
+    "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_UNMARKED, "", (2, 100, "first question")),
+    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, "", (2, 200, "first question")),
+    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, "", IMPORT_SHOWN),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", IMPORT_FORKS)
 def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
-    origin, copied, sums = IMPORT_FORKS[rule]
-    write_files(
-        tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": copied + IMPORT_OWN + sums}
-    )
+    origin, copied, sums, shown = IMPORT_FORKS[rule]
+    fork = copied + IMPORT_OWN + sums
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": fork})
     write_files(tmp_path, {f"x/{IMPORT_A}.jsonl": f"->p/{IMPORT_A}.jsonl", "y": "->p"})  # read once
     os.utime(tmp_path / "p" / f"{IMPORT_A}.jsonl", (1, 1))
-    found = imported(tmp_path, IMPORT_A if "stored" in rule else "")
-    shown = {
+    sessions = imported(tmp_path, IMPORT_A if "stored" in rule else "")
+    found = {
         session_id: (session["counts"]["prompts"], session["tokenUsage"]["totalInput"], session["label"])
-        for session_id, session in found.items()
+        for session_id, session in sessions.items()
     }
-    assert shown.pop(IMPORT_B) == IMPORT_FORK_SHOWN.get(rule, (1, 100, "fork question"))
-    assert shown == ({IMPORT_A: (1, 100, "first question")} if origin else {})
+    assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
 
 
 @pytest.mark.parametrize(
@@ -14129,19 +13591,31 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_path: Any) -> None:
+IMPORT_NOTHING = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
+
+
+def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
+    path = running.home + "/odd.jsonl"
+    for content in IMPORT_NOTHING:
+        ee.write_atomically(path, content)
+        assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    write_files(tmp_path, {f"p/{IMPORT_A}.jsonl": IMPORT_OLD, "p/x.txt": "", "p/again": "->p"})
-    write_files(
-        tmp_path / "p", {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.jsonl": "->/nowhere"}
-    )
+    odd = {
+        "loop.jsonl": "->loop.jsonl",
+        "null.json": "->/dev/null",
+        "gone.json": "->/nowhere",
+        "again": "->.",
+    }
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
     os.mkfifo(fifo)
+    for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
+        refused = in_process(running, "import", path)
+        assert refused.returncode == 1 and words in refused.stderr
+    assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
     assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
-    for name in (fifo.name, "null.json", "gone.jsonl", "loop.jsonl", "again"):
+    for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
-    refused = in_process(running, "import", str(fifo))
-    assert refused.returncode == 1 and "is no regular file" in refused.stderr
 
 
 # ---------------------------------------------------------------------------
@@ -14150,60 +13624,54 @@ def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_p
 
 
 def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """Return what /metrics tells: sample's name → labels → value."""
-    status, headers, body = monitor.request("/metrics")
-    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    """Return what /metrics has: sample's name → labels → value."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    status, headers, body = monitor.request("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
         for sample in family.samples:
-            values = found.setdefault(sample.name, {})
-            key = tuple(sorted(sample.labels.items()))
+            values, key = found.setdefault(sample.name, {}), tuple(sorted(sample.labels.items()))
             assert key not in values, (sample.name, key)
             values[key] = sample.value
     return found
 
 
-def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
-    for number, (hook, more) in enumerate((
-        ("PostToolUse", {"duration_ms": 10}), ("PostToolUse", {"duration_ms": 11}), ("PostToolUse", {"duration_ms": 700_000}),
-        ("PostToolUseFailure", {"duration_ms": 2500, "error": "no"}), ("PostToolUse", {}),
-    )):  # fmt: skip
-        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", tool_input={}, **more))
-    odd = {
-        "eventType": "message",
-        "machineId": 'odd "box"\\ with\nlines \ud83d é',
-        "sessionId": "z",
-        "data": {},
-    }
+# The events that are counted: four calls with their time in ms, one without.
+METRICS_CALLS = [*(f"PostToolUse {ms}" for ms in ("10", "11", "700000", "")), "PostToolUseFailure 2500"]
+# Samples without labels, then others that are there.
+METRICS_SINGLE = {
+    "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
+    "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
+}  # fmt: skip
+METRICS_OTHERS = "spool_bytes spool_dropped_total client_queue_bytes clients_closed_slow_total".split()
+
+
+def test_prometheus_reads_what_is_measured(running):
+    for number, (hook, *duration) in enumerate(map(str.split, METRICS_CALLS)):
+        more = {"duration_ms": int(duration[0])} if duration else {}
+        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", error="no", **more))
+    name = 'odd "box"\\ with\nlines \ud83d é'
+    odd = {"eventType": "message", "machineId": name, "sessionId": "z", "data": {}}
     running.emit(odd, payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"}), odd)
     index_ready(running)
     eventually(lambda: metrics_of(running)["contextuate_disk_bytes"][()] > 0)
-    measured = metrics_of(running)
+    measured = {name.partition("_")[2]: values for name, values in metrics_of(running).items()}
 
     def by(label: str, name: str) -> dict[str, float]:
-        return {dict(key)[label]: value for key, value in measured[f"contextuate_{name}"].items()}
+        return {dict(key)[label]: value for key, value in measured[name].items()}
 
     events = {"tool_result": 4, "tool_error": 1, "message": 2, "permission_request": 1}
     assert by("type", "events_total") == events
-    assert set(by("machine", "events_total")) == {"testbox", 'odd "box"\\ with\nlines \\ud83d é'}
+    assert set(by("machine", "events_total")) == {"testbox", name.replace("\ud83d", "\\ud83d")}
     buckets = by("le", "tool_duration_seconds_bucket")
     assert [buckets[le] for le in ("0.01", "0.05", "2.5", "600.0", "+Inf")] == [1, 2, 3, 3, 4]
     sessions = by("state", "sessions")
     assert sessions["waiting"] == 1 and sum(sessions.values()) == 3
-    single = {
-        "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
-        "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
-    }  # fmt: skip
-    assert {name: list(measured[f"contextuate_{name}"].values()) for name in single} == {
-        name: [value] for name, value in single.items()
-    }
-    assert measured["contextuate_index_bytes"][()] > 0
-    assert {f"contextuate_{name}" for name in (
-        "spool_bytes", "spool_dropped_total", "client_queue_bytes", "clients_closed_slow_total"
-    )} <= set(measured)  # fmt: skip
+    assert {name: sum(measured[name].values()) for name in METRICS_SINGLE} == METRICS_SINGLE
+    assert measured["index_bytes"][()] > 0 and set(METRICS_OTHERS) <= set(measured)
 
 
 def test_metrics_are_bounded_whatever_names_events_carry() -> None:
@@ -14239,9 +13707,8 @@ def test_the_docstring_ends_with_an_index_of_the_rooms() -> None:
 
 
 @pytest.mark.parametrize("module", [ee, cm], ids=["hook", "monitor"])
-def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
-    with open(str(module.__file__), encoding="utf-8") as file:
-        source = file.read()
+def test_a_room_uses_only_the_rooms_above_it(module):
+    source = install_text(module.__file__)
     tree = ast.parse(source)
     starts = [source.count("\n", 0, it.start()) + 1 for it in re.finditer(r"(?m)^# -{75}\n# [A-Z]", source)]
     assert len(starts) > 7
@@ -14250,13 +13717,11 @@ def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node.lineno
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = [
-                it.id for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
-            ]
-            defined.update(dict.fromkeys(names, node.lineno))
+            names = (it for it in ast.walk(node) if isinstance(it, ast.Name))
+            defined.update({it.id: node.lineno for it in names if isinstance(it.ctx, ast.Store)})
     below = [
         f"line {line} uses {name} of line {defined[name]}"
-        for line, names in uses_of_names(compile(tree, str(module.__file__), "exec"))
+        for line, names in uses_of_names(compile(tree, module.__file__, "exec"))
         for name in names & defined.keys()
         if bisect.bisect(starts, line) < bisect.bisect(starts, defined[name])
     ]
@@ -14314,12 +13779,12 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 # ---------------------------------------------------------------------------
 
 
-def read_document(path: str) -> str:
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        return file.read()
+DOCUMENTS = {
+    path: install_text(os.path.join(ROOT, path))
+    for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))
+}
 
 
-DOCUMENTS = {path: read_document(path) for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))}
 PROTOCOL_MD = DOCUMENTS[".docs/protocol.md"]
 DOC_BLOCKS = [
     (path, language, text)
@@ -14478,15 +13943,14 @@ def test_the_websocket_conversation_in_the_documents_is_a_real_one(running: Runn
 
 
 @pytest.mark.slow
-def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
+def test_a_new_user_gets_through_the_commands_of_the_readme():
     home = new_home()
     files, python = f"{home}/monitor", f"{home}/python3"
     os.mkdir(files)
     os.mkdir(f"{home}/.contextuate", 0o700)
     for name in ("contextuate_monitor.py", "emit_event.py", "index.html"):
         shutil.copy2(os.path.join(ROOT, name), files)
-    with open(python, "w", encoding="utf-8") as file:
-        file.write(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
+    ee.write_atomically(python, f'#!/bin/sh\nexec "{PYTHON}" "$@"\n'.encode())
     os.chmod(python, 0o700)
     made = RunningMonitor(f"{home}/.contextuate")
     kept = {name: it for name, it in os.environ.items() if not name.startswith(("CLAUDE", "CONTEXTUATE"))}
@@ -14506,10 +13970,8 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
             shell = ["/bin/sh", "-c", line]
             done = subprocess.run(shell, cwd=files, env=environment, capture_output=True, check=False)
             assert done.returncode == 0 and (done.stdout or line.startswith(("echo", "rm"))), done
-        with open(f"{files}/calls.csv", encoding="utf-8") as file:
-            assert len(file.readlines()) > 5
-        with open(f"{home}/.claude/settings.json", encoding="utf-8") as file:
-            assert json.load(file) == {}
+        assert install_text(f"{files}/calls.csv").count("\n") > 5
+        assert json.loads(install_text(f"{home}/.claude/settings.json")) == {}
         assert not os.path.exists(f"{home}/.contextuate")
     finally:
         clean_up(made)
@@ -14517,22 +13979,19 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
 
 
 @pytest.mark.slow
-def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -> None:
+def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
     blocks = [text for path, _, text in DOC_BLOCKS if path == ".docs/redis.md"]
     folder, port = str(tmp_path), redis_free_port()
+    ours = {"redis.example.org": "localhost", "6380": str(port)}
+    ours |= dict.fromkeys(("/etc/redis", "~/.contextuate"), folder)
 
     def block(words: str) -> str:
         (found,) = [text for text in blocks if words in text]
-        for theirs, ours in (
-            ("redis.example.org", "localhost"), ("/etc/redis", folder), ("6380", str(port)), ("~/.contextuate", folder)
-        ):  # fmt: skip
-            found = found.replace(theirs, ours)
-        return found
+        return functools.reduce(lambda text, it: text.replace(*it), ours.items(), found)
 
     subprocess.run(["/bin/sh", "-e", "-c", block("openssl req")], cwd=folder, check=True, capture_output=True)
     users = block("user emitter on")
-    with open(folder + "/users.acl", "w", encoding="ascii") as file:
-        file.write(users)
+    ee.write_atomically(folder + "/users.acl", users.encode())
     make(RedisServer, *block("tls-cert-file").splitlines(), port=port, user="both", password="THIRD-PASSWORD")
     machines = {}
     for name, password in re.findall(r"^user (\w+) on >(\S+)", users, re.M):
@@ -14552,8 +14011,8 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -
         about = machine.redis()
         assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
     for machine in (emitter, both):
-        told = machine.publisher()
-        assert (told["stream"], told["channelState"]) == ("ok", "ok")
+        publisher = machine.publisher()
+        assert (publisher["stream"], publisher["channelState"]) == ("ok", "ok")
     strict = ssl.create_default_context(cafile=folder + "/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
     with socket.create_connection(("localhost", port)) as sock:
@@ -14566,7 +14025,6 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -
 
 
 def benchmark_tables(text: str) -> dict[str, list[tuple[str, str]]]:
-    """Return the (figure, goal) of each row, by the title of its table."""
     sections = re.findall(r"(?ms)^## (.+?)$(.*?)(?=^## |\Z)", text)
     rows = re.compile(r"(?m)^\| (?!figure )(.+?) \|(?:[^|]*\|){3} \**(.*?)\** \|")
     return {title: rows.findall(body) for title, body in sections}
@@ -14582,7 +14040,7 @@ def test_the_tables_of_benchmarks_have_their_rows_and_goals() -> None:
     assert tables == {title: [(row.name, row.goal) for row in rows] for title, rows in expected.items()}
 
 
-def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
+def test_a_benchmark_replaces_its_own_table_only(tmp_path):
     import bench
 
     document = tmp_path / "benchmarks.md"
@@ -14594,8 +14052,6 @@ def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
     text = document.read_text()
     assert text.startswith("# Benchmarks\n\nText.\n") and "old" not in text and "\nkept\n" in text
     assert list(benchmark_tables(text)) == ["all", "hook", "idle"]
-    assert (
-        "| hook, local mode | 20.0 ms | 10.0 ms, bare interpreter | 2.00 | **<= 1.3** | 1.10 to 1.40 |"
-        in text
-    )
-    assert "| hook, local mode | 12.0 ms | 10.0 ms, bare interpreter | 1.20 | <= 1.3 | 1.10 to 1.40 |" in text
+    for ours, ratio, goal in (("20.0", "2.00", "**<= 1.3**"), ("12.0", "1.20", "<= 1.3")):
+        cells = f"{ours} ms | 10.0 ms, bare interpreter | {ratio} | {goal} | 1.10 to 1.40"
+        assert f"| hook, local mode | {cells} |" in text

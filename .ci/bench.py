@@ -1409,7 +1409,7 @@ def page_events(first: int, count: int) -> list[dict[str, Any]]:
     for number in range(first, first + count // 2):
         session = f"load-{number % 20}"
         agent = {"agent_id": f"a{number % 20}", "agent_type": "explorer"} if number % 3 == 0 else {}
-        call, result = tests.browser_call(number, session, tool_response={"stdout": "ok"})
+        call, result = tests.many_calls([number], session)
         failed = {"hook_event_name": "PostToolUseFailure", "error": "Exit code 1"} if number % 23 == 0 else {}
         events += [{**call, **agent}, {**result, **agent, **failed, "duration_ms": 5 + number % 400}]
     return events
