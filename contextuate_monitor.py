@@ -588,7 +588,7 @@ def handshake_response(request: Request) -> bytes:
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
 _SEQ = re.compile(rb'\{"seq":(\d+),')
-_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
+_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
 _PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # the start of a part
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
@@ -971,7 +971,8 @@ def line_seq(line: bytes) -> int:
 def line_id(line: bytes) -> str:
     """Return the event id at the beginning of a stored line, "" if there is none."""
     match = _ID.match(line)
-    return str(json.loads(match[1])) if match else ""
+    text = match[1].decode("utf-8", "replace") if match else '""'
+    return str(json.loads(text)) if "\\" in text else text[1:-1]
 
 
 def parse_stored(line: bytes) -> JsonObject:
@@ -1269,10 +1270,12 @@ class Session:
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
-        values: Any = (each.copy() if isinstance(each, (dict, list)) else each for each in _values(self))
-        copy = Session(*values)
+        copy = Session(*_values(self))
+        for name in _MUTABLE:
+            setattr(copy, name, getattr(copy, name).copy())
         for agent_id, agent in self.agents.items():
-            copy.agents[agent_id] = dataclasses.replace(agent, counts=agent.counts.copy())
+            copy.agents[agent_id] = own = Agent(*_agent_values(agent))
+            own.counts = own.counts.copy()
         return copy
 
     def shift(self, step_ms: int) -> None:
@@ -1327,6 +1330,8 @@ class Session:
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
+_agent_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Agent)))
+_MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(field.default_factory)]
 
 
 # Text and targets
@@ -1559,8 +1564,9 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     elif session.turn == "failed":  # the last turn ended with an error
         state = "failed"
     else:
-        outlives_turn = session.background or any(agent.end is None for agent in session.agents.values())
-        state = "working" if session.turn == "working" or outlives_turn else "idle"
+        works = session.turn == "working" or bool(session.background)
+        works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
+        state = "working" if works else "idle"
     if state != session.state or (was_quiet and state == "working"):
         session.state, session.state_since = state, at
 
@@ -1576,8 +1582,10 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     A second terminal may resume a session that is open in the first one.
     """
     kind, process = step.kind, process_of(step.event)
-    if process is None or (kind == "replaced" and session.turn == "ended"):
-        return process is not None
+    if process is None or (process == session.process and RULES.get(kind, _NOTHING).ends != "all"):
+        return False
+    if kind == "replaced" and session.turn == "ended":
+        return True
     others = {other: alive_at for other, alive_at in session.processes.items() if other != process}
     if kind in ("session_end", "replaced"):
         session.processes = others or {process: session.processes.get(process, 0)}
@@ -2194,7 +2202,7 @@ class Sessions:
         """
         timestamp = event["timestamp"]
         received: int = event.get("received") or timestamp
-        machine = self._machines.get(event["machineId"], MachineClock())
+        machine = self._machines.get(event["machineId"]) or MachineClock()
         difference, skew = received - timestamp, machine.skew
         is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
         if is_new:
@@ -2281,8 +2289,8 @@ class Sessions:
             else:
                 stages.clear()  # our clock or its machine's was set back
         for step in steps:
-            since = stages[-1][1] if stages else [step] * REORDER_EVENTS
-            if step.timestamp - since[0].timestamp < REORDER_WINDOW_MS and len(since) < REORDER_EVENTS // 2:
+            since = stages[-1][1] if stages else ()
+            if 0 < len(since) < REORDER_EVENTS // 2 and step[0] - since[0][0] < REORDER_WINDOW_MS:
                 since.append(step)
             else:
                 stages.append((session.clone(), [step]))
@@ -4146,10 +4154,12 @@ class EventLoop:
     """Calls callbacks of ready sockets, of timers and from other threads.
 
     `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
+    `steps` grows before each callback that may change something; `on_turn_end` counts itself when it does.
     """
 
     def __init__(self) -> None:
         self.on_turn_end: Callable[[], None] = lambda: None
+        self.steps = 0
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # heap of (time.monotonic, number, …)
         self._timer_numbers = itertools.count()
@@ -4246,6 +4256,7 @@ class EventLoop:
             due += [self._calls.popleft() for _ in range(len(self._calls))]
             due.append(self.on_turn_end)
             for callback in due:
+                self.steps += callback is not self.on_turn_end  # which does nothing in most turns
                 try:
                     callback()
                 except Exception:  # an error in one connection must not stop the others
@@ -4974,7 +4985,7 @@ class Access:
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
         if name and (
-            is_loopback(name) or name.strip("[]") in self._own_names or {name, host} & self._allowed
+            name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
         ):
             return name
         raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
@@ -5197,8 +5208,9 @@ class Api:
         return json_response(figures)
 
     ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+        ("POST", r"/api/hooks", _hooks),
         ("GET", r"/health", lambda api, *_: json_response({"status": "ok", "version": __version__})),
-        ("GET", r"/api/status", lambda api, *_: json_response(api.ask(api.status.to_json))),
+        ("GET", r"/api/status", lambda api, *_: Response(200, api.status.encoded())),
         ("GET", r"/api/config", lambda api, *_: json_response(api.ask(api.status.config))),
         ("GET", r"/api/sessions", _sessions),
         ("GET", r"/api/sessions/([^/]+)", _session),
@@ -5209,7 +5221,6 @@ class Api:
         ("GET", r"/api/search", _search),
         ("GET", r"/api/stats", _stats),
         ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
-        ("POST", r"/api/hooks", _hooks),
         ("POST", r"/api/message", _message),
     )
 
@@ -5384,15 +5395,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read and parse the head, by the rules of the WebSocket port, and end its deadline."""
-        lines = [self.raw_requestline]
-        while (
-            lines[-1].endswith(b"\r\n") and lines[-1] != b"\r\n" and sum(map(len, lines)) <= HEAD_LIMIT_BYTES
-        ):
-            lines.append(self.rfile.readline(HEAD_LIMIT_BYTES + 1))
-        head = b"".join(lines)
+        line = head = self.raw_requestline
+        while line.endswith(b"\r\n") and line != b"\r\n" and len(head) <= HEAD_LIMIT_BYTES:
+            line = self.rfile.readline(HEAD_LIMIT_BYTES + 1)
+            head += line
         self.server.deadlines.pop(self.connection, None)
         self.close_connection = True
-        if not lines[-1]:  # the peer has disconnected
+        if not line:  # the peer has disconnected
             return False
         try:
             if len(head) > HEAD_LIMIT_BYTES:
@@ -5554,6 +5563,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
+STATUS_AGE_S = 0.1
 FILES_INTERVAL_S = 5.0  # between two looks for files of other users
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
@@ -5614,13 +5624,13 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if not data:
-            self.ended.add(sock)
-            self.loop.unwatch(sock)
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         for line in lines:
             self.received((line, sock))
-        if not data and not lines:
+        if not data and lines:
+            self.ended.add(sock)
+            self.loop.unwatch(sock)
+        elif not data:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
@@ -6282,6 +6292,15 @@ class Status:
         self._monitor = monitor
         self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
         self._foreign_seen = -math.inf  # time.monotonic()
+        self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
+
+    def encoded(self) -> bytes:
+        """Return `to_json` encoded, for any thread; up to STATUS_AGE_S old while the loop does nothing."""
+        loop, kept = self._monitor.loop, self._encoded
+        if kept[0] != loop.steps or time.monotonic() > kept[1]:
+            until = time.monotonic() + STATUS_AGE_S
+            kept = self._encoded = loop.call(lambda: (loop.steps, until, encode_json(self.to_json())))
+        return kept[2]
 
     def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
         """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
@@ -6584,6 +6603,7 @@ class Monitor:
         """Store the events of this turn, acknowledge them, then send them to clients."""
         if not self._arrivals:
             return
+        self.loop.steps += 1
         arrivals = self._arrivals[:]
         self._arrivals.clear()
         safe, stored = self.ingest.take([line for line, _ in arrivals])

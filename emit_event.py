@@ -1979,6 +1979,7 @@ _CLIENT_COUNTS = (
 )
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
+AGENT_NOTE_ATTEMPTS = 10  # it is there from the first tool call on; old clients make none
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -2307,13 +2308,14 @@ class UsageWorker:
         with self._wake:
             if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
                 return  # it will be read in a moment
+            is_first = not self._pending
             self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or len(self._pending) == 1:
+            if is_end or is_first:  # else the thread looks soon enough by itself
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2433,17 +2435,18 @@ class AgentNoteReader:
 
     def __init__(self, machine_id: str) -> None:
         self._machine_id = machine_id
-        # (session, agent) → id of the event that carried the note on the agent
-        self._noted: dict[tuple[str, str], str] = {}
+        # (session, agent) → id of the event that carried the note on the agent, or how often there was none
+        self._noted: dict[tuple[str, str], Any] = {}
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
+        noted = self._noted.get(key, 0)  # if by the same event, that was not stored before
         if (
             not agent_id
             or event["machineId"] != self._machine_id
-            or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
+            or (noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS)
             or not _AGENT_ID.fullmatch(agent_id)
         ):
             return
@@ -2455,13 +2458,14 @@ class AgentNoteReader:
                 f"{glob.escape(place[: -len('.jsonl')])}/subagents{below}/agent-{agent_id}.meta.json"
             )
         )
+        if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
+            del self._noted[next(iter(self._noted))]
         try:
             with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
                 note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
         except (OSError, MalformedEvent):
+            self._noted[key] = 1 if isinstance(noted, str) else noted + 1
             return  # not there, or only half written
-        if len(self._noted) >= AGENTS_REMEMBERED:
-            del self._noted[next(iter(self._noted))]
         self._noted[key] = event["id"]
         kept = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
         _keep(data, "agentMeta", kept)
