@@ -1103,6 +1103,7 @@ RULES = {
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
     "replaced": Rule("ended", "all", "all"),  # its process started another session
+    "client_exited": Rule("ended", "all", "all"),
 }
 _NOTHING = Rule()
 
@@ -1117,6 +1118,7 @@ REORDER_EVENTS = 256  # of one session that are kept for reordering
 CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
 SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
 SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
+STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
@@ -1150,12 +1152,13 @@ class OpenCall(NamedTuple):
 class Reason(NamedTuple):
     """Why a session waits, has failed or has ended."""
 
-    kind: str  # permission, question, input, error, ended
+    kind: str  # permission, question, dialog, input, error, ended
     tool: str | None
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
+    by_client: bool = False  # the client says so, and no hook
 
 
 class Tokens(NamedTuple):
@@ -1228,6 +1231,8 @@ class Session:
     state: str = "idle"
     user_label: str = ""
     title: str = ""
+    client_name: str = ""  # from a person, by /rename
+    has_hooks: bool = False
     first_prompt: str = ""
     last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
     model: str | None = None
@@ -1262,6 +1267,8 @@ class Session:
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    # process → what the client said that it does: (status, waitingFor)
+    client_status: dict[tuple[int, int] | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
     demo: bool = False
     imported: bool = False  # a part of its history was imported
     pinned: bool = False
@@ -1302,9 +1309,15 @@ class Session:
 
     @property
     def label(self) -> tuple[str, str]:
-        """Return (label, its source): from the user, the title, the first prompt or the project."""
+        """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        for label, source in ((self.user_label, "user"), (title, "title"), (self.first_prompt, "prompt")):
+        labels = {
+            "user": self.user_label,
+            "name": self.client_name,
+            "title": title,
+            "prompt": self.first_prompt,
+        }
+        for source, label in labels.items():
             if label:
                 return label, source
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
@@ -1492,6 +1505,8 @@ def kind_of(event: JsonObject) -> str:
         return "compaction"  # within the same process
     if kind == "user_prompt" and task_notification(event) is not None:
         return "task_notification"  # not from a person
+    if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
+        return "client_exited"
     return kind
 
 
@@ -1528,7 +1543,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     agent_id = event.get("agentId", MAIN)
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
-    was_quiet = at - session.last_event >= quiet_ms
+    silence_ms = at - session.last_event
     is_stale = late and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
     session.last_timestamp = session.last_timestamp if late else step.timestamp
@@ -1550,19 +1565,24 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         _end_waits(session, step, over)
     if rule.turn and not is_stale and not agent_id:
         _apply_turn(session, event, kind, at, late)
+    if kind == "client_status" and session.turn != "ended":
+        _apply_client_status(session, step, until, silence_ms, is_stale)
     if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
         _begin_wait(session, event, kind, at, until, is_stale)
-    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
-        state = "ended"
-    elif session.waits:  # one of its agents waits for a person
-        state = "waiting"
-    elif session.turn == "failed":  # the last turn ended with an error
-        state = "failed"
-    else:
-        outlives_turn = session.background or any(agent.end is None for agent in session.agents.values())
-        state = "working" if session.turn == "working" or outlives_turn else "idle"
-    if state != session.state or (was_quiet and state == "working"):
+    state = _state_of(session)
+    if state != session.state or (silence_ms >= quiet_ms and state == "working"):
         session.state, session.state_since = state, at
+
+
+def _state_of(session: Session) -> str:
+    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
+        return "ended"
+    if session.waits:  # one of its agents waits for a person
+        return "waiting"
+    if session.turn == "failed":  # the last turn ended with an error
+        return "failed"
+    outlives_turn = session.background or any(agent.end is None for agent in session.agents.values())
+    return "working" if session.turn == "working" or outlives_turn else "idle"
 
 
 def process_of(event: JsonObject) -> tuple[int, int] | None:
@@ -1576,10 +1596,10 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     A second terminal may resume a session that is open in the first one.
     """
     kind, process = step.kind, process_of(step.event)
-    if process is None or (kind == "replaced" and session.turn == "ended"):
+    if process is None or (kind in ("replaced", "client_exited") and session.turn == "ended"):
         return process is not None
     others = {other: alive_at for other, alive_at in session.processes.items() if other != process}
-    if kind in ("session_end", "replaced"):
+    if kind in ("session_end", "replaced", "client_exited"):
         session.processes = others or {process: session.processes.get(process, 0)}
         return bool(others)
     if late and session.processes:
@@ -1595,7 +1615,8 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += kind != "replaced"  # that is an event of another session
+    session.counts["events"] += kind not in ("replaced", "client_status", "client_exited")  # no hook's
+    session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
     session.start = min(session.start, at)
@@ -1620,6 +1641,11 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text, 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif kind == "client_status":
+        if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
+            session.client_name = one_line(data["name"])
+        if not session.has_hooks and "previous" not in data:
+            session.source_time = at
 
 
 # Tokens and cost
@@ -2019,14 +2045,77 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
-    elif kind == "notification" and any(other.kind != "input" for other in session.waits):
+    elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
     elif any(
         other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
         for other in session.waits
     ):
         return  # the call of a question and its request are one wait
-    session.waits.append(wait)
+    session.waits = [*(it for it in session.waits if not it.by_client), wait]
+
+
+# What the client says of itself: what a person did at the terminal, of which no hook speaks.
+
+_CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
+_CLIENT_WAITS = {
+    "permission prompt": "permission",
+    "sandbox request": "permission",
+    "input needed": "question",
+}
+
+
+def _client_status(session: Session) -> tuple[str, str]:
+    """Return what the clients of a session say together: (status, waitingFor); ("", "") if nothing."""
+    said = [it for process, it in session.client_status.items() if process in session.processes]
+    ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
+    return min((it for it in said if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+
+
+def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
+    """Apply a change of what the client does; without a change only if the hooks are silent.
+
+    A change that is older than what its agent did since is not applied: `is_stale`.
+    """
+    event, at, (before, before_for) = step.event, step.at, _client_status(session)
+    said = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
+    session.client_status = {
+        it: session.client_status[it] for it in session.processes if it in session.client_status
+    }
+    session.client_status[process_of(event)] = said
+    status, waits_for = _client_status(session)
+    is_change = before != "" and (status, waits_for) != (before, before_for)
+    if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
+        return
+    if before == "waiting" or status != "waiting":
+        session.waits = [
+            it for it in session.waits if it.since > at or (it.kind == "input" and status == "idle")
+        ]
+    if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
+        _apply_ends(session, event, "foreground", at, until)
+        session.turn, session.turn_since = "idle", at
+        session.last_step[MAIN] = at
+    if status == "shell":
+        session.background = session.background or ["a command"]
+    elif before == "shell":
+        session.background = []
+    if (
+        status == "busy" and before != "waiting" and session.turn in ("idle", "failed")
+    ):  # a `!` command, or compaction
+        session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
+        session.last_step[MAIN] = at
+    if status == "waiting" and all(it.kind == "input" for it in session.waits):
+        kind = _CLIENT_WAITS.get(waits_for, "dialog")
+        calls = [it for it in session.open_calls.values() if it.agent_id == MAIN] or list(
+            session.open_calls.values()
+        )
+        if kind == "dialog" or not calls:
+            session.waits.append(Reason(kind, None, waits_for, at, by_client=True))
+        else:
+            call = calls[-1]
+            session.waits.append(
+                Reason(kind, *call[1:3], at, call.agent_id, call.tool_use_id, by_client=True)
+            )
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
@@ -2085,6 +2174,9 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     if is_new:
         session.streaks = {}
     session.turn, session.turn_since, session.background = turn, at, []
+    if kind == "client_exited":
+        end_session(session, at, "its process exited", presumed=True)
+        return
     if turn == "ended":
         end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
         return
@@ -2165,7 +2257,7 @@ class Sessions:
             if kind == "usage":
                 return session
             self.sessions[session_id] = session
-        elif 0 < seq <= session.seq:
+        elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
@@ -2222,7 +2314,7 @@ class Sessions:
             return
         runner = event["machineId"], process
         other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
-        if other is session or kind != "session_start":
+        if other is session or (kind != "session_start" and (kind != "client_status" or session.has_hooks)):
             return
         before, after = sorted((other, session), key=lambda each: each.source_time)
         self._running[runner] = after.session_id
@@ -2564,7 +2656,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "pid": "pid",
+    "demo": "demo", "pid": "pid", "hasHooks": "has_hooks",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -5744,6 +5836,7 @@ class Ingest:
         self._machine_id = settings.machine_id
         self._privacy = settings.privacy
         self._usage = emit_event.UsageWorker(settings.home, settings.machine_id, deliver)
+        self.registry = RegistryThread(settings.machine_id, deliver)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
     def take(
@@ -5796,6 +5889,7 @@ class Ingest:
         for name, machine in sorted(self.machines.items()):
             log.info("%d events from machine %s since the start", machine["events"], name)
         self._usage.close()
+        self.registry.close()
 
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
@@ -5811,7 +5905,8 @@ class Ingest:
                 event["machineId"] = self._machine_id  # the host was renamed since the start
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            self._usage.put(event)  # of remote ones the publisher reads transcripts
+            self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
+            self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
     def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
@@ -5847,6 +5942,48 @@ class Ingest:
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
+
+
+class RegistryThread:
+    """Watch what the clients of this machine say of themselves, in a thread: their disk may be slow.
+
+    `deliver` is called from it with each event.
+    """
+
+    def __init__(self, machine_id: str, deliver: Callable[[JsonObject], None]) -> None:
+        self._watcher = emit_event.RegistryWatcher(machine_id)
+        self._deliver = deliver
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def learn(self, event: JsonObject) -> None:
+        """Look where an event comes from, at once if its client may be new."""
+        self._watcher.learn(event)
+        if "pid" in event and not self._watcher.has_clients:
+            self._wake.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(1)
+
+    def _run(self) -> None:
+        while not self._closing.wait(emit_event.REGISTRY_POLL_S):
+            try:
+                for event in self._watcher.poll(now_ms()):
+                    self._deliver(event)
+            except Exception:  # unexpected: log and continue
+                log.exception("the registry of clients could not be read")
+            if not self._watcher.has_clients:
+                self._wake.wait(emit_event.REGISTRY_REST_S)
+            self._wake.clear()
 
 
 @dataclasses.dataclass
@@ -6388,7 +6525,7 @@ class Monitor:
         prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
         self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_id, prices)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
-        self.ingest = Ingest(settings, self.journal, self._usage_counted)
+        self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
         self.store_error: str | None = None  # as it was sent to the clients last
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
@@ -6576,6 +6713,7 @@ class Monitor:
         else:
             take = functools.partial(self._take_all, remote=False)
             self.spool = SpoolDrain(self.loop, self.settings.home, take)
+            self.ingest.registry.start()
         self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
     # Received events
@@ -6626,12 +6764,13 @@ class Monitor:
         self._show(stored)
         return safe[0]
 
-    def _usage_counted(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens; called in the thread of UsageWorker."""
+    def _take_own(self, event: JsonObject) -> None:
+        """Store the totals of a session's tokens, or the status of a client; called in their threads."""
 
         def store() -> None:
-            if self.loading is not None or event["sessionId"] in self.sessions.sessions:  # else deleted
-                self.take_now(encode_json(event))
+            is_usage = event["eventType"] == "usage"
+            if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
+                self.take_now(encode_json(event))  # a deleted session gets no totals
 
         self.loop.call_soon(store)
 
