@@ -1089,6 +1089,7 @@ class Rule(NamedTuple):
 RULES = {
     "session_start": Rule("idle", "all", "all"),
     "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
+    "queued_prompt": Rule("working", "", "input"),  # typed while its turn runs
     "task_notification": Rule("working", "task", "input"),
     "tool_call": Rule("working", "", "input"),
     "tool_result": Rule("working", "call", "input"),
@@ -1097,6 +1098,8 @@ RULES = {
     "permission_denied": Rule("working", "call", "input"),
     "elicitation": Rule("working", "", "input"),
     "elicitation_result": Rule("working", "", "input"),
+    "pre_compact": Rule("working", "", "input"),
+    "compacted": Rule("idle", "", ""),  # at a person's request
     "round_end": Rule("", "call", "agent"),
     "subagent_stop": Rule("", "agent", ""),
     "turn_end": Rule("idle", "turn", "agent"),
@@ -1252,6 +1255,7 @@ class Session:
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
     failure: Reason | None = None
+    unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
     end_reason: str = ""
     end_presumed: bool = False  # without SessionEnd: its next event shows that it is alive
@@ -1284,7 +1288,7 @@ class Session:
 
     def shift(self, step_ms: int) -> None:
         """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
-        if self.state == "ended":
+        if self.turn == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
             setattr(self, name, getattr(self, name) + step_ms)
@@ -1296,6 +1300,11 @@ class Session:
         for agent in self.agents.values():
             agent.start += step_ms
             agent.end = None if agent.end is None else agent.end + step_ms
+
+    @property
+    def without_hooks(self) -> bool:
+        """True if only its client's registry reports it, as the hooks begin with its next start."""
+        return bool(self.client_status) and not self.has_hooks
 
     @property
     def process(self) -> tuple[int, int] | None:
@@ -1326,7 +1335,8 @@ class Session:
     def reason(self) -> Reason | None:
         """Return why the session waits, has failed or has ended; of several waits the first."""
         if self.state == "ended":
-            return Reason("ended", None, self.end_reason, self.end or self.last_event)
+            why = f"failed: {self.failure.detail}" if self.failure else self.end_reason
+            return Reason("ended", None, why, self.end or self.last_event)
         if self.state == "waiting":
             return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
@@ -1505,6 +1515,8 @@ def kind_of(event: JsonObject) -> str:
         return "compaction"  # within the same process
     if kind == "user_prompt" and task_notification(event) is not None:
         return "task_notification"  # not from a person
+    if kind == "post_compact" and event["data"].get("trigger") == "manual":
+        return "compacted"
     if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
         return "client_exited"
     return kind
@@ -1541,6 +1553,9 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     """
     _, _, event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
+    if kind == "user_prompt" and session.turn == "working":
+        prompt_id = text_of(event["data"].get("prompt_id"))
+        kind = "queued_prompt" if prompt_id and prompt_id == session.last_prompt[1] else kind
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1576,7 +1591,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
 
 def _state_of(session: Session) -> str:
     if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
-        return "ended"
+        return "failed" if session.unseen_failure else "ended"
     if session.waits:  # one of its agents waits for a person
         return "waiting"
     if session.turn == "failed":  # the last turn ended with an error
@@ -1631,7 +1646,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = model
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
-    if kind == "user_prompt":
+    if kind in ("user_prompt", "queued_prompt"):
         # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
         text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
         before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
@@ -2004,7 +2019,10 @@ def stuck_signals(session: Session) -> list[JsonObject]:
 
 _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
-_NOTICE_KINDS = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
+_NOTICE_KINDS = {
+    "permission_prompt": "permission", "worker_permission_prompt": "permission", "idle_prompt": "input",
+    "elicitation_dialog": "question", "elicitation_url_dialog": "question", "agent_needs_input": "dialog",
+}  # fmt: skip
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
@@ -2110,7 +2128,9 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
             session.open_calls.values()
         )
         if kind == "dialog" or not calls:
-            session.waits.append(Reason(kind, None, waits_for, at, by_client=True))
+            is_named = waits_for not in ("", "dialog open")
+            detail = waits_for if is_named else "a dialog is open in the terminal"
+            session.waits.append(Reason(kind, None, detail, at, by_client=True))
         else:
             call = calls[-1]
             session.waits.append(
@@ -2178,9 +2198,11 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         end_session(session, at, "its process exited", presumed=True)
         return
     if turn == "ended":
-        end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
+        why = text_of(data.get("reason")) or "ended"
+        session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
+        end_session(session, at, why, presumed=False)
         return
-    session.end, session.end_reason, session.failure = None, "", None
+    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", None, False
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
@@ -2196,8 +2218,8 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
     """End a session and everything in it; `presumed` if there was no SessionEnd."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
-    if session.state != "ended":
-        session.state, session.state_since = "ended", time_ms
+    if session.state != _state_of(session):
+        session.state, session.state_since = _state_of(session), time_ms
     _end_agents(session, lambda line: True, time_ms, _NEVER)
     _interrupt(session, None, _NEVER)
 
@@ -2402,7 +2424,7 @@ class Sessions:
                 del self._stages[session_id]
         changed = []
         for session in self.sessions.values():
-            if session.state == "ended":
+            if session.turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
             silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
@@ -2451,7 +2473,7 @@ class Sessions:
         """
         ended = []
         for session in list(self.sessions.values()):
-            if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
+            if session.turn == "ended" or session.machine_id != self._own_machine or not session.processes:
                 continue
             for process, alive_at in list(session.processes.items()):
                 is_here = process[1] == namespace
@@ -2462,7 +2484,7 @@ class Sessions:
                         del session.processes[process]
                     else:
                         ended.append(self.end_exited(session.session_id, max(alive_at, session.last_event)))
-            is_unseen = session.state != "ended" and not any(session.processes.values())
+            is_unseen = session.turn != "ended" and not any(session.processes.values())
             if is_unseen and time_ms - session.last_event >= self._ended_ms:  # e.g. in a container
                 why = f"no event from it for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2656,7 +2678,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "pid": "pid", "hasHooks": "has_hooks",
+    "demo": "demo", "pid": "pid", "withoutHooks": "without_hooks",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2674,6 +2696,9 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.pinned = data.get("pinned") is True
     elif action == "hide":
         session.hidden = data.get("hidden") is True
+    elif action == "seen":
+        session.unseen_failure = False
+        session.state = _state_of(session) if session.turn == "ended" else session.state
     elif action == "set_parent":
         parent = data.get("parentSessionId")
         session.parent_id = parent if isinstance(parent, str) and parent else None
@@ -6129,6 +6154,7 @@ class MessageHandlers:
         "toggle_pin": lambda session, message: {"action": "pin", "pinned": not session.pinned},
         "hide_session": lambda session, message: {"action": "hide", "hidden": True},
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
+        "mark_seen": lambda session, message: {"action": "seen"},
     }
     CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
         "text": lambda it: isinstance(it, str) and it != "",
@@ -6771,6 +6797,8 @@ class Monitor:
             is_usage = event["eventType"] == "usage"
             if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
                 self.take_now(encode_json(event))  # a deleted session gets no totals
+            if event["data"].get("status") == emit_event.CLIENT_EXITED:
+                self.ingest.read_transcripts(event["sessionId"])
 
         self.loop.call_soon(store)
 

@@ -2627,7 +2627,8 @@ class RegistryWatcher:
                 continue
             record = None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                record = parse_registry(file.read(REGISTRY_FILE_LIMIT_BYTES), os.path.basename(path))
+                is_small = state[1] <= REGISTRY_FILE_LIMIT_BYTES
+                record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
             if time.time_ns() - state[2] < FILE_SETTLED_NS:
                 state = None  # it is read again
             if record or state:
