@@ -1254,6 +1254,7 @@ class Session:
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
+    wakeup: str = ""  # when it goes on by itself
     failure: Reason | None = None
     unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
@@ -1346,7 +1347,7 @@ class Session:
         """Return what the session does now: its newest open call, else a background task."""
         if self.open_calls:
             return self.open_calls[next(reversed(self.open_calls))].activity
-        return f"background: {self.background[0]}" if self.background else ""
+        return f"background: {self.background[0]}" if self.background else self.wakeup
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
@@ -1801,7 +1802,11 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
             agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
         if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
             agent.end = at  # its first event arrived after its end
-    elif agent.end is not None and session.turn != "ended" and RULES.get(kind, _NOTHING).turn:
+    elif (
+        agent.end is not None
+        and session.turn != "ended"
+        and (kind == "subagent_start" or RULES.get(kind, _NOTHING).turn)
+    ):
         agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
@@ -2115,7 +2120,7 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         session.last_step[MAIN] = at
     if status == "shell":
         session.background = session.background or ["a command"]
-    elif before == "shell":
+    elif status == "idle" and before in ("shell", "waiting"):
         session.background = []
     if (
         status == "busy" and before != "waiting" and session.turn in ("idle", "failed")
@@ -2193,7 +2198,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.turn_start = at if begins else session.turn_start
     if is_new:
         session.streaks = {}
-    session.turn, session.turn_since, session.background = turn, at, []
+    session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
     if kind == "client_exited":
         end_session(session, at, "its process exited", presumed=True)
         return
@@ -2208,10 +2213,28 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
             for task in _running_tasks(event)
         ]
+        session.wakeup = _wakeup_of(data)
     elif kind == "turn_error":
         text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
         error = text_of(data.get("error")) or "error"
         session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
+
+
+def _wakeup_of(data: JsonObject) -> str:
+    """Return when a session goes on by itself, from the schedules (in cron's form) of its Stop."""
+    crons = data.get("session_crons")
+    schedules = (
+        [it.get("schedule") for it in crons if isinstance(it, dict)] if isinstance(crons, list) else []
+    )
+    if not schedules:
+        return ""
+    daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
+    when = (
+        f"at {int(daily[2]):02}:{int(daily[1]):02}"
+        if daily
+        else f"by schedule {one_line(text_of(schedules[0]), 40)}"
+    )
+    return f"wakes up {when}"
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
@@ -7318,11 +7341,14 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
     (2, 1, 76): "PostCompact Elicitation",
     (2, 1, 78): "StopFailure",
     (2, 1, 101): "Setup UserPromptExpansion PermissionDenied PostToolUseFailure PostToolBatch TaskCreated"
-    " TaskCompleted TeammateIdle PreModelSwitch PostModelSwitch ConfigChange CwdChanged DirectoryAdded"
-    " WorktreeRemove ElicitationResult",
+    " TaskCompleted TeammateIdle ConfigChange CwdChanged WorktreeRemove ElicitationResult",
+    (2, 1, 250): "DirectoryAdded",
+    (2, 1, 330): "PreModelSwitch PostModelSwitch",
+    (2, 1, 332): "PreSkillShellCommand",
 }
 
 
+LEFT_OUT = ("PermissionRequest",)  # may be left out by `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
 
 
@@ -7361,14 +7387,17 @@ class InstallPlan(NamedTuple):
     names: tuple[str, ...]
 
 
-def plan_install(home: str, project: str | None, version: Version | None) -> InstallPlan:
+def plan_install(
+    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    Writes nothing. Raises InstallError for settings that cannot be changed safely.
+    `without` names events to leave out. Writes nothing. Raises InstallError for settings that cannot be
+    changed safely.
     """
-    names = event_names(version)
-    if not names:
+    if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
+    names = [name for name in event_names(version) if name not in without]
     return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, version is None)
 
 
@@ -7958,9 +7987,13 @@ class Doctor:
             yield _fail("registered", off, "take that out, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
-            plan = plan_install(self._settings.home, None, claude_version())
-            if plan.new_text == plan.old_text:
-                yield _ok("registered", f"{len(plan.names)} events in {user}")
+            version = claude_version()
+            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), LEFT_OUT)}
+            same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
+            if same:
+                without, plan = same[0]
+                left_out = f", without {', '.join(without)}" if without else ""
+                yield _ok("registered", f"{len(plan.names)} events in {user}{left_out}")
             else:
                 yield _warn("registered", f"{user} is not as this version would register", advice)
         elif ours:
@@ -9166,7 +9199,7 @@ def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version)
+    plan = plan_install(settings.home, args.project, version, args.without or ())
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -9560,7 +9593,10 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_status: (_JSON,),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
-    command_install: _INSTALLING,
+    command_install: (
+        *_INSTALLING,
+        _option("--without", "leave this event out", action="append", choices=LEFT_OUT, metavar="EVENT"),
+    ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
