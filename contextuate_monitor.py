@@ -7398,15 +7398,16 @@ def plan_install(
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, version is None)
+    others = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, others)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
     """Plan to take our hook out again, as plan_install does."""
-    return _plan(project, "", [], keep_others=False)
+    return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], keep_others: bool) -> InstallPlan:
+def _plan(project: str | None, command: str, names: list[str], others: list[str]) -> InstallPlan:
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -7414,8 +7415,8 @@ def _plan(project: str | None, command: str, names: list[str], keep_others: bool
     try:
         hooks = _checked_hooks(settings)
         had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        if keep_others:  # what was registered when the client's version was known
-            names = names + [name for name in event_names((99, 0, 0)) if name in had and name not in names]
+        # others were registered when the client's version was known
+        names = names + [name for name in others if name in had and name not in names]
         changed = merge_hooks(settings, command, names)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
