@@ -1090,6 +1090,7 @@ class Rule(NamedTuple):
 RULES = {
     "session_start": Rule("idle", "all", "all"),
     "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
+    "queued_prompt": Rule("working", "", "input"),  # typed while its turn runs
     "task_notification": Rule("working", "task", "input"),
     "tool_call": Rule("working", "", "input"),
     "tool_result": Rule("working", "call", "input"),
@@ -1098,12 +1099,15 @@ RULES = {
     "permission_denied": Rule("working", "call", "input"),
     "elicitation": Rule("working", "", "input"),
     "elicitation_result": Rule("working", "", "input"),
+    "pre_compact": Rule("working", "", "input"),
+    "compacted": Rule("idle", "", ""),  # at a person's request
     "round_end": Rule("", "call", "agent"),
     "subagent_stop": Rule("", "agent", ""),
     "turn_end": Rule("idle", "turn", "agent"),
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
     "replaced": Rule("ended", "all", "all"),  # its process started another session
+    "client_exited": Rule("ended", "all", "all"),
 }
 _NOTHING = Rule()
 
@@ -1118,6 +1122,7 @@ REORDER_EVENTS = 256  # of one session that are kept for reordering
 CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
 SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
 SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
+STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
@@ -1151,12 +1156,13 @@ class OpenCall(NamedTuple):
 class Reason(NamedTuple):
     """Why a session waits, has failed or has ended."""
 
-    kind: str  # permission, question, input, error, ended
+    kind: str  # permission, question, dialog, input, error, ended
     tool: str | None
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
+    by_client: bool = False  # the client says so, and no hook
 
 
 class Tokens(NamedTuple):
@@ -1229,6 +1235,8 @@ class Session:
     state: str = "idle"
     user_label: str = ""
     title: str = ""
+    client_name: str = ""  # from a person, by /rename
+    has_hooks: bool = False
     first_prompt: str = ""
     last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
     model: str | None = None
@@ -1247,7 +1255,9 @@ class Session:
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
+    wakeup: str = ""  # when it goes on by itself
     failure: Reason | None = None
+    unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
     end_reason: str = ""
     end_presumed: bool = False  # without SessionEnd: its next event shows that it is alive
@@ -1263,6 +1273,8 @@ class Session:
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    # process → what the client said that it does: (status, waitingFor)
+    client_status: dict[tuple[int, int] | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
     demo: bool = False
     imported: bool = False  # a part of its history was imported
     pinned: bool = False
@@ -1280,7 +1292,7 @@ class Session:
 
     def shift(self, step_ms: int) -> None:
         """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
-        if self.state == "ended":
+        if self.turn == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
             setattr(self, name, getattr(self, name) + step_ms)
@@ -1294,6 +1306,11 @@ class Session:
             agent.end = None if agent.end is None else agent.end + step_ms
 
     @property
+    def without_hooks(self) -> bool:
+        """True if only its client's registry reports it, as the hooks begin with its next start."""
+        return bool(self.client_status) and not self.has_hooks
+
+    @property
     def process(self) -> tuple[int, int] | None:
         """Return (pid, namespace) of the most recently active process."""
         return next(reversed(self.processes), None)
@@ -1305,9 +1322,15 @@ class Session:
 
     @property
     def label(self) -> tuple[str, str]:
-        """Return (label, its source): from the user, the title, the first prompt or the project."""
+        """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        for label, source in ((self.user_label, "user"), (title, "title"), (self.first_prompt, "prompt")):
+        labels = {
+            "user": self.user_label,
+            "name": self.client_name,
+            "title": title,
+            "prompt": self.first_prompt,
+        }
+        for source, label in labels.items():
             if label:
                 return label, source
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
@@ -1316,7 +1339,8 @@ class Session:
     def reason(self) -> Reason | None:
         """Return why the session waits, has failed or has ended; of several waits the first."""
         if self.state == "ended":
-            return Reason("ended", None, self.end_reason, self.end or self.last_event)
+            why = f"failed: {self.failure.detail}" if self.failure else self.end_reason
+            return Reason("ended", None, why, self.end or self.last_event)
         if self.state == "waiting":
             return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
@@ -1326,7 +1350,7 @@ class Session:
         """Return what the session does now: its newest open call, else a background task."""
         if self.open_calls:
             return self.open_calls[next(reversed(self.open_calls))].activity
-        return f"background: {self.background[0]}" if self.background else ""
+        return f"background: {self.background[0]}" if self.background else self.wakeup
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
@@ -1497,6 +1521,10 @@ def kind_of(event: JsonObject) -> str:
         return "compaction"  # within the same process
     if kind == "user_prompt" and task_notification(event) is not None:
         return "task_notification"  # not from a person
+    if kind == "post_compact" and event["data"].get("trigger") == "manual":
+        return "compacted"
+    if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
+        return "client_exited"
     return kind
 
 
@@ -1531,9 +1559,12 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     """
     _, _, event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
+    if kind == "user_prompt" and session.turn == "working":
+        prompt_id = text_of(event["data"].get("prompt_id"))
+        kind = "queued_prompt" if prompt_id and prompt_id == session.last_prompt[1] else kind
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
-    was_quiet = at - session.last_event >= quiet_ms
+    silence_ms = at - session.last_event
     is_stale = late and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
     session.last_timestamp = session.last_timestamp if late else step.timestamp
@@ -1555,20 +1586,25 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         _end_waits(session, step, over)
     if rule.turn and not is_stale and not agent_id:
         _apply_turn(session, event, kind, at, late)
+    if kind == "client_status" and session.turn != "ended":
+        _apply_client_status(session, step, until, silence_ms, is_stale)
     if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
         _begin_wait(session, event, kind, at, until, is_stale)
-    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
-        state = "ended"
-    elif session.waits:  # one of its agents waits for a person
-        state = "waiting"
-    elif session.turn == "failed":  # the last turn ended with an error
-        state = "failed"
-    else:
-        works = session.turn == "working" or bool(session.background)
-        works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
-        state = "working" if works else "idle"
-    if state != session.state or (was_quiet and state == "working"):
+    state = _state_of(session)
+    if state != session.state or (silence_ms >= quiet_ms and state == "working"):
         session.state, session.state_since = state, at
+
+
+def _state_of(session: Session) -> str:
+    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
+        return "failed" if session.unseen_failure else "ended"
+    if session.waits:  # one of its agents waits for a person
+        return "waiting"
+    if session.turn == "failed":  # the last turn ended with an error
+        return "failed"
+    works = session.turn == "working" or bool(session.background)
+    works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
+    return "working" if works else "idle"
 
 
 def process_of(event: JsonObject) -> tuple[int, int] | None:
@@ -1584,10 +1620,10 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     kind, process = step.kind, process_of(step.event)
     if process is None or (process == session.process and RULES.get(kind, _NOTHING).ends != "all"):
         return False
-    if kind == "replaced" and session.turn == "ended":
+    if kind in ("replaced", "client_exited") and session.turn == "ended":
         return True
     others = {other: alive_at for other, alive_at in session.processes.items() if other != process}
-    if kind in ("session_end", "replaced"):
+    if kind in ("session_end", "replaced", "client_exited"):
         session.processes = others or {process: session.processes.get(process, 0)}
         return bool(others)
     if late and session.processes:
@@ -1603,7 +1639,8 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += kind != "replaced"  # that is an event of another session
+    session.counts["events"] += kind not in ("replaced", "client_status", "client_exited")  # no hook's
+    session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
     session.start = min(session.start, at)
@@ -1618,7 +1655,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = model
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
-    if kind == "user_prompt":
+    if kind in ("user_prompt", "queued_prompt"):
         # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
         text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
         before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
@@ -1628,6 +1665,11 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text, 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif kind == "client_status":
+        if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
+            session.client_name = one_line(data["name"])
+        if not session.has_hooks and "previous" not in data:
+            session.source_time = at
 
 
 # Tokens and cost
@@ -1768,7 +1810,11 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
             agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
         if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
             agent.end = at  # its first event arrived after its end
-    elif agent.end is not None and session.turn != "ended" and RULES.get(kind, _NOTHING).turn:
+    elif (
+        agent.end is not None
+        and session.turn != "ended"
+        and (kind == "subagent_start" or RULES.get(kind, _NOTHING).turn)
+    ):
         agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
@@ -1986,7 +2032,10 @@ def stuck_signals(session: Session) -> list[JsonObject]:
 
 _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
-_NOTICE_KINDS = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
+_NOTICE_KINDS = {
+    "permission_prompt": "permission", "worker_permission_prompt": "permission", "idle_prompt": "input",
+    "elicitation_dialog": "question", "elicitation_url_dialog": "question", "agent_needs_input": "dialog",
+}  # fmt: skip
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
@@ -2027,14 +2076,79 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
-    elif kind == "notification" and any(other.kind != "input" for other in session.waits):
+    elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
     elif any(
         other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
         for other in session.waits
     ):
         return  # the call of a question and its request are one wait
-    session.waits.append(wait)
+    session.waits = [*(it for it in session.waits if not it.by_client), wait]
+
+
+# What the client says of itself: what a person did at the terminal, of which no hook speaks.
+
+_CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
+_CLIENT_WAITS = {
+    "permission prompt": "permission",
+    "sandbox request": "permission",
+    "input needed": "question",
+}
+
+
+def _client_status(session: Session) -> tuple[str, str]:
+    """Return what the clients of a session say together: (status, waitingFor); ("", "") if nothing."""
+    said = [it for process, it in session.client_status.items() if process in session.processes]
+    ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
+    return min((it for it in said if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+
+
+def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
+    """Apply a change of what the client does; without a change only if the hooks are silent.
+
+    A change that is older than what its agent did since is not applied: `is_stale`.
+    """
+    event, at, (before, before_for) = step.event, step.at, _client_status(session)
+    said = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
+    session.client_status = {
+        it: session.client_status[it] for it in session.processes if it in session.client_status
+    }
+    session.client_status[process_of(event)] = said
+    status, waits_for = _client_status(session)
+    is_change = before != "" and (status, waits_for) != (before, before_for)
+    if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
+        return
+    if before == "waiting" or status != "waiting":
+        session.waits = [
+            it for it in session.waits if it.since > at or (it.kind == "input" and status == "idle")
+        ]
+    if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
+        _apply_ends(session, event, "foreground", at, until)
+        session.turn, session.turn_since = "idle", at
+        session.last_step[MAIN] = at
+    if status == "shell":
+        session.background = session.background or ["a command"]
+    elif status == "idle" and before in ("shell", "waiting"):
+        session.background = []
+    if (
+        status == "busy" and before != "waiting" and session.turn in ("idle", "failed")
+    ):  # a `!` command, or compaction
+        session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
+        session.last_step[MAIN] = at
+    if status == "waiting" and all(it.kind == "input" for it in session.waits):
+        kind = _CLIENT_WAITS.get(waits_for, "dialog")
+        calls = [it for it in session.open_calls.values() if it.agent_id == MAIN] or list(
+            session.open_calls.values()
+        )
+        if kind == "dialog" or not calls:
+            is_named = waits_for not in ("", "dialog open")
+            detail = waits_for if is_named else "a dialog is open in the terminal"
+            session.waits.append(Reason(kind, None, detail, at, by_client=True))
+        else:
+            call = calls[-1]
+            session.waits.append(
+                Reason(kind, *call[1:3], at, call.agent_id, call.tool_use_id, by_client=True)
+            )
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
@@ -2092,28 +2206,51 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.turn_start = at if begins else session.turn_start
     if is_new:
         session.streaks = {}
-    session.turn, session.turn_since, session.background = turn, at, []
-    if turn == "ended":
-        end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
+    session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
+    if kind == "client_exited":
+        end_session(session, at, "its process exited", presumed=True)
         return
-    session.end, session.end_reason, session.failure = None, "", None
+    if turn == "ended":
+        why = text_of(data.get("reason")) or "ended"
+        session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
+        end_session(session, at, why, presumed=False)
+        return
+    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", None, False
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
             for task in _running_tasks(event)
         ]
+        session.wakeup = _wakeup_of(data)
     elif kind == "turn_error":
         text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
         error = text_of(data.get("error")) or "error"
         session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
 
 
+def _wakeup_of(data: JsonObject) -> str:
+    """Return when a session goes on by itself, from the schedules (in cron's form) of its Stop."""
+    crons = data.get("session_crons")
+    schedules = (
+        [it.get("schedule") for it in crons if isinstance(it, dict)] if isinstance(crons, list) else []
+    )
+    if not schedules:
+        return ""
+    daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
+    when = (
+        f"at {int(daily[2]):02}:{int(daily[1]):02}"
+        if daily
+        else f"by schedule {one_line(text_of(schedules[0]), 40)}"
+    )
+    return f"wakes up {when}"
+
+
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
     """End a session and everything in it; `presumed` if there was no SessionEnd."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
-    if session.state != "ended":
-        session.state, session.state_since = "ended", time_ms
+    if session.state != _state_of(session):
+        session.state, session.state_since = _state_of(session), time_ms
     _end_agents(session, lambda line: True, time_ms, _NEVER)
     _interrupt(session, None, _NEVER)
 
@@ -2173,7 +2310,7 @@ class Sessions:
             if kind == "usage":
                 return session
             self.sessions[session_id] = session
-        elif 0 < seq <= session.seq:
+        elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
@@ -2230,7 +2367,7 @@ class Sessions:
             return
         runner = event["machineId"], process
         other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
-        if other is session or kind != "session_start":
+        if other is session or (kind != "session_start" and (kind != "client_status" or session.has_hooks)):
             return
         before, after = sorted((other, session), key=lambda each: each.source_time)
         self._running[runner] = after.session_id
@@ -2318,7 +2455,7 @@ class Sessions:
                 del self._stages[session_id]
         changed = []
         for session in self.sessions.values():
-            if session.state == "ended":
+            if session.turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
             silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
@@ -2367,7 +2504,7 @@ class Sessions:
         """
         ended = []
         for session in list(self.sessions.values()):
-            if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
+            if session.turn == "ended" or session.machine_id != self._own_machine or not session.processes:
                 continue
             for process, alive_at in list(session.processes.items()):
                 is_here = process[1] == namespace
@@ -2378,7 +2515,7 @@ class Sessions:
                         del session.processes[process]
                     else:
                         ended.append(self.end_exited(session.session_id, max(alive_at, session.last_event)))
-            is_unseen = session.state != "ended" and not any(session.processes.values())
+            is_unseen = session.turn != "ended" and not any(session.processes.values())
             if is_unseen and time_ms - session.last_event >= self._ended_ms:  # e.g. in a container
                 why = f"no event from it for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2572,7 +2709,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "pid": "pid",
+    "demo": "demo", "pid": "pid", "withoutHooks": "without_hooks",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2590,6 +2727,9 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.pinned = data.get("pinned") is True
     elif action == "hide":
         session.hidden = data.get("hidden") is True
+    elif action == "seen":
+        session.unseen_failure = False
+        session.state = _state_of(session) if session.turn == "ended" else session.state
     elif action == "set_parent":
         parent = data.get("parentSessionId")
         session.parent_id = parent if isinstance(parent, str) and parent else None
@@ -5754,6 +5894,7 @@ class Ingest:
         self._machine_id = settings.machine_id
         self._privacy = settings.privacy
         self._usage = emit_event.UsageWorker(settings.home, settings.machine_id, deliver)
+        self.registry = RegistryThread(settings.machine_id, deliver)
         self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
 
     def take(
@@ -5806,6 +5947,7 @@ class Ingest:
         for name, machine in sorted(self.machines.items()):
             log.info("%d events from machine %s since the start", machine["events"], name)
         self._usage.close()
+        self.registry.close()
 
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
@@ -5821,7 +5963,8 @@ class Ingest:
                 event["machineId"] = self._machine_id  # the host was renamed since the start
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            self._usage.put(event)  # of remote ones the publisher reads transcripts
+            self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
+            self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
     def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
@@ -5857,6 +6000,48 @@ class Ingest:
             what = event["hookType"] or event["eventType"]
             tool = text_of(event["data"].get("toolName"))
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
+
+
+class RegistryThread:
+    """Watch what the clients of this machine say of themselves, in a thread: their disk may be slow.
+
+    `deliver` is called from it with each event.
+    """
+
+    def __init__(self, machine_id: str, deliver: Callable[[JsonObject], None]) -> None:
+        self._watcher = emit_event.RegistryWatcher(machine_id)
+        self._deliver = deliver
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def learn(self, event: JsonObject) -> None:
+        """Look where an event comes from, at once if its client may be new."""
+        self._watcher.learn(event)
+        if "pid" in event and not self._watcher.has_clients:
+            self._wake.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(1)
+
+    def _run(self) -> None:
+        while not self._closing.wait(emit_event.REGISTRY_POLL_S):
+            try:
+                for event in self._watcher.poll(now_ms()):
+                    self._deliver(event)
+            except Exception:  # unexpected: log and continue
+                log.exception("the registry of clients could not be read")
+            if not self._watcher.has_clients:
+                self._wake.wait(emit_event.REGISTRY_REST_S)
+            self._wake.clear()
 
 
 @dataclasses.dataclass
@@ -6002,6 +6187,7 @@ class MessageHandlers:
         "toggle_pin": lambda session, message: {"action": "pin", "pinned": not session.pinned},
         "hide_session": lambda session, message: {"action": "hide", "hidden": True},
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
+        "mark_seen": lambda session, message: {"action": "seen"},
     }
     CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
         "text": lambda it: isinstance(it, str) and it != "",
@@ -6407,7 +6593,7 @@ class Monitor:
         prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
         self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_id, prices)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
-        self.ingest = Ingest(settings, self.journal, self._usage_counted)
+        self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
         self.store_error: str | None = None  # as it was sent to the clients last
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
@@ -6595,6 +6781,7 @@ class Monitor:
         else:
             take = functools.partial(self._take_all, remote=False)
             self.spool = SpoolDrain(self.loop, self.settings.home, take)
+            self.ingest.registry.start()
         self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
     # Received events
@@ -6646,12 +6833,15 @@ class Monitor:
         self._show(stored)
         return safe[0]
 
-    def _usage_counted(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens; called in the thread of UsageWorker."""
+    def _take_own(self, event: JsonObject) -> None:
+        """Store the totals of a session's tokens, or the status of a client; called in their threads."""
 
         def store() -> None:
-            if self.loading is not None or event["sessionId"] in self.sessions.sessions:  # else deleted
-                self.take_now(encode_json(event))
+            is_usage = event["eventType"] == "usage"
+            if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
+                self.take_now(encode_json(event))  # a deleted session gets no totals
+            if event["data"].get("status") == emit_event.CLIENT_EXITED:
+                self.ingest.read_transcripts(event["sessionId"])
 
         self.loop.call_soon(store)
 
@@ -7171,11 +7361,14 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
     (2, 1, 76): "PostCompact Elicitation",
     (2, 1, 78): "StopFailure",
     (2, 1, 101): "Setup UserPromptExpansion PermissionDenied PostToolUseFailure PostToolBatch TaskCreated"
-    " TaskCompleted TeammateIdle PreModelSwitch PostModelSwitch ConfigChange CwdChanged DirectoryAdded"
-    " WorktreeRemove ElicitationResult",
+    " TaskCompleted TeammateIdle ConfigChange CwdChanged WorktreeRemove ElicitationResult",
+    (2, 1, 250): "DirectoryAdded",
+    (2, 1, 330): "PreModelSwitch PostModelSwitch",
+    (2, 1, 332): "PreSkillShellCommand",
 }
 
 
+LEFT_OUT = ("PermissionRequest",)  # may be left out by `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
 
 
@@ -7214,23 +7407,27 @@ class InstallPlan(NamedTuple):
     names: tuple[str, ...]
 
 
-def plan_install(home: str, project: str | None, version: Version | None) -> InstallPlan:
+def plan_install(
+    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    Writes nothing. Raises InstallError for settings that cannot be changed safely.
+    `without` names events to leave out. Writes nothing. Raises InstallError for settings that cannot be
+    changed safely.
     """
-    names = event_names(version)
-    if not names:
+    if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, version is None)
+    names = [name for name in event_names(version) if name not in without]
+    others = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, others)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
     """Plan to take our hook out again, as plan_install does."""
-    return _plan(project, "", [], keep_others=False)
+    return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], keep_others: bool) -> InstallPlan:
+def _plan(project: str | None, command: str, names: list[str], others: list[str]) -> InstallPlan:
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -7238,8 +7435,8 @@ def _plan(project: str | None, command: str, names: list[str], keep_others: bool
     try:
         hooks = _checked_hooks(settings)
         had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        if keep_others:  # what was registered when the client's version was known
-            names = names + [name for name in event_names((99, 0, 0)) if name in had and name not in names]
+        # others were registered when the client's version was known
+        names = names + [name for name in others if name in had and name not in names]
         changed = merge_hooks(settings, command, names)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
@@ -7811,9 +8008,13 @@ class Doctor:
             yield _fail("registered", off, "take that out, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
-            plan = plan_install(self._settings.home, None, claude_version())
-            if plan.new_text == plan.old_text:
-                yield _ok("registered", f"{len(plan.names)} events in {user}")
+            version = claude_version()
+            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), LEFT_OUT)}
+            same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
+            if same:
+                without, plan = same[0]
+                left_out = f", without {', '.join(without)}" if without else ""
+                yield _ok("registered", f"{len(plan.names)} events in {user}{left_out}")
             else:
                 yield _warn("registered", f"{user} is not as this version would register", advice)
         elif ours:
@@ -9019,7 +9220,7 @@ def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version)
+    plan = plan_install(settings.home, args.project, version, args.without or ())
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -9413,7 +9614,10 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_status: (_JSON,),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
-    command_install: _INSTALLING,
+    command_install: (
+        *_INSTALLING,
+        _option("--without", "leave this event out", action="append", choices=LEFT_OUT, metavar="EVENT"),
+    ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),

@@ -1468,7 +1468,7 @@ REDACTION_ROUNDS = 8
 _METADATA_KEYS = frozenset((
     "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
     "agent_type", "is_interrupt", "prompt_id", "trigger", "action", "label", "pinned", "hidden",
-    "parentSessionId",
+    "parentSessionId", "status", "previous", "waitingFor", "kind", "entrypoint", "version",
 ))  # fmt: skip
 _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
@@ -2474,6 +2474,183 @@ class AgentNoteReader:
 
 
 # ---------------------------------------------------------------------------
+# Registry: what the client says of itself
+#
+# Claude Code keeps a file for each of its processes, `sessions/<pid>.json` in its configuration directory, on
+# what it does now. Hooks are silent when a person acts (Esc, "No", an answer); these files are not. They are
+# not documented, and written in place, so a reader may see half of one.
+# ---------------------------------------------------------------------------
+
+REGISTRY_POLL_S = 0.3
+REGISTRY_REST_S = 5.0  # between two looks while no client runs
+REGISTRY_FILE_LIMIT_BYTES = 64 << 10
+REGISTRY_FILES_LIMIT = 256
+REGISTRY_DIRECTORIES_LIMIT = 32
+STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
+FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
+FILE_SETTLED_NS = 100_000_000  # a file changed later than this may change again within the same mtime
+CLIENT_EXITED = "exited"  # the status of a client whose process has ended
+
+
+class ClientRecord(NamedTuple):
+    """What one client says of itself."""
+
+    pid: int
+    started: str  # when its process started, as in /proc/<pid>/stat
+    session_id: str
+    directory: str
+    since_ms: int  # when its status began; 0: not known
+    about: "dict[str, str]"  # the event's data: status, waitingFor, name, …
+
+
+_ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoint", "version")
+
+
+def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
+    """Parse a client's file; None for half a file, or one of another process or form."""
+    try:
+        fields = parse_event_line(content)
+    except MalformedEvent:
+        return None
+    pid, session_id, cwd, since_ms = (fields.get(it) for it in ("pid", "sessionId", "cwd", "statusUpdatedAt"))
+    if (
+        file_name != f"{pid}.json"
+        or type(pid) is not int
+        or not isinstance(session_id, str)
+        or not session_id
+    ):
+        return None
+    texts = {name: value for name in _ABOUT_CLIENT if isinstance(value := fields.get(name), str)}
+    about = {name: " ".join(value[:1000].split())[:200] for name, value in texts.items()}
+    since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
+    started, directory = str(fields.get("procStart", "")), cwd if isinstance(cwd, str) else ""
+    return ClientRecord(pid, started, session_id, directory, since, about)
+
+
+def is_running_since(pid: int, started: str) -> bool:
+    """True if the process with this id is the one that started then; without /proc, if there is one."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read(4096).rpartition(b")")[2].split()  # from field 3 on; 22 is the start time
+        return len(fields) > 19 and fields[0] not in (b"Z", b"X") and fields[19].decode() == started
+    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            return False
+    try:
+        os.kill(pid, 0)
+    except (OSError, OverflowError):
+        return False
+    return True
+
+
+class _Client:
+    """A client that runs: what it says, and what has been reported of it."""
+
+    def __init__(self, record: ClientRecord, first_ms: int, is_next: bool) -> None:
+        self.record = record
+        self.first_ms = first_ms  # when its session was first seen
+        self.not_before_ms = first_ms if is_next else 0  # its process ran another session until then
+        self.reported: dict[str, str] = {}
+
+
+class RegistryWatcher:
+    """Make `client_status` events of what the clients of this user on this machine say of themselves.
+
+    Only clients whose process runs here are believed. An event has the same id whichever process makes it, so
+    neither a restart nor a second watcher repeats one.
+    """
+
+    def __init__(self, machine_id: str) -> None:
+        self._machine_id = machine_id
+        configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        self._directories: dict[str, None] = {configured: None}
+        self._files: dict[
+            str, tuple[Any, Optional[ClientRecord]]
+        ] = {}  # path → (its state when read, content)
+        self._clients: dict[str, _Client] = {}  # path → the client, while its process runs
+
+    def learn(self, event: JsonObject) -> None:
+        """Watch the configuration directory of a session on this machine, too."""
+        directory, below, _ = str(event["data"].get("transcriptPath")).partition("/projects/")
+        if below and directory.startswith("/") and len(self._directories) < REGISTRY_DIRECTORIES_LIMIT:
+            self._directories[directory] = None
+
+    @property
+    def has_clients(self) -> bool:
+        """True while a client runs."""
+        return bool(self._clients)
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a client does something or waits for a person."""
+        return any(client.record.about.get("status", "idle") != "idle" for client in self._clients.values())
+
+    def poll(self, time_ms: int) -> "list[JsonObject]":
+        """Look at the files; return the events of what has changed."""
+        self._read_files()
+        for path, (_, record) in self._files.items():
+            client = self._clients.get(path)
+            is_next = (
+                client is not None and record is not None and client.record.session_id != record.session_id
+            )
+            if client and record and not is_next:
+                client.record = record
+            elif record and is_running_since(record.pid, record.started):
+                self._clients[path] = _Client(record, time_ms, is_next)
+        events = []
+        for path, client in list(self._clients.items()):
+            record, reported = client.record, client.reported
+            since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
+            if not is_running_since(record.pid, record.started):
+                del self._clients[path]
+                if reported:
+                    events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
+            elif not reported and time_ms - client.first_ms >= FIRST_STATUS_MS:
+                events.append(self._event(record, max(since_ms, client.not_before_ms), record.about))
+                client.reported = record.about
+            elif reported and record.about != reported and time_ms - record.since_ms >= STATUS_SETTLED_MS:
+                is_status = any(record.about.get(name) != reported.get(name) for name in _ABOUT_CLIENT[:2])
+                about = {**record.about, "previous": reported.get("status", "")}
+                events.append(self._event(record, since_ms if is_status else time_ms, about))
+                client.reported = record.about
+        return events
+
+    def _read_files(self) -> None:
+        """Read the files that have changed."""
+        listed: dict[str, Any] = {}
+        for directory in list(self._directories):
+            with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
+                for entry in itertools.islice(entries, REGISTRY_FILES_LIMIT):
+                    if entry.name.endswith(".json") and entry.name[:-5].isdigit():
+                        about = entry.stat(follow_symlinks=False)
+                        listed[entry.path] = (about.st_ino, about.st_size, about.st_mtime_ns)
+        for path in self._files.keys() - listed.keys():
+            del self._files[path]
+        for path, state in listed.items():
+            if self._files.get(path, (None,))[0] == state:
+                continue
+            record = None
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
+                is_small = state[1] <= REGISTRY_FILE_LIMIT_BYTES
+                record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
+            if time.time_ns() - state[2] < FILE_SETTLED_NS:
+                state = None  # it is read again
+            if record or state:
+                self._files[path] = state, record
+
+    def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
+        known = {name: value for name, value in data.items() if name != "previous"}
+        key = [self._machine_id, *record[:3], data.get("status") != CLIENT_EXITED and record.since_ms, known]
+        digest = hashlib.sha256(encode_json(key)).digest()
+        return {
+            "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
+            "sessionId": record.session_id, "machineId": self._machine_id, "pid": record.pid,
+            "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
+            **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------
 # Spool: the drainer's side (the writer's side is in the hot path)
 #
 # Owns: spool/, its segments <start in ms>-<random>.jsonl (while drained: .taken), and dropped.log.
@@ -2843,9 +3020,11 @@ class Publisher:
         self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
-        self._usage_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
-        self._usage = UsageWorker(home, this_machine(), self._usage_events.append)
+        self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
+        self._usage = UsageWorker(home, this_machine(), self._own_events.append)
         self._agent_notes = AgentNoteReader(this_machine())
+        self._registry = RegistryWatcher(this_machine())
+        self._registry_due = 0.0  # time.monotonic
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
@@ -2870,6 +3049,9 @@ class Publisher:
             self._follow_config()
             if self._values["mode"] != "redis":
                 break
+            if now >= self._registry_due:
+                self._registry_due = now + REGISTRY_POLL_S
+                self._own_events.extend(self._registry.poll(now_ms()))
             if now >= self._next_attempt and (self._batch or self._read_batch()):
                 self._publish()
                 last_event = now
@@ -2878,7 +3060,12 @@ class Publisher:
             self._write_state()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif now - last_event < PUBLISHER_QUIET_S or self._usage.is_busy or self._usage_events:
+            elif (
+                now - last_event < PUBLISHER_QUIET_S
+                or self._usage.is_busy
+                or self._own_events
+                or self._registry.is_busy
+            ):
                 if now - last_event >= BUSY_S:
                     self._enter("idle", None)
                 time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
@@ -2930,8 +3117,8 @@ class Publisher:
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         privacy = privacy_of(self._values)
-        while self._usage_events:
-            self._add(build_event(self._usage_events.popleft(), now_ms(), this_machine()), privacy)
+        while self._own_events:
+            self._add(build_event(self._own_events.popleft(), now_ms(), this_machine()), privacy)
         if self._segment is None and not self._open_segment():
             return bool(self._batch)
         size = 0
@@ -2981,6 +3168,7 @@ class Publisher:
         try:
             event = build_event(parse_event_line(line), now_ms(), this_machine())
             self._usage.put(event)
+            self._registry.learn(event)
             self._agent_notes.add_note(event)
             self._add(event, privacy)
             return
