@@ -115,7 +115,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ)
+    line = wrap(payload, environ, machine_key(home))
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
@@ -134,7 +134,8 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner.
+    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner. A user
+    without any, as of `docker run -u 4242`, has our directory beside this file.
     """
     # An installed hook belongs to the directory that it is installed in.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
@@ -151,7 +152,10 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     if not is_ours:
         import pwd
 
-        home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        try:
+            home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        except KeyError:
+            home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
     if config[:2] == "~/":
@@ -160,7 +164,10 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from hook.cache where it is of this very configuration file."""
+    """Return (mode, socket path), from hook.cache where it is of this very configuration file.
+
+    Its lines are "KEY MODE SOCKET": the device numbers of one file may differ in a container.
+    """
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -169,21 +176,45 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     try:
         fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
         try:
-            fields = posix.read(fd, 8192).decode("utf-8", "surrogateescape").split("\n")
+            lines = b"\n" + posix.read(fd, 8192)
         finally:
             posix.close(fd)
-        if len(fields) == 4 and fields[0] == key:
-            return fields[1], fields[2]
+        found, is_whole, _ = lines.partition(f"\n{key} ".encode())[2].partition(b"\n")
+        if found and is_whole:
+            mode, _, socket_path = found.decode("utf-8", "surrogateescape").partition(" ")
+            return mode, socket_path
     except OSError:
         pass
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
+def machine_key(home: str) -> str:
+    """Return which machine this is, whatever its name: the random id in our directory; "" if there is none.
+
+    Containers that share the directory differ in their pid namespaces.
+    """
+    key, namespace = read_machine_key(home) or whole().make_machine_key(home), pid_namespace()
+    return f"{key}/{namespace}" if key and namespace else key
+
+
+def read_machine_key(home: str) -> str:
+    """Return the random id in our directory; "" if there is none."""
+    try:
+        fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
+        try:
+            key = posix.read(fd, 64).decode("ascii", "replace").strip()
+        finally:
+            posix.close(fd)
+    except OSError:
+        return ""
+    return key if key.isascii() and key.isalnum() else ""
+
+
+def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
     """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?, "parentSessionId"?,
-    "hook": <payload>}`
+    `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
+    "parentSessionId"?, "hook": <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -193,6 +224,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
         f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
         f'"machineId":{quote(machine or posix.uname().nodename)}'
     )
+    if key:
+        head += f',"machineKey":"{key}"'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
         head += f',"pid":{int(pid)}'
@@ -712,6 +745,7 @@ NO_LONGER_USED = ("retention.compressAfterDays",)
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
+HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
@@ -808,11 +842,28 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
             write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
-        content = f"{key}\n{mode}\n{socket_path}\n"
+        path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
         with contextlib.suppress(OSError):  # it only saves time
             make_private_directory(home)
-            write_atomically(home + "/hook.cache", content.encode("utf-8", "surrogateescape"))
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
+                lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
+            write_atomically(path, b"\n".join(filter(None, lines)) + b"\n")
     return mode, socket_path
+
+
+def make_machine_key(home: str) -> str:
+    """Make the random id in our directory unless another process has; "" where it cannot be written."""
+    path = home + "/machine-key"
+    try:
+        make_private_directory(home)
+        with os.fdopen(open_for_append(path), "wb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not read_machine_key(home):
+                file.truncate(0)
+                file.write(os.urandom(8).hex().encode() + b"\n")
+    except OSError:
+        return ""
+    return read_machine_key(home)
 
 
 # ---------------------------------------------------------------------------
@@ -1019,7 +1070,7 @@ def _is_pid(value: Any) -> bool:
 
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    "sessionId": _is_id, "machineId": _is_id, "workingDirectory": _is_text,
+    "sessionId": _is_id, "machineId": _is_id, "machineKey": _is_id, "workingDirectory": _is_text,
     "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
@@ -1967,7 +2018,8 @@ PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, a
 USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
 USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
 USAGE_SCHEMA = 3
-_USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
+# Of the event it belongs to:
+_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 _MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
     *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
@@ -2130,7 +2182,7 @@ def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
 
 
 class UsageReader:
-    """Read transcripts; make events of their own with what the sessions of this machine have used.
+    """Read transcripts; make events of their own with what the sessions have used whose transcripts are here.
 
     The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
@@ -2140,9 +2192,8 @@ class UsageReader:
     SQLite's own lock keeps a second process out.
     """
 
-    def __init__(self, home: str, machine_id: str, stopping: "threading.Event | None" = None) -> None:
+    def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
         self._home = home
-        self._machine_id = machine_id
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
@@ -2150,7 +2201,7 @@ class UsageReader:
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
         """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
         data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
+        if event["hookType"] not in USAGE_HOOKS:
             return None
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
@@ -2164,7 +2215,7 @@ class UsageReader:
         self._delivered[session_id] = key
         if len(self._delivered) > PENDING_USAGE_LIMIT:
             del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
 
     def close(self) -> None:
@@ -2237,7 +2288,7 @@ class UsageReader:
     def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
         """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
-        size, identity = about.st_size, f"{about.st_dev} {about.st_ino}"
+        size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
         find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
         start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
         if 0 < start < size and mark != _mark(fd, start):
@@ -2278,10 +2329,10 @@ class UsageWorker:
     pending at the end is read at the next event of its session.
     """
 
-    def __init__(self, home: str, machine_id: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
         self._deliver = deliver
         self._closing = threading.Event()
-        self._reader = UsageReader(home, machine_id, self._closing)
+        self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
         self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
@@ -2303,7 +2354,8 @@ class UsageWorker:
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
-        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": "Stop", "data": paths}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
+        kept = {**about, "hookType": "Stop", "data": paths}
         with self._wake:
             if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
                 return  # it will be read in a moment
@@ -2431,8 +2483,7 @@ class AgentNoteReader:
     it. The note exists from the first tool call on; only it names the parent of a nested agent.
     """
 
-    def __init__(self, machine_id: str) -> None:
-        self._machine_id = machine_id
+    def __init__(self) -> None:
         # (session, agent) → id of the event that carried the note on the agent
         self._noted: dict[tuple[str, str], str] = {}
 
@@ -2442,7 +2493,6 @@ class AgentNoteReader:
         key = (event["sessionId"], agent_id or "")
         if (
             not agent_id
-            or event["machineId"] != self._machine_id
             or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
             or not _AGENT_ID.fullmatch(agent_id)
         ):
@@ -2840,8 +2890,9 @@ class Publisher:
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
         self._usage_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
-        self._usage = UsageWorker(home, this_machine(), self._usage_events.append)
-        self._agent_notes = AgentNoteReader(this_machine())
+        self._machine_key = machine_key(home)
+        self._usage = UsageWorker(home, self._usage_events.append)
+        self._agent_notes = AgentNoteReader()
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
@@ -2927,7 +2978,7 @@ class Publisher:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         privacy = privacy_of(self._values)
         while self._usage_events:
-            self._add(build_event(self._usage_events.popleft(), now_ms(), this_machine()), privacy)
+            self._add(self._build(self._usage_events.popleft()), privacy)
         if self._segment is None and not self._open_segment():
             return bool(self._batch)
         size = 0
@@ -2945,6 +2996,12 @@ class Publisher:
             if line.strip():
                 self._read_line(line.strip(), privacy)
         return bool(self._batch)
+
+    def _build(self, given: JsonObject) -> JsonObject:
+        event = build_event(given, now_ms(), this_machine())
+        if self._machine_key and event["machineId"] == this_machine():
+            event.setdefault("machineKey", self._machine_key)
+        return event
 
     def _add(self, event: JsonObject, privacy: Privacy) -> None:
         event, encoded = protect(event, privacy)
@@ -2975,7 +3032,7 @@ class Publisher:
     def _read_line(self, line: bytes, privacy: Privacy) -> None:
         """Add the event of one line to the batch; a line that has none goes to the quarantine."""
         try:
-            event = build_event(parse_event_line(line), now_ms(), this_machine())
+            event = self._build(parse_event_line(line))
             self._usage.put(event)
             self._agent_notes.add_note(event)
             self._add(event, privacy)
@@ -2996,7 +3053,7 @@ class Publisher:
             self._state["dropped"] += events
             text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
             report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
-            event = build_event(report, now_ms(), this_machine())
+            event = self._build(report)
             self._batch.append((event["id"], encode_json(event)))
 
     # Sending
