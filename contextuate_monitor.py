@@ -185,9 +185,7 @@ def load_settings(
     place = os.path.dirname(os.path.abspath(emit_event.__file__))
     if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
         user = f"user {user_name(os.getuid())} has no home directory"
-        warnings.append(
-            f"{user}, so {home} is used; set HOME, or CONTEXTUATE_HOME to a directory of this user"
-        )
+        warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
         rule = emit_event.KEYS[key]
         if not rule.accepts(value):
@@ -2123,7 +2121,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
 
 
 def machine_host(key: str) -> str:
-    """Return the part of a machine's key that containers share with their host (see emit_event.machine_key)."""
+    """Return the part of a machine's key (emit_event.machine_key) that containers share with their host."""
     return key.partition("/")[0]
 
 
@@ -2239,10 +2237,9 @@ class Sessions:
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
     def _is_watched(self, session: Session) -> bool:
-        """True if its process may be on this machine, perhaps in a container, whose end is noticed."""
-        return (
-            machine_host(session.machine_key) == machine_host(self._own_machine) and session.pid is not None
-        )
+        """True if its process is on this machine, perhaps in a container, so that its end may be seen."""
+        is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
+        return is_here and session.pid is not None
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
         """End the session that the same process ran before this one, in whatever order their events arrive.
@@ -5641,9 +5638,8 @@ class HookPort:
     ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
 
     def __post_init__(self) -> None:
-        self._lock = lock_file(
-            self.path + ".lock", lambda: f"another monitor uses {self.path}{way_to_end(self.path)}"
-        )
+        otherwise = f"another monitor uses {self.path}"
+        self._lock = lock_file(self.path + ".lock", lambda: otherwise + way_to_end(self.path))
         self._listen()
 
     def _listen(self) -> None:
@@ -6303,7 +6299,7 @@ def user_name(uid: int) -> str:
 
 
 def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
-    """Return a line for each machine, with its `label`; containers that were given no name are one for each host.
+    """Return a line for each machine, with its `label`; a host's containers without a given name are one.
 
     `sameName`: another machine has its name, so the label has a part of the key.
     """
@@ -7145,7 +7141,7 @@ class CommandError(Exception):
 def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
 
-    "pid" is the kernel's answer, 0 if it cannot be seen from here; "process" has it in words.
+    "pid" is the kernel's answer (see `listening_pid`), "process" has it in words.
     """
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
@@ -7157,29 +7153,29 @@ def running_monitor(settings: Settings) -> JsonObject | None:
         return None
     if about.get("pid") != pid:
         return None
-    about["pid"] = listening_pid(about["socketPath"])
-    return {**about, "process": f"pid {about['pid']}" if about["pid"] else "in another container"}
+    about["pid"] = pid = listening_pid(about["socketPath"])
+    where = "in another container" if pid == 0 else "its socket does not answer"
+    return {**about, "process": f"pid {pid}" if pid else where}
 
 
-def listening_pid(path: str) -> int:
-    """Return the pid of our process that listens on a Unix socket; 0 if it cannot be seen from here.
+def listening_pid(path: str) -> int | None:
+    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
 
     The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
     """
+    option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(1)
         sock.connect(path)
-        if emit_event.peer_uid(sock) == os.getuid():  # Linux: SO_PEERCRED, macOS: LOCAL_PEERPID
-            return int.from_bytes(
-                sock.getsockopt(*((1, 17) if sys.platform == "linux" else (0, 2)), 4), sys.byteorder
-            )
-    return 0
+        if emit_event.peer_uid(sock) == os.getuid():
+            return int.from_bytes(sock.getsockopt(*option, 4), sys.byteorder)
+    return None
 
 
 def way_to_end(socket_path: str) -> str:
-    """Return how a monitor that has a socket can be ended by hand, to be appended to a message."""
+    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
     pid = listening_pid(socket_path)
-    way = f" (pid {pid}); `kill {pid}` ends it" if pid else ", in another container; stop it there"
+    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
     return f"{way}, or choose another socketPath"
 
 
@@ -9009,15 +9005,14 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
         ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
     except CommandError as error:
         if not about["pid"]:
-            raise CommandError(f"{error}; it runs in another container, so stop it there") from None
+            raise CommandError(f"{error}; run `stop` where it runs") from None
         os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
     while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
-            way = f"`kill -9 {about['pid']}` loses nothing" if about["pid"] else "end it there"
-            raise CommandError(
-                f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s; {way}"
-            )
+            words = f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s"
+            way = f"; `kill -9 {about['pid']}` loses nothing" if about["pid"] else ""
+            raise CommandError(words + way)
         time.sleep(0.05)
 
 
