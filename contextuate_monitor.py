@@ -2653,8 +2653,8 @@ _ROW_TEXTS = (
     "compact_summary", "command_name",
 )  # fmt: skip
 _ROW_FIELDS = (
-    "seq", "received", "id", "timestamp", "sessionId", "machineId", "machineKey", "hookType", "eventType",
-    "agentId", "agentType", "demo",
+    "seq", "received", "id", "timestamp", "sessionId", "machineId", "hookType", "eventType", "agentId",
+    "agentType", "demo",
 )  # fmt: skip
 
 
@@ -6322,7 +6322,7 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
         if line["containers"] > 1:
             line["label"] = f"{hosts[host]}, " * (host != "") + f"{line['containers']} containers"
         elif line["sameName"] and line["machineKey"] != name:
-            line["label"] += f" ({line['machineKey'][:6]})"
+            line["label"] += f" ({line['machineKey'][:4]})"
     return sorted(lines.values(), key=operator.itemgetter("label"))
 
 

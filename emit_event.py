@@ -189,25 +189,19 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
 
 
 def machine_key(home: str) -> str:
-    """Return which machine this is, whatever its name: the random id in our directory; "" if there is none.
+    """Return which machine this is, whatever its name: the random id in our directory; "" without one.
 
     Containers that share the directory differ in their pid namespaces.
     """
-    key, namespace = read_machine_key(home) or whole().make_machine_key(home), pid_namespace()
-    return f"{key}/{namespace}" if key and namespace else key
-
-
-def read_machine_key(home: str) -> str:
-    """Return the random id in our directory; "" if there is none."""
+    key = b""
     try:
         fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-        try:
-            key = posix.read(fd, 64).decode("ascii", "replace").strip()
-        finally:
-            posix.close(fd)
+        key = posix.read(fd, 64).strip()
+        posix.close(fd)
     except OSError:
-        return ""
-    return key if key.isascii() and key.isalnum() else ""
+        pass
+    name, namespace = key.decode() if key.isalnum() else whole().make_machine_key(home), pid_namespace()
+    return f"{name}/{namespace}" if name and namespace else name
 
 
 def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
@@ -852,18 +846,19 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
 
 
 def make_machine_key(home: str) -> str:
-    """Make the random id in our directory unless another process has; "" where it cannot be written."""
+    """Return the random id in our directory; make it unless another process has; "" where that fails."""
     path = home + "/machine-key"
-    try:
+    with contextlib.suppress(OSError):
         make_private_directory(home)
-        with os.fdopen(open_for_append(path), "wb") as file:
+        with os.fdopen(open_for_append(path), "wb", 0) as file, open(path, "rb") as reader:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not read_machine_key(home):
+            key = reader.read(64).strip()
+            if not key.isalnum():
+                key = os.urandom(8).hex().encode()
                 file.truncate(0)
-                file.write(os.urandom(8).hex().encode() + b"\n")
-    except OSError:
-        return ""
-    return read_machine_key(home)
+                file.write(key + b"\n")
+        return key.decode()
+    return ""
 
 
 # ---------------------------------------------------------------------------
