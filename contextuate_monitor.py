@@ -6320,7 +6320,8 @@ def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObj
     for (host, name), line in lines.items():
         line["sameName"], line["label"] = name != "/" and names[name] > 1, line["machineId"]
         if line["containers"] > 1:
-            line["label"] = f"{hosts[host]}, " * (host != "") + f"{line['containers']} containers"
+            line["label"] = f"{hosts[host]}, " if host else ""
+            line["label"] += f"{line['containers']} containers"
         elif line["sameName"] and line["machineKey"] != name:
             line["label"] += f" ({line['machineKey'][:4]})"
     return sorted(lines.values(), key=operator.itemgetter("label"))
