@@ -164,10 +164,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from hook.cache where it is of this very configuration file.
-
-    Its lines are "KEY MODE SOCKET": the device numbers of one file may differ in a container.
-    """
+    """Return (mode, socket path), from the line of this very configuration file in hook.cache."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -189,10 +186,7 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
 
 
 def machine_key(home: str) -> str:
-    """Return which machine this is, whatever its name: the random id in our directory; "" without one.
-
-    Containers that share the directory differ in their pid namespaces.
-    """
+    """Return which machine this is: our directory's random id, in a container with its pid namespace."""
     key = b""
     try:
         fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
@@ -825,7 +819,8 @@ def _shown(value: Any) -> str:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
 
-    `key`: the configuration file's device, inode, size and time; the cache is valid for it alone.
+    `key`: the configuration file's device, inode, size and time, which a container may see otherwise. The
+    cache has a line "KEY MODE SOCKET" for each.
     An unusable configuration means defaults: the monitor reports it.
     """
     try:
@@ -2013,8 +2008,7 @@ PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, a
 USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
 USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
 USAGE_SCHEMA = 3
-# Of the event it belongs to:
-_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")
+_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 _MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
     *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
