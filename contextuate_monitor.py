@@ -8840,6 +8840,20 @@ def command_start(args: argparse.Namespace) -> int:
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
+    try:
+        print_started(settings, about)
+        sys.stdout.flush()
+    except OSError:  # it runs, whether that can be printed or not
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # A browser is opened only on this machine's own screen.
+    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def print_started(settings: Settings, about: JsonObject) -> None:
+    """Print where the page of a monitor is that has just started, and what to do next."""
     links = page_links(settings, about, False)
     print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
     loading = ask_monitor(settings, about, "/api/status").get("loading")
@@ -8849,11 +8863,6 @@ def command_start(args: argparse.Namespace) -> int:
         print(redis_words(settings, about))
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    # A browser is opened only on this machine's own screen.
-    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
-        webbrowser.open(links[0])
-    return 0
 
 
 def redis_words(settings: Settings, about: JsonObject) -> str:
@@ -9572,10 +9581,6 @@ OUR_ERRORS = (ConfigError, StartError, CommandError, InstallError, SearchError, 
 
 def prepare_output() -> None:
     """Prepare standard output for any text, and for being closed."""
-    with contextlib.suppress(OSError):
-        while (low := os.open(os.devnull, os.O_RDWR)) < 3:  # else a file of ours would take that place
-            pass
-        os.close(low)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -26,7 +26,15 @@ def contained(place: str, *command: str, flags: str = "") -> list[str]:
         return [*mounts.split(), *command]
     options = "--pid --fork --kill-child --mount-proc --uts" + " --net" * ("net" in flags)
     options += " --user --map-user=4242" if "user" in flags else " --user" * (os.geteuid() != 0)
-    return [str(UNSHARE), *options.split(), "sh", "-c", 'hostname "$0"; exec "$@"', name, *command]
+    return [
+        str(UNSHARE),
+        *options.split(),
+        "sh",
+        "-c",
+        'hostname "$0" 2>/dev/null; exec "$@"',
+        name,
+        *command,
+    ]
 
 
 @contextlib.contextmanager
@@ -258,10 +266,11 @@ def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
 # room: Processes
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"])
-def test_start_ends_with_0_with_closed_streams(monitor, closed):
-    command = f"exec {sys.executable} -m contextuate_monitor start --no-open {closed}"
-    subprocess.run(command, shell=True, cwd=ROOT, env=monitor.environment, timeout=60, check=True)
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full", "1</dev/null", "| :"])
+def test_start_ends_with_0_when_its_output_cannot_be_written(monitor, streams):
+    command = f"set -o pipefail; {sys.executable} -m contextuate_monitor start --no-open {streams}"
+    options: dict[str, Any] = {"cwd": ROOT, "env": monitor.environment, "timeout": 60, "check": True}
+    assert subprocess.run(["bash", "-c", command], **options, stderr=subprocess.PIPE).stderr == b""
     assert monitor.know().get("/health")["status"] == "ok"
 
 
