@@ -184,7 +184,7 @@ def load_settings(
     values, warnings = emit_event.load_config(path)
     place = os.path.dirname(os.path.abspath(emit_event.__file__))
     if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
-        user = f"user {user_name(os.getuid())} has no home directory"
+        user = f"user {os.getuid()} has no home directory"
         warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
         rule = emit_event.KEYS[key]
@@ -6992,6 +6992,27 @@ def lock_holder(path: str) -> int | None:
     return None
 
 
+def listening_pid(path: str) -> int | None:
+    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
+
+    The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
+    """
+    option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1)
+        sock.connect(path)
+        if emit_event.peer_uid(sock) == os.getuid():
+            return int.from_bytes(sock.getsockopt(*option, 4), sys.byteorder)
+    return None
+
+
+def way_to_end(socket_path: str) -> str:
+    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
+    pid = listening_pid(socket_path)
+    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
+    return f"{way}, or choose another socketPath"
+
+
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
     """Listen on a TCP port; raise StartError that names the key and the option to change."""
     try:
@@ -7157,27 +7178,6 @@ def running_monitor(settings: Settings) -> JsonObject | None:
     about["pid"] = pid = listening_pid(about["socketPath"])
     where = "in another container" if pid == 0 else "its socket does not answer"
     return {**about, "process": f"pid {pid}" if pid else where}
-
-
-def listening_pid(path: str) -> int | None:
-    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
-
-    The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
-    """
-    option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(1)
-        sock.connect(path)
-        if emit_event.peer_uid(sock) == os.getuid():
-            return int.from_bytes(sock.getsockopt(*option, 4), sys.byteorder)
-    return None
-
-
-def way_to_end(socket_path: str) -> str:
-    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
-    pid = listening_pid(socket_path)
-    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
-    return f"{way}, or choose another socketPath"
 
 
 def needed_monitor(settings: Settings) -> JsonObject:
