@@ -160,6 +160,11 @@ class Settings:
         """What may be stored."""
         return emit_event.privacy_of(self.values)
 
+    @functools.cached_property
+    def machine_key(self) -> str:
+        """Which machine this is, whatever its name; the name where our directory cannot be written."""
+        return emit_event.machine_key(self.home) or self.machine_id
+
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
         return os.path.join(self.home, name)
@@ -177,6 +182,10 @@ def load_settings(
     if config_path and not os.path.exists(path):
         raise ConfigError(f"{path}: no such file; omit --config to use the defaults")
     values, warnings = emit_event.load_config(path)
+    place = os.path.dirname(os.path.abspath(emit_event.__file__))
+    if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
+        user = f"user {os.getuid()} has no home directory"
+        warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
         rule = emit_event.KEYS[key]
         if not rule.accepts(value):
@@ -1279,6 +1288,7 @@ class Session:
     imported: bool = False  # a part of its history was imported
     pinned: bool = False
     hidden: bool = False
+    machine_key: str = ""  # which machine; `machine_id` is only its name
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
@@ -2255,6 +2265,11 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
     _interrupt(session, None, _NEVER)
 
 
+def machine_host(key: str) -> str:
+    """Return the part of a machine's key (emit_event.machine_key) that containers share with their host."""
+    return key.partition("/")[0]
+
+
 class MachineClock(NamedTuple):
     """The clock of one machine."""
 
@@ -2268,6 +2283,7 @@ class Sessions:
     """All sessions, updated by `apply` and `tick`.
 
     A session becomes quiet after `quiet_ms` of silence; all sessions of a machine end after `ended_ms`.
+    `own_machine` is our machine's key; `own_name`: the name that stands for it in events without a key.
     """
 
     def __init__(
@@ -2276,13 +2292,15 @@ class Sessions:
         ended_ms: int = 12 * 3_600_000,
         own_machine: str = "",
         prices: PriceList | None = None,
+        own_name: str = "",
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
+        self._own_name = own_name
         self._prices = prices or PriceList()
-        self._machines: dict[str, MachineClock] = {}
+        self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
@@ -2290,7 +2308,7 @@ class Sessions:
         self._numbers = itertools.count()
         self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
-        # (machine, (pid, namespace)) → the session that this process runs; a process runs one at a time
+        # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
@@ -2307,6 +2325,7 @@ class Sessions:
         session = self.sessions.get(session_id)
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
+            session.machine_key = self._key_of(event)
             if kind == "usage":
                 return session
             self.sessions[session_id] = session
@@ -2339,11 +2358,12 @@ class Sessions:
         """
         timestamp = event["timestamp"]
         received: int = event.get("received") or timestamp
-        machine = self._machines.get(event["machineId"]) or MachineClock()
+        key = self._key_of(event)
+        machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
         is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
         if is_new:
-            if event["machineId"] == self._own_machine:
+            if key == self._own_machine:
                 skew = 0
             elif event.get("spooled") or event.get("imported") or event.get("demo"):
                 pass  # its delay or its timestamp is not real
@@ -2354,8 +2374,17 @@ class Sessions:
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
             latest = max(at, machine.last_event)
-            self._machines[event["machineId"]] = MachineClock(skew, received, latest, seq)
+            self._machines[key] = MachineClock(skew, received, latest, seq)
         return received, at
+
+    def _key_of(self, event: JsonObject) -> str:
+        name: str = event["machineId"]
+        return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _is_watched(self, session: Session) -> bool:
+        """True if its process is on this machine, perhaps in a container, so that its end may be seen."""
+        is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
+        return is_here and session.pid is not None
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
         """End the session that the same process ran before this one, in whatever order their events arrive.
@@ -2365,13 +2394,13 @@ class Sessions:
         process = process_of(event)
         if process is None:
             return
-        runner = event["machineId"], process
+        runner = self._key_of(event), process
         other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
         if other is session or (kind != "session_start" and (kind != "client_status" or session.has_hooks)):
             return
         before, after = sorted((other, session), key=lambda each: each.source_time)
         self._running[runner] = after.session_id
-        if before.turn == "ended" or before.machine_id != runner[0] or process not in before.processes:
+        if before.turn == "ended" or before.machine_key != runner[0] or process not in before.processes:
             return
         at = after.source_time
         end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
@@ -2390,13 +2419,16 @@ class Sessions:
     ) -> Session:
         """Apply an event, and again the events that overtook it; return the resulting session."""
         session_id = session.session_id
-        is_elsewhere = event["machineId"] != session.machine_id and not event.get("imported")
-        if kind == "session_end" and session.processes and "pid" in event:  # the machine may be renamed
+        key = self._key_of(event)
+        is_elsewhere = key != session.machine_key and not event.get("imported")
+        if kind == "session_end" and session.processes and "pid" in event:
             is_elsewhere = is_elsewhere and process_of(event) in session.processes
         if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
             # The session was resumed on another machine, which has its own pids and timestamps.
-            session.machine_id, session.processes, session.last_timestamp = event["machineId"], {}, 0
+            session.machine_key, session.processes, session.last_timestamp = key, {}, 0
             self._stages.pop(session_id, None)
+        if key == session.machine_key:
+            session.machine_id = event["machineId"]
         facts = self._unnamed.paired(event, call_facts(event))
         step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
         while self._stages:
@@ -2459,11 +2491,10 @@ class Sessions:
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
             silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
-            machine = self._machines.get(session.machine_id)
+            machine = self._machines.get(session.machine_key)
             last_event = machine.last_event if machine else session.last_event
             session.clock = max(session.clock, time_ms)
-            is_watched = session.machine_id == self._own_machine and session.pid is not None
-            if not is_watched and time_ms - last_event >= self._ended_ms:
+            if not self._is_watched(session) and time_ms - last_event >= self._ended_ms:
                 why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
@@ -2494,23 +2525,31 @@ class Sessions:
             session.shift(step_ms)
 
     def check_processes(
-        self, namespace: int, was_running: Callable[[int, int], bool], time_ms: int, is_sure: bool
+        self,
+        namespace: int,
+        was_running: Callable[[int, int], bool],
+        time_ms: int,
+        is_sure: bool,
+        find: Callable[[tuple[int, int]], int] = lambda _: 0,
     ) -> list[Session]:
         """Check which processes of this machine still run, since a kill fires no hook; return ended sessions.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks one. `is_sure`: no other machine has
-        our name; else only a process that was seen alive can have exited. It may have exited long before this
-        check, so its session ends when it was last seen alive, or with its last event.
+        `namespace` is that of our pids; `was_running(pid, time)` checks one; `find(process)` returns our pid
+        of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a process
+        that was seen alive can have exited. It may have exited long before this check, so its session ends
+        when it was last seen alive, or with its last event.
         """
         ended = []
         for session in list(self.sessions.values()):
-            if session.turn == "ended" or session.machine_id != self._own_machine or not session.processes:
+            if session.turn == "ended" or not self._is_watched(session):
                 continue
             for process, alive_at in list(session.processes.items()):
-                is_here = process[1] == namespace
-                if is_here and was_running(process[0], session.last_event):
+                pid = process[0] if process[1] == namespace else find(process)
+                # The first namespace sees all others; from another one nothing may be seen any more.
+                is_visible = pid or (alive_at and namespace == 0)
+                if pid and was_running(pid, session.last_event):
                     session.processes[process] = time_ms
-                elif is_here and (alive_at or is_sure):
+                elif is_visible and (alive_at or is_sure):
                     if len(session.processes) > 1:
                         del session.processes[process]
                     else:
@@ -2536,8 +2575,8 @@ class Sessions:
         if deleted is None:
             return False
         for process in deleted.processes:
-            if self._running.get((deleted.machine_id, process)) == session_id:
-                del self._running[deleted.machine_id, process]
+            if self._running.get((deleted.machine_key, process)) == session_id:
+                del self._running[deleted.machine_key, process]
         if deleted.parent_id:
             self._linked.add(deleted.parent_id)
         return True
@@ -2574,7 +2613,7 @@ class Sessions:
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
             for process in session.processes:
-                place = session.machine_id, process
+                place = session.machine_key, process
                 # a session that was replaced may be restored after the one that replaced it
                 if session.turn != "ended" or place not in self._running:
                     self._running[place] = session.session_id
@@ -2618,7 +2657,7 @@ class Sessions:
         continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
-            and (before.machine_id, before.directory) == (after.machine_id, after.directory)
+            and (before.machine_key, before.directory) == (after.machine_key, after.directory)
             and (before.process == after.process or None in (before.process, after.process))
             and not after.continued_from
             and before.session_id not in continued
@@ -2705,7 +2744,8 @@ _CONTINUABLE_REASONS = frozenset(itertools.chain(*_CONTINUED_REASONS.values()))
 
 # Name in JSON → attribute; `to_json` adds the rest.
 _SESSION_JSON = {
-    "sessionId": "session_id", "machineId": "machine_id", "workingDirectory": "directory",
+    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key",
+    "workingDirectory": "directory",
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
@@ -4227,7 +4267,7 @@ def metrics_text(
 
     def of_machines(field: str) -> list[tuple[str, dict[str, str], float]]:
         known = [machine for machine in status["machines"] if machine[field] is not None]
-        return by("machine", [(machine["machineId"], machine[field] / 1000) for machine in known])
+        return by("machine", [(machine["label"], machine[field] / 1000) for machine in known])
 
     build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
     by_type = [("", {"machine": it[0], "type": it[1]}, count) for it, count in sorted(counts.events.items())]
@@ -5323,6 +5363,12 @@ class Api:
     def _message(self, _query: Query, body: bytes) -> Response:
         return json_response(self._handle_message(emit_event.parse_event_line(body)))
 
+    def _stop(self, _query: Query, body: bytes) -> Response:
+        if emit_event.parse_event_line(body).get("startedAt") != self._monitor.started_at:
+            raise RequestError(409, "another monitor is asked to stop")
+        self._monitor.stop()
+        return json_response({})
+
     def _search(self, query: Query, _body: bytes) -> Response:
         return json_response(self._monitor.history.search(self._search_query(query)))
 
@@ -5362,6 +5408,7 @@ class Api:
         ("GET", r"/api/stats", _stats),
         ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
         ("POST", r"/api/message", _message),
+        ("POST", r"/api/stop", _stop),
     )
 
 
@@ -5711,6 +5758,8 @@ SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
 PROCESS_WATCHES = 256  # more are looked at every second
+CONTAINERS_INTERVAL_S = 2.0  # at least, between two looks for the processes of containers
+CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # in the stream of Redis
@@ -5739,9 +5788,8 @@ class HookPort:
     ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
 
     def __post_init__(self) -> None:
-        advice = "`kill {pid}` ends it, or choose another socketPath"
-        otherwise = f"another monitor uses {self.path} (pid {{pid}}); {advice}"
-        self._lock = lock_file(self.path + ".lock", otherwise)
+        otherwise = f"another monitor uses {self.path}"
+        self._lock = lock_file(self.path + ".lock", lambda: otherwise + way_to_end(self.path))
         self._listen()
 
     def _listen(self) -> None:
@@ -5886,16 +5934,16 @@ class Ingest:
 
     def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
-        self.machines: dict[str, JsonObject] = {}  # name → its part of the status
+        self.machines: dict[str, JsonObject] = {}  # key → its part of the status
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
-        self._machine_id = settings.machine_id
+        self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
-        self._usage = emit_event.UsageWorker(settings.home, settings.machine_id, deliver)
-        self.registry = RegistryThread(settings.machine_id, deliver)
-        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
+        self._usage = emit_event.UsageWorker(settings.home, deliver)
+        self.registry = RegistryThread(settings.machine_key, deliver)
+        self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
         self, lines: Sequence[bytes | TooLong], remote: bool = False, late: Sequence[bool] = ()
@@ -5944,8 +5992,8 @@ class Ingest:
 
     def close(self) -> None:
         """Stop the reader of transcripts; log the number of events by machine."""
-        for name, machine in sorted(self.machines.items()):
-            log.info("%d events from machine %s since the start", machine["events"], name)
+        for machine in sorted(self.machines.values(), key=operator.itemgetter("machineId")):
+            log.info("%d events from machine %s since the start", machine["events"], machine["machineId"])
         self._usage.close()
         self.registry.close()
 
@@ -5959,8 +6007,8 @@ class Ingest:
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
-            if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
-                event["machineId"] = self._machine_id  # the host was renamed since the start
+            if event["machineId"] in (self._machine_id, emit_event.this_machine()):  # renamed since the start
+                event.setdefault("machineKey", self._machine_key)
             if "agentId" in event:
                 self._agent_notes.add_note(event)
             self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
@@ -5986,10 +6034,12 @@ class Ingest:
     def _count(self, entry: StoredEvent, received_ms: int) -> None:
         event = entry.event
         name = event["machineId"]
-        machine = self.machines.get(name)
+        key = event.get("machineKey") or name
+        machine = self.machines.get(key)
         if machine is None:
-            log.info("first event from machine %s", name)
-            machine = self.machines[name] = {"machineId": name, "events": 0, "dropped": 0}
+            log.info("first event from machine %s (%s)", name, key)
+            machine = self.machines[key] = {"machineKey": key, "events": 0, "dropped": 0}
+        machine["machineId"] = name
         machine["events"] += 1
         machine["lastSeen"] = received_ms
         dropped = event["data"].get("spoolDropped")
@@ -6008,8 +6058,8 @@ class RegistryThread:
     `deliver` is called from it with each event.
     """
 
-    def __init__(self, machine_id: str, deliver: Callable[[JsonObject], None]) -> None:
-        self._watcher = emit_event.RegistryWatcher(machine_id)
+    def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+        self._watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -6356,7 +6406,7 @@ class MessageHandlers:
         return {"type": "status", **self._monitor.status.to_json()}
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
+        self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
 
     def _act(self, client: Client, message: JsonObject) -> None:
         session = self._session(message)
@@ -6412,11 +6462,12 @@ def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
     return {**answer, "requestId": message["requestId"]} if "requestId" in message else answer
 
 
-def test_event(machine_id: str) -> JsonObject:
+def test_event(settings: Settings) -> JsonObject:
     """Return the event of `test-event` and of the page's button."""
     data = {"message": "Test event: the way from here to the page works.", "notificationType": "test"}
     kind = {"hookType": "Notification", "eventType": "notification", "data": data}
-    where = {"sessionId": TEST_SESSION_ID, "machineId": machine_id, "workingDirectory": os.getcwd()}
+    where = {"sessionId": TEST_SESSION_ID, "workingDirectory": os.getcwd()}
+    where |= {"machineId": settings.machine_id, "machineKey": settings.machine_key}
     return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
 
 
@@ -6443,29 +6494,41 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
+    """Return a line for each machine, with its `label`; a host's containers without a given name are one.
+
+    `sameName`: another machine has its name, so the label has a part of the key.
+    """
+    machines, own_host = sorted(machines, key=operator.itemgetter("lastSeen")), machine_host(own.machine_key)
+    hosts = {it["machineKey"]: it["machineId"] for it in machines if "/" not in it["machineKey"]}
+    hosts[own_host] = own.machine_id
+    lines: dict[tuple[str, str], JsonObject] = {}  # by (key of the host, name; "/": those without a name)
+    for it in machines:
+        place = (machine_host(it["machineKey"]), it["machineId"])
+        if "/" in it["machineKey"] and CONTAINER_NAME.fullmatch(place[1]):
+            place = (place[0] if place[0] in hosts else "", "/")
+        elif "/" not in it["machineKey"]:
+            place = (place[0], hosts[place[0]])
+        line = lines.setdefault(place, {"events": 0, "dropped": 0, "containers": 0})
+        sums = {name: line[name] + it[name] for name in ("events", "dropped")}
+        line.update({**it, **sums, "containers": line["containers"] + (place[1] == "/")})
+    names = collections.Counter(name for _, name in {*lines, (own_host, own.machine_id)})
+    for (host, name), line in lines.items():
+        line["sameName"], line["label"] = name != "/" and names[name] > 1, line["machineId"]
+        if line["containers"] > 1:
+            line["label"] = f"{hosts[host]}, " if host else ""
+            line["label"] += f"{line['containers']} containers"
+        elif line["sameName"] and line["machineKey"] != name:
+            line["label"] += f" ({line['machineKey'][:4]})"
+    return sorted(lines.values(), key=operator.itemgetter("label"))
+
+
 def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
-    running = state["state"] != "stopped" and is_publisher(state.get("pid"))
+    running = state["state"] != "stopped" and lock_is_held(home + "/publisher.lock")
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
-
-
-def is_publisher(pid: Any) -> bool:
-    """True if the process with this id is a publisher; without /proc, if it is one of this user."""
-    if type(pid) is not int or not 0 < pid < 1 << 31:
-        return False
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"\0--publish\0" in file.read(65536)
-    except OSError:
-        if os.path.exists("/proc/self/cmdline"):
-            return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 class Status:
@@ -6522,10 +6585,13 @@ class Status:
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
-            "machines": [
-                {**machine, "clockSkewMs": monitor.sessions.skew_ms(name)}
-                for name, machine in sorted(ingest.machines.items())
-            ],
+            "machines": machine_lines(
+                [
+                    {**machine, "clockSkewMs": monitor.sessions.skew_ms(key)}
+                    for key, machine in ingest.machines.items()
+                ],
+                monitor.settings,
+            ),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
@@ -6574,7 +6640,7 @@ def steady_part(status: JsonObject) -> list[object]:
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
-        [machine["machineId"] for machine in status["machines"]] if redis else [],
+        [machine["label"] for machine in status["machines"]] if redis or status["machines"][1:] else [],
     ]
 
 
@@ -6591,7 +6657,8 @@ class Monitor:
         quiet_ms = settings["sessions.quietSeconds"] * 1000
         ended_ms = settings["sessions.endedHours"] * 3_600_000
         prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
-        self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_id, prices)
+        own_name = settings.machine_id if settings["mode"] == "local" else ""  # others may have it, too
+        self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_key, prices, own_name)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
         self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
@@ -6619,8 +6686,8 @@ class Monitor:
         """Open every port and start to serve the page; raise StartError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
-        otherwise = "another monitor runs for this directory (pid {pid}); `stop` ends it"
-        self._lock = lock_file(settings.path("monitor.pid"), otherwise)
+        otherwise = "another monitor runs for this directory; `stop` ends it"
+        self._lock = lock_file(settings.path("monitor.pid"), lambda: otherwise)
         host = settings["server.host"]
         self.addresses = own_addresses(host)
         token = read_token(settings.path("token"))
@@ -6917,9 +6984,9 @@ class Monitor:
 
     def _end_sessions_without_process(self) -> list[Session]:
         """End the sessions of this machine whose client no longer runs."""
-        is_sure = self.redis is None  # through Redis events of another machine of the same name may arrive
-        ran_at = self._processes.ran_at
-        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure)
+        is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
+        watch = self._processes
+        gone = self.sessions.check_processes(self._pid_namespace, watch.ran_at, now_ms(), is_sure, watch.find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         return gone
@@ -7000,9 +7067,9 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
             facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
-    for machine in status["machines"] if link else ():
+    for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        words = f"{machine['machineId']}: {machine['events']} events, last {age} ago"
+        words = f"{machine['label']}: {machine['events']} events, last {age} ago"
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})
@@ -7064,6 +7131,9 @@ def status_problems(
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
+    for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
+        advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
+        add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
     if disk.get("error"):
         add("disk", "warn", disk["error"], None, "Correct what it names.")
     return found + foreign_problems(foreign)
@@ -7082,12 +7152,11 @@ def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject
     ]
 
 
-def lock_file(path: str, otherwise: str) -> int:
-    """Take the lock at `path` until this process exits; raise StartError with the message `otherwise`.
+def lock_file(path: str, otherwise: Callable[[], str]) -> int:
+    """Take the lock at `path` until this process exits; raise StartError with the message of `otherwise`.
 
-    The file holds our pid. "{pid}" in `otherwise` becomes the owner's. `unlock_file` removes the file.
+    The file holds our pid, which means nothing in another container. `unlock_file` removes the file.
     """
-    owner = ""
     for _ in range(LOCK_ATTEMPTS):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -7110,10 +7179,9 @@ def lock_file(path: str, otherwise: str) -> int:
         except FileNotFoundError:
             pass  # removed between opening and locking it
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
-            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
-    raise StartError(otherwise.replace("{pid}", owner or "unknown"))
+    raise StartError(otherwise())
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -7125,13 +7193,34 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the process that holds the lock at `path`, None when there is none."""
+    """Return the pid in the file at `path` while its lock is held, else None; it may be of a container."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
             return int(file.read(32).strip() or b"0") or None
     return None
+
+
+def listening_pid(path: str) -> int | None:
+    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
+
+    The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
+    """
+    option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1)
+        sock.connect(path)
+        if emit_event.peer_uid(sock) == os.getuid():
+            return int.from_bytes(sock.getsockopt(*option, 4), sys.byteorder)
+    return None
+
+
+def way_to_end(socket_path: str) -> str:
+    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
+    pid = listening_pid(socket_path)
+    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
+    return f"{way}, or choose another socketPath"
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
@@ -7207,6 +7296,21 @@ def _began_by(start_s: float, time_ms: int) -> bool:
     return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
 
+def contained_processes() -> dict[tuple[int, int], int]:
+    """Return the processes in containers that we may look at: (pid there, its pid namespace) → pid here."""
+    found = {}
+    with contextlib.suppress(OSError):
+        own = os.readlink("/proc/self/ns/pid")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # another user's, or gone
+                namespace = os.readlink(f"/proc/{name}/ns/pid")
+                if namespace != own:
+                    with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
+                        pids = next((line.split() for line in file if line.startswith("NSpid:")), [name])
+                    found[int(pids[-1]), int(namespace[5:-1])] = int(name)
+    return found
+
+
 class ProcessWatch:
     """Say which processes run; those seen once are not looked at again until the kernel reports their end.
 
@@ -7216,6 +7320,9 @@ class ProcessWatch:
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
         self._starts: dict[int, float] = {}  # pid → when it began, of those whose end will be reported
+        self._contained: dict[tuple[int, int], int] = {}  # of the last look
+        self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
+        self._next_look_s = 0.0
 
     def ran_at(self, pid: int, time_ms: int) -> bool:
         """Return what process_ran_at does, in the loop thread."""
@@ -7223,6 +7330,16 @@ class ProcessWatch:
         if start_s is None:
             start_s = self._look(pid)
         return start_s is not None and _began_by(start_s, time_ms)
+
+    def find(self, process: tuple[int, int]) -> int:
+        """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
+        if process not in self._found and time.monotonic() >= self._next_look_s:
+            started = time.monotonic()
+            self._contained = contained_processes()
+            self._next_look_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
+        if process not in self._found and process in self._contained:
+            self._found[process] = self._contained[process]
+        return self._found.get(process, 0)
 
     def _look(self, pid: int) -> float | None:
         fd = -1
@@ -7254,7 +7371,10 @@ class CommandError(Exception):
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None."""
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
+
+    "pid" is the kernel's answer (see `listening_pid`), "process" has it in words.
+    """
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
         return None
@@ -7263,7 +7383,11 @@ def running_monitor(settings: Settings) -> JsonObject | None:
             about = emit_event.parse_event_line(file.read())
     except (OSError, MalformedEvent):
         return None
-    return about if about.get("pid") == pid else None
+    if about.get("pid") != pid:
+        return None
+    about["pid"] = pid = listening_pid(about["socketPath"])
+    where = "in another container" if pid == 0 else "its socket does not answer"
+    return {**about, "process": f"pid {pid}" if pid else where}
 
 
 def needed_monitor(settings: Settings) -> JsonObject:
@@ -7296,7 +7420,7 @@ def ask_monitor(
         response = connection.getresponse()
         answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+        raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
     finally:
         connection.close()
     if response.status != 200:
@@ -7471,6 +7595,8 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
     CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
     """
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    if directory.startswith("~"):
+        raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
     directory = os.path.join(project, ".claude") if project is not None else directory
     return os.path.abspath(os.path.join(directory, name))
 
@@ -8054,7 +8180,7 @@ class Doctor:
             return
         status = ask_monitor(self._settings, about, "/api/status")
         page = page_links(self._settings, about, False)[0]
-        yield _ok("monitor", f"pid {about['pid']}, version {status['version']}, {page}")
+        yield _ok("monitor", f"{about['process']}, version {status['version']}, {page}")
         if (status["version"], status["mode"]) != (__version__, mode):
             words = f"it runs version {status['version']} in mode {status['mode']}"
             advice = "run: python3 contextuate_monitor.py restart"
@@ -8176,7 +8302,7 @@ class Doctor:
         elif client is None:
             trouble = "Redis does not answer"
         else:  # there is no hook, so we publish it ourselves
-            event = test_event(self._settings.machine_id)
+            event = test_event(self._settings)
             event["data"]["message"] = token
             try:
                 _in_time(lambda: client.publish(channel, encode_json(event)))
@@ -8928,15 +9054,29 @@ def command_start(args: argparse.Namespace) -> int:
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and args.report_fd is None:
-        print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
+        print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
         if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
             print_status("the options have no effect; `restart` with the same options applies them")
         return 0
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
+    try:
+        print_started(settings, about)
+        sys.stdout.flush()
+    except OSError:  # it runs, whether that can be printed or not
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # A browser is opened only on this machine's own screen.
+    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def print_started(settings: Settings, about: JsonObject) -> None:
+    """Print where the page of a monitor is that has just started, and what to do next."""
     links = page_links(settings, about, False)
-    print(f"Contextuate Monitor runs (pid {about['pid']}). Open:", *links, sep="\n  ")
+    print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
     loading = ask_monitor(settings, about, "/api/status").get("loading")
     if loading:
         print(f"{loading_words(loading)}, the rest follows; the page and `status` show the progress.")
@@ -8944,11 +9084,6 @@ def command_start(args: argparse.Namespace) -> int:
         print(redis_words(settings, about))
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    # A browser is opened only on this machine's own screen.
-    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
-        webbrowser.open(links[0])
-    return 0
 
 
 def redis_words(settings: Settings, about: JsonObject) -> str:
@@ -9085,26 +9220,30 @@ def command_stop(args: argparse.Namespace) -> int:
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
-        print(f"stopped (pid {about['pid']})")
+        print(f"stopped ({about['process']})")
         return 0
-    stray = None
-    with contextlib.suppress(PermissionError):  # another user's
-        stray = lock_holder(settings["socketPath"] + ".lock")
-    if stray is not None:
-        words = f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}"
-        raise CommandError(f"{words}; `kill {stray}` ends it")
+    path = settings["socketPath"]
+    if lock_holder(path + ".lock") is not None:
+        words = f"no monitor runs for {settings.home}, but another one uses {path}"
+        raise CommandError(words + way_to_end(path))
     print("not running")
     return 0
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
-    """End the running monitor; raise CommandError if it does not exit."""
-    os.kill(about["pid"], signal.SIGTERM)
+    """Ask the running monitor to end, by a signal if it does not answer; raise CommandError if it goes on."""
+    try:
+        ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
+    except CommandError as error:
+        if not about["pid"]:
+            raise CommandError(f"{error}; run `stop` where it runs") from None
+        os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while running_monitor(settings) is not None:
+    while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
-            words = f"has not ended in {STOP_DEADLINE_S:.0f} s; `kill -9 {about['pid']}` loses nothing"
-            raise CommandError(f"pid {about['pid']} {words}")
+            words = f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s"
+            way = f"; `kill -9 {about['pid']}` loses nothing" if about["pid"] else ""
+            raise CommandError(words + way)
         time.sleep(0.05)
 
 
@@ -9135,7 +9274,7 @@ def command_status(args: argparse.Namespace) -> int:
         print(json.dumps({"running": True, **status}))
         return 0
     since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
+    print(f"running  {about['process']}, version {status['version']}, for {since}, mode {status['mode']}")
     print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
     print(f"hooks    {about['socketPath']}")
     for fact in status.get("facts") or status_facts(status):
@@ -9265,7 +9404,7 @@ def show_plan(plan: InstallPlan) -> int:
 def command_test_event(args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
     settings = settings_of(args)
-    data = test_event(settings.machine_id)["data"]
+    data = test_event(settings)["data"]
     words = send_through_hook(settings, data["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):

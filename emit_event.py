@@ -115,7 +115,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ)
+    line = wrap(payload, environ, machine_key(home))
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
@@ -134,7 +134,8 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner.
+    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner. A user
+    without any, as of `docker run -u 4242`, has our directory beside this file.
     """
     # An installed hook belongs to the directory that it is installed in.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
@@ -151,7 +152,10 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     if not is_ours:
         import pwd
 
-        home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        try:
+            home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        except KeyError:
+            home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
     if config[:2] == "~/":
@@ -160,7 +164,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from hook.cache where it is of this very configuration file."""
+    """Return (mode, socket path), from the line of this very configuration file in hook.cache."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -169,21 +173,36 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     try:
         fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
         try:
-            fields = posix.read(fd, 8192).decode("utf-8", "surrogateescape").split("\n")
+            lines = b"\n" + posix.read(fd, 8192)
         finally:
             posix.close(fd)
-        if len(fields) == 4 and fields[0] == key:
-            return fields[1], fields[2]
+        found, is_whole, _ = lines.partition(f"\n{key} ".encode())[2].partition(b"\n")
+        if found and is_whole:
+            mode, _, socket_path = found.decode("utf-8", "surrogateescape").partition(" ")
+            return mode, socket_path
     except OSError:
         pass
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
+def machine_key(home: str) -> str:
+    """Return which machine this is: our directory's random id, in a container with its pid namespace."""
+    key = b""
+    try:
+        fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
+        key = posix.read(fd, 64).strip()
+        posix.close(fd)
+    except OSError:
+        pass
+    name, namespace = key.decode() if key.isalnum() else whole().make_machine_key(home), pid_namespace()
+    return f"{name}/{namespace}" if name and namespace else name
+
+
+def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
     """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?, "parentSessionId"?,
-    "hook": <payload>}`
+    `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
+    "parentSessionId"?, "hook": <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -193,6 +212,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
         f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
         f'"machineId":{quote(machine or posix.uname().nodename)}'
     )
+    if key:
+        head += f',"machineKey":"{key}"'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
         head += f',"pid":{int(pid)}'
@@ -712,6 +733,7 @@ NO_LONGER_USED = ("retention.compressAfterDays",)
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
+HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
@@ -797,7 +819,8 @@ def _shown(value: Any) -> str:
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
     """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
 
-    `key`: the configuration file's device, inode, size and time; the cache is valid for it alone.
+    `key`: the configuration file's device, inode, size and time, which a container may see otherwise. The
+    cache has a line "KEY MODE SOCKET" for each.
     An unusable configuration means defaults: the monitor reports it.
     """
     try:
@@ -808,11 +831,29 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
             write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
-        content = f"{key}\n{mode}\n{socket_path}\n"
+        path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
         with contextlib.suppress(OSError):  # it only saves time
             make_private_directory(home)
-            write_atomically(home + "/hook.cache", content.encode("utf-8", "surrogateescape"))
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
+                lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
+            write_atomically(path, b"\n".join(filter(None, lines)) + b"\n")
     return mode, socket_path
+
+
+def make_machine_key(home: str) -> str:
+    """Return the random id in our directory; make it unless another process has; "" where that fails."""
+    path = home + "/machine-key"
+    with contextlib.suppress(OSError):
+        make_private_directory(home)
+        with os.fdopen(open_for_append(path), "wb", 0) as file, open(path, "rb") as reader:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            key = reader.read(64).strip()
+            if not key.isalnum():
+                key = os.urandom(8).hex().encode()
+                file.truncate(0)
+                file.write(key + b"\n")
+        return key.decode()
+    return ""
 
 
 # ---------------------------------------------------------------------------
@@ -1019,7 +1060,7 @@ def _is_pid(value: Any) -> bool:
 
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    "sessionId": _is_id, "machineId": _is_id, "workingDirectory": _is_text,
+    "sessionId": _is_id, "machineId": _is_id, "machineKey": _is_id, "workingDirectory": _is_text,
     "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
@@ -1967,7 +2008,7 @@ PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, a
 USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
 USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
 USAGE_SCHEMA = 3
-_USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
+_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 _MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
     *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
@@ -2131,7 +2172,7 @@ def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
 
 
 class UsageReader:
-    """Read transcripts; make events of their own with what the sessions of this machine have used.
+    """Read transcripts; make events of their own with what the sessions have used whose transcripts are here.
 
     The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
@@ -2141,9 +2182,8 @@ class UsageReader:
     SQLite's own lock keeps a second process out.
     """
 
-    def __init__(self, home: str, machine_id: str, stopping: "threading.Event | None" = None) -> None:
+    def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
         self._home = home
-        self._machine_id = machine_id
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
@@ -2151,7 +2191,7 @@ class UsageReader:
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
         """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
         data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
+        if event["hookType"] not in USAGE_HOOKS:
             return None
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
@@ -2165,7 +2205,7 @@ class UsageReader:
         self._delivered[session_id] = key
         if len(self._delivered) > PENDING_USAGE_LIMIT:
             del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
 
     def close(self) -> None:
@@ -2238,7 +2278,7 @@ class UsageReader:
     def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
         """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
-        size, identity = about.st_size, f"{about.st_dev} {about.st_ino}"
+        size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
         find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
         start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
         if 0 < start < size and mark != _mark(fd, start):
@@ -2279,10 +2319,10 @@ class UsageWorker:
     pending at the end is read at the next event of its session.
     """
 
-    def __init__(self, home: str, machine_id: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
         self._deliver = deliver
         self._closing = threading.Event()
-        self._reader = UsageReader(home, machine_id, self._closing)
+        self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
         self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
@@ -2304,7 +2344,8 @@ class UsageWorker:
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
-        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": "Stop", "data": paths}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
+        kept = {**about, "hookType": "Stop", "data": paths}
         with self._wake:
             if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
                 return  # it will be read in a moment
@@ -2433,8 +2474,7 @@ class AgentNoteReader:
     it. The note exists from the first tool call on; only it names the parent of a nested agent.
     """
 
-    def __init__(self, machine_id: str) -> None:
-        self._machine_id = machine_id
+    def __init__(self) -> None:
         # (session, agent) → id of the event that carried the note on the agent, or how often there was none
         self._noted: dict[tuple[str, str], Any] = {}
 
@@ -2445,7 +2485,6 @@ class AgentNoteReader:
         noted = self._noted.get(key, 0)  # if by the same event, that was not stored before
         if (
             not agent_id
-            or event["machineId"] != self._machine_id
             or (noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS)
             or not _AGENT_ID.fullmatch(agent_id)
         ):
@@ -2560,8 +2599,8 @@ class RegistryWatcher:
     neither a restart nor a second watcher repeats one.
     """
 
-    def __init__(self, machine_id: str) -> None:
-        self._machine_id = machine_id
+    def __init__(self, machine_key: str) -> None:
+        self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
         self._files: dict[
@@ -2640,11 +2679,11 @@ class RegistryWatcher:
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         known = {name: value for name, value in data.items() if name != "previous"}
-        key = [self._machine_id, *record[:3], data.get("status") != CLIENT_EXITED and record.since_ms, known]
+        key = [self._machine_key, *record[:3], data.get("status") != CLIENT_EXITED and record.since_ms, known]
         digest = hashlib.sha256(encode_json(key)).digest()
         return {
             "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
-            "sessionId": record.session_id, "machineId": self._machine_id, "pid": record.pid,
+            "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
             "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
             **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
         }  # fmt: skip
@@ -3021,9 +3060,10 @@ class Publisher:
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
-        self._usage = UsageWorker(home, this_machine(), self._own_events.append)
-        self._agent_notes = AgentNoteReader(this_machine())
-        self._registry = RegistryWatcher(this_machine())
+        self._machine_key = machine_key(home)
+        self._usage = UsageWorker(home, self._own_events.append)
+        self._agent_notes = AgentNoteReader()
+        self._registry = RegistryWatcher(self._machine_key)
         self._registry_due = 0.0  # time.monotonic
         self._segment: Any = None  # the file that is being read
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
@@ -3118,7 +3158,7 @@ class Publisher:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         privacy = privacy_of(self._values)
         while self._own_events:
-            self._add(build_event(self._own_events.popleft(), now_ms(), this_machine()), privacy)
+            self._add(self._build(self._own_events.popleft()), privacy)
         if self._segment is None and not self._open_segment():
             return bool(self._batch)
         size = 0
@@ -3136,6 +3176,12 @@ class Publisher:
             if line.strip():
                 self._read_line(line.strip(), privacy)
         return bool(self._batch)
+
+    def _build(self, given: JsonObject) -> JsonObject:
+        event = build_event(given, now_ms(), this_machine())
+        if self._machine_key and event["machineId"] == this_machine():
+            event.setdefault("machineKey", self._machine_key)
+        return event
 
     def _add(self, event: JsonObject, privacy: Privacy) -> None:
         event, encoded = protect(event, privacy)
@@ -3166,7 +3212,7 @@ class Publisher:
     def _read_line(self, line: bytes, privacy: Privacy) -> None:
         """Add the event of one line to the batch; a line that has none goes to the quarantine."""
         try:
-            event = build_event(parse_event_line(line), now_ms(), this_machine())
+            event = self._build(parse_event_line(line))
             self._usage.put(event)
             self._registry.learn(event)
             self._agent_notes.add_note(event)
@@ -3188,7 +3234,7 @@ class Publisher:
             self._state["dropped"] += events
             text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
             report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
-            event = build_event(report, now_ms(), this_machine())
+            event = self._build(report)
             self._batch.append((event["id"], encode_json(event)))
 
     # Sending
