@@ -5216,7 +5216,6 @@ class SessionStory:
         return event
 
     def now(self, session: str = "") -> dict[str, Any]:
-        """Return a session as it is now."""
         book = self.book
         if self.is_replayed:
             book = cm.Sessions(own_machine=SESSION_MACHINE)
@@ -5230,7 +5229,6 @@ class SessionStory:
         return book.to_json(found) if found else {}
 
     def wait(self, milliseconds: int) -> dict[str, Any]:
-        """Let time pass."""
         self.time += milliseconds
         self.tick()
         return self.now()
@@ -5242,7 +5240,6 @@ class SessionStory:
 
 
 def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
-    """Let the monitor look at the processes of its own pid namespace."""
     book.check_processes(0, lambda pid, _: pid in event["running"], event["timestamp"], event["is_sure"])
 
 
@@ -5254,7 +5251,6 @@ def session_value(text: str) -> Any:
 
 
 def session_story(**fields: Any) -> SessionStory:
-    """Begin a session with a prompt."""
     story = SessionStory(**fields)
     story.say("SessionStart", source="startup", model="claude-opus-5-5")
     story.say("UserPromptSubmit", prompt="make the cart work")
@@ -5275,7 +5271,6 @@ def session_check(facts: str, shown: dict[str, Any], now_ms: int, about: Any, be
 
 
 def session_levels(shown: dict[str, Any]) -> list[str]:
-    """Return the ways to state a session's state."""
     state, reason = shown["state"], shown["reason"]
     if reason is None:
         return [state]
@@ -6369,7 +6364,6 @@ USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
 
 
 def usage_transcript(name: str) -> str:
-    """Return the path of a recording's transcript."""
     (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
     return path
 
@@ -6397,19 +6391,16 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
 
 
 def usage_line(message_id: str, output: Any, model: str = USAGE_MODEL, **more: Any) -> bytes:
-    """Return one assistant line of a transcript."""
     usage = {"input_tokens": 1, "output_tokens": output, **more}
     message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
     return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
 
 
 def usage_lines(messages: Iterable[Any]) -> bytes:
-    """Return a line of one token for each message."""
     return b"".join(usage_line(str(each), 1) for each in messages)
 
 
 def usage_output(usage: Any) -> Any:
-    """Return the output tokens of all models; None when there is nothing new."""
     return usage and sum(counts["output"] for counts in usage["models"].values())
 
 
@@ -6425,16 +6416,13 @@ class Transcript:
         self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
 
     def add(self, lines: bytes) -> None:
-        """Append to it."""
         with open(self.path, "ab") as file:
             file.write(lines)
 
     def total(self, **fields: Any) -> int | None:
-        """Return the output tokens, None when there is nothing new."""
         return usage_output(usage_read(self.reader, self.path, self.session, **fields))
 
     def do(self, step: str) -> None:
-        """Do one step of USAGE_STORIES."""
         verb, *words = step.split()
         lines = b""
         for word in words:
@@ -6458,7 +6446,6 @@ class Transcript:
 
 @pytest.fixture
 def transcript(tmp_path: Any) -> Transcript:
-    """An empty transcript of session s1."""
     return Transcript(str(tmp_path))
 
 
@@ -7001,7 +6988,6 @@ def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_p
 
 
 def usage_data(output: int, model: str = "claude-opus-4-5", **more: Any) -> dict[str, Any]:
-    """Return `data.usage` with one model."""
     counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
     return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
 
@@ -7166,21 +7152,25 @@ def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_
     assert monitor.serve().sessions() == sessions
 
 
-def test_through_redis_totals_come_once_after_the_event_they_belong_to(make):
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+def test_through_redis_totals_come_once_after_the_event_they_belong_to(team):
+    machine = team.emitters[0]
     transcript = Transcript(machine.home)
     transcript.add(usage_line("m1", 5) + usage_line("m2", 6))
     for hook in ("Stop", "SessionEnd"):
-        hook_call(machine.hook, payload(hook, "s1", transcript_path=transcript.path), machine.environment)
-    eventually(lambda: len(server.streamed()) >= 3)
-    streamed = [json.loads(each) for each in server.streamed()]
-    stop, *usage = [event for event in streamed if event["hookType"] != "SessionEnd"]
+        about = payload(hook, "totals", transcript_path=transcript.path)
+        hook_call(machine.hook, about, machine.environment)
+
+    def streamed() -> list[dict[str, Any]]:
+        events = map(json.loads, team.server.streamed())
+        return [event for event in events if event["sessionId"] == "totals"]
+
+    eventually(lambda: len(streamed()) >= 3)
+    stop, *usage = [event for event in streamed() if event["hookType"] != "SessionEnd"]
     assert (stop["hookType"], "usage" in stop["data"]) == ("Stop", False)
     (shown,) = usage
-    assert (shown["eventType"], shown["hookType"], shown["sessionId"]) == ("usage", "", "s1")
-    assert shown["machineId"] == machine.machine_id and usage_output(shown["data"]["usage"]) == 11
-    assert len({event["id"] for event in streamed}) == 3
+    assert (shown["eventType"], shown["hookType"], shown["machineId"]) == ("usage", "", machine.machine_id)
+    assert usage_output(shown["data"]["usage"]) == 11
+    assert len({event["id"] for event in streamed()}) == 3
 
 
 # Loading ----------------------------------------------------------------------
@@ -7301,7 +7291,6 @@ def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading_here(home: str) -> Iterator[cm.Monitor]:
-    """Run a monitor in this process."""
     values, _ = ee.load_config(home + "/monitor.config.json")
     made = cm.Monitor(cm.Settings(home, home + "/monitor.config.json", "testbox", values))
     made.open()
@@ -7477,33 +7466,6 @@ def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor)
     assert set(monitor.sessions()) == set(ids) and loading_same(monitor)
 
 
-@pytest.mark.slow
-def test_kill_9_while_loading_loses_no_event_and_doubles_no_number(monitor):
-    rng = random.Random(9)
-    ids = write_history(monitor.home + "/events", 100, 10_000, cm.now_ms())
-    acknowledged: set[str] = set()
-    for round_number in range(4):
-        monitor.serve()
-        deadline = time.monotonic() + rng.uniform(0.05, 0.4)
-        while time.monotonic() < deadline:
-            session = rng.choice((*ids[-40:], f"new-{round_number}"))
-            event_id = str(uuid.uuid4())
-            hook = payload(rng.choice(("UserPromptSubmit", "Stop", "SessionStart")), session, prompt="x")
-            monitor.emit({"hook": hook, "id": event_id, "timestamp": cm.now_ms(), "machineId": "build-7"})
-            acknowledged.add(event_id)
-        monitor.kill()
-    monitor.start()
-    eventually(lambda: monitor.get("/api/status")["loading"] is None, 120)
-    stored = monitor.stored_events()
-    assert acknowledged <= {event["id"] for event in stored}
-    assert len({event["seq"] for event in stored}) == len(stored) == len({event["id"] for event in stored})
-    for path in glob.glob(monitor.home + "/events/*/*.jsonl"):
-        with open(path, "rb") as file:
-            numbers = [cm.line_seq(line) for line in file]
-        assert numbers == sorted(numbers)
-    assert loading_same(monitor)
-
-
 @pytest.fixture
 def old_monitor() -> Iterator[RunningMonitor]:
     """A monitor, not started, with a directory of version 0.1.0 (commit 9080103) and what is true of this machine.
@@ -7633,7 +7595,10 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rounds"), [("KILL", 20), ("TERM", 4), ("INT", 4), ("HUP", 4)])
-def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds):
+def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds):
+    """Also while what is stored is loaded."""
+    running, history = monitor, {*write_history(monitor.home + "/events", 60, 6000, cm.now_ms(), pids=False)}
+    running.serve()
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
     outcomes: dict[str, bool] = {}  # marker → whether the hook got its acknowledgement
@@ -7666,7 +7631,7 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
                 if name != "HUP":
                     eventually(lambda pid=pid: not alive(pid), 30, "its end")
                     torn_allowed = running.stored_events_allowing_a_torn_line()
-                    assert acknowledged <= {event["data"]["message"] for event in torn_allowed}
+                    assert acknowledged <= {event["data"].get("message") for event in torn_allowed}
                     more_outcomes(5, 0)
                     running.serve()
         finally:
@@ -7675,8 +7640,10 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
         for worker in workers:
             worker.result()
     eventually(lambda: not ee.spool_segments(running.home + "/spool"), 30, "an empty spool")
-    assert sorted(event["data"]["message"] for event in running.stored_events()) == sorted(outcomes)
-    assert sum(one["counts"]["prompts"] for one in running.sessions().values()) == len(outcomes)
+    stored = running.stored_events()
+    said = [event["data"]["message"] for event in stored if event["sessionId"] not in history]
+    assert sorted(said) == sorted(outcomes)
+    assert len({event["seq"] for event in stored}) == len(stored) and loading_same(running)
     assert len(outcomes) > 20 * rounds and sum(outcomes.values()) > rounds
     assert name == "HUP" or not all(outcomes.values())
 
@@ -7785,7 +7752,7 @@ def test_a_full_event_disk_loses_nothing_and_heals_by_itself(make: Any, mode: st
 def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> None:
     command = [sys.executable, "-m", "contextuate_monitor", "start", "--no-open"]
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(50)]
+    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(16)]
     errors = [start.communicate(timeout=180)[1] for start in starts]
     assert any(start.returncode == 0 for start in starts)
     assert all(start.returncode == 0 or b"another monitor" in said for start, said in zip(starts, errors))
@@ -7850,31 +7817,46 @@ def test_events_can_be_kept_in_memory_only(monitor: RunningMonitor) -> None:
 
 @pytest.fixture
 def client() -> Iterator[subprocess.Popen[bytes]]:
-    """Give a process that stands for Claude Code's client and does nothing."""
     process = subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"])
     yield process
     process.kill()
     process.wait()
 
 
-def test_a_killed_client_ends_its_session(running: RunningMonitor, client: Any) -> None:
+def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(
+    running: RunningMonitor, client: Any
+) -> None:
     session_id, path = recorded("i-sigKILL")[0]["session_id"], running.home + "/t.jsonl"
     about = {"timestamp": cm.now_ms(), "pid": client.pid, "machineId": "testbox"}
     for number, one in enumerate(recorded("i-sigKILL")):
         running.emit({"hook": {**one, "transcript_path": path}, "id": f"k{number}", **about})
-    session = running.sessions()[session_id]
-    assert (session["state"], session["pid"]) == ("working", client.pid)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(usage_entries("a 3/4", session_id))
-    client.kill()
-    client.wait()
-    session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
-    assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
-    used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
-    assert (used["totalInput"], used["totalOutput"]) == (3, 4)
-    running.kill()
-    running.serve()
-    assert running.sessions()[session_id]["state"] == "ended"
+    with subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"]) as second:
+        line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+        run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(second.pid)})
+        sessions = running.sessions()
+        assert [sessions[name]["state"] for name in (session_id, "gone")] == ["working"] * 2
+        assert sessions[session_id]["pid"] == client.pid
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(usage_entries("a 3/4", session_id))
+        client.kill()
+        client.wait()
+        session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
+        assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
+        used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
+        assert (used["totalInput"], used["totalOutput"]) == (3, 4)
+        running.kill()
+        killed_ms = cm.now_ms()
+        second.kill()
+    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
+    again = running.serve().sessions()
+    assert (again[session_id]["state"], again["gone"]["state"]) == ("ended", "ended")
+    assert again["gone"]["reason"]["detail"] == "its process exited"
+    assert (
+        sessions["gone"]["lastEventTime"]
+        <= again["gone"]["endTime"]
+        == again["gone"]["stateSince"]
+        <= killed_ms
+    )
 
 
 @pytest.mark.parametrize("has_pidfd", [True, False])
@@ -7908,22 +7890,6 @@ def test_more_processes_than_can_be_watched_are_looked_at(monkeypatch):
     fds = os.listdir("/dev/fd")
     assert all(watch.ran_at(pid, ee.now_ms()) for pid in pids * 2) and os.listdir("/dev/fd") == fds
     loop.close()
-
-
-def test_a_client_killed_while_no_monitor_ran_ended_when_last_seen(running, client):
-    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
-    run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(client.pid)})
-    before = running.sessions()["gone"]
-    assert before["state"] == "working"
-    running.stop()
-    killed_ms = cm.now_ms()
-    client.kill()
-    client.wait()
-    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
-    running.serve()
-    after = running.sessions()["gone"]
-    assert (after["state"], after["reason"]["detail"]) == ("ended", "its process exited")
-    assert before["lastEventTime"] <= after["endTime"] == after["stateSince"] <= killed_ms
 
 
 # The command line
@@ -8350,8 +8316,6 @@ def doctor_file(change: Any) -> Any:
 
 
 def doctor_settings(change: Any) -> Any:
-    """Return a function that installs for a monitor, and changes the client's settings."""
-
     def install(monitor: RunningMonitor) -> None:
         in_process(monitor, "install")
         path = monitor.claude_home + "/settings.json"
@@ -8453,7 +8417,6 @@ def test_doctor_names_two_registrations_and_a_broken_file(running, monkeypatch):
 # Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
 # ---------------------------------------------------------------------------
 
-REDIS_OUTAGE_S = 20.0
 REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
@@ -8474,7 +8437,6 @@ REDIS_PORTS_LOCK = threading.Lock()
 
 
 def redis_free_port() -> int:
-    """Return a free port that is nobody else's in this run of the tests."""
     with REDIS_PORTS_LOCK:
         return next(REDIS_PORTS)
 
@@ -8502,11 +8464,9 @@ class RedisCertificates:
             )
 
     def openssl(self, command: str) -> None:
-        """Run one openssl command in the directory."""
         subprocess.run(["openssl", *command.split()], cwd=self.directory, check=True, capture_output=True)
 
     def remove(self) -> None:
-        """Remove the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -8517,30 +8477,25 @@ class RedisServer:
     """
 
     def __init__(
-        self,
-        *lines: str,
-        user: str = "default",
-        password: str = "",
-        certificates: RedisCertificates | None = None,
-        port: int = 0,
-    ) -> None:
-        self.directory = new_home()
+        self, *lines: str, user: str = "default", password: str = "", certificates: Any = None, port: int = 0,
+        kind: str = "",
+    ) -> None:  # fmt: skip
+        self.directory, self.kind = new_home(), kind
         self.socket_path = self.directory + "/redis.sock"
         self.port = port or redis_free_port()
         self.user, self.password, self.certificates = user, password, certificates
         common = [
-            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
-            "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
+            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}",
+            f"logfile {self.directory}/redis.log",
+            *([] if kind else ['save ""', "appendonly yes", "appendfsync everysec"]),
             *([f"requirepass {password}"] if password and user == "default" else []),
         ]  # fmt: skip
         if certificates is not None:
-            files = {
-                "tls-cert-file": "server.crt",
-                "tls-key-file": "server.key",
-                "tls-ca-cert-file": "ca.crt",
-            }
-            common += ["port 0", f"tls-port {self.port}", "tls-auth-clients no"]
-            common += [f"{name} {certificates.directory}/{file}" for name, file in files.items()]
+            folder = certificates.directory
+            common += [
+                "port 0", f"tls-port {self.port}", "tls-auth-clients no", f"tls-cert-file {folder}/server.crt",
+                f"tls-key-file {folder}/server.key", f"tls-ca-cert-file {folder}/ca.crt",
+            ]  # fmt: skip
         with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
             file.write("\n".join((*common, *lines)) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
@@ -8548,30 +8503,26 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it, on the same port, with what it had, and wait until it answers."""
-        command = ["redis-server", self.directory + "/redis.conf"]
+        command = ["redis-server", self.directory + "/redis.conf", *self.kind.split()]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
         return self
 
     def stop(self, how: int = signal.SIGTERM) -> None:
-        """Stop it; what it had is kept."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait(30)
             self.process = None
 
     def freeze(self) -> None:
-        """Pause it: connections stay open, nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """End a pause."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
-        """End it and remove its directory."""
         self.thaw()
         self.stop(signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -8590,7 +8541,6 @@ class RedisServer:
         return said
 
     def publish(self, message: bytes) -> None:
-        """Publish any bytes on the channel."""
         self.cli("PUBLISH", REDIS_CHANNEL, given=message)
 
     def streamed(self) -> list[str]:
@@ -8603,12 +8553,10 @@ class RedisServer:
         return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
 
     def cut_connections(self) -> None:
-        """Close every connection but our own."""
         for kind in ("normal", "pubsub"):
             self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
         redis = {"host": "127.0.0.1", "port": self.port, **more}
         if self.certificates is not None:
             redis = {"tls": True, "caFile": self.certificates.directory + "/ca.crt", **redis}
@@ -8624,13 +8572,16 @@ class RedisMachine(RunningMonitor):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of every process of this machine."""
         return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
 
     @functools.cached_property
     def hook(self) -> str:
-        """The installed hook's command."""
-        return self.installed_command()
+        in_process(self, "install")
+        hooks = json.loads(install_text(self.claude_home + "/settings.json"))["hooks"]
+        return str(hooks["PreToolUse"][0]["hooks"][0]["command"])
+
+    def stop(self) -> None:
+        assert in_process(self, "stop").returncode == 0
 
     def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
         """Run one real hook with an event that `marker` tells from others; it must end in order."""
@@ -8643,15 +8594,12 @@ class RedisMachine(RunningMonitor):
         ee.append_to_spool(self.home + "/spool", ee.wrap(json.dumps(given_payload).encode(), environment))
 
     def spooled(self) -> int:
-        """Count the bytes in the spool."""
         return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
 
     def redis(self) -> dict[str, Any]:
-        """Return what the monitor says about its Redis."""
         return dict(self.get("/api/status")["redis"])
 
     def publisher(self) -> dict[str, Any]:
-        """Return what the publisher has told about itself; nothing before it has begun."""
         try:
             with open(self.home + "/publisher.json", encoding="utf-8") as file:
                 return dict(json.load(file))
@@ -8659,7 +8607,6 @@ class RedisMachine(RunningMonitor):
             return {}
 
     def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Wait until the monitor's Redis is in a state; return what it says then."""
         return dict(
             eventually(
                 lambda: (about := self.redis())["state"] == state and about,
@@ -8675,20 +8622,17 @@ class RedisMachine(RunningMonitor):
                 found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
         return found
 
-    def has(self, session: str, count: int) -> bool:
-        """Tell whether the monitor shows at least so many events of a session."""
-        return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
-
     def gets(self, count: int, session: str = "s1") -> None:
-        """Wait until the monitor shows so many events of a session."""
-        eventually(lambda: self.has(session, count), 90, f"{count} events of {session} at {self.machine_id}")
+        def has() -> bool:
+            shown = self.sessions().get(session)
+            return shown is not None and shown["counts"]["events"] >= count
+
+        eventually(has, 90, f"{count} events of {session} at {self.machine_id}")
 
     def publishes_all(self) -> None:
-        """Wait until the spool is empty."""
         eventually(lambda: not self.spooled(), 90, f"an empty spool of {self.machine_id}")
 
     def publishers(self) -> list[int]:
-        """List the process ids of this machine's publishers."""
         found = []
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as arguments:
@@ -8700,14 +8644,12 @@ class RedisMachine(RunningMonitor):
         return found
 
     def end_publisher(self) -> None:
-        """End this machine's publisher, if one runs, with SIGKILL."""
         for pid in self.publishers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
 
     def remove(self) -> None:
-        """End everything of this machine and remove its directory."""
         if self.about and alive(self.pid):
             self.kill()
         self.end_publisher()
@@ -8715,7 +8657,6 @@ class RedisMachine(RunningMonitor):
 
 
 def at_once(*jobs: Any) -> list[Any]:
-    """Call all of some functions at the same time; return what they returned, in order."""
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
 
@@ -8742,7 +8683,6 @@ def redis_parts() -> Iterator[Any]:
 
 @pytest.fixture
 def make() -> Iterator[Any]:
-    """Make servers and machines for one test."""
     with redis_parts() as maker:
         yield maker
 
@@ -8768,7 +8708,7 @@ class RedisTeam:
         self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
         for monitor in self.monitors:
             if not alive(monitor.pid):
-                monitor.start()
+                monitor.serve()
             os.kill(monitor.pid, signal.SIGCONT)
 
     def whole(self) -> None:
@@ -8779,7 +8719,6 @@ class RedisTeam:
         self.server.cli("XTRIM", REDIS_STREAM, "MAXLEN", "200")  # every monitor has what is older
 
     def end_publishers(self) -> None:
-        """Kill the publishers of all machines."""
         at_once(*[machine.end_publisher for machine in self.emitters])
 
 
@@ -8792,17 +8731,14 @@ def redis_team() -> Iterator[RedisTeam]:
             [maker(RedisMachine, config=server.settings(), machine_id=f"box{n}") for n in range(3)],
             [maker(RedisMachine, config=server.settings(), machine_id=f"watcher{n}") for n in range(2)],
         )
-        at_once(*[lambda machine=machine: machine.hook for machine in made.emitters])
-        at_once(*[monitor.start for monitor in made.monitors])
+        at_once(*[monitor.serve for monitor in made.monitors])
         yield made
 
 
 @pytest.fixture
-def team(redis_team: RedisTeam) -> Iterator[RedisTeam]:
-    """The team in good order; each test leaves it so."""
+def team(redis_team: RedisTeam) -> RedisTeam:
     redis_team.whole()
-    yield redis_team
-    redis_team.whole()
+    return redis_team
 
 
 class RedisFlow:
@@ -8879,7 +8815,8 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
 class RedisTrouble(NamedTuple):
     """What is done to a team, and what its publishers and monitors say then; events come before, during and after.
 
-    `arrives`: what is published meanwhile arrives in spite of it. What they say: field → pattern.
+    `arrives`: what is published meanwhile arrives in spite of it. `hooks`: how many are called meanwhile; one that
+    waited for Redis would never return. What they say: field → pattern.
     """
 
     do: Any
@@ -8887,17 +8824,19 @@ class RedisTrouble(NamedTuple):
     monitor: dict[str, str] = {"state": "connected"}
     arrives: bool = True
     times: int = 1
+    hooks: int = 18
 
 
 def redis_cli(*arguments: str) -> Any:
-    """Return a function that runs redis-cli for a team."""
     return lambda team: team.server.cli(*arguments)
 
 
 REDIS_AWAY = {"state": "waiting|connecting", "reason": r"\w{5}"}
 REDIS_NO_STREAM = {"stream": "refused", "channelState": "ok"}
 REDIS_TROUBLES = {
-    "Redis is stopped": RedisTrouble(lambda team: team.server.stop(), REDIS_AWAY, REDIS_AWAY, arrives=False),
+    "Redis is stopped": RedisTrouble(
+        lambda team: team.server.stop(), REDIS_AWAY, {**REDIS_AWAY, "attempt": "[3-9]"}, arrives=False, hooks=180
+    ),
     "Redis is killed": RedisTrouble(lambda team: team.server.stop(signal.SIGKILL), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "Redis is frozen": RedisTrouble(lambda team: team.server.freeze(), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "every connection is cut": RedisTrouble(lambda team: team.server.cut_connections(), times=50),
@@ -8927,8 +8866,6 @@ REDIS_TROUBLES = {
 
 
 def redis_says(ask: Any, expected: dict[str, str]) -> None:
-    """Wait until what a part says about itself matches the patterns."""
-
     def matches() -> bool:
         said = ask()
         return all(re.search(pattern, str(said.get(name)), re.I) for name, pattern in expected.items())
@@ -8936,13 +8873,7 @@ def redis_says(ask: Any, expected: dict[str, str]) -> None:
     eventually(matches, 60, f"{expected} in {ask()}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if "cut" in name or "frozen" in name else ())
-        for name in REDIS_TROUBLES
-    ],
-)
+@pytest.mark.parametrize("name", REDIS_TROUBLES)
 def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: str) -> None:
     trouble = REDIS_TROUBLES[name]
     flow = RedisFlow(team, name)
@@ -8951,7 +8882,7 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
         flow.check()  # a stream under its name must be there to be put aside
     for _ in range(trouble.times):
         trouble.do(team)
-        flow.bulk(18)
+        (flow.hooks if trouble.times == 1 else flow.bulk)(trouble.hooks)
         if trouble.arrives and trouble.times == 1:
             flow.check()
         for machine in team.emitters:
@@ -8960,30 +8891,15 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
             redis_says(monitor.redis, trouble.monitor)
         assert trouble.arrives or trouble.times > 1 or all(machine.spooled() for machine in team.emitters)
         team.mend()
-    flow.hooks(60)
+    flow.hooks(30)
     flow.check()
     for monitor in team.monitors:
         about = monitor.wait_until("connected")
         assert (about["attempt"], about["reason"]) == (0, None)
     kept = {json.loads(event)["data"].get("toolUseId") for event in team.server.streamed()}
-    assert kept >= {marker for said in flow.said.values() for marker in said[-20:]}
+    assert kept >= {marker for said in flow.said.values() for marker in said[-10:]}
     for machine in team.emitters:
         redis_says(machine.publisher, {"stream": "ok", "channelState": "ok"})
-
-
-@pytest.mark.slow
-def test_a_thousand_hooks_and_20_seconds_without_redis_lose_nothing(team: RedisTeam) -> None:
-    """A hook that waited for Redis would never return: Redis comes back when all 400 have."""
-    flow = RedisFlow(team, "outage")
-    flow.hooks(300)
-    team.server.stop()
-    began = time.monotonic()
-    flow.hooks(400)
-    time.sleep(max(0.0, began + REDIS_OUTAGE_S - time.monotonic()))
-    assert not any(monitor.has(flow.session, 601) for monitor in team.monitors)
-    team.server.start()
-    flow.hooks(300)
-    flow.check()
 
 
 @pytest.mark.slow
@@ -9000,35 +8916,41 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
-def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any) -> None:
-    flow = RedisFlow(team, "before")
-    flow.bulk(30)
-    flow.check()
-    late = make(RedisMachine, config=team.server.settings(), machine_id="late").start()
-    late.gets(30, flow.session)
-    assert late.arrivals(flow.session) == flow.said
+def test_the_clock_of_another_machine_is_measured_but_not_by_what_waited(team: RedisTeam, make: Any) -> None:
+    behind, hour_ms = team.emitters[2], 3_600_000
+    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
+    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
+    ee.append_to_spool(behind.home + "/spool", line)
+    behind.say("now", "skewed")
+    for monitor in team.monitors:
+        monitor.gets(2, "skewed")
+        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
+        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
+    server = make(RedisServer)
+    for session, hours in (("days", 60), ("hours", 2)):
+        at = cm.now_ms() - hours * hour_ms
+        for number in range(2):
+            hook = payload("UserPromptSubmit", session, prompt="go")
+            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
+            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
+            server.cli("XADD", REDIS_STREAM, f"{at}-{number + 1}", "event", event)
+    late = make(RedisMachine, config=server.settings()).serve()
+    for session, state in (("hours", "quiet"), ("days", "ended")):
+        late.gets(2, session)
+        eventually(lambda name=session, state=state: late.sessions()[name]["state"] == state)
 
 
-def test_anything_published_by_redis_cli_is_shown(team: RedisTeam) -> None:
+def test_redis_cli_publishes_anything_and_sees_plain_events(team: RedisTeam) -> None:
     clients = [monitor.websocket("full") for monitor in team.monitors]
     assert team.server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') == "2"
     for client, monitor in zip(clients, team.monitors):
         (event,) = client.events(1)
-        assert (event["sessionId"], event["eventType"], event["data"]) == (
-            "unknown",
-            "message",
-            {"test": "message"},
-        )
-        shown = monitor.get("/api/events?limit=1")["events"]
-        assert [shown_event["id"] for shown_event in shown] == [event["id"]]
+        shown = (event["sessionId"], event["eventType"], event["data"])
+        assert shown == ("unknown", "message", {"test": "message"})
+        assert [it["id"] for it in monitor.get("/api/events?limit=1")["events"]] == [event["id"]]
         client.close()
-
-
-def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
-    with subprocess.Popen(
-        ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL], stdout=subprocess.PIPE
-    ) as watching:
-        assert watching.stdout is not None
+    watch = ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE) as watching:
         try:
             assert [watching.stdout.readline() for _ in range(3)][0] == b"subscribe\n"
             team.emitters[0].say("plain", "plain", tool_name="Bash", tool_input={"command": "é \U0001f600\n"})
@@ -9044,16 +8966,13 @@ def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
 
 
 def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) -> None:
-    garbage = [
-        bytes(range(256)), b"", b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
-        b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
-        b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
-    ]  # fmt: skip
-    odd = [
-        b'{"eventType":"message","sessionId":"odd","data":{"n":NaN,"f":1e999,"s":"\\ud83d","latin":"caf\xe9"}}',
-        b'{"eventType":"message","sessionId":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
-    ]
-    before = [monitor.get("/api/status")["events"]["quarantined"] for monitor in team.monitors]
+    garbage = [*BAD_LINES.values(), b"", b" ", b"null", b"\x00", b"1" * 5000]
+    odd = [line for line in ODD_LINES if b'"odd"' in line]
+
+    def quarantined(monitor: RedisMachine) -> int:
+        return int(monitor.get("/api/status")["events"]["quarantined"])
+
+    before = [quarantined(monitor) for monitor in team.monitors]
     flow = RedisFlow(team, "among-garbage")
     for message in (*garbage, *odd):
         team.server.publish(message)
@@ -9062,112 +8981,56 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
     flow.bulk(30)
     flow.check()
     for monitor, known in zip(team.monitors, before):
-
-        def quarantined(monitor: RedisMachine = monitor, known: int = known) -> int:
-            return int(monitor.get("/api/status")["events"]["quarantined"]) - known
-
-        eventually(lambda: quarantined() >= len(garbage), what="all garbage quarantined")
-        assert quarantined() <= len(garbage) + 2
+        all_of_it = known + len(garbage)
+        eventually(functools.partial(lambda it, count: quarantined(it) >= count, monitor, all_of_it))
+        assert quarantined(monitor) <= all_of_it + 2
         eventually(lambda monitor=monitor: metrics_of(monitor)["contextuate_redis_inbox_bytes"][()] == 0)
         assert metrics_of(monitor)["contextuate_redis_connected"] == {(("state", "connected"),): 1}
         assert sum(event["sessionId"] == "odd" for event in monitor.stored_events()) == len(odd)
-        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
-            assert "Traceback" not in file.read()
+        assert "Traceback" not in install_text(monitor.home + "/monitor.log")
         assert os.path.getsize(monitor.home + "/quarantine.log")
 
 
-HOSTILE_NAMES = (
-    "../../../../tmp/ctx-hostile", "/tmp/ctx-hostile", "..", ".", "a/b", "a\\b", "a\0b", "x" * 5000, "-rf", "~root",
-    "$(touch /tmp/ctx-hostile)", "\n", "\u202e", "CON", "events", "\ud83d", "%2e%2e%2f",
-)  # fmt: skip
-
-
-def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
-    markers = []
-    for name in HOSTILE_NAMES:
-        for fields in ({"machineId": name}, {"sessionId": name}, {"machineId": name, "sessionId": name}):
-            markers.append(f"hostile-{len(markers)}")
-            event = {
-                "eventType": "message",
-                "sessionId": "hostile",
-                **fields,
-                "data": {"toolUseId": markers[-1]},
-            }
-            team.server.publish(json.dumps(event).encode())
-    for monitor in team.monitors:
-
-        def shown(monitor: RedisMachine = monitor) -> set[str]:
-            return {it["data"].get("toolUseId") for it in monitor.get("/api/events?limit=1000")["events"]}
-
-        eventually(lambda: shown() >= set(markers), what="the hostile events")
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(monitor.home) for name in names]
-        for path in (os.path.relpath(path, monitor.home) for path in paths):
-            if path.endswith(".jsonl"):
-                assert re.fullmatch(r"events/\d{4}-\d\d-\d\d/[A-Za-z0-9._-]{1,80}\.jsonl", path), path
-        assert not set(os.listdir(monitor.home)) & (set(HOSTILE_NAMES) - {"events"})
-    assert not glob.glob("/tmp/ctx-hostile*")
-
-
 def test_no_message_through_redis_changes_what_a_user_did(team: RedisTeam) -> None:
+    actions = (
+        {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True}, {"action": "hide", "hidden": True},
+        {"action": "set_parent", "parentSessionId": "theirs"},
+    )  # fmt: skip
     for monitor in team.monitors:
         monitor.emit(payload("UserPromptSubmit", "ours", prompt="our words"))
     before = [monitor.sessions()["ours"] for monitor in team.monitors]
-    messages = [
-        message
-        for action in (
-            {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True},
-            {"action": "hide", "hidden": True}, {"action": "set_parent", "parentSessionId": "theirs"},
-        )
+    for action in actions:
+        other = {"sessionId": "ours", "data": action}
+        given_hook = {"hook_event_name": "Monitor", "session_id": "ours", **action}
         for message in (
-            {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"eventType": "session_meta", "sessionId": "ours", "data": action},
-            {"eventType": "message", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"hook_event_name": "Monitor", "session_id": "ours", **action},
-            {"id": str(uuid.uuid4()), "hook": {"hook_event_name": "Monitor", "session_id": "ours", **action}},
-        )
-    ]  # fmt: skip
-    for message in messages:
-        team.server.publish(json.dumps(message).encode())
+            {"eventType": "session_meta", "hookType": "Monitor", **other}, {"eventType": "session_meta", **other},
+            {"eventType": "message", "hookType": "Monitor", **other}, given_hook, {"id": str(uuid.uuid4()), "hook": given_hook},
+        ):  # fmt: skip
+            team.server.publish(json.dumps(message).encode())
     for monitor, session in zip(team.monitors, before):
-        monitor.gets(1 + len(messages), "ours")
-        kept = {name: session[name] for name in ("label", "isPinned", "hidden", "parentSessionId")}
-        assert kept.items() <= monitor.sessions()["ours"].items()
-        monitor.kill()
-        monitor.start()  # from the files
-        assert kept.items() <= monitor.sessions()["ours"].items()
+        monitor.gets(1 + 5 * len(actions), "ours")
+        shown = monitor.sessions()["ours"]
+        for field in ("label", "isPinned", "hidden", "parentSessionId"):
+            assert shown[field] == session[field]
 
 
 def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
-    secret = hook_token("ghp_", 36)
-    machine = team.emitters[0]
-    machine.say(
-        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
-    )
-    machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
+    secret, machine = hook_token("ghp_", 36), team.emitters[0]
+    for marker, tool_input in (
+        ("secret", {"token": secret, "text": f"use {secret} now"}),
+        ("long", {"content": "é" * 50_000, "rest": "kept"}),
+    ):
+        machine.say(marker, "secret", tool_name="Write", tool_input=tool_input)
     for monitor in team.monitors:
         monitor.gets(2, "secret")
     machine.publishes_all()
     places = [machine.home, team.server.directory, *(monitor.home for monitor in team.monitors)]
     found = subprocess.run(["grep", "-rlF", secret, *places], capture_output=True, text=True, check=False)
     assert found.stdout == ""
-    events = {event["data"]["toolUseId"]: event for event in team.monitors[0].stored_events()
-              if event["sessionId"] == "secret"}  # fmt: skip
-    assert events["secret"]["data"]["toolInput"]["token"].startswith("[redacted:")
-    cut = events["long"]["data"]
+    replaced, cut = (it["data"] for it in team.monitors[0].stored_events() if it["sessionId"] == "secret")
+    assert replaced["toolInput"]["token"].startswith("[redacted:")
     assert cut["truncated"] == {"toolInput.content": 100_000} and cut["toolInput"]["rest"] == "kept"
     assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
-
-
-def test_the_clock_of_another_machine_is_measured(team: RedisTeam) -> None:
-    behind, hour_ms = team.emitters[2], 3_600_000
-    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
-    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
-    ee.append_to_spool(behind.home + "/spool", line)
-    behind.say("now", "skewed")
-    for monitor in team.monitors:
-        monitor.gets(2, "skewed")
-        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
-        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
 
 
 def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
@@ -9299,7 +9162,7 @@ def redis_complaints(redis_servers: Any) -> Iterator[dict[str, tuple[RedisMachin
         def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
             machine = maker(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
             machine.spool("kept")
-            machine.start()  # and that starts a publisher for what lies in the spool
+            machine.serve()  # and that starts a publisher for what lies in the spool
 
             def publishers_words() -> str:
                 about = machine.publisher()
@@ -9352,8 +9215,7 @@ def test_every_way_to_a_redis_works(make: Any, redis_servers: Any, name: str) ->
     server, config = redis_servers(place, keys)
     environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
     machine = make(RedisMachine, config=config, more_environment=environment)
-    machine.start()
-    about = machine.wait_until("connected")
+    about = machine.serve().wait_until("connected")
     machine.say("there")
     machine.gets(1)
     assert machine.arrivals() == {"testbox": ["there"]}
@@ -9409,7 +9271,6 @@ class StubbornServer:
                     sock.send(b"x")
 
     def remove(self) -> None:
-        """Close everything; the port is free afterwards."""
         self.stopping.set()
         self.thread.join()
         for sock in (self.listener, *self.connections):
@@ -9419,27 +9280,28 @@ class StubbornServer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", ["silent", "drip", "half", "deaf"])
-def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manner: str) -> None:
-    stubborn = make(StubbornServer, manner)
-    redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
-    machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner)
-    machine.start()
-    machine.say("first")
-    eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
-    eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
-    assert machine.publisher()["state"] in ("waiting", "connecting")
-    for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
-        assert re.search(r"answer|time|reach", sentence), sentence
-    machine.say("second")
-    os.kill(machine.pid, signal.SIGTERM)
-    eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
-    machine.start()
-    stubborn.remove()
-    make(RedisServer, password="p", port=stubborn.port)
-    os.kill(machine.pid, signal.SIGHUP)
-    machine.gets(2)
-    assert machine.arrivals() == {manner: ["first", "second"]}
+def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> None:
+    def meet(manner: str) -> None:
+        stubborn = make(StubbornServer, manner)
+        redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
+        machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner).serve()
+        machine.spool("first")
+        eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
+        eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
+        assert machine.publisher()["state"] in ("waiting", "connecting")
+        for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
+            assert re.search(r"answer|time|reach", sentence), sentence
+        machine.spool("second")
+        os.kill(machine.pid, signal.SIGTERM)
+        eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
+        machine.serve()
+        stubborn.remove()
+        make(RedisServer, password="p", port=stubborn.port)
+        os.kill(machine.pid, signal.SIGHUP)
+        machine.gets(2)
+        assert machine.arrivals() == {manner: ["first", "second"]}
+
+    at_once(*(functools.partial(meet, manner) for manner in ("silent", "drip", "half", "deaf")))
 
 
 # -- giving up, and coming back -------------------------------------------------
@@ -9448,7 +9310,7 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manne
 def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(maxRetries=2))
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     client = machine.websocket("rows")
 
     def ask() -> None:
@@ -9494,20 +9356,20 @@ def test_a_monitor_starts_without_redis_and_connects_when_it_comes(make: Any) ->
 def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     kept = [f"kept-{number}" for number in range(20)]
 
     def restart(config: dict[str, Any]) -> None:
         machine.stop()
         machine.config = config
         machine.write_config({})
-        machine.start()
+        machine.serve()
 
     machine.say("published")
     machine.gets(1)
     server.stop()
     for marker in kept:
-        machine.say(marker)
+        machine.spool(marker)
     restart({"mode": "local"})
     machine.say("local")
     machine.gets(22)
@@ -9525,30 +9387,28 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
 
-    def publish(*markers: str) -> None:
-        for marker in markers[:-1]:
-            machine.spool(marker)
-        machine.say(markers[-1])
+    def publish(first: int, last: int) -> None:
+        for number in range(first, last):
+            machine.spool(str(number))
+        machine.say(str(last))
         machine.publishes_all()
 
-    publish(*map(str, range(6)))
-    machine.start()
-    eventually(lambda: machine.has("s1", 6) and machine.redis()["position"])
+    publish(1, 6)
+    machine.serve().gets(6)
+    eventually(lambda: machine.redis()["position"])
     machine.stop()
-    publish("6", "7")
-    machine.start()
-    machine.gets(8)
+    publish(7, 8)
+    machine.serve().gets(8)
     about = machine.wait_until("connected")
     assert (about["fromStream"], about["gaps"]) == (2, 0)
     assert machine.get("/api/status")["events"]["duplicates"] == 0
     machine.stop()
-    publish(*map(str, range(8, 609)))  # more than the stream keeps: a gap, which is reported
+    publish(9, 609)  # more than the stream keeps: a gap, which is reported
     kept = len(server.streamed())
     assert 100 <= kept < 601
-    machine.start()
-    machine.gets(8 + kept)
+    machine.serve().gets(8 + kept)
     assert machine.wait_until("connected")["gaps"] == 1
-    assert machine.arrivals()["testbox"][-1] == "608"
+    assert machine.arrivals()["testbox"][-1] == "609"
 
 
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
@@ -9565,7 +9425,7 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(machine.home + "/redis-position.json")  # then all of the stream is read again
-    machine.start()
+    machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
 
@@ -9576,41 +9436,31 @@ def test_debug_says_how_many_monitors_got_an_event(team: RedisTeam) -> None:
     assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
-def test_without_the_publishers_python_the_hooks_own_publishes_or_says_why(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    machine.say("first")
-    eventually(lambda: len(server.streamed()) == 1 and not ee.spool_segments(machine.home + "/spool"))
-    machine.end_publisher()
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
-        file.write("/nowhere/python\n")
-    machine.say("second")
-    missing = "redis-py is missing"  # for that Python
-    eventually(lambda: len(server.streamed()) == 2 or missing in (machine.publisher().get("reason") or ""))
-    machine.installed_command()  # with a Python that exists
-    machine.say("third")
-    eventually(lambda: len(server.streamed()) == 3)
-    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
-    assert markers == ["first", "second", "third"]
-
-
-def test_a_publisher_without_redis_py_goes_on_in_another_python(make: Any) -> None:
+def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     without = machine.home + "/python-without"
     with open(without, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n')
     os.chmod(without, 0o700)
-    hook = machine.hook
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="utf-8") as file:
-        file.write(without + "\n")
-    hook_call(hook, payload("PreToolUse", tool_use_id="first"), machine.environment)
-    eventually(lambda: "redis-py is missing" in str(machine.publisher().get("reason")))
-    pid = machine.publisher()["pid"]
-    assert not server.streamed()
-    assert cm.record_publisher_python(machine.home)
-    eventually(lambda: len(server.streamed()) == 1, 60, "by itself")
-    assert machine.publisher()["pid"] == pid, "the lock went with it"
+
+    def says_why() -> bool:
+        return "redis-py is missing" in str(machine.publisher().get("reason"))
+
+    for marker, python in (("first", without), ("second", "/nowhere/python")):
+        hook = machine.hook
+        ee.write_atomically(machine.home + "/hooks/publisher-python", python.encode() + b"\n")
+        hook_call(hook, payload("PreToolUse", tool_use_id=marker), machine.environment)
+        eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
+        if python == without:
+            assert not server.streamed()
+        pid = machine.publisher()["pid"]
+        assert cm.record_publisher_python(machine.home)
+        eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
+        assert machine.publisher()["pid"] == pid, "the lock went with it"
+        machine.end_publisher()
+    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert markers == ["first", "second"]
 
 
 def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
@@ -9622,24 +9472,6 @@ def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
     assert "apt install python3-redis" in ee.redis_py_advice(str(python))
     (tmp_path / "pyvenv.cfg").write_text("")
     assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
-
-
-def test_what_waited_long_in_the_stream_is_no_measure_of_a_clock(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    for session, hours in (("days", 60), ("hours", 2)):
-        at = cm.now_ms() - hours * 3_600_000
-        for number in range(2):
-            hook = payload("UserPromptSubmit", session, prompt="go")
-            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
-            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
-            server.cli("XADD", "contextuate:events:stream", f"{at}-{number + 1}", "event", event)
-    machine.start()
-    machine.gets(2, "hours")
-    machine.gets(2, "days")
-    eventually(
-        lambda: [machine.sessions()[name]["state"] for name in ("days", "hours")] == ["ended", "quiet"]
-    )
 
 
 # -- the publisher's exit -------------------------------------------------------
@@ -9709,41 +9541,29 @@ def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
 
 
 class RedisSentinels:
-    """Three sentinels that watch one primary and its replicas, and fail over within seconds."""
+    """A primary with two replicas, and three sentinels that watch them and fail over within seconds."""
 
-    def __init__(self, primary: RedisServer) -> None:
-        self.servers = []
-        for _ in range(3):
-            port, directory = redis_free_port(), new_home()
-            with open(directory + "/sentinel.conf", "w", encoding="ascii") as file:
-                file.write(
-                    f"port {port}\nbind 127.0.0.1\ndir {directory}\nlogfile {directory}/log\n"
-                    f"sentinel monitor team 127.0.0.1 {primary.port} 2\n"
-                    "sentinel down-after-milliseconds team 700\nsentinel failover-timeout team 4000\n"
-                )
-            command = ["redis-server", directory + "/sentinel.conf", "--sentinel"]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            self.servers.append((port, directory, process))
+    def __init__(self, make: Any) -> None:
+        self.primary = make(RedisServer)
+        self.replicas = [make(RedisServer, f"replicaof 127.0.0.1 {self.primary.port}") for _ in range(2)]
         eventually(
-            lambda: all("num-other-sentinels\n2" in self.ask(at) for at in range(3)), 30, "the sentinels"
+            lambda: "connected_slaves:2" in self.primary.cli("INFO", "replication"), 30, "the replicas"
+        )
+        watch = (
+            f"sentinel monitor team 127.0.0.1 {self.primary.port} 2",
+            "sentinel down-after-milliseconds team 700", "sentinel failover-timeout team 4000",
+        )  # fmt: skip
+        self.sentinels = [make(RedisServer, *watch, kind="--sentinel") for _ in range(3)]
+        master = ("SENTINEL", "MASTER", "team")
+        eventually(
+            lambda: all("num-other-sentinels\n2" in it.cli(*master) for it in self.sentinels),
+            30,
+            "all of them",
         )
 
-    def ask(self, at: int) -> str:
-        """Return what a sentinel says about the primary."""
-        command = ["redis-cli", "-p", str(self.servers[at][0]), "SENTINEL", "MASTER", "team"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that asks them."""
-        nodes = [f"127.0.0.1:{port}" for port, _, _ in self.servers]
-        return {"mode": "redis", "redis": {"sentinels": nodes, "master": "team", "port": 1}}
-
-    def remove(self) -> None:
-        """End them and remove their directories."""
-        for _, directory, process in self.servers:
-            process.kill()
-            process.wait()
-            shutil.rmtree(directory)
+        nodes = [f"127.0.0.1:{it.port}" for it in self.sentinels]
+        return {"sentinels": nodes, "master": "team", "port": 1}
 
 
 class RedisCluster:
@@ -9752,73 +9572,54 @@ class RedisCluster:
     def __init__(self, make: Any) -> None:
         lines = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-replica-validity-factor 0")
         self.servers = [make(RedisServer, *lines) for _ in range(4)]
-        addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
-        self.cli("--cluster", "create", *addresses[:3], "--cluster-yes")
+        *first, added = [f"127.0.0.1:{server.port}" for server in self.servers]
+        self.manage("create", *first, "--cluster-yes")
         eventually(lambda: "cluster_state:ok" in self.servers[0].cli("CLUSTER", "INFO"), 30, "the cluster")
         slot = int(self.servers[0].cli("CLUSTER", "KEYSLOT", REDIS_STREAM))
-        self.primary = self.servers[slot * 3 // 16384]
-        self.replica = self.servers[3]
+        self.primary, self.replicas = self.servers[slot * 3 // 16384], self.servers[3:]
         primary_id = self.primary.cli("CLUSTER", "MYID")
-        self.cli(
-            "--cluster",
-            "add-node",
-            addresses[3],
-            addresses[0],
-            "--cluster-slave",
-            "--cluster-master-id",
-            primary_id,
-        )
-        eventually(
-            lambda: "master_link_status:up" in self.replica.cli("INFO", "replication"), 30, "the replica"
-        )
+        self.manage("add-node", added, first[0], "--cluster-slave", "--cluster-master-id", primary_id)
+        is_up = "master_link_status:up"
+        eventually(lambda: is_up in self.replicas[0].cli("INFO", "replication"), 30, "the replica")
         eventually(
             lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30, "the news of it"
         )
 
     @staticmethod
-    def cli(*arguments: str) -> None:
-        """Run redis-cli without a server of its own."""
-        subprocess.run(["redis-cli", *arguments], check=True, capture_output=True, timeout=60)
+    def manage(*arguments: str) -> None:
+        subprocess.run(["redis-cli", "--cluster", *arguments], check=True, capture_output=True, timeout=60)
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
-        return {"mode": "redis", "redis": {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}}
+        return {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}
 
 
-@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+@pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
 def test_a_failover_loses_and_doubles_no_event(make, kind):
-    if kind == "sentinels":
-        primary = make(RedisServer)
-        replicas = [make(RedisServer, f"replicaof 127.0.0.1 {primary.port}") for _ in range(2)]
-        eventually(lambda: "connected_slaves:2" in primary.cli("INFO", "replication"), 30, "the replicas")
-        config = make(RedisSentinels, primary).settings()
-    else:
-        cluster = RedisCluster(make)
-        primary, replicas, config = cluster.primary, [cluster.replica], cluster.settings()
-    config["redis"]["maxRetries"] = None
-    emitter, other = (make(RedisMachine, config=config, machine_id=name) for name in ("m1", "m2"))
+    servers = kind(make)
+    config = {"mode": "redis", "redis": {**servers.settings(), "maxRetries": None}}
+    emitter, other = (make(RedisMachine, config=config, machine_id=name).serve() for name in ("m1", "m2"))
     for machine in (emitter, other):
-        machine.serve()
         machine.wait_until("connected")
     wanted = [f"t{number}" for number in range(120)]
     for number, marker in enumerate(wanted):
         if number == 40:
-            primary.stop(signal.SIGKILL)
+            servers.primary.stop(signal.SIGKILL)
         emitter.say(marker)
+    is_primary = "role:master"
     eventually(
-        lambda: any("role:master" in it.cli("INFO", "replication") for it in replicas), 30, "a primary"
+        lambda: any(is_primary in it.cli("INFO", "replication") for it in servers.replicas), 30, "a primary"
     )
-    eventually(lambda: not emitter.spooled(), 60, "an empty spool")
+    emitter.publishes_all()
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted)), 60, machine.machine_id)
+        machine.gets(len(wanted))
         (stored,) = machine.arrivals().values()
         assert (len(stored), set(stored)) == (len(wanted), set(wanted))
-    primary.start()  # it comes back as a replica, which takes no events
+    servers.primary.start()  # it comes back as a replica, which takes no events
     emitter.say("after")
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted) + 1), 60, machine.machine_id)
+        machine.gets(len(wanted) + 1)
     # a sentinel that makes the old primary a replica cuts its connections once more
-    eventually(lambda: emitter.command("doctor", check=False).returncode == 0, 60, "doctor")
+    eventually(lambda: in_process(emitter, "doctor").returncode == 0, 60, "doctor")
 
 
 # ---------------------------------------------------------------------------
