@@ -5353,17 +5353,11 @@ a call of the round that begins after the request does not end its wait
     call t2 Read /w/a → waiting; result t2 → waiting; result t1 → working
 a request that overtook its call ends with it
     ask Bash make; call t1 Bash make; result t1 → working
-of two requests the first is shown, then the second
+of two requests the first is shown, and the answer to one leaves the other
     call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
     ask WebFetch https://one.example; ask WebFetch https://two.example → same
-    result t1 → waiting permission WebFetch: https://two.example; result t2 → working
-of two requests the second answered leaves the first
-    call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
-    ask WebFetch https://one.example; ask WebFetch https://two.example
-    result t2 → waiting permission WebFetch: https://one.example
-a request that is denied leaves the other one
-    call t1 Bash make; call t2 Bash rm -rf build; ask Bash make; ask Bash rm -rf build
-    deny t1 → waiting permission Bash: rm -rf build; deny t2 → working, open -
+    (result t1|deny t1|result t2) → waiting permission WebFetch: https://(two|two|one).example
+    (result t2|deny t2|result t1) → working, open -
 a denied call is closed as failed, and its round counts it no second time
     call t1 Bash rm -rf /; deny t1 → working, open -, errors 1; round t1 → errors 1
 another agent's events do not end an agent's permission wait
@@ -5571,8 +5565,9 @@ what the end of the session overtook does not bring it back
     call t1 Bash make; end other; (stop|error rate_limit|fail t1 no) → ended, open -; start resume → idle
 a resumed session is alive again
     end other; start resume → idle, over -; prompt → prompts 2
-a failed turn is over with the next prompt or stop
-    error rate_limit → failed: rate_limit; prompt again → working; error rate_limit; stop → idle
+a failed turn says why and is over with the next prompt or stop
+    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → idle
+    hook StopFailure error=server_error last_assistant_message='API Error: 529' → failed: server_error: API Error: 529
 after /clear the user's label, pin and parent stay, and the model's name too
     pid 7; s9: start startup; rename Frontend; pin; parent s9; end clear
     s2: start clear → continues s1, label Frontend, from user, model claude-opus-5-5, pinned True, parent s9
@@ -5778,7 +5773,6 @@ bgbash Stop 1 → working, doing background: bg, open -
 bgbash UserPromptSubmit 2 → working, prompts 1
 bgbash Stop 2 → idle, doing -
 bgbash SessionEnd 1 → ended: other, counts 12 1 0 0 1
-failing PostToolBatch 1 → calls 1, errors 1
 failing PostToolBatch 3 → calls 3, errors 3
 failing SessionEnd 1 → ended: other, counts 18 6 6 0 1
 i-clear SessionEnd 1 → ended: clear, counts 11 0 0 0 1, continues -, asked 0s
@@ -5789,7 +5783,6 @@ i-clear SessionEnd 2 → ended: prompt_input_exit, counts 11 0 0 0 2
 i-interrupt UserPromptSubmit 2 → working, open -, interrupted 1, doing -
 i-interrupt SessionEnd 1 → ended: prompt_input_exit, counts 8 1 0 1 2
 i-misc PreToolUse 1 → waiting question AskUserQuestion: Red or blue?
-i-misc PermissionRequest 1 → waiting question AskUserQuestion: Red or blue?
 i-misc Notification 1 → waiting question AskUserQuestion: Red or blue?
 i-misc PostToolUse 1 → working
 i-misc Notification 2 → waiting input: Claude is waiting for your input, asked 0s
@@ -5802,17 +5795,14 @@ i-perm SessionEnd 1 → ended: prompt_input_exit, counts 11 2 0 1 1, open -
 i-sigKILL PreToolUse 1 → working, tools Bash, counts 4 1 0 0 1
 large SessionEnd 1 → ended: other, counts 15 3 0 0 1
 mcp Elicitation 1 → waiting question demo: Your name?, asked 0s
-mcp ElicitationResult 1 → working
 mcp Notification 1 → working
 mcp SessionEnd 1 → ended: other, counts 17 3 1 0 1
 nested SessionEnd 1 → ended: other, counts 22 4 1 0 1, jobs outer job 5 1 0 + inner job of outer job 8 2 1
 p-perm PermissionRequest 1 → waiting permission
 p-perm PostToolBatch 1 → working, open -, errors 1
-p-perm PermissionRequest 2 → waiting permission
 p-perm SessionEnd 1 → ended: other, counts 12 2 2 0 1
 parallel SessionEnd 1 → ended: other, counts 30 7 0 0 1, jobs left job 8 2 0 + right job 11 3 0
 paralleltools PreToolUse 3 → tools Read Bash Bash
-paralleltools PostToolUse 1 → tools Bash Bash
 paralleltools PostToolUse 2 → tools Bash
 paralleltools SessionEnd 1 → ended: other, counts 13 3 0 0 1, tools -
 simple SessionEnd 1 → ended: other, counts 19 4 0 0 1
@@ -5842,13 +5832,6 @@ def test_a_recorded_event_leaves_its_session_as_the_table_says(moment):
     found = [(event, shown) for event, shown in session_steps(name) if event["hookType"] == hook]
     event, shown = found[int(which) - 1]
     session_check(facts, shown, event["timestamp"], moment)
-
-
-def test_a_failed_turn_says_which_error():
-    (shown,) = [shown for event, shown in session_steps("apierror529") if event["hookType"] == "StopFailure"]
-    reason = shown["reason"]
-    assert (shown["state"], reason["kind"], reason["since"]) == ("failed", "error", shown["stateSince"])
-    assert reason["detail"].startswith("server_error: API Error: 529")
 
 
 @pytest.mark.parametrize("name", recording_names())
@@ -6047,22 +6030,19 @@ def test_a_deleted_session_is_forgotten_and_token_totals_bring_it_not_back():
 
 
 def test_events_of_other_programs_go_by_their_hook_else_by_their_type():
-    story = SessionStory()
+    story, call = SessionStory(), {"toolName": "Bash", "toolInput": {"command": "ls"}}
     node = {"sessionId": "s1", "machineId": "node", "workingDirectory": "/w", "timestamp": NOW_MS}
-    for hook, event_type, data, facts in (
-        ("UserPromptSubmit", "message", {"message": "hi"}, "working, prompts 1"),
-        ("Stop", "session_end", {}, "idle, over -"),
-        ("SessionEnd", "session_end", {}, "ended"),
-    ):
-        story.apply({**node, "id": hook, "hookType": hook, "eventType": event_type, "data": data})
-        story.play("look → " + facts)
-    call = {"toolName": "Bash", "toolInput": {"command": "ls"}}
-    story.apply({"eventType": "tool_call", "sessionId": "s2", "data": call})
-    story.play("s2: look → working, doing Bash: ls")
-    story.apply({"eventType": "session_end", "sessionId": "s2"})
-    story.play("s2: look → ended")
-    shown = story.apply({"test": "message"})
-    assert (shown["sessionId"], shown["state"], shown["counts"]["events"]) == ("unknown", "idle", 1)
+    for event, facts in (
+        ({**node, "hookType": "UserPromptSubmit", "eventType": "message", "data": {"message": "hi"}}, "working, prompts 1"),
+        ({**node, "hookType": "Stop", "eventType": "session_end", "data": {}}, "idle, over -"),
+        ({**node, "hookType": "SessionEnd", "eventType": "session_end", "data": {}}, "ended"),
+        ({"eventType": "tool_call", "sessionId": "s2", "data": call}, "working, doing Bash: ls"),
+        ({"eventType": "session_end", "sessionId": "s2"}, "ended"),
+        ({"test": "message"}, "idle, events 1"),
+    ):  # fmt: skip
+        shown = story.apply(event)
+        session_check(facts, shown, story.time, event)
+        assert shown["sessionId"] == event.get("sessionId", "unknown")
 
 
 SESSION_ANY_JSON = st.recursive(
@@ -6808,15 +6788,16 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
 def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypatch):
     monkeypatch.setattr(ee, "USAGE_QUIET_S", 0.2)
     monkeypatch.setattr(ee, "USAGE_LATE_S", 0.3)
-    made: list[Any] = []
-    worker = ee.UsageWorker(transcript.home, USAGE_MACHINE, made.append)
+    outputs: list[int] = []
+    worker = ee.UsageWorker(
+        transcript.home, USAGE_MACHINE, lambda event: outputs.append(usage_output(event["data"]["usage"]))
+    )
     for number, hook in enumerate(("PreToolUse", "Stop", "")):
         transcript.add(usage_line(f"m{number}", 2))  # the last one comes behind the hook
         if hook:
             worker.put(usage_event(transcript.path, hook=hook))
-        eventually(lambda number=number: len(made) > number)
+        eventually(lambda number=number: outputs == [2, 4, 6][: number + 1])
     eventually(lambda: not worker._pending)
-    assert [usage_output(event["data"]["usage"]) for event in made] == [2, 4, 6]
     worker.close()
 
 
@@ -6868,27 +6849,18 @@ def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
 
 
 def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
-    script = (
-        f"import sys; sys.path.insert(0, {ROOT!r}); import emit_event as ee\n"
-        f"reader = ee.UsageReader({transcript.home!r}, {USAGE_MACHINE!r})\n"
-        f"event = {usage_event(transcript.path)!r}\n"
-        "print(flush=True)\n"
-        "while True:\n"
-        "    reader.usage_event(event)\n"
-    )
-    chance, count = random.Random(7), 0
+    def read_forever() -> None:
+        reader = ee.UsageReader(transcript.home, USAGE_MACHINE)
+        while True:
+            reader.usage_event(usage_event(transcript.path))
+
+    chance, parts = random.Random(7), iter(range(0, 6000, 50))
     for _ in range(6):
-        reading = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert reading.stdout is not None
-        reading.stdout.read(1)
-        for _ in range(20):
-            transcript.add(usage_lines(range(count, count + 50)))
-            count += 50
-            time.sleep(chance.random() * 0.01)
-        reading.kill()
-        reading.wait()
-        reading.stdout.close()
-    assert transcript.total() == count
+        with serving(read_forever):  # and killed
+            for first in itertools.islice(parts, 20):
+                transcript.add(usage_lines(range(first, first + 50)))
+                time.sleep(chance.random() * 0.01)
+    assert transcript.total() == 6000
 
 
 # Where subagents come from ---------------------------------------------------
@@ -7104,15 +7076,8 @@ def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(models, pric
     tokens = cm.Tokens(**{kind: number * 1_000_000 for kind, number in millions.items()})
     for model in models.split():
         assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
-
-
-def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
-    story = session_story()
-    shown = story.say("Stop", usage=usage_data(7, "some-model"))
-    assert (shown["tokenUsage"]["totalOutput"], shown["estimatedCostUsd"]) == (7, None)
-    both = usage_data(7, "some-model")
-    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
-    assert story.say("Stop", usage=both)["estimatedCostUsd"] is None
+    half = {"some-model": tokens, USAGE_OPUS: tokens}
+    assert cm.PriceList({}).estimate(cm.SessionUsage(1, half)) is None
 
 
 def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_installed, monitor):
@@ -7597,7 +7562,7 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
 @pytest.mark.parametrize(("name", "rounds"), [("KILL", 20), ("TERM", 4), ("INT", 4), ("HUP", 4)])
 def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds):
     """Also while what is stored is loaded."""
-    running, history = monitor, {*write_history(monitor.home + "/events", 60, 6000, cm.now_ms(), pids=False)}
+    running, history = monitor, {*write_history(monitor.home + "/events", 30, 2500, cm.now_ms(), pids=False)}
     running.serve()
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
@@ -7623,7 +7588,7 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(emit, worker) for worker in range(4)]
         try:
-            for _ in range(rounds):
+            for number in range(rounds):
                 more_outcomes(dice.randrange(20, 100), 50)  # the spare ones find a monitor that dies, or none
                 acknowledged = {marker for marker, stored in outcomes.copy().items() if stored}
                 pid = running.pid
@@ -7633,6 +7598,9 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds
                     torn_allowed = running.stored_events_allowing_a_torn_line()
                     assert acknowledged <= {event["data"].get("message") for event in torn_allowed}
                     more_outcomes(5, 0)
+                    running.serve()
+                if name == "KILL" and number % 5 == 4:
+                    running.kill()
                     running.serve()
         finally:
             stopping.set()
@@ -8452,15 +8420,10 @@ class RedisCertificates:
             "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign"
         )
         for part, usage in (("server", "serverAuth"), ("client", "clientAuth")):
-            with open(f"{self.directory}/{part}.ext", "w", encoding="ascii") as file:
-                file.write(
-                    f"basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={names}\n"
-                    "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=digitalSignature\n"
-                )
-            self.openssl(f"req {key} -keyout {part}.key -out {part}.csr -subj /CN={part}")
             self.openssl(
-                f"x509 -req -in {part}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {part}.crt -days 2 "
-                f"-extfile {part}.ext"
+                f"req -x509 -CA ca.crt -CAkey ca.key {key} -keyout {part}.key -out {part}.crt -days 2 -subj /CN={part} "
+                f"-addext basicConstraints=critical,CA:FALSE -addext extendedKeyUsage={usage} "
+                f"-addext subjectAltName={names} -addext keyUsage=digitalSignature"
             )
 
     def openssl(self, command: str) -> None:
@@ -8600,19 +8563,12 @@ class RedisMachine(RunningMonitor):
         return dict(self.get("/api/status")["redis"])
 
     def publisher(self) -> dict[str, Any]:
-        try:
-            with open(self.home + "/publisher.json", encoding="utf-8") as file:
-                return dict(json.load(file))
-        except FileNotFoundError:
-            return {}
+        path = self.home + "/publisher.json"
+        return dict(json.loads(install_text(path))) if os.path.exists(path) else {}
 
     def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        return dict(
-            eventually(
-                lambda: (about := self.redis())["state"] == state and about,
-                timeout_s, f"{self.machine_id}: {state}",
-            )
-        )  # fmt: skip
+        is_it = f"{self.machine_id}: {state}"
+        return dict(eventually(lambda: (it := self.redis())["state"] == state and it, timeout_s, is_it))
 
     def arrivals(self, session: str = "s1") -> dict[str, list[str]]:
         """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
@@ -8752,12 +8708,10 @@ class RedisFlow:
     def hooks(self, count: int) -> None:
         """Run so many real hooks, on all machines at once; every one has returned when this returns."""
         shares = self._shares(count)
-
-        def run(machine: RedisMachine) -> None:
-            for marker in shares[machine.machine_id]:
-                machine.say(marker, self.session)
-
-        at_once(*[functools.partial(run, machine) for machine in self.team.emitters])
+        at_once(*(
+            lambda machine=machine: [machine.say(marker, self.session) for marker in shares[machine.machine_id]]
+            for machine in self.team.emitters
+        ))  # fmt: skip
 
     def bulk(self, count: int, **fields: Any) -> None:
         """Put so many events into the machines' spools, and let one hook each find its publisher."""
@@ -8808,8 +8762,9 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     assert {event["id"]: event for event in streamed if event["sessionId"] == flow.session} == kept[0]
     for machine in team.emitters:
         eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
-        assert machine.publisher()["subscribers"] == 2
-        assert len(machine.publishers()) == 1
+        assert machine.publisher()["subscribers"] == 2 and len(machine.publishers()) == 1
+        said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+        assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
 class RedisTrouble(NamedTuple):
@@ -9063,16 +9018,6 @@ def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, close
     assert len(machine.publishers()) == 1
 
 
-def test_the_monitor_starts_a_publisher_for_what_lies_in_the_spool(team: RedisTeam) -> None:
-    watcher = team.monitors[0]
-    watcher.end_publisher()
-    watcher.spool("left", "left-over")
-    for monitor in team.monitors:
-        monitor.gets(1, "left-over")
-    assert watcher.arrivals("left-over") == {"watcher0": ["left"]}
-    assert watcher.get("/api/status")["publisher"]["running"] is True
-
-
 # -- configurations that cannot work -------------------------------------------
 #
 # One machine for each, all started at once; the tests look at what each of them says.
@@ -9244,10 +9189,7 @@ class StubbornServer:
 
     def __init__(self, manner: str) -> None:
         self.manner, self.port = manner, redis_free_port()
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", self.port))
-        self.listener.listen(0 if manner == "deaf" else 16)
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=0 if manner == "deaf" else 16)
         self.listener.settimeout(0.05)
         self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
@@ -9255,17 +9197,15 @@ class StubbornServer:
         self.thread.start()
 
     def _serve(self) -> None:
-        while not self.stopping.is_set():
-            if self.manner == "deaf":  # until nothing more fits, and again when one has timed out
-                if len(self.connections) < 40:
+        while not self.stopping.wait(0.05):
+            with contextlib.suppress(OSError):
+                if self.manner != "deaf":
+                    self.connections.append(self.listener.accept()[0])
+                    self.connections[-1].sendall(self.FIRST[self.manner])
+                elif len(self.connections) < 40:  # until nothing more fits, and again when one has timed out
                     self.connections.append(socket.socket())
                     self.connections[-1].setblocking(False)
-                    self.connections[-1].connect_ex(("127.0.0.1", self.port))
-                self.stopping.wait(0.05)
-                continue
-            with contextlib.suppress(OSError):
-                self.connections.append(self.listener.accept()[0])
-                self.connections[-1].sendall(self.FIRST[self.manner])
+                    self.connections[-1].connect(("127.0.0.1", self.port))
             for sock in self.connections if self.manner == "drip" else ():
                 with contextlib.suppress(OSError):
                     sock.send(b"x")
@@ -9428,12 +9368,6 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
-
-
-def test_debug_says_how_many_monitors_got_an_event(team: RedisTeam) -> None:
-    machine = team.emitters[0]
-    said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
-    assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
 def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
