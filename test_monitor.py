@@ -8441,16 +8441,16 @@ class RedisServer:
 
     def __init__(
         self, *lines: str, user: str = "default", password: str = "", certificates: Any = None, port: int = 0,
-        kind: str = "",
+        mode: str = "",
     ) -> None:  # fmt: skip
-        self.directory, self.kind = new_home(), kind
+        self.directory, self.mode = new_home(), mode
         self.socket_path = self.directory + "/redis.sock"
         self.port = port or redis_free_port()
         self.user, self.password, self.certificates = user, password, certificates
         common = [
             f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}",
             f"logfile {self.directory}/redis.log",
-            *([] if kind else ['save ""', "appendonly yes", "appendfsync everysec"]),
+            *([] if mode else ['save ""', "appendonly yes", "appendfsync everysec"]),
             *([f"requirepass {password}"] if password and user == "default" else []),
         ]  # fmt: skip
         if certificates is not None:
@@ -8466,7 +8466,7 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it, on the same port, with what it had, and wait until it answers."""
-        command = ["redis-server", self.directory + "/redis.conf", *self.kind.split()]
+        command = ["redis-server", self.directory + "/redis.conf", *self.mode.split()]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
         return self
@@ -8828,7 +8828,12 @@ def redis_says(ask: Any, expected: dict[str, str]) -> None:
     eventually(matches, 60, f"{expected} in {ask()}")
 
 
-@pytest.mark.parametrize("name", REDIS_TROUBLES)
+REDIS_SOAKS = ("every connection is cut", "Redis is frozen", "the publishers are killed")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(it, marks=[pytest.mark.slow] * (it in REDIS_SOAKS)) for it in REDIS_TROUBLES]
+)
 def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: str) -> None:
     trouble = REDIS_TROUBLES[name]
     flow = RedisFlow(team, name)
@@ -9099,80 +9104,72 @@ def redis_servers() -> Iterator[Any]:
         yield configure
 
 
-@pytest.fixture(scope="module")
-def redis_complaints(redis_servers: Any) -> Iterator[dict[str, tuple[RedisMachine, dict[str, str]]]]:
-    """Start a machine with each fault, all at once; give it and what its publisher and its monitor say."""
-    with redis_parts() as maker:
-
-        def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
-            machine = maker(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
-            machine.spool("kept")
-            machine.serve()  # and that starts a publisher for what lies in the spool
-
-            def publishers_words() -> str:
-                about = machine.publisher()
-                return str(about.get("reason") or about.get("streamReason") or "")
-
-            words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
-            if name != "read-only replica":
-                words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
-                assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
-            return machine, words
-
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            yield dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+def redis_shown_and_stored(machine: RedisMachine) -> Iterator[str]:
+    """Yield all that a machine shows, stores (but for its configuration) and passes to processes."""
+    yield json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()])
+    yield in_process(machine, "status").stdout
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
+    paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
+    for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
+        with open(path, "rb") as file:
+            yield file.read().decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("name", REDIS_FAULTS)
-def test_every_fault_has_a_clear_sentence_and_its_event_is_kept(redis_complaints: Any, name: str) -> None:
-    machine, words = redis_complaints[name]
-    for part, sentence in words.items():
-        assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (part, sentence)
-        assert len(sentence) < 300 and "\n" not in sentence
-        assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (part, sentence)
-        assert [said.get(part) for _, said in redis_complaints.values()].count(sentence) == 1, sentence
-    if name == "read-only replica":  # its monitor has got it by the channel
-        assert machine.arrivals() == {"testbox": ["kept"]}
-    else:
-        assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+def test_every_fault_is_said_in_a_clear_sentence_and_keeps_its_event(make: Any, redis_servers: Any) -> None:
+    def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
+        machine = make(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
+        machine.spool("kept")
+        machine.serve()  # and that starts a publisher for what lies in the spool
+
+        def publishers_words() -> str:
+            about = machine.publisher()
+            return str(about.get("reason") or about.get("streamReason") or "")
+
+        words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
+        if name != "read-only replica":
+            words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
+            assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
+        return machine, words
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        complaints = dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+    for name, (machine, words) in complaints.items():
+        for part, sentence in words.items():
+            assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (name, part, sentence)
+            assert len(sentence) < 300 and "\n" not in sentence
+            assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (
+                name,
+                part,
+                sentence,
+            )
+            assert [said.get(part) for _, said in complaints.values()].count(sentence) == 1, sentence
+        if name == "read-only replica":  # its monitor has got it by the channel
+            assert machine.arrivals() == {"testbox": ["kept"]}
+        else:
+            assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+        for text in redis_shown_and_stored(machine) if "password" in machine.config["redis"] else ():
+            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text, name
 
 
-def test_no_password_is_shown_or_stored_anywhere(redis_complaints: Any) -> None:
-    machines = [it for it, _ in redis_complaints.values() if "password" in it.config["redis"]]
-    assert len(machines) == 4 and any(machine.publishers() for machine in machines)
-    for machine in machines:
-        seen = [
-            json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()]),
-            machine.command("status", check=False).stdout,
-        ]
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
-        paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
-        for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
-            with open(path, "rb") as file:
-                seen.append(file.read().decode("utf-8", "replace"))
-        for text in seen:
-            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text
+def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
+    def go(name: str) -> None:
+        place, keys, database = REDIS_WAYS[name]
+        server, config = redis_servers(place, keys)
+        environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
+        machine = make(RedisMachine, config=config, more_environment=environment)
+        machine.spool("there")
+        about = machine.serve().wait_until("connected")
+        machine.gets(1)
+        assert machine.arrivals() == {"testbox": ["there"]}
+        channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
+        shown = {field: about[field] for field in ("tls", "channel", "stream", "streamState")}
+        assert shown == {
+            "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
+            "streamState": "ok" if has_stream else "off",
+        }, name  # fmt: skip
+        assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream)), name
 
-
-@pytest.mark.parametrize("name", REDIS_WAYS)
-def test_every_way_to_a_redis_works(make: Any, redis_servers: Any, name: str) -> None:
-    place, keys, database = REDIS_WAYS[name]
-    server, config = redis_servers(place, keys)
-    environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
-    machine = make(RedisMachine, config=config, more_environment=environment)
-    about = machine.serve().wait_until("connected")
-    machine.say("there")
-    machine.gets(1)
-    assert machine.arrivals() == {"testbox": ["there"]}
-    channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
-    expected = {
-        "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
-        "streamState": "ok" if has_stream else "off",
-    }  # fmt: skip
-    assert {name: about[name] for name in expected} == expected
-    assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream))
-    shown = json.dumps([machine.get("/api/config"), machine.get("/api/status")])
-    assert REDIS_PASSWORD not in shown and REDIS_WRONG_PASSWORD not in shown
+    at_once(*(functools.partial(go, name) for name in REDIS_WAYS))
 
 
 # -- a Redis that is no Redis ---------------------------------------------------
@@ -9487,7 +9484,7 @@ class RedisSentinels:
             f"sentinel monitor team 127.0.0.1 {self.primary.port} 2",
             "sentinel down-after-milliseconds team 700", "sentinel failover-timeout team 4000",
         )  # fmt: skip
-        self.sentinels = [make(RedisServer, *watch, kind="--sentinel") for _ in range(3)]
+        self.sentinels = [make(RedisServer, *watch, mode="--sentinel") for _ in range(3)]
         master = ("SENTINEL", "MASTER", "team")
         eventually(
             lambda: all("num-other-sentinels\n2" in it.cli(*master) for it in self.sentinels),
