@@ -7495,7 +7495,7 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
 @pytest.mark.parametrize(("name", "rounds"), [("KILL", 20), ("TERM", 4), ("INT", 4), ("HUP", 4)])
 def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds):
     """Also while what is stored is loaded."""
-    running, history = monitor, {*write_history(monitor.home + "/events", 30, 2500, cm.now_ms(), pids=False)}
+    running, history = monitor, {*write_history(monitor.home + "/events", 12, 1000, cm.now_ms(), pids=False)}
     running.serve()
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
