@@ -6860,7 +6860,7 @@ def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
     }  # fmt: skip
 
 
-def test_an_agent_has_its_note_once_it_is_whole_and_whenever_its_event_comes_again(tmp_path):
+def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
     (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
     whole = install_text(note)
@@ -6967,7 +6967,7 @@ USAGE_ODD = [
 
 
 @pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
-def test_what_other_programs_call_usage_is_left_alone_and_odd_numbers_are_0(usage):
+def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
     shown = session_story().say("Stop", usage=usage)
     totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
     assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
