@@ -5216,7 +5216,6 @@ class SessionStory:
         return event
 
     def now(self, session: str = "") -> dict[str, Any]:
-        """Return a session as it is now."""
         book = self.book
         if self.is_replayed:
             book = cm.Sessions(own_machine=SESSION_MACHINE)
@@ -5230,7 +5229,6 @@ class SessionStory:
         return book.to_json(found) if found else {}
 
     def wait(self, milliseconds: int) -> dict[str, Any]:
-        """Let time pass."""
         self.time += milliseconds
         self.tick()
         return self.now()
@@ -5242,7 +5240,6 @@ class SessionStory:
 
 
 def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
-    """Let the monitor look at the processes of its own pid namespace."""
     book.check_processes(0, lambda pid, _: pid in event["running"], event["timestamp"], event["is_sure"])
 
 
@@ -5254,7 +5251,6 @@ def session_value(text: str) -> Any:
 
 
 def session_story(**fields: Any) -> SessionStory:
-    """Begin a session with a prompt."""
     story = SessionStory(**fields)
     story.say("SessionStart", source="startup", model="claude-opus-5-5")
     story.say("UserPromptSubmit", prompt="make the cart work")
@@ -5275,7 +5271,6 @@ def session_check(facts: str, shown: dict[str, Any], now_ms: int, about: Any, be
 
 
 def session_levels(shown: dict[str, Any]) -> list[str]:
-    """Return the ways to state a session's state."""
     state, reason = shown["state"], shown["reason"]
     if reason is None:
         return [state]
@@ -5293,6 +5288,10 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
     def words(values: Iterable[Any]) -> str:
         return " ".join(map(str, values)) or "-"
 
+    def job(agent: dict[str, Any]) -> str:
+        parents = [parent["label"] for parent in agents if parent["agentId"] == agent["parentAgentId"]]
+        return " ".join([" of ".join([agent["label"], *parents]), words(agent["counts"].values())])
+
     counts, calls, agents = shown["counts"], shown["openCalls"], shown["agents"]
     facts = {
         "open": words(call["toolUseId"] for call in calls),
@@ -5305,9 +5304,10 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
         "heard": ago(shown["lastEventTime"]),
         "over": ago(shown["endTime"]),
         "events": counts["events"], "calls": counts["toolCalls"], "errors": counts["toolErrors"],
-        "interrupted": counts["interrupted"], "prompts": counts["prompts"],
+        "interrupted": counts["interrupted"], "prompts": counts["prompts"], "counts": words(counts.values()),
         "agents": words(agent["agentId"] for agent in agents),
         "agent_states": words(agent["state"] for agent in agents),
+        "jobs": " + ".join(map(job, agents)) or "-",
         "stuck": words(signal["kind"] for signal in shown["stuck"]),  # details are facts by the kind's name
         "label": shown["label"], "from": shown["labelSource"], "model": shown["model"] or "-",
         "machine": shown["machineId"], "pid": shown["pid"] or "-",
@@ -5353,17 +5353,11 @@ a call of the round that begins after the request does not end its wait
     call t2 Read /w/a → waiting; result t2 → waiting; result t1 → working
 a request that overtook its call ends with it
     ask Bash make; call t1 Bash make; result t1 → working
-of two requests the first is shown, then the second
+of two requests the first is shown, and the answer to one leaves the other
     call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
     ask WebFetch https://one.example; ask WebFetch https://two.example → same
-    result t1 → waiting permission WebFetch: https://two.example; result t2 → working
-of two requests the second answered leaves the first
-    call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
-    ask WebFetch https://one.example; ask WebFetch https://two.example
-    result t2 → waiting permission WebFetch: https://one.example
-a request that is denied leaves the other one
-    call t1 Bash make; call t2 Bash rm -rf build; ask Bash make; ask Bash rm -rf build
-    deny t1 → waiting permission Bash: rm -rf build; deny t2 → working, open -
+    (result t1|deny t1|result t2) → waiting permission WebFetch: https://(two|two|one).example
+    (result t2|deny t2|result t1) → working, open -
 a denied call is closed as failed, and its round counts it no second time
     call t1 Bash rm -rf /; deny t1 → working, open -, errors 1; round t1 → errors 1
 another agent's events do not end an agent's permission wait
@@ -5427,10 +5421,9 @@ Esc is seen at the idle prompt
     call t1 Bash sleep 25; idle → waiting input, open -, interrupted 1, doing -
 a rejected permission is seen at the idle prompt or the next prompt
     call t1 Write x; ask Write x; (idle|prompt) → (waiting input|working), open -, interrupted 1
-Esc during a foreground agent ends the agent and its calls
-    run a1 t1; a1: call t2 Bash sleep 25; (idle|prompt) → open -, interrupted 2, a1 ended; prompt; stop → idle
-Esc in a foreground agent's permission dialog leaves no permission behind
-    run a1 t1; a1: call t2 Bash make; a1: ask Bash make; idle → waiting input
+Esc during a foreground agent, or its permission dialog, ends the agent and its calls
+    run a1 t1; a1: call t2 Bash make; (look|look|a1: ask Bash make); (idle|prompt|idle) → (waiting input|working|waiting input)
+    look → open -, interrupted 2, a1 ended; prompt; stop → idle
 a prompt does not end background agents
     launch a1 t1; a1: call t2 Bash make; stop a1; prompt meanwhile → a1 working, tools Bash; stop a1 → working
     idle → a1 working, interrupted 0
@@ -5446,8 +5439,6 @@ a result closes its own call
     call t1 Bash a; call t2 Bash b → open t1 t2, targets a b, by main main; result t1 → open t2, doing Bash: b
 a subagent's bad input counts for the agent too
     launch a1 t1; a1: round t2=Read → a1.counts 2 1 1, errors 1
-a result before its call opens nothing
-    mark; result t1 Bash make; late call t1 Bash make → open -, doing -, calls 1
 the end of a turn or session interrupts what runs
     call t1 Bash make; (stop|error server_error|end other) → open -, interrupted 1, doing -
 the end of an agent interrupts its calls only
@@ -5571,8 +5562,9 @@ what the end of the session overtook does not bring it back
     call t1 Bash make; end other; (stop|error rate_limit|fail t1 no) → ended, open -; start resume → idle
 a resumed session is alive again
     end other; start resume → idle, over -; prompt → prompts 2
-a failed turn is over with the next prompt or stop
-    error rate_limit → failed: rate_limit; prompt again → working; error rate_limit; stop → idle
+a failed turn says why and is over with the next prompt or stop
+    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → idle
+    hook StopFailure error=server_error last_assistant_message='API Error: 529' → failed: server_error: API Error: 529
 after /clear the user's label, pin and parent stay, and the model's name too
     pid 7; s9: start startup; rename Frontend; pin; parent s9; end clear
     s2: start clear → continues s1, label Frontend, from user, model claude-opus-5-5, pinned True, parent s9
@@ -5626,13 +5618,11 @@ no session is below itself
     s3: look → parent s4; s4: look → parent s5
 
 # Quiet and silent
-a working session is quiet after two minutes and back with the next event
+a working session is quiet after two minutes and back with the next event, a background agent's likewise
     call t1 Bash make; wait 119999ms → working; wait 1ms → quiet, since 0s, open t1
-    result t1 → working, since 0s; wait 2m → quiet
+    result t1 → working, since 0s; wait 2m → quiet; launch a1 t1; stop a1; wait 2m → quiet
 only a working session becomes quiet
     (stop|ask Bash make|error rate_limit); wait 1h → (idle|waiting|failed); prompt → working
-a background agent's silence is quiet too
-    launch a1 t1; stop a1; wait 2m → quiet
 quiet is measured on the other machine's clock
     new; machine far; clock (-1h|1h); start startup; prompt → working; wait 119s → working; wait 1s → quiet
 what a machine says after its clock was set back is not late
@@ -5745,16 +5735,12 @@ def test_a_session_story_holds_in_each_way(steps, way):
 
 def session_events(name: str) -> list[dict[str, Any]]:
     """Build the events of a recording, a second apart."""
-    return [
-        {
-            "seq": number,
-            "received": NOW_MS + number * 1000,
-            **ee.build_event(
-                {"hook": shown, "id": f"{name}-{number}", "timestamp": NOW_MS + number * 1000}, NOW_MS, SESSION_MACHINE
-            ),
-        }
-        for number, shown in enumerate(recorded(name), 1)
-    ]  # fmt: skip
+    events = []
+    for seq, shown in enumerate(recorded(name), 1):
+        at = NOW_MS + seq * 1000
+        wrapped = {"hook": shown, "id": f"{name}-{seq}", "timestamp": at}
+        events.append({"seq": seq, "received": at, **ee.build_event(wrapped, NOW_MS, SESSION_MACHINE)})
+    return events
 
 
 def session_replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -5774,97 +5760,63 @@ def session_steps(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 # Recordings ----------------------------------------------------------------
 
-# Recording → for each session: state, why it ended, open calls, agents (label, parent's label), human prompts,
-# calls shown as interrupted, failed calls.
-SESSION_ENDS = {
-    "apierror529": [("ended", "other", [], [], 1, 0, 0)],
-    "bgbash": [("ended", "other", [], [], 1, 0, 0)],
-    "failing": [("ended", "other", [], [], 1, 0, 6)],
-    "i-clear": [("ended", "clear", [], [], 1, 0, 0), ("ended", "prompt_input_exit", [], [], 2, 0, 0)],
-    "i-interrupt": [("ended", "prompt_input_exit", [], [], 2, 1, 0)],
-    "i-misc": [("ended", "prompt_input_exit", [], [("inner job", None)], 2, 0, 1)],
-    "i-perm": [("ended", "prompt_input_exit", [], [], 1, 1, 0)],
-    "i-sigKILL": [("working", None, ["Bash"], [], 1, 0, 0)],
-    "large": [("ended", "other", [], [], 1, 0, 0)],
-    "mcp": [("ended", "other", [], [], 1, 0, 1)],
-    "nested": [("ended", "other", [], [("outer job", None), ("inner job", "outer job")], 1, 0, 1)],
-    "p-perm": [("ended", "other", [], [], 1, 0, 2)],
-    "parallel": [("ended", "other", [], [("left job", None), ("right job", None)], 1, 0, 0)],
-    "paralleltools": [("ended", "other", [], [], 1, 0, 0)],
-    "simple": [("ended", "other", [], [], 1, 0, 0)],
-    "subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
-    "subagent-default": [("ended", "other", [], [("inner job", None)], 1, 0, 1)],
-    "surrogate": [("ended", "other", [], [], 1, 0, 0)],
-    "tasks": [("ended", "other", [], [], 1, 0, 0)],
-    "thinking": [("ended", "other", [], [], 1, 0, 0)],
-    "unicode": [("ended", "other", [], [], 1, 0, 0)],
-    "v1.0.128-subagent": [("ended", "other", [], [], 1, 1, 0)],
-    "v2.0.77-subagent": [("ended", "other", [], [], 1, 1, 0)],
-    "v2.1.112-subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
-    "worktree": [("ended", "other", [], [("wt job", None)], 1, 0, 1)],
-}
-
-
-def test_the_table_of_session_ends_has_every_recording():
-    assert sorted(SESSION_ENDS) == recording_names()
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_every_recording_ends_as_it_should(name):
-    ends = []
-    for shown in session_replay(session_events(name)):
-        labels = {agent["agentId"]: agent["label"] for agent in shown["agents"]}
-        tree = [(agent["label"], labels.get(agent["parentAgentId"])) for agent in shown["agents"]]
-        tools, counts = [call["toolName"] for call in shown["openCalls"]], shown["counts"]
-        why = shown["reason"] and shown["reason"]["detail"]
-        numbers = counts["prompts"], counts["interrupted"], counts["toolErrors"]
-        ends.append((shown["state"], why, tools, tree, *numbers))
-        assert shown["stuck"] == []
-    assert ends == SESSION_ENDS[name]
-
-
-# Recording, hook, which of them → facts right after it.
+# Recording, hook, which of them → facts right after it. `counts`: events, calls, failed ones, calls shown as
+# interrupted, human prompts; `jobs`: agents with their parent, events, calls and failed ones.
 SESSION_MOMENTS = """
-i-perm PermissionRequest 1 → waiting permission, since 0s, asked 0s, tools Bash
-i-perm PermissionRequest 2 → waiting permission Write: perm.txt
-i-perm Notification 1 → waiting permission, since 1s, asked 1s
-i-perm PostToolUse 1 → working, open -
-i-perm SessionEnd 1 → ended, open -, interrupted 1
-p-perm PermissionRequest 1 → waiting permission
-p-perm PostToolBatch 1 → working, open -, errors 1
-p-perm PermissionRequest 2 → waiting permission
-p-perm PostToolBatch 2 → working, open -, errors 2
-i-misc PreToolUse 1 → waiting question AskUserQuestion: Red or blue?
-i-misc PermissionRequest 1 → waiting question AskUserQuestion: Red or blue?
-i-misc Notification 1 → waiting question AskUserQuestion: Red or blue?
-i-misc PostToolUse 1 → working
-i-misc Notification 2 → waiting input: Claude is waiting for your input, asked 0s
-mcp Elicitation 1 → waiting question demo: Your name?, asked 0s
-mcp ElicitationResult 1 → working
-mcp Notification 1 → working
-i-interrupt UserPromptSubmit 2 → working, open -, interrupted 1, doing -
-paralleltools PreToolUse 3 → tools Read Bash Bash
-paralleltools PostToolUse 1 → tools Bash Bash
-paralleltools PostToolUse 2 → tools Bash
-paralleltools PostToolUse 3 → tools -
-failing PostToolBatch 1 → calls 1, errors 1
-failing PostToolBatch 3 → calls 3, errors 3
-failing PostToolBatch 6 → calls 6, errors 6
+apierror529 SessionEnd 1 → ended: other, counts 6 0 0 0 1
 bgbash Stop 1 → working, doing background: bg, open -
 bgbash UserPromptSubmit 2 → working, prompts 1
 bgbash Stop 2 → idle, doing -
-subagent SubagentStart 1 → agent_states working, afa417a3719bb60f4.label inner job
-subagent-default Stop 1 → working, tools Bash, by a90ac29d89daa9ad4, interrupted 0
-subagent-default SubagentStop 1 → working
-subagent-default Stop 2 → idle
-nested SessionEnd 1 → a8bdf82a3b7eac1f1.type general-purpose, a8bdf82a3b7eac1f1.label outer job, a10958c072d3ed1c1.below a8bdf82a3b7eac1f1
-parallel SessionEnd 1 → adfb2ac51d9db8a29.label left job, a28ca423d9ac9ab88.label right job
-v1.0.128-subagent SubagentStop 1 → tools Task Bash
-v1.0.128-subagent Stop 1 → open -, interrupted 1
-i-clear SessionEnd 1 → ended: clear, continues -, asked 0s
+bgbash SessionEnd 1 → ended: other, counts 12 1 0 0 1
+failing PostToolBatch 3 → calls 3, errors 3
+failing SessionEnd 1 → ended: other, counts 18 6 6 0 1
+i-clear SessionEnd 1 → ended: clear, counts 11 0 0 0 1, continues -, asked 0s
 i-clear SessionStart 3 → idle, continues bf477810-8a30-441d-bbac-d03768d004b7
 i-clear PreModelSwitch 1 → model claude-opus-5-5
 i-clear PostModelSwitch 1 → model claude-sonnet-5-5
+i-clear SessionEnd 2 → ended: prompt_input_exit, counts 11 0 0 0 2
+i-interrupt UserPromptSubmit 2 → working, open -, interrupted 1, doing -
+i-interrupt SessionEnd 1 → ended: prompt_input_exit, counts 8 1 0 1 2
+i-misc PreToolUse 1 → waiting question AskUserQuestion: Red or blue?
+i-misc Notification 1 → waiting question AskUserQuestion: Red or blue?
+i-misc PostToolUse 1 → working
+i-misc Notification 2 → waiting input: Claude is waiting for your input, asked 0s
+i-misc SessionEnd 1 → ended: prompt_input_exit, counts 32 4 1 0 2, jobs inner job 8 2 1
+i-perm PermissionRequest 1 → waiting permission, since 0s, asked 0s, tools Bash
+i-perm Notification 1 → waiting permission, since 1s, asked 1s
+i-perm PostToolUse 1 → working, open -
+i-perm PermissionRequest 2 → waiting permission Write: perm.txt
+i-perm SessionEnd 1 → ended: prompt_input_exit, counts 11 2 0 1 1, open -
+i-sigKILL PreToolUse 1 → working, tools Bash, counts 4 1 0 0 1
+large SessionEnd 1 → ended: other, counts 15 3 0 0 1
+mcp Elicitation 1 → waiting question demo: Your name?, asked 0s
+mcp Notification 1 → working
+mcp SessionEnd 1 → ended: other, counts 17 3 1 0 1
+nested SessionEnd 1 → ended: other, counts 22 4 1 0 1, jobs outer job 5 1 0 + inner job of outer job 8 2 1
+p-perm PermissionRequest 1 → waiting permission
+p-perm PostToolBatch 1 → working, open -, errors 1
+p-perm SessionEnd 1 → ended: other, counts 12 2 2 0 1
+parallel SessionEnd 1 → ended: other, counts 30 7 0 0 1, jobs left job 8 2 0 + right job 11 3 0
+paralleltools PreToolUse 3 → tools Read Bash Bash
+paralleltools PostToolUse 2 → tools Bash
+paralleltools SessionEnd 1 → ended: other, counts 13 3 0 0 1, tools -
+simple SessionEnd 1 → ended: other, counts 19 4 0 0 1
+subagent SubagentStart 1 → jobs inner job 1 0 0, agent_states working, afa417a3719bb60f4.type general-purpose
+subagent SessionEnd 1 → ended: other, counts 26 6 2 0 1, jobs inner job 8 2 1
+subagent-default Stop 1 → working, tools Bash, by a90ac29d89daa9ad4, interrupted 0
+subagent-default SubagentStop 1 → working
+subagent-default Stop 2 → idle
+subagent-default SessionEnd 1 → ended: other, counts 20 3 1 0 1, jobs inner job 8 2 1
+surrogate SessionEnd 1 → ended: other, counts 10 1 0 0 1
+tasks SessionEnd 1 → ended: other, counts 17 3 0 0 1
+thinking SessionEnd 1 → ended: other, counts 10 1 0 0 1
+unicode SessionEnd 1 → ended: other, counts 13 2 0 0 1
+v1.0.128-subagent SubagentStop 1 → tools Task Bash
+v1.0.128-subagent Stop 1 → open -, interrupted 1
+v1.0.128-subagent SessionEnd 1 → ended: other, counts 10 3 0 1 1, jobs -
+v2.0.77-subagent SessionEnd 1 → ended: other, counts 13 3 0 1 1, jobs -
+v2.1.112-subagent SessionEnd 1 → ended: other, counts 17 5 2 0 1, jobs inner job 6 2 1
+worktree SessionEnd 1 → ended: other, counts 17 3 1 0 1, jobs wt job 8 2 1
 """
 
 
@@ -5877,57 +5829,9 @@ def test_a_recorded_event_leaves_its_session_as_the_table_says(moment):
     session_check(facts, shown, event["timestamp"], moment)
 
 
-def test_a_failed_turn_says_which_error():
-    (shown,) = [shown for event, shown in session_steps("apierror529") if event["hookType"] == "StopFailure"]
-    reason = shown["reason"]
-    assert (shown["state"], reason["kind"], reason["since"]) == ("failed", "error", shown["stateSince"])
-    assert reason["detail"].startswith("server_error: API Error: 529")
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_a_recorded_sessions_counts_are_those_of_its_payloads(name):
-    expected = []
-    payloads = recorded(name)
-    for session_id in dict.fromkeys(shown["session_id"] for shown in payloads):
-        mine = [shown for shown in payloads if shown["session_id"] == session_id]
-        hooks = collections.Counter(shown["hook_event_name"] for shown in mine)
-        named, ended_well, failed, batched = set(), set(), set(), set()
-        for shown in mine:
-            kinds = {"PostToolUse": ended_well, "PostToolUseFailure": failed}
-            if "tool_use_id" in shown:
-                named.add(shown["tool_use_id"])
-                kinds.get(shown["hook_event_name"], set()).add(shown["tool_use_id"])
-            batched.update(call["tool_use_id"] for call in shown.get("tool_calls", ()))
-        unnamed = sum(it["hook_event_name"] == "PreToolUse" and "tool_use_id" not in it for it in mine)
-        prompts = [shown["prompt"] for shown in mine if shown["hook_event_name"] == "UserPromptSubmit"]
-        expected.append(
-            {
-                "events": sum(hooks.values()),
-                "toolCalls": len(named | batched) + unnamed,
-                # What only its round ended never ran: unknown tool, bad input, a denial.
-                "toolErrors": len(failed | (batched - ended_well)),
-                "prompts": sum("task-notification" not in words for words in prompts),
-            }
-        )
-    shown = session_replay(session_events(name))
-    assert [{key: each["counts"][key] for key in expected[0]} for each in shown] == expected
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_a_recorded_agents_counts_add_up(name):
-    payloads = recorded(name)
-    for shown in session_replay(session_events(name)):
-        for agent in shown["agents"]:
-            mine = [each for each in payloads if each.get("agent_id") == agent["agentId"]]
-            hooks = collections.Counter(each["hook_event_name"] for each in mine)
-            assert agent["counts"] == {
-                "events": len(mine), "toolCalls": hooks["PreToolUse"], "toolErrors": hooks["PostToolUseFailure"]
-            }  # fmt: skip
-            assert agent["state"] == "ended" and agent["endTime"] >= agent["startTime"]
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+@pytest.mark.parametrize("name", recording_names())
 def test_at_every_step_of_a_recording_the_session_makes_sense(name):
+    assert re.search(f"^{name} ", SESSION_MOMENTS, re.M), "how it ends is in the table"
     for event, shown in session_steps(name):
         agents = {agent["agentId"]: agent for agent in shown["agents"]}
         assert shown["state"] in ("waiting", "working", "idle", "failed", "ended"), event
@@ -5935,16 +5839,18 @@ def test_at_every_step_of_a_recording_the_session_makes_sense(name):
         assert (shown["endTime"] is not None) == (shown["state"] == "ended"), event
         assert shown["lastEventTime"] == event["timestamp"], event
         assert shown["startTime"] <= shown["stateSince"], event
+        assert shown["workingDirectory"] == "/home/dev/acme-shop", "also while an agent is in a worktree"
         assert all(call["agentId"] is None or call["agentId"] in agents for call in shown["openCalls"]), event
         if shown["openCalls"]:
             assert shown["state"] in ("working", "waiting") and shown["activity"], event
         elif not event["data"].get("background_tasks"):
             assert shown["activity"] in ("", "background: bg", "background: inner job"), event
-        if any(agent["state"] != "ended" for agent in agents.values()):
-            assert shown["state"] in ("working", "waiting"), event
         for agent in agents.values():
             assert agent["parentAgentId"] is None or agent["parentAgentId"] in agents, event
+            assert agent["state"] != "ended" or agent["endTime"] >= agent["startTime"], event
+            assert agent["state"] == "ended" or shown["state"] in ("working", "waiting"), event
         json.dumps(shown)
+    assert shown["stuck"] == []
 
 
 def test_all_recordings_in_one_book_do_not_disturb_each_other():
@@ -5971,23 +5877,6 @@ def test_every_state_is_reached():
         session_story().play(f"{step} → {state}")
 
 
-def test_an_agent_in_a_worktree_does_not_move_its_session_there():
-    assert len({event["cwd"] for event in recorded("worktree")}) == 2
-    for event, shown in session_steps("worktree"):
-        assert shown["workingDirectory"] == "/home/dev/acme-shop", event
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(("call t1 Bash make", "{end}", "round t1"))))
-@pytest.mark.parametrize(("end", "errors"), [("result t1 Bash make", 0), ("fail t1 Exit code 1", 1)])
-def test_call_result_and_round_count_once_in_any_order(order, end, errors):
-    story = session_story()
-    story.calls["t1"] = {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    for step in order:
-        story.marked = NOW_MS + 2000 + ["call t1 Bash make", "{end}", "round t1"].index(step)
-        shown = story.play("late " + step.format(end=end))
-    session_check(f"working, calls 1, errors {errors}, interrupted 0, open -", shown, story.time, order)
-
-
 def test_a_burst_in_disorder_applies_no_event_again_for_each_other(monkeypatch):
     applied, real = itertools.count(), cm.apply_event
     monkeypatch.setattr(cm, "apply_event", lambda *given, **named: (next(applied), real(*given, **named)))
@@ -6003,19 +5892,6 @@ def test_a_burst_in_disorder_applies_no_event_again_for_each_other(monkeypatch):
         session = book.apply(event)
     assert (session.counts["toolCalls"], session.open_calls) == (800, {})
     assert next(applied) <= 300 * len(arrivals)
-
-
-def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
-    compared, real = itertools.count(), cm.Sessions._is_continued_by
-    monkeypatch.setattr(cm.Sessions, "_is_continued_by", lambda *given: (next(compared), real(*given))[1])
-    story = SessionStory()
-    for number in range(150):
-        story.time += 120_000
-        story.play(f"s{number}a: start startup; s{number}a: end other")
-        story.time += 120_000
-        story.play(f"s{number}b: start startup; s{number}b: end clear")
-        story.play(f"s{number}c: start clear → continues s{number}b")
-    assert next(compared) <= 600
 
 
 @pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
@@ -6050,38 +5926,28 @@ def test_a_clock_set_forward_makes_nothing_older_for_retention(tmp_path, monkeyp
 SESSION_PATCH = "*** Begin Patch\n*** Update File: /home/dev/shop/src/a.py\n@@\n-x\n+y\n*** Add File: b.py\n+z\n*** End Patch\n"
 
 
-@pytest.mark.parametrize(
-    ("changes", "tool", "target"),
-    [
-        (True, "Write", "a"),
-        (True, "NotebookEdit", "a"),
-        (False, "Read", "a"),
-        (False, "Bash", "npm test 2>&1 | tail"),
-        (False, "Bash", "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"),
-        (False, "Bash", "git status && git diff && git log"),
-        (True, "Bash", "echo x > a.txt"),
-        (True, "Bash", "cat <<E >> a.txt\nx\nE"),
-        (True, "Bash", "sed -i s/a/b/ a.txt"),
-        (True, "Bash", "cd x && mv a b"),
-        (True, "Bash", "git commit -am x"),
-        (True, "mcp__files__write_file", "a"),
-        (False, "mcp__files__list", "a"),
-        (True, "apply_patch", SESSION_PATCH),
-        (True, "Bash", f"apply_patch <<'EOF'\n{SESSION_PATCH}EOF"),
-        (True, "bash", "rm a.py"),
-        (True, "run_in_terminal", "sed -i s/x/y/ a.py"),
-        (False, "run_in_terminal", "npm test"),
-        *((True, tool, "a") for tool in ("replace_string_in_file", "write_file")),
-        *((False, tool, "a") for tool in "read_file update_plan todo_write TodoWrite TaskCreate".split()),
-    ],
-)
-def test_what_counts_as_a_change_in_files(changes, tool, target):
+SESSION_CHANGES = [
+    "Write a", "NotebookEdit a", "mcp__files__write_file a", "replace_string_in_file a", "write_file a",
+    "Bash echo x > a.txt", "Bash cat <<E >> a.txt\nx\nE", "Bash sed -i s/a/b/ a.txt", "Bash cd x && mv a b",
+    "Bash git commit -am x", "bash rm a.py", "run_in_terminal sed -i s/x/y/ a.py",
+    f"apply_patch {SESSION_PATCH}", f"Bash apply_patch <<'EOF'\n{SESSION_PATCH}EOF",
+]  # fmt: skip
+SESSION_LOOKS = [
+    "Bash npm test 2>&1 | tail", "Bash grep -rn 'a -> b' src 2>/dev/null; echo done >&2", "run_in_terminal npm test",
+    "Bash git status && git diff && git log", "mcp__files__list a", "Read a", "read_file a", "update_plan a",
+    "todo_write a", "TodoWrite a", "TaskCreate a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", SESSION_CHANGES + SESSION_LOOKS)
+def test_what_counts_as_a_change_in_files(call):
     story = SessionStory()
     for _ in range(3):
         story.do("prompt")
-        story.say(*story.fields("result", f"n{story.count} {tool} {target}"))
+        story.say(*story.fields("result", f"n{story.count} {call}"))
         story.do("stop")
-    assert session_facts(story.now(), story.time)["stuck"] == ("-" if changes else "unchanged")
+    stuck = session_facts(story.now(), story.time)["stuck"]
+    assert stuck == ("-" if call in SESSION_CHANGES else "unchanged")
 
 
 def test_time_alone_makes_a_session_stuck_and_reports_the_change_once():
@@ -6113,15 +5979,11 @@ def test_time_alone_makes_a_session_stuck_and_reports_the_change_once():
         ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
         ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
         ("apply_patch", {"command": SESSION_PATCH}, "apply_patch: src/a.py, b.py"),  # Codex
-        (
-            "apply_patch",
-            {"input": SESSION_PATCH, "explanation": "x"},
-            "apply_patch: src/a.py, b.py",
-        ),  # VS Code
+        ("apply_patch", {"input": SESSION_PATCH, "explanation": "x"}, "apply_patch: src/a.py, b.py"),  # VS Code
         ("apply_patch", {"command": "*** Begin Patch\n*** Delete File: a\n*** End Patch"}, "apply_patch: a"),
         ("apply_patch", {"command": "*** Begin Patch\nnothing"}, "apply_patch: *** Begin Patch nothing"),
     ],
-)
+)  # fmt: skip
 def test_the_activity_is_tool_and_target_in_one_line(tool, tool_input, activity):
     story = session_story()
     story.do("call t0 Bash sleep 1")
@@ -6150,22 +6012,19 @@ def test_a_deleted_session_is_forgotten_and_token_totals_bring_it_not_back():
 
 
 def test_events_of_other_programs_go_by_their_hook_else_by_their_type():
-    story = SessionStory()
+    story, call = SessionStory(), {"toolName": "Bash", "toolInput": {"command": "ls"}}
     node = {"sessionId": "s1", "machineId": "node", "workingDirectory": "/w", "timestamp": NOW_MS}
-    for hook, event_type, data, facts in (
-        ("UserPromptSubmit", "message", {"message": "hi"}, "working, prompts 1"),
-        ("Stop", "session_end", {}, "idle, over -"),
-        ("SessionEnd", "session_end", {}, "ended"),
-    ):
-        story.apply({**node, "id": hook, "hookType": hook, "eventType": event_type, "data": data})
-        story.play("look → " + facts)
-    call = {"toolName": "Bash", "toolInput": {"command": "ls"}}
-    story.apply({"eventType": "tool_call", "sessionId": "s2", "data": call})
-    story.play("s2: look → working, doing Bash: ls")
-    story.apply({"eventType": "session_end", "sessionId": "s2"})
-    story.play("s2: look → ended")
-    shown = story.apply({"test": "message"})
-    assert (shown["sessionId"], shown["state"], shown["counts"]["events"]) == ("unknown", "idle", 1)
+    for event, facts in (
+        ({**node, "hookType": "UserPromptSubmit", "eventType": "message", "data": {"message": "hi"}}, "working, prompts 1"),
+        ({**node, "hookType": "Stop", "eventType": "session_end", "data": {}}, "idle, over -"),
+        ({**node, "hookType": "SessionEnd", "eventType": "session_end", "data": {}}, "ended"),
+        ({"eventType": "tool_call", "sessionId": "s2", "data": call}, "working, doing Bash: ls"),
+        ({"eventType": "session_end", "sessionId": "s2"}, "ended"),
+        ({"test": "message"}, "idle, events 1"),
+    ):  # fmt: skip
+        shown = story.apply(event)
+        session_check(facts, shown, story.time, event)
+        assert shown["sessionId"] == event.get("sessionId", "unknown")
 
 
 SESSION_ANY_JSON = st.recursive(
@@ -6177,6 +6036,7 @@ SESSION_FIELDS = (
     "tool_name", "tool_input", "tool_use_id", "tool_response", "message", "prompt", "error", "model", "source", "reason",
     "notification_type", "last_assistant_message", "background_tasks", "tool_calls", "session_title", "to_model",
     "agent_id", "agent_type", "mcp_server_name", "error_details", "action", "label", "cwd", "parentSessionId", "pid",
+    "toolName", "toolInput", "toolUseId", "toolOutput", "data", "durationMs",
 )  # fmt: skip
 SESSION_LIKELY = st.sampled_from(
     ["Bash", "Agent", "AskUserQuestion", "a1", "t1", "running", "idle_prompt", "permission_prompt", "clear", "compact",
@@ -6185,45 +6045,29 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""]),
             st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY | SESSION_ANY_JSON, max_size=8),
+            st.booleans(),
         ),
         max_size=8,
     )
 )
-@example([("PermissionRequest", {"tool_name": "Bash"}), ("PreToolUse", {"tool_use_id": ["t1"]})])
+@example([("PermissionRequest", {"tool_name": "Bash"}, False), ("PreToolUse", {"tool_use_id": [1]}, False)])
 def test_fields_of_wrong_types_never_raise(said):
-    story = SessionStory()
-    for hook, fields in said:
-        story.deliver({"session_id": "s1", "hook_event_name": hook, **fields})
-        story.book.tick(story.time + 50_000)
-        story.time += 50_000
+    story = session_story()
+    for hook, fields, is_anothers in said:
+        if is_anothers:
+            story.apply({"eventType": "tool_call", "hookType": hook, "sessionId": "s1", "data": fields})
+        else:
+            story.deliver({"session_id": "s1", "hook_event_name": hook, **fields})
+        assert len(ee.encode_json(cm.event_row(story.heard[-1]))) < 6000
+        story.wait(50_000)
     for session in story.book.each_json(True):
         json.loads(ee.encode_json(session))
-
-
-SESSION_DATA_FIELDS = tuple(
-    "toolName toolInput toolUseId toolOutput message error data action durationMs".split()
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", ""]),
-    st.dictionaries(st.sampled_from(SESSION_DATA_FIELDS), SESSION_ANY_JSON),
-)
-def test_other_programs_events_of_wrong_types_never_raise(hook, data):
-    story = session_story()
-    story.do("ask Bash make")
-    said = {"eventType": "tool_call", "hookType": hook, "sessionId": "s1", "data": data}
-    event = ee.build_event(said, story.time, "m")
-    story.book.apply({"seq": 1, "received": story.time, **event})
-    json.loads(ee.encode_json(story.now()))
-    assert len(ee.encode_json(cm.event_row({"seq": 1, "received": 1, **event}))) < 6000
 
 
 # Order ---------------------------------------------------------------------
@@ -6242,16 +6086,12 @@ def session_essence(shown: list[dict[str, Any]]) -> list[Any]:
     ]  # fmt: skip
 
 
-def session_arrivals(
-    events: list[dict[str, Any]], gaps: list[int], delays: list[int]
-) -> list[dict[str, Any]]:
+def session_arrivals(events: Any, gaps: list[int], delays: list[int]) -> list[dict[str, Any]]:
     """Return the events as they arrive: happened `gaps` apart, each on its way for one of `delays`."""
-    happened = itertools.accumulate(gaps[: len(events)], initial=NOW_MS)
-    moved = [
-        {**event, "timestamp": time_ms, "received": time_ms + delay}
-        for event, time_ms, delay in zip(events, happened, delays)
-    ]
-    return session_numbered(moved)
+    arrived = []
+    for event, at, delay in zip(events, itertools.accumulate(gaps, initial=NOW_MS), delays):
+        arrived.append({**event, "timestamp": at, "received": at + delay})
+    return session_numbered(arrived)
 
 
 def session_numbered(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -6265,7 +6105,7 @@ def session_in_order(arrived: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return session_numbered([{**event, "received": event["timestamp"]} for event in arrived])
 
 
-SESSION_NAMED = [name for name in sorted(SESSION_ENDS) if name[:3] != "v1."]  # pairing by name only guesses
+SESSION_NAMED = [name for name in recording_names() if name[:3] != "v1."]  # pairing by name only guesses
 SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
 SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
 
@@ -6314,7 +6154,7 @@ def session_restored(book: cm.Sessions) -> cm.Sessions:
 def session_stream(rng: random.Random) -> list[dict[str, Any]]:
     """Return what happens to several sessions at once: recordings in disorder, spooled ones, /clear, user actions."""
     events: list[dict[str, Any]] = []
-    for number, name in enumerate(rng.sample(sorted(SESSION_ENDS), 4) + ["i-clear"]):
+    for number, name in enumerate(rng.sample(recording_names(), 4) + ["i-clear"]):
         at = NOW_MS + rng.randrange(60_000)
         machine = rng.choice((SESSION_MACHINE, "far"))
         clock_ms = 0 if machine == SESSION_MACHINE else -3_600_000
@@ -6340,16 +6180,22 @@ def session_stream(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def session_overtakes(events: list[dict[str, Any]], cut: int) -> bool:
-    """Return whether events of one session overtake each other across a place in the stream."""
-    last: dict[str, int] = {}
-    for event in events[:cut]:
-        if event["eventType"] not in ("session_meta", "usage", "processes"):
-            last[event["sessionId"]] = max(event["timestamp"], last.get(event["sessionId"], 0))
-    return any(event["timestamp"] < last.get(event.get("sessionId", ""), 0) for event in events[cut:])
+    """True if events of one session, or of one process (a start ends its last session), overtake each other there."""
+    last: dict[Any, int] = {}
+    for place, event in enumerate(events):
+        if event["eventType"] in ("session_meta", "usage", "processes"):
+            continue
+        for whose in (event["sessionId"], (event["machineId"], event.get("pid", event["sessionId"]))):
+            if place < cut:
+                last[whose] = max(event["timestamp"], last.get(whose, 0))
+            elif event["timestamp"] < last.get(whose, 0):
+                return True
+    return False
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 1 << 32), st.floats(0, 1))
+@example(658860103, 0.40625)  # a start overtakes, across the cut, the end of the session before it
 def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
     """Snapshots of all sessions, then the rest of the events: but for events that overtake each other across the
     moment of the snapshot, which then count in the order of their arrival."""
@@ -6377,9 +6223,7 @@ def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
             elif place - 1 in gone and event["sessionId"] in book.sessions:
                 book.end_exited(event["sessionId"], event["received"])
     assert restored.sessions == live.sessions
-    assert {name: restored.skew_ms(name) for name in (SESSION_MACHINE, "far")} == {
-        name: live.skew_ms(name) for name in (SESSION_MACHINE, "far")
-    }
+    assert all(restored.skew_ms(machine) == live.skew_ms(machine) for machine in (SESSION_MACHINE, "far"))
 
 
 def test_a_snapshot_is_small_and_holds_no_heard_event():
@@ -6480,16 +6324,14 @@ USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
 
 
 def usage_transcript(name: str) -> str:
-    """Return the path of a recording's transcript."""
     (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
     return path
 
 
 def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> dict[str, Any]:
     """Return the event of one hook that names a transcript."""
-    return ee.build_event(
-        {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
-    )
+    given_payload = {**payload(hook, session, **fields), "transcript_path": path}
+    return ee.build_event(given_payload, NOW_MS, USAGE_MACHINE)
 
 
 def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> Any:
@@ -6508,19 +6350,16 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
 
 
 def usage_line(message_id: str, output: Any, model: str = USAGE_MODEL, **more: Any) -> bytes:
-    """Return one assistant line of a transcript."""
     usage = {"input_tokens": 1, "output_tokens": output, **more}
     message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
     return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
 
 
 def usage_lines(messages: Iterable[Any]) -> bytes:
-    """Return a line of one token for each message."""
     return b"".join(usage_line(str(each), 1) for each in messages)
 
 
 def usage_output(usage: Any) -> Any:
-    """Return the output tokens of all models; None when there is nothing new."""
     return usage and sum(counts["output"] for counts in usage["models"].values())
 
 
@@ -6536,16 +6375,13 @@ class Transcript:
         self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
 
     def add(self, lines: bytes) -> None:
-        """Append to it."""
         with open(self.path, "ab") as file:
             file.write(lines)
 
     def total(self, **fields: Any) -> int | None:
-        """Return the output tokens, None when there is nothing new."""
         return usage_output(usage_read(self.reader, self.path, self.session, **fields))
 
     def do(self, step: str) -> None:
-        """Do one step of USAGE_STORIES."""
         verb, *words = step.split()
         lines = b""
         for word in words:
@@ -6569,7 +6405,6 @@ class Transcript:
 
 @pytest.fixture
 def transcript(tmp_path: Any) -> Transcript:
-    """An empty transcript of session s1."""
     return Transcript(str(tmp_path))
 
 
@@ -6736,20 +6571,15 @@ def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name
     usage = usage_read(tmp_path, usage_transcript(name))
     with open(usage_transcript(name), encoding="utf-8") as file:
         own = [json.loads(line) for line in file if '"cost-state"' in line][-1]
-    names = (
+    ours = (
         "inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens",
         "cacheCreationEphemeral1hInputTokens",
     )  # fmt: skip
-    assert {
-        model: [counts[name] for name in ee.COUNT_NAMES] for model, counts in usage["models"].items()
-    } == {model: [counts[name] for name in names] for model, counts in own["modelUsage"].items()}
+    for model, counts in own["modelUsage"].items():
+        assert [usage["models"][model][each] for each in ee.COUNT_NAMES] == [counts[each] for each in ours]
+    assert usage["models"].keys() == own["modelUsage"].keys()
     shown = session_story().say("SessionEnd", reason="other", usage=usage)
     assert shown["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
-
-
-@pytest.mark.parametrize("name", USAGE_WITH_AGENTS)
-def test_the_tokens_of_agents_add_up_to_those_of_the_session(tmp_path, name):
-    usage = usage_read(tmp_path, usage_transcript(name))
     agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
     assert set(usage["agents"]) == {"", *agents}
     by_agent = [counts for by_model in usage["agents"].values() for counts in by_model.values()]
@@ -6762,22 +6592,27 @@ def test_an_old_clients_agent_transcript_counts_for_its_agent(transcript):
     agent = Transcript(transcript.home, "agent-a94648d")
     transcript.add(usage_entries("m1 1/5").encode())
     agent.add(usage_entries("m2 1/7").encode())
-    about = {"hook": "SubagentStop", "agent_transcript_path": agent.path}
-    assert (
-        usage_words(usage_read(transcript.reader, transcript.path, **about)) == "opus 1/5 | a94648d: opus 1/7"
-    )
+    named = {"hook": "SubagentStop", "agent_transcript_path": agent.path}
+    usage = usage_read(transcript.reader, transcript.path, **named)
+    assert usage_words(usage) == "opus 1/5 | a94648d: opus 1/7"
 
 
-def test_what_was_read_is_not_read_again(transcript, monkeypatch):
-    read: list[int] = []
+@pytest.fixture
+def preads(monkeypatch: Any) -> list[int]:
+    """The sizes of what was read of transcripts."""
+    sizes, real = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: (sizes.append(size), real(fd, size, at))[1])
+    return sizes
+
+
+def test_what_was_read_is_not_read_again(transcript, preads):
     transcript.add(usage_lines(range(5000)))
-    real = os.pread
     assert transcript.total() == 5000
-    monkeypatch.setattr(os, "pread", lambda fd, length, at: (read.append(length), real(fd, length, at))[1])
-    assert transcript.total() is None and read == []
+    preads.clear()
+    assert transcript.total() is None and preads == []
     transcript.add(usage_line("more", 1))
     assert Transcript(transcript.home).total() == 5001  # also by another process
-    assert sum(read) < 2000
+    assert sum(preads) < 2000
 
 
 @given(
@@ -6823,24 +6658,25 @@ def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, si
 
 @pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
 def test_odd_numbers_of_tokens_count_as_none(transcript, value):
-    transcript.add(
-        usage_line("m1", value, cache_creation=value) + usage_line("m2", 4, cache_creation_input_tokens=9)
-    )
+    transcript.add(usage_line("m1", value, cache_creation=value))
+    transcript.add(usage_line("m2", 4, cache_creation_input_tokens=9))
     transcript.add(usage_line("m3", 8, "<synthetic>"))  # what the client wrote itself is no model
-    assert usage_read(transcript.reader, transcript.path)["models"] == {
-        USAGE_MODEL: {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
-    }
+    counts = {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
+    assert usage_read(transcript.reader, transcript.path)["models"] == {USAGE_MODEL: counts}
+
+
+def usage_given_away(path: str) -> None:
+    """Copy a transcript to a path, as another user's file."""
+    shutil.copy(usage_transcript("simple"), path)
+    os.chown(path, 12345, -1)
 
 
 USAGE_UNREADABLE: dict[str, Any] = {
     "a fifo": os.mkfifo,
     "a directory": os.mkdir,
     "a link to itself": lambda path: os.symlink(path, path),
-    "another user's": lambda path: (shutil.copy(usage_transcript("simple"), path), os.chown(path, 12345, -1)),
-    "a link to another user's": lambda path: (
-        USAGE_UNREADABLE["another user's"](path + "x"),
-        os.symlink(path + "x", path),
-    ),
+    "another user's": usage_given_away,
+    "a link to another user's": lambda path: (usage_given_away(path + "x"), os.symlink(path + "x", path)),
     "missing": lambda path: None,
 }
 
@@ -6854,14 +6690,13 @@ def test_only_a_regular_file_of_this_user_is_read(transcript, what):
     assert transcript.total() is None and time.monotonic() - before < 5
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/dev/zero", os.path.relpath(usage_transcript("simple")), __file__, None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl",
-        "/" + "x" * 9000 + ".jsonl",
-    ],
-    ids=range(10),
-)  # fmt: skip
+USAGE_ODD_PATHS = [
+    "/dev/zero", os.path.relpath(usage_transcript("simple")), __file__, None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl",
+    "/" + "x" * 9000 + ".jsonl",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", USAGE_ODD_PATHS, ids=range(10))
 def test_an_odd_transcript_path_is_not_read_and_no_failure(tmp_path, path):
     assert usage_read(tmp_path, path) is None
     usage = usage_read(tmp_path, usage_transcript("simple"), hook="SubagentStop", agent_transcript_path=path)
@@ -6876,22 +6711,14 @@ def test_only_events_that_end_something_on_this_machine_get_usage(tmp_path):
     assert ee.UsageReader(str(tmp_path), USAGE_MACHINE).usage_event(foreign) is None
 
 
-def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch):
+def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch, preads):
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
-    stopping, read, real = threading.Event(), [], os.pread
     transcript.add(usage_lines(range(500)))
-
-    def pread(fd: int, length: int, at: int) -> bytes:
-        read.append(length)
-        if len(read) == 9:
-            stopping.set()
-        return real(fd, length, at)
-
-    monkeypatch.setattr(os, "pread", pread)
+    stopping = types.SimpleNamespace(is_set=lambda: len(preads) >= 9)
     assert usage_read(ee.UsageReader(transcript.home, USAGE_MACHINE, stopping), transcript.path) is None
-    stopped = sum(read)
+    stopped = sum(preads)
     assert transcript.total() == 500
-    assert 20_000 < stopped < 60_000 < sum(read) < os.path.getsize(transcript.path) * 1.3
+    assert 20_000 < stopped < 60_000 < sum(preads) < os.path.getsize(transcript.path) * 1.3
 
 
 def test_a_session_of_too_many_messages_says_that_its_totals_are_partial(transcript, monkeypatch):
@@ -6948,17 +6775,6 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     worker.close()
 
 
-def test_what_is_pending_is_bounded_and_a_worker_that_never_worked_closes(tmp_path, monkeypatch):
-    monkeypatch.setattr(ee, "PENDING_USAGE_LIMIT", 3)
-    monkeypatch.setattr(ee.UsageReader, "usage_event", lambda self, event: self._stopping.wait(10) and None)
-    ee.UsageWorker(str(tmp_path), USAGE_MACHINE, pytest.fail).close()
-    worker = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, pytest.fail)
-    for number in range(9):
-        worker.put(usage_event("/t.jsonl", f"s{number}"))
-    assert {session for session, _ in worker._pending} == {"s6", "s7", "s8"}
-    worker.close()
-
-
 def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
     reader = ee.UsageReader(str(tmp_path), USAGE_MACHINE)
@@ -6996,27 +6812,18 @@ def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
 
 
 def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
-    script = (
-        f"import sys; sys.path.insert(0, {ROOT!r}); import emit_event as ee\n"
-        f"reader = ee.UsageReader({transcript.home!r}, {USAGE_MACHINE!r})\n"
-        f"event = {usage_event(transcript.path)!r}\n"
-        "print(flush=True)\n"
-        "while True:\n"
-        "    reader.usage_event(event)\n"
-    )
-    chance, count = random.Random(7), 0
+    def read_forever() -> None:
+        reader = ee.UsageReader(transcript.home, USAGE_MACHINE)
+        while True:
+            reader.usage_event(usage_event(transcript.path))
+
+    chance, parts = random.Random(7), iter(range(0, 6000, 50))
     for _ in range(6):
-        reading = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert reading.stdout is not None
-        reading.stdout.read(1)
-        for _ in range(20):
-            transcript.add(usage_lines(range(count, count + 50)))
-            count += 50
-            time.sleep(chance.random() * 0.01)
-        reading.kill()
-        reading.wait()
-        reading.stdout.close()
-    assert transcript.total() == count
+        with serving(read_forever):  # and killed
+            for first in itertools.islice(parts, 20):
+                transcript.add(usage_lines(range(first, first + 50)))
+                time.sleep(chance.random() * 0.01)
+    assert transcript.total() == 6000
 
 
 # Where subagents come from ---------------------------------------------------
@@ -7043,42 +6850,28 @@ def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
     noted = [event for event in usage_noted(usage_copied("nested", tmp_path)) if "agentMeta" in event["data"]]
     outer, inner = "a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"
-    assert [
-        (event["agentId"], event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"])
-        for event in noted
-    ] == [(outer, None, "outer job"), (inner, outer, "inner job")]
+    assert [(event["agentId"], event["data"]["agentDescription"]) for event in noted] == [
+        (outer, "outer job"), (inner, "inner job")
+    ]  # fmt: skip
+    assert "parentAgentId" not in noted[0]["data"]["agentMeta"]
     assert noted[1]["data"]["agentMeta"] == {
         "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
         "parentAgentId": outer, "requestShape": "foreground", "spawnDepth": 2,
     }  # fmt: skip
 
 
-def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
-    mine = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
-    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
-    os.rename(note, note + ".later")
-    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
-    for number, each in enumerate(mine[:4]):
-        if number == 1:
-            with open(note, "w") as file:
-                file.write('{"half": ')
-        elif number == 2:
-            os.replace(note + ".later", note)
-        event = ee.build_event(each, NOW_MS, USAGE_MACHINE)
-        reader.add_note(event)
-        noted.append("agentMeta" in event["data"])
-    assert noted == [False, False, True, False]
-
-
-def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    whole = install_text(note)
     reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
-    for number in (0, 0, 1):
+    for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
+        os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
         event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
         reader.add_note(event)
         noted.append("agentMeta" in event["data"])
-    assert noted == [True, True, False]
+    assert noted == [False, False, True, True, False]
 
 
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
@@ -7091,9 +6884,7 @@ def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path
     assert sorted(labels) == ["left job", "right job"]
 
 
-@pytest.mark.parametrize(
-    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
-)
+@pytest.mark.parametrize("note", [None, 7, [], "x", {}, *({"parentAgentId": it} for it in (7, "gone", "a1"))])
 def test_an_odd_note_makes_no_odd_agent(note):
     story = session_story()
     story.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
@@ -7119,32 +6910,17 @@ def test_no_agent_id_leads_to_another_file(tmp_path, agent):
 
 
 def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
-    privacy = ee.Privacy(metadata_only=True)
-    events = [protected(event, privacy) for event in usage_noted(usage_copied("nested", tmp_path))]
-    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
-    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    noted = usage_noted(usage_copied("nested", tmp_path))
+    events = [protected(event, ee.Privacy(metadata_only=True)) for event in noted]
+    assert sum("agentMeta" in event["data"] for event in events) == 2
+    assert not any("agentDescription" in event["data"] for event in events)
     assert "inner job" not in json.dumps(events)
-
-
-def test_nested_agents_know_their_parents_through_real_hooks_and_a_restart(hook_installed, running):
-    for each in usage_copied("nested", running.home):
-        if each["hook_event_name"] == "PostToolUse" and each.get("tool_name") == "Agent":
-            break
-        hook_call(hook_installed.command, each, running.environment)
-    (session,) = running.sessions().values()
-    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
-    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
-    running.stop()
-    running.start()
-    (again,) = running.sessions().values()
-    assert again["agents"] == session["agents"]
 
 
 # In sessions ----------------------------------------------------------------
 
 
 def usage_data(output: int, model: str = "claude-opus-4-5", **more: Any) -> dict[str, Any]:
-    """Return `data.usage` with one model."""
     counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
     return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
 
@@ -7155,12 +6931,8 @@ def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival(order):
     start, story.time = story.time, story.time + 60_000
     for output in order:
         shown = story.say("Stop", at=start + output * 1000, usage=usage_data(output))
-    assert shown["tokenUsage"] == {
-        "totalInput": 10,
-        "totalOutput": 30,
-        "totalCacheRead": 0,
-        "totalCacheCreation": 0,
-    }
+    totals = {"totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0}
+    assert shown["tokenUsage"] == totals
     assert shown["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
 
 
@@ -7184,23 +6956,22 @@ def test_each_agent_has_its_own_tokens(tmp_path):
     assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
 
 
-@pytest.mark.parametrize("usage", [
+USAGE_OTHERS = [
     {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
-])  # fmt: skip
-def test_what_other_programs_call_usage_is_left_alone(usage):
-    shown = session_story().say("Stop", usage=usage)
-    assert (shown["state"], shown["tokenUsage"], shown["estimatedCostUsd"]) == ("idle", None, None)
-
-
-@pytest.mark.parametrize("usage", [
+]  # fmt: skip
+USAGE_ODD = [
     {"models": {"m": 7}, "agents": {"": 7}},
     {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
     {"models": {"": {}}, "agents": {}, "model": 9, "partial": "yes"},
-])  # fmt: skip
-def test_odd_usage_counts_as_nothing(usage):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
+def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
     shown = session_story().say("Stop", usage=usage)
-    assert set(shown["tokenUsage"].values()) == {0} and shown["estimatedCostUsd"] == 0
-    json.dumps(shown["model"])
+    totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
+    assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
+    assert shown["state"] == "idle" and json.dumps(shown["model"])
 
 
 def test_partial_usage_says_so_until_it_is_whole():
@@ -7240,7 +7011,7 @@ USAGE_EACH = {"input": 1, "output": 1, "cache_read": 1, "cache_creation": 2, "ca
 
 
 @pytest.mark.parametrize(
-    ("model", "prices", "millions", "cost"),
+    ("models", "prices", "millions", "cost"),
     [
         (USAGE_OPUS, {}, {"input": 1}, 15),
         (USAGE_OPUS, {}, {"output": 1}, 75),
@@ -7256,81 +7027,76 @@ USAGE_EACH = {"input": 1, "output": 1, "cache_read": 1, "cache_creation": 2, "ca
         ("my-model", {"my-model": USAGE_EXACT}, USAGE_EACH, 100 + 200 + 7 + 8 + 9),
         ("some-model", {}, {"output": 1}, None),
         # An alias costs what the newest of its kind does.
-        *(
-            (it, {}, USAGE_EACH, 74.2)
-            for it in ("claude-fable-5-2", "claude-mythos-5-2", "anthropic/claude-fable[1m]")
-        ),
-        *((it, {}, USAGE_EACH, 37.2) for it in ("opus", "claude-opus-latest")),
+        ("claude-fable-5-2 claude-mythos-5-2 anthropic/claude-fable[1m]", {}, USAGE_EACH, 74.2),
+        ("opus claude-opus-latest", {}, USAGE_EACH, 37.2),
         ("sonnet[1m]", {}, USAGE_EACH, 18.6),
-        *((it, {}, USAGE_EACH, None) for it in ("claude-opus-99", "opusplan")),
+        ("claude-opus-99 opusplan", {}, USAGE_EACH, None),
     ],
 )
-def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(model, prices, millions, cost):
+def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(models, prices, millions, cost):
     tokens = cm.Tokens(**{kind: number * 1_000_000 for kind, number in millions.items()})
-    assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
+    for model in models.split():
+        assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
+    half = {"some-model": tokens, USAGE_OPUS: tokens}
+    assert cm.PriceList({}).estimate(cm.SessionUsage(1, half)) is None
 
 
-def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
-    story = session_story()
-    shown = story.say("Stop", usage=usage_data(7, "some-model"))
-    assert (shown["tokenUsage"]["totalOutput"], shown["estimatedCostUsd"]) == (7, None)
-    both = usage_data(7, "some-model")
-    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
-    assert story.say("Stop", usage=both)["estimatedCostUsd"] is None
-
-
-def test_tokens_and_cost_arrive_through_real_hooks_and_survive_a_restart(hook_installed, monitor):
+def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_installed, monitor):
     prices = {"opus-5-5": {"input": 40, "output": 200}}
     monitor.write_config({"prices": prices, "privacy": {"level": "metadata"}})
     monitor.serve()
-    path = usage_copied("subagent", monitor.home)[0]["transcript_path"]
-    session = os.path.basename(path)[: -len(".jsonl")]
+    started, stop = (
+        next(each for each in usage_copied(name, monitor.home) if each["hook_event_name"] == hook)
+        for name, hook in (("nested", "SubagentStart"), ("subagent", "Stop"))
+    )
+    hook_call(hook_installed.command, started, monitor.environment)
+    path, session = stop["transcript_path"], stop["session_id"]
     with open(path, "rb") as file:
         lines = file.read().splitlines(keepends=True)
     outputs = [0]
     for part in (lines[:5], lines):
         with open(path, "wb") as file:
             file.write(b"".join(part))
-        stop = {**payload("Stop", session), "transcript_path": path}
         hook_call(hook_installed.command, stop, monitor.environment)
 
         def grown() -> Any:
             shown = monitor.sessions()[session]
             return shown if (shown["tokenUsage"] or {}).get("totalOutput", 0) > outputs[-1] else None
 
-        shown = eventually(grown, 3)
-        outputs.append(shown["tokenUsage"]["totalOutput"])
+        outputs.append(eventually(grown, 3)["tokenUsage"]["totalOutput"])
+    sessions = monitor.sessions()
     totals = {"totalInput": 88, "totalOutput": 333, "totalCacheRead": 26664, "totalCacheCreation": 1776}
-    assert shown["tokenUsage"] == totals and shown["model"] == "claude-opus-5-5"
+    assert (sessions[session]["tokenUsage"], sessions[session]["model"]) == (totals, "claude-opus-5-5")
     expected = (88 * 40 + 333 * 200 + 26664 * 4 + 1600 * 50 + 176 * 80) / 1e6
-    assert shown["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
-    stored = monitor.stored_events()
+    assert sessions[session]["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+    note, *stored = monitor.stored_events()
+    assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
     assert [event["eventType"] for event in stored] == ["turn_end", "usage"] * 2
     assert not any("usage" in event["data"] for event in stored[::2])  # never read while an event is taken
     assert [usage_output(event["data"]["usage"]) for event in stored[1::2]] == outputs[1:]
-    monitor.stop()
-    monitor.start()
-    again = monitor.sessions()[session]
-    assert (
-        again["tokenUsage"] == shown["tokenUsage"] and again["estimatedCostUsd"] == shown["estimatedCostUsd"]
-    )
+    monitor.kill()
+    assert monitor.serve().sessions() == sessions
 
 
-def test_through_redis_totals_come_once_after_the_event_they_belong_to(make):
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+def test_through_redis_totals_come_once_after_the_event_they_belong_to(team):
+    machine = team.emitters[0]
     transcript = Transcript(machine.home)
     transcript.add(usage_line("m1", 5) + usage_line("m2", 6))
     for hook in ("Stop", "SessionEnd"):
-        hook_call(machine.hook, payload(hook, "s1", transcript_path=transcript.path), machine.environment)
-    eventually(lambda: len(server.streamed()) >= 3)
-    streamed = [json.loads(each) for each in server.streamed()]
-    stop, *usage = [event for event in streamed if event["hookType"] != "SessionEnd"]
+        about = payload(hook, "totals", transcript_path=transcript.path)
+        hook_call(machine.hook, about, machine.environment)
+
+    def streamed() -> list[dict[str, Any]]:
+        events = map(json.loads, team.server.streamed())
+        return [event for event in events if event["sessionId"] == "totals"]
+
+    eventually(lambda: len(streamed()) >= 3)
+    stop, *usage = [event for event in streamed() if event["hookType"] != "SessionEnd"]
     assert (stop["hookType"], "usage" in stop["data"]) == ("Stop", False)
     (shown,) = usage
-    assert (shown["eventType"], shown["hookType"], shown["sessionId"]) == ("usage", "", "s1")
-    assert shown["machineId"] == machine.machine_id and usage_output(shown["data"]["usage"]) == 11
-    assert len({event["id"] for event in streamed}) == 3
+    assert (shown["eventType"], shown["hookType"], shown["machineId"]) == ("usage", "", machine.machine_id)
+    assert usage_output(shown["data"]["usage"]) == 11
+    assert len({event["id"] for event in streamed()}) == 3
 
 
 # Loading ----------------------------------------------------------------------
@@ -7342,8 +7108,6 @@ HISTORY_TURNS = (
     "simple", "paralleltools", "failing", "subagent", "thinking", "tasks", "parallel", "mcp", "unicode",
     "i-perm", "nested", "worktree", "bgbash", "p-perm",
 )  # fmt: skip
-HISTORY_MACHINES = (b"testbox", b"build-7", b"laptop")
-HISTORY_DAYS = 30
 
 
 def history_line(given_payload: dict[str, Any], **data: Any) -> bytes:
@@ -7360,11 +7124,10 @@ def history_turn(name: str) -> tuple[bytes, ...]:
     """Return the events of a recorded turn, with SESSION and TURN for its ids."""
     lines: list[bytes] = []
     for each in recorded(name):
-        hook, more = each["hook_event_name"], {}
-        if hook in ("SessionStart", "SessionEnd"):
+        if each["hook_event_name"] in ("SessionStart", "SessionEnd"):
             continue
-        if hook == "PostToolUse":
-            more["stdoutTail"] = "ok src/cart/totals_test.py::test_rounding PASSED\n" * (len(lines) % 40)
+        passed = "ok src/cart/totals_test.py::test_rounding PASSED\n" * (len(lines) % 40)
+        more = {"stdoutTail": passed} if each["hook_event_name"] == "PostToolUse" else {}
         line = history_line(each, **more).replace(each["session_id"].encode(), b"SESSION")
         line = line.replace(b"toolu_", b"toolu_TURN")
         if "agent_id" in each:
@@ -7373,113 +7136,62 @@ def history_turn(name: str) -> tuple[bytes, ...]:
     return tuple(lines)
 
 
-@dataclasses.dataclass
-class HistorySession:
-    """One session of a made-up history, and what it says: (arrival, timestamp, event from its directory on)."""
-
-    session_id: str
-    machine: bytes
-    pid: int
-    said: list[tuple[int, int, bytes]] = dataclasses.field(default_factory=list)
-
-    def work(self, rng: random.Random, begin_ms: int, events: int, source: str) -> int:
-        """Begin, and do turns until there are so many events; return when the last one was."""
-        at = begin_ms
-        self.say(at, history_line(payload("SessionStart", self.session_id, source=source)))
-        for turn in itertools.count(1):
-            for line in history_turn(rng.choice(HISTORY_TURNS)):
-                if len(self.said) >= events - 1:
-                    return at
-                at += rng.randrange(5, 4000)
-                chance = rng.random()
-                late_ms = 0 if chance > 0.02 else rng.randrange(2000) if chance > 0.001 else 300_000
-                line = line.replace(b"SESSION", self.session_id.encode()).replace(b"TURN", b"%04d" % turn)
-                self.say(at, line, late_ms)
-            at += rng.randrange(1000, 120_000)
-        raise AssertionError
-
-    def end(self, at: int, reason: str) -> None:
-        """End as the client does."""
-        self.say(at, history_line(payload("SessionEnd", self.session_id, reason=reason)))
-
-    def say(self, at: int, line: bytes, late_ms: int = 0) -> None:
-        """Say something at a time; it arrives so much later."""
-        self.said.append((at + late_ms, at, b'"pid":%d,' % self.pid + line if self.pid else line))
-
-    def act(self, at: int, **data: Any) -> None:
-        """Let the user do something with the session."""
-        event = {"workingDirectory": "", "hookType": "Monitor", "eventType": "session_meta", "data": data}
-        self.said.append((at, at, ee.encode_json(event)[1:]))
-
-
-def history_goes_on(number: int) -> bool:
-    """True if the session of this number goes on where the one before it made way."""
-    return number % 8 == 7 or number % 40 in (26, 27, 28, 29)
-
-
-def history_sessions(sessions: int, events: int, now_ms: int, seed: int, pids: bool) -> list[HistorySession]:
-    """Make up sessions of the last days.
-
-    One in four goes on after /clear as the next one, some are resumed from within another, some have a name,
-    a pin or a parent; the last ones have not ended.
-    """
-    rng = random.Random(seed)
-    weights = [rng.lognormvariate(0, 1.1) for _ in range(sessions)]
-    scale = events / sum(weights)
-    made: list[HistorySession] = []
-    at = 0
-    for number, weight in enumerate(weights):
-        session_id, machine = (
-            str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-            rng.choice(HISTORY_MACHINES),
-        )
-        session = HistorySession(session_id, machine, 4_000_000 + number if pids else 0)
-        begin = now_ms - HISTORY_DAYS * 86_400_000 * (sessions - number) // sessions
-        source = "startup"
-        if made and history_goes_on(number):
-            session.machine, session.pid = made[-1].machine, made[-1].pid
-            begin, source = at + rng.randrange(5, 300), rng.choice(("clear", "clear", "fork", "resume"))
-            made[-1].end(at, "clear" if source == "clear" else "resume")
-        at = session.work(rng, begin, max(3, round(weight * scale)), source)
-        if number % 11 == 3:
-            session.act(begin + 1000, action="rename", label=f"Job {number}")
-        if number % 50 == 9:
-            session.act(begin + 2000, action="pin", pinned=True)
-        if number % 40 in (17, 18):
-            session.act(begin + 3000, action="set_parent", parentSessionId=made[-1].session_id)
-        if not history_goes_on(number + 1) and number < sessions * 0.99:
-            at += rng.randrange(1000, 600_000)
-            session.end(at, rng.choice(("prompt_input_exit", "other", "logout")))
-            if number % 60 == 21:
-                at = session.work(rng, at + 3_600_000, len(session.said) + 20, "resume")
-        made.append(session)
-    return made
+def history_work(rng: random.Random, session: bytes, begin_ms: int, events: int) -> Iterator[Any]:
+    """Do so many events of turns; yield when each arrives, when it happened, and the event from its directory on."""
+    at = begin_ms
+    turns = ((turn, line) for turn in itertools.count() for line in history_turn(rng.choice(HISTORY_TURNS)))
+    last_turn = 0
+    for turn, line in itertools.islice(turns, events):
+        at += rng.randrange(5, 4000) + (turn != last_turn) * rng.randrange(1000, 120_000)
+        last_turn, chance = turn, rng.random()
+        late_ms = 0 if chance > 0.02 else rng.randrange(2000) if chance > 0.001 else 300_000
+        yield at + late_ms, at, line.replace(b"SESSION", session).replace(b"TURN", b"%04d" % turn)
 
 
 def write_history(
     root: str, sessions: int, events: int, now_ms: int, seed: int = 1, pids: bool = True
 ) -> list[str]:
-    """Write a made-up history as the store writes it; return the ids of the sessions, oldest first."""
-    made = history_sessions(sessions, events, now_ms, seed, pids)
-    order = sorted(
-        (min(arrival, now_ms), number, place)
-        for number, session in enumerate(made)
-        for place, (arrival, _, _) in enumerate(session.said)
-    )
+    """Write a made-up history of 30 days as the store writes it; return the ids of the sessions, oldest first.
+
+    One in eight goes on after /clear as the next one, some have a parent; the last ones have not ended.
+    """
+    rng = random.Random(seed)
+    weights = [rng.lognormvariate(0, 1.1) for _ in range(sessions)]
+    ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in weights]
+    said: list[Any] = []  # arrival, number of its session, timestamp, machine, the rest
+    end_ms, machine, process = 0, b"", b""
+    for number, weight in enumerate(weights):
+        begin, source = now_ms - 30 * 86_400_000 * (sessions - number) // sessions, "startup"
+        if number % 8 == 7:
+            begin, source = end_ms + rng.randrange(5, 300), "clear"
+        else:
+            machine = rng.choice((b"testbox", b"build-7", b"laptop"))
+            process = b'"pid":%d,' % (4_000_000 + number) if pids else b""
+        share = max(1, round(weight * events / sum(weights)) - 2)
+        work = list(history_work(rng, ids[number].encode(), begin, share))
+        end_ms = work[-1][1] + rng.randrange(1000, 600_000)
+        hooks = [(begin, payload("SessionStart", ids[number], source=source))]
+        if number % 8 == 6 or number < sessions * 0.99:
+            reason = "clear" if number % 8 == 6 else rng.choice(("prompt_input_exit", "other", "logout"))
+            hooks.append((end_ms, payload("SessionEnd", ids[number], reason=reason)))
+        work += [(at, at, history_line(hook)) for at, hook in hooks]
+        if number % 40 in (17, 18):
+            data = {"action": "set_parent", "parentSessionId": ids[number - 1]}
+            act = {"workingDirectory": "", "hookType": "Monitor", "eventType": "session_meta", "data": data}
+            work.append((begin + 3000, begin + 3000, ee.encode_json(act)[1:]))
+        said += [(min(arrival, now_ms), number, at, machine, process + line) for arrival, at, line in work]
     files: dict[str, list[bytes]] = collections.defaultdict(list)
-    ids = random.Random(seed)
-    for seq, (received, number, place) in enumerate(order, 1):
-        session, (_, at, line) = made[number], made[number].said[place]
-        event_id = uuid.UUID(int=ids.getrandbits(128), version=4).hex.encode()
-        files[f"{root}/{cm.day_of(received)}/{session.session_id}.jsonl"].append(
+    for seq, (received, number, at, machine, line) in enumerate(sorted(said), 1):
+        event_id = uuid.UUID(int=rng.getrandbits(128), version=4).hex.encode()
+        files[f"{root}/{cm.day_of(received)}/{ids[number]}.jsonl"].append(
             b'{"seq":%d,"received":%d,"id":"%s","timestamp":%d,"sessionId":"%s","machineId":"%s",%s\n'
-            % (seq, received, event_id, at, session.session_id.encode(), session.machine, line)
+            % (seq, received, event_id, at, ids[number].encode(), machine, line)
         )
     for path, lines in files.items():
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(lines)
-    return [session.session_id for session in made]
+    return ids
 
 
 def loading_reference(root: str) -> cm.Sessions:
@@ -7500,7 +7212,6 @@ def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading_here(home: str) -> Iterator[cm.Monitor]:
-    """Run a monitor in this process."""
     values, _ = ee.load_config(home + "/monitor.config.json")
     made = cm.Monitor(cm.Settings(home, home + "/monitor.config.json", "testbox", values))
     made.open()
@@ -7560,7 +7271,7 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> It
 
     monkeypatch.setattr(cm.Monitor, "_advance", held)
     place = RunningMonitor(new_home())
-    ids = write_history(place.home + "/events", sessions, events, cm.now_ms())
+    ids = write_history(place.home + "/events", sessions, events, cm.now_ms(), pids=False)
     try:
         with loading_here(place.home) as made:
             place.about = {
@@ -7577,40 +7288,34 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> It
 
 
 def loading_same(place: RunningMonitor) -> bool:
-    """Return True if the monitor's sessions are those of one pass; what the present changes is left out."""
+    """True if the monitor's sessions, of which none may have a process, are those of one pass."""
     expected = loading_reference(place.home + "/events")
     expected.tick(cm.now_ms())
-    for session in list(expected.sessions.values()):
-        ours = session.machine_id == "testbox" and session.pid is not None
-        if ours and session.state != "ended" and not cm.process_ran_at(session.pid, session.last_event):
-            expected.end_exited(session.session_id, cm.now_ms())
-    shown, wanted = loading_listed(place.sessions().values()), loading_listed(expected.each_json(True))
-    states = {name: session["state"] for name, session in shown.items()}
-    assert states == {name: session["state"] for name, session in wanted.items()}
-    for name, session in shown.items():
-        if session["state"] in ("ended", "quiet"):
-            for moved in ("stateSince", "reason", "endTime", "agents", "openCalls", "activity"):
-                del session[moved], wanted[name][moved]
-    assert shown == wanted
+    assert loading_listed(place.sessions().values()) == loading_listed(expected.each_json(True))
     return True
 
 
-def test_page_and_hooks_are_served_before_anything_is_read(monkeypatch):
+def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch):
     with loading_held(monkeypatch) as (place, ids, gate):
         assert place.request("/")[0] == 200
         nothing_yet = {"done": 0, "total": len(place.stored_events())}
+        words = f"0 of {nothing_yet['total']} stored events have been read"
         assert place.get("/api/status")["loading"] == nothing_yet
+        assert words in in_process(place, "status").stdout and words in in_process(place, "sessions").stderr
         client = place.websocket()
         client.next("status", loading=nothing_yet)
         assert client.ask("sessions", type="get_sessions")["sessions"] == []
         machine = next(e["machineId"] for e in place.stored_events() if e["sessionId"] == ids[3])
-        end, start = (
-            payload("SessionEnd", ids[3], reason="clear"),
-            payload("SessionStart", "new", source="clear"),
-        )
-        for hook in (end, start):
-            event_id = hook["session_id"]
-            place.emit({"hook": hook, "id": event_id, "timestamp": cm.now_ms(), "machineId": machine})
+        command = [sys.executable, place.program, "tail"]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        ends, starts = (payload(f"Session{it}", reason="clear", source="clear") for it in ("End", "Start"))
+        with subprocess.Popen(command, env=place.environment, text=True, **pipes) as tail:
+            assert words in tail.stderr.readline()
+            for hook, session in ((ends, ids[3]), (starts, "new")):
+                about = {"id": session, "timestamp": cm.now_ms(), "machineId": machine}
+                place.emit({"hook": {**hook, "session_id": session}, **about})
+                assert hook["hook_event_name"] in tail.stdout.readline()
+            tail.kill()
         assert [event["sessionId"] for event in client.events(2)] == [ids[3], "new"]
         assert place.sessions_so_far() == {}
         assert place.request("/api/sessions/" + ids[3])[0] == 503
@@ -7620,6 +7325,7 @@ def test_page_and_hooks_are_served_before_anything_is_read(monkeypatch):
         assert {session["sessionId"] for session in listed} == {*ids, "new"}
         client.next("status", loading=None)
         assert place.sessions()["new"]["continuedFrom"] == ids[3] and loading_same(place)
+        assert "stored events have" not in in_process(place, "status").stdout
 
 
 def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypatch):
@@ -7647,28 +7353,8 @@ def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypat
         assert loading_same(place)
 
 
-def test_the_command_line_says_that_loading_is_under_way(monkeypatch):
-    with loading_held(monkeypatch) as (place, ids, gate):
-        nothing_yet = f"0 of {len(place.stored_events())} stored events have been read"
-        assert nothing_yet in place.command("status").stdout
-        assert nothing_yet in place.command("sessions").stderr
-        command = [sys.executable, place.program, "tail"]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        tail = subprocess.Popen(command, env=place.environment, text=True, **pipes)
-        try:
-            assert nothing_yet in tail.stderr.readline()  # type: ignore[union-attr]
-            place.emit(payload("UserPromptSubmit", ids[0], prompt="go on"))
-            assert "go on" in tail.stdout.readline()  # type: ignore[union-attr]
-        finally:
-            tail.kill()
-            tail.communicate()
-        gate.set()
-        eventually(lambda: place.get("/api/status")["loading"] is None)
-        assert "stored events have" not in place.command("status").stdout
-
-
 def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor):
-    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms())
+    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms(), pids=False)
     assert "stored events have been read" in monitor.command("start", "--no-open").stdout
     monitor.stop()
     with open(monitor.home + "/last-seq", "rb") as file:
@@ -7678,109 +7364,57 @@ def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor)
     assert set(monitor.sessions()) == set(ids) and loading_same(monitor)
 
 
-@pytest.mark.slow
-def test_kill_9_while_loading_loses_no_event_and_doubles_no_number(monitor):
-    rng = random.Random(9)
-    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms())
-    acknowledged: set[str] = set()
-    for round_number in range(4):
-        monitor.serve()
-        deadline = time.monotonic() + rng.uniform(0.05, 0.8)
-        while time.monotonic() < deadline:
-            session = rng.choice((*ids[-40:], f"new-{round_number}"))
-            event_id = str(uuid.uuid4())
-            hook = payload(rng.choice(("UserPromptSubmit", "Stop", "SessionStart")), session, prompt="x")
-            monitor.emit({"hook": hook, "id": event_id, "timestamp": cm.now_ms(), "machineId": "build-7"})
-            acknowledged.add(event_id)
-        monitor.kill()
-    monitor.start()
-    eventually(lambda: monitor.get("/api/status")["loading"] is None, 120)
-    stored = monitor.stored_events()
-    assert acknowledged <= {event["id"] for event in stored}
-    assert len({event["seq"] for event in stored}) == len(stored) == len({event["id"] for event in stored})
-    for path in glob.glob(monitor.home + "/events/*/*.jsonl"):
-        with open(path, "rb") as file:
-            numbers = [cm.line_seq(line) for line in file]
-        assert numbers == sorted(numbers)
-    assert loading_same(monitor)
+@pytest.fixture
+def old_monitor() -> Iterator[RunningMonitor]:
+    """A monitor, not started, with a directory of version 0.1.0 (commit 9080103) and what is true of this machine.
 
-
-# An older version's directory: packed and plain days, index, usage, spool, settings with its hooks, user's acts,
-# made by commit 9080103.
-
-
-@contextlib.contextmanager
-def directory_of_version_0_1_0() -> Iterator[str]:
-    """Unpack the directory into a home of its own, with what is true of this machine filled in."""
+    It has packed and plain days, an index, usage, a spool, settings with the hooks of then, and acts of the user.
+    """
     folder = new_home()
     with tarfile.open(os.path.join(ROOT, ".ci", "recorded", "home-0.1.0.tar.gz")) as archive:
         archive.extractall(folder, filter="data")
     for path in glob.glob(folder + "/**/*.json*", recursive=True, include_hidden=True):
         if not path.endswith(".gz"):
-            with open(path, encoding="utf-8") as file:
-                text = file.read().replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
-            if path.endswith("monitor.config.json"):
-                config = {"server": {"port": 0, "wsPort": 0}, "retention": {"days": None}}
-                text = json.dumps({**json.loads(text), **config, "socketPath": folder + "/m.sock"})
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+            text = install_text(path).replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
+            ee.write_atomically(path, text.encode())
+    more = {"mode": "local", "retention": {"days": None}, "sessions": {"endedHours": 720}}
+    monitor = RunningMonitor(folder + "/.contextuate", config=more)
+    monitor.claude_home = folder + "/.claude"
+    yield monitor
+    clean_up(monitor)
+    shutil.rmtree(folder)
 
 
-def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss():
-    with directory_of_version_0_1_0() as folder:
-        home = folder + "/.contextuate"
-        environment = {
-            "HOME": folder, "PATH": os.environ["PATH"], "LANG": "C.UTF-8", "CONTEXTUATE_MACHINE_ID": "oldbox"
-        }  # fmt: skip
+def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
+    def printed(*command: str) -> list[Any]:
+        return [json.loads(line) for line in in_process(old_monitor, *command).stdout.splitlines()]
 
-        def run(command: list[str], given_input: str = "") -> str:
-            done = subprocess.run(
-                command, env=environment, input=given_input, capture_output=True, text=True, timeout=60
-            )
-            assert done.returncode == 0, done
-            return done.stdout
-
-        def command(*words: str) -> str:
-            return run([sys.executable, os.path.join(ROOT, "contextuate_monitor.py"), *words])
-
-        with open(folder + "/expected-sessions.json", encoding="utf-8") as file:
-            expected = {session["sessionId"]: session for session in json.load(file)}
-        assert "Contextuate Monitor runs" in command("start", "--no-open")
-        try:
-            # The hook that the old version installed sends to the new monitor, and the old spool comes in.
-            call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
-            assert run([PYTHON, "-I", "-S", home + "/hooks/emit_event.py"], json.dumps(call)) == ""
-            eventually(lambda: not os.listdir(home + "/spool"), what="the old spool")
-            known = {
-                session["sessionId"]: session
-                for session in json.loads(command("sessions", "--all", "--json"))
-            }
-            assert known.keys() == expected.keys()
-            same = ("label", "isPinned", "hidden", "parentSessionId", "startTime", "tokenUsage", "model")
-            for session_id, session in expected.items():
-                assert {name: known[session_id][name] for name in same} == {
-                    name: session[name] for name in same
-                }
-                counts = dict(session["counts"])
-                if session_id == "live":  # its notification from the spool, and the call just sent
-                    counts.update(events=counts["events"] + 2, toolCalls=counts["toolCalls"] + 1)
-                assert known[session_id]["counts"] == counts, command("export", "--session", session_id)
-            assert not glob.glob(home + "/events/*/*.gz")
-            exported = [json.loads(line) for line in command("export").splitlines()]
-            assert len({event["id"] for event in exported}) == len(exported)
-            calls = sum(event["hookType"] == "PreToolUse" for event in exported)
-            search = ("search", "--type", "PreToolUse", "--json", "--limit", "500")
-            eventually(lambda: len(command(*search).splitlines()) == calls)
-            command("install")
-            with open(folder + "/.claude/settings.json", encoding="utf-8") as file:
-                hooks = json.load(file)["hooks"]
-            assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
-        finally:
-            command("stop")
+    home, folder = old_monitor.home, os.path.dirname(old_monitor.home)
+    expected = {
+        session["sessionId"]: session
+        for session in json.loads(install_text(folder + "/expected-sessions.json"))
+    }
+    old_monitor.start()
+    # The hook that the old version installed sends to the new monitor, and the old spool comes in.
+    call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
+    assert hook_call(f"{PYTHON} -I -S {home}/hooks/emit_event.py", call, old_monitor.environment) == ""
+    eventually(lambda: not os.listdir(home + "/spool"), what="the old spool")
+    known = old_monitor.sessions()
+    # a notification of it was in the spool, and the call was just sent
+    expected["live"]["counts"]["events"] += 2
+    expected["live"]["counts"]["toolCalls"] += 1
+    same = ("counts", "label", "isPinned", "hidden", "parentSessionId", "startTime", "tokenUsage", "model")
+    assert known.keys() == expected.keys()
+    for name, session in expected.items():
+        assert [known[name][field] for field in same] == [session[field] for field in same], name
+    assert not glob.glob(home + "/events/*/*.gz")
+    exported = printed("export")
+    assert len({event["id"] for event in exported}) == len(exported)
+    calls = sum(event["hookType"] == "PreToolUse" for event in exported)
+    eventually(lambda: len(printed("search", "--type", "PreToolUse", "--json", "--limit", "500")) == calls)
+    in_process(old_monitor, "install")
+    hooks = json.loads(install_text(folder + "/.claude/settings.json"))["hooks"]
+    assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
 
 
 # ---------------------------------------------------------------------------
@@ -7814,9 +7448,9 @@ for line in sys.stdin.buffer:
 def hooks_in_a_row(environment: dict[str, str]) -> Iterator[Any]:
     """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
     command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT]
-    environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     with subprocess.Popen(
-        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, env={**environment, "CONTEXTUATE_DEBUG": "1"}, text=True, **pipes
     ) as hooks:
 
         def call(event: dict[str, Any]) -> str:
@@ -7859,7 +7493,10 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rounds"), [("KILL", 20), ("TERM", 4), ("INT", 4), ("HUP", 4)])
-def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds):
+def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds):
+    """Also while what is stored is loaded."""
+    running, history = monitor, {*write_history(monitor.home + "/events", 12, 1000, cm.now_ms(), pids=False)}
+    running.serve()
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
     outcomes: dict[str, bool] = {}  # marker → whether the hook got its acknowledgement
@@ -7884,7 +7521,7 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(emit, worker) for worker in range(4)]
         try:
-            for _ in range(rounds):
+            for number in range(rounds):
                 more_outcomes(dice.randrange(20, 100), 50)  # the spare ones find a monitor that dies, or none
                 acknowledged = {marker for marker, stored in outcomes.copy().items() if stored}
                 pid = running.pid
@@ -7892,8 +7529,11 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
                 if name != "HUP":
                     eventually(lambda pid=pid: not alive(pid), 30, "its end")
                     torn_allowed = running.stored_events_allowing_a_torn_line()
-                    assert acknowledged <= {event["data"]["message"] for event in torn_allowed}
+                    assert acknowledged <= {event["data"].get("message") for event in torn_allowed}
                     more_outcomes(5, 0)
+                    running.serve()
+                if name == "KILL" and number % 5 == 4:
+                    running.kill()
                     running.serve()
         finally:
             stopping.set()
@@ -7901,8 +7541,12 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
         for worker in workers:
             worker.result()
     eventually(lambda: not ee.spool_segments(running.home + "/spool"), 30, "an empty spool")
-    assert sorted(event["data"]["message"] for event in running.stored_events()) == sorted(outcomes)
-    assert sum(one["counts"]["prompts"] for one in running.sessions().values()) == len(outcomes)
+    stored = running.stored_events()
+    said = [event["data"]["message"] for event in stored if event["sessionId"] not in history]
+    assert sorted(said) == sorted(outcomes)
+    assert len({event["seq"] for event in stored}) == len(stored)
+    sessions = [session for name, session in running.sessions().items() if name not in history]
+    assert sum(session["counts"]["prompts"] for session in sessions) == len(outcomes)
     assert len(outcomes) > 20 * rounds and sum(outcomes.values()) > rounds
     assert name == "HUP" or not all(outcomes.values())
 
@@ -7921,11 +7565,8 @@ def test_a_thousand_hooks_at_a_paused_monitor_lose_nothing(running: RunningMonit
         hooks[-1].stdin.close()
     assert [hook.wait(60) for hook in hooks] == [0] * 1000
     resume.join()
-    eventually(lambda: running.get("/api/status")["spool"]["segments"] == 0, 30, "an empty spool")
+    eventually(lambda: len(running.stored_events_allowing_a_torn_line()) >= 1000, 60, "all events")
     assert safe_stored(running) == list(range(1000))
-
-
-WRONG_TYPES = [None, True, -1, 1.5, 10**30, "", "x" * 300, [], [1, {"a": None}], {}, {"b": [[]]}]
 
 
 BAD_LINES = {  # no JSON object: quarantined
@@ -7982,36 +7623,16 @@ def test_events_of_one_connection_are_each_stored_once(running: RunningMonitor) 
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(10) == ee.ACKNOWLEDGEMENT
     running.kill()
-    running.serve()
+    running.serve().sessions()  # then the ids of stored events are known
     running.emit(events[0])
     assert len(running.stored_events()) == 501
     assert running.get("/api/status")["events"]["duplicates"] == 1
 
 
-def test_events_of_the_nodejs_emitter_and_of_others_are_shown(running: RunningMonitor) -> None:
-    bash = {"toolName": "Bash", "toolInput": {"command": "ls"}}
-    node = [
-        {"eventType": "tool_call", "hookType": "PreToolUse", "data": bash},
-        {"eventType": "tool_result", "hookType": "PostToolUse", "data": {**bash, "tool_output": "a b"}},
-        {"eventType": "agent_complete", "hookType": "SubagentStop", "data": {}, "parentSessionId": "f" * 16},
-        {"eventType": "session_end", "hookType": "Stop", "data": {"sessionTokenUsage": {"input": 5}}},
-    ]
-    common = {"sessionId": "0123456789abcdef", "machineId": "old-box", "workingDirectory": "/srv/app"}
-    client = running.websocket("rows")
-    running.emit(*({"timestamp": NOW_MS, **common, **event} for event in node), {"test": "message"})
-    rows, sessions = client.events(5), running.sessions()
-    client.close()
-    assert [row["eventType"] for row in rows] == [*(event["eventType"] for event in node), "message"]
-    assert (rows[0]["data"]["target"], rows[4]["data"]["text"]) == ("ls", '{"test": "message"}')
-    assert running.stored_events()[1]["data"]["toolOutput"] == "a b"
-    session = sessions[common["sessionId"]]
-    assert session["state"] != "ended", "a Stop of the Node.js emitter ends a turn, not the session"
-    assert (session["parentSessionId"], session["machineId"]) == ("f" * 16, "old-box")
-    assert sessions["unknown"]["counts"]["events"] == 1
-
-
 @needs_root
-def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMonitor) -> None:
+@pytest.mark.parametrize("mode", ["local", "redis"])
+def test_a_full_event_disk_loses_nothing_and_heals_by_itself(make: Any, mode: str) -> None:
+    monitor = make(RedisMachine, config=make(RedisServer).settings() if mode == "redis" else {})
     os.mkdir(monitor.home + "/events", 0o700)
     with safe_disk(monitor, "1m", "/events") as remount:
         monitor.serve()
@@ -8021,7 +7642,7 @@ def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMon
         status = eventually(lambda: (s := monitor.get("/api/status"))["store"]["error"] and s)
         assert status["store"]["ok"] is False
         assert "No space left" in status["store"]["error"] or "could be written" in status["store"]["error"]
-        assert status["spool"]["bytes"] > 0
+        assert status["spool"]["bytes"] > 0 if mode == "local" else status["redis"]["state"] == "connected"
         assert 0 < len(safe_stored(monitor)) < 30  # every line of the files is whole
         remount("size=64m")
         whole = monitor.stored_events_allowing_a_torn_line  # one may just be written
@@ -8034,16 +7655,26 @@ def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMon
 def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> None:
     command = [sys.executable, "-m", "contextuate_monitor", "start", "--no-open"]
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(50)]
+    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(16)]
     errors = [start.communicate(timeout=180)[1] for start in starts]
     assert any(start.returncode == 0 for start in starts)
     assert all(start.returncode == 0 or b"another monitor" in said for start, said in zip(starts, errors))
-    found = subprocess.run(["pgrep", "-f", "--", "--report-fd"], capture_output=True, text=True, check=False)
-    mine = []
-    for pid in found.stdout.split():
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", errors="replace") as file:
-            mine += [int(pid)] if monitor.home in file.read() else []
-    assert mine == [monitor.know().pid]
+    assert processes_of(monitor.home, b"--report-fd") == [monitor.know().pid]
+
+
+def processes_of(home: str, argument: bytes) -> list[int]:
+    """List the processes with an argument that belong to a home."""
+    found, variable = [], f"CONTEXTUATE_HOME={home}".encode()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        about = f"/proc/{pid}/"
+        with (
+            contextlib.suppress(OSError),
+            open(about + "cmdline", "rb") as cmd,
+            open(about + "environ", "rb") as env,
+        ):
+            if argument in cmd.read().split(b"\0") and variable in env.read().split(b"\0"):
+                found.append(int(pid))
+    return found
 
 
 def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, tmp_path):
@@ -8089,40 +7720,46 @@ def test_a_removed_socket_file_comes_back(running: RunningMonitor) -> None:
     running.emit(payload("Stop"))
 
 
-def test_events_can_be_kept_in_memory_only(monitor: RunningMonitor) -> None:
-    monitor.write_config({"persistence": {"enabled": False}})
-    monitor.serve().emit(payload("UserPromptSubmit", prompt="hello"), payload("Stop"))
-    assert len(monitor.get("/api/sessions/s1/events")["events"]) == 2
-    assert not os.path.exists(monitor.home + "/events")
-    assert monitor.get("/api/status")["store"]["persistent"] is False
-
-
 @pytest.fixture
 def client() -> Iterator[subprocess.Popen[bytes]]:
-    """Give a process that stands for Claude Code's client and does nothing."""
     process = subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"])
     yield process
     process.kill()
     process.wait()
 
 
-def test_a_killed_client_ends_its_session(running: RunningMonitor, client: Any) -> None:
+def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(running, client):
     session_id, path = recorded("i-sigKILL")[0]["session_id"], running.home + "/t.jsonl"
-    running.emit(*({"hook": {**one, "transcript_path": path}, "id": f"k{n}", "timestamp": cm.now_ms(),
-                    "pid": client.pid, "machineId": "testbox"} for n, one in enumerate(recorded("i-sigKILL"))))  # fmt: skip
-    session = running.sessions()[session_id]
-    assert (session["state"], session["pid"]) == ("working", client.pid)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(usage_entries("a 3/4", session_id))
-    client.kill()
-    client.wait()
-    session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
-    assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
-    used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
-    assert (used["totalInput"], used["totalOutput"]) == (3, 4)
-    running.kill()
-    running.serve()
-    assert running.sessions()[session_id]["state"] == "ended"
+    about = {"timestamp": cm.now_ms(), "pid": client.pid, "machineId": "testbox"}
+    for number, one in enumerate(recorded("i-sigKILL")):
+        running.emit({"hook": {**one, "transcript_path": path}, "id": f"k{number}", **about})
+    with subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"]) as second:
+        line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+        run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(second.pid)})
+        sessions = running.sessions()
+        assert [sessions[name]["state"] for name in (session_id, "gone")] == ["working"] * 2
+        assert sessions[session_id]["pid"] == client.pid
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(usage_entries("a 3/4", session_id))
+        client.kill()
+        client.wait()
+        session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
+        assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
+        used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
+        assert (used["totalInput"], used["totalOutput"]) == (3, 4)
+        running.kill()
+        killed_ms = cm.now_ms()
+        second.kill()
+    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
+    again = running.serve().sessions()
+    assert (again[session_id]["state"], again["gone"]["state"]) == ("ended", "ended")
+    assert again["gone"]["reason"]["detail"] == "its process exited"
+    assert (
+        sessions["gone"]["lastEventTime"]
+        <= again["gone"]["endTime"]
+        == again["gone"]["stateSince"]
+        <= killed_ms
+    )
 
 
 @pytest.mark.parametrize("has_pidfd", [True, False])
@@ -8158,30 +7795,12 @@ def test_more_processes_than_can_be_watched_are_looked_at(monkeypatch):
     loop.close()
 
 
-def test_a_client_killed_while_no_monitor_ran_ended_when_last_seen(running, client):
-    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
-    run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(client.pid)})
-    before = running.sessions()["gone"]
-    assert before["state"] == "working"
-    running.stop()
-    killed_ms = cm.now_ms()
-    client.kill()
-    client.wait()
-    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
-    running.serve()
-    after = running.sessions()["gone"]
-    assert (after["state"], after["reason"]["detail"]) == ("ended", "its process exited")
-    assert before["lastEventTime"] <= after["endTime"] == after["stateSince"] <= killed_ms
-
-
 # The command line
 
 
 def test_every_command_has_help(monitor: RunningMonitor) -> None:
     commands = re.findall(r"^    ([a-z][a-z-]+)", in_process(monitor, "--help").stdout, re.M)
-    assert set("start stop restart status url install uninstall tail sessions export".split()) <= set(
-        commands
-    )
+    assert {"start", "stop", "restart", "status", "install", "uninstall", "tail", "export"} <= {*commands}
     for command in commands:
         assert "usage:" in in_process(monitor, command, "--help").stdout
 
@@ -8259,20 +7878,19 @@ def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     assert in_process(monitor, "status").returncode == 1
     refused = in_process(monitor, "url")
     assert refused.returncode == 1 and "start" in refused.stderr
-    started = monitor.command("start", "--no-open").stdout
+    started = in_process(monitor, "start", "--no-open").stdout
     address = re.search(r"http://localhost:\d+/", started)
     assert address and "install" in started
-    assert "already running" in monitor.command("start", "--no-open").stdout
+    assert "already running" in in_process(monitor, "start", "--no-open").stdout
     assert "running" in in_process(monitor, "status").stdout and status()["running"] is True
     assert in_process(monitor, "url").stdout.strip() == address.group()
-    assert re.fullmatch(
-        r"http://localhost:\d+/\?token=[\w-]{32}\n", in_process(monitor, "url", "--token").stdout
-    )
+    with_token = in_process(monitor, "url", "--token").stdout
+    assert re.fullmatch(r"http://localhost:\d+/\?token=[\w-]{32}\n", with_token)
     before = status()["pid"]
     monitor.command("restart", "--no-open")
     assert status()["pid"] != before
-    assert "stopped" in monitor.command("stop").stdout
-    assert "not running" in monitor.command("stop").stdout
+    assert "stopped" in in_process(monitor, "stop").stdout
+    assert "not running" in in_process(monitor, "stop").stdout
     assert not os.path.exists(monitor.socket_path)
 
 
@@ -8462,9 +8080,8 @@ def test_no_command_fails_for_its_terminal_or_the_name_of_its_home(tmp_path):
             'exec "$@" >&-', 'exec "$@" <&- >&-',
         ):  # fmt: skip
             argv = [sys.executable, "-c", COMMANDS_IN_A_ROW, *helps, *commands.split(";")]
-            done = subprocess.run(
-                ["/bin/sh", "-c", start, "sh", *argv], cwd=ROOT, env=monitor.environment, capture_output=True
-            )
+            shell = ["/bin/sh", "-c", start, "sh", *argv]
+            done = subprocess.run(shell, cwd=ROOT, env=monitor.environment, capture_output=True)
             assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
             helps = []
         for path in ("/api/search?q=deploy", "/api/stats"):
@@ -8529,6 +8146,14 @@ def levels(findings: dict[str, list[dict[str, str]]], check: str) -> list[str]:
     return [finding["level"] for finding in findings[check]]
 
 
+@pytest.fixture
+def examined(shared: RunningMonitor) -> Iterator[RunningMonitor]:
+    """A running monitor, for which nothing is installed."""
+    yield shared
+    for path in (shared.home + "/hooks", shared.claude_home):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def test_doctor_finds_nothing_wrong_where_nothing_is(running):
     in_process(running, "install")
     status, findings = examine(running)
@@ -8554,34 +8179,14 @@ def test_doctor_reports_a_monitor_that_does_not_run_and_loses_no_event(monitor):
     assert examine(monitor)[0] == 0
 
 
-def test_doctor_reports_a_missing_unregistered_or_other_hook(running):
-    status, findings = examine(running)
-    assert status == 1 and levels(findings, "hook") == levels(findings, "registered") == ["fail"]
-    assert "install" in findings["hook"][0]["advice"]
-    in_process(running, "install")
-    with open(running.home + "/hooks/lib/emit_event.py", "a", encoding="utf-8") as file:
-        file.write("# another version\n")
-    status, findings = examine(running)
-    assert status == 0 and levels(findings, "hook") == ["warn"]
-    os.unlink(running.home + "/hooks/lib/emit_event.py")
-    assert levels(examine(running)[1], "hook")[0] == "fail"
-
-
-def test_doctor_knows_a_hook_registered_for_one_project_or_disabled(running, monkeypatch):
+def test_doctor_knows_a_hook_registered_for_one_project(running, monkeypatch):
     project = running.home + "/project"
     os.mkdir(project)
     in_process(running, "install", "--project", project)
     assert levels(examine(running)[1], "registered") == ["fail"]
     monkeypatch.chdir(project)
-    (registered,) = examine(running)[1]["registered"]
-    assert registered["level"] == "ok" and project in registered["words"]
-    in_process(running, "install")
-    path = running.claude_home + "/settings.json"
-    disabled = json.dumps({**json.loads(install_text(path)), "disableAllHooks": True})
-    ee.write_atomically(path, disabled.encode())
-    status, findings = examine(running)
-    assert status == 1 and levels(findings, "registered")[0] == "fail"
-    assert "disableAllHooks" in findings["registered"][0]["words"]
+    (found,) = examine(running)[1]["registered"]
+    assert found["level"] == "ok" and project in found["words"]
 
 
 def test_doctor_names_the_wrong_key_in_the_configuration(monitor):
@@ -8605,60 +8210,66 @@ def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
     assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
 
 
-def registered(monitor: RunningMonitor, change: Any) -> dict[str, Any]:
-    """Install, and change the registered settings."""
-    in_process(monitor, "install")
-    path = monitor.claude_home + "/settings.json"
-    settings: dict[str, Any] = change(json.loads(install_text(path)))
-    ee.write_atomically(path, json.dumps(settings).encode())
-    return settings
+def doctor_file(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes the installed hook."""
+    return lambda monitor: (in_process(monitor, "install"), change(monitor.home + "/hooks/lib/emit_event.py"))
 
 
-def with_command(change: Any) -> Any:
-    """Return a change of every registered command."""
+def doctor_settings(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes the client's settings."""
 
-    def changed(settings: dict[str, Any]) -> dict[str, Any]:
-        for groups in settings["hooks"].values():
-            for handler in groups[0]["hooks"]:
-                handler["command"] = change(handler["command"])
-        return settings
+    def install(monitor: RunningMonitor) -> None:
+        in_process(monitor, "install")
+        path = monitor.claude_home + "/settings.json"
+        ee.write_atomically(path, json.dumps(change(json.loads(install_text(path)))).encode())
 
-    return changed
+    return install
 
 
-# What is registered → doctor's exit status, the check and its level, and what it says.
-DOCTOR_REGISTERED: dict[str, tuple[Any, int, str, str, str]] = {
+def doctor_command(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes every registered command."""
+    command = re.compile(r'(?<="command": )"(?:[^"\\]|\\.)*"')
+    changed = functools.partial(command.sub, lambda found: json.dumps(change(json.loads(found.group()))))
+    return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
+
+
+# What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
+DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
+    "no hook": (lambda monitor: None, 1, "hook fail", "install"),
+    "no registration": (lambda monitor: None, 1, "registered fail", "install"),
+    "another version": (doctor_file(lambda path: ee.write_atomically(path, b"# other")), 0, "hook warn", "another version"),
+    "no library": (doctor_file(os.unlink), 1, "hook fail", "install"),
+    "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
     "another Python": (
-        with_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
-        0, "hook", "warn", "/gone/python3.8 is gone or does not start: another Python 3",
+        doctor_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
+        0, "hook warn", "/gone/python3.8 is gone or does not start: another Python 3",
     ),
     "no second choice": (
-        with_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
-        0, "registered", "warn", "is not as this version would register",
+        doctor_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
+        0, "registered warn", "is not as this version would register",
     ),
     "no Python": (
-        with_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
-        1, "probe", "fail", "/gone/python3 is gone or does not start",
+        doctor_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
+        1, "probe fail", "/gone/python3 is gone or does not start",
     ),
     "no script": (
-        with_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
-        1, "probe", "fail", "/gone/hooks/emit_event.py is not there",
+        doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
+        1, "probe fail", "/gone/hooks/emit_event.py is not there",
     ),
-    "a command that fails": (
-        with_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe", "fail", "ends with status 2",
-    ),
+    "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
     "an environment in the settings": (
-        lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}},
-        1, "hook", "warn", "the hook reads /gone/other.json",
+        doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
+        1, "hook warn", "the hook reads /gone/other.json",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DOCTOR_REGISTERED)
-def test_doctor_runs_what_is_registered_and_names_what_is_wrong(running, what):
-    change, exit_status, check, level, words = DOCTOR_REGISTERED[what]
-    registered(running, change)
-    status, findings = examine(running)
+@pytest.mark.parametrize("what", DOCTOR_FAULTS)
+def test_doctor_runs_what_is_registered_and_names_what_is_wrong(examined, what):
+    come_about, exit_status, shown, words = DOCTOR_FAULTS[what]
+    check, level = shown.split()
+    come_about(examined)
+    status, findings = examine(examined)
     said = [it["words"] + it["advice"] for it in findings.get(check, ()) if it["level"] == level]
     assert status == exit_status and words in "\n".join(said), findings
 
@@ -8698,7 +8309,6 @@ def test_doctor_names_two_registrations_and_a_broken_file(running, monkeypatch):
 # Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
 # ---------------------------------------------------------------------------
 
-REDIS_OUTAGE_S = 20.0
 REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
@@ -8719,7 +8329,6 @@ REDIS_PORTS_LOCK = threading.Lock()
 
 
 def redis_free_port() -> int:
-    """Return a free port that is nobody else's in this run of the tests."""
     with REDIS_PORTS_LOCK:
         return next(REDIS_PORTS)
 
@@ -8735,23 +8344,16 @@ class RedisCertificates:
             "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign"
         )
         for part, usage in (("server", "serverAuth"), ("client", "clientAuth")):
-            with open(f"{self.directory}/{part}.ext", "w", encoding="ascii") as file:
-                file.write(
-                    f"basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={names}\n"
-                    "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=digitalSignature\n"
-                )
-            self.openssl(f"req {key} -keyout {part}.key -out {part}.csr -subj /CN={part}")
             self.openssl(
-                f"x509 -req -in {part}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {part}.crt -days 2 "
-                f"-extfile {part}.ext"
+                f"req -x509 -CA ca.crt -CAkey ca.key {key} -keyout {part}.key -out {part}.crt -days 2 -subj /CN={part} "
+                f"-addext basicConstraints=critical,CA:FALSE -addext extendedKeyUsage={usage} "
+                f"-addext subjectAltName={names} -addext keyUsage=digitalSignature"
             )
 
     def openssl(self, command: str) -> None:
-        """Run one openssl command in the directory."""
         subprocess.run(["openssl", *command.split()], cwd=self.directory, check=True, capture_output=True)
 
     def remove(self) -> None:
-        """Remove the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -8762,30 +8364,25 @@ class RedisServer:
     """
 
     def __init__(
-        self,
-        *lines: str,
-        user: str = "default",
-        password: str = "",
-        certificates: RedisCertificates | None = None,
-        port: int = 0,
-    ) -> None:
-        self.directory = new_home()
+        self, *lines: str, user: str = "default", password: str = "", certificates: Any = None, port: int = 0,
+        mode: str = "",
+    ) -> None:  # fmt: skip
+        self.directory, self.mode = new_home(), mode
         self.socket_path = self.directory + "/redis.sock"
         self.port = port or redis_free_port()
         self.user, self.password, self.certificates = user, password, certificates
         common = [
-            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
-            "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
+            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}",
+            f"logfile {self.directory}/redis.log",
+            *([] if mode else ['save ""', "appendonly yes", "appendfsync everysec"]),
             *([f"requirepass {password}"] if password and user == "default" else []),
         ]  # fmt: skip
         if certificates is not None:
-            files = {
-                "tls-cert-file": "server.crt",
-                "tls-key-file": "server.key",
-                "tls-ca-cert-file": "ca.crt",
-            }
-            common += ["port 0", f"tls-port {self.port}", "tls-auth-clients no"]
-            common += [f"{name} {certificates.directory}/{file}" for name, file in files.items()]
+            folder = certificates.directory
+            common += [
+                "port 0", f"tls-port {self.port}", "tls-auth-clients no", f"tls-cert-file {folder}/server.crt",
+                f"tls-key-file {folder}/server.key", f"tls-ca-cert-file {folder}/ca.crt",
+            ]  # fmt: skip
         with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
             file.write("\n".join((*common, *lines)) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
@@ -8793,30 +8390,26 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it, on the same port, with what it had, and wait until it answers."""
-        command = ["redis-server", self.directory + "/redis.conf"]
+        command = ["redis-server", self.directory + "/redis.conf", *self.mode.split()]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
         return self
 
     def stop(self, how: int = signal.SIGTERM) -> None:
-        """Stop it; what it had is kept."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait(30)
             self.process = None
 
     def freeze(self) -> None:
-        """Pause it: connections stay open, nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """End a pause."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
-        """End it and remove its directory."""
         self.thaw()
         self.stop(signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -8835,7 +8428,6 @@ class RedisServer:
         return said
 
     def publish(self, message: bytes) -> None:
-        """Publish any bytes on the channel."""
         self.cli("PUBLISH", REDIS_CHANNEL, given=message)
 
     def streamed(self) -> list[str]:
@@ -8848,12 +8440,10 @@ class RedisServer:
         return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
 
     def cut_connections(self) -> None:
-        """Close every connection but our own."""
         for kind in ("normal", "pubsub"):
             self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
         redis = {"host": "127.0.0.1", "port": self.port, **more}
         if self.certificates is not None:
             redis = {"tls": True, "caFile": self.certificates.directory + "/ca.crt", **redis}
@@ -8869,13 +8459,16 @@ class RedisMachine(RunningMonitor):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of every process of this machine."""
         return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
 
     @functools.cached_property
     def hook(self) -> str:
-        """The installed hook's command."""
-        return self.installed_command()
+        in_process(self, "install")
+        hooks = json.loads(install_text(self.claude_home + "/settings.json"))["hooks"]
+        return str(hooks["PreToolUse"][0]["hooks"][0]["command"])
+
+    def stop(self) -> None:
+        assert in_process(self, "stop").returncode == 0
 
     def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
         """Run one real hook with an event that `marker` tells from others; it must end in order."""
@@ -8888,29 +8481,18 @@ class RedisMachine(RunningMonitor):
         ee.append_to_spool(self.home + "/spool", ee.wrap(json.dumps(given_payload).encode(), environment))
 
     def spooled(self) -> int:
-        """Count the bytes in the spool."""
         return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
 
     def redis(self) -> dict[str, Any]:
-        """Return what the monitor says about its Redis."""
         return dict(self.get("/api/status")["redis"])
 
     def publisher(self) -> dict[str, Any]:
-        """Return what the publisher has told about itself; nothing before it has begun."""
-        try:
-            with open(self.home + "/publisher.json", encoding="utf-8") as file:
-                return dict(json.load(file))
-        except FileNotFoundError:
-            return {}
+        path = self.home + "/publisher.json"
+        return dict(json.loads(install_text(path))) if os.path.exists(path) else {}
 
     def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Wait until the monitor's Redis is in a state; return what it says then."""
-        return dict(
-            eventually(
-                lambda: (about := self.redis())["state"] == state and about,
-                timeout_s, f"{self.machine_id}: {state}",
-            )
-        )  # fmt: skip
+        is_it = f"{self.machine_id}: {state}"
+        return dict(eventually(lambda: (it := self.redis())["state"] == state and it, timeout_s, is_it))
 
     def arrivals(self, session: str = "s1") -> dict[str, list[str]]:
         """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
@@ -8920,47 +8502,32 @@ class RedisMachine(RunningMonitor):
                 found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
         return found
 
-    def has(self, session: str, count: int) -> bool:
-        """Tell whether the monitor shows at least so many events of a session."""
-        return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
-
     def gets(self, count: int, session: str = "s1") -> None:
-        """Wait until the monitor shows so many events of a session."""
-        eventually(lambda: self.has(session, count), 90, f"{count} events of {session} at {self.machine_id}")
+        def has() -> bool:
+            shown = self.sessions().get(session)
+            return shown is not None and shown["counts"]["events"] >= count
+
+        eventually(has, 90, f"{count} events of {session} at {self.machine_id}")
 
     def publishes_all(self) -> None:
-        """Wait until the spool is empty."""
         eventually(lambda: not self.spooled(), 90, f"an empty spool of {self.machine_id}")
 
     def publishers(self) -> list[int]:
-        """List the process ids of this machine's publishers."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as arguments:
-                if b"--publish" not in arguments.read().split(b"\0"):
-                    continue
-                with open(f"/proc/{name}/environ", "rb") as environ:
-                    if f"CONTEXTUATE_HOME={self.home}".encode() in environ.read().split(b"\0"):
-                        found.append(int(name))
-        return found
+        return processes_of(self.home, b"--publish")
 
     def end_publisher(self) -> None:
-        """End this machine's publisher, if one runs, with SIGKILL."""
         for pid in self.publishers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
 
     def remove(self) -> None:
-        """End everything of this machine and remove its directory."""
-        if self.about and alive(self.pid):
-            self.kill()
-        self.end_publisher()
         clean_up(self)
+        self.end_publisher()
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 def at_once(*jobs: Any) -> list[Any]:
-    """Call all of some functions at the same time; return what they returned, in order."""
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
 
@@ -8987,7 +8554,6 @@ def redis_parts() -> Iterator[Any]:
 
 @pytest.fixture
 def make() -> Iterator[Any]:
-    """Make servers and machines for one test."""
     with redis_parts() as maker:
         yield maker
 
@@ -9013,7 +8579,7 @@ class RedisTeam:
         self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
         for monitor in self.monitors:
             if not alive(monitor.pid):
-                monitor.start()
+                monitor.serve()
             os.kill(monitor.pid, signal.SIGCONT)
 
     def whole(self) -> None:
@@ -9024,7 +8590,6 @@ class RedisTeam:
         self.server.cli("XTRIM", REDIS_STREAM, "MAXLEN", "200")  # every monitor has what is older
 
     def end_publishers(self) -> None:
-        """Kill the publishers of all machines."""
         at_once(*[machine.end_publisher for machine in self.emitters])
 
 
@@ -9037,17 +8602,14 @@ def redis_team() -> Iterator[RedisTeam]:
             [maker(RedisMachine, config=server.settings(), machine_id=f"box{n}") for n in range(3)],
             [maker(RedisMachine, config=server.settings(), machine_id=f"watcher{n}") for n in range(2)],
         )
-        at_once(*[lambda machine=machine: machine.hook for machine in made.emitters])
-        at_once(*[monitor.start for monitor in made.monitors])
+        at_once(*[monitor.serve for monitor in made.monitors])
         yield made
 
 
 @pytest.fixture
-def team(redis_team: RedisTeam) -> Iterator[RedisTeam]:
-    """The team in good order; each test leaves it so."""
+def team(redis_team: RedisTeam) -> RedisTeam:
     redis_team.whole()
-    yield redis_team
-    redis_team.whole()
+    return redis_team
 
 
 class RedisFlow:
@@ -9061,12 +8623,10 @@ class RedisFlow:
     def hooks(self, count: int) -> None:
         """Run so many real hooks, on all machines at once; every one has returned when this returns."""
         shares = self._shares(count)
-
-        def run(machine: RedisMachine) -> None:
-            for marker in shares[machine.machine_id]:
-                machine.say(marker, self.session)
-
-        at_once(*[functools.partial(run, machine) for machine in self.team.emitters])
+        at_once(*(
+            lambda machine=machine: [machine.say(marker, self.session) for marker in shares[machine.machine_id]]
+            for machine in self.team.emitters
+        ))  # fmt: skip
 
     def bulk(self, count: int, **fields: Any) -> None:
         """Put so many events into the machines' spools, and let one hook each find its publisher."""
@@ -9117,14 +8677,16 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     assert {event["id"]: event for event in streamed if event["sessionId"] == flow.session} == kept[0]
     for machine in team.emitters:
         eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
-        assert machine.publisher()["subscribers"] == 2
-        assert len(machine.publishers()) == 1
+        assert machine.publisher()["subscribers"] == 2 and len(machine.publishers()) == 1
+        said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+        assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
 class RedisTrouble(NamedTuple):
     """What is done to a team, and what its publishers and monitors say then; events come before, during and after.
 
-    `arrives`: what is published meanwhile arrives in spite of it. What they say: field → pattern.
+    `arrives`: what is published meanwhile arrives in spite of it. `hooks`: how many are called meanwhile; one that
+    waited for Redis would never return. What they say: field → pattern.
     """
 
     do: Any
@@ -9132,38 +8694,36 @@ class RedisTrouble(NamedTuple):
     monitor: dict[str, str] = {"state": "connected"}
     arrives: bool = True
     times: int = 1
+    hooks: int = 18
 
 
 def redis_cli(*arguments: str) -> Any:
-    """Return a function that runs redis-cli for a team."""
     return lambda team: team.server.cli(*arguments)
 
 
+def redis_refused(reason: str, do: Any) -> RedisTrouble:
+    says = {"stream": "refused", "channelState": "ok", "streamReason": reason}
+    return RedisTrouble(do, says, arrives=False)
+
+
 REDIS_AWAY = {"state": "waiting|connecting", "reason": r"\w{5}"}
-REDIS_NO_STREAM = {"stream": "refused", "channelState": "ok"}
 REDIS_TROUBLES = {
-    "Redis is stopped": RedisTrouble(lambda team: team.server.stop(), REDIS_AWAY, REDIS_AWAY, arrives=False),
+    "Redis is stopped": RedisTrouble(
+        lambda team: team.server.stop(), REDIS_AWAY, {**REDIS_AWAY, "attempt": "[3-9]"}, arrives=False, hooks=180
+    ),
     "Redis is killed": RedisTrouble(lambda team: team.server.stop(signal.SIGKILL), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "Redis is frozen": RedisTrouble(lambda team: team.server.freeze(), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "every connection is cut": RedisTrouble(lambda team: team.server.cut_connections(), times=50),
     "the publishers are killed": RedisTrouble(RedisTeam.end_publishers, times=8),
     "a monitor is killed": RedisTrouble(lambda team: team.monitors[1].kill(), arrives=False, times=3),
-    "no right to XADD": RedisTrouble(
-        redis_cli("ACL", "SETUSER", "default", "-xadd"), {**REDIS_NO_STREAM, "streamReason": "xadd"}, arrives=False
-    ),
-    "no right to the stream": RedisTrouble(
-        redis_cli("ACL", "SETUSER", "default", "resetkeys", "~other"), {**REDIS_NO_STREAM, "streamReason": "key"}, arrives=False
-    ),
-    "no memory": RedisTrouble(
-        redis_cli("CONFIG", "SET", "maxmemory", "1"), {**REDIS_NO_STREAM, "streamReason": "memory"}, arrives=False
-    ),
-    "no stream under its name": RedisTrouble(
+    "no right to XADD": redis_refused("xadd", redis_cli("ACL", "SETUSER", "default", "-xadd")),
+    "no right to the stream": redis_refused("key", redis_cli("ACL", "SETUSER", "default", "resetkeys", "~other")),
+    "no memory": redis_refused("memory", redis_cli("CONFIG", "SET", "maxmemory", "1")),
+    "no stream under its name": redis_refused(
+        "wrong kind|not a stream|WRONGTYPE",
         lambda team: (team.server.cli("RENAME", REDIS_STREAM, "aside"), team.server.cli("SET", REDIS_STREAM, "x")),
-        {**REDIS_NO_STREAM, "streamReason": "wrong kind|not a stream|WRONGTYPE"}, arrives=False,
     ),
-    "a read-only replica": RedisTrouble(
-        redis_cli("REPLICAOF", "127.0.0.1", "1"), {**REDIS_NO_STREAM, "streamReason": "READONLY"}, arrives=False
-    ),
+    "a read-only replica": redis_refused("READONLY", redis_cli("REPLICAOF", "127.0.0.1", "1")),
     "no right to PUBLISH": RedisTrouble(
         redis_cli("ACL", "SETUSER", "default", "-publish"),
         {"stream": "ok", "channelState": "refused", "channelReason": "publish"},
@@ -9172,8 +8732,6 @@ REDIS_TROUBLES = {
 
 
 def redis_says(ask: Any, expected: dict[str, str]) -> None:
-    """Wait until what a part says about itself matches the patterns."""
-
     def matches() -> bool:
         said = ask()
         return all(re.search(pattern, str(said.get(name)), re.I) for name, pattern in expected.items())
@@ -9181,13 +8739,11 @@ def redis_says(ask: Any, expected: dict[str, str]) -> None:
     eventually(matches, 60, f"{expected} in {ask()}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if "cut" in name or "frozen" in name else ())
-        for name in REDIS_TROUBLES
-    ],
-)
+REDIS_SOAKS = ("every connection is cut", "Redis is frozen", "the publishers are killed")
+REDIS_MARKED = [pytest.param(it, marks=[pytest.mark.slow] * (it in REDIS_SOAKS)) for it in REDIS_TROUBLES]
+
+
+@pytest.mark.parametrize("name", REDIS_MARKED)
 def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: str) -> None:
     trouble = REDIS_TROUBLES[name]
     flow = RedisFlow(team, name)
@@ -9196,7 +8752,7 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
         flow.check()  # a stream under its name must be there to be put aside
     for _ in range(trouble.times):
         trouble.do(team)
-        flow.bulk(18)
+        (flow.hooks if trouble.times == 1 else flow.bulk)(trouble.hooks)
         if trouble.arrives and trouble.times == 1:
             flow.check()
         for machine in team.emitters:
@@ -9205,30 +8761,15 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
             redis_says(monitor.redis, trouble.monitor)
         assert trouble.arrives or trouble.times > 1 or all(machine.spooled() for machine in team.emitters)
         team.mend()
-    flow.hooks(60)
+    flow.hooks(30)
     flow.check()
     for monitor in team.monitors:
         about = monitor.wait_until("connected")
         assert (about["attempt"], about["reason"]) == (0, None)
     kept = {json.loads(event)["data"].get("toolUseId") for event in team.server.streamed()}
-    assert kept >= {marker for said in flow.said.values() for marker in said[-20:]}
+    assert kept >= {marker for said in flow.said.values() for marker in said[-10:]}
     for machine in team.emitters:
         redis_says(machine.publisher, {"stream": "ok", "channelState": "ok"})
-
-
-@pytest.mark.slow
-def test_a_thousand_hooks_and_20_seconds_without_redis_lose_nothing(team: RedisTeam) -> None:
-    """A hook that waited for Redis would never return: Redis comes back when all 400 have."""
-    flow = RedisFlow(team, "outage")
-    flow.hooks(300)
-    team.server.stop()
-    began = time.monotonic()
-    flow.hooks(400)
-    time.sleep(max(0.0, began + REDIS_OUTAGE_S - time.monotonic()))
-    assert not any(monitor.has(flow.session, 601) for monitor in team.monitors)
-    team.server.start()
-    flow.hooks(300)
-    flow.check()
 
 
 @pytest.mark.slow
@@ -9245,35 +8786,41 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
-def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any) -> None:
-    flow = RedisFlow(team, "before")
-    flow.bulk(30)
-    flow.check()
-    late = make(RedisMachine, config=team.server.settings(), machine_id="late").start()
-    late.gets(30, flow.session)
-    assert late.arrivals(flow.session) == flow.said
+def test_the_clock_of_another_machine_is_measured_but_not_by_what_waited(team: RedisTeam, make: Any) -> None:
+    behind, hour_ms = team.emitters[2], 3_600_000
+    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
+    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
+    ee.append_to_spool(behind.home + "/spool", line)
+    behind.say("now", "skewed")
+    for monitor in team.monitors:
+        monitor.gets(2, "skewed")
+        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
+        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
+    server = make(RedisServer)
+    for session, hours in (("days", 60), ("hours", 2)):
+        at = cm.now_ms() - hours * hour_ms
+        for number in range(2):
+            hook = payload("UserPromptSubmit", session, prompt="go")
+            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
+            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
+            server.cli("XADD", REDIS_STREAM, f"{at}-{number + 1}", "event", event)
+    late = make(RedisMachine, config=server.settings()).serve()
+    for session, state in (("hours", "quiet"), ("days", "ended")):
+        late.gets(2, session)
+        eventually(lambda name=session, state=state: late.sessions()[name]["state"] == state)
 
 
-def test_anything_published_by_redis_cli_is_shown(team: RedisTeam) -> None:
+def test_redis_cli_publishes_anything_and_sees_plain_events(team: RedisTeam) -> None:
     clients = [monitor.websocket("full") for monitor in team.monitors]
     assert team.server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') == "2"
     for client, monitor in zip(clients, team.monitors):
         (event,) = client.events(1)
-        assert (event["sessionId"], event["eventType"], event["data"]) == (
-            "unknown",
-            "message",
-            {"test": "message"},
-        )
-        shown = monitor.get("/api/events?limit=1")["events"]
-        assert [shown_event["id"] for shown_event in shown] == [event["id"]]
+        shown = (event["sessionId"], event["eventType"], event["data"])
+        assert shown == ("unknown", "message", {"test": "message"})
+        assert [it["id"] for it in monitor.get("/api/events?limit=1")["events"]] == [event["id"]]
         client.close()
-
-
-def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
-    with subprocess.Popen(
-        ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL], stdout=subprocess.PIPE
-    ) as watching:
-        assert watching.stdout is not None
+    watch = ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE) as watching:
         try:
             assert [watching.stdout.readline() for _ in range(3)][0] == b"subscribe\n"
             team.emitters[0].say("plain", "plain", tool_name="Bash", tool_input={"command": "é \U0001f600\n"})
@@ -9289,16 +8836,13 @@ def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
 
 
 def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) -> None:
-    garbage = [
-        bytes(range(256)), b"", b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
-        b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
-        b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
-    ]  # fmt: skip
-    odd = [
-        b'{"eventType":"message","sessionId":"odd","data":{"n":NaN,"f":1e999,"s":"\\ud83d","latin":"caf\xe9"}}',
-        b'{"eventType":"message","sessionId":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
-    ]
-    before = [monitor.get("/api/status")["events"]["quarantined"] for monitor in team.monitors]
+    garbage = [*BAD_LINES.values(), b"", b" ", b"null", b"\x00", b"1" * 5000]
+    odd = [line for line in ODD_LINES if b'"odd"' in line]
+
+    def quarantined(monitor: RedisMachine) -> int:
+        return int(monitor.get("/api/status")["events"]["quarantined"])
+
+    before = [quarantined(monitor) for monitor in team.monitors]
     flow = RedisFlow(team, "among-garbage")
     for message in (*garbage, *odd):
         team.server.publish(message)
@@ -9307,112 +8851,56 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
     flow.bulk(30)
     flow.check()
     for monitor, known in zip(team.monitors, before):
-
-        def quarantined(monitor: RedisMachine = monitor, known: int = known) -> int:
-            return int(monitor.get("/api/status")["events"]["quarantined"]) - known
-
-        eventually(lambda: quarantined() >= len(garbage), what="all garbage quarantined")
-        assert quarantined() <= len(garbage) + 2
+        all_of_it = known + len(garbage)
+        eventually(functools.partial(lambda it, count: quarantined(it) >= count, monitor, all_of_it))
+        assert quarantined(monitor) <= all_of_it + 2
         eventually(lambda monitor=monitor: metrics_of(monitor)["contextuate_redis_inbox_bytes"][()] == 0)
         assert metrics_of(monitor)["contextuate_redis_connected"] == {(("state", "connected"),): 1}
         assert sum(event["sessionId"] == "odd" for event in monitor.stored_events()) == len(odd)
-        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
-            assert "Traceback" not in file.read()
+        assert "Traceback" not in install_text(monitor.home + "/monitor.log")
         assert os.path.getsize(monitor.home + "/quarantine.log")
 
 
-HOSTILE_NAMES = (
-    "../../../../tmp/ctx-hostile", "/tmp/ctx-hostile", "..", ".", "a/b", "a\\b", "a\0b", "x" * 5000, "-rf", "~root",
-    "$(touch /tmp/ctx-hostile)", "\n", "\u202e", "CON", "events", "\ud83d", "%2e%2e%2f",
-)  # fmt: skip
-
-
-def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
-    markers = []
-    for name in HOSTILE_NAMES:
-        for fields in ({"machineId": name}, {"sessionId": name}, {"machineId": name, "sessionId": name}):
-            markers.append(f"hostile-{len(markers)}")
-            event = {
-                "eventType": "message",
-                "sessionId": "hostile",
-                **fields,
-                "data": {"toolUseId": markers[-1]},
-            }
-            team.server.publish(json.dumps(event).encode())
-    for monitor in team.monitors:
-
-        def shown(monitor: RedisMachine = monitor) -> set[str]:
-            return {it["data"].get("toolUseId") for it in monitor.get("/api/events?limit=1000")["events"]}
-
-        eventually(lambda: shown() >= set(markers), what="the hostile events")
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(monitor.home) for name in names]
-        for path in (os.path.relpath(path, monitor.home) for path in paths):
-            if path.endswith(".jsonl"):
-                assert re.fullmatch(r"events/\d{4}-\d\d-\d\d/[A-Za-z0-9._-]{1,80}\.jsonl", path), path
-        assert not set(os.listdir(monitor.home)) & (set(HOSTILE_NAMES) - {"events"})
-    assert not glob.glob("/tmp/ctx-hostile*")
-
-
 def test_no_message_through_redis_changes_what_a_user_did(team: RedisTeam) -> None:
+    actions = (
+        {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True}, {"action": "hide", "hidden": True},
+        {"action": "set_parent", "parentSessionId": "theirs"},
+    )  # fmt: skip
     for monitor in team.monitors:
         monitor.emit(payload("UserPromptSubmit", "ours", prompt="our words"))
     before = [monitor.sessions()["ours"] for monitor in team.monitors]
-    messages = [
-        message
-        for action in (
-            {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True},
-            {"action": "hide", "hidden": True}, {"action": "set_parent", "parentSessionId": "theirs"},
-        )
+    for action in actions:
+        other = {"sessionId": "ours", "data": action}
+        given_hook = {"hook_event_name": "Monitor", "session_id": "ours", **action}
         for message in (
-            {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"eventType": "session_meta", "sessionId": "ours", "data": action},
-            {"eventType": "message", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"hook_event_name": "Monitor", "session_id": "ours", **action},
-            {"id": str(uuid.uuid4()), "hook": {"hook_event_name": "Monitor", "session_id": "ours", **action}},
-        )
-    ]  # fmt: skip
-    for message in messages:
-        team.server.publish(json.dumps(message).encode())
+            {"eventType": "session_meta", "hookType": "Monitor", **other}, {"eventType": "session_meta", **other},
+            {"eventType": "message", "hookType": "Monitor", **other}, given_hook, {"id": str(uuid.uuid4()), "hook": given_hook},
+        ):  # fmt: skip
+            team.server.publish(json.dumps(message).encode())
     for monitor, session in zip(team.monitors, before):
-        monitor.gets(1 + len(messages), "ours")
-        kept = {name: session[name] for name in ("label", "isPinned", "hidden", "parentSessionId")}
-        assert kept.items() <= monitor.sessions()["ours"].items()
-        monitor.kill()
-        monitor.start()  # from the files
-        assert kept.items() <= monitor.sessions()["ours"].items()
+        monitor.gets(1 + 5 * len(actions), "ours")
+        shown = monitor.sessions()["ours"]
+        for field in ("label", "isPinned", "hidden", "parentSessionId"):
+            assert shown[field] == session[field]
 
 
 def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
-    secret = hook_token("ghp_", 36)
-    machine = team.emitters[0]
-    machine.say(
-        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
-    )
-    machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
+    secret, machine = hook_token("ghp_", 36), team.emitters[0]
+    for marker, tool_input in (
+        ("secret", {"token": secret, "text": f"use {secret} now"}),
+        ("long", {"content": "é" * 50_000, "rest": "kept"}),
+    ):
+        machine.say(marker, "secret", tool_name="Write", tool_input=tool_input)
     for monitor in team.monitors:
         monitor.gets(2, "secret")
     machine.publishes_all()
     places = [machine.home, team.server.directory, *(monitor.home for monitor in team.monitors)]
     found = subprocess.run(["grep", "-rlF", secret, *places], capture_output=True, text=True, check=False)
     assert found.stdout == ""
-    events = {event["data"]["toolUseId"]: event for event in team.monitors[0].stored_events()
-              if event["sessionId"] == "secret"}  # fmt: skip
-    assert events["secret"]["data"]["toolInput"]["token"].startswith("[redacted:")
-    cut = events["long"]["data"]
+    replaced, cut = (it["data"] for it in team.monitors[0].stored_events() if it["sessionId"] == "secret")
+    assert replaced["toolInput"]["token"].startswith("[redacted:")
     assert cut["truncated"] == {"toolInput.content": 100_000} and cut["toolInput"]["rest"] == "kept"
     assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
-
-
-def test_the_clock_of_another_machine_is_measured(team: RedisTeam) -> None:
-    behind, hour_ms = team.emitters[2], 3_600_000
-    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
-    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
-    ee.append_to_spool(behind.home + "/spool", line)
-    behind.say("now", "skewed")
-    for monitor in team.monitors:
-        monitor.gets(2, "skewed")
-        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
-        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
 
 
 def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
@@ -9436,23 +8924,11 @@ def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
 @pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, closed: str) -> None:
     machine = make(RedisMachine, config={"mode": "redis", "redis": {"port": redis_free_port()}})
-    start = (
-        f"import emit_event as ee, sys; sys.exit(sys.argv[1] not in ee.ensure_publisher({machine.home!r}))"
-    )
+    start = "import emit_event, sys; sys.exit(sys.argv[1] not in emit_event.ensure_publisher(sys.argv[2]))"
     for answer in ("publisher started", "a publisher runs already", "a publisher runs already"):
-        command = [f'exec "$0" -c "$1" "$2" {closed}', sys.executable, start, answer]
+        command = [f'exec "$0" -c "$1" "$2" "$3" {closed}', sys.executable, start, answer, machine.home]
         subprocess.run(["/bin/sh", "-c", *command], cwd=ROOT, env=machine.environment, check=True)
     assert len(machine.publishers()) == 1
-
-
-def test_the_monitor_starts_a_publisher_for_what_lies_in_the_spool(team: RedisTeam) -> None:
-    watcher = team.monitors[0]
-    watcher.end_publisher()
-    watcher.spool("left", "left-over")
-    for monitor in team.monitors:
-        monitor.gets(1, "left-over")
-    assert watcher.arrivals("left-over") == {"watcher0": ["left"]}
-    assert watcher.get("/api/status")["publisher"]["running"] is True
 
 
 # -- configurations that cannot work -------------------------------------------
@@ -9536,81 +9012,72 @@ def redis_servers() -> Iterator[Any]:
         yield configure
 
 
-@pytest.fixture(scope="module")
-def redis_complaints(redis_servers: Any) -> Iterator[dict[str, tuple[RedisMachine, dict[str, str]]]]:
-    """Start a machine with each fault, all at once; give it and what its publisher and its monitor say."""
-    with redis_parts() as maker:
-
-        def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
-            machine = maker(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
-            machine.spool("kept")
-            machine.start()  # and that starts a publisher for what lies in the spool
-
-            def publishers_words() -> str:
-                about = machine.publisher()
-                return str(about.get("reason") or about.get("streamReason") or "")
-
-            words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
-            if name != "read-only replica":
-                words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
-                assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
-            return machine, words
-
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            yield dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+def redis_shown_and_stored(machine: RedisMachine) -> Iterator[str]:
+    """Yield all that a machine shows, stores (but for its configuration) and passes to processes."""
+    yield json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()])
+    yield in_process(machine, "status").stdout
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
+    paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
+    for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
+        with open(path, "rb") as file:
+            yield file.read().decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("name", REDIS_FAULTS)
-def test_every_fault_has_a_clear_sentence_and_its_event_is_kept(redis_complaints: Any, name: str) -> None:
-    machine, words = redis_complaints[name]
-    for part, sentence in words.items():
-        assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (part, sentence)
-        assert len(sentence) < 300 and "\n" not in sentence
-        assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (part, sentence)
-        assert [said.get(part) for _, said in redis_complaints.values()].count(sentence) == 1, sentence
-    if name == "read-only replica":  # its monitor has got it by the channel
-        assert machine.arrivals() == {"testbox": ["kept"]}
-    else:
-        assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+def test_every_fault_is_said_in_a_clear_sentence_and_keeps_its_event(make: Any, redis_servers: Any) -> None:
+    def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
+        machine = make(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
+        machine.spool("kept")
+        machine.serve()  # and that starts a publisher for what lies in the spool
+
+        def publishers_words() -> str:
+            about = machine.publisher()
+            return str(about.get("reason") or about.get("streamReason") or "")
+
+        words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
+        if name != "read-only replica":
+            words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
+            assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
+        return machine, words
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        complaints = dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+    for name, (machine, words) in complaints.items():
+        for part, sentence in words.items():
+            assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (name, part, sentence)
+            assert len(sentence) < 300 and "\n" not in sentence
+            assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (
+                name,
+                part,
+                sentence,
+            )
+            assert [said.get(part) for _, said in complaints.values()].count(sentence) == 1, sentence
+        if name == "read-only replica":  # its monitor has got it by the channel
+            assert machine.arrivals() == {"testbox": ["kept"]}
+        else:
+            assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+        for text in redis_shown_and_stored(machine) if "password" in machine.config["redis"] else ():
+            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text, name
 
 
-def test_no_password_is_shown_or_stored_anywhere(redis_complaints: Any) -> None:
-    machines = [it for it, _ in redis_complaints.values() if "password" in it.config["redis"]]
-    assert len(machines) == 4 and any(machine.publishers() for machine in machines)
-    for machine in machines:
-        seen = [
-            json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()]),
-            machine.command("status", check=False).stdout,
-        ]
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
-        paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
-        for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
-            with open(path, "rb") as file:
-                seen.append(file.read().decode("utf-8", "replace"))
-        for text in seen:
-            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text
+def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
+    def go(name: str) -> None:
+        place, keys, database = REDIS_WAYS[name]
+        server, config = redis_servers(place, keys)
+        environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
+        machine = make(RedisMachine, config=config, more_environment=environment)
+        machine.spool("there", session=name)  # ways to one server hear each other
+        about = machine.serve().wait_until("connected")
+        machine.gets(1, name)
+        assert machine.arrivals(name) == {"testbox": ["there"]}
+        channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
+        shown = {field: about[field] for field in ("tls", "channel", "stream", "streamState")}
+        assert shown == {
+            "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
+            "streamState": "ok" if has_stream else "off",
+        }, name  # fmt: skip
+        assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream)), name
 
-
-@pytest.mark.parametrize("name", REDIS_WAYS)
-def test_every_way_to_a_redis_works(make: Any, redis_servers: Any, name: str) -> None:
-    place, keys, database = REDIS_WAYS[name]
-    server, config = redis_servers(place, keys)
-    environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
-    machine = make(RedisMachine, config=config, more_environment=environment)
-    machine.start()
-    about = machine.wait_until("connected")
-    machine.say("there")
-    machine.gets(1)
-    assert machine.arrivals() == {"testbox": ["there"]}
-    channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
-    expected = {
-        "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
-        "streamState": "ok" if has_stream else "off",
-    }  # fmt: skip
-    assert {name: about[name] for name in expected} == expected
-    assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream))
-    shown = json.dumps([machine.get("/api/config"), machine.get("/api/status")])
-    assert REDIS_PASSWORD not in shown and REDIS_WRONG_PASSWORD not in shown
+    at_once(*(functools.partial(go, name) for name in REDIS_WAYS))
 
 
 # -- a Redis that is no Redis ---------------------------------------------------
@@ -9627,10 +9094,7 @@ class StubbornServer:
 
     def __init__(self, manner: str) -> None:
         self.manner, self.port = manner, redis_free_port()
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", self.port))
-        self.listener.listen(0 if manner == "deaf" else 16)
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=0 if manner == "deaf" else 16)
         self.listener.settimeout(0.05)
         self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
@@ -9638,23 +9102,20 @@ class StubbornServer:
         self.thread.start()
 
     def _serve(self) -> None:
-        while not self.stopping.is_set():
-            if self.manner == "deaf":  # until nothing more fits, and again when one has timed out
-                if len(self.connections) < 40:
+        while not self.stopping.wait(0.05):
+            with contextlib.suppress(OSError):
+                if self.manner != "deaf":
+                    self.connections.append(self.listener.accept()[0])
+                    self.connections[-1].sendall(self.FIRST[self.manner])
+                elif len(self.connections) < 40:  # until nothing more fits, and again when one has timed out
                     self.connections.append(socket.socket())
                     self.connections[-1].setblocking(False)
-                    self.connections[-1].connect_ex(("127.0.0.1", self.port))
-                self.stopping.wait(0.05)
-                continue
-            with contextlib.suppress(OSError):
-                self.connections.append(self.listener.accept()[0])
-                self.connections[-1].sendall(self.FIRST[self.manner])
+                    self.connections[-1].connect(("127.0.0.1", self.port))
             for sock in self.connections if self.manner == "drip" else ():
                 with contextlib.suppress(OSError):
                     sock.send(b"x")
 
     def remove(self) -> None:
-        """Close everything; the port is free afterwards."""
         self.stopping.set()
         self.thread.join()
         for sock in (self.listener, *self.connections):
@@ -9664,27 +9125,28 @@ class StubbornServer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", ["silent", "drip", "half", "deaf"])
-def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manner: str) -> None:
-    stubborn = make(StubbornServer, manner)
-    redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
-    machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner)
-    machine.start()
-    machine.say("first")
-    eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
-    eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
-    assert machine.publisher()["state"] in ("waiting", "connecting")
-    for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
-        assert re.search(r"answer|time|reach", sentence), sentence
-    machine.say("second")
-    os.kill(machine.pid, signal.SIGTERM)
-    eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
-    machine.start()
-    stubborn.remove()
-    make(RedisServer, password="p", port=stubborn.port)
-    os.kill(machine.pid, signal.SIGHUP)
-    machine.gets(2)
-    assert machine.arrivals() == {manner: ["first", "second"]}
+def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> None:
+    def meet(manner: str) -> None:
+        stubborn = make(StubbornServer, manner)
+        redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
+        machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner).serve()
+        machine.spool("first")
+        eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
+        eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
+        assert machine.publisher()["state"] in ("waiting", "connecting")
+        for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
+            assert re.search(r"answer|time|reach", sentence), sentence
+        machine.spool("second")
+        os.kill(machine.pid, signal.SIGTERM)
+        eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
+        machine.serve()
+        stubborn.remove()
+        make(RedisServer, password="p", port=stubborn.port)
+        os.kill(machine.pid, signal.SIGHUP)
+        machine.gets(2)
+        assert machine.arrivals() == {manner: ["first", "second"]}
+
+    at_once(*(functools.partial(meet, manner) for manner in ("silent", "drip", "half", "deaf")))
 
 
 # -- giving up, and coming back -------------------------------------------------
@@ -9693,7 +9155,7 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manne
 def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(maxRetries=2))
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     client = machine.websocket("rows")
 
     def ask() -> None:
@@ -9739,20 +9201,20 @@ def test_a_monitor_starts_without_redis_and_connects_when_it_comes(make: Any) ->
 def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     kept = [f"kept-{number}" for number in range(20)]
 
     def restart(config: dict[str, Any]) -> None:
         machine.stop()
         machine.config = config
         machine.write_config({})
-        machine.start()
+        machine.serve()
 
     machine.say("published")
     machine.gets(1)
     server.stop()
     for marker in kept:
-        machine.say(marker)
+        machine.spool(marker)
     restart({"mode": "local"})
     machine.say("local")
     machine.gets(22)
@@ -9770,30 +9232,28 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
 
-    def publish(*markers: str) -> None:
-        for marker in markers[:-1]:
-            machine.spool(marker)
-        machine.say(markers[-1])
+    def publish(first: int, last: int) -> None:
+        for number in range(first, last):
+            machine.spool(str(number))
+        machine.say(str(last))
         machine.publishes_all()
 
-    publish(*map(str, range(6)))
-    machine.start()
-    eventually(lambda: machine.has("s1", 6) and machine.redis()["position"])
+    publish(1, 6)
+    machine.serve().gets(6)
+    eventually(lambda: machine.redis()["position"])
     machine.stop()
-    publish("6", "7")
-    machine.start()
-    machine.gets(8)
+    publish(7, 8)
+    machine.serve().gets(8)
     about = machine.wait_until("connected")
     assert (about["fromStream"], about["gaps"]) == (2, 0)
     assert machine.get("/api/status")["events"]["duplicates"] == 0
     machine.stop()
-    publish(*map(str, range(8, 609)))  # more than the stream keeps: a gap, which is reported
+    publish(9, 609)  # more than the stream keeps: a gap, which is reported
     kept = len(server.streamed())
     assert 100 <= kept < 601
-    machine.start()
-    machine.gets(8 + kept)
+    machine.serve().gets(8 + kept)
     assert machine.wait_until("connected")["gaps"] == 1
-    assert machine.arrivals()["testbox"][-1] == "608"
+    assert machine.arrivals()["testbox"][-1] == "609"
 
 
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
@@ -9810,80 +9270,36 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(machine.home + "/redis-position.json")  # then all of the stream is read again
-    machine.start()
+    machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
 
 
-def test_debug_says_how_many_monitors_got_an_event(team: RedisTeam) -> None:
-    machine = team.emitters[0]
-    said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
-    assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
-
-
-def test_without_the_publishers_python_the_hooks_own_publishes_or_says_why(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    machine.say("first")
-    eventually(lambda: len(server.streamed()) == 1 and not ee.spool_segments(machine.home + "/spool"))
-    machine.end_publisher()
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
-        file.write("/nowhere/python\n")
-    machine.say("second")
-    missing = "redis-py is missing"  # for that Python
-    eventually(lambda: len(server.streamed()) == 2 or missing in (machine.publisher().get("reason") or ""))
-    machine.installed_command()  # with a Python that exists
-    machine.say("third")
-    eventually(lambda: len(server.streamed()) == 3)
-    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
-    assert markers == ["first", "second", "third"]
-
-
-@needs_root
-def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    events = machine.home + "/events"
-    os.mkdir(events, 0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
-        pytest.skip("mounting is not permitted")
-    try:
-        machine.start().wait_until("connected")
-        for number in range(40):
-            machine.spool(str(number), tool_name="Write", tool_input={"content": "x" * 50_000})
-        machine.say("40")
-        status = eventually(lambda: (told := machine.get("/api/status"))["store"]["error"] and told)
-        assert status["store"]["ok"] is False and status["redis"]["state"] == "connected"
-        stored = machine.stored_events_allowing_a_torn_line  # it is being written
-        assert 0 < len(stored()) < 41
-        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
-        eventually(lambda: len(stored()) == 41, 30, "the rest")
-        assert machine.arrivals() == {"testbox": [str(number) for number in range(41)]}
-        machine.kill()
-    finally:
-        if alive(machine.pid):
-            machine.kill()
-        machine.end_publisher()
-        unmount(events)
-
-
-def test_a_publisher_without_redis_py_goes_on_in_another_python(make: Any) -> None:
+def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     without = machine.home + "/python-without"
     with open(without, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n')
     os.chmod(without, 0o700)
-    hook = machine.hook
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="utf-8") as file:
-        file.write(without + "\n")
-    hook_call(hook, payload("PreToolUse", tool_use_id="first"), machine.environment)
-    eventually(lambda: "redis-py is missing" in str(machine.publisher().get("reason")))
-    pid = machine.publisher()["pid"]
-    assert not server.streamed()
-    assert cm.record_publisher_python(machine.home)
-    eventually(lambda: len(server.streamed()) == 1, 60, "by itself")
-    assert machine.publisher()["pid"] == pid, "the lock went with it"
+
+    def says_why() -> bool:
+        return "redis-py is missing" in str(machine.publisher().get("reason"))
+
+    for marker, python in (("first", without), ("second", "/nowhere/python")):
+        hook = machine.hook
+        ee.write_atomically(machine.home + "/hooks/publisher-python", python.encode() + b"\n")
+        hook_call(hook, payload("PreToolUse", tool_use_id=marker), machine.environment)
+        eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
+        if python == without:
+            assert not server.streamed()
+        pid = machine.publisher()["pid"]
+        assert cm.record_publisher_python(machine.home)
+        eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
+        assert machine.publisher()["pid"] == pid, "the lock went with it"
+        machine.end_publisher()
+    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert markers == ["first", "second"]
 
 
 def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
@@ -9895,24 +9311,6 @@ def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
     assert "apt install python3-redis" in ee.redis_py_advice(str(python))
     (tmp_path / "pyvenv.cfg").write_text("")
     assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
-
-
-def test_what_waited_long_in_the_stream_is_no_measure_of_a_clock(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    for session, hours in (("days", 60), ("hours", 2)):
-        at = cm.now_ms() - hours * 3_600_000
-        for number in range(2):
-            hook = payload("UserPromptSubmit", session, prompt="go")
-            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
-            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
-            server.cli("XADD", "contextuate:events:stream", f"{at}-{number + 1}", "event", event)
-    machine.start()
-    machine.gets(2, "hours")
-    machine.gets(2, "days")
-    eventually(
-        lambda: [machine.sessions()[name]["state"] for name in ("days", "hours")] == ["ended", "quiet"]
-    )
 
 
 # -- the publisher's exit -------------------------------------------------------
@@ -9974,49 +9372,33 @@ def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
     assert [(errors, code) for _, errors, code in outcomes] == [("", 0)] * workers
     started = sum(int(out) for out, _, _ in outcomes)
     total = workers * rounds
-    assert total >= 2000 and total * 0.2 < started < total * 0.8, (
-        started
-    )  # it was met before and after its exit
+    assert total >= 2000 and total * 0.2 < started < total * 0.8, "met before and after its exit"
     found = [json.loads(line)["id"] for line in server.streamed()]
     assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
 
 
 class RedisSentinels:
-    """Three sentinels that watch one primary and its replicas, and fail over within seconds."""
+    """A primary with two replicas, and three sentinels that watch them and fail over within seconds."""
 
-    def __init__(self, primary: RedisServer) -> None:
-        self.servers = []
-        for _ in range(3):
-            port, directory = redis_free_port(), new_home()
-            with open(directory + "/sentinel.conf", "w", encoding="ascii") as file:
-                file.write(
-                    f"port {port}\nbind 127.0.0.1\ndir {directory}\nlogfile {directory}/log\n"
-                    f"sentinel monitor team 127.0.0.1 {primary.port} 2\n"
-                    "sentinel down-after-milliseconds team 700\nsentinel failover-timeout team 4000\n"
-                )
-            command = ["redis-server", directory + "/sentinel.conf", "--sentinel"]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            self.servers.append((port, directory, process))
+    def __init__(self, make: Any) -> None:
+        self.primary = make(RedisServer)
+        self.replicas = [make(RedisServer, f"replicaof 127.0.0.1 {self.primary.port}") for _ in range(2)]
+        eventually(lambda: "connected_slaves:2" in self.primary.cli("INFO", "replication"), 30)
+        watch = (
+            f"sentinel monitor team 127.0.0.1 {self.primary.port} 2",
+            "sentinel down-after-milliseconds team 700", "sentinel failover-timeout team 4000",
+        )  # fmt: skip
+        self.sentinels = [make(RedisServer, *watch, mode="--sentinel") for _ in range(3)]
+        master = ("SENTINEL", "MASTER", "team")
         eventually(
-            lambda: all("num-other-sentinels\n2" in self.ask(at) for at in range(3)), 30, "the sentinels"
+            lambda: all("num-other-sentinels\n2" in it.cli(*master) for it in self.sentinels),
+            30,
+            "all of them",
         )
 
-    def ask(self, at: int) -> str:
-        """Return what a sentinel says about the primary."""
-        command = ["redis-cli", "-p", str(self.servers[at][0]), "SENTINEL", "MASTER", "team"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that asks them."""
-        nodes = [f"127.0.0.1:{port}" for port, _, _ in self.servers]
-        return {"mode": "redis", "redis": {"sentinels": nodes, "master": "team", "port": 1}}
-
-    def remove(self) -> None:
-        """End them and remove their directories."""
-        for _, directory, process in self.servers:
-            process.kill()
-            process.wait()
-            shutil.rmtree(directory)
+        nodes = [f"127.0.0.1:{it.port}" for it in self.sentinels]
+        return {"sentinels": nodes, "master": "team", "port": 1}
 
 
 class RedisCluster:
@@ -10025,73 +9407,49 @@ class RedisCluster:
     def __init__(self, make: Any) -> None:
         lines = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-replica-validity-factor 0")
         self.servers = [make(RedisServer, *lines) for _ in range(4)]
-        addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
-        self.cli("--cluster", "create", *addresses[:3], "--cluster-yes")
+        *first, added = [f"127.0.0.1:{server.port}" for server in self.servers]
+        self.manage("create", *first, "--cluster-yes")
         eventually(lambda: "cluster_state:ok" in self.servers[0].cli("CLUSTER", "INFO"), 30, "the cluster")
         slot = int(self.servers[0].cli("CLUSTER", "KEYSLOT", REDIS_STREAM))
-        self.primary = self.servers[slot * 3 // 16384]
-        self.replica = self.servers[3]
+        self.primary, self.replicas = self.servers[slot * 3 // 16384], self.servers[3:]
         primary_id = self.primary.cli("CLUSTER", "MYID")
-        self.cli(
-            "--cluster",
-            "add-node",
-            addresses[3],
-            addresses[0],
-            "--cluster-slave",
-            "--cluster-master-id",
-            primary_id,
-        )
-        eventually(
-            lambda: "master_link_status:up" in self.replica.cli("INFO", "replication"), 30, "the replica"
-        )
-        eventually(
-            lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30, "the news of it"
-        )
+        self.manage("add-node", added, first[0], "--cluster-slave", "--cluster-master-id", primary_id)
+        is_up = "master_link_status:up"
+        eventually(lambda: is_up in self.replicas[0].cli("INFO", "replication"), 30, "the replica")
+        eventually(lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30)
 
     @staticmethod
-    def cli(*arguments: str) -> None:
-        """Run redis-cli without a server of its own."""
-        subprocess.run(["redis-cli", *arguments], check=True, capture_output=True, timeout=60)
+    def manage(*arguments: str) -> None:
+        subprocess.run(["redis-cli", "--cluster", *arguments], check=True, capture_output=True, timeout=60)
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
-        return {"mode": "redis", "redis": {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}}
+        return {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}
 
 
-@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+@pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
 def test_a_failover_loses_and_doubles_no_event(make, kind):
-    if kind == "sentinels":
-        primary = make(RedisServer)
-        replicas = [make(RedisServer, f"replicaof 127.0.0.1 {primary.port}") for _ in range(2)]
-        eventually(lambda: "connected_slaves:2" in primary.cli("INFO", "replication"), 30, "the replicas")
-        config = make(RedisSentinels, primary).settings()
-    else:
-        cluster = RedisCluster(make)
-        primary, replicas, config = cluster.primary, [cluster.replica], cluster.settings()
-    config["redis"]["maxRetries"] = None
-    emitter, other = (make(RedisMachine, config=config, machine_id=name) for name in ("m1", "m2"))
+    servers = kind(make)
+    config = {"mode": "redis", "redis": {**servers.settings(), "maxRetries": None}}
+    emitter, other = (make(RedisMachine, config=config, machine_id=name).serve() for name in ("m1", "m2"))
     for machine in (emitter, other):
-        machine.serve()
         machine.wait_until("connected")
     wanted = [f"t{number}" for number in range(120)]
     for number, marker in enumerate(wanted):
         if number == 40:
-            primary.stop(signal.SIGKILL)
+            servers.primary.stop(signal.SIGKILL)
         emitter.say(marker)
-    eventually(
-        lambda: any("role:master" in it.cli("INFO", "replication") for it in replicas), 30, "a primary"
-    )
-    eventually(lambda: not emitter.spooled(), 60, "an empty spool")
+    eventually(lambda: any("role:master" in it.cli("INFO", "replication") for it in servers.replicas), 30)
+    emitter.publishes_all()
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted)), 60, machine.machine_id)
+        machine.gets(len(wanted))
         (stored,) = machine.arrivals().values()
         assert (len(stored), set(stored)) == (len(wanted), set(wanted))
-    primary.start()  # it comes back as a replica, which takes no events
+    servers.primary.start()  # it comes back as a replica, which takes no events
     emitter.say("after")
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted) + 1), 60, machine.machine_id)
+        machine.gets(len(wanted) + 1)
     # a sentinel that makes the old primary a replica cuts its connections once more
-    eventually(lambda: emitter.command("doctor", check=False).returncode == 0, 60, "doctor")
+    eventually(lambda: in_process(emitter, "doctor").returncode == 0, 60, "doctor")
 
 
 # ---------------------------------------------------------------------------
