@@ -413,11 +413,11 @@ def new_home() -> str:
 
 def clean_up(monitor: RunningMonitor) -> None:
     """End the monitor if it runs, and remove its directory."""
-    about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
-    if about is not None:
-        os.kill(about["pid"], signal.SIGCONT)
-        os.kill(about["pid"], signal.SIGKILL)
-        eventually(lambda: not alive(about["pid"]))
+    pid = cm.lock_holder(monitor.home + "/monitor.pid")
+    if pid is not None:
+        os.kill(pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not alive(pid))
     shutil.rmtree(monitor.home, ignore_errors=True)
 
 
@@ -1332,8 +1332,14 @@ def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypa
     for number, name in enumerate(("box", "box.example.org", "elsewhere")):
         wrapped = hook_wrapped(payload("Stop"), id=f"e{number}", machineId=name)
         stored += ingest.take([json.dumps(wrapped).encode()])[1]
-    assert [entry.event["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
-    assert [json.loads(entry.line)["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
+    assert [entry.event["machineId"] for entry in stored] == ["box", "box.example.org", "elsewhere"]
+    keys = [entry.event.get("machineKey") for entry in stored]
+    assert keys == [here.machine_key, here.machine_key, None]
+    assert [json.loads(entry.line)["machineId"] for entry in stored] == [
+        "box",
+        "box.example.org",
+        "elsewhere",
+    ]
 
 
 def test_a_restart_goes_on_after_any_event_with_the_next_number(running):
@@ -6336,7 +6342,7 @@ def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: An
 
 def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> Any:
     """Return what a reader (or a new one with this home) makes of an event; None when there is nothing new."""
-    reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home), USAGE_MACHINE)
+    reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home))
     event = usage_event(path, session, **fields)
     before = json.dumps(event)
     made = reader.usage_event(event)
@@ -6372,7 +6378,7 @@ class Transcript:
 
     def __post_init__(self) -> None:
         self.path = f"{self.home}/{self.session}.jsonl"
-        self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
+        self.reader = ee.UsageReader(self.home)
 
     def add(self, lines: bytes) -> None:
         with open(self.path, "ab") as file:
@@ -6396,7 +6402,7 @@ class Transcript:
             os.truncate(self.path, 0)
         elif verb == "restart":
             self.reader.close()
-            self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
+            self.reader = ee.UsageReader(self.home)
         else:
             assert verb in ("add", "read")
         if lines:
@@ -6550,7 +6556,7 @@ USAGE_LAYOUTS = {
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
 def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
-    reader = ee.UsageReader(f"{tmp_path}/home", USAGE_MACHINE)
+    reader = ee.UsageReader(f"{tmp_path}/home")
     steps = USAGE_LAYOUTS[rule].replace("ADVISED", USAGE_ADVISED).split(" || ")
     for files, used in (step.split(" → ") for step in steps):
         path, session = usage_written(tmp_path, files)
@@ -6708,14 +6714,14 @@ def test_only_events_that_end_something_on_this_machine_get_usage(tmp_path):
     found = {hook for hook in ee.EVENT_TYPES if usage_read(tmp_path / hook, path, hook=hook)}
     assert found == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
     foreign = {**usage_event(path), "machineId": "elsewhere"}
-    assert ee.UsageReader(str(tmp_path), USAGE_MACHINE).usage_event(foreign) is None
+    assert ee.UsageReader(str(tmp_path)).usage_event(foreign) is None
 
 
 def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch, preads):
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
     transcript.add(usage_lines(range(500)))
     stopping = types.SimpleNamespace(is_set=lambda: len(preads) >= 9)
-    assert usage_read(ee.UsageReader(transcript.home, USAGE_MACHINE, stopping), transcript.path) is None
+    assert usage_read(ee.UsageReader(transcript.home, stopping), transcript.path) is None
     stopped = sum(preads)
     assert transcript.total() == 500
     assert 20_000 < stopped < 60_000 < sum(preads) < os.path.getsize(transcript.path) * 1.3
@@ -6743,7 +6749,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(ee, "_session_usage", slow)
-    worker = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, made.append)
+    worker = ee.UsageWorker(str(tmp_path), made.append)
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert not worker.is_busy
     worker.put(usage_event(first.path, "s1"))
@@ -6764,7 +6770,7 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     monkeypatch.setattr(ee, "USAGE_QUIET_S", 0.2)
     monkeypatch.setattr(ee, "USAGE_LATE_S", 0.3)
     made: list[Any] = []
-    worker = ee.UsageWorker(transcript.home, USAGE_MACHINE, made.append)
+    worker = ee.UsageWorker(transcript.home, made.append)
     for number, hook in enumerate(("PreToolUse", "Stop", "")):
         transcript.add(usage_line(f"m{number}", 2))  # the last one comes behind the hook
         if hook:
@@ -6777,7 +6783,7 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
 
 def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
-    reader = ee.UsageReader(str(tmp_path), USAGE_MACHINE)
+    reader = ee.UsageReader(str(tmp_path))
     assert usage_read(reader, str(tmp_path / "none.jsonl")) is None
     for number in range(10):
         path = tmp_path / f"s{number}.jsonl"
@@ -6798,7 +6804,7 @@ def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path, monke
 @pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
 def test_a_damaged_database_of_counted_messages_is_rebuilt(tmp_path, damage):
     path, database = usage_transcript("simple"), tmp_path / "usage.db"
-    reader = ee.UsageReader(str(tmp_path), USAGE_MACHINE)
+    reader = ee.UsageReader(str(tmp_path))
     assert usage_output(usage_read(reader, path)) == 210
     reader.close()
     content = database.read_bytes()
@@ -6813,7 +6819,7 @@ def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
 
 def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
     def read_forever() -> None:
-        reader = ee.UsageReader(transcript.home, USAGE_MACHINE)
+        reader = ee.UsageReader(transcript.home)
         while True:
             reader.usage_event(usage_event(transcript.path))
 
@@ -6839,7 +6845,7 @@ def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
 
 def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of these payloads with the client's notes on them."""
-    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    reader, events = ee.AgentNoteReader(), []
     for number, each in enumerate(payloads):
         given_object = {"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}
         events.append(ee.build_event(given_object, 1, USAGE_MACHINE))
@@ -6864,7 +6870,7 @@ def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
     (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
     whole = install_text(note)
-    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
+    reader, noted = ee.AgentNoteReader(), []
     for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
         os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
@@ -6897,7 +6903,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
     write_files(tmp_path / "projects/-app", {f"{place}/agent-a1.meta.json": note, "s1.jsonl": ""})
     path, agent = f"{tmp_path}/projects/-worktree/s1.jsonl", {"agent_id": "a1", "agent_type": "x"}
     event = usage_event(path, hook="PreToolUse", tool_name="Bash", **agent)
-    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    ee.AgentNoteReader().add_note(event)
     assert event["data"]["agentDescription"] == "look"
 
 
@@ -6905,7 +6911,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
 def test_no_agent_id_leads_to_another_file(tmp_path, agent):
     copied = usage_copied("subagent", tmp_path)[0]
     event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
-    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    ee.AgentNoteReader().add_note(event)
     assert "agentMeta" not in event["data"]
 
 
@@ -7196,7 +7202,7 @@ def write_history(
 
 def loading_reference(root: str) -> cm.Sessions:
     """Apply everything that is stored, in the order of arrival."""
-    book = cm.Sessions(own_machine="testbox")
+    book = cm.Sessions(own_machine=ee.machine_key(os.path.dirname(root)), own_name="testbox")
     for line in journal_plain_lines(root):
         book.apply(cm.parse_stored(line))
     return book
@@ -7810,10 +7816,10 @@ def test_a_lock_waits_for_a_short_check_and_is_refused_when_held(tmp_path, monke
     with open(path, "wb") as looker:
         fcntl.flock(looker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as running_monitor does, for a moment
         monkeypatch.setattr(cm.time, "sleep", lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
-        holder = cm.lock_file(path, "another monitor runs")
+        holder = cm.lock_file(path, lambda: "another monitor runs")
     monkeypatch.setattr(cm.time, "sleep", lambda _: None)
-    with pytest.raises(cm.StartError, match=rf"another monitor runs \(pid {os.getpid()}\)"):
-        cm.lock_file(path, "another monitor runs (pid {pid})")
+    with pytest.raises(cm.StartError, match="another monitor runs"):
+        cm.lock_file(path, lambda: "another monitor runs")
     os.close(holder)
 
 
@@ -7831,9 +7837,9 @@ def test_stop_removes_socket_and_lock_or_names_the_process_to_end(monitor):
 
 def test_a_lock_file_removed_during_the_wait_is_made_again(tmp_path, monkeypatch):
     path = str(tmp_path / "lock")
-    holder = cm.lock_file(path, "held by {pid}")
+    holder = cm.lock_file(path, lambda: "held")
     monkeypatch.setattr(cm.time, "sleep", lambda _: cm.unlock_file(path, holder))
-    second = cm.lock_file(path, "held by {pid}")
+    second = cm.lock_file(path, lambda: "held")
     assert cm.lock_holder(path) == os.getpid()
     with open(path, "rb") as file:
         assert os.path.samestat(os.fstat(file.fileno()), os.fstat(second)), "not the one that is gone"
@@ -7998,7 +8004,14 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
         assert f"{name:<8} {steady}" in words or name == "index", words
     link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9, "gaps": 1,
             "reason": "refused", "position": None, "streamReason": "", "streamState": "ok"}  # fmt: skip
-    machine = {"machineId": "far", "events": 3, "lastSeen": cm.now_ms(), "clockSkewMs": -7000}
+    machine = {
+        "machineId": "far",
+        "label": "far",
+        "sameName": False,
+        "events": 3,
+        "lastSeen": cm.now_ms(),
+        "clockSkewMs": -7000,
+    }
     publisher = {"running": True, "state": "connected", "published": 4}
     facts = facts_of({**status, "redis": link, "publisher": publisher, "machines": [machine]})
     assert facts["redis"] == "redis:6379 with TLS: waiting, attempt 2 of 9: refused"
@@ -9608,7 +9621,7 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
 
 SAFE_FILES = (
     "monitor.log", "emit.log", "monitor.pid", "monitor.run.json", "hook.cache", "publisher.lock", "publisher.json",
-    "usage.db", "index.db", "redis-position.json", "last-seq", "token", "quarantine.log", "spool/dropped.log",
+    "machine-key", "usage.db", "index.db", "redis-position.json", "last-seq", "token", "quarantine.log", "spool/dropped.log",
     "hooks/publisher-python",
 )  # fmt: skip
 
@@ -9798,7 +9811,7 @@ def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, ru
         first = get(f"/api/sessions/s1/events?limit=4&before={last[0]['seq']}")["events"]
         served = [event["seq"] for event in get("/api/events?limit=9")["events"]]
         assert [event["seq"] for event in first + last] == served == list(range(1, 8))
-        book = cm.Sessions(own_machine="testbox")  # what a restart makes of the files
+        book = cm.Sessions(own_machine=inside.settings.machine_key)  # what a restart makes of the files
         for line in cm.Journal(inside.settings.home + "/events").lines():
             book.apply(json.loads(line))
         again = book.to_json(book.sessions["s1"])
