@@ -408,6 +408,7 @@ if __name__ == "__main__":
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
+import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
@@ -545,11 +546,11 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def write_log(words: str) -> None:
-    """Add one line to emit.log in our directory."""
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log in our directory, without the secrets in it."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
@@ -805,7 +806,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            write_log(f"defaults used: {error}")
+            log_failure(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         content = f"{key}\n{mode}\n{socket_path}\n"
@@ -1060,7 +1061,7 @@ class SecretShape(NamedTuple):
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
     the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
     that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
-    lower case. `is_secret` looks at what is around a match, where the shape alone says too little. A token's
+    lower case. `is_secret` looks at what is around a value, where the shape alone says too little. A token's
     pattern says what follows its hint, which is in its own case and not in the middle of a word.
     """
 
@@ -1068,8 +1069,9 @@ class SecretShape(NamedTuple):
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[_View, re.Match[str]], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
     is_token: bool = False
+    rank: int = 0  # of two shapes of one place the first names it
 
 
 # Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
@@ -1077,33 +1079,29 @@ class SecretShape(NamedTuple):
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
-_NEUTRAL_WORDS = frozenset((
-    "base", "b64", "data", "default", "dev", "development", "enc", "encrypted", "hex", "live", "new", "old",
-    "pem", "plain", "plaintext", "primary", "prod", "production", "raw", "salt", "secondary", "staging",
-    "str", "string", "test", "text", "val", "value",
-))  # fmt: skip
+_NEUTRAL_WORDS = frozenset(
+    "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
+    "production raw salt secondary staging str string test text val value".split()
+)
 _PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
-_SECRET_ENDS = (
-    "secret", "token", "credential", "credentials", "creds", "apikey", "authkey", "accesskey", "secretkey",
-    "privatekey", "accountkey", "signingkey", "encryptionkey", "authorization", "bearer", "cookie",
-)  # fmt: skip
-_PASS_OWNERS = frozenset((  # dbPass is a password, renderPass is not
-    "account", "admin", "api", "app", "client", "database", "db", "email", "ftp", "http", "imap", "key",
-    "ldap", "login", "mail", "mongo", "my", "mysql", "pg", "postgres", "proxy", "redis", "root", "server",
-    "sftp", "smtp", "sql", "ssh", "sudo", "svn", "user", "vpn", "web", "wifi",
-))  # fmt: skip
-_SECRET_KEYS = frozenset((
-    "access", "account", "activation", "admin", "aes", "api", "app", "auth", "cipher", "client", "consumer",
-    "crypto", "deploy", "encryption", "fernet", "hmac", "ingest", "ingestion", "jwt", "license", "master",
-    "preshared", "private", "recovery", "secret", "server", "service", "session", "shared", "signing", "ssh",
-    "storage", "subscription", "unseal", "webhook", "write",
-))  # fmt: skip
-_OTHER_KEYS = frozenset((
-    "by", "cache", "column", "composite", "dict", "foreign", "group", "hash", "hot", "index", "item", "map",
-    "object", "order", "partition", "primary", "public", "publishable", "registry", "row", "shard",
-    "shortcut", "sort", "translation", "unique",
-))  # fmt: skip
-_OTHER_TOKENS = frozenset(("bos", "cancellation", "cls", "eos", "mask", "max", "min", "pad", "sep", "unk"))
+_SECRET_ENDS = tuple(
+    "secret token credential credentials creds apikey authkey accesskey secretkey privatekey accountkey "
+    "signingkey encryptionkey authorization bearer cookie".split()
+)
+_PASS_OWNERS = frozenset(  # dbPass is a password, renderPass is not
+    "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
+    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi".split()
+)
+_SECRET_KEYS = frozenset(
+    "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
+    "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
+    "shared signing ssh storage subscription unseal webhook write".split()
+)
+_OTHER_KEYS = frozenset(
+    "by cache column composite dict foreign group hash hot index item map object order partition primary "
+    "public publishable registry row shard shortcut sort translation unique".split()
+)
+_OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1160,13 +1158,6 @@ _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)
 _NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
 
-def _is_no_secret(name: str, value: str) -> bool:
-    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
-    is_placeholder = _PLACEHOLDER.match(value) or value.isupper() and _SAYS_SECRET.search(value)
-    is_name = name.lower().endswith(value.rstrip(")]").lower())
-    return bool(_REFERS.match(value) or is_placeholder or is_path or is_name)
-
-
 def _is_login_in_base64(value: str) -> bool:
     """True for `user:password` as Docker, npm and HTTP write it."""
     try:
@@ -1174,11 +1165,6 @@ def _is_login_in_base64(value: str) -> bool:
     except ValueError:
         return False
     return 0 < login.find(":") < len(login) - 1 and login.isprintable()
-
-
-def _is_mixed(value: str) -> bool:
-    """True for the letters of a long random text, which no name in code has."""
-    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
@@ -1190,18 +1176,19 @@ def _is_weak_secret(name: str, value: str) -> bool:
     return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
 
 
-def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
+def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
     """True if a name with a value behind it gives a secret away and is no code."""
-    text = view.text
-    start, group = match.start(), str(match.lastgroup)
+    text, start, group = view.text, match.start(), str(match.lastgroup)
     head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
     name = (head + text[start : match.end("tail")]).strip(".-")
     kind = _name_class(name)
-    begin, end = match.span(group)
     if group == "quoted" and kind:
-        end = view.closing_quote(begin - 1)
-    value = text[begin : min(end, begin + 200)]
-    if not kind or len(value) < 3 or _is_no_secret(name, value):
+        value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
+    if not kind or len(value) < 3 or _REFERS.match(value) or _PLACEHOLDER.match(value):
+        return False
+    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
+    is_name = name.lower().endswith(value.rstrip(")]").lower())
+    if is_path or is_name or value.isupper() and _SAYS_SECRET.search(value):
         return False
     if kind == "weak" and not _is_weak_secret(name, value):
         return False
@@ -1211,26 +1198,21 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
         return _is_quoted_secret(match, name, kind, value, digits)
     if group == "bare":
         return _is_bare_secret(text, match, before, name, kind, value, digits)
-    if group == "element" and before[-1:] not in ("<", ":") and before[-5:].lower() != "<key>":
-        group = "attribute"
-    if group == "element":  # <password>…</password>
-        return "</" in text[match.end() - 1 : match.end() + 5]
-    if group == "attribute":  # <entry key="password">…</entry>, <add key="password" value="…"/>
+    if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
+        return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
+    if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
         call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
         is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
         return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
-    return _is_spaced_secret(match, before + head, name, value, digits)
-
-
-def _is_spaced_secret(match: "re.Match[str]", before: str, name: str, value: str, digits: int) -> bool:
-    if match.group("quote") == "'" and _SQL.search(before):
+    # NAME VALUE
+    if match.group("quote") == "'" and _SQL.search(before + head):
         return True
-    is_netrc = "machine" in before or "default" in before or "login" in before
+    is_netrc = any(word in before + head for word in ("machine", "default", "login"))
     if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
         return False
-    return _SETS.search(before) is not None and (digits < len(value) or digits >= 6)
+    return _SETS.search(before + head) is not None and (digits < len(value) or digits >= 6)
 
 
 def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
@@ -1274,26 +1256,26 @@ def _is_bare_secret(
         return False
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
-    if operator[-1].isspace():
-        return digits > 1 or _is_mixed(value)
+    if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
+        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
+            re.findall("[a-z](?=[A-Z])", value)
+        )
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
-def _is_authorization(view: "_View", match: "re.Match[str]") -> bool:
+def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     """True if a value of `authorization` is one, and not code that makes it or prose on it."""
-    value = view.text[match.start("secret") : match.end("secret")]
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
 
-def _has_digits(view: "_View", match: "re.Match[str]") -> bool:
-    return any(map(str.isdigit, view.text[match.start("secret") : match.end("secret")]))
+def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
+    return any(map(str.isdigit, value))
 
 
-def _is_value(view: "_View", match: "re.Match[str]") -> bool:
-    value = view.text[match.start("secret") : match.end("secret")]
+def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
     return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
 
@@ -1326,9 +1308,7 @@ _REST = {
     "line": re.compile(r"[^\s\"'`;]*"),
     "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
     "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "element": re.compile(r""),
     "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    "argument": re.compile(r""),
     "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
 }
 
@@ -1345,71 +1325,72 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 
 # The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
 # kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_HEX_GROUPS = "[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}"
-_TOKENS = {
-    "[A-Za-z0-9_-]{20,}": "anthropic sk-ant- | openai sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- "
-        "sk-lf- | aws amzn.mws. amzn1.oa2-cs.v1. | heroku HRKU- | supabase sbp_ sb_secret_ | mongodb "
-        "mdb_sa_sk_ | pinecone pcsk_ | aiven AVNS_ | cockroach CCDB1_ | vault hvs. hvb. hvr. | docker "
-        "dckr_pat_ dckr_oat_ | circleci CCIPAT_ CCIPRJ_ | paddle pdl_live_apikey_ pdl_sdbx_apikey_ | wandb "
-        "wandb_v1_ | midtrans SB-Mid-server- Mid-server- | openvsx ovsxat_ ovsxp_ | together tgp_v1_ | "
-        "zuplo zpka_ | tavily tvly- tvly-dev- tvly-prod- | contentful CFPAT- | defined dnkey- | unkey "
-        "unkey_ | square sq0atp- sq0csp- | gitlab GR1348941",
-    "[A-Za-z0-9]{20,}": "openai sk- sess- | bitbucket ATBB ATTA | render rnd_ | fireworks fw_ | vercel vcp_ "
-        "vci_ vca_ vcr_ vck_ | alibaba LTAI",
-    "[A-Za-z0-9]{30,}": "github ghp_ gho_ ghu_ ghs_ ghr_ | tencent AKID | netlify nfp_ nfc_ nfo_ nfu_ | "
-        "neon napi_ | infracost ico- | huggingface hf_ api_org_ | groq gsk_ | xai xai- | perplexity pplx- | "
-        "replicate r8_ | cerebras csk- | runpod rpa_ | apify apify_api_ | posthog phx_ phs_ | prefect pnu_ "
-        "pnb_ | linear lin_api_ lin_oauth_ | notion ntn_ | adobe p8e- | artifactory AKCp cmVmd | clojars "
-        "CLOJARS_ | easypost EZAK EZTK | workos wos_ | adafruit aio_ | npm npm_ | readme rdme_",
-    "[A-Za-z0-9_-]{30,}": "google AIza | yandex AQVN | nvidia nvapi- | jina jina_ | pypi pypi- | github "
-        "github_pat_ | openshift sha256~ | figma figd_ figo_ figoh_ | scalingo tk-us-",
-    "[A-Za-z0-9_.=%-]{30,}": "google ya29. GOCSPX- | doppler dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. "
-        "| planetscale pscale_tkn_ pscale_oauth_ pscale_pw_ | snyk snyk_uat. snyk_sat. | bitbucket ATATT3 "
-        "ATCTT3 | yandex t1. y0_ | typeform tfp_ | duffel duffel_live_ duffel_test_ | frameio fio-u-",
-    "[A-Za-z0-9+/=_-]{30,}": "aws ABSK bedrock-api-key- | fly fo1_ fm1a_ fm1r_ fm2_ | grafana glc_ | sentry "
-        "sntrys_ sntryu_ sntrya_",
-    "[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])": "digitalocean dop_v1_ doo_v1_ dor_v1_ | pulumi "
-        "pul- | buildkite bkua_ bkct_ | shippo shippo_live_ shippo_test_ | shopify shpat_ shpca_ shppa_ "
-        "shpss_ shpua_ shptka_ | rubygems rubygems_ | e2b e2b_ sk_e2b_ | elevenlabs sk_ | sonar sqp_ sqa_ "
-        "squ_ | mailgun key- | intra42 s-s4t2ud- s-s4t2af- | twilio SK",
-    "[A-Za-z0-9_-]{20,}(?:\\.[0-9a-z]{2,12}){0,2}": "gitlab glpat- glptt- gldt- glrt- glrtr- glcbt- glft- "
-        "glimt- glagent- gloas- glsoat- glffct- glwt-",
-    "[A-Za-z0-9]{14,}": "razorpay rzp_live_ rzp_test_ | settlemint sm_aat_ sm_pat_ sm_sat_ | stripe "
-        "sk_live_ sk_test_ sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_",
-    "[A-Za-z0-9%-]{14,}": "slack xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- | flutterwave "
-        "FLWSECK- FLWSECK_TEST- | newrelic NRAK- NRII- NRIQ- NRRA- NRJS- | tailscale tskey-auth- tskey-api- "
-        "tskey-client- tskey-scim- tskey-webhook-",
-    _HEX_GROUPS: "plaid access-sandbox- access-development- access-production- | launchdarkly sdk- mob- | "
-        "hubspot pat-na1- pat-na2- pat-eu1- pat-ap1- | wakatime waka_",
-    "[A-Z2-7]{16}(?![A-Za-z0-9])": "aws AKIA ASIA ABIA ACCA",
-    "[A-Za-z0-9_-]{60,}": "facebook EAAA EAAB EAAC EAAG EAAM | dropbox sl. sl.u.",
-    "[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?": "cloudflare cfut_ cfat_ cfk_ cfoc_ v1.0-",
-    "[a-f0-9]{32}(?:-\\d)?(?![A-Za-z0-9])": "databricks dapi",
-    "eyJ[A-Za-z0-9+/=_.-]{60,}": "1password ops_ | mapbox sk.",
-    "[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}": "1password A3-",
-    "1[A-Z0-9]{50,}": "age AGE-SECRET-KEY-",
-    "[A-Za-z0-9_-]{16,}\\.[A-Za-z0-9_-]{16,}": "sendgrid SG.",
-    "[a-f0-9]{64}-[A-Za-z0-9]{16}": "brevo xkeysib- xsmtpsib-",
-    "[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}": "resend re_",
-    "[a-f0-9]{24}-[a-f0-9]{34}": "postman PMAK-",
-    "[A-Z0-9]{8,24}\\.[A-Z0-9]{60,}": "dynatrace dt0c01. dt0s01. dt0s02. dt0s16.",
-    "[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}": "grafana glsa_ | langsmith lsv2_pt_ lsv2_sk_",
-    "(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}": "sourcegraph sgp_ sgp_local_",
-    "[A-Za-z0-9]{14}\\.[a-f0-9]{64}": "airtable pat",
-    "[A-Za-z0-9_-]{22}\\.[A-Za-z0-9]{24}\\.[A-Za-z0-9]{20}": "harness pat. sat.",
-    "[A-Z0-9]{26,}(?![A-Za-z0-9])": "octopus API-",
-}  # fmt: skip
+_TOKENS = r"""
+[A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
+    aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
+    pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
+    circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
+    midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
+    tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
+    gitlab: GR1348941
+[A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
+    vcr_ vck_ alibaba: LTAI
+[A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
+    infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai: xai- perplexity: pplx- replicate: r8_
+    cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
+    lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
+    workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
+[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
+    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
+[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
+    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
+    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
+    sntryu_ sntrya_
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+    buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
+    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+[A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
+    glagent- gloas- glsoat- glffct- glwt-
+[A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
+    sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_
+[A-Za-z0-9%-]{14,}  slack: xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- flutterwave: FLWSECK-
+    FLWSECK_TEST- newrelic: NRAK- NRII- NRIQ- NRRA- NRJS- tailscale: tskey-auth- tskey-api- tskey-client-
+    tskey-scim- tskey-webhook-
+[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
+    launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
+[A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
+[A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
+[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
+[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
+1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
+[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
+[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
+[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
+[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
+[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
+(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
+[A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
+[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
+[A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
+"""
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for rest, kinds in _TOKENS.items():
-        pattern = re.compile(rest)
-        for row in kinds.split(" | "):
-            kind, *hints = row.split()
-            yield from (SecretShape(kind, hint, pattern, is_token=True) for hint in hints)
+    for word in _TOKENS.split():
+        if "{" in word:
+            pattern = re.compile(word)
+        elif word.endswith(":"):
+            kind = word[:-1]
+        else:
+            yield SecretShape(kind, word, pattern, is_token=True)
 
 
-SECRET_SHAPES = (
+_SHAPES = (
     SecretShape("private-key", "PRIVATE KEY",
         # one whose end was cut off reaches to the end of the text
         re.compile(
@@ -1452,7 +1433,7 @@ SECRET_SHAPES = (
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
         r"'(?P<secret>[^'\r\n]{1,200})",
-        lambda view, match: view.text[match.start()] == "I" or _has_digits(view, match)),
+        lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
@@ -1463,27 +1444,51 @@ SECRET_SHAPES = (
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )  # fmt: skip
 
-SHORTEST_SECRET = 7  # a://:b@
+SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
 REDACTION_ROUNDS = 8
-_METADATA_KEYS = frozenset((
-    "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
-    "agent_type", "is_interrupt", "prompt_id", "trigger", "action", "label", "pinned", "hidden",
-    "parentSessionId",
-))  # fmt: skip
+_METADATA_KEYS = frozenset(
+    "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
+    "is_interrupt prompt_id trigger action label pinned hidden parentSessionId".split()
+)
 _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-_LATER_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
+UNSEEN_MARGIN = 4096  # characters, redacted with what is shown: a secret across a cut leaves no half behind
+
+# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
+# rare letter is found or missed in a fifth of the time.
+_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
+_SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
+_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
+_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+for _shape in SECRET_SHAPES:
+    _hint = _shape.hint
+    if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
+        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
+        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+    else:
+        _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
+        _part = next((each for each in _COMMON_PARTS if each in _part), _part)
+        _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
+# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
+_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
+# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
+_TOKEN_ENDS = [
+    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
+    for sign in "-_."
+]
+_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _first in "AE":
+    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
+    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
     """True if any value of that name is a secret, or that one is."""
     kind = _name_class(name)
-    return (
-        kind not in ("", "weak") or kind == "weak" and isinstance(value, str) and _is_weak_secret(name, value)
-    )
+    return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
 
 
 def _name_of(name: str, beside: "dict[str, Any]") -> str:
@@ -1495,46 +1500,6 @@ def _name_of(name: str, beside: "dict[str, Any]") -> str:
 def _replacement(kind: str, secret: str) -> str:
     digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
     return f"[redacted:{kind}:{digest[:8]}]"
-
-
-_RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
-# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
-# rare letter is found or missed in a fifth of the time.
-_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
-# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
-_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
-
-
-def _by_part(folded: bool) -> "list[tuple[str, list[_RankedShape]]]":
-    shapes: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if ranked[1].folded == folded and hint not in _TOKENS_BY_HINT:
-            part = " -" if ranked[1].kind == "command-line" else "'" if hint == "identified" else hint
-            shapes.setdefault(next((each for each in _COMMON_PARTS if each in part), part), []).append(ranked)
-    return list(shapes.items())
-
-
-def _tokens_by_hint() -> "dict[str, list[_RankedShape]]":
-    tokens: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if hint[-1] in "-_." or hint[0] in "AE" or hint == "pat":
-            tokens.setdefault(hint, []).append(ranked)
-    return tokens
-
-
-_TOKENS_BY_HINT = _tokens_by_hint()
-_TOKENS_BY_END: "dict[str, list[str]]" = {}  # the last two letters of a beginning → the beginnings
-for _hint in _TOKENS_BY_HINT:
-    _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_hint)
-# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = tuple(re.compile(re.escape(separator) + _TOKEN_BODY) for separator in "-_.")
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
-_SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
 
 
 # Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
@@ -1554,13 +1519,6 @@ _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
-def _meaning(escape: "re.Match[str]") -> str:
-    kind = escape.lastgroup
-    if kind == "letter":
-        return _MEANINGS.get(escape[kind], escape[kind])
-    return "" if kind == "colour" else chr(int(escape[str(kind)], 16 if kind == "code" else 10))
-
-
 class _View:
     """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
 
@@ -1571,22 +1529,24 @@ class _View:
     def __init__(self, raw: str, colours: str = "") -> None:
         self.coloured = False
         # For every escape its place in the view, in the raw text, its width there; and the same after it.
-        self._places, self._raw_places, self._widths = [0], [0], [0]
+        self._marks = [(0, 0, 0)]
         found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
-        found.sort(key=re.Match.start)
         pieces: list[str] = []
         done = length = 0
-        for match in found:
+        for match in sorted(found, key=re.Match.start):
             begin, end = match.span()
             if begin < done:
                 continue
-            meaning = _meaning(match) or colours
-            self.coloured = self.coloured or meaning is colours
+            kind = str(match.lastgroup)
+            meaning = colours
+            if kind == "letter":
+                meaning = _MEANINGS.get(match[kind], match[kind])
+            elif kind != "colour":
+                meaning = chr(int(match[kind], 16 if kind == "code" else 10))
+            self.coloured = self.coloured or kind == "colour"
             pieces += raw[done:begin], meaning
             length += begin - done
-            self._places += length, length + len(meaning)
-            self._raw_places += begin, end
-            self._widths += end - begin, 0
+            self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
             length += len(meaning)
             done = end
         self.text = "".join(pieces) + raw[done:] if pieces else raw
@@ -1597,51 +1557,48 @@ class _View:
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
         """Return where in the raw text a piece of the view stands."""
-        first, last = (bisect.bisect_right(self._places, place) - 1 for place in (start, end - 1))
-        raw_start = self._raw_places[first] + start - self._places[first]
-        raw_last = self._raw_places[last] + end - 1 - self._places[last]
-        return raw_start, raw_last + (self._widths[last] or 1)
+        first, last = (
+            self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
+        )
+        return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
         """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
-        level, ends = self._width(opening), [len(self.text)]
+        level, end = self._width(opening), len(self.text)
         for sign, most in ((self.text[opening], level), ("\n", 1)):
-            at = opening
-            while (at := self.text.find(sign, at + 1, ends[0])) >= 0 and self._width(at) > most:
-                pass
-            ends[0] = at if at >= 0 else ends[0]
-        return ends[0]
+            at = self.text.find(sign, opening + 1, end)
+            while at >= 0 and self._width(at) > most:
+                at = self.text.find(sign, at + 1, end)
+            end = at if at >= 0 else end
+        return end
 
     def _width(self, at: int) -> int:
         start, end = self.raw_span(at, at + 1)
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> str:
+def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
     `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
     so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
     """
     for _ in range(REDACTION_ROUNDS):
-        if len(text) < SHORTEST_SECRET:
-            break
         if shapes is None:
             plain = _View(text).text if "\x1b" in text else text
             shapes = _shapes_in(plain, _folded_text(plain))
         elif "\x1b" not in text:
             folded = _folded_text(text)
-            shapes = [each for each in shapes if each[1].hint in (folded if each[1].folded else text)]
+            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
         if not shapes:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        tokens = [each for each in shapes if each[1].is_token]
-        if tokens and view.coloured:  # only a token asks for a beginning of its own
-            found.update(_secrets_in(_View(text, " "), tokens))
+        if view.coloured:  # only a token asks for a beginning of its own
+            found.update(_secrets_in(_View(text, " "), [shape for shape in shapes if shape.is_token]))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
-            if secrets and start < secrets[-1][1]:  # they overlap: the shape that is described first names it
+            if secrets and start < secrets[-1][1]:  # they overlap
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
             secrets.append((start, end, rank))
@@ -1667,34 +1624,30 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
+def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
     """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    found: list[_RankedShape] = []
-    for by_part, searched in ((_SHAPES, text), (_FOLDED_SHAPES, folded)):
-        for part, shapes in by_part:
+    found: list[SecretShape] = []
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+        for part, shapes in by_part.items():
             # The mode bypassPermissions stands in many events.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
-                found += [ranked for ranked in shapes if ranked[1].hint in searched]
-    hints: set[str] = set()
+                found += [shape for shape in shapes if shape.hint in searched]
+    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
     for pattern in _TOKEN_ENDS:
         for match in pattern.finditer(text):
             end = match.end()
-            for hint in _TOKENS_BY_END.get(text[end - 2 : end], ()):
-                if text.startswith(hint, end - len(hint)):
-                    hints.add(hint)
-    for pattern in _TOKEN_STARTS:
-        hints.update(pattern.findall(text))
-    for hint in hints:
-        found += _TOKENS_BY_HINT[hint]
-    return found
+            hints.update(
+                hint for hint in _HINTS_BY_END.get(text[end - 2 : end], ()) if text.endswith(hint, 0, end)
+            )
+    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
 
 
-def _secrets_in(view: _View, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
-    """Yield every match of some shapes as (start, end, its shape's place); they may overlap."""
-    for rank, shape in shapes:
+def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
+    """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
+    for shape in shapes:
         spans = _tokens_in(view.text, shape) if shape.is_token else _matches_in(view, shape)
         for start, end in spans:
-            yield (*view.raw_span(start, end), rank)
+            yield (*view.raw_span(start, end), shape.rank)
 
 
 def _tokens_in(text: str, shape: SecretShape) -> "Iterator[tuple[int, int]]":
@@ -1713,19 +1666,19 @@ def _matches_in(view: _View, shape: SecretShape) -> "Iterator[tuple[int, int]]":
     searched = view.folded if shape.folded else view.text
     match = shape.pattern.search(searched)
     while match is not None:
-        if shape.is_secret is not None and not shape.is_secret(view, match):
+        group = match.lastgroup or 0
+        start, end = match.span(group)
+        if shape.is_secret is not None and not shape.is_secret(view, match, view.text[start:end]):
             next_at = match.start() + len(shape.hint)
         else:
-            group = match.lastgroup or 0
-            start, end = match.span(group)
             if group == "begin":  # of a secret whose fixed text is in its middle
                 end = match.end()
             elif group == "quoted":
                 end = view.closing_quote(start - 1)
             elif shape.is_secret is not None:
                 line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
-                end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
+                rest = _REST.get("line" if _ENV_LINE.match(line) else str(group))
+                end = rest.match(view.text, end).end() if rest else end  # type: ignore[union-attr]  # may be empty
             yield start, end
             next_at = max(end, match.end())
         match = shape.pattern.search(searched, next_at)
@@ -1750,56 +1703,54 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         return _protect_each_value(event, privacy, None)
     is_plain = text.isascii() and "\x7f" not in text
     is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[_RankedShape] = []
+    shapes: list[SecretShape] = []
     if privacy.redact:
         # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
         # texts. No hint has a character that JSON must escape.
-        searched = text
-        if event.keys() <= _EVENT_FIELDS:
-            searched = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+        is_ours = event.keys() <= _EVENT_FIELDS  # then nothing is taken out of fields beside `data`
+        searched = text[text.find('"data":') :] if is_ours else text
         if "\\u001b[" in searched:
             searched = _COLOURS_IN_JSON.sub("", searched)
-        folded = searched.lower() if is_plain else _folded_text(searched)
-        shapes = _shapes_in(searched, folded)
+        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
         # Every name of a secret has a hint in it.
         in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (in_doubt and _may_have_secrets(event, shapes))
+        is_clean = is_clean and not (
+            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        )
     if is_clean:
         return event, text.encode() if is_plain else encode_json(event)
     return _protect_each_value(event, privacy, shapes)
 
 
-def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
+def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
     """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
 
     All texts are searched together, as lines of one: what matches in a text matches there too.
     """
     texts: list[str] = []
-    level: list[Any] = [event]
+    level: list[Any] = [value]
     for _ in range(_DEPTH_LIMIT):
-        deeper = []
+        inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
-                if any(_names_a_secret(_name_of(name, value), inner) for name, inner in value.items()):
-                    return True
+                for name in value:
+                    is_doubtful = _name_class(name) != "" or name == "value"
+                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
+                        return True
                 texts += value
-                value = value.values()
-            for inner in value:
-                if isinstance(inner, str):
-                    texts.append(inner)
-                elif isinstance(inner, (dict, list)):
-                    deeper.append(inner)
-        if not deeper:
-            break
-        level = deeper
-    else:
-        return True
-    view = _View("\n".join(texts))
-    return view.coloured or next(_secrets_in(view, shapes), None) is not None
+                inner += value.values()
+            else:
+                inner += value
+        texts += [value for value in inner if isinstance(value, str)]
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            view = _View("\n".join(texts))
+            return view.coloured or any(True for _ in _secrets_in(view, shapes))
+    return True
 
 
 def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[_RankedShape] | None"
+    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
 ) -> "tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
@@ -1822,22 +1773,21 @@ def _protect_each_value(
 
 def _metadata_of(data: JsonObject) -> JsonObject:
     """Return what `data` says besides content: single values under known names, and figures."""
-    kept = {name: _figures_of(data[name], name) for name in _METADATA_OBJECTS & data.keys()}
-    for name in _METADATA_KEYS & data.keys():
-        value = data[name]
-        if not isinstance(value, (dict, list)) and not (isinstance(value, str) and len(value) > 200):
+    kept = {}
+    for name, value in data.items():
+        if name in _METADATA_OBJECTS:
+            kept[name] = _figures_of(value, name)
+        elif name in _METADATA_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 200:
             kept[name] = value
-    return {name: kept[name] for name in data if kept.get(name) is not None}
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
     """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
-        inner_values = value.items()
-        kept = {
-            key: _figures_of(inner, key, depth + 1) for key, inner in inner_values if _ID_LIKE.fullmatch(key)
-        }
-        return {key: inner for key, inner in kept.items() if inner is not None}
+        names = filter(_ID_LIKE.fullmatch, value)
+        figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
+        return {name: figure for name, figure in figures.items() if figure is not None}
     if isinstance(value, str):
         return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
     return value if isinstance(value, (bool, int, float)) else None
@@ -1849,7 +1799,7 @@ class _Protector:
     `shapes` are those that may be anywhere in the object; None when it was not looked through.
     """
 
-    def __init__(self, privacy: Privacy, shapes: "list[_RankedShape] | None" = None) -> None:
+    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
         self.cuts: dict[str, int] = {}
         self._privacy = privacy
         self._shapes = shapes if privacy.redact else []
@@ -1861,10 +1811,9 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
+            path = path and path + "."
             return {
-                self._clean(name): self.value(
-                    inner, _name_of(name, value), f"{path}.{name}" if path else name, depth + 1
-                )
+                self._clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1881,26 +1830,21 @@ class _Protector:
         if self._privacy.redact and text and _names_a_secret(key, text):
             return text if text.startswith("[redacted:") else _replacement("key", text)
         limit = self._privacy.field_limit_bytes
-        if len(text) <= limit // 4:  # a character is at most four bytes
-            return self._clean(text)
-        size = len(text.encode("utf-8", "surrogatepass"))
+        # a character is at most four bytes
+        size = len(text) if len(text) <= limit // 4 else len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
             return self._clean(text)
         self.cuts[path] = size
         # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # Redacted with a margin, so that a secret across the cut is seen whole and leaves no half behind. The
-        # margin itself never shows, however much shorter what was redacted before it has become.
-        margin = 4096
-        head = self._clean(text[: half + margin])
-        tail = self._clean(text[-half - margin :])
-        unseen = margin if half + margin < len(text) else 0
+        # The margin never shows, however much shorter what was redacted before it has become.
+        unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
+        head, tail = self._clean(text[: half + UNSEEN_MARGIN]), self._clean(text[-half - UNSEEN_MARGIN :])
+        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
+        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
         # No half of a character is left either.
-        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")
-        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:].lstrip(_LATER_BYTES)
-        if start[half : half + 1].strip(_LATER_BYTES) == b"" and len(start) > half:
-            start = start[:half].rstrip(_LATER_BYTES)[:-1]
-        head, tail = (part.decode("utf-8", "surrogatepass") for part in (start[:half], end))
+        head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
+        tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
@@ -1908,12 +1852,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
     """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
     if privacy.metadata_only:
         return ""
-    margin = 4096  # as where a field is cut: a secret across the end is seen whole
-    text = line[: limit + margin].decode("utf-8", "backslashreplace")
+    text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
     shown = redact_text(text)
-    if len(text) > limit:
-        shown = shown[: max(0, len(shown) - (len(text) - limit))]
-    return shown
+    return shown[: max(0, len(shown) - max(0, len(text) - limit))]
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
@@ -1939,11 +1880,6 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line
-
-
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log, without the secrets in it."""
-    write_log(redact_text(reason))
 
 
 # ---------------------------------------------------------------------------
