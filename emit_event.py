@@ -1636,9 +1636,9 @@ def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
     for pattern in _TOKEN_ENDS:
         for match in pattern.finditer(text):
             end = match.end()
-            hints.update(
-                hint for hint in _HINTS_BY_END.get(text[end - 2 : end], ()) if text.endswith(hint, 0, end)
-            )
+            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
+                if text.endswith(hint, 0, end):
+                    hints.add(hint)
     return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
 
 
@@ -2532,18 +2532,18 @@ class Overrun(Exception):
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread and return its result; abandon it at the deadline and raise Overrun."""
-    outcome: list[tuple[Any, Any]] = []
+    outcome: list[Any] = [None, Overrun(f"no whole answer within {deadline_s:.0f} s")]
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            outcome[:] = work(), None
         except BaseException as error:  # belongs to the caller
-            outcome.append((None, error))
+            outcome[:] = None, error
 
     thread = threading.Thread(target=run, name="redis exchange", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    result, error = outcome[0] if outcome else (None, Overrun(f"no whole answer within {deadline_s:.0f} s"))
+    result, error = outcome
     if error is not None:
         raise error
     return result
@@ -2568,61 +2568,50 @@ def redis_client(values: "dict[str, Any]") -> Any:
     from redis.retry import Retry
 
     options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    kind: Any = redis.connection.SSLConnection if values["redis.tls"] else redis.connection.Connection
+    options["ssl"] = values["redis.tls"]
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
-        kind = options.pop("connection_class", kind)
+        options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
+        if "path" in options:
+            options["unix_socket_path"] = options.pop("path")
     options.setdefault("db", values["redis.db"])
     password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or values["redis.password"]
-    for name, value in (("username", values["redis.username"]), ("password", password)):
-        if value:
-            options[name] = value
-    if issubclass(kind, redis.connection.SSLConnection):
-        for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-            options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
-        options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
-        options["ssl_check_hostname"] = values["redis.verify"]
+    login = {"username": values["redis.username"], "password": password}
+    options.update((name, value) for name, value in login.items() if value)
+    for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
+        options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+    options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
+    options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these, and for a Unix socket not every one knows the first.
+    # Not every redis-py knows these.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
-    if "path" in options:
-        options.pop("socket_connect_timeout")
-
-    def client_of(**changes: Any) -> Any:
-        pool: Any = redis.ConnectionPool(connection_class=kind, **{**options, **changes})
-        return redis.Redis(connection_pool=pool)
-
+    rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
     if values["redis.sentinels"]:
-        manager: Any = redis.sentinel.Sentinel([])  # type: ignore[no-untyped-call]
-        login = {"db": 0, "username": None, "password": values["redis.sentinelPassword"]}
-        for node in values["redis.sentinels"]:
-            host, port = host_and_port(node, 26379)
-            manager.sentinels.append(client_of(host=host, port=port, **login))
+        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
+        login = {"username": None, "password": values["redis.sentinelPassword"]}
+        manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
         try:
-            host, port = manager.discover_master(values["redis.master"])
+            options["host"], options["port"] = manager.discover_master(values["redis.master"])
         finally:
             for sentinel in manager.sentinels:
                 sentinel.connection_pool.disconnect()
-        return client_of(host=host, port=port)
-    if values["redis.cluster"]:
+    elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
         nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
-        rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
         cluster: Any = redis.cluster.RedisCluster(
             startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
             require_full_coverage=False,
-            ssl=issubclass(kind, redis.connection.SSLConnection),
             **rest,
         )
         try:  # PUBLISH at the node that has the stream reaches subscribers of every node
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
         finally:
             cluster.close()
-        return client_of(host=node.host, port=node.port, db=0)
-    return client_of()
+        options.update(host=node.host, port=node.port, db=0)
+    return redis.Redis(**options)
 
 
 def stream_name(values: "dict[str, Any]") -> "Optional[str]":
@@ -2713,26 +2702,24 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    tls = values["redis.tls"] or url.startswith("rediss:")
-    closed_hint = (
-        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
-    )
-    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
+    closed_hint, silence_hint = " (if that is a TLS port, set redis.tls)", ""
+    if values["redis.tls"] or url.startswith("rediss:"):
+        closed_hint = " (is a client certificate asked for?)"
+        silence_hint = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {
-        "text": text,
-        "place": place,
-        "host": place.rpartition(":")[0] if url else values["redis.host"],
-        "missing": ", ".join(missing) or "a file",
-        "advice": redis_py_advice(sys.executable),
-        "closed_hint": "" if connected else closed_hint,
-        "silence_hint": "" if connected else silence_hint,
-    }
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(**facts)
+            return message.format(
+                text=text,
+                place=place,
+                host=place.rpartition(":")[0] if url else values["redis.host"],
+                missing=", ".join(missing) or "a file",
+                advice=redis_py_advice(sys.executable),
+                closed_hint="" if connected else closed_hint,
+                silence_hint="" if connected else silence_hint,
+            )
     return f"{type(error).__name__} from Redis at {place}: {text}"
 
 
@@ -2861,9 +2848,8 @@ class Publisher:
 
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
-        privacy = privacy_of(self._values)
         while self._usage_events:
-            self._add(build_event(self._usage_events.popleft(), now_ms(), this_machine()), privacy)
+            self._add(self._usage_events.popleft())
         if self._segment is None and not self._open_segment():
             return bool(self._batch)
         size = 0
@@ -2879,11 +2865,14 @@ class Publisher:
                 break
             size += len(line)
             if line.strip():
-                self._read_line(line.strip(), privacy)
+                self._read_line(line.strip())
         return bool(self._batch)
 
-    def _add(self, event: JsonObject, privacy: Privacy) -> None:
-        event, encoded = protect(event, privacy)
+    def _add(self, given: JsonObject) -> None:
+        event = build_event(given, now_ms(), this_machine())
+        self._usage.put(event)
+        self._agent_notes.add_note(event)
+        event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> bool:
@@ -2908,13 +2897,11 @@ class Publisher:
             return True
         return False
 
-    def _read_line(self, line: bytes, privacy: Privacy) -> None:
+    def _read_line(self, line: bytes) -> None:
         """Add the event of one line to the batch; a line that has none goes to the quarantine."""
+        privacy = privacy_of(self._values)
         try:
-            event = build_event(parse_event_line(line), now_ms(), this_machine())
-            self._usage.put(event)
-            self._agent_notes.add_note(event)
-            self._add(event, privacy)
+            self._add(parse_event_line(line))
             return
         except MalformedEvent as error:
             reason = str(error)
@@ -2931,9 +2918,7 @@ class Publisher:
         if events:
             self._state["dropped"] += events
             text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-            report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
-            event = build_event(report, now_ms(), this_machine())
-            self._batch.append((event["id"], encode_json(event)))
+            self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
 
     # Sending
 
@@ -2981,17 +2966,16 @@ class Publisher:
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
         last: Any = replies[-step]
-        added: Any = replies[-1] if stream else None
-        reasons = [
-            redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
-            for reply in (last, added)
+        refusals = [
+            redis_trouble(it, self._values) if isinstance(it, Exception) else None for it in replies[-step:]
         ]
+        channel_reason, stream_reason = refusals[0], refusals[-1] if stream else None
         self._state.update(
-            channelState="refused" if reasons[0] else "ok",
-            channelReason=reasons[0],
-            subscribers=None if reasons[0] else last,
-            stream="refused" if reasons[1] else "ok" if stream else "off",
-            streamReason=reasons[1],
+            channelState="refused" if channel_reason else "ok",
+            channelReason=channel_reason,
+            subscribers=None if channel_reason else last,
+            stream="refused" if stream_reason else "ok" if stream else "off",
+            streamReason=stream_reason,
         )
         self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
@@ -3003,7 +2987,7 @@ class Publisher:
             self._enter("publishing", None)
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(filter(None, reasons)) or no_subscriber)
+        self._fail("; ".join(filter(None, refusals)) or no_subscriber)
         if stream:
             self._send_again()
 
