@@ -1902,17 +1902,15 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
 USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
-USAGE_SCHEMA = 3
+USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
-_MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
-    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
-    "ephemeral_1h_input_tokens",
-)
-_CLIENT_COUNTS = (
-    *("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens"),
-    "cacheCreationEphemeral1hInputTokens",
-)
+# The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
+_MESSAGE_COUNTS = (
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens ephemeral_1h_input_tokens"
+).split()
+_CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
+_CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -1922,48 +1920,34 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": is_integer,
 }
+# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS sessions;
-DROP TABLE IF EXISTS files;
-DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT, origin TEXT,
-                       chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, identity TEXT, position INTEGER, mark BLOB);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT,
-                       {", ".join(COUNT_NAMES)});
+DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
 # Of several lines of one message the largest numbers are true.
-_LARGEST = ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
-_COUNT_MESSAGE = (
-    f"INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET {_LARGEST}"
+_COUNT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET " + (
+    ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
 )
 _SUMS = ", ".join(f"SUM({name})" for name in COUNT_NAMES)
-# The model is that of the main agent's last message, the origin whose messages the transcript begins with.
-_UPDATE_SESSION = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, '')) WHERE number = ?"
-# The client's sums belong to the first session of a chain; a fork begins with messages of another session.
-_FIND_FORK = "SELECT 1 FROM sessions WHERE CASE number WHEN ? THEN origin != ? ELSE chain = ? END"
 Counts = tuple[int, int, int, int, int]  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
 class MessageUsage(NamedTuple):
     """What one message of a model used; `agent_id` "" is the main agent."""
 
-    message_id: str
-    request: str  # with the id, which a gateway may give to every message, the key of the message
+    key: str  # in all transcripts: its id and its request, as a gateway may give one id to every message
     agent_id: str
     model: str
     counts: Counts
     session_id: str = ""  # as the line says; a fork begins with lines of another session
-
-    @property
-    def key(self) -> str:
-        """Return what identifies the message in all transcripts."""
-        return f"{self.message_id} {self.request}"
 
 
 class CostState(NamedTuple):
@@ -1988,8 +1972,8 @@ class CostState(NamedTuple):
             left = [a - b for a, b in zip(left, more)]
             more[4] = min(more[3:])
             if any(more):
-                request = f"cost-state {model} {sums}"
-                found.append(MessageUsage(self.chain, request, "", model, tuple(more)))  # type: ignore[arg-type]
+                key = f"{self.chain} cost-state {model} {sums}"
+                found.append(MessageUsage(key, "", model, tuple(more)))  # type: ignore[arg-type]
         return found
 
 
@@ -2039,15 +2023,15 @@ class TranscriptParser:
             return
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
-        request = id_or(request, f"{counts[0]} {counts[2]} {counts[3]}")
+        key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
         parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
         beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
-            about = (id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS), session_id)
-            yield MessageUsage(message_id, f"{request} {number}", agent_id, *about)
-        yield MessageUsage(message_id, request, agent_id, model, counts, session_id)
+            part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
+            yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
+        yield MessageUsage(key, agent_id, model, counts, session_id)
 
 
 def id_or(value: Any, otherwise: str) -> str:
@@ -2055,14 +2039,14 @@ def id_or(value: Any, otherwise: str) -> str:
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
 
 
-def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
+def _counts_of(usage: Any, names: "list[str]") -> Counts:
     """Return the tokens under these names; what is no number of tokens is 0."""
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
     tokens = (value if is_integer(value) and 0 <= value < 1 << 40 else 0 for value in values)
-    input_, output, cache_read, created, for_an_hour = tokens
-    return input_, output, cache_read, created, min(created, for_an_hour)
+    *others, created, for_an_hour = tokens
+    return (*others, created, min(created, for_an_hour))  # type: ignore[return-value]
 
 
 class UsageReader:
@@ -2121,47 +2105,41 @@ class UsageReader:
                     os.unlink(f"{self._home}/usage.db{suffix}")
 
     def _open(self) -> Any:
-        """Return the open database; a new one when there is none or another version wrote it."""
-        import sqlite3
+        if self._database is None:
+            import sqlite3
 
-        if self._database is not None:
-            return self._database
-        make_private_directory(self._home)
-        path = self._home + "/usage.db"
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(path, timeout=2.0)
-        # Nothing waits for the disk: after a loss of power everything can be read again.
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("PRAGMA journal_mode = TRUNCATE")
-        if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
-            database.executescript(_USAGE_TABLES)
-        self._database = database
-        return database
+            make_private_directory(self._home)
+            path = self._home + "/usage.db"
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            database = sqlite3.connect(path, timeout=2.0)
+            # Nothing waits for the disk: after a loss of power everything can be read again.
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("PRAGMA journal_mode = TRUNCATE")
+            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+                database.executescript(_USAGE_TABLES)
+            self._database = database
+        return self._database
 
-    def _read(self, session_id: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
+    def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
-        database = self._open()
-        find = "SELECT number FROM sessions WHERE name = ?"
-        is_known = database.execute(find, (session_id,)).fetchone() is not None
-        if not is_known and not any(os.path.isfile(path) for path, _ in files):
-            return None  # a session of a file system that is not here leaves no trace
-        with database:
+        with self._open() as database:
+            is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
+            if not is_known and not any(os.path.isfile(path) for path, _ in files):
+                return None  # a session of a file system that is not here leaves no trace
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
-                (session_id, now_ms()),
+                (session, now_ms()),
             )
-            (session,) = database.execute(find, (session_id,)).fetchone()
             (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
             # A dropped session is read from its start when it has another event.
-            others = "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1"
-            while count >= COUNTED_MESSAGES_LIMIT:
-                oldest = database.execute(others, (session,)).fetchone()
-                if oldest is None:
-                    break
+            others = "SELECT name FROM sessions WHERE name != ? ORDER BY read_ms, rowid LIMIT 1"
+            while count >= COUNTED_MESSAGES_LIMIT and (
+                oldest := database.execute(others, (session,)).fetchone()
+            ):
                 count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
                 database.execute("DELETE FROM files WHERE session = ?", oldest)
-                database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+                database.execute("DELETE FROM sessions WHERE name = ?", oldest)
         has_room = count < COUNTED_MESSAGES_LIMIT
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
@@ -2170,7 +2148,7 @@ class UsageReader:
         usage = None if self._stopping.is_set() else _session_usage(database, session)
         return usage if has_room or usage is None else {**usage, "partial": True}
 
-    def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
+    def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
         size, identity = about.st_size, f"{about.st_dev} {about.st_ino}"
@@ -2188,7 +2166,9 @@ class UsageReader:
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    database.execute(_UPDATE_SESSION, (own[-1].model, own[0].session_id, session))
+                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
+                    about_own = (own[-1].model, own[0].session_id, session)
+                    database.execute(update + " WHERE name = ?", about_own)
                 for entry in found:
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
@@ -2198,11 +2178,15 @@ class UsageReader:
                 row = (path, session, identity, position, _mark(fd, position))
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
-    def _rest_of(self, session: int, state: CostState) -> "list[MessageUsage]":
-        """Return what the client's own sums have beyond the lines so far; a fork's sums are not its own."""
-        if self._database.execute(_FIND_FORK, (session, state.session_id, state.chain)).fetchone():
+    def _rest_of(self, session: str, state: CostState) -> "list[MessageUsage]":
+        """Return what the client's own sums have beyond the lines so far.
+
+        They belong to the first session of a chain; a fork begins with messages of another session.
+        """
+        find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
+        if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
             return []
-        self._database.execute("UPDATE sessions SET chain = ? WHERE number = ?", (state.chain, session))
+        self._database.execute("UPDATE sessions SET chain = ? WHERE name = ?", (state.chain, session))
         counted = f"SELECT model, {_SUMS} FROM messages WHERE session = ? GROUP BY model"
         return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
@@ -2334,7 +2318,7 @@ def _mark(fd: int, position: int) -> bytes:
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
 
 
-def _session_usage(database: Any, session: int) -> "JsonObject | None":
+def _session_usage(database: Any, session: str) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
     agents: dict[str, dict[str, JsonObject]] = {}
@@ -2349,7 +2333,7 @@ def _session_usage(database: Any, session: int) -> "JsonObject | None":
         return None
     named = sorted(newest, key=lambda agent: (agent != "", -newest[agent]))[:AGENTS_IN_USAGE]
     usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
-    (model,) = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()
+    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
     return {**usage, "model": model} if model else usage
 
 
@@ -2376,12 +2360,10 @@ class AgentNoteReader:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        if (
-            not agent_id
-            or event["machineId"] != self._machine_id
-            or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
-            or not _AGENT_ID.fullmatch(agent_id)
-        ):
+        is_noted = (
+            self._noted.get(key, event["id"]) != event["id"]
+        )  # the same event again was not kept before
+        if event["machineId"] != self._machine_id or is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
         notes = (
             note
