@@ -31,6 +31,8 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
+TIMEOUTS_LIMIT = 3  # in a row; then no hook waits for the monitor for so long:
+TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
 LINE_LIMIT_BYTES = 16 << 20  # what the monitor takes as one line
 PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
@@ -119,7 +121,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send(socket_path, line, time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S)
+        outcome = send_unless_slow(home, socket_path, line)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -232,6 +234,34 @@ def quote(text: str) -> str:
     from _json import encode_basestring_ascii
 
     return encode_basestring_ascii(text)
+
+
+def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
+    """Send `line` and return "" or why it is not stored; after three time-outs in a row not at all for 10 s.
+
+    hook.timeouts has a byte for each time-out in a row, and the time of the last.
+    """
+    path = home + "/hook.timeouts"
+    try:
+        about = posix.stat(path)
+        count, age_s = about.st_size, time.time() - about.st_mtime
+    except OSError:
+        count, age_s = 0, 0.0
+    if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
+        return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
+    deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
+    outcome = send(socket_path, line, deadline)
+    try:
+        if outcome and time.monotonic() >= deadline:
+            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+            fd = posix.open(path, flags, 0o600)
+            posix.write(fd, b".")
+            posix.close(fd)
+        elif count:
+            posix.unlink(path)
+    except OSError:  # it only saves time
+        pass
+    return outcome
 
 
 def send(socket_path: str, line: bytes, deadline: float) -> str:
@@ -3040,18 +3070,23 @@ def publisher_file(home: str) -> JsonObject:
         return {}
 
 
-def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[str]":
-    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging."""
+def publisher_outcome(home: str, line: bytes) -> "list[str]":
+    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
+
+    Claude Code waits, too, so not for long; CONTEXTUATE_DEBUG=wait is for a person who tests the hook.
+    """
     event_id = parse_event_line(line)["id"]
-    deadline = time.monotonic() + deadline_s
+    wait_s = 5.0 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 0.6
+    deadline = time.monotonic() + wait_s
     while True:
         state = publisher_file(home)
-        server = f"Redis at {state.get('server')}"
+        server = f"Redis at {state['server']}" if state.get("server") else "Redis"
         for known, count, streamed in state.get("recent", []):
             if known == event_id:
                 got = "the channel was refused" if count is None else f"{count} subscribers got it"
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
                 return [f"{server}: {got}, {kept}"]
         if time.monotonic() > deadline:
-            return [f"{server}: no outcome after {deadline_s:.0f} s: {state.get('reason')}"]
+            known = state.get("reason") or f"the publisher is {state.get('state', 'starting')}"
+            return [f"{server}: no outcome after {wait_s} s: {known}"]
         time.sleep(0.02)
