@@ -2777,7 +2777,8 @@ class Publisher:
         self._usage_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._usage = UsageWorker(home, this_machine(), self._usage_events.append)
         self._agent_notes = AgentNoteReader(this_machine())
-        self._segment: Any = None  # the file that is being read
+        self._segment = ""  # that is being read, and its lines
+        self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
@@ -2818,7 +2819,6 @@ class Publisher:
             else:
                 last_event = now
         self._enter("stopped", None)
-        self._write_state(at_once=True)
 
     def _leave(self) -> bool:
         """Release the lock; take it again and return False if the spool has an event.
@@ -2827,7 +2827,6 @@ class Publisher:
         came before our release, and is seen after it; if not, it starts the next publisher.
         """
         self._enter("stopped", None)
-        self._write_state(at_once=True)  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if not spool_segments(self._spool):
             return True
@@ -2862,22 +2861,15 @@ class Publisher:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
         while self._usage_events:
             self._add(self._usage_events.popleft())
-        if self._segment is None and not self._open_segment():
-            return bool(self._batch)
+        if not self._lines and not self._batch:
+            with contextlib.suppress(FileNotFoundError):  # "" is none, too
+                os.unlink(self._segment)
+            self._segment = ""
+            self._open_segment()
         size = 0
-        while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
-            line = self._segment.readline()
-            if not line and not self._batch:
-                self._segment.close()
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._segment.name)
-                self._segment = None
-                return self._read_batch()
-            if not line:
-                break
-            size += len(line)
-            if line.strip():
-                self._read_line(line.strip())
+        while self._lines and len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
+            size += len(self._lines[0])
+            self._read_line(self._lines.popleft())
         return bool(self._batch)
 
     def _add(self, given: JsonObject) -> None:
@@ -2887,27 +2879,33 @@ class Publisher:
         event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 
-    def _open_segment(self) -> bool:
-        """Open the oldest segment that can be read now; False when there is none.
+    def _open_segment(self) -> None:
+        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
 
         One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
         """
         segments = [path for path, _ in spool_segments(self._spool)]
         for path in segments:
             try:
-                self._segment = open(take_segment(path), "rb", opener=open_own)  # noqa: SIM115 - over many rounds
+                taken = take_segment(path)
+                with open(taken, "rb", opener=open_own) as file:
+                    self._lines.extend(filter(None, map(bytes.strip, file)))
             except BlockingIOError:
                 self._blocked_since = self._blocked_since or time.monotonic()
                 if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
-                    return False
+                    return
                 continue
             except OSError:  # drained meanwhile, or not readable
                 continue
             if path == segments[0]:
                 self._blocked_since = None
-            self._report_dropped()
-            return True
-        return False
+            self._segment = taken
+            events, size = take_dropped(self._spool)
+            if events:
+                self._state["dropped"] += events
+                text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
+                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
+            return
 
     def _read_line(self, line: bytes) -> None:
         """Add the event of one line to the batch; a line that has none goes to the quarantine."""
@@ -2923,14 +2921,6 @@ class Publisher:
         with contextlib.suppress(OSError):
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
-
-    def _report_dropped(self) -> None:
-        """Publish an event on what the spool of this machine has dropped."""
-        events, size = take_dropped(self._spool)
-        if events:
-            self._state["dropped"] += events
-            text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-            self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
 
     # Sending
 
@@ -3047,12 +3037,15 @@ class Publisher:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
         self._state["nextAttemptAt"] = None
+        if state == "stopped":  # before the next publisher writes its own
+            self._write_state()
 
-    def _write_state(self, at_once: bool = False) -> None:
+    def _write_state(self) -> None:
         """Write publisher.json if the state has changed, a few times a second at most."""
-        if self._state == self._written or (
-            not at_once and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        ):
+        is_early = (
+            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
+        )
+        if is_early or self._state == self._written:
             return
         self._written_at = time.monotonic()
         content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
