@@ -1311,7 +1311,6 @@ def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
-    """Describe a secret that follows `hint` in any case; `rest` is in lower case."""
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
@@ -1339,12 +1338,9 @@ _REST = {
     "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
     "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
     "attribute": re.compile(r"[^\"'<>\r\n]*"),
+    **dict.fromkeys(("element", "argument"), re.compile("")),
     "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
 }
-
-
-def _assigned(hint: str) -> SecretShape:
-    return _folded("assignment", hint, _ASSIGNED, _is_assigned_secret)
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
@@ -1459,7 +1455,8 @@ _SHAPES = (
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
     SecretShape("url-password", "@", re.compile(
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
-    *map(_assigned, ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
+        for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
         r"'(?P<secret>[^'\r\n]{1,200})",
@@ -1675,43 +1672,28 @@ def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
     """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
     for shape in shapes:
-        spans = _tokens_in(view.text, shape) if shape.is_token else _matches_in(view, shape)
-        for start, end in spans:
-            yield (*view.raw_span(start, end), shape.rank)
-
-
-def _tokens_in(text: str, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    start = text.find(shape.hint)
-    while start >= 0:
-        end = start + len(shape.hint)
-        before = text[start - 1 : start]
-        match = None if before.isascii() and before.isalnum() else shape.pattern.match(text, end)
-        if match is not None:
-            end = match.end()
-            yield start, end
-        start = text.find(shape.hint, end)
-
-
-def _matches_in(view: _View, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    searched = view.folded if shape.folded else view.text
-    match = shape.pattern.search(searched)
-    while match is not None:
-        group = match.lastgroup or 0
-        start, end = match.span(group)
-        if shape.is_secret is not None and not shape.is_secret(view, match, view.text[start:end]):
-            next_at = match.start() + len(shape.hint)
-        else:
-            if group == "begin":  # of a secret whose fixed text is in its middle
-                end = match.end()
-            elif group == "quoted":
-                end = view.closing_quote(start - 1)
-            elif shape.is_secret is not None:
-                line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                rest = _REST.get("line" if _ENV_LINE.match(line) else str(group))
-                end = rest.match(view.text, end).end() if rest else end  # type: ignore[union-attr]  # may be empty
-            yield start, end
-            next_at = max(end, match.end())
-        match = shape.pattern.search(searched, next_at)
+        searched, pattern = view.folded if shape.folded else view.text, shape.pattern
+        if shape.is_token:  # `re` remembers the compiled pattern
+            hint = re.escape(shape.hint)
+            pattern = re.compile(f"{hint}(?<![A-Za-z0-9]{hint}){pattern.pattern}")
+        match = pattern.search(searched)
+        while match is not None:
+            group = match.lastgroup or 0
+            start, end = match.span(group)
+            if shape.is_secret is not None and not shape.is_secret(view, match, view.text[start:end]):
+                next_at = match.start() + len(shape.hint)
+            else:
+                if group == "begin":  # of a secret whose fixed text is in its middle
+                    end = match.end()
+                elif group == "quoted":
+                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None:
+                    line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
+                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
+                yield (*view.raw_span(start, end), shape.rank)
+                next_at = max(end, match.end())
+            match = pattern.search(searched, next_at)
 
 
 class Privacy(NamedTuple):
@@ -2021,12 +2003,10 @@ class TranscriptParser:
     def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
         """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
         self._rest += data
-        if b"\n" not in data:
-            if len(self._rest) > TRANSCRIPT_LINE_LIMIT_BYTES:  # skipped; its end will be no JSON object
-                self.consumed += len(self._rest)
-                self._rest.clear()
+        if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
         *lines, rest = bytes(self._rest).split(b"\n")
+        rest = rest if lines else b""  # of too long a line; its end will be no JSON object
         self.consumed += len(self._rest) - len(rest)
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
@@ -2351,18 +2331,16 @@ def _mark(fd: int, position: int) -> bytes:
 def _session_usage(database: Any, session: str) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
-    agents: dict[str, dict[str, JsonObject]] = {}
-    newest: dict[str, int] = {}  # agent → its latest message's row
-    for agent, model, *counts, row in database.execute(
-        f"SELECT agent, model, {_SUMS}, MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2", (session,)
+    agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
+    sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+    for agent, model, *counts in database.execute(
+        sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
     ):
-        newest[agent] = max(row, newest.get(agent, 0))
         for by_model in (models, agents.setdefault(agent, {})):
             add_counts(by_model.setdefault(model, {}), counts)
     if not models:
         return None
-    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent]))[:AGENTS_IN_USAGE]
-    usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
+    usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
     (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
     return {**usage, "model": model} if model else usage
 
@@ -2390,9 +2368,8 @@ class AgentNoteReader:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        is_noted = (
-            self._noted.get(key, event["id"]) != event["id"]
-        )  # the same event again was not kept before
+        # An event that comes again was not kept before.
+        is_noted = self._noted.get(key, event["id"]) != event["id"]
         if event["machineId"] != self._machine_id or is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
         notes = (
@@ -2433,10 +2410,9 @@ def drop_old_segments(directory: str) -> None:
     """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
-    oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
-        too_old = segment_start_ms(path) < oldest_ms
-        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
+        is_young = segment_start_ms(path) >= now_ms() - SPOOL_LIMIT_MS
+        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and is_young):
             continue  # what is taken is being delivered
         try:
             with open(path, "rb", opener=open_own) as file:
@@ -2445,10 +2421,8 @@ def drop_old_segments(directory: str) -> None:
         except OSError:
             continue  # another writer, or the drainer, was first
         total -= size
-        reason = "older than 7 days" if too_old else "over 64 MiB"
-        record = {"timestamp": now_ms(), "events": events, "bytes": size, "reason": reason}
         with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
-            log.write(encode_json(record) + b"\n")
+            log.write(encode_json({"timestamp": now_ms(), "events": events, "bytes": size}) + b"\n")
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
