@@ -1417,13 +1417,9 @@ def _token_shapes() -> "Iterator[SecretShape]":
 
 
 _SHAPES = (
-    SecretShape("private-key", "PRIVATE KEY",
-        # one whose end was cut off reaches to the end of the text
-        re.compile(
-            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
-            re.S,
-        )),
+    SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
     SecretShape("private-key", "Private-Lines:",  # of PuTTY
         re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
     *_token_shapes(),
@@ -1433,10 +1429,8 @@ _SHAPES = (
         re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
     SecretShape("azure", "Q~",
         re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
-    SecretShape("jwt", "eyJ",
-        re.compile(
-            r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"
-        )),
+    SecretShape("jwt", "eyJ", re.compile(
+        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
     _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
@@ -2636,17 +2630,15 @@ def redis_py_advice(python: str) -> str:
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: {advice}"),
     ("No module named 'redis.", "redis-py is too old: {advice}"),
-    ("Authentication required|NOAUTH",
-     "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
-     "for hooks and monitor"),
+    ("Authentication required|NOAUTH", "Redis at {place} asks for a password (NOAUTH): set redis.password, "
+     "or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
     ("invalid username-password|WRONGPASS|invalid password|without any password configured",
      "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
      "(or CONTEXTUATE_REDIS_PASSWORD)"),
     ("NOPERM|has no permissions|No permissions to access",
      "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master",
-     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary, or redis.sentinels "
-     "to have it found"),
+    ("READONLY|read only replica|read-only replica|previous master", "Redis at {place} is a read-only "
+     "replica (READONLY): set redis.host to the primary, or redis.sentinels to have it found"),
     ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
     ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
      "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
@@ -2688,24 +2680,19 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    closed_hint, silence_hint = " (if that is a TLS port, set redis.tls)", ""
+    closed, silence = " (if that is a TLS port, set redis.tls)", ""
     if values["redis.tls"] or url.startswith("rediss:"):
-        closed_hint = " (is a client certificate asked for?)"
-        silence_hint = " (if that port is without TLS, set redis.tls to false)"
+        closed = " (is a client certificate asked for?)"
+        silence = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
+    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
+    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
+    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(
-                text=text,
-                place=place,
-                host=place.rpartition(":")[0] if url else values["redis.host"],
-                missing=", ".join(missing) or "a file",
-                advice=redis_py_advice(sys.executable),
-                closed_hint="" if connected else closed_hint,
-                silence_hint="" if connected else silence_hint,
-            )
+            return message.format(**facts)
     return f"{type(error).__name__} from Redis at {place}: {text}"
 
 
@@ -2934,22 +2921,21 @@ class Publisher:
         step = 2 if stream else 1
         kept: _Batch = []
         sent: _Batch = []
-        for event, at in zip(batch, range(0, len(replies), step)):
-            subscribers = replies[at] if isinstance(replies[at], int) else None
-            streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
+        for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
+            subscribers = reached if isinstance(reached, int) else None
+            streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
-        last: Any = replies[-step]
-        refusals = [
-            redis_trouble(it, self._values) if isinstance(it, Exception) else None for it in replies[-step:]
-        ]
-        channel_reason, stream_reason = refusals[0], refusals[-1] if stream else None
+        channel_reason, stream_reason = (
+            redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
+            for reply in (reached, added if stream else None)
+        )
         self._state.update(
             channelState="refused" if channel_reason else "ok",
             channelReason=channel_reason,
-            subscribers=None if channel_reason else last,
+            subscribers=None if channel_reason else reached,
             stream="refused" if stream_reason else "ok" if stream else "off",
             streamReason=stream_reason,
         )
@@ -2963,7 +2949,7 @@ class Publisher:
             self._enter("publishing", None)
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(filter(None, refusals)) or no_subscriber)
+        self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
         if stream:
             self._send_again()
 
