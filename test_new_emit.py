@@ -33,6 +33,26 @@ def test_a_monitor_that_answers_again_ends_the_pause_of_the_hooks(monitor):
     assert "again" in monitor.sessions() and not os.path.exists(path)
 
 
+# room: Redaction
+
+SECRET_PARTS = st.lists(
+    st.sampled_from([*TOKENS.values(), *HARMLESS.split("\n"), *hook_hints(), "password", "key: ", WORD])
+    | ESCAPES,
+    max_size=5,
+).map("".join)
+NESTED = st.recursive(
+    SECRET_PARTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SECRET_PARTS, inner, max_size=3)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(NESTED)
+def test_an_event_seen_at_once_is_as_clean_as_each_value_alone(content):
+    event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
+    shown = ee.protect(dict(event), ee.Privacy())
+    assert shown == ee._protect_each_value(dict(event), ee.Privacy(), None)
+
+
 # room: Redis mode
 
 
