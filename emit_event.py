@@ -3039,6 +3039,6 @@ def publisher_outcome(home: str, line: bytes) -> "list[str]":
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
                 return [f"{server}: {got}, {kept}"]
         if now_ms() > event["timestamp"] + wait_ms:
-            known = state.get("reason") or f"the publisher is {state.get('state', 'starting')}"
-            return [f"{server}: no outcome after {wait_ms} ms: {known}"]
+            known = state.get("state", "stopped").replace("stopped", "starting")
+            return [f"{server}: no outcome after {wait_ms} ms: {state.get('reason') or known}"]
         time.sleep(0.02)
