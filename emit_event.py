@@ -576,11 +576,11 @@ def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
         file.write(content)
 
 
-def log_failure(reason: str) -> None:
-    """Add one line to emit.log in our directory, without the secrets in it."""
+def write_log(words: str) -> None:
+    """Add one line to emit.log in our directory."""
     home = places(os.environb)[0]  # type: ignore[arg-type]
     make_private_directory(home)
-    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {redact_text(reason)}\n"
+    line = f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {os.getpid()} {words}\n"
     append_bounded(home + "/emit.log", line.encode("utf-8", "backslashreplace"), EMIT_LOG_LIMIT_BYTES)
 
 
@@ -836,7 +836,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         mode, socket_path = values["mode"], values["socketPath"]
     except ConfigError as error:  # not cached, so that every call logs it until it is corrected
         with contextlib.suppress(OSError):
-            log_failure(f"defaults used: {error}")
+            write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         content = f"{key}\n{mode}\n{socket_path}\n"
@@ -1886,6 +1886,11 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     if len(line) > LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
     return line
+
+
+def log_failure(reason: str) -> None:
+    """Add one line to emit.log, without the secrets in it."""
+    write_log(redact_text(reason))
 
 
 # ---------------------------------------------------------------------------
