@@ -7984,7 +7984,7 @@ def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedP
     """
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
-    environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "1"}, client_files(os.getcwd())
+    environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
     for command in [*registered_commands(files_that_run(files)[0]), *registered_commands(files)][:1]:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()

@@ -31,6 +31,8 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
+TIMEOUTS_LIMIT = 3  # in a row; then no hook waits for the monitor for so long:
+TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
 LINE_LIMIT_BYTES = 16 << 20  # what the monitor takes as one line
 PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
@@ -119,7 +121,7 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send(socket_path, line, time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S)
+        outcome = send_unless_slow(home, socket_path, line)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -253,6 +255,34 @@ def quote(text: str) -> str:
     from _json import encode_basestring_ascii
 
     return encode_basestring_ascii(text)
+
+
+def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
+    """Send `line` and return "" or why it is not stored; after three time-outs in a row not at all for 10 s.
+
+    hook.timeouts has a byte for each time-out in a row, and the time of the last.
+    """
+    path = home + "/hook.timeouts"
+    try:
+        about = posix.stat(path)
+        count, age_s = about.st_size, time.time() - about.st_mtime
+    except OSError:
+        count, age_s = 0, 0.0
+    if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
+        return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
+    deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
+    outcome = send(socket_path, line, deadline)
+    try:
+        if outcome and time.monotonic() >= deadline:
+            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+            fd = posix.open(path, flags, 0o600)
+            posix.write(fd, b".")
+            posix.close(fd)
+        elif count:
+            posix.unlink(path)
+    except OSError:  # it only saves time
+        pass
+    return outcome
 
 
 def send(socket_path: str, line: bytes, deadline: float) -> str:
@@ -429,6 +459,7 @@ if __name__ == "__main__":
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
+import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
@@ -1101,7 +1132,7 @@ class SecretShape(NamedTuple):
     behind a run of unbounded length that may overlap with the next one: time would grow with the square of
     the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
     that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
-    lower case. `is_secret` looks at what is around a match, where the shape alone says too little. A token's
+    lower case. `is_secret` looks at what is around a value, where the shape alone says too little. A token's
     pattern says what follows its hint, which is in its own case and not in the middle of a word.
     """
 
@@ -1109,8 +1140,9 @@ class SecretShape(NamedTuple):
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[_View, re.Match[str]], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
     is_token: bool = False
+    rank: int = 0  # of two shapes of one place the first names it
 
 
 # Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
@@ -1118,33 +1150,29 @@ class SecretShape(NamedTuple):
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
-_NEUTRAL_WORDS = frozenset((
-    "base", "b64", "data", "default", "dev", "development", "enc", "encrypted", "hex", "live", "new", "old",
-    "pem", "plain", "plaintext", "primary", "prod", "production", "raw", "salt", "secondary", "staging",
-    "str", "string", "test", "text", "val", "value",
-))  # fmt: skip
+_NEUTRAL_WORDS = frozenset(
+    "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
+    "production raw salt secondary staging str string test text val value".split()
+)
 _PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
-_SECRET_ENDS = (
-    "secret", "token", "credential", "credentials", "creds", "apikey", "authkey", "accesskey", "secretkey",
-    "privatekey", "accountkey", "signingkey", "encryptionkey", "authorization", "bearer", "cookie",
-)  # fmt: skip
-_PASS_OWNERS = frozenset((  # dbPass is a password, renderPass is not
-    "account", "admin", "api", "app", "client", "database", "db", "email", "ftp", "http", "imap", "key",
-    "ldap", "login", "mail", "mongo", "my", "mysql", "pg", "postgres", "proxy", "redis", "root", "server",
-    "sftp", "smtp", "sql", "ssh", "sudo", "svn", "user", "vpn", "web", "wifi",
-))  # fmt: skip
-_SECRET_KEYS = frozenset((
-    "access", "account", "activation", "admin", "aes", "api", "app", "auth", "cipher", "client", "consumer",
-    "crypto", "deploy", "encryption", "fernet", "hmac", "ingest", "ingestion", "jwt", "license", "master",
-    "preshared", "private", "recovery", "secret", "server", "service", "session", "shared", "signing", "ssh",
-    "storage", "subscription", "unseal", "webhook", "write",
-))  # fmt: skip
-_OTHER_KEYS = frozenset((
-    "by", "cache", "column", "composite", "dict", "foreign", "group", "hash", "hot", "index", "item", "map",
-    "object", "order", "partition", "primary", "public", "publishable", "registry", "row", "shard",
-    "shortcut", "sort", "translation", "unique",
-))  # fmt: skip
-_OTHER_TOKENS = frozenset(("bos", "cancellation", "cls", "eos", "mask", "max", "min", "pad", "sep", "unk"))
+_SECRET_ENDS = tuple(
+    "secret token credential credentials creds apikey authkey accesskey secretkey privatekey accountkey "
+    "signingkey encryptionkey authorization bearer cookie".split()
+)
+_PASS_OWNERS = frozenset(  # dbPass is a password, renderPass is not
+    "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
+    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi".split()
+)
+_SECRET_KEYS = frozenset(
+    "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
+    "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
+    "shared signing ssh storage subscription unseal webhook write".split()
+)
+_OTHER_KEYS = frozenset(
+    "by cache column composite dict foreign group hash hot index item map object order partition primary "
+    "public publishable registry row shard shortcut sort translation unique".split()
+)
+_OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1201,13 +1229,6 @@ _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)
 _NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
 
 
-def _is_no_secret(name: str, value: str) -> bool:
-    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
-    is_placeholder = _PLACEHOLDER.match(value) or value.isupper() and _SAYS_SECRET.search(value)
-    is_name = name.lower().endswith(value.rstrip(")]").lower())
-    return bool(_REFERS.match(value) or is_placeholder or is_path or is_name)
-
-
 def _is_login_in_base64(value: str) -> bool:
     """True for `user:password` as Docker, npm and HTTP write it."""
     try:
@@ -1215,11 +1236,6 @@ def _is_login_in_base64(value: str) -> bool:
     except ValueError:
         return False
     return 0 < login.find(":") < len(login) - 1 and login.isprintable()
-
-
-def _is_mixed(value: str) -> bool:
-    """True for the letters of a long random text, which no name in code has."""
-    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
@@ -1231,18 +1247,19 @@ def _is_weak_secret(name: str, value: str) -> bool:
     return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
 
 
-def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
+def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
     """True if a name with a value behind it gives a secret away and is no code."""
-    text = view.text
-    start, group = match.start(), str(match.lastgroup)
+    text, start, group = view.text, match.start(), str(match.lastgroup)
     head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
     name = (head + text[start : match.end("tail")]).strip(".-")
     kind = _name_class(name)
-    begin, end = match.span(group)
     if group == "quoted" and kind:
-        end = view.closing_quote(begin - 1)
-    value = text[begin : min(end, begin + 200)]
-    if not kind or len(value) < 3 or _is_no_secret(name, value):
+        value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
+    if not kind or len(value) < 3 or _REFERS.match(value) or _PLACEHOLDER.match(value):
+        return False
+    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
+    is_name = name.lower().endswith(value.rstrip(")]").lower())
+    if is_path or is_name or value.isupper() and _SAYS_SECRET.search(value):
         return False
     if kind == "weak" and not _is_weak_secret(name, value):
         return False
@@ -1252,26 +1269,21 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
         return _is_quoted_secret(match, name, kind, value, digits)
     if group == "bare":
         return _is_bare_secret(text, match, before, name, kind, value, digits)
-    if group == "element" and before[-1:] not in ("<", ":") and before[-5:].lower() != "<key>":
-        group = "attribute"
-    if group == "element":  # <password>…</password>
-        return "</" in text[match.end() - 1 : match.end() + 5]
-    if group == "attribute":  # <entry key="password">…</entry>, <add key="password" value="…"/>
+    if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
+        return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
+    if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
         call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
         is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
         return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
-    return _is_spaced_secret(match, before + head, name, value, digits)
-
-
-def _is_spaced_secret(match: "re.Match[str]", before: str, name: str, value: str, digits: int) -> bool:
-    if match.group("quote") == "'" and _SQL.search(before):
+    # NAME VALUE
+    if match.group("quote") == "'" and _SQL.search(before + head):
         return True
-    is_netrc = "machine" in before or "default" in before or "login" in before
+    is_netrc = any(word in before + head for word in ("machine", "default", "login"))
     if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
         return False
-    return _SETS.search(before) is not None and (digits < len(value) or digits >= 6)
+    return _SETS.search(before + head) is not None and (digits < len(value) or digits >= 6)
 
 
 def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
@@ -1315,32 +1327,31 @@ def _is_bare_secret(
         return False
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
-    if operator[-1].isspace():
-        return digits > 1 or _is_mixed(value)
+    if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
+        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
+            re.findall("[a-z](?=[A-Z])", value)
+        )
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
-def _is_authorization(view: "_View", match: "re.Match[str]") -> bool:
+def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     """True if a value of `authorization` is one, and not code that makes it or prose on it."""
-    value = view.text[match.start("secret") : match.end("secret")]
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
 
-def _has_digits(view: "_View", match: "re.Match[str]") -> bool:
-    return any(map(str.isdigit, view.text[match.start("secret") : match.end("secret")]))
+def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
+    return any(map(str.isdigit, value))
 
 
-def _is_value(view: "_View", match: "re.Match[str]") -> bool:
-    value = view.text[match.start("secret") : match.end("secret")]
+def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
     return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
-    """Describe a secret that follows `hint` in any case; `rest` is in lower case."""
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
@@ -1367,15 +1378,10 @@ _REST = {
     "line": re.compile(r"[^\s\"'`;]*"),
     "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
     "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "element": re.compile(r""),
     "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    "argument": re.compile(r""),
+    **dict.fromkeys(("element", "argument"), re.compile("")),
     "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
 }
-
-
-def _assigned(hint: str) -> SecretShape:
-    return _folded("assignment", hint, _ASSIGNED, _is_assigned_secret)
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
@@ -1386,78 +1392,75 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 
 # The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
 # kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_HEX_GROUPS = "[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}"
-_TOKENS = {
-    "[A-Za-z0-9_-]{20,}": "anthropic sk-ant- | openai sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- "
-        "sk-lf- | aws amzn.mws. amzn1.oa2-cs.v1. | heroku HRKU- | supabase sbp_ sb_secret_ | mongodb "
-        "mdb_sa_sk_ | pinecone pcsk_ | aiven AVNS_ | cockroach CCDB1_ | vault hvs. hvb. hvr. | docker "
-        "dckr_pat_ dckr_oat_ | circleci CCIPAT_ CCIPRJ_ | paddle pdl_live_apikey_ pdl_sdbx_apikey_ | wandb "
-        "wandb_v1_ | midtrans SB-Mid-server- Mid-server- | openvsx ovsxat_ ovsxp_ | together tgp_v1_ | "
-        "zuplo zpka_ | tavily tvly- tvly-dev- tvly-prod- | contentful CFPAT- | defined dnkey- | unkey "
-        "unkey_ | square sq0atp- sq0csp- | gitlab GR1348941",
-    "[A-Za-z0-9]{20,}": "openai sk- sess- | bitbucket ATBB ATTA | render rnd_ | fireworks fw_ | vercel vcp_ "
-        "vci_ vca_ vcr_ vck_ | alibaba LTAI",
-    "[A-Za-z0-9]{30,}": "github ghp_ gho_ ghu_ ghs_ ghr_ | tencent AKID | netlify nfp_ nfc_ nfo_ nfu_ | "
-        "neon napi_ | infracost ico- | huggingface hf_ api_org_ | groq gsk_ | xai xai- | perplexity pplx- | "
-        "replicate r8_ | cerebras csk- | runpod rpa_ | apify apify_api_ | posthog phx_ phs_ | prefect pnu_ "
-        "pnb_ | linear lin_api_ lin_oauth_ | notion ntn_ | adobe p8e- | artifactory AKCp cmVmd | clojars "
-        "CLOJARS_ | easypost EZAK EZTK | workos wos_ | adafruit aio_ | npm npm_ | readme rdme_",
-    "[A-Za-z0-9_-]{30,}": "google AIza | yandex AQVN | nvidia nvapi- | jina jina_ | pypi pypi- | github "
-        "github_pat_ | openshift sha256~ | figma figd_ figo_ figoh_ | scalingo tk-us-",
-    "[A-Za-z0-9_.=%-]{30,}": "google ya29. GOCSPX- | doppler dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. "
-        "| planetscale pscale_tkn_ pscale_oauth_ pscale_pw_ | snyk snyk_uat. snyk_sat. | bitbucket ATATT3 "
-        "ATCTT3 | yandex t1. y0_ | typeform tfp_ | duffel duffel_live_ duffel_test_ | frameio fio-u-",
-    "[A-Za-z0-9+/=_-]{30,}": "aws ABSK bedrock-api-key- | fly fo1_ fm1a_ fm1r_ fm2_ | grafana glc_ | sentry "
-        "sntrys_ sntryu_ sntrya_",
-    "[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])": "digitalocean dop_v1_ doo_v1_ dor_v1_ | pulumi "
-        "pul- | buildkite bkua_ bkct_ | shippo shippo_live_ shippo_test_ | shopify shpat_ shpca_ shppa_ "
-        "shpss_ shpua_ shptka_ | rubygems rubygems_ | e2b e2b_ sk_e2b_ | elevenlabs sk_ | sonar sqp_ sqa_ "
-        "squ_ | mailgun key- | intra42 s-s4t2ud- s-s4t2af- | twilio SK",
-    "[A-Za-z0-9_-]{20,}(?:\\.[0-9a-z]{2,12}){0,2}": "gitlab glpat- glptt- gldt- glrt- glrtr- glcbt- glft- "
-        "glimt- glagent- gloas- glsoat- glffct- glwt-",
-    "[A-Za-z0-9]{14,}": "razorpay rzp_live_ rzp_test_ | settlemint sm_aat_ sm_pat_ sm_sat_ | stripe "
-        "sk_live_ sk_test_ sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_",
-    "[A-Za-z0-9%-]{14,}": "slack xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- | flutterwave "
-        "FLWSECK- FLWSECK_TEST- | newrelic NRAK- NRII- NRIQ- NRRA- NRJS- | tailscale tskey-auth- tskey-api- "
-        "tskey-client- tskey-scim- tskey-webhook-",
-    _HEX_GROUPS: "plaid access-sandbox- access-development- access-production- | launchdarkly sdk- mob- | "
-        "hubspot pat-na1- pat-na2- pat-eu1- pat-ap1- | wakatime waka_",
-    "[A-Z2-7]{16}(?![A-Za-z0-9])": "aws AKIA ASIA ABIA ACCA",
-    "[A-Za-z0-9_-]{60,}": "facebook EAAA EAAB EAAC EAAG EAAM | dropbox sl. sl.u.",
-    "[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?": "cloudflare cfut_ cfat_ cfk_ cfoc_ v1.0-",
-    "[a-f0-9]{32}(?:-\\d)?(?![A-Za-z0-9])": "databricks dapi",
-    "eyJ[A-Za-z0-9+/=_.-]{60,}": "1password ops_ | mapbox sk.",
-    "[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}": "1password A3-",
-    "1[A-Z0-9]{50,}": "age AGE-SECRET-KEY-",
-    "[A-Za-z0-9_-]{16,}\\.[A-Za-z0-9_-]{16,}": "sendgrid SG.",
-    "[a-f0-9]{64}-[A-Za-z0-9]{16}": "brevo xkeysib- xsmtpsib-",
-    "[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}": "resend re_",
-    "[a-f0-9]{24}-[a-f0-9]{34}": "postman PMAK-",
-    "[A-Z0-9]{8,24}\\.[A-Z0-9]{60,}": "dynatrace dt0c01. dt0s01. dt0s02. dt0s16.",
-    "[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}": "grafana glsa_ | langsmith lsv2_pt_ lsv2_sk_",
-    "(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}": "sourcegraph sgp_ sgp_local_",
-    "[A-Za-z0-9]{14}\\.[a-f0-9]{64}": "airtable pat",
-    "[A-Za-z0-9_-]{22}\\.[A-Za-z0-9]{24}\\.[A-Za-z0-9]{20}": "harness pat. sat.",
-    "[A-Z0-9]{26,}(?![A-Za-z0-9])": "octopus API-",
-}  # fmt: skip
+_TOKENS = r"""
+[A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
+    aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
+    pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
+    circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
+    midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
+    tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
+    gitlab: GR1348941
+[A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
+    vcr_ vck_ alibaba: LTAI
+[A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
+    infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai: xai- perplexity: pplx- replicate: r8_
+    cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
+    lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
+    workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
+[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
+    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
+[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
+    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
+    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
+    sntryu_ sntrya_
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+    buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
+    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+[A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
+    glagent- gloas- glsoat- glffct- glwt-
+[A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
+    sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_
+[A-Za-z0-9%-]{14,}  slack: xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- flutterwave: FLWSECK-
+    FLWSECK_TEST- newrelic: NRAK- NRII- NRIQ- NRRA- NRJS- tailscale: tskey-auth- tskey-api- tskey-client-
+    tskey-scim- tskey-webhook-
+[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
+    launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
+[A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
+[A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
+[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
+[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
+1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
+[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
+[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
+[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
+[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
+[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
+(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
+[A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
+[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
+[A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
+"""
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for rest, kinds in _TOKENS.items():
-        pattern = re.compile(rest)
-        for row in kinds.split(" | "):
-            kind, *hints = row.split()
-            yield from (SecretShape(kind, hint, pattern, is_token=True) for hint in hints)
+    for word in _TOKENS.split():
+        if "{" in word:
+            pattern = re.compile(word)
+        elif word.endswith(":"):
+            kind = word[:-1]
+        else:
+            yield SecretShape(kind, word, pattern, is_token=True)
 
 
-SECRET_SHAPES = (
-    SecretShape("private-key", "PRIVATE KEY",
-        # one whose end was cut off reaches to the end of the text
-        re.compile(
-            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
-            re.S,
-        )),
+_SHAPES = (
+    SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
     SecretShape("private-key", "Private-Lines:",  # of PuTTY
         re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
     *_token_shapes(),
@@ -1467,10 +1470,8 @@ SECRET_SHAPES = (
         re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
     SecretShape("azure", "Q~",
         re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
-    SecretShape("jwt", "eyJ",
-        re.compile(
-            r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"
-        )),
+    SecretShape("jwt", "eyJ", re.compile(
+        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
     _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
@@ -1489,11 +1490,12 @@ SECRET_SHAPES = (
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
     SecretShape("url-password", "@", re.compile(
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
-    *map(_assigned, ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
+        for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
     _folded("assignment", "identified",
         r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
         r"'(?P<secret>[^'\r\n]{1,200})",
-        lambda view, match: view.text[match.start()] == "I" or _has_digits(view, match)),
+        lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
@@ -1504,27 +1506,52 @@ SECRET_SHAPES = (
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )  # fmt: skip
 
-SHORTEST_SECRET = 7  # a://:b@
+SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
 REDACTION_ROUNDS = 8
-_METADATA_KEYS = frozenset((
-    "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
-    "agent_type", "is_interrupt", "prompt_id", "trigger", "action", "label", "pinned", "hidden",
-    "parentSessionId", "status", "previous", "waitingFor", "kind", "entrypoint", "version",
-))  # fmt: skip
+_METADATA_KEYS = frozenset(
+    "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
+    "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
+    "kind entrypoint version".split()
+)
 _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-_LATER_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8
 CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
+UNSEEN_MARGIN = 4096  # characters, redacted with what is shown: a secret across a cut leaves no half behind
+
+# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
+# rare letter is found or missed in a fifth of the time.
+_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
+_SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
+_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
+_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+for _shape in SECRET_SHAPES:
+    _hint = _shape.hint
+    if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
+        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
+        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+    else:
+        _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
+        _part = next((each for each in _COMMON_PARTS if each in _part), _part)
+        _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
+# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
+_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
+# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
+_TOKEN_ENDS = [
+    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
+    for sign in "-_."
+]
+_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _first in "AE":
+    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
+    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
     """True if any value of that name is a secret, or that one is."""
     kind = _name_class(name)
-    return (
-        kind not in ("", "weak") or kind == "weak" and isinstance(value, str) and _is_weak_secret(name, value)
-    )
+    return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
 
 
 def _name_of(name: str, beside: "dict[str, Any]") -> str:
@@ -1536,46 +1563,6 @@ def _name_of(name: str, beside: "dict[str, Any]") -> str:
 def _replacement(kind: str, secret: str) -> str:
     digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
     return f"[redacted:{kind}:{digest[:8]}]"
-
-
-_RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
-# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
-# rare letter is found or missed in a fifth of the time.
-_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
-# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
-_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
-
-
-def _by_part(folded: bool) -> "list[tuple[str, list[_RankedShape]]]":
-    shapes: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if ranked[1].folded == folded and hint not in _TOKENS_BY_HINT:
-            part = " -" if ranked[1].kind == "command-line" else "'" if hint == "identified" else hint
-            shapes.setdefault(next((each for each in _COMMON_PARTS if each in part), part), []).append(ranked)
-    return list(shapes.items())
-
-
-def _tokens_by_hint() -> "dict[str, list[_RankedShape]]":
-    tokens: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if hint[-1] in "-_." or hint[0] in "AE" or hint == "pat":
-            tokens.setdefault(hint, []).append(ranked)
-    return tokens
-
-
-_TOKENS_BY_HINT = _tokens_by_hint()
-_TOKENS_BY_END: "dict[str, list[str]]" = {}  # the last two letters of a beginning → the beginnings
-for _hint in _TOKENS_BY_HINT:
-    _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_hint)
-# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = tuple(re.compile(re.escape(separator) + _TOKEN_BODY) for separator in "-_.")
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
-_SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
 
 
 # Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
@@ -1595,13 +1582,6 @@ _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
-def _meaning(escape: "re.Match[str]") -> str:
-    kind = escape.lastgroup
-    if kind == "letter":
-        return _MEANINGS.get(escape[kind], escape[kind])
-    return "" if kind == "colour" else chr(int(escape[str(kind)], 16 if kind == "code" else 10))
-
-
 class _View:
     """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
 
@@ -1612,22 +1592,24 @@ class _View:
     def __init__(self, raw: str, colours: str = "") -> None:
         self.coloured = False
         # For every escape its place in the view, in the raw text, its width there; and the same after it.
-        self._places, self._raw_places, self._widths = [0], [0], [0]
+        self._marks = [(0, 0, 0)]
         found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
-        found.sort(key=re.Match.start)
         pieces: list[str] = []
         done = length = 0
-        for match in found:
+        for match in sorted(found, key=re.Match.start):
             begin, end = match.span()
             if begin < done:
                 continue
-            meaning = _meaning(match) or colours
-            self.coloured = self.coloured or meaning is colours
+            kind = str(match.lastgroup)
+            meaning = colours
+            if kind == "letter":
+                meaning = _MEANINGS.get(match[kind], match[kind])
+            elif kind != "colour":
+                meaning = chr(int(match[kind], 16 if kind == "code" else 10))
+            self.coloured = self.coloured or kind == "colour"
             pieces += raw[done:begin], meaning
             length += begin - done
-            self._places += length, length + len(meaning)
-            self._raw_places += begin, end
-            self._widths += end - begin, 0
+            self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
             length += len(meaning)
             done = end
         self.text = "".join(pieces) + raw[done:] if pieces else raw
@@ -1638,51 +1620,48 @@ class _View:
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
         """Return where in the raw text a piece of the view stands."""
-        first, last = (bisect.bisect_right(self._places, place) - 1 for place in (start, end - 1))
-        raw_start = self._raw_places[first] + start - self._places[first]
-        raw_last = self._raw_places[last] + end - 1 - self._places[last]
-        return raw_start, raw_last + (self._widths[last] or 1)
+        first, last = (
+            self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
+        )
+        return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
         """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
-        level, ends = self._width(opening), [len(self.text)]
+        level, end = self._width(opening), len(self.text)
         for sign, most in ((self.text[opening], level), ("\n", 1)):
-            at = opening
-            while (at := self.text.find(sign, at + 1, ends[0])) >= 0 and self._width(at) > most:
-                pass
-            ends[0] = at if at >= 0 else ends[0]
-        return ends[0]
+            at = self.text.find(sign, opening + 1, end)
+            while at >= 0 and self._width(at) > most:
+                at = self.text.find(sign, at + 1, end)
+            end = at if at >= 0 else end
+        return end
 
     def _width(self, at: int) -> int:
         start, end = self.raw_span(at, at + 1)
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> str:
+def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
     `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
     so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
     """
     for _ in range(REDACTION_ROUNDS):
-        if len(text) < SHORTEST_SECRET:
-            break
         if shapes is None:
             plain = _View(text).text if "\x1b" in text else text
             shapes = _shapes_in(plain, _folded_text(plain))
         elif "\x1b" not in text:
             folded = _folded_text(text)
-            shapes = [each for each in shapes if each[1].hint in (folded if each[1].folded else text)]
+            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
         if not shapes:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        tokens = [each for each in shapes if each[1].is_token]
-        if tokens and view.coloured:  # only a token asks for a beginning of its own
-            found.update(_secrets_in(_View(text, " "), tokens))
+        if view.coloured:  # only a token asks for a beginning of its own
+            found.update(_secrets_in(_View(text, " "), [shape for shape in shapes if shape.is_token]))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
-            if secrets and start < secrets[-1][1]:  # they overlap: the shape that is described first names it
+            if secrets and start < secrets[-1][1]:  # they overlap
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
             secrets.append((start, end, rank))
@@ -1708,68 +1687,49 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
+def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
     """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    found: list[_RankedShape] = []
-    for by_part, searched in ((_SHAPES, text), (_FOLDED_SHAPES, folded)):
-        for part, shapes in by_part:
+    found: list[SecretShape] = []
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+        for part, shapes in by_part.items():
             # The mode bypassPermissions stands in many events.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
-                found += [ranked for ranked in shapes if ranked[1].hint in searched]
-    hints: set[str] = set()
+                found += [shape for shape in shapes if shape.hint in searched]
+    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
     for pattern in _TOKEN_ENDS:
         for match in pattern.finditer(text):
             end = match.end()
-            for hint in _TOKENS_BY_END.get(text[end - 2 : end], ()):
-                if text.startswith(hint, end - len(hint)):
+            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
+                if text.endswith(hint, 0, end):
                     hints.add(hint)
-    for pattern in _TOKEN_STARTS:
-        hints.update(pattern.findall(text))
-    for hint in hints:
-        found += _TOKENS_BY_HINT[hint]
-    return found
+    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
 
 
-def _secrets_in(view: _View, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
-    """Yield every match of some shapes as (start, end, its shape's place); they may overlap."""
-    for rank, shape in shapes:
-        spans = _tokens_in(view.text, shape) if shape.is_token else _matches_in(view, shape)
-        for start, end in spans:
-            yield (*view.raw_span(start, end), rank)
-
-
-def _tokens_in(text: str, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    start = text.find(shape.hint)
-    while start >= 0:
-        end = start + len(shape.hint)
-        before = text[start - 1 : start]
-        match = None if before.isascii() and before.isalnum() else shape.pattern.match(text, end)
-        if match is not None:
-            end = match.end()
-            yield start, end
-        start = text.find(shape.hint, end)
-
-
-def _matches_in(view: _View, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    searched = view.folded if shape.folded else view.text
-    match = shape.pattern.search(searched)
-    while match is not None:
-        if shape.is_secret is not None and not shape.is_secret(view, match):
-            next_at = match.start() + len(shape.hint)
-        else:
+def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
+    """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
+    for shape in shapes:
+        searched, pattern = view.folded if shape.folded else view.text, shape.pattern
+        if shape.is_token:  # `re` remembers the compiled pattern
+            hint = re.escape(shape.hint)
+            pattern = re.compile(f"{hint}(?<![A-Za-z0-9]{hint}){pattern.pattern}")
+        match = pattern.search(searched)
+        while match is not None:
             group = match.lastgroup or 0
             start, end = match.span(group)
-            if group == "begin":  # of a secret whose fixed text is in its middle
-                end = match.end()
-            elif group == "quoted":
-                end = view.closing_quote(start - 1)
-            elif shape.is_secret is not None:
-                line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
-                end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
-            yield start, end
-            next_at = max(end, match.end())
-        match = shape.pattern.search(searched, next_at)
+            if shape.is_secret is not None and not shape.is_secret(view, match, view.text[start:end]):
+                next_at = match.start() + len(shape.hint)
+            else:
+                if group == "begin":  # of a secret whose fixed text is in its middle
+                    end = match.end()
+                elif group == "quoted":
+                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None:
+                    line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
+                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
+                yield (*view.raw_span(start, end), shape.rank)
+                next_at = max(end, match.end())
+            match = pattern.search(searched, next_at)
 
 
 class Privacy(NamedTuple):
@@ -1791,56 +1751,54 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         return _protect_each_value(event, privacy, None)
     is_plain = text.isascii() and "\x7f" not in text
     is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[_RankedShape] = []
+    shapes: list[SecretShape] = []
     if privacy.redact:
         # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
         # texts. No hint has a character that JSON must escape.
-        searched = text
-        if event.keys() <= _EVENT_FIELDS:
-            searched = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+        is_ours = event.keys() <= _EVENT_FIELDS  # then nothing is taken out of fields beside `data`
+        searched = text[text.find('"data":') :] if is_ours else text
         if "\\u001b[" in searched:
             searched = _COLOURS_IN_JSON.sub("", searched)
-        folded = searched.lower() if is_plain else _folded_text(searched)
-        shapes = _shapes_in(searched, folded)
+        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
         # Every name of a secret has a hint in it.
         in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (in_doubt and _may_have_secrets(event, shapes))
+        is_clean = is_clean and not (
+            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        )
     if is_clean:
         return event, text.encode() if is_plain else encode_json(event)
     return _protect_each_value(event, privacy, shapes)
 
 
-def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
+def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
     """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
 
     All texts are searched together, as lines of one: what matches in a text matches there too.
     """
     texts: list[str] = []
-    level: list[Any] = [event]
+    level: list[Any] = [value]
     for _ in range(_DEPTH_LIMIT):
-        deeper = []
+        inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
-                if any(_names_a_secret(_name_of(name, value), inner) for name, inner in value.items()):
-                    return True
+                for name in value:
+                    is_doubtful = _name_class(name) != "" or name == "value"
+                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
+                        return True
                 texts += value
-                value = value.values()
-            for inner in value:
-                if isinstance(inner, str):
-                    texts.append(inner)
-                elif isinstance(inner, (dict, list)):
-                    deeper.append(inner)
-        if not deeper:
-            break
-        level = deeper
-    else:
-        return True
-    view = _View("\n".join(texts))
-    return view.coloured or next(_secrets_in(view, shapes), None) is not None
+                inner += value.values()
+            else:
+                inner += value
+        texts += [value for value in inner if isinstance(value, str)]
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            view = _View("\n".join(texts))
+            return view.coloured or any(True for _ in _secrets_in(view, shapes))
+    return True
 
 
 def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[_RankedShape] | None"
+    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
 ) -> "tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
@@ -1863,22 +1821,21 @@ def _protect_each_value(
 
 def _metadata_of(data: JsonObject) -> JsonObject:
     """Return what `data` says besides content: single values under known names, and figures."""
-    kept = {name: _figures_of(data[name], name) for name in _METADATA_OBJECTS & data.keys()}
-    for name in _METADATA_KEYS & data.keys():
-        value = data[name]
-        if not isinstance(value, (dict, list)) and not (isinstance(value, str) and len(value) > 200):
+    kept = {}
+    for name, value in data.items():
+        if name in _METADATA_OBJECTS:
+            kept[name] = _figures_of(value, name)
+        elif name in _METADATA_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 200:
             kept[name] = value
-    return {name: kept[name] for name in data if kept.get(name) is not None}
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
     """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
-        inner_values = value.items()
-        kept = {
-            key: _figures_of(inner, key, depth + 1) for key, inner in inner_values if _ID_LIKE.fullmatch(key)
-        }
-        return {key: inner for key, inner in kept.items() if inner is not None}
+        names = filter(_ID_LIKE.fullmatch, value)
+        figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
+        return {name: figure for name, figure in figures.items() if figure is not None}
     if isinstance(value, str):
         return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
     return value if isinstance(value, (bool, int, float)) else None
@@ -1890,7 +1847,7 @@ class _Protector:
     `shapes` are those that may be anywhere in the object; None when it was not looked through.
     """
 
-    def __init__(self, privacy: Privacy, shapes: "list[_RankedShape] | None" = None) -> None:
+    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
         self.cuts: dict[str, int] = {}
         self._privacy = privacy
         self._shapes = shapes if privacy.redact else []
@@ -1902,10 +1859,9 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
+            path = path and path + "."
             return {
-                self._clean(name): self.value(
-                    inner, _name_of(name, value), f"{path}.{name}" if path else name, depth + 1
-                )
+                self._clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1922,26 +1878,21 @@ class _Protector:
         if self._privacy.redact and text and _names_a_secret(key, text):
             return text if text.startswith("[redacted:") else _replacement("key", text)
         limit = self._privacy.field_limit_bytes
-        if len(text) <= limit // 4:  # a character is at most four bytes
-            return self._clean(text)
-        size = len(text.encode("utf-8", "surrogatepass"))
+        # a character is at most four bytes
+        size = len(text) if len(text) <= limit // 4 else len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
             return self._clean(text)
         self.cuts[path] = size
         # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # Redacted with a margin, so that a secret across the cut is seen whole and leaves no half behind. The
-        # margin itself never shows, however much shorter what was redacted before it has become.
-        margin = 4096
-        head = self._clean(text[: half + margin])
-        tail = self._clean(text[-half - margin :])
-        unseen = margin if half + margin < len(text) else 0
+        # The margin never shows, however much shorter what was redacted before it has become.
+        unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
+        head, tail = self._clean(text[: half + UNSEEN_MARGIN]), self._clean(text[-half - UNSEEN_MARGIN :])
+        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
+        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
         # No half of a character is left either.
-        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")
-        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:].lstrip(_LATER_BYTES)
-        if start[half : half + 1].strip(_LATER_BYTES) == b"" and len(start) > half:
-            start = start[:half].rstrip(_LATER_BYTES)[:-1]
-        head, tail = (part.decode("utf-8", "surrogatepass") for part in (start[:half], end))
+        head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
+        tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
@@ -1949,12 +1900,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
     """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
     if privacy.metadata_only:
         return ""
-    margin = 4096  # as where a field is cut: a secret across the end is seen whole
-    text = line[: limit + margin].decode("utf-8", "backslashreplace")
+    text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
     shown = redact_text(text)
-    if len(text) > limit:
-        shown = shown[: max(0, len(shown) - (len(text) - limit))]
-    return shown
+    return shown[: max(0, len(shown) - max(0, len(text) - limit))]
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
@@ -2007,17 +1955,15 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
 USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
-USAGE_SCHEMA = 3
+USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
-_MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
-    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
-    "ephemeral_1h_input_tokens",
-)
-_CLIENT_COUNTS = (
-    *("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens"),
-    "cacheCreationEphemeral1hInputTokens",
-)
+# The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
+_MESSAGE_COUNTS = (
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens ephemeral_1h_input_tokens"
+).split()
+_CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
+_CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENT_NOTE_ATTEMPTS = 10  # it is there from the first tool call on; old clients make none
@@ -2028,48 +1974,34 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": is_integer,
 }
+# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS sessions;
-DROP TABLE IF EXISTS files;
-DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT, origin TEXT,
-                       chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, identity TEXT, position INTEGER, mark BLOB);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT,
-                       {", ".join(COUNT_NAMES)});
+DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
 # Of several lines of one message the largest numbers are true.
-_LARGEST = ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
-_COUNT_MESSAGE = (
-    f"INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET {_LARGEST}"
+_COUNT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET " + (
+    ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
 )
 _SUMS = ", ".join(f"SUM({name})" for name in COUNT_NAMES)
-# The model is that of the main agent's last message, the origin whose messages the transcript begins with.
-_UPDATE_SESSION = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, '')) WHERE number = ?"
-# The client's sums belong to the first session of a chain; a fork begins with messages of another session.
-_FIND_FORK = "SELECT 1 FROM sessions WHERE CASE number WHEN ? THEN origin != ? ELSE chain = ? END"
 Counts = tuple[int, int, int, int, int]  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
 class MessageUsage(NamedTuple):
     """What one message of a model used; `agent_id` "" is the main agent."""
 
-    message_id: str
-    request: str  # with the id, which a gateway may give to every message, the key of the message
+    key: str  # in all transcripts: its id and its request, as a gateway may give one id to every message
     agent_id: str
     model: str
     counts: Counts
     session_id: str = ""  # as the line says; a fork begins with lines of another session
-
-    @property
-    def key(self) -> str:
-        """Return what identifies the message in all transcripts."""
-        return f"{self.message_id} {self.request}"
 
 
 class CostState(NamedTuple):
@@ -2094,8 +2026,8 @@ class CostState(NamedTuple):
             left = [a - b for a, b in zip(left, more)]
             more[4] = min(more[3:])
             if any(more):
-                request = f"cost-state {model} {sums}"
-                found.append(MessageUsage(self.chain, request, "", model, tuple(more)))  # type: ignore[arg-type]
+                key = f"{self.chain} cost-state {model} {sums}"
+                found.append(MessageUsage(key, "", model, tuple(more)))  # type: ignore[arg-type]
         return found
 
 
@@ -2113,12 +2045,10 @@ class TranscriptParser:
     def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
         """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
         self._rest += data
-        if b"\n" not in data:
-            if len(self._rest) > TRANSCRIPT_LINE_LIMIT_BYTES:  # skipped; its end will be no JSON object
-                self.consumed += len(self._rest)
-                self._rest.clear()
+        if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
         *lines, rest = bytes(self._rest).split(b"\n")
+        rest = rest if lines else b""  # of too long a line; its end will be no JSON object
         self.consumed += len(self._rest) - len(rest)
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
@@ -2145,15 +2075,15 @@ class TranscriptParser:
             return
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
-        request = id_or(request, f"{counts[0]} {counts[2]} {counts[3]}")
+        key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
         parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
         beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
-            about = (id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS), session_id)
-            yield MessageUsage(message_id, f"{request} {number}", agent_id, *about)
-        yield MessageUsage(message_id, request, agent_id, model, counts, session_id)
+            part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
+            yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
+        yield MessageUsage(key, agent_id, model, counts, session_id)
 
 
 def id_or(value: Any, otherwise: str) -> str:
@@ -2161,14 +2091,14 @@ def id_or(value: Any, otherwise: str) -> str:
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
 
 
-def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
+def _counts_of(usage: Any, names: "list[str]") -> Counts:
     """Return the tokens under these names; what is no number of tokens is 0."""
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
     tokens = (value if is_integer(value) and 0 <= value < 1 << 40 else 0 for value in values)
-    input_, output, cache_read, created, for_an_hour = tokens
-    return input_, output, cache_read, created, min(created, for_an_hour)
+    *others, created, for_an_hour = tokens
+    return (*others, created, min(created, for_an_hour))  # type: ignore[return-value]
 
 
 class UsageReader:
@@ -2226,47 +2156,41 @@ class UsageReader:
                     os.unlink(f"{self._home}/usage.db{suffix}")
 
     def _open(self) -> Any:
-        """Return the open database; a new one when there is none or another version wrote it."""
-        import sqlite3
+        if self._database is None:
+            import sqlite3
 
-        if self._database is not None:
-            return self._database
-        make_private_directory(self._home)
-        path = self._home + "/usage.db"
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(path, timeout=2.0)
-        # Nothing waits for the disk: after a loss of power everything can be read again.
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("PRAGMA journal_mode = TRUNCATE")
-        if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
-            database.executescript(_USAGE_TABLES)
-        self._database = database
-        return database
+            make_private_directory(self._home)
+            path = self._home + "/usage.db"
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            database = sqlite3.connect(path, timeout=2.0)
+            # Nothing waits for the disk: after a loss of power everything can be read again.
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("PRAGMA journal_mode = TRUNCATE")
+            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+                database.executescript(_USAGE_TABLES)
+            self._database = database
+        return self._database
 
-    def _read(self, session_id: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
+    def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
-        database = self._open()
-        find = "SELECT number FROM sessions WHERE name = ?"
-        is_known = database.execute(find, (session_id,)).fetchone() is not None
-        if not is_known and not any(os.path.isfile(path) for path, _ in files):
-            return None  # a session of a file system that is not here leaves no trace
-        with database:
+        with self._open() as database:
+            is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
+            if not is_known and not any(os.path.isfile(path) for path, _ in files):
+                return None  # a session of a file system that is not here leaves no trace
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
-                (session_id, now_ms()),
+                (session, now_ms()),
             )
-            (session,) = database.execute(find, (session_id,)).fetchone()
             (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
             # A dropped session is read from its start when it has another event.
-            others = "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1"
-            while count >= COUNTED_MESSAGES_LIMIT:
-                oldest = database.execute(others, (session,)).fetchone()
-                if oldest is None:
-                    break
+            others = "SELECT name FROM sessions WHERE name != ? ORDER BY read_ms, rowid LIMIT 1"
+            while count >= COUNTED_MESSAGES_LIMIT and (
+                oldest := database.execute(others, (session,)).fetchone()
+            ):
                 count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
                 database.execute("DELETE FROM files WHERE session = ?", oldest)
-                database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+                database.execute("DELETE FROM sessions WHERE name = ?", oldest)
         has_room = count < COUNTED_MESSAGES_LIMIT
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
@@ -2275,7 +2199,7 @@ class UsageReader:
         usage = None if self._stopping.is_set() else _session_usage(database, session)
         return usage if has_room or usage is None else {**usage, "partial": True}
 
-    def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
+    def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
         size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
@@ -2293,7 +2217,9 @@ class UsageReader:
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    database.execute(_UPDATE_SESSION, (own[-1].model, own[0].session_id, session))
+                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
+                    about_own = (own[-1].model, own[0].session_id, session)
+                    database.execute(update + " WHERE name = ?", about_own)
                 for entry in found:
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
@@ -2303,11 +2229,15 @@ class UsageReader:
                 row = (path, session, identity, position, _mark(fd, position))
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
-    def _rest_of(self, session: int, state: CostState) -> "list[MessageUsage]":
-        """Return what the client's own sums have beyond the lines so far; a fork's sums are not its own."""
-        if self._database.execute(_FIND_FORK, (session, state.session_id, state.chain)).fetchone():
+    def _rest_of(self, session: str, state: CostState) -> "list[MessageUsage]":
+        """Return what the client's own sums have beyond the lines so far.
+
+        They belong to the first session of a chain; a fork begins with messages of another session.
+        """
+        find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
+        if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
             return []
-        self._database.execute("UPDATE sessions SET chain = ? WHERE number = ?", (state.chain, session))
+        self._database.execute("UPDATE sessions SET chain = ? WHERE name = ?", (state.chain, session))
         counted = f"SELECT model, {_SUMS} FROM messages WHERE session = ? GROUP BY model"
         return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
@@ -2441,22 +2371,20 @@ def _mark(fd: int, position: int) -> bytes:
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
 
 
-def _session_usage(database: Any, session: int) -> "JsonObject | None":
+def _session_usage(database: Any, session: str) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
-    agents: dict[str, dict[str, JsonObject]] = {}
-    newest: dict[str, int] = {}  # agent → its latest message's row
-    for agent, model, *counts, row in database.execute(
-        f"SELECT agent, model, {_SUMS}, MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2", (session,)
+    agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
+    sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+    for agent, model, *counts in database.execute(
+        sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
     ):
-        newest[agent] = max(row, newest.get(agent, 0))
         for by_model in (models, agents.setdefault(agent, {})):
             add_counts(by_model.setdefault(model, {}), counts)
     if not models:
         return None
-    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent]))[:AGENTS_IN_USAGE]
-    usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
-    (model,) = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()
+    usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
+    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
     return {**usage, "model": model} if model else usage
 
 
@@ -2483,11 +2411,8 @@ class AgentNoteReader:
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
         noted = self._noted.get(key, 0)  # if by the same event, that was not stored before
-        if (
-            not agent_id
-            or (noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS)
-            or not _AGENT_ID.fullmatch(agent_id)
-        ):
+        is_noted = noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS
+        if is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
         notes = (
             note
@@ -2705,10 +2630,9 @@ def drop_old_segments(directory: str) -> None:
     """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
-    oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
-        too_old = segment_start_ms(path) < oldest_ms
-        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
+        is_young = segment_start_ms(path) >= now_ms() - SPOOL_LIMIT_MS
+        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and is_young):
             continue  # what is taken is being delivered
         try:
             with open(path, "rb", opener=open_own) as file:
@@ -2717,10 +2641,8 @@ def drop_old_segments(directory: str) -> None:
         except OSError:
             continue  # another writer, or the drainer, was first
         total -= size
-        reason = "older than 7 days" if too_old else "over 64 MiB"
-        record = {"timestamp": now_ms(), "events": events, "bytes": size, "reason": reason}
         with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
-            log.write(encode_json(record) + b"\n")
+            log.write(encode_json({"timestamp": now_ms(), "events": events, "bytes": size}) + b"\n")
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
@@ -2816,18 +2738,18 @@ class Overrun(Exception):
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread and return its result; abandon it at the deadline and raise Overrun."""
-    outcome: list[tuple[Any, Any]] = []
+    outcome: list[Any] = [None, Overrun(f"no whole answer within {deadline_s:.0f} s")]
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            outcome[:] = work(), None
         except BaseException as error:  # belongs to the caller
-            outcome.append((None, error))
+            outcome[:] = None, error
 
     thread = threading.Thread(target=run, name="redis exchange", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    result, error = outcome[0] if outcome else (None, Overrun(f"no whole answer within {deadline_s:.0f} s"))
+    result, error = outcome
     if error is not None:
         raise error
     return result
@@ -2852,61 +2774,50 @@ def redis_client(values: "dict[str, Any]") -> Any:
     from redis.retry import Retry
 
     options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    kind: Any = redis.connection.SSLConnection if values["redis.tls"] else redis.connection.Connection
+    options["ssl"] = values["redis.tls"]
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
-        kind = options.pop("connection_class", kind)
+        options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
+        if "path" in options:
+            options["unix_socket_path"] = options.pop("path")
     options.setdefault("db", values["redis.db"])
     password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or values["redis.password"]
-    for name, value in (("username", values["redis.username"]), ("password", password)):
-        if value:
-            options[name] = value
-    if issubclass(kind, redis.connection.SSLConnection):
-        for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-            options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
-        options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
-        options["ssl_check_hostname"] = values["redis.verify"]
+    login = {"username": values["redis.username"], "password": password}
+    options.update((name, value) for name, value in login.items() if value)
+    for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
+        options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+    options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
+    options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these, and for a Unix socket not every one knows the first.
+    # Not every redis-py knows these.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
-    if "path" in options:
-        options.pop("socket_connect_timeout")
-
-    def client_of(**changes: Any) -> Any:
-        pool: Any = redis.ConnectionPool(connection_class=kind, **{**options, **changes})
-        return redis.Redis(connection_pool=pool)
-
+    rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
     if values["redis.sentinels"]:
-        manager: Any = redis.sentinel.Sentinel([])  # type: ignore[no-untyped-call]
-        login = {"db": 0, "username": None, "password": values["redis.sentinelPassword"]}
-        for node in values["redis.sentinels"]:
-            host, port = host_and_port(node, 26379)
-            manager.sentinels.append(client_of(host=host, port=port, **login))
+        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
+        login = {"username": None, "password": values["redis.sentinelPassword"]}
+        manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
         try:
-            host, port = manager.discover_master(values["redis.master"])
+            options["host"], options["port"] = manager.discover_master(values["redis.master"])
         finally:
             for sentinel in manager.sentinels:
                 sentinel.connection_pool.disconnect()
-        return client_of(host=host, port=port)
-    if values["redis.cluster"]:
+    elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
         nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
-        rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
         cluster: Any = redis.cluster.RedisCluster(
             startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
             require_full_coverage=False,
-            ssl=issubclass(kind, redis.connection.SSLConnection),
             **rest,
         )
         try:  # PUBLISH at the node that has the stream reaches subscribers of every node
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
         finally:
             cluster.close()
-        return client_of(host=node.host, port=node.port, db=0)
-    return client_of()
+        options.update(host=node.host, port=node.port, db=0)
+    return redis.Redis(**options)
 
 
 def stream_name(values: "dict[str, Any]") -> "Optional[str]":
@@ -2945,17 +2856,15 @@ def redis_py_advice(python: str) -> str:
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: {advice}"),
     ("No module named 'redis.", "redis-py is too old: {advice}"),
-    ("Authentication required|NOAUTH",
-     "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
-     "for hooks and monitor"),
+    ("Authentication required|NOAUTH", "Redis at {place} asks for a password (NOAUTH): set redis.password, "
+     "or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
     ("invalid username-password|WRONGPASS|invalid password|without any password configured",
      "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
      "(or CONTEXTUATE_REDIS_PASSWORD)"),
     ("NOPERM|has no permissions|No permissions to access",
      "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master",
-     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary, or redis.sentinels "
-     "to have it found"),
+    ("READONLY|read only replica|read-only replica|previous master", "Redis at {place} is a read-only "
+     "replica (READONLY): set redis.host to the primary, or redis.sentinels to have it found"),
     ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
     ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
      "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
@@ -2997,23 +2906,16 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    tls = values["redis.tls"] or url.startswith("rediss:")
-    closed_hint = (
-        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
-    )
-    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
+    closed, silence = " (if that is a TLS port, set redis.tls)", ""
+    if values["redis.tls"] or url.startswith("rediss:"):
+        closed = " (is a client certificate asked for?)"
+        silence = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {
-        "text": text,
-        "place": place,
-        "host": place.rpartition(":")[0] if url else values["redis.host"],
-        "missing": ", ".join(missing) or "a file",
-        "advice": redis_py_advice(sys.executable),
-        "closed_hint": "" if connected else closed_hint,
-        "silence_hint": "" if connected else silence_hint,
-    }
+    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
+    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
+    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return message.format(**facts)
@@ -3065,7 +2967,8 @@ class Publisher:
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
         self._registry_due = 0.0  # time.monotonic
-        self._segment: Any = None  # the file that is being read
+        self._segment = ""  # that is being read, and its lines
+        self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
@@ -3114,7 +3017,6 @@ class Publisher:
             else:
                 last_event = now
         self._enter("stopped", None)
-        self._write_state(at_once=True)
 
     def _leave(self) -> bool:
         """Release the lock; take it again and return False if the spool has an event.
@@ -3123,7 +3025,6 @@ class Publisher:
         came before our release, and is seen after it; if not, it starts the next publisher.
         """
         self._enter("stopped", None)
-        self._write_state(at_once=True)  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if not spool_segments(self._spool):
             return True
@@ -3156,67 +3057,62 @@ class Publisher:
 
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
-        privacy = privacy_of(self._values)
         while self._own_events:
-            self._add(self._build(self._own_events.popleft()), privacy)
-        if self._segment is None and not self._open_segment():
-            return bool(self._batch)
+            self._add(self._own_events.popleft())
+        if not self._lines and not self._batch:
+            with contextlib.suppress(FileNotFoundError):  # "" is none, too
+                os.unlink(self._segment)
+            self._segment = ""
+            self._open_segment()
         size = 0
-        while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
-            line = self._segment.readline()
-            if not line and not self._batch:
-                self._segment.close()
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._segment.name)
-                self._segment = None
-                return self._read_batch()
-            if not line:
-                break
-            size += len(line)
-            if line.strip():
-                self._read_line(line.strip(), privacy)
+        while self._lines and len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
+            size += len(self._lines[0])
+            self._read_line(self._lines.popleft())
         return bool(self._batch)
 
-    def _build(self, given: JsonObject) -> JsonObject:
+    def _add(self, given: JsonObject) -> None:
         event = build_event(given, now_ms(), this_machine())
         if self._machine_key and event["machineId"] == this_machine():
             event.setdefault("machineKey", self._machine_key)
-        return event
-
-    def _add(self, event: JsonObject, privacy: Privacy) -> None:
-        event, encoded = protect(event, privacy)
+        self._usage.put(event)
+        self._registry.learn(event)
+        self._agent_notes.add_note(event)
+        event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 
-    def _open_segment(self) -> bool:
-        """Open the oldest segment that can be read now; False when there is none.
+    def _open_segment(self) -> None:
+        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
 
         One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
         """
         segments = [path for path, _ in spool_segments(self._spool)]
         for path in segments:
             try:
-                self._segment = open(take_segment(path), "rb", opener=open_own)  # noqa: SIM115 - over many rounds
+                taken = take_segment(path)
+                with open(taken, "rb", opener=open_own) as file:
+                    self._lines.extend(filter(None, map(bytes.strip, file)))
             except BlockingIOError:
                 self._blocked_since = self._blocked_since or time.monotonic()
                 if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
-                    return False
+                    return
                 continue
             except OSError:  # drained meanwhile, or not readable
                 continue
             if path == segments[0]:
                 self._blocked_since = None
-            self._report_dropped()
-            return True
-        return False
+            self._segment = taken
+            events, size = take_dropped(self._spool)
+            if events:
+                self._state["dropped"] += events
+                text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
+                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
+            return
 
-    def _read_line(self, line: bytes, privacy: Privacy) -> None:
+    def _read_line(self, line: bytes) -> None:
         """Add the event of one line to the batch; a line that has none goes to the quarantine."""
+        privacy = privacy_of(self._values)
         try:
-            event = self._build(parse_event_line(line))
-            self._usage.put(event)
-            self._registry.learn(event)
-            self._agent_notes.add_note(event)
-            self._add(event, privacy)
+            self._add(parse_event_line(line))
             return
         except MalformedEvent as error:
             reason = str(error)
@@ -3226,16 +3122,6 @@ class Publisher:
         with contextlib.suppress(OSError):
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
-
-    def _report_dropped(self) -> None:
-        """Publish an event on what the spool of this machine has dropped."""
-        events, size = take_dropped(self._spool)
-        if events:
-            self._state["dropped"] += events
-            text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-            report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
-            event = self._build(report)
-            self._batch.append((event["id"], encode_json(event)))
 
     # Sending
 
@@ -3275,25 +3161,23 @@ class Publisher:
         step = 2 if stream else 1
         kept: _Batch = []
         sent: _Batch = []
-        for event, at in zip(batch, range(0, len(replies), step)):
-            subscribers = replies[at] if isinstance(replies[at], int) else None
-            streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
+        for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
+            subscribers = reached if isinstance(reached, int) else None
+            streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
-        last: Any = replies[-step]
-        added: Any = replies[-1] if stream else None
-        reasons = [
+        channel_reason, stream_reason = (
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
-            for reply in (last, added)
-        ]
+            for reply in (reached, added if stream else None)
+        )
         self._state.update(
-            channelState="refused" if reasons[0] else "ok",
-            channelReason=reasons[0],
-            subscribers=None if reasons[0] else last,
-            stream="refused" if reasons[1] else "ok" if stream else "off",
-            streamReason=reasons[1],
+            channelState="refused" if channel_reason else "ok",
+            channelReason=channel_reason,
+            subscribers=None if channel_reason else reached,
+            stream="refused" if stream_reason else "ok" if stream else "off",
+            streamReason=stream_reason,
         )
         self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
@@ -3305,7 +3189,7 @@ class Publisher:
             self._enter("publishing", None)
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(filter(None, reasons)) or no_subscriber)
+        self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
         if stream:
             self._send_again()
 
@@ -3353,12 +3237,15 @@ class Publisher:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
         self._state["nextAttemptAt"] = None
+        if state == "stopped":  # before the next publisher writes its own
+            self._write_state()
 
-    def _write_state(self, at_once: bool = False) -> None:
+    def _write_state(self) -> None:
         """Write publisher.json if the state has changed, a few times a second at most."""
-        if self._state == self._written or (
-            not at_once and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        ):
+        is_early = (
+            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
+        )
+        if is_early or self._state == self._written:
             return
         self._written_at = time.monotonic()
         content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
@@ -3376,18 +3263,22 @@ def publisher_file(home: str) -> JsonObject:
         return {}
 
 
-def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[str]":
-    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging."""
-    event_id = parse_event_line(line)["id"]
-    deadline = time.monotonic() + deadline_s
+def publisher_outcome(home: str, line: bytes) -> "list[str]":
+    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
+
+    Claude Code waits, too, so not for long; CONTEXTUATE_DEBUG=wait is for a person who tests the hook.
+    """
+    event = parse_event_line(line)
+    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
     while True:
         state = publisher_file(home)
-        server = f"Redis at {state.get('server')}"
+        server = f"Redis at {state['server']}" if state.get("server") else "Redis"
         for known, count, streamed in state.get("recent", []):
-            if known == event_id:
+            if known == event["id"]:
                 got = "the channel was refused" if count is None else f"{count} subscribers got it"
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
                 return [f"{server}: {got}, {kept}"]
-        if time.monotonic() > deadline:
-            return [f"{server}: no outcome after {deadline_s:.0f} s: {state.get('reason')}"]
+        if now_ms() > event["timestamp"] + wait_ms:
+            known = state.get("state", "stopped").replace("stopped", "starting")
+            return [f"{server}: no outcome after {wait_ms} ms: {state.get('reason') or known}"]
         time.sleep(0.02)
