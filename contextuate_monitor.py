@@ -595,6 +595,8 @@ _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
 MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
+SLOW_WRITE_MS = 100
+SLOW_WRITE_SHOWN_S = 600.0
 
 
 class StoredEvent(NamedTuple):
@@ -630,6 +632,7 @@ class Journal:
     """Appends events to the session files of a day, in the loop thread; any thread can read them."""
 
     OPEN_FILES = 64
+    slow_write = (-math.inf, 0)  # when (time.monotonic()) a write last took longer than SLOW_WRITE_MS; its ms
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -681,6 +684,7 @@ class Journal:
             by_session.setdefault(event["sessionId"], []).append(entry)
         self.error = None
         for session_id, entries in by_session.items():
+            started = time.monotonic()
             try:
                 self._write(session_id, b"".join([entry.line + b"\n" for entry in entries]), received_ms)
             except OSError as error:
@@ -688,6 +692,9 @@ class Journal:
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
                     stored[entry.seq - before - 1] = None
+            took_ms = round((time.monotonic() - started) * 1000)
+            if took_ms > SLOW_WRITE_MS:
+                self.slow_write = time.monotonic(), took_ms
         # Readers stop at this number: set last, so that they never see a part of this batch.
         self.seq = seq
         return stored
@@ -3926,9 +3933,61 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 #
 # Owns: which files are deleted, and deleting them. Knows: the files of our directory. Today's files are kept.
 # What a kill interrupted is planned again the next time.
+# The name of a day is what our clock showed then. ClockMemory remembers each time that it was set, so that
+# days before have their real age; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
 RETENTION_INTERVAL_S = 60.0
+CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
+CLOCK_STEPS_LIMIT = 1000
+
+
+class ClockStep(NamedTuple):
+    """The clock was set; events with numbers up to `seq` arrived before."""
+
+    seq: int
+    before_ms: int
+    after_ms: int
+
+
+class ClockMemory:
+    """Each time that the clock was set, kept over restarts in a file; for the loop thread."""
+
+    def __init__(self, path: str) -> None:
+        self.steps: list[ClockStep] = []
+        self._path, self._boot = path, ""
+        self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
+        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            self._boot = file.read().strip()
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(path, "rb", opener=emit_event.open_own) as saved:
+                known = emit_event.parse_event_line(saved.read())
+            steps, boot = [ClockStep(*map(int, step)) for step in known["steps"]], known["boot"]
+            time_ms, seq, ahead_ms = (int(known[name]) for name in ("time", "seq", "ahead"))
+            if not boot or boot != self._boot:
+                # For how long it was off only the clock can say, unless that ran back or was not set.
+                is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
+                ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
+            self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, seq, ahead_ms
+
+    def look(self, seq: int, save: bool = False) -> None:
+        """Compare the clocks; `seq`: of the last event."""
+        time_ms = now_ms()
+        ahead_ms = round(time_ms - steady_ms())
+        step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
+        was_set = abs(step_ms) >= CLOCK_SET_MS
+        if was_set:
+            # An event that arrived since the last look may be from before or after: it shall be the younger.
+            step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
+            self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
+            log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
+        if was_set or not self._time_ms:
+            self._ahead_ms = ahead_ms
+        self._time_ms, self._seq = time_ms, seq
+        if save or was_set:
+            state = {"boot": self._boot, "time": time_ms, "seq": seq, "ahead": self._ahead_ms}
+            with contextlib.suppress(OSError):
+                emit_event.write_atomically(self._path, encode_json({**state, "steps": self.steps}) + b"\n")
 
 
 class RetentionPlan(NamedTuple):
@@ -3941,6 +4000,7 @@ class RetentionPlan(NamedTuple):
     index_size: int
     oldest_day: str | None  # that is kept
     today: str  # events are never added to an earlier day
+    is_over: bool  # even without them the rest is more than the limit
 
     @property
     def days(self) -> list[str]:
@@ -3955,7 +4015,12 @@ class RetentionPlan(NamedTuple):
 
 
 def plan_retention(
-    home: str, time_ms: int, days: int | None, limit_bytes: int | None, kept_names: frozenset[str]
+    home: str,
+    time_ms: int,
+    days: int | None,
+    limit_bytes: int | None,
+    kept_names: frozenset[str],
+    steps: Sequence[ClockStep] = (),
 ) -> RetentionPlan:
     """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
@@ -3969,21 +4034,33 @@ def plan_retention(
     index_size = index_bytes(home + "/index.db")
     total = bytes_below(home)  # measured after its parts, which may grow meanwhile
     with_index = 1 + index_size / max(1, events)
-    first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
+    was_set_today = any(day_of(step.after_ms) == today for step in steps)
+    first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
     size = 0
-    for day, of_day in itertools.groupby(files, lambda file: file.day):
-        is_over = limit_bytes is not None and total - size * with_index > limit_bytes
+
+    def is_over() -> bool:
+        return limit_bytes is not None and total - size * with_index > limit_bytes
+
+    by_day = [(day, list(of_day)) for day, of_day in itertools.groupby(files, lambda file: file.day)]
+    for real_day, day, of_day in sorted((real_day_of(*each, steps), *each) for each in by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
-        if day >= today or not (day < first_kept or is_over):
+        if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
         last = 0 if journal.in_order else max((file.last_seq for file in files if file.day == day), default=0)
         if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
             to_delete += chosen
             size += sum(file.size for file in chosen)
     oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
-    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today)
+    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today, is_over())
+
+
+def real_day_of(day: str, files: Sequence[JournalFile], steps: Sequence[ClockStep]) -> str:
+    """Return the day that it was by the clock as it is now, when the last of a day's events arrived."""
+    last = max(file.last_seq for file in files) if steps else 0
+    shift_ms = sum(step.after_ms - step.before_ms for step in steps if last <= step.seq)
+    return day_of(calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms) if shift_ms else day
 
 
 def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
@@ -5903,10 +5980,11 @@ class Retention:
     loop: EventLoop
     pinned: Callable[[], frozenset[str]]
     removed: Callable[[frozenset[str]], None]
+    last_seq: Callable[[], int]
     events_added: int = 0  # bytes since the start, less what the user deleted
 
     def __post_init__(self) -> None:
-        self._ahead_ms = now_ms() - steady_ms()  # of the clock at the start
+        self._clock = ClockMemory(self.settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # what events_added would be now if nothing had come since
         self._error: str | None = None
@@ -5917,18 +5995,20 @@ class Retention:
         self.prune(dry_run=False)
         self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
 
-    def now_without_jumps_ms(self) -> int:
-        """Return the time, without jumps of the clock since the start, which would make events older."""
-        return int(steady_ms() + min(self._ahead_ms, now_ms() - steady_ms()))
+    def look_at_clock(self, save: bool = False) -> None:
+        """Remember when the clock was set; at least once a second."""
+        self._clock.look(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
+        self.look_at_clock(save=True)
+        time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
             try:
-                plan = plan_retention(home, self.now_without_jumps_ms(), days, limit and limit << 20, kept)
+                plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
@@ -5960,6 +6040,7 @@ class Retention:
             "eventsBytes": max(0, plan.events + since),
             "indexBytes": index_size,
             "oldestDay": plan.oldest_day,
+            "overLimit": plan.is_over,
             "error": self._error,
         }
 
@@ -6292,6 +6373,7 @@ class Status:
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
+        slow_at, slow_ms = monitor.journal.slow_write
         status: JsonObject = {
             "version": __version__,
             "mode": monitor.settings["mode"],
@@ -6307,6 +6389,7 @@ class Status:
                 "persistent": monitor.settings["persistence.enabled"],
                 "ok": monitor.store_error is None,
                 "error": monitor.store_error,
+                "slowWriteMs": slow_ms if time.monotonic() - slow_at < SLOW_WRITE_SHOWN_S else None,
                 "repaired": monitor.journal.repaired,
             },
             "spool": {
@@ -6402,7 +6485,9 @@ class Monitor:
         self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
-        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.retention = Retention(
+            settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
+        )
         self._processes = ProcessWatch(self.loop)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -6446,6 +6531,7 @@ class Monitor:
         ):
             self.journal.seq = int(file.read(20))
         self.journal.open()
+        self.retention.look_at_clock()
         self.loading = {"done": 0, "total": self.journal.seq}
         self.loop.on_turn_end = self._store_received
         self._advance(self._load())
@@ -6668,6 +6754,8 @@ class Monitor:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
         self._send_status()
+        if self.settings["persistence.enabled"]:
+            self.retention.look_at_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
@@ -6856,6 +6944,12 @@ def status_problems(
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
     if disk.get("error"):
         add("disk", "warn", disk["error"], None, "Correct what it names.")
+    if disk.get("overLimit"):
+        words = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
+        add("disk", "warn", words, None, "Raise it, or delete sessions: nothing else is left to delete.")
+    if store["slowWriteMs"] is not None:
+        words = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
+        add("store", "warn", words, None, "Move CONTEXTUATE_HOME to a faster disk.")
     return found + foreign_problems(foreign)
 
 

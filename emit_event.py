@@ -2477,6 +2477,7 @@ class AgentNoteReader:
 
 SPOOL_LIMIT_BYTES = 64 << 20
 SPOOL_LIMIT_MS = 7 * 24 * 3600 * 1000
+NO_CLOCK_MS = 10**12  # a time before 2001 is that of a machine whose clock was not set yet
 QUARANTINE_LIMIT_BYTES = 4 << 20
 QUARANTINED_HEAD_BYTES = 4096
 
@@ -2487,7 +2488,8 @@ def drop_old_segments(directory: str) -> None:
     total = sum(size for _, size in segments)
     oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
-        too_old = segment_start_ms(path) < oldest_ms
+        start_ms = segment_start_ms(path)
+        too_old = start_ms < oldest_ms and not 0 < start_ms < NO_CLOCK_MS
         if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
             continue  # what is taken is being delivered
         try:
