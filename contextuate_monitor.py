@@ -5886,6 +5886,14 @@ class Ingest:
         else:
             if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
                 event["machineId"] = self._machine_id  # the host was renamed since the start
+            data = event["data"]
+            is_here = event["machineId"] == self._machine_id
+            if (
+                is_here
+                and "sessionTokenUsage" in data
+                and os.path.exists(text_of(data.get("transcriptPath")))
+            ):
+                data.pop("usage", None)  # what is read there counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
             self._usage.put(event)  # of remote ones the publisher reads transcripts
@@ -8417,12 +8425,20 @@ _NOT_TYPED = re.compile(
 )
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
+# In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
+_NODE_FILE = re.compile(r"(.*)/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
+_NODE_ACTIONS = (
+    ("rename", "label", "label"), ("pin", "pinned", "isPinned"), ("hide", "hidden", "hidden"),
+    ("set_parent", "parentSessionId", "manualParentSessionId"),
+)  # fmt: skip
 
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
     ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
+    was_edited = False  # what a person did with it here counts
     for stored in map(parse_stored, store.lines(session_id)):
+        was_edited = was_edited or stored["hookType"] == "Monitor"
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if not stored.get("imported") and stored["hookType"] != "Monitor":
@@ -8434,16 +8450,21 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
         is_early = event.get("timestamp", 0) < first_hook_ms - IMPORT_MARGIN_MS
         return is_early and not is_known and event.get("hookType") != "SessionEnd"
 
-    new = [event for event in events if event["id"] not in ids]
+    new = [
+        event
+        for event in events
+        if event["id"] not in ids and not (was_edited and event.get("hookType") == "Monitor")
+    ]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
     """Return the transcripts among some files and directories, the oldest first, and the exports.
 
-    Anything else in a directory (a FIFO, a device, a broken link) is added to `skipped`.
+    What cannot be read (a FIFO, a device, a broken link) is added to `skipped`.
     """
     transcripts: dict[str, list[str]] = {}
+    of_node: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
     seen: set[str] = set()  # without links
     for given in paths:
@@ -8460,12 +8481,15 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
             if os.path.realpath(path) in seen:
                 continue
             seen.add(os.path.realpath(path))
-            is_export = path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
-            session_id = _transcript_session(path, lines)
-            if session_id is not None:
+            session_id, node = _transcript_session(path, lines), _NODE_FILE.fullmatch(path)
+            if node is not None:
+                of_node.setdefault(node[1], []).append(path)
+            elif session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or is_export:  # other files of a directory are ignored
-                exports.append(("", (path,)))
+            elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
+                exports.append(("", (path,)))  # other files of a directory are ignored
+    # The events as they came first: those of a session may stand in the session of a subagent.
+    exports += [("", tuple(sorted(files, key=lambda it: "/sessions/" in it))) for files in of_node.values()]
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
@@ -8513,27 +8537,44 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool] = lambda _: False
+    sources: list[ImportSource],
+    machine: str,
+    is_stored: Callable[[str], bool] = lambda _: False,
+    skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events."""
+    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events.
+
+    What is not understood is added to `skipped`.
+    """
+    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
+        found: set[str] = set()  # ids, and the sessions whose events say their tokens
         if session_id:
             reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
             files: dict[str, list[bytes]] = {}  # by agent id
+            named: dict[str, str] = {}
             for path in paths:
                 name = os.path.basename(path)
                 agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
                 with open_regular(path) as file:
-                    files.setdefault(agent_id, []).extend(file.read().split(b"\n"))
+                    lines = file.read().split(b"\n")
+                if not emit_event.is_json_object(lines[-1]):  # it may still be written
+                    lines.pop()
+                files.setdefault(agent_id, []).extend(lines)
+                named.setdefault(agent_id, path)
             by_session[session_id] = reader.events(files.pop("", []), files)
+            skipped += [f"{named[agent]}: {n} lines are not JSON" for agent, n in reader.malformed.items()]
         else:
-            for event in export_events(paths[0]):
+            for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
                 built = emit_event.build_event(event, now_ms(), machine)
-                by_session.setdefault(built["sessionId"], []).append(built)
+                session, is_sum = built["sessionId"], built["eventType"] == "usage"
+                if built["id"] not in found and not (is_sum and session in found):
+                    found |= {built["id"], session if "usage" in built["data"] and not is_sum else ""}
+                    by_session.setdefault(session, []).append(built)
         for name, events in by_session.items():
             yield name, events, size
             size = 0
@@ -8554,6 +8595,7 @@ class TranscriptReader:
         self._is_known = is_known  # a session that has its lines elsewhere
         self._is_fork = False  # it begins with lines of another session
         self._chain = ""  # of the client's own sums
+        self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
         self._used: dict[str, emit_event.MessageUsage] = {}  # by key
@@ -8599,6 +8641,7 @@ class TranscriptReader:
         try:
             entry = emit_event.parse_event_line(line)
         except MalformedEvent:
+            self.malformed[agent_id] += 1 if line.strip() else 0
             return
         message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
         kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
@@ -8732,21 +8775,24 @@ def iso_time_ms(text: Any) -> int | None:
     return None
 
 
-def export_events(path: str) -> Iterator[JsonObject]:
-    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document)."""
+def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
+    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
+
+    What is not understood is added to `skipped`.
+    """
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
-        if b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0]):
-            for line in file:
-                with contextlib.suppress(MalformedEvent):
-                    yield from _events_in(emit_event.parse_event_line(line))
-            return
-        try:
-            document = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise CommandError(f"{path}: is no export: {error}") from None
-    yield from _events_in(document)
+        is_document = b"\n" not in head or not emit_event.is_json_object(head.partition(b"\n")[0])
+        missed = 0
+        for part in [file.read()] if is_document else file:
+            events: list[JsonObject] = []
+            with contextlib.suppress(ValueError, RecursionError):
+                events = list(_events_in(json.loads(part)))
+            missed += not events and not part.isspace()
+            yield from events
+    if missed:
+        skipped.append(f"{path}: " + ("it has no events" if is_document else f"{missed} lines are no events"))
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
@@ -8760,12 +8806,35 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
             rest = {name: field for name, field in value.items() if name not in ("seq", "received")}
             event_id = text_of(value.get("id")) if is_event else ""
             event_id = event_id or str(uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii")))
+            # While a Task runs the Node.js monitor keeps its session's events under an id that it makes up.
+            is_made_up = re.fullmatch("[0-9a-f]{8}", text_of(value.get("sessionId"))) is not None
+            is_agent = value.get("hookType") in ("SubagentStart", "SubagentStop")
+            if is_made_up and not is_agent and "parentSessionId" in rest:
+                rest["sessionId"] = rest.pop("parentSessionId")
             yield {**(rest if is_event else {"hook": rest}), "id": event_id, "imported": True}
             return
         for name in ("events", "sessions", "data"):
             below: Any = value.get(name)
             by_id = name == "sessions" and isinstance(below, dict)
             yield from _events_in(list(below.values()) if by_id else below)
+        if isinstance(value.get("sessionId"), str) and isinstance(value.get("tokenUsage"), dict):
+            yield from _events_of_node_session(value)
+
+
+def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
+    """Yield what a person did with a session of the Node.js monitor, and the tokens that it used."""
+    if isinstance(session.get("agentType"), str):
+        return  # a subagent of another
+    about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
+    about["timestamp"] = session.get("endTime") or session.get("startTime")
+    for action, field, name in _NODE_ACTIONS:
+        if session.get(name):
+            data = {"action": action, field: session[name]}
+            yield from _events_in({**about, "hookType": "Monitor", "eventType": "session_meta", "data": data})
+    counts = {name[5:6].lower() + name[6:]: count for name, count in session["tokenUsage"].items()}
+    usage = {"models": {text_of(session.get("model")) or "unknown": counts}, "agents": {}}
+    if any(tokens_of(counts)):
+        yield from _events_in({**about, "eventType": "usage", "data": {"usage": usage}})
 
 
 # ---------------------------------------------------------------------------
@@ -9271,24 +9340,25 @@ def command_import(args: argparse.Namespace) -> int:
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
-    for words in skipped[:10]:
-        print_status(f"skipped {words}")
-    if len(skipped) > 10:
-        print_status(f"skipped {len(skipped) - 10} more")
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
         names = {file.name for file in store.files()}
-        batches = import_batches(sources, settings.machine_id, lambda it: session_file_name(it) in names)
+        is_stored: Callable[[str], bool] = lambda it: session_file_name(it) in names  # noqa: E731
+        batches = import_batches(sources, settings.machine_id, is_stored, skipped)
         for session_id, events, size in batches:
             wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
             sender.send(wanted)
             progress.add(len(wanted), size)
+    for words in skipped[:10]:
+        print_status(f"skipped {words}")
+    if len(skipped) > 10:
+        print_status(f"skipped {len(skipped) - 10} more")
     print(f"{progress.count} events imported, {known} were stored already")
-    return 0
+    return 1 if skipped else 0
 
 
 def command_search(args: argparse.Namespace) -> int:

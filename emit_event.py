@@ -973,9 +973,25 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
     if not isinstance(hook_type, str):
         _keep(data, "hookType", hook_type)
         hook_type = ""
+    _take_node_names(rest, hook_type, data)
     for assigned in ("seq", "received"):
         rest.pop(assigned, None)
     return _event(rest, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
+    """Give names of ours to what the Node.js Contextuate emitter says of a subagent and of tokens."""
+    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
+    is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
+        event.update(agentId=event.get("sessionId"), agentType=subagent.get("type"))
+        event["sessionId"] = event.pop("parentSessionId")
+    if isinstance(sums, dict) and "usage" not in data:
+        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
+        cached = sum(count for count in (five, hour) if type(count) is int)
+        counts = {**sums, "cacheCreation": cached, "cacheCreation1h": hour}
+        model = data["model"] if _is_id(data.get("model")) else "unknown"
+        data["usage"] = {"models": {model: {name: counts.get(name) for name in COUNT_NAMES}}, "agents": {}}
 
 
 def _event(
