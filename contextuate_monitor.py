@@ -595,6 +595,7 @@ _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
 MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
+SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
 SLOW_WRITE_MS = 100
 SLOW_WRITE_SHOWN_S = 600.0
 
@@ -1048,6 +1049,34 @@ class SeenIds:
         return hash(digest) % len(self._new), digest
 
 
+class SecondDeliveries:
+    """Finds what a hook that is registered twice delivers again, with another id.
+
+    Only the prompts and the calls of a client: anything else may really happen twice, such as two requests
+    for the same permission.
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
+
+    def first_id(self, event: JsonObject, encoded: bytes) -> str:
+        """Return the id of the event that this one repeats, else its own."""
+        data, own = event["data"], (str(event["id"]), event["timestamp"])
+        within_ms = SECOND_CALL_MS if data.get("toolUseId") else SECOND_PROMPT_MS
+        is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
+        if not is_prompt and not data.get("toolUseId"):
+            return own[0]
+        place = event["sessionId"], event.get("agentId"), event["hookType"]
+        digest = hash((place, encoded[encoded.find(b',"data":') :]))
+        first = self._first.pop(digest, own)
+        self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
+        if len(self._first) > self.LIMIT:
+            del self._first[next(iter(self._first))]
+        return first[0]
+
+
 class DeletedIds:
     """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
 
@@ -1127,7 +1156,6 @@ SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
-SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice within this time
 PROCESSES_LIMIT = 8  # that are kept per session
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
@@ -1236,7 +1264,6 @@ class Session:
     user_label: str = ""
     title: str = ""
     first_prompt: str = ""
-    last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
@@ -1618,13 +1645,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
     if kind == "user_prompt":
-        # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
-        text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
-        before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
-        within_ms = REORDER_WINDOW_MS if prompt_id else SECOND_DELIVERY_MS
-        is_again = before[1:] == session.last_prompt[1:] and abs(at - before[0]) <= within_ms
-        session.counts["prompts"] += not is_again
-        session.first_prompt = session.first_prompt or one_line(text, 80)
+        session.counts["prompts"] += 1
+        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
 
@@ -5815,6 +5837,7 @@ class Ingest:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
         self.machines: dict[str, JsonObject] = {}  # name → its part of the status
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
@@ -5843,7 +5866,9 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            if event["id"] in fresh or event["id"] in self.seen or event["id"] in self.deleted.ids:
+            ids = {event["id"], self._second.first_id(event, text)}
+            is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
+            if is_known:
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -5887,12 +5912,7 @@ class Ingest:
             if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
                 event["machineId"] = self._machine_id  # the host was renamed since the start
             data = event["data"]
-            is_here = event["machineId"] == self._machine_id
-            if (
-                is_here
-                and "sessionTokenUsage" in data
-                and os.path.exists(text_of(data.get("transcriptPath")))
-            ):
+            if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
                 data.pop("usage", None)  # what is read there counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
