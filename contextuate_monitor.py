@@ -3972,25 +3972,30 @@ class ClockStep(NamedTuple):
     after_ms: int
 
 
+def boot_id() -> str:
+    """Return the id of this boot of the machine; "" where there is none."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
+
+
 class ClockMemory:
     """Each time that the clock was set, kept over restarts in a file; for the loop thread."""
 
     def __init__(self, path: str) -> None:
         self.steps: list[ClockStep] = []
-        self._path, self._boot = path, ""
+        self._path, self._boot = path, boot_id()
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
-        with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            self._boot = file.read().strip()
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             with open(path, "rb", opener=emit_event.open_own) as saved:
                 known = emit_event.parse_event_line(saved.read())
-            steps, boot = [ClockStep(*map(int, step)) for step in known["steps"]], known["boot"]
-            time_ms, seq, ahead_ms = (int(known[name]) for name in ("time", "seq", "ahead"))
-            if not boot or boot != self._boot:
-                # For how long it was off only the clock can say, unless that ran back or was not set.
+            steps, time_ms = [ClockStep(*step) for step in known["steps"]], int(known["time"])
+            ahead_ms = int(known["ahead"])
+            if not known["boot"] or known["boot"] != self._boot:
+                # Only the clock can say for how long the machine was off, unless it ran back or was not set.
                 is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
                 ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
-            self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, seq, ahead_ms
+            self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
 
     def look(self, seq: int, save: bool = False) -> None:
         """Compare the clocks; `seq`: of the last event."""
@@ -4047,7 +4052,7 @@ def plan_retention(
     """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
     Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day: the clock was wrong then, and the day is not as old as its name says.
+    later day, if no step of the clock explains that: the day is not as old as its name says.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -4070,7 +4075,8 @@ def plan_retention(
         chosen = [file for file in of_day if file.name not in kept_names]
         if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
-        last = 0 if journal.in_order else max((file.last_seq for file in files if file.day == day), default=0)
+        is_known = journal.in_order or real_day != day
+        last = 0 if is_known else max(file.last_seq for file in of_day)
         if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
             to_delete += chosen
             size += sum(file.size for file in chosen)
@@ -8508,8 +8514,10 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 transcripts.setdefault(session_id, []).append(path)
             elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
                 exports.append(("", (path,)))  # other files of a directory are ignored
-    # The events as they came first: those of a session may stand in the session of a subagent.
-    exports += [("", tuple(sorted(files, key=lambda it: "/sessions/" in it))) for files in of_node.values()]
+    for files in of_node.values():  # as they came, then as the monitor keeps them, then what it adds
+        exports.append(
+            ("", tuple(sorted(files, key=lambda it: (it.endswith("/meta.json"), "/sessions/" in it))))
+        )
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
@@ -8806,10 +8814,11 @@ def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
         is_document = b"\n" not in head or not emit_event.is_json_object(head.partition(b"\n")[0])
         missed = 0
         for part in [file.read()] if is_document else file:
-            events: list[JsonObject] = []
+            events, value = [], None
             with contextlib.suppress(ValueError, RecursionError):
-                events = list(_events_in(json.loads(part)))
-            missed += not events and not part.isspace()
+                value = json.loads(part)
+                events = list(_events_in(value))
+            missed += not (events or part.isspace() or _is_node_session(value))
             yield from events
     if missed:
         skipped.append(f"{path}: " + ("it has no events" if is_document else f"{missed} lines are no events"))
@@ -8837,8 +8846,13 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
             below: Any = value.get(name)
             by_id = name == "sessions" and isinstance(below, dict)
             yield from _events_in(list(below.values()) if by_id else below)
-        if isinstance(value.get("sessionId"), str) and isinstance(value.get("tokenUsage"), dict):
+        if _is_node_session(value):
             yield from _events_of_node_session(value)
+
+
+def _is_node_session(value: Any) -> bool:
+    is_named = isinstance(value, dict) and isinstance(value.get("sessionId"), str)
+    return is_named and isinstance(value.get("tokenUsage"), dict)
 
 
 def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
