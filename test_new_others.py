@@ -136,7 +136,7 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
             "2 subscribers",
         ):
             assert re.search(part, words), (part, words)
-        plain = next(line for line in subscriber.stdout or () if line.startswith('{"'))
+        plain = next(line for line in subscriber.stdout or () if "hello" in line)
         assert json.loads(plain)["data"]["message"] == "hello", "redis-cli shows the event itself"
     finally:
         subscriber.kill()
@@ -174,24 +174,36 @@ def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: A
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
     tab.load()
     tab.emit("@short prompt short work; @long prompt long work")
+    eventually(lambda: tab.counts() == {"working": 2})
     tab.page.evaluate(
         """() => {
             window.said = [];
-            const note = () => said.push(`${document.title}/${document.getElementById('announce').textContent}`);
-            const options = { childList: true, characterData: true, subtree: true };
-            for (const it of [document.querySelector('title'), document.getElementById('announce')])
-              new MutationObserver(note).observe(it, options);
+            const live = document.getElementById('announce');
+            const note = () => {
+              const now = `${document.title}/${live.textContent}`;
+              if (now !== 'Contextuate Monitor/') said.push(now);
+            };
+            for (const it of [document.querySelector('title'), live])
+              new MutationObserver(note).observe(it, { childList: true, characterData: true, subtree: true });
         }"""
     )
-    for number in range(4):  # as a hook answers
+    short = 0  # waits that the page has seen for less than a second: on a busy machine some last longer
+    for number in range(10):
+        began = time.monotonic()
         tab.emit(f"@short call rm {number}; @short ask rm {number}")
         eventually(lambda: tab.counts().get("waiting") == 1)
         tab.emit(f"@short result rm {number} => done")
         eventually(lambda: "waiting" not in tab.counts())
-    assert tab.page.evaluate("said") == tab.page.evaluate("alerts") == []
+        if time.monotonic() - began > 0.9:
+            tab.page.evaluate("said.length = alerts.length = 0")
+            continue
+        assert tab.page.evaluate("said.concat(alerts)") == []
+        short += 1
+    if not short:
+        pytest.skip("the machine is too busy to answer within a second")
     tab.emit("@long call make; @long ask make")
     eventually(lambda: tab.page.title() == "(1) Contextuate Monitor")
-    assert [title for title, _ in tab.page.evaluate("alerts")] == ["long work needs you"]
+    assert [title for title, _ in tab.page.evaluate("alerts")][-1:] == ["long work needs you"]
     eventually(lambda: tab.page.inner_text("#announce") == "1 session needs you")
     tab.emit("@long result make => done")
     eventually(lambda: tab.page.title() == "Contextuate Monitor")
