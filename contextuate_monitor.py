@@ -1064,10 +1064,10 @@ class SecondDeliveries:
     def first_id(self, event: JsonObject, encoded: bytes) -> str:
         """Return the id of the event that this one repeats, else its own."""
         data, own = event["data"], (str(event["id"]), event["timestamp"])
-        within_ms = SECOND_CALL_MS if data.get("toolUseId") else SECOND_PROMPT_MS
         is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
-        if not is_prompt and not data.get("toolUseId"):
+        if not (is_prompt or data.get("toolUseId")):
             return own[0]
+        within_ms = SECOND_PROMPT_MS if is_prompt else SECOND_CALL_MS
         place = event["sessionId"], event.get("agentId"), event["hookType"]
         digest = hash((place, encoded[encoded.find(b',"data":') :]))
         first = self._first.pop(digest, own)
@@ -3989,7 +3989,7 @@ class ClockMemory:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             with open(path, "rb", opener=emit_event.open_own) as saved:
                 known = emit_event.parse_event_line(saved.read())
-            steps, time_ms = [ClockStep(*step) for step in known["steps"]], int(known["time"])
+            steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
             ahead_ms = int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
                 # Only the clock can say for how long the machine was off, unless it ran back or was not set.
@@ -5873,8 +5873,7 @@ class Ingest:
                 self._quarantine(line, error)
                 continue
             ids = {event["id"], self._second.first_id(event, text)}
-            is_known = any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids)
-            if is_known:
+            if any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids):
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -6788,8 +6787,7 @@ class Monitor:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
         self._send_status()
-        if self.settings["persistence.enabled"]:
-            self.retention.look_at_clock()
+        self.retention.look_at_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
@@ -8464,7 +8462,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
     ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
     was_edited = False  # what a person did with it here counts
     for stored in map(parse_stored, store.lines(session_id)):
-        was_edited = was_edited or stored["hookType"] == "Monitor"
+        was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if not stored.get("imported") and stored["hookType"] != "Monitor":
@@ -8476,11 +8474,8 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
         is_early = event.get("timestamp", 0) < first_hook_ms - IMPORT_MARGIN_MS
         return is_early and not is_known and event.get("hookType") != "SessionEnd"
 
-    new = [
-        event
-        for event in events
-        if event["id"] not in ids and not (was_edited and event.get("hookType") == "Monitor")
-    ]
+    new = [event for event in events if event["id"] not in ids]
+    new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
@@ -8515,9 +8510,8 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
             elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
                 exports.append(("", (path,)))  # other files of a directory are ignored
     for files in of_node.values():  # as they came, then as the monitor keeps them, then what it adds
-        exports.append(
-            ("", tuple(sorted(files, key=lambda it: (it.endswith("/meta.json"), "/sessions/" in it))))
-        )
+        files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
+        exports.append(("", tuple(files)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
@@ -9379,9 +9373,8 @@ def command_import(args: argparse.Namespace) -> int:
     store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
-        names = {file.name for file in store.files()}
-        is_stored: Callable[[str], bool] = lambda it: session_file_name(it) in names  # noqa: E731
-        batches = import_batches(sources, settings.machine_id, is_stored, skipped)
+        machine, names = settings.machine_id, {file.name for file in store.files()}
+        batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
         for session_id, events, size in batches:
             wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
