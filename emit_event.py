@@ -989,9 +989,10 @@ def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> Non
     if isinstance(sums, dict) and "usage" not in data:
         five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
         cached = sum(count for count in (five, hour) if type(count) is int)
-        counts = {**sums, "cacheCreation": cached, "cacheCreation1h": hour}
+        counts = {name: sums.get(name) for name in ("input", "output", "cacheRead")}
+        counts.update(cacheCreation=cached, cacheCreation1h=hour)
         model = data["model"] if _is_id(data.get("model")) else "unknown"
-        data["usage"] = {"models": {model: {name: counts.get(name) for name in COUNT_NAMES}}, "agents": {}}
+        data["usage"] = {"models": {model: counts}, "agents": {}}
 
 
 def _event(
