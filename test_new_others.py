@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from test_monitor import *  # noqa: F403
 from test_monitor import (
-    BROWSER_ALERTS, NOW_MS, REDIS_CHANNEL, BrowserTab, RedisMachine, RedisServer, RunningMonitor, cm, ee, eventually,
+    BROWSER_ALERTS, NOW_MS, RECORDED, REDIS_CHANNEL, BrowserTab, RedisMachine, RedisServer, RunningMonitor, cm, ee, eventually,
     hook_call, in_process, index_ready, payload, write_files,
 )  # fmt: skip
 import dataclasses
+import glob
 import json
 import os
 import re
@@ -60,6 +61,17 @@ def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
     shown = {name: event.get(name, event["data"].get(name)) for name in wanted}
     assert shown == {**wanted, **({"agentType": 7} if "odd parent" in rule else {})}
     cm.Sessions().apply(event)
+
+
+# room: Token usage
+
+
+def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMonitor) -> None:
+    (transcript,) = glob.glob(f"{RECORDED}/transcripts/parallel/*.jsonl")
+    data = {"transcriptPath": transcript, "sessionTokenUsage": {**NODE_SUMS, "input": 10**9}}
+    running.emit({**NODE, **NODE_STOP, "machineId": "testbox", "timestamp": cm.now_ms(), "data": data})
+    used = eventually(lambda: running.sessions()["0123456789abcdef"]["tokenUsage"])
+    assert used["totalOutput"] and used["totalInput"] < 10**9
 
 
 # room: Journal
@@ -293,7 +305,8 @@ class ClockStory:
         self.memory: Any = None
 
     def step(self, verb: str, words: str) -> None:
-        """Do one step: a capital letter stores an event of that session."""
+        """Do one step: a capital letter stores an event of that session; `soon`: the next is in its second."""
+        words, soon = words.removesuffix("soon").strip(), words.endswith("soon")
         amount = (
             int(float(words[:-1]) * {"y": 365, "d": 1, "h": 1 / 24}[words[-1]] * 86_400_000) if words else 0
         )
@@ -314,7 +327,7 @@ class ClockStory:
         elif verb.isupper():
             event = ee.build_event(payload("Stop", verb.lower()), self.wall_ms, "box")
             self.store.append([event], self.wall_ms)
-        if self.memory:
+        if self.memory and not soon:
             self.memory.look(self.store.seq)
 
     def kept(self, limit: int | None = None) -> str:
@@ -329,6 +342,8 @@ CLOCK_STORIES = {
     "time that passes makes events old": "start; A; pass 20d; B → AB; pass 11d → B; pass 20d → ",
     "a clock that stood at 1970": "set -56y; start; A; set +56y; B; stop; start → AB; pass 29d → AB; pass 2d → ",
     "it was set while the monitor did not run": "set -56y; start; A; stop; set +56y; start; B → AB; pass 31d → ",
+    "an event of the second in which it was set": "set -56y; start; A soon; set +56y → A",
+    "an event of the second in which it was set back": "start; set -56y soon; A; set +56y → A",
     "a kill forgets no step": "set -56y; start; A; set +56y; kill; start; B → AB; pass 31d → ",
     "it was set before the next boot": "set -56y; start; A; stop; off 1h; set +56y; start; B → AB; pass 31d → ",
     "the clock is 1970 after each boot": "start; A; stop; off 1h; set -56y; start; B; set +56y; C → ABC; pass 31d → ",
@@ -447,6 +462,8 @@ def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, 
     client = running.websocket("rows")
     client.ask("session_update", type="rename_session", sessionId="0123456789abcdef", label="Mine")
     client.close()
+    path = tmp_path / "sessions/0123456789abcdef/meta.json"
+    path.write_text(path.read_text().replace("The plan", "Their plan"))
     again = in_process(running, "import", str(tmp_path))
     assert again.stdout.startswith("0 events imported") and again.returncode == 0
     write_files(tmp_path, {"sessions/0123456789abcdef/meta.json": " ", "raw/1-half.json": '{"id": "x", "ev'})
