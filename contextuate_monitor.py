@@ -604,6 +604,9 @@ _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
 MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
+SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
+SLOW_WRITE_MS = 100
+SLOW_WRITE_SHOWN_S = 600.0
 
 
 class StoredEvent(NamedTuple):
@@ -639,6 +642,7 @@ class Journal:
     """Appends events to the session files of a day, in the loop thread; any thread can read them."""
 
     OPEN_FILES = 64
+    slow_write = (-math.inf, 0)  # when (time.monotonic()) a write last took longer than SLOW_WRITE_MS; its ms
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -690,6 +694,7 @@ class Journal:
             by_session.setdefault(event["sessionId"], []).append(entry)
         self.error = None
         for session_id, entries in by_session.items():
+            started = time.monotonic()
             try:
                 self._write(session_id, b"".join([entry.line + b"\n" for entry in entries]), received_ms)
             except OSError as error:
@@ -697,6 +702,9 @@ class Journal:
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
                     stored[entry.seq - before - 1] = None
+            took_ms = round((time.monotonic() - started) * 1000)
+            if took_ms > SLOW_WRITE_MS:
+                self.slow_write = time.monotonic(), took_ms
         # Readers stop at this number: set last, so that they never see a part of this batch.
         self.seq = seq
         return stored
@@ -1051,6 +1059,34 @@ class SeenIds:
         return hash(digest) % len(self._new), digest
 
 
+class SecondDeliveries:
+    """Finds what a hook that is registered twice delivers again, with another id.
+
+    Only the prompts and the calls of a client: anything else may really happen twice, such as two requests
+    for the same permission.
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
+
+    def first_id(self, event: JsonObject, encoded: bytes) -> str:
+        """Return the id of the event that this one repeats, else its own."""
+        data, own = event["data"], (str(event["id"]), event["timestamp"])
+        is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
+        if not (is_prompt or data.get("toolUseId")):
+            return own[0]
+        within_ms = SECOND_PROMPT_MS if is_prompt else SECOND_CALL_MS
+        place = event["sessionId"], event.get("agentId"), event["hookType"]
+        digest = hash((place, encoded[encoded.find(b',"data":') :]))
+        first = self._first.pop(digest, own)
+        self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
+        if len(self._first) > self.LIMIT:
+            del self._first[next(iter(self._first))]
+        return first[0]
+
+
 class DeletedIds:
     """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
 
@@ -1135,7 +1171,6 @@ STATUS_ALONE_MS = 5000  # a status of the client counts without a change after t
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
-SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice within this time
 PROCESSES_LIMIT = 8  # that are kept per session
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
@@ -1247,7 +1282,7 @@ class Session:
     client_name: str = ""  # from a person, by /rename
     has_hooks: bool = False
     first_prompt: str = ""
-    last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
+    prompt_id: str = ""  # of the last prompt
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
@@ -1571,7 +1606,7 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     agent_id = event.get("agentId", MAIN)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
-        kind = "queued_prompt" if prompt_id and prompt_id == session.last_prompt[1] else kind
+        kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1666,13 +1701,9 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
     if kind in ("user_prompt", "queued_prompt"):
-        # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
-        text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
-        before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
-        within_ms = REORDER_WINDOW_MS if prompt_id else SECOND_DELIVERY_MS
-        is_again = before[1:] == session.last_prompt[1:] and abs(at - before[0]) <= within_ms
-        session.counts["prompts"] += not is_again
-        session.first_prompt = session.first_prompt or one_line(text, 80)
+        session.prompt_id = text_of(data.get("prompt_id"))
+        session.counts["prompts"] += 1
+        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
     elif kind == "client_status":
@@ -4114,9 +4145,66 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 #
 # Owns: which files are deleted, and deleting them. Knows: the files of our directory. Today's files are kept.
 # What a kill interrupted is planned again the next time.
+# The name of a day is what our clock showed then. ClockMemory remembers each time that it was set, so that
+# days before have their real age; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
 RETENTION_INTERVAL_S = 60.0
+CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
+CLOCK_STEPS_LIMIT = 1000
+
+
+class ClockStep(NamedTuple):
+    """The clock was set; events with numbers up to `seq` arrived before."""
+
+    seq: int
+    before_ms: int
+    after_ms: int
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the machine; "" where there is none."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
+
+
+class ClockMemory:
+    """Each time that the clock was set, kept over restarts in a file; for the loop thread."""
+
+    def __init__(self, path: str) -> None:
+        self.steps: list[ClockStep] = []
+        self._path, self._boot = path, boot_id()
+        self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(path, "rb", opener=emit_event.open_own) as saved:
+                known = emit_event.parse_event_line(saved.read())
+            steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
+            ahead_ms = int(known["ahead"])
+            if not known["boot"] or known["boot"] != self._boot:
+                # Only the clock can say for how long the machine was off, unless it ran back or was not set.
+                is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
+                ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
+            self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
+
+    def look(self, seq: int, save: bool = False) -> None:
+        """Compare the clocks; `seq`: of the last event."""
+        time_ms = now_ms()
+        ahead_ms = round(time_ms - steady_ms())
+        step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
+        was_set = abs(step_ms) >= CLOCK_SET_MS
+        if was_set:
+            # An event that arrived since the last look may be from before or after: it shall be the younger.
+            step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
+            self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
+            log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
+        if was_set or not self._time_ms:
+            self._ahead_ms = ahead_ms
+        self._time_ms, self._seq = time_ms, seq
+        if save or was_set:
+            state = {"boot": self._boot, "time": time_ms, "seq": seq, "ahead": self._ahead_ms}
+            with contextlib.suppress(OSError):
+                emit_event.write_atomically(self._path, encode_json({**state, "steps": self.steps}) + b"\n")
 
 
 class RetentionPlan(NamedTuple):
@@ -4129,6 +4217,7 @@ class RetentionPlan(NamedTuple):
     index_size: int
     oldest_day: str | None  # that is kept
     today: str  # events are never added to an earlier day
+    is_over: bool  # even without them the rest is more than the limit
 
     @property
     def days(self) -> list[str]:
@@ -4143,12 +4232,17 @@ class RetentionPlan(NamedTuple):
 
 
 def plan_retention(
-    home: str, time_ms: int, days: int | None, limit_bytes: int | None, kept_names: frozenset[str]
+    home: str,
+    time_ms: int,
+    days: int | None,
+    limit_bytes: int | None,
+    kept_names: frozenset[str],
+    steps: Sequence[ClockStep] = (),
 ) -> RetentionPlan:
     """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
     Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day: the clock was wrong then, and the day is not as old as its name says.
+    later day, if no step of the clock explains that: the day is not as old as its name says.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -4157,21 +4251,34 @@ def plan_retention(
     index_size = index_bytes(home + "/index.db")
     total = bytes_below(home)  # measured after its parts, which may grow meanwhile
     with_index = 1 + index_size / max(1, events)
-    first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
+    was_set_today = any(day_of(step.after_ms) == today for step in steps)
+    first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
     size = 0
-    for day, of_day in itertools.groupby(files, lambda file: file.day):
-        is_over = limit_bytes is not None and total - size * with_index > limit_bytes
+
+    def is_over() -> bool:
+        return limit_bytes is not None and total - size * with_index > limit_bytes
+
+    by_day = [(day, list(of_day)) for day, of_day in itertools.groupby(files, lambda file: file.day)]
+    for real_day, day, of_day in sorted((real_day_of(*each, steps), *each) for each in by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
-        if day >= today or not (day < first_kept or is_over):
+        if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
-        last = 0 if journal.in_order else max((file.last_seq for file in files if file.day == day), default=0)
+        is_known = journal.in_order or real_day != day
+        last = 0 if is_known else max(file.last_seq for file in of_day)
         if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
             to_delete += chosen
             size += sum(file.size for file in chosen)
     oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
-    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today)
+    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today, is_over())
+
+
+def real_day_of(day: str, files: Sequence[JournalFile], steps: Sequence[ClockStep]) -> str:
+    """Return the day that it was by the clock as it is now, when the last of a day's events arrived."""
+    last = max(file.last_seq for file in files) if steps else 0
+    shift_ms = sum(step.after_ms - step.before_ms for step in steps if last <= step.seq)
+    return day_of(calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms) if shift_ms else day
 
 
 def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
@@ -5936,6 +6043,7 @@ class Ingest:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
         self.machines: dict[str, JsonObject] = {}  # key → its part of the status
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
@@ -5965,7 +6073,8 @@ class Ingest:
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            if event["id"] in fresh or event["id"] in self.seen or event["id"] in self.deleted.ids:
+            ids = {event["id"], self._second.first_id(event, text)}
+            if any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids):
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -6009,6 +6118,9 @@ class Ingest:
         else:
             if event["machineId"] in (self._machine_id, emit_event.this_machine()):  # renamed since the start
                 event.setdefault("machineKey", self._machine_key)
+            data = event["data"]
+            if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
+                data.pop("usage", None)  # what is read there counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
             self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
@@ -6148,10 +6260,11 @@ class Retention:
     loop: EventLoop
     pinned: Callable[[], frozenset[str]]
     removed: Callable[[frozenset[str]], None]
+    last_seq: Callable[[], int]
     events_added: int = 0  # bytes since the start, less what the user deleted
 
     def __post_init__(self) -> None:
-        self._ahead_ms = now_ms() - steady_ms()  # of the clock at the start
+        self._clock = ClockMemory(self.settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # what events_added would be now if nothing had come since
         self._error: str | None = None
@@ -6162,18 +6275,20 @@ class Retention:
         self.prune(dry_run=False)
         self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
 
-    def now_without_jumps_ms(self) -> int:
-        """Return the time, without jumps of the clock since the start, which would make events older."""
-        return int(steady_ms() + min(self._ahead_ms, now_ms() - steady_ms()))
+    def look_at_clock(self, save: bool = False) -> None:
+        """Remember when the clock was set; at least once a second."""
+        self._clock.look(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
+        self.look_at_clock(save=True)
+        time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
             try:
-                plan = plan_retention(home, self.now_without_jumps_ms(), days, limit and limit << 20, kept)
+                plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
@@ -6205,6 +6320,7 @@ class Retention:
             "eventsBytes": max(0, plan.events + since),
             "indexBytes": index_size,
             "oldestDay": plan.oldest_day,
+            "overLimit": plan.is_over,
             "error": self._error,
         }
 
@@ -6560,6 +6676,7 @@ class Status:
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
+        slow_at, slow_ms = monitor.journal.slow_write
         status: JsonObject = {
             "version": __version__,
             "mode": monitor.settings["mode"],
@@ -6575,6 +6692,7 @@ class Status:
                 "persistent": monitor.settings["persistence.enabled"],
                 "ok": monitor.store_error is None,
                 "error": monitor.store_error,
+                "slowWriteMs": slow_ms if time.monotonic() - slow_at < SLOW_WRITE_SHOWN_S else None,
                 "repaired": monitor.journal.repaired,
             },
             "spool": {
@@ -6674,7 +6792,9 @@ class Monitor:
         self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
-        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.retention = Retention(
+            settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
+        )
         self._processes = ProcessWatch(self.loop)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -6718,6 +6838,7 @@ class Monitor:
         ):
             self.journal.seq = int(file.read(20))
         self.journal.open()
+        self.retention.look_at_clock()
         self.loading = {"done": 0, "total": self.journal.seq}
         self.loop.on_turn_end = self._store_received
         self._advance(self._load())
@@ -6945,6 +7066,7 @@ class Monitor:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
         self._send_status()
+        self.retention.look_at_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
@@ -7134,8 +7256,15 @@ def status_problems(
     for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
         advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
         add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
-    if disk.get("error"):
-        add("disk", "warn", disk["error"], None, "Correct what it names.")
+    too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
+    slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
+    for kind, words, advice in (
+        ("disk", disk.get("error"), "Correct what it names."),
+        ("disk", disk.get("overLimit") and too_much, "Raise it, or delete sessions."),
+        ("store", store["slowWriteMs"] is not None and slow, "Move CONTEXTUATE_HOME to a faster disk."),
+    ):
+        if words:
+            add(kind, "warn", words, None, advice)
     return found + foreign_problems(foreign)
 
 
@@ -8670,12 +8799,20 @@ _NOT_TYPED = re.compile(
 )
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
+# In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
+_NODE_FILE = re.compile(r"(.*)/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
+_NODE_ACTIONS = (
+    ("rename", "label", "label"), ("pin", "pinned", "isPinned"), ("hide", "hidden", "hidden"),
+    ("set_parent", "parentSessionId", "manualParentSessionId"),
+)  # fmt: skip
 
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
     ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
+    was_edited = False  # what a person did with it here counts
     for stored in map(parse_stored, store.lines(session_id)):
+        was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if not stored.get("imported") and stored["hookType"] != "Monitor":
@@ -8688,15 +8825,17 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
         return is_early and not is_known and event.get("hookType") != "SessionEnd"
 
     new = [event for event in events if event["id"] not in ids]
+    new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
     """Return the transcripts among some files and directories, the oldest first, and the exports.
 
-    Anything else in a directory (a FIFO, a device, a broken link) is added to `skipped`.
+    What cannot be read (a FIFO, a device, a broken link) is added to `skipped`.
     """
     transcripts: dict[str, list[str]] = {}
+    of_node: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
     seen: set[str] = set()  # without links
     for given in paths:
@@ -8713,12 +8852,16 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
             if os.path.realpath(path) in seen:
                 continue
             seen.add(os.path.realpath(path))
-            is_export = path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
-            session_id = _transcript_session(path, lines)
-            if session_id is not None:
+            session_id, node = _transcript_session(path, lines), _NODE_FILE.fullmatch(path)
+            if node is not None:
+                of_node.setdefault(node[1], []).append(path)
+            elif session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or is_export:  # other files of a directory are ignored
-                exports.append(("", (path,)))
+            elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
+                exports.append(("", (path,)))  # other files of a directory are ignored
+    for files in of_node.values():  # as they came, then as the monitor keeps them, then what it adds
+        files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
+        exports.append(("", tuple(files)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
@@ -8766,27 +8909,44 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool] = lambda _: False
+    sources: list[ImportSource],
+    machine: str,
+    is_stored: Callable[[str], bool] = lambda _: False,
+    skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events."""
+    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events.
+
+    What is not understood is added to `skipped`.
+    """
+    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
+        found: set[str] = set()  # ids, and the sessions whose events say their tokens
         if session_id:
             reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
             files: dict[str, list[bytes]] = {}  # by agent id
+            named: dict[str, str] = {}
             for path in paths:
                 name = os.path.basename(path)
                 agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
                 with open_regular(path) as file:
-                    files.setdefault(agent_id, []).extend(file.read().split(b"\n"))
+                    lines = file.read().split(b"\n")
+                if not emit_event.is_json_object(lines[-1]):  # it may still be written
+                    lines.pop()
+                files.setdefault(agent_id, []).extend(lines)
+                named.setdefault(agent_id, path)
             by_session[session_id] = reader.events(files.pop("", []), files)
+            skipped += [f"{named[agent]}: {n} lines are not JSON" for agent, n in reader.malformed.items()]
         else:
-            for event in export_events(paths[0]):
+            for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
                 built = emit_event.build_event(event, now_ms(), machine)
-                by_session.setdefault(built["sessionId"], []).append(built)
+                session, is_sum = built["sessionId"], built["eventType"] == "usage"
+                if built["id"] not in found and not (is_sum and session in found):
+                    found |= {built["id"], session if "usage" in built["data"] and not is_sum else ""}
+                    by_session.setdefault(session, []).append(built)
         for name, events in by_session.items():
             yield name, events, size
             size = 0
@@ -8807,6 +8967,7 @@ class TranscriptReader:
         self._is_known = is_known  # a session that has its lines elsewhere
         self._is_fork = False  # it begins with lines of another session
         self._chain = ""  # of the client's own sums
+        self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
         self._used: dict[str, emit_event.MessageUsage] = {}  # by key
@@ -8852,6 +9013,7 @@ class TranscriptReader:
         try:
             entry = emit_event.parse_event_line(line)
         except MalformedEvent:
+            self.malformed[agent_id] += 1 if line.strip() else 0
             return
         message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
         kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
@@ -8985,21 +9147,25 @@ def iso_time_ms(text: Any) -> int | None:
     return None
 
 
-def export_events(path: str) -> Iterator[JsonObject]:
-    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document)."""
+def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
+    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
+
+    What is not understood is added to `skipped`.
+    """
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
-        if b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0]):
-            for line in file:
-                with contextlib.suppress(MalformedEvent):
-                    yield from _events_in(emit_event.parse_event_line(line))
-            return
-        try:
-            document = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise CommandError(f"{path}: is no export: {error}") from None
-    yield from _events_in(document)
+        is_document = b"\n" not in head or not emit_event.is_json_object(head.partition(b"\n")[0])
+        missed = 0
+        for part in [file.read()] if is_document else file:
+            events, value = [], None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(part)
+                events = list(_events_in(value))
+            missed += not (events or part.isspace() or _is_node_session(value))
+            yield from events
+    if missed:
+        skipped.append(f"{path}: " + ("it has no events" if is_document else f"{missed} lines are no events"))
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
@@ -9013,12 +9179,40 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
             rest = {name: field for name, field in value.items() if name not in ("seq", "received")}
             event_id = text_of(value.get("id")) if is_event else ""
             event_id = event_id or str(uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii")))
+            # While a Task runs the Node.js monitor keeps its session's events under an id that it makes up.
+            is_made_up = re.fullmatch("[0-9a-f]{8}", text_of(value.get("sessionId"))) is not None
+            is_agent = value.get("hookType") in ("SubagentStart", "SubagentStop")
+            if is_made_up and not is_agent and "parentSessionId" in rest:
+                rest["sessionId"] = rest.pop("parentSessionId")
             yield {**(rest if is_event else {"hook": rest}), "id": event_id, "imported": True}
             return
         for name in ("events", "sessions", "data"):
             below: Any = value.get(name)
             by_id = name == "sessions" and isinstance(below, dict)
             yield from _events_in(list(below.values()) if by_id else below)
+        if _is_node_session(value):
+            yield from _events_of_node_session(value)
+
+
+def _is_node_session(value: Any) -> bool:
+    is_named = isinstance(value, dict) and isinstance(value.get("sessionId"), str)
+    return is_named and isinstance(value.get("tokenUsage"), dict)
+
+
+def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
+    """Yield what a person did with a session of the Node.js monitor, and the tokens that it used."""
+    if isinstance(session.get("agentType"), str):
+        return  # a subagent of another
+    about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
+    about["timestamp"] = session.get("endTime") or session.get("startTime")
+    for action, field, name in _NODE_ACTIONS:
+        if session.get(name):
+            data = {"action": action, field: session[name]}
+            yield from _events_in({**about, "hookType": "Monitor", "eventType": "session_meta", "data": data})
+    counts = {name[5:6].lower() + name[6:]: count for name, count in session["tokenUsage"].items()}
+    usage = {"models": {text_of(session.get("model")) or "unknown": counts}, "agents": {}}
+    if any(tokens_of(counts)):
+        yield from _events_in({**about, "eventType": "usage", "data": {"usage": usage}})
 
 
 # ---------------------------------------------------------------------------
@@ -9537,24 +9731,24 @@ def command_import(args: argparse.Namespace) -> int:
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
-    for words in skipped[:10]:
-        print_status(f"skipped {words}")
-    if len(skipped) > 10:
-        print_status(f"skipped {len(skipped) - 10} more")
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
-        names = {file.name for file in store.files()}
-        batches = import_batches(sources, settings.machine_id, lambda it: session_file_name(it) in names)
+        machine, names = settings.machine_id, {file.name for file in store.files()}
+        batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
         for session_id, events, size in batches:
             wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
             sender.send(wanted)
             progress.add(len(wanted), size)
+    for words in skipped[:10]:
+        print_status(f"skipped {words}")
+    if len(skipped) > 10:
+        print_status(f"skipped {len(skipped) - 10} more")
     print(f"{progress.count} events imported, {known} were stored already")
-    return 0
+    return 1 if skipped else 0
 
 
 def command_search(args: argparse.Namespace) -> int:

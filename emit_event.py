@@ -1045,9 +1045,26 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
     if not isinstance(hook_type, str):
         _keep(data, "hookType", hook_type)
         hook_type = ""
+    _take_node_names(rest, hook_type, data)
     for assigned in ("seq", "received"):
         rest.pop(assigned, None)
     return _event(rest, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
+    """Give names of ours to what the Node.js Contextuate emitter says of a subagent and of tokens."""
+    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
+    is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
+        event.update(agentId=event.get("sessionId"), agentType=subagent.get("type"))
+        event["sessionId"] = event.pop("parentSessionId")
+    if isinstance(sums, dict) and "usage" not in data:
+        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
+        cached = sum(count for count in (five, hour) if type(count) is int)
+        counts = {name: sums.get(name) for name in ("input", "output", "cacheRead")}
+        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        model = data["model"] if _is_id(data.get("model")) else "unknown"
+        data["usage"] = {"models": {model: counts}, "agents": {}}
 
 
 def _event(
@@ -2622,6 +2639,7 @@ class RegistryWatcher:
 
 SPOOL_LIMIT_BYTES = 64 << 20
 SPOOL_LIMIT_MS = 7 * 24 * 3600 * 1000
+NO_CLOCK_MS = 10**12  # a time before 2001 is that of a machine whose clock was not set yet
 QUARANTINE_LIMIT_BYTES = 4 << 20
 QUARANTINED_HEAD_BYTES = 4096
 
@@ -2631,7 +2649,8 @@ def drop_old_segments(directory: str) -> None:
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
     for path, size in segments:
-        is_young = segment_start_ms(path) >= now_ms() - SPOOL_LIMIT_MS
+        start_ms = segment_start_ms(path)
+        is_young = start_ms >= now_ms() - SPOOL_LIMIT_MS or 0 < start_ms < NO_CLOCK_MS
         if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and is_young):
             continue  # what is taken is being delivered
         try:
