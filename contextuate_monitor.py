@@ -7258,13 +7258,13 @@ def status_problems(
         add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
     too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
     slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
-    for kind, words, advice in (
+    for kind, problem, advice in (
         ("disk", disk.get("error"), "Correct what it names."),
         ("disk", disk.get("overLimit") and too_much, "Raise it, or delete sessions."),
         ("store", store["slowWriteMs"] is not None and slow, "Move CONTEXTUATE_HOME to a faster disk."),
     ):
-        if words:
-            add(kind, "warn", words, None, advice)
+        if problem:
+            add(kind, "warn", problem, None, advice)
     return found + foreign_problems(foreign)
 
 
