@@ -696,34 +696,23 @@ def _prices(value: Any) -> bool:
 
 KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
-    "socketPath": Key(
-        DEFAULT_SOCKET_PATH,
-        "an absolute path of at most 100 bytes",
-        lambda value: _text(value) and value.startswith("/") and len(os.fsencode(value)) <= 100,
-    ),
+    "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
+                      lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
     "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
     "server.port": _integer(3847, 0, 65535, about_low=" (any free port)"),
     "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
-    "server.allowedHosts": Key(
-        [], "a list of host names", lambda value: isinstance(value, list) and all(map(_text, value))
-    ),
+    "server.allowedHosts": Key([], "a list of host names",
+                               lambda it: isinstance(it, list) and all(map(_text, it))),
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
-    "redis.url": Key(
-        None,
-        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters "
-        "of a password percent-encoded",
-        _optional(_redis_url),
-    ),
+    "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
+                     "special characters of a password percent-encoded", _optional(_redis_url)),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
     "redis.port": _integer(6379, 1, 65535),
     "redis.username": _optional_text("a user name"),
     "redis.password": _optional_text("a string"),
     "redis.db": _integer(0, 0, 65535),
-    "redis.channel": Key(
-        "contextuate:events",
-        "a name of at most 200 characters",
-        lambda value: _text(value) and len(value) <= 200,
-    ),
+    "redis.channel": Key("contextuate:events", "a name of at most 200 characters",
+                         lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
     "redis.verify": _flag(True),
     "redis.caFile": _optional_text("a path"),
@@ -732,17 +721,13 @@ KEYS: dict[str, Key] = {
     "redis.sentinels": Key([], 'a list of "host:port" (26379 is the default port)', _nodes),
     "redis.master": Key("mymaster", "the name that the sentinels have for the primary", _text),
     "redis.sentinelPassword": _optional_text("a string"),
-    "redis.cluster": Key(
-        False,
-        'true (redis.host is a node of a cluster), false, or a list of its nodes as "host:port"',
-        lambda value: isinstance(value, bool) or (_nodes(value) and value != []),
-    ),
+    "redis.cluster": Key(False, 'true (redis.host is a node of a cluster), false, or a list of its nodes as '
+                         '"host:port"', lambda it: isinstance(it, bool) or (_nodes(it) and it != [])),
     "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
-    "persistence.type": Key(
-        "file", '"file" (events are kept in plain files; nothing else is offered)', _one_of("file")
-    ),
+    "persistence.type": Key("file", '"file" (events are kept in plain files; nothing else is offered)',
+                            _one_of("file")),
     "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
     "limits.connections": _integer(256, 1, 10_000),
     "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
@@ -752,13 +737,10 @@ KEYS: dict[str, Key] = {
     "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
-    "prices": Key(
-        {},
-        'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, "output": 25}},'
-        ' each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
-        _prices,
-    ),
-}
+    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
+                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+                  _prices),
+}  # fmt: skip
 NO_LONGER_USED = ("retention.compressAfterDays",)
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
@@ -1094,22 +1076,15 @@ def _keep(data: JsonObject, name: str, value: Any) -> None:
     data[name] = value
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _is_id(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _ID_LIMIT
 
 
-def _is_pid(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    "sessionId": _is_id, "machineId": _is_id, "machineKey": _is_id, "workingDirectory": _is_text,
-    "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
+    **dict.fromkeys(("sessionId", "machineId", "machineKey", "agentId", "parentSessionId"), _is_id),
+    **dict.fromkeys(("workingDirectory", "agentType"), lambda value: isinstance(value, str)),
+    "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
