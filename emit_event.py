@@ -2469,18 +2469,13 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
     except MalformedEvent:
         return None
     pid, session_id, cwd, since_ms = (fields.get(it) for it in ("pid", "sessionId", "cwd", "statusUpdatedAt"))
-    if (
-        file_name != f"{pid}.json"
-        or type(pid) is not int
-        or not isinstance(session_id, str)
-        or not session_id
-    ):
+    if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
         return None
-    texts = {name: value for name in _ABOUT_CLIENT if isinstance(value := fields.get(name), str)}
-    about = {name: " ".join(value[:1000].split())[:200] for name, value in texts.items()}
+    texts = ((name, fields.get(name)) for name in _ABOUT_CLIENT)
+    about = {name: " ".join(text.split())[:200] for name, text in texts if isinstance(text, str)}
     since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
     started, directory = str(fields.get("procStart", "")), cwd if isinstance(cwd, str) else ""
-    return ClientRecord(pid, started, session_id, directory, since, about)
+    return ClientRecord(pid, started, str(session_id), directory, since, about)
 
 
 def is_running_since(pid: int, started: str) -> bool:
@@ -2520,10 +2515,9 @@ class RegistryWatcher:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        self._files: dict[
-            str, tuple[Any, Optional[ClientRecord]]
-        ] = {}  # path → (its state when read, content)
-        self._clients: dict[str, _Client] = {}  # path → the client, while its process runs
+        # Path → (the file's state when it was read, its content), and the client while its process runs
+        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
+        self._clients: dict[str, _Client] = {}
 
     def learn(self, event: JsonObject) -> None:
         """Watch the configuration directory of a session on this machine, too."""
@@ -2546,13 +2540,10 @@ class RegistryWatcher:
         self._read_files()
         for path, (_, record) in self._files.items():
             client = self._clients.get(path)
-            is_next = (
-                client is not None and record is not None and client.record.session_id != record.session_id
-            )
-            if client and record and not is_next:
+            if client and record and client.record.session_id == record.session_id:
                 client.record = record
             elif record and is_running_since(record.pid, record.started):
-                self._clients[path] = _Client(record, time_ms, is_next)
+                self._clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
         for path, client in list(self._clients.items()):
             record, reported = client.record, client.reported
@@ -2564,7 +2555,9 @@ class RegistryWatcher:
             elif not reported and time_ms - client.first_ms >= FIRST_STATUS_MS:
                 events.append(self._event(record, max(since_ms, client.not_before_ms), record.about))
                 client.reported = record.about
-            elif reported and record.about != reported and time_ms - record.since_ms >= STATUS_SETTLED_MS:
+            elif (
+                reported not in ({}, record.about) and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
+            ):
                 is_status = any(record.about.get(name) != reported.get(name) for name in _ABOUT_CLIENT[:2])
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
