@@ -9519,7 +9519,7 @@ limits.connections       connections at the same time, for each of the two ports
 limits.clientQueueBytes  data queued for a page that does not read before its connection is closed
 sessions.quietSeconds    silence after which a working session is quiet
 sessions.endedHours      silence of a machine after which its sessions count as ended
-retention.days           age in days at which events are deleted, by whole days
+retention.days           age in days at which events are deleted, by whole days; real age, where the clock was set
 retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
 privacy.redact           replace what looks like a secret before an event is stored or sent
 privacy.level            `metadata`: store names, ids, times and durations only, no content
