@@ -1122,6 +1122,8 @@ STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice within this time
 PROCESSES_LIMIT = 8  # that are kept per session
+PROCESSES_A_LOOK = 256  # sessions whose processes are looked at together
+SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 _NEVER = 1 << 62  # later than any time in ms
@@ -1224,7 +1226,7 @@ class Session:
     received: int  # when its last event arrived
     seq: int = 0  # of the last event that was applied
     last_timestamp: int = 0  # the last one of its machine: an event with a lower one was overtaken
-    clock: int = 0  # the current time: of the last event or tick
+    clock: int = 0  # the time of the last event, or since when it is known to run too long
     state: str = "idle"
     user_label: str = ""
     title: str = ""
@@ -1326,6 +1328,7 @@ class Session:
         return f"background: {self.background[0]}" if self.background else ""
 
 
+_NO_SESSION = Session("", "", "", 0, 0, 0, 0, state="ended")
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 
 
@@ -1626,6 +1629,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
 
 MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
+CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
@@ -1753,6 +1757,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
         return
     if agent is None:
         agent = session.agents[agent_id] = Agent(agent_id, "", at)
+        _drop_oldest(session.agents, AGENTS_LIMIT)
         launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
         if agent_id in session.launched:
             agent.label, agent.parent_id, agent.background = session.launched[agent_id]
@@ -1899,7 +1904,19 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
         call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, _digest(fact.tool_input))
         session.open_calls[fact.use_id] = call
+        for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
+            session.closed_calls[dropped] = False
+            session.counts["interrupted"] += 1
+    _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
+
+
+def _drop_oldest(entries: dict[str, Any], limit: int) -> list[str]:
+    """Drop what is beyond the limit; return its keys."""
+    oldest = list(itertools.islice(entries, max(0, len(entries) - limit)))
+    for key in oldest:
+        del entries[key]
+    return oldest
 
 
 def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool:
@@ -1947,13 +1964,14 @@ def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
         session.turn_changed, session.unchanged_turns = True, 0
 
 
-def _too_long_since(session: Session) -> int | None:
-    """Return since when a turn or an agent that takes too long has been running, None if there is none."""
+def _busy_since(session: Session) -> int:
+    """Return since when a turn or an agent has been running, _NEVER if there is none."""
+    if session.state not in ("working", "quiet"):
+        return _NEVER
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
         starts.append(session.turn_start)
-    since = min(starts, default=_NEVER) if session.state in ("working", "quiet") else _NEVER
-    return since if session.clock - since >= STUCK_MS else None
+    return min(starts, default=_NEVER)
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
@@ -1968,8 +1986,8 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     if session.unchanged_turns >= STUCK_TURNS:
         detail = f"{session.unchanged_turns} turns without a change in files"
         signals.append(("unchanged", session.unchanged_since, detail))
-    since = _too_long_since(session)
-    if since is not None:
+    since = _busy_since(session)
+    if session.clock - since >= STUCK_MS:
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
@@ -2150,6 +2168,11 @@ class Sessions:
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` looks at it next; an entry
+        # counts if it is the session's in _due_at. It may be too early, never too late.
+        self._due: list[tuple[int, str]] = []
+        self._due_at: dict[str, int] = {}
+        self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to look at first
 
     def apply(self, event: JsonObject) -> Session:
         """Apply one event; return its session.
@@ -2180,6 +2203,7 @@ class Sessions:
                 self._link(session, kind)
         session.seq = seq
         self._seq = max(seq, self._seq)
+        self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 for version in self._versions(session_id):
@@ -2309,25 +2333,43 @@ class Sessions:
             if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
                 del self._stages[session_id]
         changed = []
-        for session in self.sessions.values():
+        while self._due and self._due[0][0] <= time_ms:
+            due, session_id = heapq.heappop(self._due)
+            session = self.sessions.get(session_id)
+            if session is None or self._due_at.get(session_id) != due:
+                continue
+            del self._due_at[session_id]
             if session.state == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
-            silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
+            quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
             machine = self._machines.get(session.machine_id)
-            last_event = machine.last_event if machine else session.last_event
-            session.clock = max(session.clock, time_ms)
-            is_watched = session.machine_id == self._own_machine and session.pid is not None
-            if not is_watched and time_ms - last_event >= self._ended_ms:
+            ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
+            if session.machine_id == self._own_machine and session.pid is not None:
+                ended_at = _NEVER
+            is_long = session.clock < busy_at <= time_ms
+            session.clock = busy_at if is_long else session.clock
+            if time_ms >= ended_at:
                 why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
-            elif session.state == "working" and silence >= self._quiet_ms:
-                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                continue
+            is_quiet = session.state == "working" and time_ms >= quiet_at
+            if is_quiet:
+                session.state, session.state_since = "quiet", quiet_at
+            if is_quiet or is_long:
                 changed.append(session)
-            elif _too_long_since(session) != ran_too_long:
-                changed.append(session)
+            times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
+            self._look_after(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
+
+    def _look_after(self, session: Session, time_ms: int) -> None:
+        """Look at a session at this time at the latest, and at its processes."""
+        if time_ms < self._due_at.get(session.session_id, _NEVER):
+            self._due_at[session.session_id] = time_ms
+            heapq.heappush(self._due, (time_ms, session.session_id))
+        if session.processes and session.machine_id == self._own_machine:
+            self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
         """Shift the times of all sessions that have not ended to our clock after a step.
@@ -2347,6 +2389,9 @@ class Sessions:
                 )
         for session in filter(is_before, self.sessions.values()):
             session.shift(step_ms)
+        self._due, self._due_at = [], {}
+        for session in self.sessions.values():
+            self._look_after(session, time_ms)
 
     def check_processes(
         self, namespace: int, was_running: Callable[[int, int], bool], time_ms: int, is_sure: bool
@@ -2358,9 +2403,12 @@ class Sessions:
         check, so its session ends when it was last seen alive, or with its last event.
         """
         ended = []
-        for session in list(self.sessions.values()):
+        for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
+            del self._with_process[session_id]
+            session = self.sessions.get(session_id, _NO_SESSION)
             if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
                 continue
+            self._with_process[session_id] = None  # after the others
             for process, alive_at in list(session.processes.items()):
                 is_here = process[1] == namespace
                 if is_here and was_running(process[0], session.last_event):
@@ -2387,6 +2435,7 @@ class Sessions:
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
         self._stages.pop(session_id, None)
+        self._due_at.pop(session_id, None)
         deleted = self.sessions.pop(session_id, None)
         if deleted is None:
             return False
@@ -2428,6 +2477,7 @@ class Sessions:
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
+            self._look_after(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
                 place = session.machine_id, process
                 # a session that was replaced may be restored after the one that replaced it
@@ -2505,11 +2555,13 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "childSessionIds": children.get(session.session_id, []),
-            "agents": [_agent_json(session, agent) for agent in session.agents.values()],
+            "agents": _agents_json(session),
+            "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
-                for call in session.open_calls.values()
+                for call in reversed(_newest(session.open_calls))
             ],
+            "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
             "estimatedCostUsd": usage and self._prices.estimate(usage),
@@ -2588,8 +2640,22 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.parent_by_user = True
 
 
-def _agent_json(session: Session, agent: Agent) -> JsonObject:
-    own = [call for call in session.open_calls.values() if call.agent_id == agent.agent_id]
+def _newest(entries: dict[str, Any]) -> list[Any]:
+    """Return what is sent of a session's calls or agents, the newest first."""
+    return list(itertools.islice(reversed(entries.values()), SENT_OF_EACH))
+
+
+def _agents_json(session: Session) -> list[JsonObject]:
+    """Return the newest agents, those that run before others, in the order of their start."""
+    running = {agent_id: agent for agent_id, agent in session.agents.items() if agent.end is None}
+    first = dict.fromkeys(agent.agent_id for agent in _newest(running) + _newest(session.agents))
+    sent = set(itertools.islice(first, SENT_OF_EACH))
+    newest = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
+    chosen = (agent for agent_id, agent in session.agents.items() if agent_id in sent)
+    return [_agent_json(session, agent, newest.get(agent.agent_id)) for agent in chosen]
+
+
+def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
     waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
     used = session.agent_usage.get(agent.agent_id)
     return {
@@ -2600,7 +2666,7 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
-        "activity": own[-1].activity if own else "",
+        "activity": newest.activity if newest else "",
         "counts": dict(agent.counts),
         "tokenUsage": used and used[1].to_json(),
     }
