@@ -4328,6 +4328,36 @@ class EventLoop:
         self.wake_writer.close()
 
 
+TURN_LINES = 200  # stored in one turn of the loop
+
+
+class Turns:
+    """Lines that wait to be stored. Machines take turns, so that the events of one never delay others."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[bytes, collections.deque[Any]] = {}  # machine → entries; the next one first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, line: bytes, entry: Any) -> None:
+        """Add an entry for a line; its machine is where hooks write it, not parsed, or what looks like it."""
+        start = line.rfind(b'"machineId":') + 12
+        machine = line[start : line.find(b",", start)] if start > 11 else b""
+        self._waiting.setdefault(machine, collections.deque()).append(entry)
+
+    def take(self) -> list[Any]:
+        """Remove and return up to TURN_LINES entries, of each machine the same number."""
+        taken: list[Any] = []
+        share = max(1, TURN_LINES // max(1, len(self._waiting)))
+        for machine in list(itertools.islice(self._waiting, TURN_LINES)):
+            own = self._waiting.pop(machine)
+            taken += [own.popleft() for _ in range(min(share, len(own)))]
+            if own:
+                self._waiting[machine] = own
+        return taken
+
+
 HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
 
 
@@ -4653,8 +4683,10 @@ SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
-BATCH_LINES = 200  # stored in one turn of the loop, or
+READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
+BATCH_LINES = 200  # passed to the loop together, or
 BATCH_BYTES = 1 << 20
+INBOX_BYTES = 128 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
@@ -4705,13 +4737,14 @@ class Subscription(threading.Thread):
         self._client: Any = None
         self._by_channel = SeenIds()
         self._by_stream = SeenIds()
-        self.batch_bytes = 0  # received and not stored yet
+        self._batch_bytes = 0
         self._batch: list[RemoteLine] = []
 
     def run(self) -> None:
         """Follow the channel until an error, and report it."""
         try:
             self._client = emit_event.redis_client(self._link.values)
+            self._client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
             pubsub = self._client.pubsub()
             pubsub.subscribe(self._link.values["redis.channel"])
             next_ping = 0.0
@@ -4720,18 +4753,19 @@ class Subscription(threading.Thread):
                 if can_read:
                     # Not before: get_message with a short timeout would stop in the middle of a message.
                     self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
-                if not can_read or len(self._batch) >= BATCH_LINES or self.batch_bytes > BATCH_BYTES:
-                    self._store_batch()
+                if not can_read or len(self._batch) >= BATCH_LINES or self._batch_bytes > BATCH_BYTES:
+                    self._hand_over()
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
                     self._check_primary()
-                    self._read_stream()
+                    if not self._link.inbox:  # during a flood the channel must not wait
+                        self._read_stream()
         except Exception as error:  # the link logs it
             self._report(self._link.fail, self, error)
         finally:
             self.abandon()
-            self._store_batch()
+            self._hand_over()
 
     def abandon(self) -> None:
         """End the subscription, whatever it is doing; for both threads."""
@@ -4773,6 +4807,7 @@ class Subscription(threading.Thread):
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
+        self._hand_over(limit_bytes=0)  # the position is moved beyond what the channel delivered
         stream, reason = self._link.stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
@@ -4818,10 +4853,20 @@ class Subscription(threading.Thread):
 
     def _add(self, line: bytes, position: str | None) -> None:
         self._batch.append(RemoteLine(line, position))
-        self.batch_bytes += len(line)
+        self._batch_bytes += len(line)
+
+    def _hand_over(self, limit_bytes: int = INBOX_BYTES) -> None:
+        """Pass what the channel delivered to the loop; wait until it has at most `limit_bytes` to store."""
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if batch:
+            self._link.loop.call_soon(lambda: self._link.receive(batch))
+            self._link.handed_bytes += sum(len(remote.line) for remote in batch)
+        while self._link.waiting_bytes > limit_bytes and not self.abandoned:
+            time.sleep(0.02)
+            self.last_alive = time.monotonic()
 
     def _store_batch(self) -> None:
-        """Store the batch through the loop; retry until it is stored, or once if abandoned."""
+        """Store a page of the stream through the loop; retry until it is stored, or once if abandoned."""
         batch = self._batch
         while batch:
             try:
@@ -4833,7 +4878,7 @@ class Subscription(threading.Thread):
             if is_stored or self.abandoned:
                 break
             time.sleep(1)
-        self._batch, self.batch_bytes = [], 0
+        self._batch, self._batch_bytes = [], 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -4855,6 +4900,8 @@ class RedisLink:
         self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
         self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
+        self.inbox = Turns()  # lines that the channel delivered
+        self.handed_bytes = self.stored_bytes = 0  # of them; counted by the thread and by the loop
         self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
@@ -4882,8 +4929,10 @@ class RedisLink:
         self._watch(self.subscription)
 
     def close(self) -> None:
-        """Close the connection and save the position."""
+        """Close the connection, store what it delivered, and save the position."""
         self._drop_subscription()
+        while self.inbox and self._store_turn():
+            pass
         self._save_position()
 
     def status(self) -> JsonObject:
@@ -4948,6 +4997,35 @@ class RedisLink:
         log.warning("Redis: %s", message)
         self.state.update(changes)
         self.changed()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Return the size of what the channel delivered and is not stored yet; for any thread."""
+        return self.handed_bytes - self.stored_bytes
+
+    def receive(self, batch: Sequence[RemoteLine]) -> None:
+        """Take what the channel delivered, to be stored by turns of the machines."""
+        is_first = not self.inbox
+        for remote in batch:
+            self.inbox.add(remote.line, remote)
+        if is_first:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self._store_turn()
+
+    def _store_turn(self) -> bool:
+        """Store lines of the inbox; the next ones in the next turn of the loop, or later if none can be."""
+        batch = self.inbox.take()
+        is_stored = self.store(batch)
+        if is_stored:
+            self.stored_bytes += sum(len(remote.line) for remote in batch)
+        else:
+            for remote in batch:
+                self.inbox.add(remote.line, remote)
+        if self.inbox:
+            self.loop.call_later(0 if is_stored else 1.0, self._go_on)
+        return is_stored
 
     def store(self, batch: Sequence[RemoteLine]) -> bool:
         """Store a batch and move the position; return True if the batch is stored."""
@@ -5644,14 +5722,16 @@ Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connect
 class HookPort:
     """The Unix socket that hooks send events to, one a line, each acknowledged with one byte.
 
-    Accepts connections of this user only. `received((line, connection))` gets each line. Raises StartError
-    when another monitor uses the socket.
+    Accepts connections of this user only. `received` gets each line and its connection, which is not read
+    again before its lines are acknowledged. Raises StartError when another monitor uses the socket.
     """
 
     loop: EventLoop
     path: str
-    received: Callable[[Arrival], None]
+    received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
+    waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
+    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
     ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
 
     def __post_init__(self) -> None:
@@ -5668,11 +5748,18 @@ class HookPort:
     def _accept(self, sock: socket.socket) -> None:
         if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
             self.connections[sock] = LineSplitter()
-            self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+            self._watch(sock)
         else:
             sock.close()
 
+    def _watch(self, sock: socket.socket) -> None:
+        self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+
     def _read(self, sock: socket.socket) -> None:
+        if self.waiting.get(sock):
+            self.loop.unwatch(sock)
+            self.paused.add(sock)
+            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -5684,25 +5771,36 @@ class HookPort:
             self.ended.add(sock)
             self.loop.unwatch(sock)
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
+        self.waiting[sock] = len(lines)
         for line in lines:
-            self.received((line, sock))
+            self.received.add(line.head if isinstance(line, TooLong) else line, (line, sock))
         if not data and not lines:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
         """Acknowledge `count` more lines of a connection."""
+        if sock not in self.connections:
+            return  # dropped when an earlier line could not be stored
+        self.waiting[sock] -= count
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
             pass  # the sender never reads its acknowledgements
         except OSError:
             self.ended.add(sock)
+        if self.waiting[sock] > 0:
+            return
         if sock in self.ended:
             self.drop(sock)
+        elif sock in self.paused:
+            self.paused.discard(sock)
+            self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
         """Close a connection, so that a sender does not wait for an acknowledgement."""
         self.connections.pop(sock, None)
+        self.waiting.pop(sock, None)
+        self.paused.discard(sock)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
         sock.close()
@@ -6399,9 +6497,9 @@ class Status:
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
-        server, link = self._monitor.clients, self._monitor.redis and self._monitor.redis.subscription
+        server, link = self._monitor.clients, self._monitor.redis
         queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.batch_bytes if link else 0}
+        queues = {"client": queued, "closed": server.closed_slow, "redis": link.waiting_bytes if link else 0}
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
@@ -6462,7 +6560,7 @@ class Monitor:
         self.redis: RedisLink | None = None
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
         self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
-        self._arrivals: list[Arrival] = []  # of this turn
+        self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
         self._pid_namespace = emit_event.pid_namespace()
@@ -6490,7 +6588,7 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals.append)
+        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
@@ -6519,6 +6617,7 @@ class Monitor:
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
         gc.freeze()  # loaded modules stay: collecting them again would only block the loop
+        sys.setswitchinterval(0.001)  # of a busy loop the other threads get their share sooner
         try:
             self.loop.run()
         finally:
@@ -6541,7 +6640,8 @@ class Monitor:
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
-        self._store_received()
+        while self._arrivals:
+            self._store_received()
         if self.redis:
             self.redis.close()
         self.http.stop()
@@ -6647,11 +6747,12 @@ class Monitor:
     # Received events
 
     def _store_received(self) -> None:
-        """Store the events of this turn, acknowledge them, then send them to clients."""
+        """Store events, acknowledge them, then send them to clients."""
         if not self._arrivals:
             return
-        arrivals = self._arrivals[:]
-        self._arrivals.clear()
+        arrivals: list[Arrival] = self._arrivals.take()
+        if self._arrivals:
+            self.loop.call_soon(lambda: None)  # the rest in the next turn
         safe, stored = self.ingest.take([line for line, _ in arrivals])
         counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
         for sender, count in counts.items():
