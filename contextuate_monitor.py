@@ -2259,6 +2259,10 @@ class Sessions:
         self._linked.add(before.session_id)
         self._link(before, "session_end")
 
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the clocks of machines that sent nothing since then."""
+        self._machines = {name: it for name, it in self._machines.items() if it.received >= since_ms}
+
     def skew_ms(self, machine: str) -> int | None:
         """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
         known = self._machines.get(machine)
@@ -2559,7 +2563,7 @@ class Sessions:
             "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
-                for call in reversed(_newest(session.open_calls))
+                for call in list(session.open_calls.values())[-SENT_OF_EACH:]
             ],
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
@@ -2640,19 +2644,13 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.parent_by_user = True
 
 
-def _newest(entries: dict[str, Any]) -> list[Any]:
-    """Return what is sent of a session's calls or agents, the newest first."""
-    return list(itertools.islice(reversed(entries.values()), SENT_OF_EACH))
-
-
 def _agents_json(session: Session) -> list[JsonObject]:
-    """Return the newest agents, those that run before others, in the order of their start."""
-    running = {agent_id: agent for agent_id, agent in session.agents.items() if agent.end is None}
-    first = dict.fromkeys(agent.agent_id for agent in _newest(running) + _newest(session.agents))
-    sent = set(itertools.islice(first, SENT_OF_EACH))
-    newest = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
-    chosen = (agent for agent_id, agent in session.agents.items() if agent_id in sent)
-    return [_agent_json(session, agent, newest.get(agent.agent_id)) for agent in chosen]
+    """Return the newest agents; those that run come before others."""
+    agents = session.agents.values()
+    newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
+    sent = {agent.agent_id for agent in newest}
+    calls = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
+    return [_agent_json(session, it, calls.get(it.agent_id)) for it in agents if it.agent_id in sent]
 
 
 def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
@@ -4335,19 +4333,23 @@ class Turns:
     """Lines that wait to be stored. Machines take turns, so that the events of one never delay others."""
 
     def __init__(self) -> None:
-        self._waiting: dict[bytes, collections.deque[Any]] = {}  # machine → entries; the next one first
+        self.size = 0  # bytes
+        self._waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, line: bytes, entry: Any) -> None:
-        """Add an entry for a line; its machine is where hooks write it, not parsed, or what looks like it."""
-        start = line.rfind(b'"machineId":') + 12
-        machine = line[start : line.find(b",", start)] if start > 11 else b""
-        self._waiting.setdefault(machine, collections.deque()).append(entry)
+    def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
+        """Add entries that begin with a line; its machine is what looks like it, without parsing."""
+        for entry in entries:
+            line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
+            start = line.rfind(b'"machineId":') + 12
+            machine = line[start : line.find(b",", start)] if start > 11 else b""
+            self._waiting.setdefault(machine, collections.deque()).append(entry)
+            self.size += len(line)
 
     def take(self) -> list[Any]:
-        """Remove and return up to TURN_LINES entries, of each machine the same number."""
+        """Remove and return up to TURN_LINES entries, the same number of each machine."""
         taken: list[Any] = []
         share = max(1, TURN_LINES // max(1, len(self._waiting)))
         for machine in list(itertools.islice(self._waiting, TURN_LINES)):
@@ -4355,6 +4357,7 @@ class Turns:
             taken += [own.popleft() for _ in range(min(share, len(own)))]
             if own:
                 self._waiting[machine] = own
+        self.size = self.size - sum(len(it[0]) for it in taken) if self._waiting else 0
         return taken
 
 
@@ -4411,6 +4414,8 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
+    changes: bool = False  # its session updates have changed fields only, and rows wait for nobody
+    skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
 
 
 @dataclasses.dataclass(eq=False)
@@ -4453,26 +4458,40 @@ class WebSocketServer:
 
     reply = functools.partialmethod(send, is_reply=True)
 
-    def broadcast(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+    def broadcast(
+        self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
+    ) -> None:
         """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
 
-        Encodes once per view and calls `send` once per client.
+        Clients that want changes get `changes` instead. Encodes once per view, calls `send` once per client.
         """
         frames: dict[str, list[bytes]] = {}
-        joined: dict[str, bytes] = {}
+        joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
             view, own_ids = client.view, client.session_ids
             if view is None:
                 continue
+            for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-                joined[view] = b"".join(frames[view]) + frames_for_all
-            wanted = joined[view]
-            if own_ids is not None:
+            if client.changes and client.queued > self.queue_limit_bytes // 4:
+                client.skipped, wanted = client.skipped + len(stored), for_all
+            elif own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
-                wanted = b"".join(own) + frames_for_all
+                wanted = b"".join(own) + for_all
+            else:
+                key = (view, client.changes)
+                wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
+                joined[key] = wanted
             if wanted:
                 self.send(client, wanted)
+
+    def report_skipped(self) -> None:
+        """Send clients that read again how many rows they were not sent."""
+        for client in list(self.clients.values()):
+            if client.skipped and not client.queue:
+                self.send(client, text_frame({"type": "skipped", "events": client.skipped}))
+                client.skipped = 0
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
@@ -4807,7 +4826,7 @@ class Subscription(threading.Thread):
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
-        self._hand_over(limit_bytes=0)  # the position is moved beyond what the channel delivered
+        self._hand_over()
         stream, reason = self._link.stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
@@ -4855,13 +4874,12 @@ class Subscription(threading.Thread):
         self._batch.append(RemoteLine(line, position))
         self._batch_bytes += len(line)
 
-    def _hand_over(self, limit_bytes: int = INBOX_BYTES) -> None:
-        """Pass what the channel delivered to the loop; wait until it has at most `limit_bytes` to store."""
+    def _hand_over(self) -> None:
+        """Pass what the channel delivered to the loop; wait while too much is not stored there."""
         batch, self._batch, self._batch_bytes = self._batch, [], 0
         if batch:
             self._link.loop.call_soon(lambda: self._link.receive(batch))
-            self._link.handed_bytes += sum(len(remote.line) for remote in batch)
-        while self._link.waiting_bytes > limit_bytes and not self.abandoned:
+        while self._link.inbox.size > INBOX_BYTES and not self.abandoned:
             time.sleep(0.02)
             self.last_alive = time.monotonic()
 
@@ -4877,7 +4895,7 @@ class Subscription(threading.Thread):
             self.last_alive = time.monotonic()
             if is_stored or self.abandoned:
                 break
-            time.sleep(1)
+            time.sleep(0.2)
         self._batch, self._batch_bytes = [], 0
 
 
@@ -4900,8 +4918,7 @@ class RedisLink:
         self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
         self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
-        self.inbox = Turns()  # lines that the channel delivered
-        self.handed_bytes = self.stored_bytes = 0  # of them; counted by the thread and by the loop
+        self.inbox = Turns()  # what the channel delivered
         self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
@@ -4931,7 +4948,7 @@ class RedisLink:
     def close(self) -> None:
         """Close the connection, store what it delivered, and save the position."""
         self._drop_subscription()
-        while self.inbox and self._store_turn():
+        while self.inbox and self._store(self.inbox.take()):
             pass
         self._save_position()
 
@@ -4998,36 +5015,29 @@ class RedisLink:
         self.state.update(changes)
         self.changed()
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Return the size of what the channel delivered and is not stored yet; for any thread."""
-        return self.handed_bytes - self.stored_bytes
-
     def receive(self, batch: Sequence[RemoteLine]) -> None:
-        """Take what the channel delivered, to be stored by turns of the machines."""
+        """Take what the channel delivered; machines take turns."""
         is_first = not self.inbox
         for remote in batch:
-            self.inbox.add(remote.line, remote)
+            self.inbox.add(remote)
         if is_first:
-            self._go_on()
+            self._store_turns()
 
-    def _go_on(self) -> None:
-        self._store_turn()
+    def _store_turns(self) -> None:
+        """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
+        batch, is_stored = self.inbox.take(), False
+        try:
+            is_stored = self._store(batch)
+        finally:
+            self.inbox.add(*(() if is_stored else batch))
+            if self.inbox:
+                self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
 
-    def _store_turn(self) -> bool:
-        """Store lines of the inbox; the next ones in the next turn of the loop, or later if none can be."""
-        batch = self.inbox.take()
-        is_stored = self.store(batch)
-        if is_stored:
-            self.stored_bytes += sum(len(remote.line) for remote in batch)
-        else:
-            for remote in batch:
-                self.inbox.add(remote.line, remote)
-        if self.inbox:
-            self.loop.call_later(0 if is_stored else 1.0, self._go_on)
-        return is_stored
+    def store(self, page: Sequence[RemoteLine]) -> bool:
+        """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
+        return not self.inbox and self._store(page)
 
-    def store(self, batch: Sequence[RemoteLine]) -> bool:
+    def _store(self, batch: Sequence[RemoteLine]) -> bool:
         """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
@@ -5697,6 +5707,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------
 
 UPDATE_INTERVAL_S = 0.1
+SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
 FILES_INTERVAL_S = 5.0  # between two looks for files of other users
 SNAPSHOT_INTERVAL_S = 30.0
@@ -5708,6 +5719,7 @@ PROCESS_WATCHES = 256  # more are looked at every second
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # in the stream of Redis
+MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
 
 
@@ -5773,7 +5785,7 @@ class HookPort:
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
         self.waiting[sock] = len(lines)
         for line in lines:
-            self.received.add(line.head if isinstance(line, TooLong) else line, (line, sock))
+            self.received.add((line, sock))
         if not data and not lines:
             self.drop(sock)
 
@@ -5900,7 +5912,7 @@ class Ingest:
 
     def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
-        self.machines: dict[str, JsonObject] = {}  # name → its part of the status
+        self.machines: dict[str, JsonObject] = {}  # name → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
@@ -5947,6 +5959,10 @@ class Ingest:
                 self._count(entry, received_ms)
         self.counts["stored"] += len(stored)
         return settled, stored
+
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the machines that sent nothing since then."""
+        self.machines = {name: it for name, it in self.machines.items() if it["lastSeen"] >= since_ms}
 
     def read_transcripts(self, session_id: str) -> None:
         """Read the tokens of a session whose client was killed; its last event names the transcript."""
@@ -5997,10 +6013,11 @@ class Ingest:
     def _count(self, entry: StoredEvent, received_ms: int) -> None:
         event = entry.event
         name = event["machineId"]
-        machine = self.machines.get(name)
+        machine = self.machines.pop(name, None)
         if machine is None:
             log.info("first event from machine %s", name)
-            machine = self.machines[name] = {"machineId": name, "events": 0, "dropped": 0}
+            machine = {"machineId": name, "events": 0, "dropped": 0}
+        self.machines[name] = machine
         machine["events"] += 1
         machine["lastSeen"] = received_ms
         dropped = event["data"].get("spoolDropped")
@@ -6013,6 +6030,12 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
+def changed_fields(before: JsonObject, after: JsonObject) -> JsonObject:
+    """Return the fields of a session that changed, and its id."""
+    changed = {name: it for name, it in after.items() if name not in before or before[name] != it}
+    return {"sessionId": after["sessionId"], **changed}
+
+
 @dataclasses.dataclass
 class SessionFeed:
     """Send clients the changed sessions, together and at most every UPDATE_INTERVAL_S, or all sessions."""
@@ -6021,25 +6044,38 @@ class SessionFeed:
     sessions: Sessions
     clients: WebSocketServer
     changed: dict[str, None] = dataclasses.field(default_factory=dict)  # ids whose update is still to be sent
+    sent: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # the last updates, by session id
     updates_due: bool = False
 
-    def take(self) -> bytes:
-        """Return the updates to be sent now; b"" within the interval, whose end sends the rest."""
+    def take(self) -> tuple[bytes, bytes]:
+        """Return the updates to be sent now, whole and as changes; none within the interval.
+
+        The end of the interval sends the rest.
+        """
         if self.updates_due or not self.changed:
-            return b""
+            return b"", b""
         self.updates_due = True
         self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
         sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
         self.changed.clear()
         if not self.clients.clients:
-            return b""
+            self.sent.clear()
+            return b"", b""
         children = self.sessions.children() if len(sessions) > 1 else None
         rows = [self.sessions.to_json(session, children) for session in sessions]
-        return b"".join(text_frame({"type": "session_update", "session": row}) for row in rows)
+        changes = [changed_fields(self.sent.pop(row["sessionId"], {}), row) for row in rows]
+        self.sent.update((row["sessionId"], row) for row in rows)
+        _drop_oldest(self.sent, SENT_UPDATES)
+        is_whole = not all(client.changes for client in self.clients.clients.values())
+        frames = [
+            b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
+            for kind in (rows if is_whole else (), changes)
+        ]
+        return frames[0], frames[1]
 
-    def send(self) -> None:
-        """Send the changed sessions now, or together at the end of the interval."""
-        self.clients.broadcast((), self.take())
+    def send(self, stored: Sequence[StoredEvent] = ()) -> None:
+        """Send events, and the changed sessions now or together at the end of the interval."""
+        self.clients.broadcast(stored, *self.take())
 
     def _end_interval(self) -> None:
         self.updates_due = False
@@ -6048,6 +6084,7 @@ class SessionFeed:
     def send_list(self) -> None:
         """Send all sessions to every client; the list may be large and does not count as falling behind."""
         self.changed.clear()
+        self.sent.clear()
         clients = [client for client in self.clients.clients.values() if client.view is not None]
         for with_hidden in {client.show_hidden for client in clients}:
             message = b"".join(encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden))
@@ -6257,7 +6294,7 @@ class MessageHandlers:
         wanted = set(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
-        client.view, client.session_ids = view, wanted
+        client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [StoredEvent(line_seq(line), parse_stored(line), line) for line in lines]
@@ -6274,6 +6311,7 @@ class MessageHandlers:
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> Answer:
         reply = with_request_id(message, {"type": "sessions"})
+        self._monitor.feed.sent.clear()  # it may be newer than what was sent
         return b"".join(encode_with_sessions(reply, self._monitor.sessions, client.show_hidden))
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> Answer:
@@ -6447,8 +6485,18 @@ class Status:
         self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
         self._foreign_seen = -math.inf  # time.monotonic()
 
-    def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
+    def to_json(self) -> JsonObject:
+        """Return the answer of /api/status and the `status` message."""
+        status, monitor = self.core(), self._monitor
+        machines = monitor.ingest.machines
+        status["machines"] = [
+            {**machines[name], "clockSkewMs": monitor.sessions.skew_ms(name)}
+            for name in sorted(itertools.islice(reversed(machines), MACHINES_SHOWN))
+        ]
+        return {**status, "facts": status_facts(status)}
+
+    def core(self, foreign_age_s: float = 0.0) -> JsonObject:
+        """Return the status without lists of machines and facts; `foreign_files` at most so old."""
         monitor = self._monitor
         if time.monotonic() - self._foreign_seen >= foreign_age_s:
             self._foreign_seen = time.monotonic()
@@ -6481,25 +6529,21 @@ class Status:
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
-            "machines": [
-                {**machine, "clockSkewMs": monitor.sessions.skew_ms(name)}
-                for name, machine in sorted(ingest.machines.items())
-            ],
+            "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        problems = status_problems(status, unsaved, self._foreign)
-        return {**status, "facts": status_facts(status), "problems": problems}
+        return {**status, "problems": status_problems(status, unsaved, self._foreign)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
         server, link = self._monitor.clients, self._monitor.redis
         queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.waiting_bytes if link else 0}
+        queues = {"client": queued, "closed": server.closed_slow, "redis": link.inbox.size if link else 0}
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
@@ -6533,7 +6577,6 @@ def steady_part(status: JsonObject) -> list[object]:
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
-        [machine["machineId"] for machine in status["machines"]] if redis else [],
     ]
 
 
@@ -6814,7 +6857,7 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
-        self.clients.broadcast(stored, self.feed.take())
+        self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
 
@@ -6834,15 +6877,16 @@ class Monitor:
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
+        self.clients.report_skipped()
         self._send_status()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            status, before = self.status.to_json(FILES_INTERVAL_S), self._sent_status
-            self._sent_status = steady_part(status)
+            before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
+            self._sent_status = [*steady, len(self.ingest.machines) if self.redis else 0]
             if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **status}))
+                self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
@@ -6906,6 +6950,10 @@ class Monitor:
     def _removed(self, names: frozenset[str]) -> None:
         """Drop sessions without events; compare the index with files that were removed or added by hand."""
         self.history.rescan()
+        if self.settings["retention.days"]:
+            since = self.retention.now_without_jumps_ms() - self.settings["retention.days"] * _DAY_MS
+            self.ingest.forget_machines(since)
+            self.sessions.forget_machines(since)
         sessions = self.sessions.sessions.values()
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
 
@@ -6913,6 +6961,7 @@ class Monitor:
         for session in sessions:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
+            self.feed.sent.pop(session.session_id, None)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
@@ -6963,6 +7012,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})
+    if status["otherMachines"]:
+        rows.append({"name": "machines", "words": f"{status['otherMachines']} others, silent for longer"})
     return rows
 
 
