@@ -3150,9 +3150,9 @@ class IndexFile:
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
+        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if kind == "usage":
             return
-        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
@@ -3327,7 +3327,7 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
     indexed = read_meta(db, "indexed")
-    if indexed < journal.seq:
+    if indexed < min(journal.seq, (query.before or 1 << 62) - 1):
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
     match = match_expression(db, query)
     limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
@@ -3730,6 +3730,14 @@ class History:
             lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
             page = search_page(query, lines)
         return {**page, "index": self.status()}
+
+    def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
+        """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
+        if session_id is None and before is not None and self._state == "ready":
+            with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
+                lines = indexed_lines(db, self._journal, SearchQuery(before=before))
+                return list(itertools.islice(lines, count))
+        return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
         self,
@@ -5291,8 +5299,10 @@ class Api:
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
         limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
         before, after = (query.integer(name) for name in ("before", "after"))
-        found = self._monitor.journal.lines(session_id, after or 0, before, backwards=after is None)
-        lines = list(itertools.islice(found, limit + 1))
+        if after is None:
+            lines = self._monitor.history.newest(limit + 1, session_id, before)
+        else:
+            lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
         page, more = lines[:limit], len(lines) > limit
@@ -6325,8 +6335,7 @@ class MessageHandlers:
             head = {"type": "events", "sessionId": message["sessionId"]}
 
         def read() -> JsonObject:
-            found = self._monitor.journal.lines(head.get("sessionId"), before=before, backwards=True)
-            lines = list(itertools.islice(found, limit + 1))
+            lines = self._monitor.history.newest(limit + 1, head.get("sessionId"), before)
             events = [parse_stored(line) for line in reversed(lines[:limit])]
             if client.view == "rows":
                 events = [event_row(event) for event in events]
