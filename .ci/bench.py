@@ -1587,18 +1587,20 @@ def flood(machine: tests.RunningMonitor, seconds: float, is_closed: bool) -> Non
     send, begin, sent = publisher_of(machine), time.monotonic(), 0
     while (now := time.monotonic()) < begin + seconds:
         due = int((now - begin) * FLOOD_EVENTS_PER_S) // 2 * 2
-        kinds = ("tool_call", "tool_result" if is_closed else "tool_call")
-        numbers = range(sent, min(due, sent + 500), 2)
         data = {"toolName": "Bash", "toolInput": {"command": "make " + "x" * 300}}
-        ids = [(number, f"t{number if is_closed else number + at}", kind) for number in numbers for at, kind in enumerate(kinds)]
-        send([machine_event("flood", "flood", kind, toolUseId=use_id, **data) for _, use_id, kind in ids])
-        sent += len(ids)
+        lines = []
+        for number in range(sent, min(due, sent + 500)):
+            kind = "tool_result" if is_closed and number % 2 else "tool_call"
+            use_id = f"t{number // 2 if is_closed else number}"
+            lines.append(machine_event("flood", "flood", kind, toolUseId=use_id, **data))
+        send(lines)
+        sent += len(lines)
         time.sleep(0.002)
     note(f"  {sent / seconds:,.0f} events a second were sent")
 
 
 def flood_waits_ms(machine: tests.RunningMonitor, tab: Any, seconds: float, is_closed: bool) -> list[float]:
-    """Return, sorted, the times from requests of a quiet machine, during a flood, to their rows in the rail."""
+    """Return, sorted, the times from requests of a quiet machine during a flood to their rows."""
     send, asked_ms = publisher_of(machine), {}
     tab.evaluate(NOTE_WAITS)
     with tests.serving(flood, machine, seconds, is_closed):
