@@ -1328,7 +1328,6 @@ class Session:
         return f"background: {self.background[0]}" if self.background else ""
 
 
-_NO_SESSION = Session("", "", "", 0, 0, 0, 0, state="ended")
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
 
 
@@ -2409,8 +2408,10 @@ class Sessions:
         ended = []
         for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
             del self._with_process[session_id]
-            session = self.sessions.get(session_id, _NO_SESSION)
-            if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
+            session = self.sessions.get(session_id)
+            if session is None or session.state == "ended" or not session.processes:
+                continue
+            if session.machine_id != self._own_machine:
                 continue
             self._with_process[session_id] = None  # after the others
             for process, alive_at in list(session.processes.items()):
@@ -4713,7 +4714,7 @@ STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
 READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
 BATCH_LINES = 200  # passed to the loop together, or
 BATCH_BYTES = 1 << 20
-INBOX_BYTES = 128 << 20  # that wait for their turn; the rest waits in Redis
+INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
@@ -5026,8 +5027,7 @@ class RedisLink:
     def receive(self, batch: Sequence[RemoteLine]) -> None:
         """Take what the channel delivered; machines take turns."""
         is_first = not self.inbox
-        for remote in batch:
-            self.inbox.add(remote)
+        self.inbox.add(*batch)
         if is_first:
             self._store_turns()
 
@@ -6040,12 +6040,6 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
-def changed_fields(before: JsonObject, after: JsonObject) -> JsonObject:
-    """Return the fields of a session that changed, and its id."""
-    changed = {name: it for name, it in after.items() if name not in before or before[name] != it}
-    return {"sessionId": after["sessionId"], **changed}
-
-
 @dataclasses.dataclass
 class SessionFeed:
     """Send clients the changed sessions, together and at most every UPDATE_INTERVAL_S, or all sessions."""
@@ -6073,8 +6067,12 @@ class SessionFeed:
             return b"", b""
         children = self.sessions.children() if len(sessions) > 1 else None
         rows = [self.sessions.to_json(session, children) for session in sessions]
-        changes = [changed_fields(self.sent.pop(row["sessionId"], {}), row) for row in rows]
-        self.sent.update((row["sessionId"], row) for row in rows)
+        changes: list[JsonObject] = []
+        for row in rows:
+            before = self.sent.pop(row["sessionId"], {})
+            changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
+            changes[-1]["sessionId"] = row["sessionId"]
+            self.sent[row["sessionId"]] = row
         _drop_oldest(self.sent, SENT_UPDATES)
         is_whole = not all(client.changes for client in self.clients.clients.values())
         frames = [
