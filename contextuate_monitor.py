@@ -6119,12 +6119,17 @@ class Retention:
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # what events_added would be now if nothing had come since
         self._error: str | None = None
+        self._rests_until = 0.0  # time.monotonic(): to look at many files costs a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
         """Prune now and periodically."""
         self.prune(dry_run=False)
-        self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
+        self.loop.call_every(RETENTION_INTERVAL_S, self._prune_if_rested)
+
+    def _prune_if_rested(self) -> None:
+        if time.monotonic() >= self._rests_until:
+            self.prune(dry_run=False)
 
     def now_without_jumps_ms(self) -> int:
         """Return the time, without jumps of the clock since the start, which would make events older."""
@@ -6136,6 +6141,7 @@ class Retention:
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
 
         def work() -> None:
+            begun_s = time.thread_time()
             try:
                 plan = plan_retention(home, self.now_without_jumps_ms(), days, limit and limit << 20, kept)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
@@ -6144,6 +6150,7 @@ class Retention:
                 log.warning("%s", self._error)
             else:
                 self.loop.call_soon(lambda: finish(plan, gone))
+            self._rests_until = time.monotonic() + 1000 * (time.thread_time() - begun_s)
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
