@@ -1172,6 +1172,8 @@ STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same 
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 PROCESSES_LIMIT = 8  # that are kept per session
+PROCESSES_A_LOOK = 256  # sessions whose processes are looked at together
+SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 _NEVER = 1 << 62  # later than any time in ms
@@ -1275,7 +1277,7 @@ class Session:
     received: int  # when its last event arrived
     seq: int = 0  # of the last event that was applied
     last_timestamp: int = 0  # the last one of its machine: an event with a lower one was overtaken
-    clock: int = 0  # the current time: of the last event or tick
+    clock: int = 0  # the time of the last event, or since when it is known to run too long
     state: str = "idle"
     user_label: str = ""
     title: str = ""
@@ -1717,6 +1719,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
 
 MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
+CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
@@ -1844,6 +1847,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
         return
     if agent is None:
         agent = session.agents[agent_id] = Agent(agent_id, "", at)
+        _drop_oldest(session.agents, AGENTS_LIMIT)
         launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
         if agent_id in session.launched:
             agent.label, agent.parent_id, agent.background = session.launched[agent_id]
@@ -1994,7 +1998,19 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
         call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, _digest(fact.tool_input))
         session.open_calls[fact.use_id] = call
+        for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
+            session.closed_calls[dropped] = False
+            session.counts["interrupted"] += 1
+    _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
+
+
+def _drop_oldest(entries: dict[str, Any], limit: int) -> list[str]:
+    """Drop what is beyond the limit; return its keys."""
+    oldest = list(itertools.islice(entries, max(0, len(entries) - limit)))
+    for key in oldest:
+        del entries[key]
+    return oldest
 
 
 def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool:
@@ -2042,13 +2058,14 @@ def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
         session.turn_changed, session.unchanged_turns = True, 0
 
 
-def _too_long_since(session: Session) -> int | None:
-    """Return since when a turn or an agent that takes too long has been running, None if there is none."""
+def _busy_since(session: Session) -> int:
+    """Return since when a turn or an agent has been running, _NEVER if there is none."""
+    if session.state not in ("working", "quiet"):
+        return _NEVER
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
         starts.append(session.turn_start)
-    since = min(starts, default=_NEVER) if session.state in ("working", "quiet") else _NEVER
-    return since if session.clock - since >= STUCK_MS else None
+    return min(starts, default=_NEVER)
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
@@ -2063,8 +2080,8 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     if session.unchanged_turns >= STUCK_TURNS:
         detail = f"{session.unchanged_turns} turns without a change in files"
         signals.append(("unchanged", session.unchanged_since, detail))
-    since = _too_long_since(session)
-    if since is not None:
+    since = _busy_since(session)
+    if session.clock - since >= STUCK_MS:
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
@@ -2344,6 +2361,11 @@ class Sessions:
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` looks at it next; an entry
+        # counts if it is the session's in _due_at. It may be too early, never too late.
+        self._due: list[tuple[int, str]] = []
+        self._due_at: dict[str, int] = {}
+        self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to look at first
 
     def apply(self, event: JsonObject) -> Session:
         """Apply one event; return its session.
@@ -2375,6 +2397,7 @@ class Sessions:
                 self._link(session, kind)
         session.seq = seq
         self._seq = max(seq, self._seq)
+        self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 for version in self._versions(session_id):
@@ -2439,6 +2462,10 @@ class Sessions:
         before = self._apply_in_order(before, end, "replaced", at, received)
         self._linked.add(before.session_id)
         self._link(before, "session_end")
+
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the clocks of machines that sent nothing since then."""
+        self._machines = {name: it for name, it in self._machines.items() if it.received >= since_ms}
 
     def skew_ms(self, machine: str) -> int | None:
         """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
@@ -2517,24 +2544,43 @@ class Sessions:
             if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
                 del self._stages[session_id]
         changed = []
-        for session in self.sessions.values():
+        while self._due and self._due[0][0] <= time_ms:
+            due, session_id = heapq.heappop(self._due)
+            session = self.sessions.get(session_id)
+            if session is None or self._due_at.get(session_id) != due:
+                continue
+            del self._due_at[session_id]
             if session.turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
-            silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
+            quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
             machine = self._machines.get(session.machine_key)
-            last_event = machine.last_event if machine else session.last_event
-            session.clock = max(session.clock, time_ms)
-            if not self._is_watched(session) and time_ms - last_event >= self._ended_ms:
+            ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
+            if self._is_watched(session):
+                ended_at = _NEVER
+            is_long = session.clock < busy_at <= time_ms
+            session.clock = busy_at if is_long else session.clock
+            if time_ms >= ended_at:
                 why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
-            elif session.state == "working" and silence >= self._quiet_ms:
-                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                continue
+            is_quiet = session.state == "working" and time_ms >= quiet_at
+            if is_quiet:
+                session.state, session.state_since = "quiet", quiet_at
+            if is_quiet or is_long:
                 changed.append(session)
-            elif _too_long_since(session) != ran_too_long:
-                changed.append(session)
+            times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
+            self._look_after(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
+
+    def _look_after(self, session: Session, time_ms: int) -> None:
+        """Look at a session at this time at the latest, and at its processes."""
+        if time_ms < self._due_at.get(session.session_id, _NEVER):
+            self._due_at[session.session_id] = time_ms
+            heapq.heappush(self._due, (time_ms, session.session_id))
+        if self._is_watched(session):
+            self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
         """Shift the times of all sessions that have not ended to our clock after a step.
@@ -2554,6 +2600,9 @@ class Sessions:
                 )
         for session in filter(is_before, self.sessions.values()):
             session.shift(step_ms)
+        self._due, self._due_at = [], {}
+        for session in self.sessions.values():
+            self._look_after(session, time_ms)
 
     def check_processes(
         self,
@@ -2571,9 +2620,12 @@ class Sessions:
         when it was last seen alive, or with its last event.
         """
         ended = []
-        for session in list(self.sessions.values()):
-            if session.turn == "ended" or not self._is_watched(session):
+        for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
+            del self._with_process[session_id]
+            session = self.sessions.get(session_id)
+            if session is None or session.turn == "ended" or not self._is_watched(session):
                 continue
+            self._with_process[session_id] = None  # after the others
             for process, alive_at in list(session.processes.items()):
                 pid = process[0] if process[1] == namespace else find(process)
                 # The first namespace sees all others; from another one nothing may be seen any more.
@@ -2602,6 +2654,7 @@ class Sessions:
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
         self._stages.pop(session_id, None)
+        self._due_at.pop(session_id, None)
         deleted = self.sessions.pop(session_id, None)
         if deleted is None:
             return False
@@ -2643,6 +2696,7 @@ class Sessions:
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
+            self._look_after(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
                 place = session.machine_key, process
                 # a session that was replaced may be restored after the one that replaced it
@@ -2720,11 +2774,13 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "childSessionIds": children.get(session.session_id, []),
-            "agents": [_agent_json(session, agent) for agent in session.agents.values()],
+            "agents": _agents_json(session),
+            "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
-                for call in session.open_calls.values()
+                for call in list(session.open_calls.values())[-SENT_OF_EACH:]
             ],
+            "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
             "estimatedCostUsd": usage and self._prices.estimate(usage),
@@ -2807,8 +2863,16 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.parent_by_user = True
 
 
-def _agent_json(session: Session, agent: Agent) -> JsonObject:
-    own = [call for call in session.open_calls.values() if call.agent_id == agent.agent_id]
+def _agents_json(session: Session) -> list[JsonObject]:
+    """Return the newest agents; those that run come before others."""
+    agents = session.agents.values()
+    newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
+    sent = {agent.agent_id for agent in newest}
+    calls = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
+    return [_agent_json(session, it, calls.get(it.agent_id)) for it in agents if it.agent_id in sent]
+
+
+def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
     waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
     used = session.agent_usage.get(agent.agent_id)
     return {
@@ -2819,7 +2883,7 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
-        "activity": own[-1].activity if own else "",
+        "activity": newest.activity if newest else "",
         "counts": dict(agent.counts),
         "tokenUsage": used and used[1].to_json(),
     }
@@ -3305,9 +3369,9 @@ class IndexFile:
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
+        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if kind == "usage":
             return
-        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
@@ -3482,7 +3546,7 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
     indexed = read_meta(db, "indexed")
-    if indexed < journal.seq:
+    if indexed < min(journal.seq, (query.before or 1 << 62) - 1):
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
     match = match_expression(db, query)
     limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
@@ -3885,6 +3949,14 @@ class History:
             lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
             page = search_page(query, lines)
         return {**page, "index": self.status()}
+
+    def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
+        """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
+        if session_id is None and before is not None and self._state == "ready":
+            with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
+                lines = indexed_lines(db, self._journal, SearchQuery(before=before))
+                return list(itertools.islice(lines, count))
+        return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
         self,
@@ -4560,6 +4632,41 @@ class EventLoop:
         self.wake_writer.close()
 
 
+TURN_LINES = 200  # stored in one turn of the loop
+
+
+class Turns:
+    """Lines that wait to be stored. Machines take turns, so that the events of one never delay others."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self._waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
+        """Add entries that begin with a line; its machine is what looks like it, without parsing."""
+        for entry in entries:
+            line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
+            start = line.rfind(b'"machineId":') + 12
+            machine = line[start : line.find(b",", start)] if start > 11 else b""
+            self._waiting.setdefault(machine, collections.deque()).append(entry)
+            self.size += len(line)
+
+    def take(self) -> list[Any]:
+        """Remove and return up to TURN_LINES entries, the same number of each machine."""
+        taken: list[Any] = []
+        share = max(1, TURN_LINES // max(1, len(self._waiting)))
+        for machine in list(itertools.islice(self._waiting, TURN_LINES)):
+            own = self._waiting.pop(machine)
+            taken += [own.popleft() for _ in range(min(share, len(own)))]
+            if own:
+                self._waiting[machine] = own
+        self.size = self.size - sum(len(it[0]) for it in taken) if self._waiting else 0
+        return taken
+
+
 HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
 
 
@@ -4613,6 +4720,8 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
+    changes: bool = False  # its session updates have changed fields only, and rows wait for nobody
+    skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
 
 
 @dataclasses.dataclass(eq=False)
@@ -4655,26 +4764,40 @@ class WebSocketServer:
 
     reply = functools.partialmethod(send, is_reply=True)
 
-    def broadcast(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+    def broadcast(
+        self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
+    ) -> None:
         """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
 
-        Encodes once per view and calls `send` once per client.
+        Clients that want changes get `changes` instead. Encodes once per view, calls `send` once per client.
         """
         frames: dict[str, list[bytes]] = {}
-        joined: dict[str, bytes] = {}
+        joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
             view, own_ids = client.view, client.session_ids
             if view is None:
                 continue
+            for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-                joined[view] = b"".join(frames[view]) + frames_for_all
-            wanted = joined[view]
-            if own_ids is not None:
+            if client.changes and client.queued > self.queue_limit_bytes // 4:
+                client.skipped, wanted = client.skipped + len(stored), for_all
+            elif own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
-                wanted = b"".join(own) + frames_for_all
+                wanted = b"".join(own) + for_all
+            else:
+                key = (view, client.changes)
+                wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
+                joined[key] = wanted
             if wanted:
                 self.send(client, wanted)
+
+    def report_skipped(self) -> None:
+        """Send clients that read again how many rows they were not sent."""
+        for client in list(self.clients.values()):
+            if client.skipped and not client.queue:
+                self.send(client, text_frame({"type": "skipped", "events": client.skipped}))
+                client.skipped = 0
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
@@ -4885,8 +5008,10 @@ SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
-BATCH_LINES = 200  # stored in one turn of the loop, or
+READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
+BATCH_LINES = 200  # passed to the loop together, or
 BATCH_BYTES = 1 << 20
+INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
@@ -4937,13 +5062,14 @@ class Subscription(threading.Thread):
         self._client: Any = None
         self._by_channel = SeenIds()
         self._by_stream = SeenIds()
-        self.batch_bytes = 0  # received and not stored yet
+        self._batch_bytes = 0
         self._batch: list[RemoteLine] = []
 
     def run(self) -> None:
         """Follow the channel until an error, and report it."""
         try:
             self._client = emit_event.redis_client(self._link.values)
+            self._client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
             pubsub = self._client.pubsub()
             pubsub.subscribe(self._link.values["redis.channel"])
             next_ping = 0.0
@@ -4952,18 +5078,19 @@ class Subscription(threading.Thread):
                 if can_read:
                     # Not before: get_message with a short timeout would stop in the middle of a message.
                     self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
-                if not can_read or len(self._batch) >= BATCH_LINES or self.batch_bytes > BATCH_BYTES:
-                    self._store_batch()
+                if not can_read or len(self._batch) >= BATCH_LINES or self._batch_bytes > BATCH_BYTES:
+                    self._hand_over()
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
                     self._check_primary()
-                    self._read_stream()
+                    if not self._link.inbox:  # during a flood the channel must not wait
+                        self._read_stream()
         except Exception as error:  # the link logs it
             self._report(self._link.fail, self, error)
         finally:
             self.abandon()
-            self._store_batch()
+            self._hand_over()
 
     def abandon(self) -> None:
         """End the subscription, whatever it is doing; for both threads."""
@@ -5005,6 +5132,7 @@ class Subscription(threading.Thread):
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
+        self._hand_over()
         stream, reason = self._link.stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
@@ -5050,10 +5178,19 @@ class Subscription(threading.Thread):
 
     def _add(self, line: bytes, position: str | None) -> None:
         self._batch.append(RemoteLine(line, position))
-        self.batch_bytes += len(line)
+        self._batch_bytes += len(line)
+
+    def _hand_over(self) -> None:
+        """Pass what the channel delivered to the loop; wait while too much is not stored there."""
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if batch:
+            self._link.loop.call_soon(lambda: self._link.receive(batch))
+        while self._link.inbox.size > INBOX_BYTES and not self.abandoned:
+            time.sleep(0.02)
+            self.last_alive = time.monotonic()
 
     def _store_batch(self) -> None:
-        """Store the batch through the loop; retry until it is stored, or once if abandoned."""
+        """Store a page of the stream through the loop; retry until it is stored, or once if abandoned."""
         batch = self._batch
         while batch:
             try:
@@ -5064,8 +5201,8 @@ class Subscription(threading.Thread):
             self.last_alive = time.monotonic()
             if is_stored or self.abandoned:
                 break
-            time.sleep(1)
-        self._batch, self.batch_bytes = [], 0
+            time.sleep(0.2)
+        self._batch, self._batch_bytes = [], 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -5087,6 +5224,7 @@ class RedisLink:
         self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
         self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
+        self.inbox = Turns()  # what the channel delivered
         self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
@@ -5114,8 +5252,10 @@ class RedisLink:
         self._watch(self.subscription)
 
     def close(self) -> None:
-        """Close the connection and save the position."""
+        """Close the connection, store what it delivered, and save the position."""
         self._drop_subscription()
+        while self.inbox and self._store(self.inbox.take()):
+            pass
         self._save_position()
 
     def status(self) -> JsonObject:
@@ -5181,7 +5321,28 @@ class RedisLink:
         self.state.update(changes)
         self.changed()
 
-    def store(self, batch: Sequence[RemoteLine]) -> bool:
+    def receive(self, batch: Sequence[RemoteLine]) -> None:
+        """Take what the channel delivered; machines take turns."""
+        is_first = not self.inbox
+        self.inbox.add(*batch)
+        if is_first:
+            self._store_turns()
+
+    def _store_turns(self) -> None:
+        """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
+        batch, is_stored = self.inbox.take(), False
+        try:
+            is_stored = self._store(batch)
+        finally:
+            self.inbox.add(*(() if is_stored else batch))
+            if self.inbox:
+                self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
+
+    def store(self, page: Sequence[RemoteLine]) -> bool:
+        """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
+        return not self.inbox and self._store(page)
+
+    def _store(self, batch: Sequence[RemoteLine]) -> bool:
         """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
@@ -5435,8 +5596,10 @@ class Api:
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
         limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
         before, after = (query.integer(name) for name in ("before", "after"))
-        found = self._monitor.journal.lines(session_id, after or 0, before, backwards=after is None)
-        lines = list(itertools.islice(found, limit + 1))
+        if after is None:
+            lines = self._monitor.history.newest(limit + 1, session_id, before)
+        else:
+            lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
         page, more = lines[:limit], len(lines) > limit
@@ -5856,6 +6019,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------
 
 UPDATE_INTERVAL_S = 0.1
+SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
 FILES_INTERVAL_S = 5.0  # between two looks for files of other users
@@ -5870,6 +6034,7 @@ CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that 
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # in the stream of Redis
+MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
 
 
@@ -5884,14 +6049,16 @@ Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connect
 class HookPort:
     """The Unix socket that hooks send events to, one a line, each acknowledged with one byte.
 
-    Accepts connections of this user only. `received((line, connection))` gets each line. Raises StartError
-    when another monitor uses the socket.
+    Accepts connections of this user only. `received` gets each line and its connection, which is not read
+    again before its lines are acknowledged. Raises StartError when another monitor uses the socket.
     """
 
     loop: EventLoop
     path: str
-    received: Callable[[Arrival], None]
+    received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
+    waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
+    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
     ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
 
     def __post_init__(self) -> None:
@@ -5907,11 +6074,18 @@ class HookPort:
     def _accept(self, sock: socket.socket) -> None:
         if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
             self.connections[sock] = LineSplitter()
-            self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+            self._watch(sock)
         else:
             sock.close()
 
+    def _watch(self, sock: socket.socket) -> None:
+        self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+
     def _read(self, sock: socket.socket) -> None:
+        if self.waiting.get(sock):
+            self.loop.unwatch(sock)
+            self.paused.add(sock)
+            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -5920,8 +6094,9 @@ class HookPort:
             self.drop(sock)
             return
         lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
+        self.waiting[sock] = len(lines)
         for line in lines:
-            self.received((line, sock))
+            self.received.add((line, sock))
         if not data and lines:
             self.ended.add(sock)
             self.loop.unwatch(sock)
@@ -5930,18 +6105,28 @@ class HookPort:
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
         """Acknowledge `count` more lines of a connection."""
+        if sock not in self.connections:
+            return  # dropped when an earlier line could not be stored
+        self.waiting[sock] -= count
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
             pass  # the sender never reads its acknowledgements
         except OSError:
             self.ended.add(sock)
+        if self.waiting[sock] > 0:
+            return
         if sock in self.ended:
             self.drop(sock)
+        elif sock in self.paused:
+            self.paused.discard(sock)
+            self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
         """Close a connection, so that a sender does not wait for an acknowledgement."""
         self.connections.pop(sock, None)
+        self.waiting.pop(sock, None)
+        self.paused.discard(sock)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
         sock.close()
@@ -6041,7 +6226,7 @@ class Ingest:
 
     def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
-        self.machines: dict[str, JsonObject] = {}  # key → its part of the status
+        self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
         self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
@@ -6091,6 +6276,10 @@ class Ingest:
                 self._count(entry, received_ms)
         self.counts["stored"] += len(stored)
         return settled, stored
+
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the machines that sent nothing since then."""
+        self.machines = {name: it for name, it in self.machines.items() if it["lastSeen"] >= since_ms}
 
     def read_transcripts(self, session_id: str) -> None:
         """Read the tokens of a session whose client was killed; its last event names the transcript."""
@@ -6147,10 +6336,11 @@ class Ingest:
         event = entry.event
         name = event["machineId"]
         key = event.get("machineKey") or name
-        machine = self.machines.get(key)
+        machine = self.machines.pop(key, None)
         if machine is None:
             log.info("first event from machine %s (%s)", name, key)
-            machine = self.machines[key] = {"machineKey": key, "events": 0, "dropped": 0}
+            machine = {"machineKey": key, "events": 0, "dropped": 0}
+        self.machines[key] = machine
         machine["machineId"] = name
         machine["events"] += 1
         machine["lastSeen"] = received_ms
@@ -6214,25 +6404,42 @@ class SessionFeed:
     sessions: Sessions
     clients: WebSocketServer
     changed: dict[str, None] = dataclasses.field(default_factory=dict)  # ids whose update is still to be sent
+    sent: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # the last updates, by session id
     updates_due: bool = False
 
-    def take(self) -> bytes:
-        """Return the updates to be sent now; b"" within the interval, whose end sends the rest."""
+    def take(self) -> tuple[bytes, bytes]:
+        """Return the updates to be sent now, whole and as changes; none within the interval.
+
+        The end of the interval sends the rest.
+        """
         if self.updates_due or not self.changed:
-            return b""
+            return b"", b""
         self.updates_due = True
         self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
         sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
         self.changed.clear()
         if not self.clients.clients:
-            return b""
+            self.sent.clear()
+            return b"", b""
         children = self.sessions.children() if len(sessions) > 1 else None
         rows = [self.sessions.to_json(session, children) for session in sessions]
-        return b"".join(text_frame({"type": "session_update", "session": row}) for row in rows)
+        changes: list[JsonObject] = []
+        for row in rows:
+            before = self.sent.pop(row["sessionId"], {})
+            changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
+            changes[-1]["sessionId"] = row["sessionId"]
+            self.sent[row["sessionId"]] = row
+        _drop_oldest(self.sent, SENT_UPDATES)
+        is_whole = not all(client.changes for client in self.clients.clients.values())
+        frames = [
+            b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
+            for kind in (rows if is_whole else (), changes)
+        ]
+        return frames[0], frames[1]
 
-    def send(self) -> None:
-        """Send the changed sessions now, or together at the end of the interval."""
-        self.clients.broadcast((), self.take())
+    def send(self, stored: Sequence[StoredEvent] = ()) -> None:
+        """Send events, and the changed sessions now or together at the end of the interval."""
+        self.clients.broadcast(stored, *self.take())
 
     def _end_interval(self) -> None:
         self.updates_due = False
@@ -6241,6 +6448,7 @@ class SessionFeed:
     def send_list(self) -> None:
         """Send all sessions to every client; the list may be large and does not count as falling behind."""
         self.changed.clear()
+        self.sent.clear()
         clients = [client for client in self.clients.clients.values() if client.view is not None]
         for with_hidden in {client.show_hidden for client in clients}:
             message = b"".join(encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden))
@@ -6268,12 +6476,17 @@ class Retention:
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # what events_added would be now if nothing had come since
         self._error: str | None = None
+        self._rests_until = 0.0  # time.monotonic(): to look at many files costs a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
         """Prune now and periodically."""
         self.prune(dry_run=False)
-        self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
+        self.loop.call_every(RETENTION_INTERVAL_S, self._prune_if_rested)
+
+    def _prune_if_rested(self) -> None:
+        if time.monotonic() >= self._rests_until:
+            self.prune(dry_run=False)
 
     def look_at_clock(self, save: bool = False) -> None:
         """Remember when the clock was set; at least once a second."""
@@ -6287,6 +6500,7 @@ class Retention:
         time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
+            begun_s = time.thread_time()
             try:
                 plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
@@ -6295,6 +6509,7 @@ class Retention:
                 log.warning("%s", self._error)
             else:
                 self.loop.call_soon(lambda: finish(plan, gone))
+            self._rests_until = time.monotonic() + 1000 * (time.thread_time() - begun_s)
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -6455,7 +6670,7 @@ class MessageHandlers:
         wanted = set(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
-        client.view, client.session_ids = view, wanted
+        client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [StoredEvent(line_seq(line), parse_stored(line), line) for line in lines]
@@ -6472,6 +6687,7 @@ class MessageHandlers:
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> Answer:
         reply = with_request_id(message, {"type": "sessions"})
+        self._monitor.feed.sent.clear()  # it may be newer than what was sent
         return b"".join(encode_with_sessions(reply, self._monitor.sessions, client.show_hidden))
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> Answer:
@@ -6485,8 +6701,7 @@ class MessageHandlers:
             head = {"type": "events", "sessionId": message["sessionId"]}
 
         def read() -> JsonObject:
-            found = self._monitor.journal.lines(head.get("sessionId"), before=before, backwards=True)
-            lines = list(itertools.islice(found, limit + 1))
+            lines = self._monitor.history.newest(limit + 1, head.get("sessionId"), before)
             events = [parse_stored(line) for line in reversed(lines[:limit])]
             if client.view == "rows":
                 events = [event_row(event) for event in events]
@@ -6667,8 +6882,20 @@ class Status:
             kept = self._encoded = loop.call(lambda: (loop.steps, until, encode_json(self.to_json())))
         return kept[2]
 
-    def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
+    def to_json(self) -> JsonObject:
+        """Return the answer of /api/status and the `status` message."""
+        status, monitor = self.core(), self._monitor
+        machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
+        shown = [
+            {**machines[key], "clockSkewMs": skew_ms(key)}
+            for key in itertools.islice(reversed(machines), MACHINES_SHOWN)
+        ]
+        status["machines"] = machine_lines(shown, monitor.settings)
+        status["problems"] += machine_problems(status["machines"])
+        return {**status, "facts": status_facts(status)}
+
+    def core(self, foreign_age_s: float = 0.0) -> JsonObject:
+        """Return the status without lists of machines and facts; `foreign_files` at most so old."""
         monitor = self._monitor
         if time.monotonic() - self._foreign_seen >= foreign_age_s:
             self._foreign_seen = time.monotonic()
@@ -6703,28 +6930,21 @@ class Status:
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
-            "machines": machine_lines(
-                [
-                    {**machine, "clockSkewMs": monitor.sessions.skew_ms(key)}
-                    for key, machine in ingest.machines.items()
-                ],
-                monitor.settings,
-            ),
+            "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        problems = status_problems(status, unsaved, self._foreign)
-        return {**status, "facts": status_facts(status), "problems": problems}
+        return {**status, "problems": status_problems(status, unsaved, self._foreign)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
-        server, link = self._monitor.clients, self._monitor.redis and self._monitor.redis.subscription
+        server, link = self._monitor.clients, self._monitor.redis
         queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.batch_bytes if link else 0}
+        queues = {"client": queued, "closed": server.closed_slow, "redis": link.inbox.size if link else 0}
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
@@ -6758,7 +6978,6 @@ def steady_part(status: JsonObject) -> list[object]:
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
-        [machine["label"] for machine in status["machines"]] if redis or status["machines"][1:] else [],
     ]
 
 
@@ -6786,7 +7005,7 @@ class Monitor:
         self.redis: RedisLink | None = None
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
         self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
-        self._arrivals: list[Arrival] = []  # of this turn
+        self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
         self._pid_namespace = emit_event.pid_namespace()
@@ -6816,7 +7035,7 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals.append)
+        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
@@ -6846,6 +7065,7 @@ class Monitor:
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
         gc.freeze()  # loaded modules stay: collecting them again would only block the loop
+        sys.setswitchinterval(0.001)  # of a busy loop the other threads get their share sooner
         try:
             self.loop.run()
         finally:
@@ -6868,7 +7088,8 @@ class Monitor:
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
-        self._store_received()
+        while self._arrivals:
+            self._store_received()
         if self.redis:
             self.redis.close()
         self.http.stop()
@@ -6975,12 +7196,13 @@ class Monitor:
     # Received events
 
     def _store_received(self) -> None:
-        """Store the events of this turn, acknowledge them, then send them to clients."""
+        """Store events, acknowledge them, then send them to clients."""
         if not self._arrivals:
             return
         self.loop.steps += 1
-        arrivals = self._arrivals[:]
-        self._arrivals.clear()
+        arrivals: list[Arrival] = self._arrivals.take()
+        if self._arrivals:
+            self.loop.call_soon(lambda: None)  # the rest in the next turn
         safe, stored = self.ingest.take([line for line, _ in arrivals])
         counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
         for sender, count in counts.items():
@@ -7045,7 +7267,7 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
-        self.clients.broadcast(stored, self.feed.take())
+        self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
 
@@ -7065,16 +7287,17 @@ class Monitor:
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
+        self.clients.report_skipped()
         self._send_status()
         self.retention.look_at_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            status, before = self.status.to_json(FILES_INTERVAL_S), self._sent_status
-            self._sent_status = steady_part(status)
+            before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
+            self._sent_status = [*steady, len(self.ingest.machines) if self.redis else 0]
             if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **status}))
+                self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
@@ -7138,6 +7361,10 @@ class Monitor:
     def _removed(self, names: frozenset[str]) -> None:
         """Drop sessions without events; compare the index with files that were removed or added by hand."""
         self.history.rescan()
+        if self.settings["retention.days"]:
+            since = now_ms() - self.settings["retention.days"] * _DAY_MS
+            self.ingest.forget_machines(since)
+            self.sessions.forget_machines(since)
         sessions = self.sessions.sessions.values()
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
 
@@ -7145,6 +7372,7 @@ class Monitor:
         for session in sessions:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
+            self.feed.sent.pop(session.session_id, None)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
@@ -7195,6 +7423,8 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})
+    if status["otherMachines"]:
+        rows.append({"name": "machines", "words": f"{status['otherMachines']} others, silent for longer"})
     return rows
 
 
@@ -7253,9 +7483,6 @@ def status_problems(
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
-    for name in sorted({machine["machineId"] for machine in status["machines"] if machine["sameName"]}):
-        advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
-        add("machines", "warn", f"Several machines have the same name, {safe_line(name)}", None, advice)
     too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
     slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
     for kind, problem, advice in (
@@ -7266,6 +7493,16 @@ def status_problems(
         if problem:
             add(kind, "warn", problem, None, advice)
     return found + foreign_problems(foreign)
+
+
+def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return the problems of `machine_lines`: names that several machines have."""
+    advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
+    words = "Several machines have the same name, "
+    return [
+        {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
+        for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
+    ]
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
@@ -9519,7 +9756,7 @@ limits.connections       connections at the same time, for each of the two ports
 limits.clientQueueBytes  data queued for a page that does not read before its connection is closed
 sessions.quietSeconds    silence after which a working session is quiet
 sessions.endedHours      silence of a machine after which its sessions count as ended
-retention.days           age in days at which events are deleted, by whole days; real age, where the clock was set
+retention.days           age in whole days at which events are deleted; their real age where the clock was set
 retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
 privacy.redact           replace what looks like a secret before an event is stored or sent
 privacy.level            `metadata`: store names, ids, times and durations only, no content
