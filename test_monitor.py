@@ -35,8 +35,10 @@ import inspect
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import pwd
 import queue
@@ -465,6 +467,71 @@ def payload(hook: str, session: str = "s1", **fields: Any) -> dict[str, Any]:
         "session_id": session, "transcript_path": "/nowhere.jsonl", "cwd": "/home/dev/shop",
         "hook_event_name": hook, **fields,
     }  # fmt: skip
+
+
+BWRAP, UNSHARE = shutil.which("bwrap"), shutil.which("unshare")
+needs_containers = pytest.mark.skipif(not (BWRAP or UNSHARE), reason="bubblewrap and unshare are missing")
+
+
+def contained(place: str, *command: str, flags: str = "") -> list[str]:
+    """Return the command line that runs a command in a container of its own, with `place` to write in.
+
+    `flags`: "net" for a network of its own, "user" for the user 4242 that has no entry and no home.
+    """
+    name = "3f2a9c1b77de"
+    if BWRAP:
+        options = f"--unshare-pid --unshare-uts --hostname {name} --die-with-parent --proc /proc"
+        options += " --unshare-net" * ("net" in flags)
+        options += " --unshare-user --uid 4242 --gid 4242" * ("user" in flags)
+        mounts = f"{BWRAP} --ro-bind / / --dev /dev {options} --bind {place} {place} --"
+        return [*mounts.split(), *command]
+    options = "--pid --fork --kill-child --mount-proc --uts" + " --net" * ("net" in flags)
+    options += " --user --map-user=4242" if "user" in flags else " --user" * (os.geteuid() != 0)
+    return [
+        str(UNSHARE),
+        *options.split(),
+        "sh",
+        "-c",
+        'hostname "$0" 2>/dev/null; exec "$@"',
+        name,
+        *command,
+    ]
+
+
+@contextlib.contextmanager
+def in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> Iterator[Any]:
+    """Run a command in a container while the block runs; its directory is the monitor's, mounted."""
+    environment = monitor.environment
+    del environment["CONTEXTUATE_MACHINE_ID"]
+    argv, pipe = contained(monitor.home, *command, flags=flags), subprocess.PIPE
+    process = subprocess.Popen(
+        argv,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def said_in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> str:
+    """Run a command in a container; return what it has said."""
+    with in_container(monitor, *command, flags=flags) as process:
+        return str(process.communicate(timeout=60)[0])
+
+
+def client_script(*payloads: dict[str, Any], then: str = "sleep 60") -> list[str]:
+    """Return a command that stands for the client: it runs the hook on each payload, then goes on."""
+    hook = f"{shlex.quote(PYTHON)} -I -S {ROOT}/emit_event.py"
+    calls = [f"printf %s {shlex.quote(json.dumps(it))} | CLAUDE_PID=$$ {hook}" for it in payloads]
+    return ["sh", "-c", "; ".join([*calls, then])]
 
 
 # ---------------------------------------------------------------------------
@@ -898,6 +965,100 @@ def test_a_secret_across_the_hooks_own_cut_leaves_no_half(monkeypatch):
         line = ee.shrink_line(ee.encode_json({"id": "i", "hook": {"tool_input": {"content": text}}}) + b"\n")
         event = protected(ee.build_event(json.loads(line), 1, "m"), ee.Privacy(field_limit_bytes=8 << 20))
         assert not hook_traces(secret, event), back
+
+
+def test_after_three_time_outs_in_a_row_hooks_do_not_wait_for_10_s(hook_alone):
+    path = hook_alone.home + "/hook.timeouts"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(hook_alone.home + "/m.sock")
+        listener.listen()
+        for tries in (1, 2, 3):
+            assert "no acknowledgement" in hook_alone() and os.path.getsize(path) == tries
+        begin = time.monotonic()
+        assert "not sent, after 3 time-outs" in hook_alone()
+        assert time.monotonic() - begin < ee.ACKNOWLEDGEMENT_DEADLINE_S
+        for age_s in (11, -3600):  # it is over, or the clock was set back
+            os.utime(path, (time.time() - age_s,) * 2)
+            assert "not sent" not in hook_alone()
+        assert os.path.getsize(path) == 5 and len(hook_alone.spooled()) == 6
+    os.utime(path, (0, 0))
+    assert "ConnectionRefused" in hook_alone() and not os.path.exists(path), "that costs no time"
+
+
+def test_a_monitor_that_answers_again_ends_the_pause_of_the_hooks(monitor):
+    path = monitor.home + "/hook.timeouts"
+    monitor.start()
+    ee.write_atomically(path, b"...")
+    os.utime(path, (0, 0))
+    hook_call(monitor.installed_command(), payload("Stop", "again"), monitor.environment)
+    assert "again" in monitor.sessions() and not os.path.exists(path)
+
+
+@pytest.mark.parametrize("views", ["devices", "configurations"])
+def test_the_hook_derives_its_settings_once_for_each_view(tmp_path, monkeypatch, views):
+    derived, paths = [], [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for number, path in enumerate(paths):
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"socketPath": f"/of/{number} {number}"}, file)
+    derive, names, about = ee.derive_hook_settings, vars(ee.posix), os.stat(paths[0])
+    monkeypatch.setattr(ee, "whole", lambda: ee)
+    monkeypatch.setattr(ee, "derive_hook_settings", lambda *given: derived.append(given) or derive(*given))
+    about = {name: getattr(about, name) for name in ("st_size", "st_mtime_ns")}
+    for turn in range(12):
+        number = turn % 2 if views == "configurations" else 0
+        if views == "devices":  # of one file, as a container sees it
+            seen = types.SimpleNamespace(st_dev=turn % 2, st_ino=turn % 2, **about)
+            view = {**names, "stat": lambda _, seen=seen: seen}
+            monkeypatch.setattr(ee, "posix", types.SimpleNamespace(**view))
+        assert ee.hook_settings(str(tmp_path), paths[number]) == ("local", f"/of/{number} {number}")
+    assert len(derived) == 2
+    monkeypatch.undo()
+    for size in range(20):
+        ee.derive_hook_settings(str(tmp_path), paths[0], f"1 2 {size} 4")
+    assert len((tmp_path / "hook.cache").read_bytes().splitlines()) == ee.HOOK_CACHE_LINES
+
+
+@needs_containers
+def test_a_user_without_home_and_entry_loses_no_event_and_sees_one_line(monitor):
+    program = monitor.home + "/p"
+    os.mkdir(program)
+    for name in ("contextuate_monitor.py", "emit_event.py"):
+        shutil.copy(os.path.join(ROOT, name), program)
+    event, bare = (
+        shlex.quote(json.dumps(payload("Stop"))),
+        f"env -i PATH=$PATH CONTEXTUATE_HOME=$0 {PYTHON} {program}",
+    )
+    for home, place in (("", program + "/.contextuate"), (monitor.home + "/own", monitor.home + "/own")):
+        hook = ("sh", "-c", f"printf %s {event} | {bare}/emit_event.py", home)
+        assert said_in_container(monitor, *hook, flags="user") == ""
+        assert [line["hook"]["hook_event_name"] for line in hook_spooled(place)] == ["Stop"]
+    for command in ("status", "doctor", "install", "stop", "sessions", "uninstall"):
+        shell = ("sh", "-c", f"{bare}/contextuate_monitor.py {command} 2>&1 >/dev/null", "")
+        first, *more = said_in_container(monitor, *shell, flags="user").splitlines()
+        assert re.search("no home directory.*; set (CONTEXTUATE_HOME|HOME)", first) and not more[1:], first
+        assert command not in ("doctor", "install") or "CLAUDE_CONFIG_DIR" in [first, *more][-1]
+    assert not os.path.exists(program + "/~") and not os.path.exists(monitor.home + "/~")
+
+
+def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monkeypatch):
+    home = str(tmp_path / "new")
+    with concurrent.futures.ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        (key,) = set(pool.map(ee.machine_key, [home] * 12))
+    base, _, namespace = key.partition("/")
+    assert re.fullmatch("[0-9a-f]{16}", base) and int(namespace or 0) == ee.pid_namespace()
+    assert hook_mode_of(home + "/machine-key") == 0o600 and hook_mode_of(home) == 0o700
+    monkeypatch.setenv("CONTEXTUATE_MACHINE_ID", "other")
+    assert ee.machine_key(home) == key
+    for damage in (b"", b"../x\n", b"\xff\xfe"):
+        with open(home + "/machine-key", "wb") as file:
+            file.write(damage)
+        remade = ee.machine_key(home)
+        assert re.fullmatch("[0-9a-f]{16}", remade.partition("/")[0]) and ee.machine_key(home) == remade
+    assert ee.machine_key("/proc/none") == ""
+    monkeypatch.setattr(ee, "pid_namespace", lambda: 4026532999)
+    assert ee.machine_key(home) == remade.partition("/")[0] + "/4026532999"
+    assert f'"machineKey":"{ee.machine_key(home)}"'.encode() in ee.wrap(b"{}", {}, ee.machine_key(home))
+    assert b"machineKey" not in ee.wrap(b"{}", {})
 
 
 # ---------------------------------------------------------------------------
@@ -1399,6 +1560,73 @@ def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
 @given(st.text(max_size=12) | st.integers(0xD800, 0xDFFF).map(chr))
 def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
+
+
+# Where it came from, what it says → its key ("own": this machine's)
+MACHINE_KEYS = {
+    "local, of this name": (False, {"machineId": "box"}, "own"),
+    "local, without a name": (False, {}, "own"),
+    "local, host renamed since the start": (False, {"machineId": "box.new"}, "own"),
+    "local, of another name": (False, {"machineId": "other"}, None),
+    "local, with a key": (False, {"machineId": "box", "machineKey": "k/5"}, "k/5"),
+    "remote, of this name": (True, {"machineId": "box"}, None),
+    "remote, with a key": (True, {"machineId": "box", "machineKey": "k"}, "k"),
+    "a key of a wrong type": (False, {"machineId": "other", "machineKey": 5}, None),
+}
+
+
+@pytest.mark.parametrize(("remote", "fields", "key"), MACHINE_KEYS.values(), ids=MACHINE_KEYS)
+def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(
+    tmp_path, monkeypatch, remote, fields, key
+):
+    monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
+    here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
+    (stored,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line], remote)[1]
+    assert stored.event.get("machineKey") == (here.machine_key if key == "own" else key)
+    assert stored.event["machineId"] == fields.get("machineId", "unknown" if remote else "box")
+
+
+NODE = {"timestamp": NOW_MS, "machineId": "mac", "workingDirectory": "/w"}
+NODE_STOP = {"eventType": "session_end", "hookType": "Stop", "sessionId": "0123456789abcdef"}
+NODE_START = {
+    "eventType": "subagent_start", "hookType": "SubagentStart", "sessionId": "a1b2c3d4", "parentSessionId": "p1",
+}  # fmt: skip
+NODE_SUMS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation5m": 7, "cacheCreation1h": 2}
+NODE_COUNTS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation": 9, "cacheCreation1h": 2}
+# What the Node.js emitter sends → fields of our event; None: it is not there.
+NODE_EVENTS = {
+    "its sums are tokens of the session": (
+        {**NODE_STOP, "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
+        {"usage": {"models": {"claude-opus-4-5": NODE_COUNTS}, "agents": {}}},
+    ),
+    "sums of odd types cost nothing": (
+        {**NODE_STOP, "data": {"model": 5, "sessionTokenUsage": {"input": "many", "cacheCreation5m": None}}},
+        {"usage": {"models": {"unknown": {**dict.fromkeys(ee.COUNT_NAMES), "input": "many", "cacheCreation": 0}},
+                   "agents": {}}},
+    ),
+    "a subagent is an agent of its session": (
+        {**NODE_START, "data": {"subagent": {"type": "explore"}}},
+        {"sessionId": "p1", "agentId": "a1b2c3d4", "agentType": "explore", "parentSessionId": None},
+    ),
+    "a session below another stays a session": (
+        {**NODE_START, "hookType": "Stop", "data": {"subagent": {"type": "explore"}}},
+        {"sessionId": "a1b2c3d4", "agentId": None, "parentSessionId": "p1"},
+    ),
+    "an odd parent is content": (
+        {**NODE_START, "parentSessionId": 5, "data": {"subagent": {"type": 7}}},
+        {"sessionId": "unknown", "agentId": "a1b2c3d4", "agentType": None},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", NODE_EVENTS)
+def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
+    given, wanted = NODE_EVENTS[rule]
+    event = ee.build_event({**NODE, **given}, NOW_MS, "box")
+    shown = {name: event.get(name, event["data"].get(name)) for name in wanted}
+    assert shown == {**wanted, **({"agentType": 7} if "odd parent" in rule else {})}
+    cm.Sessions().apply(event)
 
 
 # ---------------------------------------------------------------------------
@@ -2054,9 +2282,6 @@ def test_at_the_level_of_metadata_an_object_keeps_its_figures(name, given_value,
     assert event["data"].get(name) == kept and CONTENT not in json.dumps(event)
 
 
-# room: Ingest (quarantine and logs)
-
-
 @pytest.mark.parametrize("level", ["full", "metadata"])
 def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     token = hook_token("gh" + "p_", 36)
@@ -2082,6 +2307,28 @@ def test_a_reason_in_the_log_of_the_hook_shows_no_secret(tmp_path, monkeypatch):
     ee.log_failure(f"failed: token={WORD}7Q is wrong")
     text = (tmp_path / "emit.log").read_text()
     assert WORD not in text and "is wrong" in text
+
+
+SECRET_PARTS = st.lists(
+    st.sampled_from(["password", "name", "value", "key: ", WORD])
+    | st.sampled_from([*TOKENS.values(), *HARMLESS.split("\n"), *hook_hints()])
+    | ESCAPES,
+    max_size=5,
+).map("".join)
+NESTED = st.recursive(
+    SECRET_PARTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SECRET_PARTS, inner, max_size=3)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(NESTED)
+def test_an_event_passes_at_once_only_if_each_value_passes_alone(content):
+    event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
+    shown, alone = (
+        ee.protect(dict(event), ee.Privacy()),
+        ee._protect_each_value(dict(event), ee.Privacy(), None),
+    )
+    assert (shown[0] == event) == (alone[0] == event)
 
 
 # ---------------------------------------------------------------------------
@@ -2782,6 +3029,76 @@ def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
     monitor.emit(json.loads(spool_line("b", "s2")))
     assert {"s", "s2"} <= set(monitor.sessions())
     assert monitor.get("/api/sessions/s2/events")["events"][0]["seq"] > 1
+
+
+def test_the_status_names_a_slow_write(running: RunningMonitor, tmp_path: Any, monkeypatch: Any) -> None:
+    store, write = cm.Journal(str(tmp_path)), os.write
+    for pause_s in (0.0, 0.12):
+        assert store.slow_write[1] == 0
+        monkeypatch.setattr(os, "write", lambda *given, pause_s=pause_s: time.sleep(pause_s) or write(*given))
+        store.append([ee.build_event(payload("Stop"), NOW_MS, "box")], NOW_MS)
+    assert store.slow_write[1] >= 120
+    status = running.get("/api/status")
+    assert status["store"]["slowWriteMs"] is None
+    status["store"]["slowWriteMs"] = 340
+    (problem,) = cm.status_problems(status, 0)
+    assert (
+        problem["kind"] == "store"
+        and "took 340 ms" in problem["words"]
+        and "faster disk" in problem["advice"]
+    )
+
+
+def test_older_events_of_all_sessions_come_through_the_index(monitor: RunningMonitor) -> None:
+    now = cm.now_ms()
+    for number in range(60):  # three days of twenty files, two events and a usage in each
+        received = now - (number // 20) * 86_400_000
+        folder = f"{monitor.home}/events/{cm.day_of(received)}"
+        os.makedirs(folder, exist_ok=True)
+        lines = []
+        for at, kind in enumerate(("turn_end", "usage", "turn_end")):
+            event = {
+                "id": f"{number}-{at}",
+                "timestamp": received,
+                "sessionId": f"s{number}",
+                "eventType": kind,
+            }
+            event.update(machineId="m", workingDirectory="/w", hookType="", data={})
+            lines.append(
+                cm.numbered_line(3 * (59 - number) + at + 1, received, ee.encode_json(event)) + b"\n"
+            )
+        with open(f"{folder}/s{number}.jsonl", "wb") as file:
+            file.writelines(lines)
+    monitor.serve()
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "ready")
+    client = monitor.websocket("full")
+    for before, limit in ((181, 7), (100, 50), (61, 100), (2, 5), (1, 5)):
+        expected = list(range(max(1, before - limit), before))
+        page = monitor.get(f"/api/events?limit={limit}&before={before}")
+        answer = client.ask("all_events", type="get_all_recent_events", limit=limit, before=before)
+        for found in (page, answer):
+            assert [event["seq"] for event in found["events"]] == expected
+            assert found["more"] is (before - limit > 1)
+    client.close()
+
+
+def test_the_index_reads_a_page_of_older_events_without_other_files(tmp_path: Any, monkeypatch: Any) -> None:
+    journal = cm.Journal(str(tmp_path / "events"))
+    journal.open()
+    history = cm.History(journal, str(tmp_path / "index.db"))
+    history.start()
+    for number in range(40):
+        event = ee.build_event({"hook_event_name": "Stop", "session_id": f"s{number}"}, cm.now_ms(), "m")
+        history.add([entry for entry in journal.append([event], cm.now_ms()) if entry])
+    eventually(lambda: history.status()["lagEvents"] == 0 and history.status()["state"] == "ready")
+    opened: list[str] = []
+    read = cm.JournalFile.__init__
+    monkeypatch.setattr(
+        cm.JournalFile, "__init__", lambda it, path, about: (opened.append(path), read(it, path, about))[1]
+    )
+    assert [cm.line_seq(line) for line in history.newest(3, None, 20)] == [19, 18, 17]
+    assert len(opened) == 3
+    history.stop()
 
 
 # ---------------------------------------------------------------------------
@@ -4999,6 +5316,177 @@ def test_an_export_is_the_stored_lines_with_its_filters(running: RunningMonitor)
     assert b"transfer-encoding" not in head.lower() and body.splitlines() == stored[1:60:3]
 
 
+STOP = json.dumps(payload("Stop")).encode()
+CHANGES = {  # what happens → its figure in the status, and the figure afterwards
+    "a hook": (lambda it: it.emit(payload("UserPromptSubmit", "s1", prompt="x")), "sessions", 1),
+    "a request": (lambda it: it.request("/api/hooks", "POST", STOP, protocol_origin(it)), "seq", 1),
+    "what is no event": (lambda it: it.emit([]), "events.quarantined", 1),
+    "a page": (lambda it: it.websocket(), "clients", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_status_has_what_has_just_happened(running: RunningMonitor, change: str) -> None:
+    act, figure, expected = CHANGES[change]
+    section, _, name = figure.rpartition(".")
+
+    def shown() -> Any:
+        status = running.get("/api/status")
+        return status[section][name] if section else status[name]
+
+    assert (shown(), shown()) == (0, 0)
+    kept = act(running)
+    assert shown() == expected
+    del kept
+
+
+def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() -> None:
+    ours, theirs = socket.socketpair()
+    with protocol_inside() as inside, ours, theirs:
+
+        def in_one_turn() -> None:
+            inside._arrivals.append((STOP, ours))
+            inside.status.encoded()
+
+        inside.loop.call(in_one_turn)
+        assert theirs.recv(1) == ee.ACKNOWLEDGEMENT
+        assert json.loads(inside.status.encoded())["events"]["stored"] == 1
+
+
+def test_an_unchanged_status_is_sent_again_for_a_tenth_of_a_second(monkeypatch: Any) -> None:
+    loop, made = cm.EventLoop(), []
+    monitor: Any = type("Monitor", (), {"loop": loop})
+    status = cm.Status(monitor)
+    monkeypatch.setattr(status, "to_json", lambda: made.append(1) or {"made": len(made)})
+    monkeypatch.setattr(loop, "call", lambda function: function())
+    clock_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s)
+    answers = []
+    for clock_s, loop.steps in ((100.0, 1), (100.09, 1), (100.11, 1), (100.12, 1), (100.13, 2)):  # noqa: B007
+        answers.append(json.loads(status.encoded())["made"])
+    loop.close()
+    assert answers == [1, 1, 2, 2, 3]
+
+
+def lines_of(machine: str, count: int) -> list[tuple[bytes, str]]:
+    """Return arrivals of one machine as the hook writes them, and of which number each is."""
+    return [
+        (
+            b'{"hook":{"tool_input":"%s"},"id":"1","machineId":"%s","pid":1}'
+            % (rb"\"machineId\":\"x\"", machine.encode()),
+            f"{machine}{number}",
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"),
+    [
+        ({"a": 3}, [["a0", "a1", "a2"]]),
+        ({"a": 7, "b": 1}, [["a0", "a1", "b0"], ["a2", "a3", "a4", "a5"], ["a6"]]),
+        ({"a": 3, "b": 3, "c": 3}, [["a0", "b0", "c0"], ["a1", "b1", "c1"], ["a2", "b2", "c2"]]),
+        ({"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}, [["a0", "b0", "c0", "d0"], ["e0", "a1"]]),
+    ],
+)  # fmt: skip
+def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "TURN_LINES", 4)
+    turns = cm.Turns()
+    for machine, count in waiting.items():
+        turns.add(*lines_of(machine, count))
+    rounds = []
+    while turns:
+        rounds.append([number for _, number in turns.take()])
+    assert (rounds, turns.size, turns.take()) == (taken, 0, [])
+
+
+def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) -> None:
+    client, stopping = running.websocket("rows", changes=True), threading.Event()
+    line = {
+        "id": "",
+        "timestamp": cm.now_ms(),
+        "machineId": "flood",
+        "hook": payload("PreToolUse", "flood", tool_name="Bash"),
+    }
+
+    def flood(worker: int) -> None:
+        with running.connect() as sock:
+            for number in itertools.count():
+                if stopping.is_set():
+                    return
+                batch = [{**line, "id": f"{worker}-{number}-{at}"} for at in range(200)]
+                sock.sendall(b"".join(ee.encode_json(each) + b"\n" for each in batch))
+                with contextlib.suppress(BlockingIOError):
+                    sock.recv(1 << 16, socket.MSG_DONTWAIT)
+
+    senders = [threading.Thread(target=flood, args=(worker,)) for worker in range(8)]
+    for sender in senders:
+        sender.start()
+    eventually(lambda: running.get("/api/status")["events"]["stored"] > 1000)
+    delays = []
+    for number in range(5):
+        session, begun = f"asks-{number}", time.monotonic()
+        request = payload("PermissionRequest", session, tool_name="Bash", tool_input={"command": "ls"})
+        running.emit({"id": session, "timestamp": cm.now_ms(), "machineId": "calm", "hook": request})
+        while client.next("session_update")["session"]["sessionId"] != session:
+            pass
+        delays.append(time.monotonic() - begun)
+    stopping.set()
+    client.close()
+    for sender in senders:
+        sender.join(30)
+    assert statistics.median(delays) < 1, delays
+
+
+def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
+    running.write_config({"limits": {"clientQueueBytes": 200_000}})
+    running.stop()
+    client = running.serve().websocket("rows", changes=True)
+    command = {"command": "make " + "x" * 150}
+    for number in range(60):  # more than sockets and queue take: nothing is read meanwhile
+        running.emit(
+            *(
+                payload("PreToolUse", tool_name="Bash", tool_use_id=f"{number}-{at}", tool_input=command)
+                for at in range(200)
+            )
+        )
+    running.emit(payload("PermissionRequest", "asks", tool_name="Bash"))
+    rows, sent = 0, {}
+    while not (sent.get("type") == "skipped" and rows):
+        sent = json.loads(client.connection.recv(timeout=30))
+        rows += sent["type"] == "event"
+        if sent["type"] == "session_update" and sent["session"]["sessionId"] == "asks":
+            assert sent["session"]["state"] == "waiting"
+    assert 0 < rows < rows + sent["events"] == 12_001
+    client.close()
+
+
+def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
+    page, other = running.websocket("rows", changes=True), running.websocket("rows")
+
+    def updates(*hooks: dict[str, Any]) -> list[dict[str, Any]]:
+        running.emit(*hooks)
+        last = running.sessions()["s1"]["lastEventTime"]
+        found = []
+        for client in (page, other):
+            update = {}
+            while update.get("lastEventTime") != last:
+                update = client.next("session_update")["session"]
+            found.append(update)
+        return found
+
+    first, whole = updates(payload("UserPromptSubmit", prompt="work"))
+    assert first == whole
+    call = payload("PreToolUse", tool_name="Bash", tool_use_id="t1")
+    changes, whole = updates(call)
+    assert set(changes) == {"sessionId", "lastEventTime", "counts", "activity", "openCalls", "openCallCount"}
+    assert {**first, **changes} == whole
+    page.ask("sessions", type="get_sessions")  # may be newer than the last update
+    changes, whole = updates(payload("Stop"))
+    assert changes == whole
+    page.close(), other.close()
+
+
 # ---------------------------------------------------------------------------
 # Sessions: what each event says about who works, who waits and who is gone
 #
@@ -6317,6 +6805,123 @@ def test_a_row_says_what_the_event_was_about():
     assert cm.event_row(other)["data"]["text"] == '{"test": "message"}'
 
 
+# Our namespace, events as NAME KEY PID/NAMESPACE, what runs (and our pid of it in a container) → the state
+MACHINE_STORIES = {
+    "a renamed host's client is gone": (0, "a own 7/0, b own 7/0", {}, "ended"),
+    "a renamed host's client runs": (0, "a own 7/0, b own 7/0", {7: 7}, "working"),
+    "another machine has our name": (0, "box other 7/0", {}, "working"),
+    "another machine has our name and no key": (0, "box - 7/0", {}, "working"),
+    "an older event of ours has no key": (0, "old - 7/0", {}, "ended"),
+    "a container's client that was never seen": (0, "c own/9 7/9", {}, "working"),
+    "a container's client that runs": (0, "c own/9 7/9", {(7, 9): 70, 70: 70}, "working"),
+    "a container's client that was found and is gone": (0, "c own/9 7/9", {(7, 9): 70}, "ended"),
+    "one that was seen before a restart and is gone": (0, "c own/9 7/9 seen", {}, "ended"),
+    "one that is not to be seen from another container": (8, "c own/9 7/9 seen", {}, "working"),
+    "another host's container, a namespace of that number": (0, "c k/9 7/9", {(7, 9): 70}, "working"),
+}
+
+
+@pytest.mark.parametrize("story", MACHINE_STORIES.values(), ids=MACHINE_STORIES)
+def test_only_a_process_that_this_machine_may_look_at_is_believed_to_be_gone(story):
+    namespace, events, here, state = story
+    book = cm.Sessions(own_machine=f"own/{namespace}" if namespace else "own", own_name="old")
+    for number, words in enumerate(events.split(", ")):
+        name, key, process, *seen = words.split()
+        pid, its_namespace = map(int, process.split("/"))
+        about = {"machineId": name, "pid": pid, **({} if key == "-" else {"machineKey": key})}
+        about.update({"pidNamespace": its_namespace} if its_namespace else {})
+        event = hook_wrapped(payload("UserPromptSubmit", prompt="x"), **about, id=f"e{number}")
+        session = book.apply(ee.build_event(event, NOW_MS, "box"))
+        session.processes[pid, its_namespace] = NOW_MS if seen else 0  # by a monitor before a restart
+    book.check_processes(namespace, lambda pid, _: pid in here, NOW_MS + 1, True, lambda it: here.get(it, 0))
+    assert (session.state, session.machine_id) == (state, name)
+
+
+def calls_of(count: int, **fields: Any) -> list[dict[str, Any]]:
+    """Return events of so many calls without a result."""
+    call = {"tool_name": "Bash", "tool_input": {"command": "make"}, **fields}
+    hooks = [payload("PreToolUse", tool_use_id=f"t{number}", **call) for number in range(count)]
+    return [ee.build_event(hook, 1000 + number, "m") for number, hook in enumerate(hooks)]
+
+
+@pytest.mark.parametrize(("count", "limit"), [(3, 5000), (20, 5000), (50, 5000), (50, 30)])
+def test_a_session_is_sent_with_its_newest_calls_and_their_number(
+    count: int, limit: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "CALLS_LIMIT", limit)
+    book = cm.Sessions()
+    for event in calls_of(count):
+        book.apply(event)
+    sent = book.to_json(book.sessions["s1"])
+    assert [call["toolUseId"] for call in sent["openCalls"]] == [f"t{it}" for it in range(count)[-20:]]
+    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
+        min(count, limit),
+        max(0, count - limit),
+    )
+    end = payload("PostToolUse", tool_name="Bash", tool_use_id="t0", tool_input={"command": "make"})
+    sent = book.to_json(book.apply(ee.build_event(end, 9000, "m")))
+    assert sent["counts"]["toolCalls"] == count
+    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
+        min(count - 1, limit),
+        max(0, count - limit - 1),
+    )
+
+
+def test_running_agents_are_sent_before_those_that_ended() -> None:
+    book, agents = cm.Sessions(), [f"a{number}" for number in range(60)]
+    events = [(agent, "SubagentStart") for agent in agents] + [
+        (agent, "SubagentStop") for agent in agents[5:]
+    ]
+    for number, (agent, hook) in enumerate(events):
+        book.apply(ee.build_event(payload(hook, agent_id=agent, agent_type="Explore"), 1000 + number, "m"))
+    sent = book.to_json(book.sessions["s1"])
+    assert [agent["agentId"] for agent in sent["agents"]] == agents[:5] + agents[45:]
+    assert sent["agentCount"] == 60
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 4),
+            st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait")),
+            st.integers(1, 9000),
+        ),
+        max_size=30,
+    )
+)
+def test_looking_when_something_is_due_gives_what_looking_always_gives(
+    steps: list[tuple[int, str, int]],
+) -> None:
+    books = [cm.Sessions(quiet_ms=120_000, ended_ms=3_600_000) for _ in range(2)]
+    now = 1_000_000
+    for number, (session, hook, seconds) in enumerate(steps):
+        now += seconds * 1000
+        event = payload(hook, f"s{session}", **({"agent_id": "a"} if hook == "SubagentStart" else {}))
+        for always, book in enumerate(books):
+            if hook != "wait":
+                book.apply(ee.build_event(event, now, f"m{session % 3}") | {"id": str(number)})
+            if always:  # every session is due
+                book._due = sorted((0, each) for each in book.sessions)
+                book._due_at = dict.fromkeys(book.sessions, 0)
+            book.tick(now, now)
+        assert books[0].sessions == books[1].sessions
+
+
+@pytest.mark.parametrize("state", ["idle", "ended"])
+def test_sessions_to_which_nothing_is_due_are_not_looked_at(state: str, monkeypatch: Any) -> None:
+    book = cm.Sessions(own_machine="m0")
+    for number in range(500):
+        hook = payload("Stop" if state == "idle" else "SessionEnd", f"s{number}")
+        book.apply(ee.build_event(hook, 1_000_000, f"m{number}"))
+    book.tick(1_200_000, 1_200_000)
+    looked = []
+    monkeypatch.setattr(cm, "_busy_since", lambda session: looked.append(session) or cm._NEVER)
+    for second in range(100):
+        book.tick(1_201_000 + second * 1000, 1_201_000 + second * 1000)
+        book.check_processes(0, lambda *about: looked.append(about) or True, 1_201_000, True)
+    assert not looked
+
+
 # ---------------------------------------------------------------------------
 # Token usage: what transcripts say, read once, and what it costs
 #
@@ -7423,6 +8028,248 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
     assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
 
 
+def test_tokens_are_read_where_the_file_is_whatever_the_machine_is_called(tmp_path):
+    path = usage_transcript("simple")
+    event = {**usage_event(path), "machineId": "3f2a9c1b77de", "machineKey": "k/9"}
+    usage = ee.UsageReader(str(tmp_path)).usage_event(event)
+    assert usage_output(usage["data"]["usage"]) == 210
+    assert (usage["machineId"], usage["machineKey"]) == ("3f2a9c1b77de", "k/9")
+
+
+def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMonitor) -> None:
+    (transcript,) = glob.glob(f"{RECORDED}/transcripts/parallel/*.jsonl")
+    data = {"transcriptPath": transcript, "sessionTokenUsage": {**NODE_SUMS, "input": 10**9}}
+    running.emit({**NODE, **NODE_STOP, "machineId": "testbox", "timestamp": cm.now_ms(), "data": data})
+    used = eventually(lambda: running.sessions()["0123456789abcdef"]["tokenUsage"])
+    assert used["totalOutput"] and used["totalInput"] < 10**9
+
+
+@pytest.mark.parametrize(("attempts", "expected"), [(0, True), (9, True), (10, False)])
+def test_a_note_is_looked_for_at_the_first_ten_events_of_an_agent(
+    tmp_path: Any, attempts: int, expected: bool
+) -> None:
+    mine = next(each for each in usage_copied("subagent", tmp_path) if "agent_id" in each)
+    reader, folder = ee.AgentNoteReader(USAGE_MACHINE), f"{tmp_path}/subagent"
+    os.rename(folder, folder + ".away")
+    for _ in range(attempts):
+        reader.add_note(ee.build_event(mine, NOW_MS, USAGE_MACHINE))
+    os.rename(folder + ".away", folder)
+    event = ee.build_event(mine, NOW_MS, USAGE_MACHINE)
+    reader.add_note(event)
+    assert ("agentMeta" in event["data"]) == expected
+
+
+def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
+    worker, woken = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, lambda event: None), []
+    really_notify = worker._wake.notify
+    worker._wake.notify = lambda: (woken.append(hook), really_notify())  # type: ignore[assignment]
+    for hook in ("PreToolUse", "PostToolUse", "PreToolUse", "Stop"):
+        given = payload(hook, transcript_path=f"{tmp_path}/s1.jsonl")
+        worker.put(ee.build_event(given, NOW_MS, USAGE_MACHINE))
+    assert woken == ["PreToolUse", "Stop"]
+    worker.close()
+
+
+# ---------------------------------------------------------------------------
+# Registry: what the client says of itself, from its recorded files to what the page says
+#
+# The recordings of the real client have its hooks, its registry file and its screen side by side.
+# ---------------------------------------------------------------------------
+
+CLIENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "client-registry")
+SCREENS = {  # state on the page → what the client's screen, or its file, may show
+    "waiting": {"PROMPT", "waiting"}, "working": {"WORKING", "busy"}, "idle": {"IDLE", "idle"},
+    "failed": {"IDLE", "idle"}, "ended": {"IDLE", "EXITED"}, "background": {"WORKING", "IDLE", "busy", "shell"},
+}  # fmt: skip
+
+
+def registry_file(directory: Any, pid: int = 4711, **fields: Any) -> Any:
+    """Write the file of a client, as the client does."""
+    (directory / "sessions").mkdir(exist_ok=True)
+    path = directory / "sessions" / f"{pid}.json"
+    started = fields.pop("procStart", "1")
+    about = {
+        "pid": pid,
+        "sessionId": "s1",
+        "cwd": "/w",
+        "procStart": started,
+        "kind": "interactive",
+        **fields,
+    }
+    path.write_text(json.dumps(about))
+    return path
+
+
+@pytest.fixture
+def watcher(tmp_path, monkeypatch):
+    """A watcher of a directory of its own, whose clients run."""
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(ee, "is_running_since", lambda pid, started: started != "dead")
+    return ee.RegistryWatcher("box")
+
+
+def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tuple[Any, ...]]:
+    """Replay a recording; return (ms, (screen, status), state on the page) whenever one of them changed."""
+    with open(f"{CLIENT_RECORDINGS}/{name}.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    files = [(row["t"], row["registry"]) for row in rows if "registry" in row]
+    contents = [(t, it["content"]) for t, it in files if it["content"]]
+    base = max(it["statusUpdatedAt"] - t for t, it in contents if "statusUpdatedAt" in it)
+    exited = next((row["t"] for row in rows if row.get("screen") == "EXITED"), math.inf)
+    arrivals = [
+        (row["t"] + (delay_ms() if "hook" in row else 0), number, row)
+        for number, row in enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
+    ]
+    sessions, seen, screen, status, next_poll = cm.Sessions(own_machine="box"), [], "IDLE", "", 0.0
+
+    def take(event: dict[str, Any], at: float) -> None:
+        sessions.apply({**ee.build_event(event, 0, "box"), "received": round(base + at)})
+
+    def note(at: float) -> None:
+        current = [it for it in sessions.sessions.values() if it.end_reason not in ("clear", "replaced")]
+        state = current[-1].state if current else "idle"
+        state = "background" if state == "working" and current[-1].turn != "working" else state
+        if not seen or seen[-1][1:] != ((screen, status), state):
+            seen.append((at, (screen, status), state))
+
+    for at, _, row in sorted(arrivals, key=lambda it: it[:2]):
+        while next_poll <= at:
+            if next_poll >= exited:
+                registry_file(directory, **{**contents[-1][1], "procStart": "dead"})
+            for event in watcher.poll(round(base + next_poll)):
+                take(event, next_poll)
+            note(next_poll)
+            next_poll += 300
+        if "registry" in row and row["registry"]["content"]:
+            registry_file(directory, **row["registry"]["content"])
+            status = row["registry"]["content"].get("status", "")
+        elif "registry" in row:
+            os.unlink(directory / "sessions" / row["registry"]["file"])
+        elif "hook" in row:
+            wrapped = {"id": str(uuid.uuid4()), "timestamp": round(base + row["t"]), "machineKey": "box"}
+            take({**wrapped, "pid": contents[0][1]["pid"], "hook": row["hook"]}, at)
+        screen = row.get("screen", screen)
+        note(at)
+    return [*seen, (rows[-1]["t"] + 1000.0, (), "")]
+
+
+def longest_difference_ms(seen: list[tuple[Any, ...]]) -> float:
+    """Return for how long the page differed at a stretch from the screen and from what the client said."""
+    longest = since = 0.0
+    differs = False
+    for (at, shown, state), (until, _, _) in zip(seen, seen[1:]):
+        since = since if differs else at
+        differs = not SCREENS[state] & {*shown}
+        longest = max(longest, until - since if differs else 0.0)
+    return longest
+
+
+@pytest.mark.parametrize("name", sorted(path[:-6] for path in os.listdir(CLIENT_RECORDINGS)))
+def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path, watcher):
+    # The screens were recorded on a loaded machine: up to 1.9 s after the hook.
+    in_order = replayed(name, tmp_path, watcher, lambda: 0)
+    assert longest_difference_ms(in_order) <= 2000, in_order
+    delays = random.Random(name)
+    watcher = ee.RegistryWatcher("box")
+    shuffled = replayed(name, tmp_path, watcher, lambda: delays.uniform(0, 500))
+    assert longest_difference_ms(shuffled) <= 2500, shuffled
+    assert shuffled[-2][2] == in_order[-2][2]
+
+
+def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
+    """Look at the given times; return (status, previous, time) of the events."""
+    events = [event for at in times_ms for event in watcher.poll(at)]
+    return [(it["data"].get("status"), it["data"].get("previous"), it["timestamp"]) for it in events]
+
+
+def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
+    registry_file(tmp_path, status="busy", statusUpdatedAt=500)
+    assert changes(watcher, 1000, 1300) == []  # its hooks report its beginning
+    assert changes(watcher, 2000, 2300) == [("busy", None, 500)]
+    registry_file(tmp_path, status="waiting", waitingFor="permission prompt", statusUpdatedAt=2500)
+    assert changes(watcher, 2600) == []
+    registry_file(tmp_path, status="idle", statusUpdatedAt=2700)
+    assert changes(watcher, 2900, 3200) == [("idle", "busy", 2700)]
+    registry_file(tmp_path, status="idle", statusUpdatedAt=2700, name="payments", nameSource="user")
+    assert changes(watcher, 3500) == [("idle", "idle", 3500)]
+    registry_file(tmp_path, status="idle", procStart="dead")
+    assert changes(watcher, 4000, 4300) == [("exited", None, 4000)]
+
+
+def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
+    registry_file(tmp_path, status="busy", statusUpdatedAt=500)
+    other = ee.RegistryWatcher("box")
+    ids = [
+        [it["id"] for at in (1000, 3000) for it in each.poll(at + late)]
+        for late, each in enumerate((watcher, other))
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 1
+
+
+HOSTILE_FILES = {
+    "half a file": lambda path: path.write_text(path.read_text()[:-9]),
+    "too large": lambda path: path.write_text(
+        path.read_text() + " " * (ee.REGISTRY_FILE_LIMIT_BYTES + 1) + "{"
+    ),
+    "another process": lambda path: path.rename(path.with_name("1.json")),
+    "ended": lambda path: registry_file(path.parent.parent, status="busy", procStart="dead"),
+    "wrong types": lambda path: registry_file(
+        path.parent.parent, sessionId=7, status=[1], statusUpdatedAt="x"
+    ),
+    "a link": lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "foreign": lambda path: os.chown(path, 4242, -1),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_FILES)
+def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
+    if kind == "foreign" and os.getuid():
+        pytest.skip("needs root")
+    HOSTILE_FILES[kind](registry_file(tmp_path, status="busy", statusUpdatedAt=500))
+    assert changes(watcher, 1000, 3000) == []
+
+
+@given(st.binary(max_size=200), st.dictionaries(
+    st.sampled_from(("pid", "sessionId", "cwd", "status", "statusUpdatedAt", "name", "procStart")),
+    st.one_of(st.integers(), st.text(), st.none()),
+))  # fmt: skip
+def test_parsing_a_registry_file_never_raises(content, fields):
+    ee.parse_registry(content, "1.json")
+    record = ee.parse_registry(json.dumps(fields).encode(), f"{fields.get('pid')}.json")
+    assert record is None or (
+        record.pid == fields["pid"] and all(len(it) <= 200 for it in record.about.values())
+    )
+
+
+def own_start_time(pid: int) -> str:
+    """Return when a process started, as the client writes it."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()[19]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+@pytest.mark.parametrize("mode", ["local", "redis"])
+def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, monitor):
+    machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
+    machine.serve()
+    home = pathlib.Path(machine.claude_home)
+    home.mkdir(exist_ok=True)
+    with subprocess.Popen(["sleep", "60"]) as client:
+        about = {"pid": client.pid, "procStart": own_start_time(client.pid), "statusUpdatedAt": ee.now_ms()}
+        registry_file(home, status="busy", **about)
+        if mode == "redis":
+            machine.say("a hook starts the publisher", "other")
+        session = eventually(lambda: machine.sessions().get("s1"), what="the session")
+        assert (session["state"], session["withoutHooks"], session["pid"]) == ("working", True, client.pid)
+        about["statusUpdatedAt"] += 2000
+        registry_file(home, status="waiting", waitingFor="permission prompt", **about)
+        eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
+        client.kill()
+        eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
+
+
 # ---------------------------------------------------------------------------
 # Processes: the installed hook, the monitor, the command line, kills and bad days
 # ---------------------------------------------------------------------------
@@ -8137,6 +8984,117 @@ def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
         assert session["pid"] == pid and box.poll() is None
         assert monitor.sessions()["boxed"]["state"] == "working"
         box.kill()
+
+
+# Machines as NAME KEY, on build-box with the key h → the lines (*: its name is another's, too)
+MACHINE_LINES = {
+    "one": ("build-box h", ["build-box 1"]),
+    "one name, two machines": ("build-box h, build-box abcdef", ["build-box (abcd) 1*", "build-box (h) 1*"]),
+    "a machine without a key has our name": ("build-box build-box", ["build-box 1*"]),
+    "two others have one name": ("mac 111122, mac 333344", ["mac (1111) 1*", "mac (3333) 1*"]),
+    "a renamed machine": ("old h, build-box h", ["build-box 2"]),
+    "containers": ("111111111111 h/1, 222222222222 h/2, 333333333333 h/3", ["build-box, 3 containers 3"]),
+    "one container": ("111111111111 h/1", ["111111111111 1"]),
+    "named containers": ("web h/1, web h/2, 1111aaaa1111 h/3", ["1111aaaa1111 1", "web 2"]),
+    "a container with its host's name": ("build-box h, build-box h/1", ["build-box 2"]),
+    "containers of an unknown host": ("111111111111 j/1, 222222222222 k/2", ["2 containers 2"]),
+    "containers of two hosts": (
+        "mac k, 111111111111 k/1, 222222222222 k/2, 333333333333 h/1, 444444444444 h/2",
+        ["build-box, 2 containers 2", "mac 1", "mac, 2 containers 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("machines", "lines"), MACHINE_LINES.values(), ids=MACHINE_LINES)
+def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, machines, lines):
+    settings = cm.Settings(str(tmp_path), "", "build-box", ee.default_values())
+    settings.__dict__["machine_key"] = "h"
+    by_key: dict[str, dict[str, Any]] = {}
+    for number, words in enumerate(machines.split(", ")):
+        name, key = words.split()
+        about = by_key.setdefault(key, {"machineKey": key, "events": 0, "dropped": 0, "clockSkewMs": 0})
+        about.update(machineId=name, events=about["events"] + 1, lastSeen=number)
+    found = cm.machine_lines(by_key.values(), settings)
+    assert [f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found] == lines
+
+
+def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
+    monitor.serve()
+    for number, key in enumerate(("1111aa", "2222bb")):
+        event = hook_wrapped(payload("UserPromptSubmit", f"s{number}"), id=f"e{number}", machineKey=key)
+        monitor.emit({**event, "machineId": "macbook"})
+    for command in ("status", "doctor"):
+        assert "Several machines have the same name, macbook" in monitor.command(command, check=False).stdout
+    assert "macbook (1111): 1 events" in monitor.command("status").stdout
+    metrics = monitor.request("/metrics")[2].decode()
+    assert 'machine="macbook (1111)"' in metrics and 'machine="macbook (2222)"' in metrics
+    keys = {it["sessionId"]: it["machineKey"] for it in monitor.get("/api/sessions")["sessions"]}
+    assert (keys["s0"], keys["s1"]) == ("1111aa", "2222bb")
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full", "1</dev/null", "| :"])
+def test_start_ends_with_0_when_its_output_cannot_be_written(monitor, streams):
+    command = f"set -o pipefail; {sys.executable} -m contextuate_monitor start --no-open {streams}"
+    options: dict[str, Any] = {"cwd": ROOT, "env": monitor.environment, "timeout": 60, "check": True}
+    assert subprocess.run(["bash", "-c", command], **options, stderr=subprocess.PIPE).stderr == b""
+    assert monitor.know().get("/health")["status"] == "ok"
+
+
+def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
+    monitor.serve()
+    body = json.dumps({"startedAt": monitor.about["startedAt"]}).encode()
+    headers = {"Authorization": "Bearer " + cm.read_token(shared.home + "/token")}
+    headers["Content-Type"] = "application/json"
+    assert shared.request("/api/stop", "POST", body, headers)[0] == 409
+    with open(monitor.home + "/monitor.run.json", "w", encoding="utf-8") as file:
+        json.dump({**monitor.about, "port": shared.port}, file)  # as seen from another network
+    assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
+    assert not alive(monitor.pid) and alive(shared.pid)
+
+
+@needs_containers
+def test_stop_in_another_container_signals_no_process(monitor):
+    serve = [sys.executable, "-m", "contextuate_monitor", "start", "--foreground", "--no-open"]
+    with in_container(monitor, *serve) as first:
+        eventually(lambda: os.path.exists(monitor.home + "/monitor.run.json"), 30)
+        assert monitor.know().about["pid"] < 10, "it is that of its namespace"
+        # The shell has the monitor's pid, in a namespace of its own.
+        script = f"echo shell $$; {sys.executable} -m contextuate_monitor $0; echo status $?"
+        run = functools.partial(said_in_container, monitor, "sh", "-c", script)
+        for said, words in (
+            (run("stop", flags="net"), ("in another container", "run `stop` where it runs", "status 1")),
+            (run("status"), ("running  in another container", "status 0")),
+            (run("stop"), ("stopped (in another container)", "status 0")),
+        ):
+            assert all(word in said for word in (f"shell {monitor.pid}", *words)), said
+        eventually(lambda: first.poll() is not None)
+    with in_container(monitor, *serve):  # seen from its host, the kernel numbers it in another way
+        eventually(lambda: "running  pid" in monitor.command("status", check=False).stdout, 30)
+        pid = cm.listening_pid(monitor.socket_path)
+        assert pid not in (monitor.know().pid, 0, None)
+        assert f"stopped (pid {pid})" in monitor.command("stop").stdout
+        assert not alive(pid)
+
+
+def test_machines_beyond_a_thousand_are_a_number(running: RunningMonitor) -> None:
+    hook = {"hook": payload("Stop"), "timestamp": cm.now_ms()}
+    running.emit(*({**hook, "id": str(number), "machineId": f"box-{number}"} for number in range(1200)))
+    status = running.get("/api/status")
+    assert {it["machineId"] for it in status["machines"]} == {f"box-{number}" for number in range(200, 1200)}
+    assert status["otherMachines"] == 200
+    assert "200 others" in str(status["facts"])
+    assert len(running.request("/metrics")[2]) < 200 << 10
+
+
+def test_machines_are_forgotten_after_the_retention() -> None:
+    ingest = cm.Ingest.__new__(cm.Ingest)
+    ingest.machines = {name: {"machineId": name, "lastSeen": at} for name, at in (("old", 10), ("new", 30))}
+    book = cm.Sessions()
+    for machine, at in (("old", 10), ("new", 30)):
+        book.apply(ee.build_event(payload("Stop", machine), at, machine))
+    ingest.forget_machines(20)
+    book.forget_machines(20)
+    assert (list(ingest.machines), book.skew_ms("old"), book.skew_ms("new")) == (["new"], None, 0)
 
 
 # ---------------------------------------------------------------------------
@@ -9463,6 +10421,173 @@ def test_a_failover_loses_and_doubles_no_event(make, kind):
         machine.gets(len(wanted) + 1)
     # a sentinel that makes the old primary a replica cuts its connections once more
     eventually(lambda: in_process(emitter, "doctor").returncode == 0, 60, "doctor")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.77"], ids=["refused", "black hole"])
+def test_debug_holds_a_hook_up_for_a_second_at_most(make, host):
+    machine = make(RedisMachine, config={"mode": "redis", "redis": {"host": host, "port": 1}})
+    hook, taken_s = machine.hook, []
+    for _ in range(5):
+        begin = time.monotonic()
+        notes = hook_call(hook, payload("Stop"), machine.environment, CONTEXTUATE_DEBUG="1")
+        taken_s.append(time.monotonic() - begin)
+        assert "no outcome after 600 ms: " in notes, notes
+    assert min(taken_s) < 1.0
+
+
+REDIS_GUIDE = """# ~/.contextuate/monitor.config.json
+{
+  "mode": "redis",   // "local" or "redis"
+  "server": {"host": "127.0.0.1", "port": 0, "wsPort": 0},
+  "redis": {
+    "host": "localhost",  // shared Redis server
+    "port": %d,
+    "password": %s,  /* null without one */
+    "channel": "contextuate:events",
+  },
+  "persistence": {"enabled": true, "type": "file"},
+  "socketPath": "%s",
+}
+"""
+
+
+def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
+    server = make(RedisServer, password="a-long-password")
+    one, two = make(RedisMachine, machine_id="one"), make(RedisMachine, machine_id="two")
+
+    def configure(machine: RedisMachine, password: str) -> None:
+        text = REDIS_GUIDE % (server.port, json.dumps(password), machine.socket_path)
+        ee.write_atomically(machine.home + "/monitor.config.json", text.encode("ascii"))
+
+    def debugged(machine: RedisMachine, **fields: Any) -> tuple[str, float]:
+        environment, began = {**machine.environment, "CONTEXTUATE_DEBUG": "1"}, time.monotonic()
+        done = hook_call(machine.hook, payload("UserPromptSubmit", **fields), environment)
+        return done, time.monotonic() - began
+
+    for machine in (one, two):
+        configure(machine, "a-long-password")
+    assert server.cli("PING") == "PONG"
+    # `start` returns; what is published by hand right then is shown by this monitor and a subscriber.
+    one.start()
+    command = ["redis-cli", "-p", str(server.port), "SUBSCRIBE", REDIS_CHANNEL]
+    login = {**os.environ, "REDISCLI_AUTH": server.password}
+    subscriber = subprocess.Popen(command, env=login, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') >= "1"
+        eventually(lambda: "unknown" in one.sessions(), what="the message that was published by hand")
+        assert one.stored_events()[0]["data"] == {"test": "message"}
+        eventually(lambda: server.cli("PUBSUB", "NUMSUB", REDIS_CHANNEL).split()[1] == "2")
+        # Debug lines: the configuration, the mode, the connection, who got it.
+        words, _ = debugged(one, session="first", prompt="hello")
+        for part in (
+            r"config \S+/monitor\.config\.json",
+            "mode redis",
+            f"localhost:{server.port}",
+            "2 subscribers",
+        ):
+            assert re.search(part, words), (part, words)
+        plain = next(line for line in subscriber.stdout or () if "hello" in line)
+        assert json.loads(plain)["data"]["message"] == "hello", "redis-cli shows the event itself"
+    finally:
+        subscriber.kill()
+        subscriber.wait()
+    # A second monitor gets what was said before it and what is said now; so does the first.
+    two.start()
+    debugged(two, session="second", prompt="hello")
+    for machine in (one, two):
+        eventually(lambda machine=machine: {"first", "second"} <= set(machine.sessions()))
+        assert {machine.sessions()[it]["machineId"] for it in ("first", "second")} == {"one", "two"}
+    # A wrong password: nobody waits, everyone says so, nothing is lost.
+    configure(two, "wrong")
+    two.end_publisher()
+    two.command("restart")
+    two.know()
+    words, took_s = debugged(two, session="third", prompt="hello")
+    assert "password" in words and "wrong" not in words.replace("wrong password", "") and took_s < 8, (
+        words,
+        took_s,
+    )
+    assert "password" in two.wait_until("waiting")["reason"]
+    assert "password" in two.command("doctor", check=False).stdout
+    configure(two, "a-long-password")
+    two.command("restart")
+    two.know()
+    for machine in (one, two):
+        eventually(lambda machine=machine: "third" in machine.sessions(), 60)
+
+
+# ---------------------------------------------------------------------------
+# Containers: an agent in a container reports to the monitor of its host
+# ---------------------------------------------------------------------------
+
+
+@needs_containers
+def test_a_container_with_the_mounted_directory_has_name_tokens_and_end(running):
+    session = str(uuid.uuid4())
+    os.makedirs(running.claude_home + "/projects/p")
+    transcript = f"{running.claude_home}/projects/p/{session}.jsonl"
+    shutil.copy(usage_transcript("simple"), transcript)
+    said = payload("UserPromptSubmit", session, prompt="x", transcript_path=transcript)
+    ask = payload("PermissionRequest", session, tool_name="Bash", tool_input={"command": "x"})
+    with in_container(running, *client_script(said, {**said, "hook_event_name": "Stop"}, said, ask)):
+        eventually(lambda: running.sessions().get(session, {}).get("state") == "waiting")
+        found = running.sessions()[session]
+        assert found["machineId"] == "3f2a9c1b77de"
+        base, _, namespace = found["machineKey"].partition("/")
+        assert base == cm.machine_host(ee.machine_key(running.home)) and namespace
+        eventually(lambda: running.sessions()[session]["tokenUsage"])
+        time.sleep(3.5)  # the monitor has looked at its process
+        assert running.sessions()[session]["state"] == "waiting"
+    ended = eventually(lambda: (it := running.sessions()[session])["state"] == "ended" and it, 30)
+    assert ended["reason"]["detail"] == "its process exited"
+
+
+@needs_containers
+@pytest.mark.skipif(not BWRAP, reason="bubblewrap is missing")
+def test_a_directory_mounted_at_another_path_delivers_through_the_spool(running):
+    inner = ["env", "CONTEXTUATE_HOME=/mnt", *client_script(payload("Stop", "far"), then=":")]
+    argv = contained(running.home, *inner)
+    argv[argv.index("--bind") : argv.index("--bind")] = ["--tmpfs", "/tmp"]
+    argv[argv.index("--bind") + 2] = "/mnt"
+    subprocess.run(argv, env=running.environment, timeout=30, check=True)
+    assert eventually(lambda: running.sessions().get("far"))["machineId"] == "testbox"
+    (event,) = running.stored_events()
+    assert event["spooled"] and event["machineKey"].startswith(
+        cm.machine_host(ee.machine_key(running.home)) + "/"
+    )
+
+
+@needs_containers
+def test_a_container_reports_through_redis_from_a_directory_of_its_own(make):
+    server = make(RedisServer)
+    host = make(RedisMachine, config=server.settings())
+    host.start()
+    host.wait_until("connected")
+    guest = make(RedisMachine, config=server.settings(), machine_id="guest")
+    hook = f"printf %s {shlex.quote(json.dumps(payload('Stop', 'far')))} | CLAUDE_PID=$$ {guest.hook}"
+    with in_container(guest, "sh", "-c", f"{hook}; sleep 60"):
+        host.gets(1, "far")
+    (event,) = [it for it in host.stored_events() if it["sessionId"] == "far"]
+    base = cm.machine_host(ee.machine_key(guest.home))
+    assert event["machineId"] == "3f2a9c1b77de" and event["machineKey"].startswith(base + "/")
+    assert not ee.machine_key(host.home).startswith(base) and host.sessions()["far"]["state"] == "idle"
+
+
+@needs_containers
+def test_a_container_reports_by_http_hooks_with_the_token_only(running):
+    token = cm.read_token(running.home + "/token")
+    code = (
+        "import sys, urllib.request as u; url, body, token = sys.argv[1:]; "
+        "headers = {'Content-Type': 'application/json', 'Authorization': 'Bearer ' + token}; "
+        "print(u.urlopen(u.Request(url, body.encode(), headers)).status)"
+    )
+    given = json.dumps(payload("UserPromptSubmit", "web", prompt="x"))
+    post = (PYTHON, "-c", code, running.url + "api/hooks", given, token)
+    assert said_in_container(running, *post) == "200\n"
+    session = running.sessions()["web"]
+    # What they lack: the name of the machine, and the process.
+    assert (session["machineId"], session["pid"], session["state"]) == ("testbox", None, "working")
+    assert session["machineKey"] == ee.machine_key(running.home)
 
 
 # ---------------------------------------------------------------------------
@@ -11624,6 +12749,67 @@ def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open
         tab.until(shows.format(part, "later <b>work</b>"))
 
 
+@needs_browser
+def test_machines_with_one_name_are_shown_apart_and_containers_as_one(tab):
+    keys = {
+        "s1": ("macbook", "1111aa"),
+        "s2": ("macbook", "2222bb"),
+        "s3": ("0123456789ab", "c/1"),
+        "s4": ("ba9876543210", "c/2"),
+    }
+    for session, (name, key) in keys.items():
+        event = hook_wrapped(payload("UserPromptSubmit", session, prompt=session), id=str(uuid.uuid4()))
+        tab.monitor.emit({**event, "machineId": name, "machineKey": key})
+    for session, words in (("s1", "macbook (1111)"), ("s2", "macbook (2222)"), ("s3", "0123456789ab")):
+        tab.until(
+            f"document.querySelector('[data-session-id={session}] .machine')?.textContent === '{words}'"
+        )
+    tab.load("#status")
+    tab.until("document.body.innerText.includes('2 containers')")
+    tab.until("document.body.innerText.includes('macbook (2222)')")
+
+
+def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
+    tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
+    tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
+    tab.load()
+    tab.emit("@short prompt short work; @long prompt long work")
+    eventually(lambda: tab.counts() == {"working": 2})
+    tab.page.evaluate(
+        """() => {
+            window.said = [];
+            const live = document.getElementById('announce');
+            const note = () => {
+              const now = `${document.title}/${live.textContent}`;
+              if (now !== 'Contextuate Monitor/') said.push(now);
+            };
+            for (const it of [document.querySelector('title'), live])
+              new MutationObserver(note).observe(it, { childList: true, characterData: true, subtree: true });
+        }"""
+    )
+    short = 0  # waits that the page has seen for less than a second: on a busy machine some last longer
+    for number in range(10):
+        began = time.monotonic()
+        tab.emit(f"@short call rm {number}; @short ask rm {number}")
+        eventually(lambda: tab.counts().get("waiting") == 1)
+        tab.emit(f"@short result rm {number} => done")
+        eventually(lambda: "waiting" not in tab.counts())
+        if time.monotonic() - began > 0.9:
+            tab.page.evaluate("said.length = alerts.length = 0")
+            continue
+        assert tab.page.evaluate("said.concat(alerts)") == []
+        short += 1
+    if not short:
+        pytest.skip("the machine is too busy to answer within a second")
+    tab.emit("@long call make; @long ask make")
+    eventually(lambda: tab.page.title() == "(1) Contextuate Monitor")
+    assert [title for title, _ in tab.page.evaluate("alerts")][-1:] == ["long work needs you"]
+    eventually(lambda: tab.page.inner_text("#announce") == "1 session needs you")
+    tab.emit("@long result make => done")
+    eventually(lambda: tab.page.title() == "Contextuate Monitor")
+    assert tab.page.inner_text("#announce") == "No session needs you"
+
+
 # ---------------------------------------------------------------------------
 # Index: search and statistics over everything stored
 #
@@ -12506,6 +13692,65 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
     assert not os.path.exists(monitor.home + "/index.db")
 
 
+def test_what_two_interpreters_deliver_counts_once(running: RunningMonitor) -> None:
+    command = running.installed_command()
+    environment = {**running.environment, "CLAUDE_PID": str(os.getpid())}
+    use = {"tool_name": "Bash", "tool_use_id": "toolu_1", "tool_input": {"command": "make pudding"}}
+    steps = [
+        ("UserPromptSubmit", {"prompt": "make pudding"}), ("PreToolUse", use),
+        ("PostToolUseFailure", {**use, "error": "no pudding", "duration_ms": 40}),
+    ]  # fmt: skip
+    for hook, fields in steps:
+        for _ in range(2):
+            hook_call(command, payload(hook, **fields), environment)
+    counts = running.sessions()["s1"]["counts"]
+    assert (counts["prompts"], counts["toolCalls"], counts["toolErrors"], counts["events"]) == (1, 1, 1, 3)
+    index_ready(running)
+    totals = running.get("/api/stats")["totals"]
+    assert [totals[name] for name in ("events", "prompts", "toolCalls", "failures")] == [3, 1, 1, 1]
+    assert len(running.get("/api/search?q=pudding")["results"]) == 3
+    metrics = running.request("/metrics")[2].decode()
+    assert (
+        'failures_total{tool="Bash"} 1\n' in metrics and 'duration_seconds_count{tool="Bash"} 1\n' in metrics
+    )
+    assert running.get("/api/status")["events"]["duplicates"] == 3
+
+
+# Events as HOOK@MS[#FIELD=VALUE], of one client → which of them are stored.
+SECOND_DELIVERIES = {
+    "a call, delivered again seconds later": ("PreToolUse@0#toolUseId=a PreToolUse@4000#toolUseId=a", "0"),
+    "steps of one call are different events": ("PreToolUse@0#toolUseId=a PostToolUse@1#toolUseId=a", "01"),
+    "a prompt, at once, before or after": ("UserPromptSubmit@500 UserPromptSubmit@100", "0"),
+    "the same words again are a prompt of their own": ("UserPromptSubmit@0 UserPromptSubmit@600", "01"),
+    "each is compared with the first": ("UserPromptSubmit@0 UserPromptSubmit@400 UserPromptSubmit@800", "02"),
+    "an agent may ask twice for the same": ("PermissionRequest@0 PermissionRequest@1", "01"),
+    "calls of old clients have no id": ("PreToolUse@0 PreToolUse@1", "01"),
+}
+
+
+@pytest.mark.parametrize("rule", SECOND_DELIVERIES)
+def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
+    story, kept = SECOND_DELIVERIES[rule]
+    journal = cm.Journal(str(tmp_path / "events"))
+    ingest = cm.Ingest(
+        cm.Settings(str(tmp_path), "", "box", ee.default_values()), journal, lambda event: None
+    )
+    for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
+        event = {
+            "id": str(number),
+            "timestamp": NOW_MS + int(at),
+            "sessionId": "s",
+            "machineId": "box",
+            "pid": 9,
+        }
+        data = {"message": "same", **({name: value} if name else {})}
+        ingest.take(
+            [ee.encode_json({**event, "hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data})]
+        )
+    ingest.close()
+    assert "".join(cm.line_id(line) for line in journal.lines()) == kept
+
+
 # ---------------------------------------------------------------------------
 # Retention: whole days of events go, the oldest first
 # ---------------------------------------------------------------------------
@@ -12654,6 +13899,110 @@ def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor):
     stored = len(monitor.stored_events())
     eventually(lambda: monitor.get("/api/stats")["totals"]["events"] == stored)
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
+
+
+@dataclasses.dataclass
+class ClockStory:
+    """A machine with a clock that is set, and events that are kept for 30 days."""
+
+    home: str
+    patch: Any
+    wall_ms: int = NOW_MS
+    steady_ms: int = 0
+    boot: int = 0
+
+    def __post_init__(self) -> None:
+        self.patch.setattr(cm, "now_ms", lambda: self.wall_ms)
+        self.patch.setattr(cm, "steady_ms", lambda: float(self.steady_ms))
+        self.patch.setattr(cm, "boot_id", lambda: f"boot {self.boot}")
+        self.store = cm.Journal(self.home + "/events")
+        self.memory: Any = None
+
+    def step(self, verb: str, words: str) -> None:
+        """Do one step: a capital letter stores an event of that session; `soon`: the next is in its second."""
+        words, soon = words.removesuffix("soon").strip(), words.endswith("soon")
+        amount = (
+            int(float(words[:-1]) * {"y": 365, "d": 1, "h": 1 / 24}[words[-1]] * 86_400_000) if words else 0
+        )
+        if verb in ("pass", "set", "off"):
+            self.wall_ms += amount
+            self.steady_ms += amount if verb == "pass" else 0
+        if verb == "off":
+            self.steady_ms, self.boot = 0, self.boot + 1
+        if verb == "stop":
+            self.memory.look(self.store.seq, save=True)
+            self.memory = None
+        elif verb == "start":
+            self.memory = cm.ClockMemory(self.home + "/clock.json")
+        elif verb == "kill":
+            self.memory = None
+        elif verb == "damage":
+            ee.write_atomically(self.home + "/clock.json", b'{"time": 5, "steps": 7}')
+        elif verb.isupper():
+            event = ee.build_event(payload("Stop", verb.lower()), self.wall_ms, "box")
+            self.store.append([event], self.wall_ms)
+        if self.memory and not soon:
+            self.memory.look(self.store.seq)
+
+    def kept(self, limit: int | None = None) -> str:
+        """Return the sessions that retention keeps now."""
+        plan = cm.plan_retention(self.home, self.wall_ms, 30, limit, frozenset(), self.memory.steps)
+        left = {file.path for file in self.store.files()} - {file.path for file in plan.files}
+        return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
+
+
+# Steps, and after → which sessions are kept; `off`: the machine is, and boots then; `set`: the clock, by so much.
+CLOCK_STORIES = {
+    "time that passes makes events old": "start; A; pass 20d; B → AB; pass 11d → B; pass 20d → ",
+    "a clock that stood at 1970": "set -56y; start; A; set +56y; B; stop; start → AB; pass 29d → AB; pass 2d → ",
+    "it was set while the monitor did not run": "set -56y; start; A; stop; set +56y; start; B → AB; pass 31d → ",
+    "an event of the second in which it was set": "set -56y; start; A soon; set +56y; pass 2d → A",
+    "an event of the second in which it was set back": "start; set -56y soon; A; set +56y; pass 2d → A",
+    "a kill forgets no step": "set -56y; start; A; set +56y; kill; start; B → AB; pass 31d → ",
+    "it was set before the next boot": "set -56y; start; A; stop; off 1h; set +56y; start; B → AB; pass 31d → ",
+    "the clock is 1970 after each boot": "start; A; stop; off 1h; set -56y; start; B; set +56y; C → ABC; pass 31d → ",
+    "a clock wrongly set forward": "start; A; set +4y; B → AB; stop; start → AB; set -4y; C → ABC; pass 31d → B",
+    "and found out at another boot": "start; A; set +4y; stop; start → A; stop; off 1h; set -4y; start → A",
+    "no event is too old on a day on which it was set": "start; A; pass 31d; set +2h → A; pass 1d → ",
+    "but a correction by minutes is none": "start; A; pass 31d; set +0.5h → ",
+    "weeks in which the machine was off count": "start; A; stop; off 31d; start → ",
+    "a damaged memory is none": "start; A; stop; damage; start → A; pass 31d → ",
+}
+
+
+@pytest.mark.parametrize("rule", CLOCK_STORIES)
+def test_events_are_deleted_by_their_real_age(tmp_path: Any, monkeypatch: Any, rule: str) -> None:
+    story = ClockStory(str(tmp_path), monkeypatch)
+    for step in CLOCK_STORIES[rule].split("; "):
+        did, is_checked, kept = step.partition(" →")
+        story.step(*did.partition(" ")[::2])
+        assert not is_checked or story.kept() == kept.strip(), step
+
+
+def test_the_oldest_by_real_age_is_deleted_first(tmp_path: Any, monkeypatch: Any) -> None:
+    story = ClockStory(str(tmp_path), monkeypatch)
+    for step in "start; A; pass 5d; stop; off 1h; set -56y; start; B; set +56y; pass 2d; C".split("; "):
+        story.step(*step.partition(" ")[::2])
+    assert [story.kept(limit) for limit in (1 << 20, 900, 0)] == ["ABC", "BC", "C"]
+
+
+def test_a_spool_of_a_machine_without_a_clock_is_kept(tmp_path: Any) -> None:
+    for start in ("90000000", str(ee.now_ms()), str(ee.now_ms() - 8 * 86_400_000)):
+        (tmp_path / f"{start}-0a.jsonl").write_bytes(b"{}\n")
+    ee.drop_old_segments(str(tmp_path))
+    assert sorted(int(path.name.split("-")[0]) > 10**12 for path in tmp_path.glob("*.jsonl")) == [False, True]
+
+
+@pytest.mark.slow
+def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> None:
+    monitor.write_config({"retention": {"maxMegabytes": 16}})
+    monitor.serve()
+    in_process(monitor, "prune")
+    assert "maxMegabytes" not in monitor.command("status").stdout
+    monitor.emit(*(payload("UserPromptSubmit", f"s{number}", prompt="x " * 450_000) for number in range(20)))
+    in_process(monitor, "prune")
+    for command in ("status", "doctor"):
+        assert "more than retention.maxMegabytes" in monitor.command(command, check=False).stdout
 
 
 # ---------------------------------------------------------------------------
@@ -12987,6 +14336,102 @@ def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
     assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
     for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
+
+
+def node_directory(folder: Any) -> None:
+    """Write what the Node.js monitor keeps of a session with a subagent, and of one that a person has hidden."""
+    main = {**NODE, "sessionId": "0123456789abcdef"}
+    named = {"parentSessionId": main["sessionId"], "data": {"subagent": {"type": "explore", "agentId": "a7"}}}
+    call = {"toolName": "Task", "toolInput": {"subagent_type": "explore"}}
+    events = [
+        {**main, "eventType": "user_prompt", "hookType": "UserPromptSubmit", "data": {"message": "plan it"}},
+        {**main, "eventType": "tool_call", "hookType": "PreToolUse", "data": call},
+        {**main, **named, "sessionId": "a7", "eventType": "subagent_start", "hookType": "SubagentStart"},
+        {**main, **named, "sessionId": "a7", "eventType": "subagent_stop", "hookType": "SubagentStop"},
+        {**main, "eventType": "tool_result", "hookType": "PostToolUse", "data": call},
+        {**main, "eventType": "session_end", "hookType": "Stop",
+         "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
+    ]  # fmt: skip
+    events = [{**event, "id": f"n{at}", "timestamp": NOW_MS + 1000 * at} for at, event in enumerate(events)]
+    meta = {
+        **NODE,
+        "startTime": NOW_MS,
+        "endTime": NOW_MS + 9000,
+        "status": "completed",
+        "childSessionIds": [],
+    }
+    used = {"totalInput": 5, "totalOutput": 6, "totalCacheRead": 7, "totalCacheCreation": 8}
+    metas = [
+        {**meta, "sessionId": "0123456789abcdef", "label": "The plan", "isPinned": True, "tokenUsage": used},
+        {**meta, "sessionId": "fedcba9876543210", "hidden": True, "model": "claude-opus-4-5", "tokenUsage": used,
+         "manualParentSessionId": "0123456789abcdef"},
+        {**meta, "sessionId": "beef0001", "agentType": "explore", "isPinned": True, "tokenUsage": used},
+    ]  # fmt: skip
+    files = {f"sessions/{it['sessionId']}/meta.json": json.dumps(it, indent=2) for it in metas}
+    for event in events[:4]:
+        files[f"processed/{event['timestamp']}-{event['sessionId']}-{event['id']}.json"] = json.dumps(
+            event, indent=2
+        )
+    files[f"raw/{events[4]['timestamp']}-x.json"] = json.dumps(events[4], indent=2)
+    # As its daemon keeps them: while a Task runs all events of its session have an id that it makes up.
+    moved = [{**event, "sessionId": "beef0001", "parentSessionId": main["sessionId"]} for event in events[4:]]
+    files["sessions/0123456789abcdef/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in events[:2])
+    files["sessions/beef0001/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in moved)
+    files["sessions/fedcba9876543210/events.jsonl"] = json.dumps(
+        {**events[0], "id": "f1", "sessionId": "fedcba9876543210"}
+    )
+    write_files(folder, {**files, "config.json": "{}", "daemon.state.json": "{}", "daemon.log": "x"})
+
+
+def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, tmp_path: Any) -> None:
+    node_directory(tmp_path)
+    done = in_process(running, "import", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "12 events imported, 0 were stored already\n"), done.stderr
+    sessions = running.sessions()
+    assert set(sessions) == {"0123456789abcdef", "fedcba9876543210"}
+    main, other = sessions["0123456789abcdef"], sessions["fedcba9876543210"]
+    assert (main["label"], main["labelSource"], main["isPinned"]) == ("The plan", "user", True)
+    assert main["tokenUsage"] == dict(zip(("totalInput", "totalOutput", "totalCacheRead", "totalCacheCreation"),
+                                          (30, 60, 15, 9)))  # fmt: skip
+    assert [(agent["agentId"], agent["agentType"], agent["state"]) for agent in main["agents"]] == [
+        ("a7", "explore", "ended")
+    ]
+    assert (main["state"], main["counts"]["toolCalls"], main["openCalls"]) == ("idle", 1, [])
+    assert (other["hidden"], other["parentSessionId"]) == (True, "0123456789abcdef")
+    assert other["tokenUsage"]["totalOutput"] == 6 and other["estimatedCostUsd"]
+    index_ready(running)
+    totals = running.get("/api/stats")["totals"]
+    assert totals["tokenUsage"]["totalOutput"] == 66 and totals["prompts"] == 2
+    # What a person does here counts from then on.
+    client = running.websocket("rows")
+    client.ask("session_update", type="rename_session", sessionId="0123456789abcdef", label="Mine")
+    client.close()
+    path = tmp_path / "sessions/0123456789abcdef/meta.json"
+    path.write_text(path.read_text().replace("The plan", "Their plan"))
+    again = in_process(running, "import", str(tmp_path))
+    assert again.stdout.startswith("0 events imported") and again.returncode == 0
+    write_files(tmp_path, {"sessions/0123456789abcdef/meta.json": " ", "raw/1-half.json": '{"id": "x", "ev'})
+    half = in_process(running, "import", str(tmp_path))
+    assert half.returncode == 1 and "raw/1-half.json: it has no events" in half.stderr
+    assert running.sessions()["0123456789abcdef"]["label"] == "Mine"
+
+
+def test_import_names_the_file_that_it_did_not_understand(running: RunningMonitor, tmp_path: Any) -> None:
+    event = json.dumps({**NODE, "id": "e", "sessionId": "s", "eventType": "message"})
+    transcript = "0000000a-0000-4000-8000-000000000000.jsonl"
+    line = {"type": "user", "uuid": "u", "sessionId": "s2", "timestamp": "2026-11-24T06:03:18.373Z"}
+    files = {
+        "export.jsonl": f'{event}\n[1]\n{{"a": 1}}\n\n', "whole.ndjson": event + "\n",
+        transcript: json.dumps({**line, "message": {"content": "hi"}}) + '\n{ broken\n\n{"type": "being wri',
+        "odd.jsonl": "no json\n", "settings.json": "{}",
+    }  # fmt: skip
+    write_files(tmp_path, files)
+    done = in_process(running, "import", str(tmp_path))
+    assert done.returncode == 1 and done.stdout.startswith("4 events imported")
+    said = [words.rpartition("/")[2] for words in done.stderr.splitlines() if "skipped" in words]
+    assert sorted(said) == sorted([
+        "export.jsonl: 2 lines are no events", "odd.jsonl: it has no events", f"{transcript}: 1 lines are not JSON",
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
