@@ -1343,32 +1343,54 @@ def test_the_hooks_own_quoting_is_json(text):
 # ---------------------------------------------------------------------------
 
 HOOK_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-HOOK_ALPHABETS = {
-    "aws": "ABCDEFGHIJ234567",
-    "digitalocean": "0123456789abcdef",
-    "shopify": "0123456789abcdef",
-}
+HOOK_HEX, HOOK_BASE32 = "0123456789abcdef", "ABCDEFGHIJ234567"
+HOOK_ALPHABETS = {"aws": HOOK_BASE32, "digitalocean": HOOK_HEX, "shopify": HOOK_HEX}
 # Kind, then head:letters of each shape; "~" goes, so that nothing in this file looks like a secret.
 HOOK_SHAPES = """
-anthropic     sk-~ant-api03-:90
-openai        sk-~proj-:48  sk-~:48
-github        gh~p_:36  gh~o_:36  gh~u_:36  gh~s_:36  gh~r_:36  github~_pat_:82
-gitlab        gl~pat-:20
-aws           AK~IA:16  AS~IA:16
-google        AI~za:35  ya~29.:60
-slack         xox~b-:40
-stripe        sk~_live_:24  sk~_test_:24  rk~_live_:24  rk~_test_:24  wh~sec_:32
-bitbucket     ATA~TT3:180
-digitalocean  do~p_v1_:64
-vault         hv~s.:90
-docker        dckr~_pat_:27
-shopify       shp~at_:32
-groq          gs~k_:52
-xai           xa~i-:80
-npm           np~m_:36
-pypi          py~pi-:90
-huggingface   h~f_:34
+anthropic sk-~ant-api03-:90 | openai sk-~proj-:48 sk-~:48 | gitlab gl~pat-:20 | google AI~za:35 ya~29.:60
+github gh~p_:36 gh~o_:36 gh~u_:36 gh~s_:36 gh~r_:36 github~_pat_:82 | aws AK~IA:16 AS~IA:16 | slack xox~b-:40
+stripe sk~_live_:24 sk~_test_:24 rk~_live_:24 rk~_test_:24 wh~sec_:32 | bitbucket ATA~TT3:180 | groq gs~k_:52
+digitalocean do~p_v1_:64 | vault hv~s.:90 | docker dckr~_pat_:27 | shopify shp~at_:32 | xai xa~i-:80
+npm np~m_:36 | pypi py~pi-:90 | huggingface h~f_:34
 """
+# Kind of the replacement → texts; {} is the secret, and all that is replaced.
+HOOK_SECRETS_IN = {
+    "authorization": ["curl -H 'Authorization: Bearer {}' x", "Authorization: Basic {}\r\n", '"authorization": "{}"',
+        "AUTHORIZATION=token {}", "with bearer {} in it"],
+    "url-password": ["postgres://me:{}@db.example/x", "redis://:{}@host:6379/0", "postgres:\\/\\/me:{}@h\\/db",
+        "git clone HTTPS://x-access-token:{}@host/r.git"],
+    "command-line": ["curl -u me:{} https://h", "sshpass -p {} ssh h",
+        "mysql -uroot -p{} db", "redis-cli -h h -a {} ping", "docker login -u me -p {} h"],
+    "assignment": [
+        # environment
+        "export DB_PASSWORD={} && run", "API_KEY='{}'", "MY_TOKEN={}\nOTHER=1", "DB_PASS={}", "SECRET_KEY_BASE={}",
+        "PGPASSWORD={} psql", "MYSQL_PWD={}", "REDIS_PASSWORD_PROD={}", "POSTGRES_PASSWORD: {}", "LDAP_BIND_PW={}",
+        # headers
+        "X-Api-Key:{}", "X-Auth-Token: {}\r\nHost: a", "-H 'PRIVATE-TOKEN: {}'", "X-Vault-Token: {}",
+        # commands
+        "docker login --password {} registry", "gh auth --access-token='{}'", "openssl rsa -passin pass:{}",
+        "x --db-password {} y", "docker run -e API_TOKEN={} x", "java -Da.keyStorePassword={} x",
+        "aws configure set aws_secret_access_key {}", "set -gx GITHUB_TOKEN {}", "npm config set //r.example/:_authToken {}",
+        # netrc, YAML, XML, SQL
+        "machine h login me password {}", "machine h\n  login me\n  password {}\n", "password: {}", "  db_password: '{}'",
+        "- name: DB_PASSWORD\n  value: {}", "<password>{}</password>",
+        '<add key="Password" value="{}"/>', '<string name="api_key">{}</string>',
+        '<property name="password"><value>{}</value></property>', "<key>Password</key>\n<string>{}</string>",
+        "ALTER ROLE a PASSWORD '{}'", "SET PASSWORD FOR 'a'@'b' = '{}'", "CREATE LOGIN a WITH PASSWORD = N'{}'",
+        # code
+        'const githubToken = "{}";', "api_key = '{}'", "aws_secret_access_key = {}\n", "connect(host=h, password='{}')",
+        "'password' => '{}',", "define('DB_PASSWORD', '{}');", "$config['db_pass'] = '{}';", 'os.environ["X_TOKEN"] = "{}"',
+        'const token: string = "{}";', '#define API_SECRET "{}"', 'headers.set("X-Api-Key", "{}")',
+        "auth: {{user: 'a', pass: '{}'}}", 'builder.password("{}")',
+        # JSON, connections
+        '{{"clientSecret": 1, "client_secret": "{}"}}', '{{\\"api_key\\": \\"{}\\"}}', '"client_secret":\n  "{}"',
+        '{{"name": "DB_PASSWORD", "value": "{}"}}', '{{\\n  \\"apiKey\\": \\"{}\\"\\n}}', "?access_token={}&x=1",
+        "Server=h;User Id=sa;Password={};",
+        # colours and escapes
+        "password: \x1b[32m{}\x1b[0m", '\x1b[34;1m"token"\x1b[0m\x1b[1;39m:\x1b[0m \x1b[0;32m"{}"\x1b[0m',
+        "\\033[1mTOKEN\\033[0m={}", "password\\u003d{}", "a%26password%3D{}%26b", "&quot;token&quot;:&quot;{}&quot;",
+    ],
+}  # fmt: skip
 
 
 def hook_token(head: str, length: int, alphabet: str = HOOK_LETTERS) -> str:
@@ -1383,51 +1405,64 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
     return f"-----BEGIN {kind}PRIVATE " + f"KEY-----\n{lines}\n-----END {kind}PRIVATE " + "KEY-----"
 
 
+def hook_tokens() -> Iterator[tuple[str, str]]:
+    """Make up (kind, token): the well-known ones, and one for each beginning that redaction knows."""
+    for kind, *shapes in map(str.split, re.split(r"[|\n]", HOOK_SHAPES.strip())):
+        for head, length in (shape.replace("~", "").split(":") for shape in shapes):
+            yield kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))
+    long, numbers = hook_token("", 40), [hook_token("", size, HOOK_HEX) for size in (8, 24, 32, 34, 40, 64)]
+    base32 = [hook_token("", size, HOOK_BASE32) for size in (16, 24, 64)]
+    bodies = [
+        long * 4, hook_token("1", 60, HOOK_BASE32), base32[0], numbers[2], numbers[4], "eyJ" + long * 2,
+        "0a1b2c3d-4e5f-4a6b-8c9d-0e1f2a3b4c5d", "A1B2C3-D4E5F6-G7H8I-J9K0L-M1N2P-Q3R4S", f"{long[:22]}.{long}{long[:3]}",
+        f"{numbers[5]}-{long[:16]}", f"{long[:8]}_{long[:24]}", f"{numbers[1]}-{numbers[3]}", f"{base32[1]}.{base32[2]}",
+        f"{long[:32]}_{numbers[0]}", f"{long[:14]}.{numbers[5]}", f"{long[:22]}.{long[:24]}.{long[:20]}",
+    ]  # fmt: skip
+    for shape in ee.SECRET_SHAPES:
+        if shape.is_token:
+            yield shape.kind, shape.hint + next(filter(shape.pattern.fullmatch, bodies))
+
+
 def hook_secrets() -> list[tuple[str, str, str]]:
     """List (kind, secret, text around it with {} in its place)."""
-    plain = [("private-key", hook_key_block(kind=kind)) for kind in ("RSA ", "", "OPENSSH ")]
-    for kind, *shapes in map(str.split, HOOK_SHAPES.split("\n")[1:-1]):
-        for head, length in (shape.replace("~", "").split(":") for shape in shapes):
-            plain.append((kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))))
-    plain.append(("sendgrid", hook_token("S" + "G.", 22) + "." + hook_token("", 43)))
+    plain = [("private-key", hook_key_block(kind=kind)) for kind in ("RSA ", "", "OPENSSH ")] + [
+        *hook_tokens()
+    ]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
+    login = base64.b64encode(b"user:" + word.encode()).decode()
     around = [
         ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
         ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
         ("telegram", hook_token("", 33), "https://api.telegram.org/bot123456789:" + "AA{}/getMe"),
         ("telegram", hook_token("", 33), "TELEGRAM=123456789:" + "AA{}"),
         ("teams", hook_token("", 50), "https://a.webhook.office.com/" + "webhookb2/{} "),
-        ("mailchimp", hook_token("", 32, "0123456789abcdef") + "-us12", "key {} "),
+        ("mailchimp", hook_token("", 32, HOOK_HEX) + "-us12", "key {} "),
         ("terraform", hook_token("", 14) + ".atlas" + "v1." + hook_token("", 67), "key {} "),
         ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
         ("url-password", "p@ss" + word, "mysql://root:{}@db:3306/shop"),
         ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
         ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
+        ("cookie", f"sid={word}", "Cookie:{}"),
         ("assignment", "12345678", "password: {}\n"),
         ("assignment", "12345678", '"password": {},'),
         ("assignment", "12345678", "PASSWORD={} "),
         ("assignment", "correct horse; battery", 'DB_PASSWORD="{}"'),
+        ("assignment", 'a\\"' + word, '{{"password": "{}"}}'),
+        ("assignment", login, '{{"auths": {{"h": {{"auth": "{}"}}}}}}'),
+        ("assignment", login, "_auth={}"),
     ]
-    around_word = {
-        "authorization": [
-            "curl -H 'Authorization: Bearer {}' x", "Authorization: Basic {}\r\n", '"authorization": "{}"',
-            "AUTHORIZATION=token {}", "with bearer {} in it",
-        ],
-        "url-password": [
-            "postgres://me:{}@db.example/x", "redis://:{}@host:6379/0",
-            "git clone HTTPS://x-access-token:{}@host/r.git",
-        ],
-        "assignment": [
-            "export DB_PASSWORD={} && run", "API_KEY='{}'", '{{"clientSecret": 1, "client_secret": "{}"}}',
-            "?access_token={}&x=1", "MY_TOKEN={}\nOTHER=1", 'const githubToken = "{}";', "api_key = '{}'",
-            "aws_secret_access_key = {}\n", "X-Api-Key: {}\r\n", "  clientSecret: {}\n",
-            "docker login --password {} registry", "gh auth --access-token='{}'", "PGPASSWORD={} psql",
-            '{{\\"api_key\\": \\"{}\\"}}', "connect(host=h, password='{}')",
-        ],
-    }  # fmt: skip
-    around += [(kind, word, text) for kind, texts in around_word.items() for text in texts]
+    # a value that begins like a type
+    around += [
+        ("assignment", head + word, "aws_secret_access_key = {}\n")
+        for head in ("f29d", "u8x", "sha256x", "x25519a")
+    ]
+    around += [(kind, word, text) for kind, texts in HOOK_SECRETS_IN.items() for text in texts]
     return [(kind, secret, "see {} there") for kind, secret in plain] + around
+
+
+HOOK_SECRETS = hook_secrets()
+HOOK_SECRET_KINDS = sorted({kind for kind, _, _ in HOOK_SECRETS})
 
 
 def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
@@ -1437,29 +1472,27 @@ def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
     return sorted(piece for piece in pieces if json.dumps(piece)[1:-1] in text)
 
 
-def hook_surroundings(secret: str) -> dict[str, str]:
-    """Return texts that a secret may stand in: what tools read, write and print."""
-    return {
-        "shell output": f"$ cat x\n{secret}\n$ ",
-        "JSON": json.dumps({"a": [1, {"value": secret}]}),
-        "JSON in JSON": json.dumps({"stdout": json.dumps({"value": secret})}),
-        "environment file": f"A=1\nTHING={secret}\nexport OTHER='{secret}'\n",
-        "URL": f"GET https://api.example/v1?x=1&thing={secret}&y=2",
-        "header": f"> POST / HTTP/1.1\r\n> X-Thing: {secret}\r\n",
-        "code": f'client = Client("{secret}", timeout=5)  # {secret}',
-        "diff": f"@@ -1 +1 @@\n-thing: {secret}\n+thing: none",
-        "other languages": f"Schlüssel: «{secret}» İstanbul ẞ {secret}",
-    }
+# What tools read, write and print; {} is the secret.
+HOOK_TEXTS = (
+    "$ cat x\n{}\n$ ", '{{"a": [1, {{"value": "{}"}}]}}', '{{"stdout": "{{\\"value\\": \\"{}\\"}}"}}',
+    "A=1\nTHING={}\nexport OTHER='{}'\n", "GET https://api.example/v1?x=1&thing={}&y=2",
+    "> POST / HTTP/1.1\r\n> X-Thing: {}\r\n", 'client = Client("{}", timeout=5)  # {}', '"line\\n{}\\nnext"',
+    "@@ -1 +1 @@\n-thing: {}\n+thing: none", "Schlüssel: «{}» İstanbul ẞ {}", "?t%3D{}&x", "\x1b[32m{}\x1b[0m", "a\\u003d{}",
+)  # fmt: skip
 
 
 def hook_corpus() -> list[tuple[str, str, str]]:
     """List (kind, secret, text) for every secret in every surrounding that it can stand in."""
     corpus = []
-    for kind, secret, around in hook_secrets():
+    for kind, secret, around in HOOK_SECRETS:
         text = around.format(secret)
-        if around == "see {} there":
-            corpus += [(kind, secret, inside) for inside in hook_surroundings(secret).values()]
         corpus += [(kind, secret, text), (kind, secret, json.dumps(text)), (kind, secret, f"ünd İ {text}")]
+        if around == "see {} there":
+            quoted = json.dumps(secret)[1:-1] if "\n" in secret else secret
+            corpus += [
+                (kind, secret, other.format(*[quoted if '"{}' in other else secret] * 2))
+                for other in HOOK_TEXTS
+            ]
     return corpus
 
 
@@ -1470,37 +1503,58 @@ def hook_missed() -> list[tuple[str, str]]:
 
 def test_a_secret_is_found_in_whatever_surrounds_it():
     assert hook_missed() == [] and len(hook_corpus()) > 300
-    kinds = {shape.kind for shape in ee.SECRET_SHAPES if not shape.is_token}
-    assert kinds <= {kind for kind, _, _ in hook_secrets()} | {"command-line"}  # SECRETS_IN has these
+    assert {shape.kind for shape in ee.SECRET_SHAPES} <= set(HOOK_SECRET_KINDS)
 
 
-@pytest.mark.parametrize(("kind", "secret", "around"), hook_secrets(), ids=[row[0] for row in hook_secrets()])
-def test_a_secret_is_replaced_wherever_it_stands(kind, secret, around):
-    digest = hashlib.sha256(secret.encode()).hexdigest()[:8]
-    text, expected = around.format(secret), around.format(f"[redacted:{kind}:{digest}]")
-    assert ee.redact_text(text) == ee.redact_text(expected) == expected
-    assert ee.redact_text(f"{text}\n{text}") == f"{expected}\n{expected}"
-    response, tool_input = [{"stdout": ["a", text]}], {"command": text, text: "as a name"}
-    given_payload = payload("PostToolUse", tool_input=tool_input, tool_response=response, future=text)
-    event = protected(ee.build_event(given_payload, 5, "m"), ee.Privacy())
-    assert not hook_traces(secret, event)
-    assert event["data"]["toolOutput"] == [{"stdout": ["a", expected]}]
-    assert event["data"]["future"] == expected
-    assert protected(json.loads(json.dumps(event)), ee.Privacy()) == event
-    other = protected({**ee.build_event({"eventType": "x"}, 5, "m"), "beside": [text]}, ee.Privacy())
-    assert other["beside"] == [expected]
-    kept = protected(ee.build_event(given_payload, 5, "m"), ee.Privacy(redact=False))
-    assert kept["data"]["future"] == text
+def hook_protected(given_payload: dict[str, Any], privacy: ee.Privacy | None = None) -> dict[str, Any]:
+    """Return the protected event of a payload."""
+    return protected(ee.build_event(json.loads(json.dumps(given_payload)), 5, "m"), privacy or ee.Privacy())
+
+
+@pytest.mark.parametrize("kind", HOOK_SECRET_KINDS)
+def test_a_secret_is_replaced_wherever_it_stands(kind):
+    for _, secret, around in (row for row in HOOK_SECRETS if row[0] == kind):
+        digest = hashlib.sha256(secret.encode()).hexdigest()[:8]
+        text, expected = around.format(secret), around.format(f"[redacted:{kind}:{digest}]")
+        assert ee.redact_text(text) == ee.redact_text(expected) == expected
+        assert ee.redact_text(f"{text}\n{text}") == f"{expected}\n{expected}"
+        response, tool_input = [{"stdout": ["a", text]}], {"command": text, text: "as a name"}
+        given_payload = payload("PostToolUse", tool_input=tool_input, tool_response=response, future=text)
+        event = hook_protected(given_payload)
+        assert not hook_traces(secret, event)
+        assert event["data"]["toolOutput"] == [{"stdout": ["a", expected]}]
+        assert event["data"]["future"] == expected
+        assert protected(json.loads(json.dumps(event)), ee.Privacy()) == event
+        other = protected({**ee.build_event({"eventType": "x"}, 5, "m"), "beside": [text]}, ee.Privacy())
+        assert other["beside"] == [expected]
+        assert hook_protected(given_payload, ee.Privacy(redact=False))["data"]["future"] == text
+
+
+HOOK_SECRETS_ALONE = (
+    *("CREATE USER a IDENTIFIED BY '{}';", "ALTER USER a IDENTIFIED WITH sha2 BY '{}'"),
+    *("ADMIN_PASSWORD=p@ss&word#{}", "-H 'Authorization:Basic {}'", "curl -X POST h \\\n  --user 'me:{}'"),
+    *("password: >-\n  {}", "secret:\n    {}\n"),
+)
+
+
+@pytest.mark.parametrize("text", HOOK_SECRETS_ALONE)
+def test_a_secret_in_a_text_of_its_own_is_replaced(text):
+    secret = hook_token("", 24)
+    shown = ee.redact_text(text.format(secret))
+    assert not hook_traces("p@ss&word#" + secret, shown, 6) and "[redacted:" in shown
 
 
 HOOK_SECRET_NAMES = """
     password PASSWORD dbPassword db-password apiKey API_KEY api-key x-api-key apikey ACCESS_TOKEN accessToken
     githubToken token secret client_secret clientSecret AWS_SECRET_ACCESS_KEY privateKey Authorization passphrase
-    credentials Cookie Set-Cookie passwd my.api.key pwd dbPwd auth-key secretKey bearer to\u212aen
+    credentials Cookie Set-Cookie passwd my.api.key pwd dbPwd auth-key secretKey bearer to\u212aen SECRET_KEY_BASE
+    DB_PASS dbPass PGPASSWORD _authToken client-key-data jwtSecret smtp.pass RAILS_MASTER_KEY SSHPASS
+    sharedAccessKey PASSWORD2 db_pw
 """
 HOOK_OTHER_NAMES = """
     tokens tokenCount input_tokens max_tokens tool_use_id key keyboard secretary passwordless session_id token_type
-    author cookies_accepted compass old_string file_path
+    author cookies_accepted compass old_string file_path primaryKey publicKey eos_token passwordHint secretName
+    secrets bypass
 """
 HOOK_PASSWORDS = ["short", "short é", 12345678, 1234, -99999, 1234.5]
 HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
@@ -1518,55 +1572,97 @@ HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
 def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret):
     for name in names.split():
         for value in values:
-            given_input = {"env": {name: value}, "list": {name: [value]}}
-            event = ee.build_event(payload("PreToolUse", tool_input=given_input), 5, "m")
             digest = hashlib.sha256(str(value).encode()).hexdigest()[:8]
             expected = f"[redacted:key:{digest}]" if are_secret else value
-            redacted = protected(event, ee.Privacy())["data"]["toolInput"]
-            assert redacted == {"env": {name: expected}, "list": {name: [expected]}}
+            given_input = {
+                "env": {name: value},
+                "list": {name: [value]},
+                "pair": {"name": name, "value": value},
+            }
+            redacted = hook_protected(payload("PreToolUse", tool_input=given_input))["data"]["toolInput"]
+            assert redacted["env"] == {name: expected} and redacted["list"] == {name: [expected]}
+            assert redacted["pair"] == {"name": name, "value": expected}
+        if values is HOOK_PASSWORDS and name.lower() not in ("cookie", "set-cookie", "bearer", "to\u212aen"):
+            word = hook_token("", 12) + "7Q"
+            assert (word not in ee.redact_text(f'{{"{name}": "{word}"}}')) == are_secret, name
+
+
+HOOK_HARMLESS = """proxy_pass http://backend:8080;
+password: str = Field(...)
+token: Optional[str] = None
+docker run -u 1000:1000 img
+curl -u $USER:$PASS https://x
+git push -u origin main
+"auth": "oauth2", "auth": true
+PWD=/home/me/project1
+12 passed, "pass": 12, pass: 100%
+TOKEN_LIMIT=100000 max_tokens=4096
+secretName: my-secret-1
+secretKeyRef: {name: db1, key: password}
+password: "{{ vault_db_password }}"
+password: !vault |
+token: ${{ secrets.GITHUB_TOKEN }}
+<label for="password">Password</label>
+cache-key: v1-deps-12345
+primary_key=True, sort_key: created_at2
+SSH_KEY=~/.ssh/id_ed25519
+GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json
+"token_type": "Bearer"
+secrets: inherit
+re_compile_pattern_2_of_the_book
+sk-container-id-12345678
+toolu_01XFDUDYJgAACzvnptvVoYEL msg_01XFDUDYJgAACzvnptvVoYEL
+fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000
+git@github.com:org/repo.git
+https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2
+rows are identified by 'name'
+pad_token: "<pad1>"
+passport: 12345, bypass=true1, compass: n123
+--key-file /etc/k1.pem --token-file t1
+API_KEY=your-api-key-here
+PASSWORD=******** password: '****' TOKEN=<token>
+headers["Authorization"] = "Basic %s" % auth
+token = get_token()~password = input('password: ')~secret: str~if token == other_token: pass
+const { token, secret } = useAuth(); headers.authorization = auth
+the password is wrong; enter a token, then the key
+input_tokens: 1200, output_tokens: 87
+https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com
+export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}
+task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month
+-----BEGIN PUBLIC KEY-----~MIIB~-----END PUBLIC KEY-----
+ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
+login(token=get_token(), password=self.password, secret=name, api_key=keys[0])
+f(token=get_token()) or f(password=other.field); token=x.y;
+const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}
+interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string; password: u64, }
+fetch(u, { credentials: 'include', token: null, headers: { authorization: getAuthorization() } })
+credentials: true~secret: optional~token: required~password: none~authorization: required
+{"password": null, "token": true, "secret": {"a": 1}, "token": [1, 2], "token": 50256}
+labels = {"password": "Enter your password", "token": "The token to use"}
+if path == '/' and \"token=\" in query_text: pass
+for token in tokens: print(token); token = tokens[3]; secret = sha256(x); token = error62 ?? t
+usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token
+MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123
+password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}
+3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890
+the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task""".split("\n")
 
 
 def hook_harmless_texts() -> list[str]:
+    """List texts that name secrets or look like some, and hold none."""
     rng = random.Random(9)
-    image = base64.b64encode(rng.randbytes(60_000)).decode()
+    image, check, digest = (base64.b64encode(rng.randbytes(size)).decode() for size in (60_000, 64, 32))
     return [
-        str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-        hashlib.sha256(b"x").hexdigest(),
+        *(text.replace("~", "\n") if "~/" not in text else text for text in HOOK_HARMLESS),
+        image,
+        "data:image/png;base64," + image[:4000],
         "commit " + hashlib.sha1(b"x").hexdigest() + "\nAuthor: A <a@b.example>",
         "diff --git a/x.py b/x.py\nindex 83db48f..bf2a9d1 100644\n--- a/x.py\n+++ b/x.py\n"
         "@@ -1,3 +1,3 @@\n-token = old()\n+token = new()",
-        image,
-        "data:image/png;base64," + image[:4000],
-        "token = get_token()\npassword = input('password: ')\nsecret: str\nif token == other_token: pass",
-        "const { token, secret } = useAuth(); headers.authorization = auth",
-        "the password is wrong; enter a token, then the key",
-        "input_tokens: 1200, output_tokens: 87",
-        "toolu_01" + "A" * 22,
-        "msg_01XFDUDYJgAACzvnptvVoYEL",
-        "https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com",
-        "export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}",
-        "task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month",
-        "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
-        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box",
-        "login(token=get_token(), password=self.password, secret=name, api_key=keys[0])",
-        "f(token=get_token()) or f(password=other.field); token=x.y;",
-        "const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}",
-        "interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string }",
-        "fetch(u, { credentials: 'include', token: null, headers: { authorization: getAuthorization() } })",
-        "credentials: true\nsecret: optional\ntoken: required\npassword: none\nauthorization: required",
-        '{"password": null, "token": true, "secret": {"a": 1}, "token": [1, 2], "token": 50256}',
-        'labels = {"password": "Enter your password", "token": "The token to use"}',
-        "if path == '/' and \"token=\" in query_text: pass",
-        "for token in tokens: print(token); token = tokens[3]; secret = sha256(x); token = error62 ?? t",
-        "usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token",
-        "MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123",
-        "password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}",
-        '"integrity": "sha512-' + base64.b64encode(rng.randbytes(64)).decode() + '",\n"resolved": "https://r.example/a.tgz"',
-        'name = "serde"\nchecksum = "' + hashlib.sha256(b"y").hexdigest() + '"',
-        "golang.org/x/net v0.1.0 h1:" + base64.b64encode(rng.randbytes(32)).decode() + "=\n",
-        "3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890",
-        "the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task",
-    ]  # fmt: skip
+        f'"integrity": "sha512-{check}",\n"resolved": "https://r.example/a.tgz"',
+        f'name = "serde"\nchecksum = "{hashlib.sha256(b"y").hexdigest()}"',
+        f"golang.org/x/net v0.1.0 h1:{digest}=\n",
+    ]
 
 
 @pytest.mark.parametrize("text", hook_harmless_texts(), ids=lambda text: text[:20])
@@ -1578,9 +1674,9 @@ def test_what_is_no_secret_stays_as_it_is(text):
 def test_source_code_stays_as_it_is(module):
     with open(module.__file__, encoding="utf-8") as file:
         text = file.read()
-    redacted = ee.redact_text(text)
     # the one thing like a secret in them: an example in urllib's documentation
-    assert redacted.count("[redacted:") - text.count("[redacted:") == (module is urllib.request)
+    found = ee.redact_text(text).count("[redacted:") - text.count("[redacted:")
+    assert found == (module is urllib.request)
 
 
 def hook_hints() -> list[str]:
@@ -1610,9 +1706,9 @@ def test_the_time_for_redaction_grows_no_faster_than_the_length(pattern):
     for hint in ("", "token", "eyJ", "://", "authorization"):
         unit = pattern.replace("{}", hint)
         if unit:
-            limit = 60 * max(redaction_seconds(unit, 10_000, 3), 0.001)
-            # sixteen times as long; a square would be 256 times as slow
-            assert any(redaction_seconds(unit, 160_000) < limit for _ in range(3)), unit
+            limit = 30 * max(redaction_seconds(unit, 5_000, 3), 0.001)
+            # eight times as long; a square would be 64 times as slow
+            assert any(redaction_seconds(unit, 40_000) < limit for _ in range(3)), unit
 
 
 @settings(deadline=None, max_examples=100)
@@ -1626,14 +1722,47 @@ def test_redaction_of_any_mixture_is_quick_and_the_same_twice(parts, hint):
     unit = "".join(parts).replace("{}", hint)
     once = ee.redact_text(unit)
     assert ee.redact_text(once) == once, "what is gone gives nothing beside it another meaning"
-    assert redaction_seconds(unit, 40_000) < 2.0  # the square would take minutes
+    assert redaction_seconds(unit, 20_000) < 1.0  # the square would take minutes
 
 
-@settings(deadline=None, max_examples=150)
+def test_a_token_that_grep_has_coloured_is_redacted_whole():
+    token = hook_token("gh" + "p_", 36)
+    shown = ee.redact_text(f"\x1b[01;31m\x1b[K{token[:4]}\x1b[m\x1b[K{token[4:]} and text")
+    assert "[redacted:github:" in shown and token[4:12] not in shown and shown.endswith(" and text")
+
+
+HOOK_ESCAPES = st.sampled_from(
+    ["\n", " ", *r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"), "\x1b[0m", "\x1b[01;31m\x1b[K"]
+)
+hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, max_size=4).map("".join)
+hook_some_secret = st.sampled_from([secret for _, secret, around in HOOK_SECRETS if around == "see {} there"])
+
+
+@settings(deadline=None, max_examples=300)
+@given(hook_harmless_parts, HOOK_ESCAPES, hook_some_secret, HOOK_ESCAPES, hook_harmless_parts)
+def test_no_text_and_no_escape_around_a_token_hides_it(before, left, secret, right, after):
+    shown = ee.redact_text(before + left + secret + right + after)
+    assert not hook_traces(secret, shown), shown
+    assert ee.redact_text(shown) == shown
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet='\\n"%3D=x0b\x1b[m;u&quot0', max_size=40), st.text(max_size=20))
+def test_each_place_in_a_view_leads_back_to_its_text(escapes, text):
+    raw = text + escapes + text
+    view = ee._View(raw)
+    spans = [view.raw_span(at, at + 1) for at in range(len(view.text))]
+    assert all(start < end for start, end in spans)
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+    assert all(raw[start:end] == letter for (start, end), letter in zip(spans, view.text) if end - start == 1)
+
+
+@settings(deadline=None, max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
     privacy = ee.Privacy(redact, metadata_only, 1024)
-    once = protected(ee.build_event(json.loads(json.dumps(given_object)), 5, "m"), privacy)
+    once = hook_protected(given_object, privacy)
+    hook_check_form(once)
     assert protected(json.loads(json.dumps(once)), privacy) == once
 
 
@@ -1644,9 +1773,10 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
     width = len(letter.encode("utf-8", "surrogatepass"))
     text = "head" + letter * ((limit - 8) // width + over) + "tail"
     size = len(text.encode("utf-8", "surrogatepass"))
-    response = {"stdout": text, "lines": ["x", text]}
-    event = ee.build_event(payload("PostToolUse", tool_response=response, tool_input={"a": "b"}), 5, "m")
-    data = protected(event, ee.Privacy(field_limit_bytes=limit))["data"]
+    given_payload = payload(
+        "PostToolUse", tool_response={"stdout": text, "lines": ["x", text]}, tool_input={"a": "b"}
+    )
+    data = hook_protected(given_payload, ee.Privacy(field_limit_bytes=limit))["data"]
     cut = data["toolOutput"]["stdout"]
     if size <= limit:
         assert cut == text and "truncated" not in data
@@ -1659,44 +1789,42 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "€", "😀"])
-@pytest.mark.parametrize("limit", [1024, 4096, 16_384])
+@pytest.mark.parametrize("limit", [1024, 4096])
 def test_what_was_cut_once_is_not_cut_again(letter, limit):
     privacy = ee.Privacy(field_limit_bytes=limit)
     for size in range(limit - 50, limit + 300, 7):
-        for fields in (
-            {"x": letter * size},
-            {"x": letter * size + "a" * size, "y": ["b" * size + letter * size]},
-        ):
-            once = protected(ee.build_event(payload("Stop", **fields), 5, "m"), privacy)
+        longer = {"x": letter * size + "a" * size, "y": ["b" * size + letter * size]}
+        for fields in ({"x": letter * size}, longer):
+            once = hook_protected(payload("Stop", **fields), privacy)
             assert protected(json.loads(json.dumps(once)), privacy) == once
             assert len(once["data"]["x"].encode()) <= limit
 
 
 def test_a_field_cut_before_keeps_its_first_size():
-    event = ee.build_event(payload("Stop", last_assistant_message="x" * 50_000), 5, "m")
-    once = protected(event, ee.Privacy(field_limit_bytes=8192))
+    given_payload = payload("Stop", last_assistant_message="x" * 50_000)
+    once = hook_protected(given_payload, ee.Privacy(field_limit_bytes=8192))
     twice = protected(once, ee.Privacy(field_limit_bytes=1024))
     assert twice["data"]["truncated"] == {"assistantResponse": 50_000}
 
 
-@pytest.mark.parametrize(("kind", "secret", "around"), hook_secrets(), ids=[row[0] for row in hook_secrets()])
-def test_a_secret_across_the_cut_leaves_no_half(kind, secret, around):
-    privacy = ee.Privacy(field_limit_bytes=16_384)
-    text, total = around.format(secret), 40_000
-    for edge in (8192, total - 8192):
+@pytest.mark.parametrize("kind", HOOK_SECRET_KINDS)
+def test_a_secret_across_the_cut_leaves_no_half(kind):
+    secret, around = next((secret, around) for its_kind, secret, around in HOOK_SECRETS if its_kind == kind)
+    text, total, privacy = around.format(secret), 24_000, ee.Privacy(field_limit_bytes=8192)
+    for edge in (4096, total - 4096):
         for back in range(0, len(text), max(1, len(text) // 12)):
             rest = (edge - back) % 5
             before = "word " * ((edge - back) // 5) + "." * (rest - 1) + " " * (rest > 0)
             long_text = before + text
             long_text += " word" * ((total - len(long_text)) // 5)
-            event = protected(ee.build_event(payload("Stop", x=long_text), 5, "m"), privacy)
+            event = hook_protected(payload("Stop", x=long_text), privacy)
             assert "truncated" in event["data"] and not hook_traces(secret, event), (edge, back)
 
 
 def test_secrets_before_the_cut_pull_no_half_secret_into_view():
     # What is replaced becomes shorter, so that the head reaches further into the text than its length says.
     limit, margin = 32_768, 4096
-    secret = hook_token("AK" + "IA", 16, "ABCDEFGHIJ234567")
+    secret = hook_token("AK" + "IA", 16, HOOK_BASE32)
     blocks = "\n\n".join(hook_key_block(1600) for _ in range(5)) + "\n"
     for edge in (limit // 2, limit // 2 + margin):
         for back in (2, 8, 12, 18):
@@ -1705,38 +1833,64 @@ def test_secrets_before_the_cut_pull_no_half_secret_into_view():
             text = start + secret + " y" * 60_000
             mirrored = "y " * 60_000 + secret + start[::-1].replace(blocks[::-1], blocks)
             for tried in (text, mirrored):
-                event = ee.build_event(payload("Stop", x=tried), 5, "m")
-                event = protected(event, ee.Privacy(field_limit_bytes=limit))
+                event = hook_protected(payload("Stop", x=tried), ee.Privacy(field_limit_bytes=limit))
                 assert not hook_traces(secret, event), (edge, back, tried is text)
 
 
 HOOK_PROSE = "content-of-a-person"
+HOOK_CONTENT = "words of a person"
+
+
+def hook_of_another(**data: Any) -> dict[str, Any]:
+    return {"eventType": "message", "data": data}
+
+
 # What comes, and what of its `data` leaves.
 HOOK_METADATA: dict[str, tuple[dict[str, Any], Any]] = {
     "a call": (
         payload(
             "PostToolUse", tool_name="Bash", tool_use_id="t1", duration_ms=5, tool_input={"command": HOOK_PROSE},
-            tool_response=HOOK_PROSE, message=HOOK_PROSE, prompt=HOOK_PROSE, error=HOOK_PROSE,
-            last_assistant_message=HOOK_PROSE, future=HOOK_PROSE, tool_calls=[HOOK_PROSE], title=HOOK_PROSE,
-            session_title=HOOK_PROSE, model="claude-x", permission_mode="default",
+            model="claude-x", permission_mode="default", tool_calls=[HOOK_PROSE],
+            **dict.fromkeys("tool_response message prompt error last_assistant_message future title session_title".split(),
+                            HOOK_PROSE),
         ),
         {"toolName": "Bash", "toolUseId": "t1", "durationMs": 5, "model": "claude-x", "permissionMode": "default"},
     ),
     "the reason of an end": (payload("SessionEnd", reason="other"), {"reason": "other"}),
     "the prose of a refusal": (payload("PermissionDenied", reason=HOOK_PROSE), {}),
     "a field of another program": ({"eventType": "message", "text": HOOK_PROSE}, {}),
-    "data of another program": ({"eventType": "message", "data": {"text": HOOK_PROSE}}, {}),
+    "data of another program": (hook_of_another(text=HOOK_PROSE), {}),
     "data that is no object": ({"eventType": "message", "data": HOOK_PROSE}, {}),
     "any object": ({"test": HOOK_PROSE}, {}),
     "a field beside a payload": (hook_wrapped({"hook_event_name": "Stop"}, beside={"text": HOOK_PROSE}), {}),
+    "the figures of usage": (
+        hook_of_another(usage={"models": {"m-1": {"input": 5, "note": HOOK_CONTENT}}, "model": "m-1", HOOK_CONTENT: 1}),
+        {"usage": {"models": {"m-1": {"input": 5}}, "model": "m-1"}},
+    ),
+    "usage that is no object": (hook_of_another(usage=HOOK_CONTENT), {}),
+    "what an agent is": (
+        hook_of_another(agentMeta={"agentType": "Explore", "spawnDepth": 1, "description": HOOK_CONTENT}),
+        {"agentMeta": {"agentType": "Explore", "spawnDepth": 1}},
+    ),
+    "sizes of what was cut": (
+        hook_of_another(truncated={"toolOutput.stdout": 5, HOOK_CONTENT: 7, "x": HOOK_CONTENT}),
+        {"truncated": {"toolOutput.stdout": 5}},
+    ),
+    "a model that is no word": (hook_of_another(model={"name": HOOK_CONTENT}), {}),
+    "a source that is no word": (hook_of_another(source=[HOOK_CONTENT]), {}),
+    "a trigger": (hook_of_another(trigger="manual"), {"trigger": "manual"}),
+    "a trigger that is prose": (hook_of_another(trigger=HOOK_CONTENT * 20), {}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("given_object", "data"), HOOK_METADATA.values(), ids=HOOK_METADATA.keys())
 def test_at_the_level_of_metadata_no_content_leaves(given_object, data):
-    built = ee.build_event(given_object, 5, "m")
-    event = protected(dict(built), ee.Privacy(metadata_only=True))
-    assert HOOK_PROSE not in json.dumps(event) and event["data"] == data
+    event, built = (
+        hook_protected(given_object, ee.Privacy(metadata_only=True)),
+        ee.build_event(given_object, 5, "m"),
+    )
+    text = json.dumps(event)
+    assert HOOK_PROSE not in text and HOOK_CONTENT not in text and event["data"] == data
     assert (event["sessionId"], event["hookType"]) == (built["sessionId"], built["hookType"])
 
 
@@ -1758,267 +1912,31 @@ def test_the_config_decides_what_is_stored(tmp_path, key, value, beginning, is_w
     assert message.startswith(beginning) and (len(message) > 1024) == is_whole
 
 
-WORD = hook_token("", 12)
-LONG = hook_token("", 40)
-LOGIN = base64.b64encode(b"user:" + WORD.encode()).decode()
-
-# What must be gone ({}), in what it may stand in. The text around it stays.
-SECRETS_IN = {
-    "environment file": ["DB_PASS={}", "export API_KEY='{}'", "SECRET_KEY_BASE={}", "PGPASSWORD={} psql", "MYSQL_PWD={}",
-        "REDIS_PASSWORD_PROD={}", "POSTGRES_PASSWORD: {}", "LDAP_BIND_PW={}", "ADMIN_PASSWORD=p@ss&word#{}"],
-    "header": ["X-Api-Key:{}", "X-Auth-Token: {}\r\nHost: a", "-H 'PRIVATE-TOKEN: {}'", "X-Vault-Token: {}", "Cookie:sid={}"],
-    "command": ["curl -u me:{} https://h", "curl -X POST h \\\n  --user 'me:{}'", "sshpass -p {} ssh h", "mysql -uroot -p{} db",
-        "redis-cli -h h -a {} ping", "docker login -u me -p {} h", "openssl rsa -passin pass:{}", "x --db-password {} y",
-        "docker run -e API_TOKEN={} x", "java -Da.keyStorePassword={} x", "aws configure set aws_secret_access_key {}",
-        "set -gx GITHUB_TOKEN {}", "npm config set //r.example/:_authToken {}"],
-    "netrc": ["machine h login me password {}", "machine h\n  login me\n  password {}\n"],
-    "YAML": ["password: {}", "  db_password: '{}'", "password: >-\n  {}", "secret:\n    {}\n", "- name: DB_PASSWORD\n  value: {}"],
-    "XML": ["<password>{}</password>", '<add key="Password" value="{}"/>', '<string name="api_key">{}</string>',
-        '<property name="password"><value>{}</value></property>', "<key>Password</key>\n<string>{}</string>"],
-    "SQL": ["CREATE USER a IDENTIFIED BY '{}';", "ALTER USER a IDENTIFIED WITH sha2 BY '{}'", "ALTER ROLE a PASSWORD '{}'",
-        "SET PASSWORD FOR 'a'@'b' = '{}'", "CREATE LOGIN a WITH PASSWORD = N'{}'"],
-    "code": ["'password' => '{}',", "define('DB_PASSWORD', '{}');", "$config['db_pass'] = '{}';", 'os.environ["X_TOKEN"] = "{}"',
-        'const token: string = "{}";', '#define API_SECRET "{}"', 'headers.set("X-Api-Key", "{}")', "auth: {{user: 'a', pass: '{}'}}",
-        'builder.password("{}")'],
-    "JSON in text": ['{{"password": "{}"}}', '{{\\"token\\": \\"{}\\"}}', '{{"password": "a\\"{}"}}', '"client_secret":\n  "{}"',
-        '{{"name": "DB_PASSWORD", "value": "{}"}}', '{{\\n  \\"apiKey\\": \\"{}\\"\\n}}'],
-    "connection": ["Server=h;User Id=sa;Password={};", "postgres:\\/\\/me:{}@h\\/db", "amqp://me:{}@h", "?a=b&access_token={}&c=d"],
-    "colours": ["password: \x1b[32m{}\x1b[0m", '\x1b[34;1m"token"\x1b[0m\x1b[1;39m:\x1b[0m \x1b[0;32m"{}"\x1b[0m', "\\033[1mTOKEN\\033[0m={}"],
-    "escapes": ["password\\u003d{}", "a%26password%3D{}%26b", "&quot;token&quot;:&quot;{}&quot;", "TOKEN\\x3d{}"],
-}  # fmt: skip
-LOGINS_IN = [
-    "Authorization: Basic {}",
-    "-H 'Authorization:Basic {}'",
-    '{{"auths": {{"h": {{"auth": "{}"}}}}}}',
-    "_auth={}",
-]
-
-
-def secret_rows() -> list[Any]:
-    rows = [(kind, WORD + "7Q", text) for kind, texts in SECRETS_IN.items() for text in texts]
-    return [pytest.param(*row[1:], id=f"{row[0]} {at}") for at, row in enumerate(rows)] + [
-        pytest.param(LOGIN, text, id=f"login {text[:20]}") for text in LOGINS_IN
-    ]
-
-
-@pytest.mark.parametrize(("secret", "text"), secret_rows())
-def test_a_secret_is_redacted_in_each_notation(secret, text):
-    shown = ee.redact_text(text.format(secret))
-    assert not hook_traces(secret, shown, 6) and "[redacted:" in shown, shown
-    event = ee.build_event(payload("PostToolUse", tool_response={"stdout": text.format(secret)}), 5, "m")
-    assert not hook_traces(secret, protected(event, ee.Privacy()), 6)
-
-
-# Texts that name secrets and hold none.
-HARMLESS = """proxy_pass http://backend:8080;
-password: str = Field(...)
-token: Optional[str] = None
-docker run -u 1000:1000 img
-curl -u $USER:$PASS https://x
-git push -u origin main
-"auth": "oauth2", "auth": true
-PWD=/home/me/project1
-12 passed, "pass": 12, pass: 100%
-TOKEN_LIMIT=100000 max_tokens=4096
-secretName: my-secret-1
-secretKeyRef: {name: db1, key: password}
-password: "{{ vault_db_password }}"
-password: !vault |
-token: ${{ secrets.GITHUB_TOKEN }}
-<label for="password">Password</label>
-cache-key: v1-deps-12345
-primary_key=True, sort_key: created_at2
-SSH_KEY=~/.ssh/id_ed25519
-GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json
-"token_type": "Bearer"
-secrets: inherit
-re_compile_pattern_2_of_the_book
-sk-container-id-12345678
-toolu_01XFDUDYJgAACzvnptvVoYEL
-fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000
-git@github.com:org/repo.git
-https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2
-rows are identified by 'name'
-pad_token: "<pad1>"
-passport: 12345, bypass=true1, compass: n123
---key-file /etc/k1.pem --token-file t1
-API_KEY=your-api-key-here
-PASSWORD=******** password: '****' TOKEN=<token>
-headers["Authorization"] = "Basic %s" % auth"""
-
-
-@pytest.mark.parametrize("text", HARMLESS.split("\n"))
-def test_a_text_that_only_names_secrets_stays(text):
-    assert ee.redact_text(text) == text
-
-
-def token_examples() -> dict[str, str]:
-    """Make up a token for each beginning, by what its pattern asks for."""
-    examples = {}
-    for shape in ee.SECRET_SHAPES:
-        if shape.is_token:
-            for body in (LONG * 4, hook_token("1", 60, "ABCDEFGHIJ234567"), hook_token("", 16, "ABCDEFG234567"),
-                         *(hook_token("", size, "0123456789abcdef") for size in (32, 40)),
-                         "0a1b2c3d-4e5f-4a6b-8c9d-0e1f2a3b4c5d", "eyJ" + LONG * 2, "A1B2C3-D4E5F6-G7H8I-J9K0L-M1N2P-Q3R4S",
-                         f"{LONG[:22]}.{LONG}{LONG[:3]}", f"{hook_token('', 64, '0123456789abcdef')}-{LONG[:16]}",
-                         f"{LONG[:8]}_{LONG[:24]}", f"{hook_token('', 24, '0123456789abcdef')}-{hook_token('', 34, '0123456789abcdef')}",
-                         f"{hook_token('', 24, 'ABCDEF234567')}.{hook_token('', 64, 'ABCDEF234567')}",
-                         f"{LONG[:32]}_{hook_token('', 8, '0123456789abcdef')}", f"{LONG[:14]}.{hook_token('', 64, '0123456789abcdef')}",
-                         f"{LONG[:22]}.{LONG[:24]}.{LONG[:20]}"):  # fmt: skip
-                if shape.pattern.fullmatch(body):
-                    examples[f"{shape.kind} {shape.hint}"] = shape.hint + body
-                    break
-            else:
-                raise AssertionError(f"no example for {shape.kind} {shape.hint}")
-    return examples
-
-
-TOKENS = token_examples()
-
-
-@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS.keys())
-def test_a_token_is_redacted_after_a_word_an_escape_or_a_colour(token):
-    for text in (
-        f"see {token} there",
-        f'"line\\n{token}\\nnext"',
-        f"?t%3D{token}&x",
-        f"\x1b[32m{token}\x1b[0m",
-        f"a\\u003d{token}",
-    ):
-        event = ee.build_event(payload("PostToolUse", tool_response={"stdout": text}), 5, "m")
-        assert not hook_traces(token, protected(event, ee.Privacy())), text
-
-
-@pytest.mark.parametrize("head", ["f29d", "u8x", "Xrv7K", "sha256x", "x25519a"])
-def test_a_value_that_begins_like_a_type_is_redacted(head):
-    for text in ("aws_secret_access_key = {}\n", "api_key: {}\n", "X-Auth-Token: {}\r\n"):
-        assert not hook_traces(head + LONG[:28], ee.redact_text(text.format(head + LONG[:28])))
-    for text in ("secret: bytes32", "token: Uint8Array", "password: u64,"):
-        assert ee.redact_text(text) == text
-
-
-def test_a_token_that_grep_has_coloured_is_redacted_whole():
-    token = hook_token("gh" + "p_", 36)
-    shown = ee.redact_text(f"\x1b[01;31m\x1b[K{token[:4]}\x1b[m\x1b[K{token[4:]} and text")
-    assert "[redacted:github:" in shown and token[4:12] not in shown and shown.endswith(" and text")
-
-
-ESCAPES = st.sampled_from(
-    [
-        "\x1b[0m",
-        "\x1b[01;31m\x1b[K",
-        "\\n",
-        "\\t",
-        "\\\\n",
-        "%3D",
-        "%20",
-        "\\u003d",
-        "\\x1b[0m",
-        "&amp;",
-        " ",
-        "\n",
-        '"',
-        "=",
-        ": ",
-    ]
-)
-HARMLESS_PARTS = st.lists(st.sampled_from(HARMLESS.split("\n")) | ESCAPES, max_size=4).map("".join)
-
-
-@settings(deadline=None, max_examples=300)
-@given(HARMLESS_PARTS, ESCAPES, st.sampled_from(sorted(TOKENS.values()) + [s for _, s, around in hook_secrets() if around == "see {} there"]),
-       ESCAPES, HARMLESS_PARTS)  # fmt: skip
-def test_no_text_and_no_escape_around_a_token_hides_it(before, left, secret, right, after):
-    text = before + left + secret + right + after
-    shown = ee.redact_text(text)
-    assert not hook_traces(secret, shown), shown
-    assert ee.redact_text(shown) == shown
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text(alphabet='\\n"%3D=x0b\x1b[m;u&quot0', max_size=40), st.text(max_size=20))
-def test_each_place_in_a_view_leads_back_to_its_text(escapes, text):
-    raw = text + escapes + text
-    view = ee._View(raw)
-    spans = [view.raw_span(at, at + 1) for at in range(len(view.text))]
-    assert all(start < end for start, end in spans) and all(
-        a[1] <= b[0] for a, b in itertools.pairwise(spans)
-    )
-    assert all(raw[start:end] == letter for (start, end), letter in zip(spans, view.text) if end - start == 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "is_secret"),
-    [(name, True) for name in ("SECRET_KEY_BASE", "DB_PASS", "dbPass", "PGPASSWORD", "_authToken", "client-key-data", "jwtSecret",
-                               "smtp.pass", "RAILS_MASTER_KEY", "SSHPASS", "sharedAccessKey", "PASSWORD2", "db_pw")]
-    + [(name, False) for name in ("compass", "primaryKey", "publicKey", "tokenCount", "eos_token", "keyboard", "author",
-                                  "passwordHint", "secretName", "secrets", "bypass")],
-)  # fmt: skip
-def test_a_name_means_the_same_in_json_and_in_text(name, is_secret):
-    event = ee.build_event(payload("PreToolUse", tool_input={name: WORD + "7Q"}), 5, "m")
-    assert (WORD not in json.dumps(protected(event, ee.Privacy()))) == is_secret
-    assert (WORD not in ee.redact_text(f'{{"{name}": "{WORD}7Q"}}')) == is_secret
-
-
-def test_a_value_beside_the_name_of_a_secret_is_replaced():
-    variables = [{"name": "DB_PASSWORD", "value": "short"}, {"name": "HOME", "value": "short"}]
-    event = protected(
-        ee.build_event(payload("PreToolUse", tool_input={"env": variables}), 5, "m"), ee.Privacy()
-    )
-    first, second = event["data"]["toolInput"]["env"]
-    assert first["value"].startswith("[redacted:key:") and second["value"] == "short"
-
-
-CONTENT = "words of a person"
-
-
-@pytest.mark.parametrize(
-    ("name", "given_value", "kept"),
-    [
-        ("usage", {"models": {"m-1": {"input": 5, "note": "a-word"}}, "model": "m-1", CONTENT: 1}, {"models": {"m-1": {"input": 5}}, "model": "m-1"}),
-        ("usage", CONTENT, None),
-        ("agentMeta", {"agentType": "Explore", "spawnDepth": 1, "description": CONTENT}, {"agentType": "Explore", "spawnDepth": 1}),
-        ("truncated", {"toolOutput.stdout": 5, CONTENT: 7, "x": CONTENT}, {"toolOutput.stdout": 5}),
-        ("model", {"name": CONTENT}, None),
-        ("source", [CONTENT], None),
-        ("trigger", CONTENT * 20, None),
-        ("trigger", "manual", "manual"),
-    ],
-)  # fmt: skip
-def test_at_the_level_of_metadata_an_object_keeps_its_figures(name, given_value, kept):
-    event = ee.build_event({"eventType": "message", "data": {name: given_value}}, 5, "m")
-    event = protected(event, ee.Privacy(metadata_only=True))
-    assert event["data"].get(name) == kept and CONTENT not in json.dumps(event)
-
-
-# room: Ingest (quarantine and logs)
-
-
 @pytest.mark.parametrize("level", ["full", "metadata"])
 def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     token = hook_token("gh" + "p_", 36)
-    lines = [f'{{"hook_event_name": "Stop", "prompt": "{CONTENT} {token}'.encode(), b'{"a": "' + b"x" * 4080 + b" " + token.encode(),
-             f'{{"x": "{CONTENT} ' .encode() + b"y" * 170 + b" " + token.encode() + b"z" * (17 << 20)]  # fmt: skip
+    lines = [f'{{"hook_event_name": "Stop", "prompt": "{HOOK_CONTENT} {token}', '{"a": "' + "x" * 4080 + " " + token,
+             f'{{"x": "{HOOK_CONTENT} {"y" * 170} {token}' + "z" * (17 << 20)]  # fmt: skip
     monitor.write_config({"privacy": {"level": level}})
     monitor.start()
     for line in lines:
         with monitor.connect() as sock:
-            sock.sendall(line + b"\n")
+            sock.sendall(line.encode() + b"\n")
             assert sock.recv(10) == ee.ACKNOWLEDGEMENT
     eventually(lambda: monitor.get("/api/status")["events"]["quarantined"] == len(lines))
-    monitor.stop()
+    monitor.kill()
     for name in ("quarantine.log", "monitor.log"):
-        with open(f"{monitor.home}/{name}", encoding="utf-8") as file:
-            text = file.read()
+        text = install_text(f"{monitor.home}/{name}")
         assert not hook_traces(token, text), name
-        assert (CONTENT in text) == (level == "full"), name
+        assert (HOOK_CONTENT in text) == (level == "full"), name
 
 
 def test_a_reason_in_the_log_of_the_hook_shows_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
-    ee.log_failure(f"failed: token={WORD}7Q is wrong")
+    word = hook_token("", 12) + "7Q"
+    ee.log_failure(f"failed: token={word} is wrong")
     text = (tmp_path / "emit.log").read_text()
-    assert WORD not in text and "is wrong" in text
+    assert word not in text and "is wrong" in text
 
 
 # ---------------------------------------------------------------------------
