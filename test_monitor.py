@@ -157,6 +157,7 @@ class RunningMonitor:
         self.claude_home = self.home + "/claude"
         self.write_config({})
         self.about: dict[str, Any] = {}
+        self.clients: list[TestClient] = []
 
     def write_config(self, more: dict[str, Any]) -> None:
         """Write the configuration: free ports, a socket of its own, and what the test wants."""
@@ -287,6 +288,7 @@ class RunningMonitor:
             f"ws://127.0.0.1:{self.ws_port}/", max_size=None, open_timeout=10, close_timeout=2,
             compression=None, ping_interval=None,
         ))  # fmt: skip
+        self.clients.append(client)
         client.hello = client.next("hello")
         if view is not None:
             client.subscribed = client.ask("subscribed", type="subscribe", view=view, **subscription)
@@ -1949,21 +1951,16 @@ def spool_read(path: str) -> list[bytes]:
 
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
     directory, writers, each = str(tmp_path / "spool"), 8, 250
-    processes = [
-        subprocess.Popen([PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory, str(writer), str(each)])
-        for writer in range(writers)
-    ]
-    drained: list[bytes] = []
-    segments = 0
+    command = [PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory]
+    processes = [subprocess.Popen([*command, str(writer), str(each)]) for writer in range(writers)]
+    segments: list[list[bytes]] = []
 
     def drain() -> bool:
-        nonlocal segments
         for path, _ in ee.spool_segments(directory):
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
                 taken = ee.take_segment(path)
-                drained.extend(spool_read(taken))
+                segments.append(spool_read(taken))
                 os.unlink(taken)
-                segments += 1
         return all(process.poll() is not None for process in processes)
 
     try:
@@ -1974,9 +1971,9 @@ def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
             process.kill()
             process.wait()
     assert [process.returncode for process in processes] == [0] * writers
-    found = collections.Counter(json.loads(line)["id"] for line in drained)
+    found = collections.Counter(json.loads(line)["id"] for lines in segments for line in lines)
     assert found == {f"{writer}-{number}": 1 for writer in range(writers) for number in range(each)}
-    assert segments > 10 and ee.spool_segments(directory) == []
+    assert len(segments) > 10 and ee.spool_segments(directory) == []
 
 
 # Appends as time:segment ("!": 4 MiB), `take` for the drainer; the segments left; the events dropped.
@@ -2132,21 +2129,16 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
     eventually(lambda: ee.spool_segments(directory) == [])
 
 
-def test_what_is_stored_already_is_not_stored_again_from_the_spool(monitor):
-    def spool_until_stored(sent: str, stored: list[str], duplicates: int) -> None:
+def test_what_is_stored_already_is_not_stored_again_from_the_spool(running):
+    running.emit(json.loads(spool_line("a")), json.loads(spool_line("b")))
+    for sent, stored, duplicates in (("abcc", "abc", 3), ("acd", "abcd", 2)):
         for event_id in sent:
-            ee.append_to_spool(monitor.home + "/spool", spool_line(event_id))
-        if not monitor.about or not alive(monitor.pid):
-            monitor.start()
-        eventually(lambda: stored[-1] in [event["id"] for event in monitor.stored_events()])
-        assert [event["id"] for event in monitor.stored_events()] == stored
-        assert monitor.get("/api/status")["events"]["duplicates"] == duplicates
-
-    monitor.serve()
-    monitor.emit(json.loads(spool_line("a")), json.loads(spool_line("b")))
-    spool_until_stored("abcc", ["a", "b", "c"], 3)
-    monitor.kill()
-    spool_until_stored("acd", ["a", "b", "c", "d"], 2)
+            ee.append_to_spool(running.home + "/spool", spool_line(event_id))
+        if not alive(running.pid):
+            running.serve()
+        eventually(lambda: running.get("/api/status")["events"]["duplicates"] == duplicates)  # noqa: B023
+        eventually(lambda: [event["id"] for event in running.stored_events()] == list(stored))  # noqa: B023
+        running.kill()
 
 
 # ---------------------------------------------------------------------------
@@ -2221,9 +2213,8 @@ class JournalModel:
         freed = self.journal.delete_session(session)
         gone = {path: size for path, size in before.items() if not os.path.exists(path)}
         assert not self.root or freed == sum(gone.values())
-        assert all(os.listdir(day) for day in map(os.path.dirname, gone) if os.path.exists(day)), (
-            "no empty day"
-        )
+        days = {os.path.dirname(path) for path in gone}
+        assert all(os.listdir(day) for day in days if os.path.exists(day)), "no empty day"
         self.kept = [entry for entry in self.kept if entry.session != session]
 
     def path(self, number: int) -> str:
@@ -2245,8 +2236,7 @@ class JournalModel:
         """Put a file there that holds no whole event."""
         if self.root:
             os.makedirs(self.root + "/2026-01-20", exist_ok=True)
-            with open(self.root + "/2026-01-20/f.jsonl", "wb") as file:
-                file.write(content)
+            ee.write_atomically(self.root + "/2026-01-20/f.jsonl", content)
 
     def tear(self, number: int, size: int) -> None:
         """Cut the last line of a file, as a loss of power does."""
@@ -2267,19 +2257,20 @@ class JournalModel:
             assert self.journal.seq >= max((entry.seq for entry in self.kept), default=0)
             self.journal.seq = max(self.journal.seq, self.highest)  # as `last-seq` does
 
-    def check(self, session: str | None = None, after: int = 0, before: int | None = None) -> None:
+    def check(
+        self, journal: Any, session: str | None = None, after: int = 0, before: int | None = None
+    ) -> None:
         expected = [
             entry.line for entry in sorted(self.kept)
             if session in (None, entry.session) and after < entry.seq < (before or 1 << 62)
         ]  # fmt: skip
-        for journal in [self.journal] + ([cm.Journal(self.root)] if self.root else []):
-            assert list(journal.lines(session, after, before)) == expected
-            assert list(journal.lines(session, after, before, backwards=True)) == expected[::-1]
+        assert list(journal.lines(session, after, before)) == expected
+        assert list(journal.lines(session, after, before, backwards=True)) == expected[::-1]
 
 
-journal_sizes = st.sampled_from([0, 0, 0, 40, 700, 20_000, 200_000])
-journal_batches = st.lists(st.tuples(st.sampled_from(STORE_SESSIONS), journal_sizes), max_size=6)
-journal_foreign = [b"", b"\n\n\n", b'{"seq":1,', b"no event\n", b"no event\n\n{}\n", b"x" * 10_000]
+journal_batches = st.lists(
+    st.tuples(st.sampled_from(STORE_SESSIONS), st.sampled_from([0, 0, 0, 40, 700, 20_000])), max_size=6
+)
 journal_operations = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([0, 0, 0, 1, 3, -1, -2, -5]), journal_batches),
     st.tuples(st.just("append"), st.sampled_from([0, 1]), journal_batches),
@@ -2287,14 +2278,14 @@ journal_operations = st.one_of(
     st.tuples(st.just("remove"), st.integers(0, 9), st.booleans()),
     st.tuples(st.just("tear"), st.integers(0, 9), st.sampled_from([2, 30, 10_000_000])),
     st.tuples(st.just("edit"), st.integers(0, 9), st.sampled_from([b"\n", b"none\n", b'{"seq":x}\n\n'])),
-    st.tuples(st.just("put_foreign"), st.sampled_from(journal_foreign)),
+    st.tuples(st.just("put_foreign"), st.sampled_from([b"", b"\n\n\n", b'{"seq":1,', b"no\n\n{}\n", b"x" * 10_000])),
     st.tuples(st.just("restart")),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from([(7, 7), (64, 50), (4 << 10, 64 << 10)]), st.lists(journal_operations, max_size=20))
+@settings(deadline=None, max_examples=70, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cm, "_TAIL_BYTES", sizes[0])
@@ -2302,18 +2293,19 @@ def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
         model = JournalModel(root if kind == "files" else "")
         for name, *arguments in operations:
             getattr(model, name)(*arguments)
-            model.check()
-        for session in STORE_SESSIONS:
-            model.check(session)
-        for seq, owner, line, _ in model.kept[:: max(1, len(model.kept) // 3)]:
-            model.check(owner, max(0, seq - 2), seq + 1)
-            model.check(None, seq)
-            for about in ((), (owner,), (owner, seq), (None, seq), (owner, seq + 1)):
-                assert model.journal.find(cm.line_id(line), *about) == line, "a wrong seq costs time only"
-        assert model.journal.find("nothing") is None and list(model.journal.lines("none")) == []
+            model.check(model.journal)
+        for journal in [model.journal] + ([cm.Journal(root)] if model.root else []):
+            for session in (None, *STORE_SESSIONS):
+                model.check(journal, session)
+            for seq, owner, line, _ in model.kept[:: max(1, len(model.kept) // 3)]:
+                model.check(journal, owner, max(0, seq - 2), seq + 1)
+                model.check(journal, None, seq)
+                for about in ((), (owner,), (owner, seq), (None, seq), (owner, seq + 1)):
+                    assert journal.find(cm.line_id(line), *about) == line, "a wrong seq costs time only"
+            assert journal.find("nothing") is None and list(journal.lines("none")) == []
         for session in STORE_SESSIONS:
             model.delete(session)
-            model.check()
+            model.check(model.journal)
         assert model.journal.is_writable()
         model.journal.close()
 
@@ -2391,29 +2383,27 @@ def test_a_day_may_have_more_files_than_may_be_open(journal):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_journal_opens_only_the_files_that_a_reader_needs(journal, monkeypatch):
+def test_the_journal_reads_only_the_days_that_a_reader_needs(journal, monkeypatch):
     for day in range(10):
         events = [store_event(day * 20 + number, f"s{number}") for number in range(20)]
         journal.append(events, NOW_MS + day * DAY_MS)
-    read: set[int] = set()  # days since the first
+    days_read: set[int] = set()
     do_read = cm.JournalFile._read
 
     def noted(file: Any, *about: Any) -> Any:
-        read.add(journal.days().index(file.day))
+        days_read.add(journal.days().index(file.day))
         return do_read(file, *about)
 
     monkeypatch.setattr(cm.JournalFile, "_read", noted)
-    monkeypatch.setattr(cm.JournalFile, "_offset_of", pytest.fail)  # no bisection where a file's ends do
     for about, limit, seqs, days in (
         ({"after": 197}, 9, [198, 199, 200], {8, 9}),
         ({"after": 180}, 1, [181], {8, 9}),
         ({"backwards": True}, 2, [200, 199], {9}),
         ({"before": 101, "backwards": True}, 2, [100, 99], {4, 5, 6, 7, 8, 9}),
-        ({"session": "s1", "after": 1, "before": 3}, 9, [2], set(range(10))),
     ):
-        read.clear()
+        days_read.clear()
         assert journal_seqs(itertools.islice(journal.lines(**about), limit)) == seqs
-        assert read == days, about
+        assert days_read == days, about
 
 
 def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal):
@@ -2478,7 +2468,6 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
 PACK_DAMAGES = {
     "cut short": (slice(-5000, None), b""),
     "a wrong byte in its middle": (slice(100_000, 100_001), b"!"),
-    "a wrong byte at its end": (slice(-3000, -2999), b"!"),
     "garbage behind its first part": (slice(190_000, None), bytes(5000)),
 }
 
@@ -2554,8 +2543,8 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
 def test_no_two_sessions_share_a_file_even_where_case_is_ignored():
     ids = {*STORE_ODD_IDS, "s1", "Ab", "aB", "ab"}
     ids |= {
-        cm.session_file_name(session)[: -len(".jsonl")] for session in ids
-    }  # what others' files are called
+        cm.session_file_name(session).partition(".jsonl")[0] for session in ids
+    }  # what others' are called
     assert len({cm.session_file_name(session).lower() for session in ids}) == len(ids)
 
 
@@ -2627,29 +2616,37 @@ INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hoo
 INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
 INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
 INSTALL_ODD_NAMES = [
-    "a b", 'a"b', "a$HOME b", "a`id`b", "a\\b", "a\\", "a'b", "$(exit 3)", "é\u2028", "a;b", "!x", "a\nb",
-]  # fmt: skip
-INSTALL_OTHERS_COMMANDS = [
-    "node /opt/x/emit-event.js",
-    "python3 /home/me/project/hooks/emit_event.py",
-    "python3 -I /home/me/.contextuate/hooks/emit_event.py",
-    "python3 -S -I /srv/hooks/emit_event.py",
-    "python3 -I -S /srv/other/emit_event.py",
-    "python3 -I -S /srv/hooks/emit_event.py.bak",
-    "python3 -I -S /srv/hooks/my_emit_event.py || :",
-    "python3 -I -S /srv/hooks/emit_event.py && make",
-    "make; python3 -I -S /srv/hooks/emit_event.py || :",
-    "echo 'python3 -I -S /srv/hooks/emit_event.py || :'",
-    'echo "open',
-    "",
-    "|| :",
-    ":",
-    "python3 -I -S /srv/hooks/emit_event.py || make",
-    "python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /x/other.py || :",
-    "make || python3 -I -S /srv/hooks/emit_event.py || :",
-    "python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /srv/hooks/emit_event.py && make",
+    "a b",
+    'a"b',
+    "a$HOME b",
+    "a`id`b",
+    "a\\b",
+    "a\\",
+    "a'b",
+    "$(exit 3)",
+    "é\u2028",
+    "a;b",
+    "!x",
+    "a\nb",
 ]
-
+INSTALL_OTHERS_COMMANDS = """node /opt/x/emit-event.js
+python3 /home/me/project/hooks/emit_event.py
+python3 -I /home/me/.contextuate/hooks/emit_event.py
+python3 -S -I /srv/hooks/emit_event.py
+python3 -I -S /srv/other/emit_event.py
+python3 -I -S /srv/hooks/emit_event.py.bak
+python3 -I -S /srv/hooks/my_emit_event.py || :
+python3 -I -S /srv/hooks/emit_event.py && make
+make; python3 -I -S /srv/hooks/emit_event.py || :
+echo 'python3 -I -S /srv/hooks/emit_event.py || :'
+echo "open
+|| :
+:
+python3 -I -S /srv/hooks/emit_event.py || make
+python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /x/other.py || :
+make || python3 -I -S /srv/hooks/emit_event.py || :
+python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /srv/hooks/emit_event.py && make
+""".split("\n")
 INSTALL_OUR_COMMANDS = [
     INSTALL_COMMAND,
     "python3 -I -S /x/hooks/emit_event.py",
@@ -2658,15 +2655,14 @@ INSTALL_OUR_COMMANDS = [
     *(cm.hook_command(f"/{odd}/python", f"/{odd}/hooks/emit_event.py") for odd in INSTALL_ODD_NAMES),
 ]
 
+
 install_handlers = st.one_of(
     st.fixed_dictionaries(
         {"type": st.just("command"), "command": st.sampled_from(INSTALL_OTHERS_COMMANDS)},
         optional={"timeout": st.integers(1, 60), "async": st.booleans(), "args": st.just(["x"])},
     ),
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["http", "prompt", "agent"]), "url": st.just(INSTALL_COMMAND)}
-    ),
-    st.dictionaries(st.text(max_size=6), hook_json, max_size=3).filter(lambda value: "command" not in value),
+    st.fixed_dictionaries({"type": st.sampled_from(["http", "agent"]), "url": st.just(INSTALL_COMMAND)}),
+    st.dictionaries(st.text(max_size=6), hook_json, max_size=2).filter(lambda value: "command" not in value),
 )
 install_groups = st.fixed_dictionaries(
     {"hooks": st.lists(install_handlers, max_size=3)},
@@ -2674,29 +2670,21 @@ install_groups = st.fixed_dictionaries(
 )
 install_hooks = st.dictionaries(
     st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate"]) | st.text(max_size=6),
-    st.lists(install_groups, min_size=1, max_size=3),
-    min_size=1,
-    max_size=5,
-)
+    st.lists(install_groups, min_size=1, max_size=3), min_size=1, max_size=4,
+)  # fmt: skip
 install_settings = st.builds(
     lambda others, hooks, at: dict([*list(others.items())[:at], *hooks, *list(others.items())[at:]]),
-    st.dictionaries(st.text(max_size=6).filter(lambda key: key != "hooks"), hook_json, max_size=4),
+    st.dictionaries(st.text(max_size=6).filter(lambda key: key != "hooks"), hook_json, max_size=3),
     st.lists(install_hooks.map(lambda hooks: ("hooks", hooks)), max_size=1),
     st.integers(0, 4),
 )
 install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 400))
-install_examples = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
 def install_handlers_in(value: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Name the event of every handler that equals `entry`."""
-    return [
-        name
-        for name, groups in value.get("hooks", {}).items()
-        for group in groups
-        for handler in group["hooks"]
-        if handler == entry
-    ]
+    hooks = value.get("hooks", {}).items()
+    return [name for name, groups in hooks for group in groups for it in group["hooks"] if it == entry]
 
 
 def install_of(command: str, **group: Any) -> dict[str, Any]:
@@ -2704,10 +2692,12 @@ def install_of(command: str, **group: Any) -> dict[str, Any]:
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
-@install_examples
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(install_settings, install_versions, install_versions)
 def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, version, later):
     names, before = cm.event_names(version), json.dumps(given_settings)
+    assert json.dumps(cm.merge_hooks(given_settings, "", [])) == before, "nothing of ours is in it yet"
+    assert json.dumps(json.loads(cm.render_settings(given_settings, "").encode())) == before
     installed = cm.merge_hooks(given_settings, INSTALL_COMMAND, names)
     assert sorted(install_handlers_in(installed, INSTALL_HANDLER)) == sorted(names)
     assert json.dumps(cm.merge_hooks(installed, "", [])) == before
@@ -2719,14 +2709,6 @@ def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, v
     assert json.dumps(cm.merge_hooks(installed, INSTALL_COMMAND, names)) == json.dumps(installed)
     updated = cm.merge_hooks(installed, INSTALL_COMMAND, cm.event_names(later))
     assert sorted(install_handlers_in(updated, INSTALL_HANDLER)) == sorted(cm.event_names(later))
-
-
-@install_examples
-@given(install_settings)
-def test_settings_without_our_hook_stay_as_they_are(given_settings):
-    assert json.dumps(cm.merge_hooks(given_settings, "", [])) == json.dumps(given_settings)
-    text = cm.render_settings(given_settings, "")
-    assert json.dumps(json.loads(text.encode())) == json.dumps(given_settings)
 
 
 @pytest.mark.parametrize("empty", [{}, {"hooks": {}}, {"hooks": {"Stop": []}}])
@@ -2750,14 +2732,12 @@ def test_the_installed_command_has_a_second_choice_and_exits_0(monkeypatch, scri
     assert command == f'"/usr/bin/python3" -I -S "{first}" || python3 -I -S "{second}" || :'
 
 
-@pytest.mark.parametrize("command", INSTALL_OTHERS_COMMANDS)
-def test_uninstall_keeps_commands_of_others(command):
-    assert cm.merge_hooks(install_of(command), "", []) == install_of(command)
-
-
-@pytest.mark.parametrize("command", INSTALL_OUR_COMMANDS)
-def test_our_command_is_recognised_with_any_interpreter_and_home(command):
-    assert cm.merge_hooks(install_of(command), "", []) == {}
+@pytest.mark.parametrize(
+    ("command", "is_ours"),
+    [*((it, False) for it in INSTALL_OTHERS_COMMANDS), *((it, True) for it in INSTALL_OUR_COMMANDS)],
+)
+def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ours):
+    assert cm.merge_hooks(install_of(command), "", []) == ({} if is_ours else install_of(command))
     with_arguments = install_of(command)
     with_arguments["hooks"]["Stop"][0]["hooks"][0]["args"] = []  # no shell runs it then: another's hook
     assert cm.merge_hooks(with_arguments, "", []) == with_arguments
@@ -2766,9 +2746,7 @@ def test_our_command_is_recognised_with_any_interpreter_and_home(command):
 @pytest.mark.parametrize("matcher", ["", "*", ".*", "Bash"])
 def test_install_keeps_a_matcher_only_where_it_takes_every_event(matcher):
     before = install_of("python3 -I -S /old/hooks/emit_event.py", matcher=matcher)
-    group = {"matcher": matcher, "hooks": [INSTALL_HANDLER]}
-    if matcher == "Bash":
-        del group["matcher"]
+    group = {"hooks": [INSTALL_HANDLER], **({} if matcher == "Bash" else {"matcher": matcher})}
     assert cm.merge_hooks(before, INSTALL_COMMAND, ["Stop"]) == {"hooks": {"Stop": [group]}}
 
 
@@ -2810,21 +2788,20 @@ INSTALL_NINE = set(
 )
 
 
-@pytest.mark.parametrize(
-    ("version", "added"),
-    [
-        ("1.0.0", ""),
-        ("2.0.42", ""),
-        ("2.0.43", "SubagentStart"),
-        ("2.0.44", "SubagentStart"),
-        ("2.0.45", "SubagentStart PermissionRequest"),
-        ("2.1.69", "SubagentStart PermissionRequest InstructionsLoaded"),
-        ("2.1.77", "SubagentStart PermissionRequest InstructionsLoaded PostCompact Elicitation"),
-        ("2.1.78", "SubagentStart PermissionRequest InstructionsLoaded PostCompact Elicitation StopFailure"),
-    ],
-)
-def test_a_client_gets_only_event_names_it_knows(version, added):
-    assert set(cm.event_names(tuple(map(int, version.split("."))))) == INSTALL_NINE | set(added.split())
+def test_a_client_gets_only_event_names_it_knows():
+    known = set(INSTALL_NINE)
+    for version, added in (
+        ((1, 0, 0), ""),
+        ((2, 0, 42), ""),
+        ((2, 0, 43), "SubagentStart"),
+        ((2, 0, 44), ""),
+        ((2, 0, 45), "PermissionRequest"),
+        ((2, 1, 69), "InstructionsLoaded"),
+        ((2, 1, 77), "PostCompact Elicitation"),
+        ((2, 1, 78), "StopFailure"),
+    ):
+        known |= set(added.split())
+        assert set(cm.event_names(version)) == known, version
     assert set(cm.event_names(None)) == INSTALL_NINE and cm.event_names((0, 9, 9)) == []
     names = cm.event_names((2, 1, 101))
     assert len(names) == len(set(names)) == 30 and cm.event_names((2, 1, 330)) == names
@@ -2903,20 +2880,18 @@ def test_the_shell_runs_exactly_the_named_files(tmp_path, odd):
 def test_the_command_finds_another_python_and_never_blocks(tmp_path, monkeypatch, gone, python, home):
     places = {name: tmp_path / name for name in ("home", "elsewhere")}
     programs = {name: tmp_path / folder / name for folder, name in (("old", "python"), ("bin", "python3"))}
-    for program in programs.values():
-        program.parent.mkdir()
-        program.symlink_to(PYTHON)
     script = places["home"] / ".contextuate/hooks/emit_event.py"
-    script.parent.mkdir(parents=True)
-    words = "print(sys.executable, __file__, sys.stdin.read())"
-    script.write_text("import sys; " + ("sys.exit(2)" if "script" in gone else words))
-    monkeypatch.setenv("HOME", str(places["home"]))
-    command = cm.hook_command(str(programs["python"]), str(script))
-    for name in re.findall(r"\bpython3?\b", gone):
-        programs[name].unlink()
+    words = "sys.exit(2)" if "script" in gone else "print(sys.executable, __file__, sys.stdin.read())"
+    write_files(tmp_path, {"home/.contextuate/hooks/emit_event.py": "import sys; " + words})
+    for name, program in programs.items():
+        program.parent.mkdir()
+        if name not in re.findall(r"\w+", gone):
+            program.symlink_to(PYTHON)
     if "program" in gone or "reads" in gone:
         programs["python"].write_text("\0\1" if "program" in gone else "#!/bin/sh\nexit 1\n")
         programs["python"].chmod(0o755 if "reads" in gone else 0o644)
+    monkeypatch.setenv("HOME", str(places["home"]))
+    command = cm.hook_command(str(programs["python"]), str(script))
     if "home" in gone:
         places["home"].rename(places["elsewhere"] if "elsewhere" in gone else tmp_path / "x")
     there = {"HOME": str(places["elsewhere" if "elsewhere" in gone else "home"]), "PATH": f"{tmp_path}/bin"}
@@ -2992,33 +2967,35 @@ def test_every_settings_file_that_counts_is_known(client_files, files, runs, wor
 
 
 @pytest.mark.parametrize(
-    ("handler", "is_twice"),
+    ("event", "handler", "is_twice"),
     [
-        (INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0], False),  # the client runs the same command once
-        ({"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}, True),
         (
-            {
-                "command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :",
-                "event": "SessionEnd",
-            },
+            "Stop",
+            INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0],
+            False,
+        ),  # the client runs the same command once
+        ("Stop", {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}, True),
+        (
+            "SessionEnd",
+            {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"},
             False,
         ),
-        ({"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
-        ({"command": "python3", "args": ["/x/emit_event.py"]}, True),
-        ({"command": "node /x/emit-event.js"}, True),
-        ({"type": "http", "url": "http://localhost:3847/api/hooks"}, True),
-        ({"command": "make"}, False),
-        ({"type": "prompt", "prompt": "see emit_event.py"}, False),
+        ("Stop", {"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
+        ("Stop", {"command": "python3", "args": ["/x/emit_event.py"]}, True),
+        ("Stop", {"command": "node /x/emit-event.js"}, True),
+        ("Stop", {"type": "http", "url": "http://localhost:3847/api/hooks"}, True),
+        ("Stop", {"command": "make"}, False),
+        ("Stop", {"type": "prompt", "prompt": "see emit_event.py"}, False),
     ],
 )
 @pytest.mark.parametrize("place", [INSTALL_LOCAL, INSTALL_PLUGIN])
-def test_a_second_registration_is_found(client_files, place, handler, is_twice):
-    second = {"hooks": {handler.get("event", "Stop"): [{"hooks": [{"type": "command", **handler}]}]}}
+def test_a_second_registration_is_found(client_files, place, event, handler, is_twice):
+    second = {"hooks": {event: [{"hooks": [{"type": "command", **handler}]}]}}
     user = {**INSTALL_OURS, "enabledPlugins": {"x@y": True}}
     names, paths = cm.registered_twice(client_files({"user/settings.json": user, place: second}))
     assert names == ["Stop"] * is_twice
-    assert sorted(map(os.path.basename, paths)) == sorted(
-        ["settings.json", os.path.basename(place)] * is_twice
+    assert {os.path.basename(path) for path in paths} == (
+        {"settings.json", os.path.basename(place)} if is_twice else set()
     )
 
 
@@ -3082,6 +3059,10 @@ def install_plan(settings_file: Any, version: tuple[int, int, int] | None = None
     return cm.plan_install("/h", str(settings_file.parent.parent), version)
 
 
+def uninstall_plan(settings_file: Any) -> Any:
+    return cm.plan_uninstall(str(settings_file.parent.parent))
+
+
 def install_write(plan: Any) -> str | None:
     return cm.write_settings(plan.path, plan.new_text, plan.old_text)
 
@@ -3099,11 +3080,10 @@ def install_write(plan: Any) -> str | None:
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
         (b'{"hooks": {"Stop": [1]}}', r"hooks\.Stop\[0\]"),
     ],
-    ids="no-json comment list twice no-utf-8 nan huge deep hooks".split(),
 )
 def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, content, words):
     settings_file.write_bytes(content)
-    for plan in (install_plan, lambda path: cm.plan_uninstall(str(path.parent.parent))):
+    for plan in (install_plan, uninstall_plan):
         with pytest.raises(cm.InstallError, match=words) as caught:
             plan(settings_file)
         assert str(settings_file) in str(caught.value) and "nothing was changed" in str(caught.value)
@@ -3124,7 +3104,6 @@ def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, 
         (lambda place: cm.read_settings(place), "not a regular file"),
         (lambda place: cm.read_settings(f"{place}/file/settings.json"), "file/settings"),
     ],
-    ids="path home project project-uninstall client pipe loop directory below-a-file".split(),
 )
 def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     os.mkfifo(tmp_path / "pipe")
@@ -3135,9 +3114,15 @@ def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=["lf", "crlf"])
-@pytest.mark.parametrize("indent", ["\t", "  ", "    ", ""], ids=["tab", "two", "four", "none"])
-@pytest.mark.parametrize(("mark", "final"), [("", True), ("\ufeff", False)], ids=["plain", "bom"])
+@pytest.mark.parametrize(
+    ("line_end", "indent", "mark", "final"),
+    [
+        ("\n", "\t", "", True),
+        ("\r\n", "  ", "\ufeff", False),
+        ("\n", "    ", "\ufeff", True),
+        ("\r\n", "", "", False),
+    ],
+)
 def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_end, indent, mark, final):
     settings = {"model": "é\u2028", **install_of("make"), "n": {}}
     text = json.dumps(settings, indent=indent, ensure_ascii=False)
@@ -3150,7 +3135,7 @@ def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_
     assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == final
     again = install_plan(settings_file)
     assert again.new_text == again.old_text == plan.new_text
-    back = cm.plan_uninstall(str(settings_file.parent.parent))
+    back = uninstall_plan(settings_file)
     assert set(back.names) == INSTALL_NINE
     install_write(back)
     assert settings_file.read_bytes() == content
@@ -3163,7 +3148,7 @@ def test_only_lone_surrogates_stay_escaped_in_the_settings():
 
 def test_settings_that_need_no_change_keep_their_layout(settings_file):
     settings_file.write_text('{ "a":[1,2] , "b": 1.50}')
-    plan = cm.plan_uninstall(str(settings_file.parent.parent))
+    plan = uninstall_plan(settings_file)
     assert plan.new_text == plan.old_text and plan.names == () and install_write(plan) is None
     assert os.listdir(settings_file.parent) == ["settings.json"]
     compact = json.dumps(json.loads(install_plan(settings_file).new_text))
@@ -3350,12 +3335,20 @@ def protocol_feed(data: bytes, sizes: list[int], new_parsers: bool = False) -> l
 
 
 @pytest.fixture(scope="module")
-def spoken() -> Iterator[RunningMonitor]:
+def speaking() -> Iterator[RunningMonitor]:
     """A running monitor for this section; every test uses sessions of its own."""
     allowed = {"server": {"allowedHosts": ["Monitor.example", "proxy.example:8443"]}}
     made = RunningMonitor(new_home(), allowed).start()
     yield made
     clean_up(made)
+
+
+@pytest.fixture
+def spoken(speaking: RunningMonitor) -> Iterator[RunningMonitor]:
+    """The monitor of this section, whose clients are closed after each test."""
+    yield speaking
+    while speaking.clients:
+        speaking.clients.pop().close()
 
 
 protocol_controls = st.lists(st.tuples(st.sampled_from([9, 10]), st.binary(max_size=125)), max_size=2)
@@ -3472,83 +3465,58 @@ def test_the_limit_counts_the_fragments_of_one_message_only():
 # -- the opening handshake -----------------------------------------------------
 
 
-def protocol_head(
-    *changes: tuple[str, str | None], line: str = "GET / HTTP/1.1", more: tuple[str, ...] = ()
-) -> bytes:
-    """Return a request head for a WebSocket without its blank line; changes replace headers, None removes one."""
-    headers: dict[str, str | None] = {
-        "Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": PROTOCOL_KEY,
-        "Sec-WebSocket-Version": "13",
-    }  # fmt: skip
-    headers.update(changes)
-    lines = [line, *(f"{name}: {value}" for name, value in headers.items() if value is not None), *more]
-    return "\r\n".join(lines).encode("latin-1")
+def protocol_head(*changes: str, line: str = "GET / HTTP/1.1") -> bytes:
+    """Return a request head for a WebSocket without its blank line.
 
-
-def protocol_changed_head(*changes: str) -> bytes:
-    """Return a head like `protocol_head`: "Name: x" replaces, "-Name" removes, "+x" adds; else the first line."""
-    line, headers, more = "GET / HTTP/1.1", [], []
+    Of the changes "Name: x" replaces a header, "-Name" removes one, "+x" adds a line; else it is the first line.
+    """
+    headers = {"Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade",
+               "Sec-WebSocket-Key": PROTOCOL_KEY, "Sec-WebSocket-Version": "13"}  # fmt: skip
+    more = [change[1:] for change in changes if change.startswith("+")]
     for change in changes:
         name, colon, value = change.partition(": ")
-        if change.startswith("+"):
-            more.append(change[1:])
-        elif change.startswith("-"):
-            headers.append((change[1:], None))
-        elif colon:
-            headers.append((name, value))
-        else:
+        if change.startswith("-"):
+            del headers[change[1:]]
+        elif colon and not change.startswith("+"):
+            headers[name] = value
+        elif not change.startswith("+"):
             line = change
-    return protocol_head(*headers, line=line, more=tuple(more))
+    return "\r\n".join([line, *map(": ".join, headers.items()), *more]).encode("latin-1")
 
 
-PROTOCOL_HANDSHAKES = [
-    (101, "Upgrade: WebSocket", "Connection: UPGRADE"),
-    (101, "Connection: keep-alive, Upgrade"),
-    (101, "Connection: keep-alive", "+connection:upgrade"),
-    (101, "Upgrade: h2c, websocket"),
-    (101, "-Sec-WebSocket-Version", "+SEC-WEBSOCKET-VERSION:\t13 "),
-    (101, "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other"),
-    (101, "Sec-WebSocket-Protocol: chat, superchat"),
-    (101, "GET /any/where?x=%20y HTTP/1.1"),
-    (101, "X-Latin: \xe9"),
-    (405, "POST / HTTP/1.1"),
-    (505, "GET / HTTP/1.0"),
-    (400, "GET /"),
-    (400, "GET  / HTTP/1.1"),
-    (400, "GET / http/1.1"),
-    (400, ""),
-    (426, "-Upgrade"),
-    (426, "Upgrade: websockets"),
-    (426, "-Connection"),
-    (426, "Connection: keep-alive"),
-    (426, "-Sec-WebSocket-Version"),
-    (426, "Sec-WebSocket-Version: 013"),
-    (400, "+Sec-WebSocket-Version: 13"),
-    (400, "-Sec-WebSocket-Key"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\xe9"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw=="),
-    (400, f"+Sec-WebSocket-Key: {PROTOCOL_KEY}"),
-    (400, "+no colon here"),
-    (400, "+X-Folded: a", "+ b"),
-    (400, "+Bad Name: x"),
-    (400, "+Before-Colon : x"),
-    (400, "+: x"),
-    (400, "X-Null: a\0b"),
-    (400, "X-Newline: a\nOrigin: b"),
-    (400, "X-Return: a\rb"),
-]
+# Status → changes of the head (see above), with ` | ` between them
+PROTOCOL_HANDSHAKES = {
+    101: [
+        "Upgrade: WebSocket | Connection: UPGRADE", "Connection: keep-alive, Upgrade", "Upgrade: h2c, websocket",
+        "Connection: keep-alive | +connection:upgrade", "-Sec-WebSocket-Version | +SEC-WEBSOCKET-VERSION:\t13 ",
+        "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other", "X-Latin: \xe9",
+        "Sec-WebSocket-Protocol: chat, superchat", "GET /any/where?x=%20y HTTP/1.1",
+    ],
+    405: ["POST / HTTP/1.1"],
+    505: ["GET / HTTP/1.0"],
+    426: [
+        "-Upgrade", "Upgrade: websockets", "-Connection", "Connection: keep-alive", "-Sec-WebSocket-Version",
+        "Sec-WebSocket-Version: 013",
+    ],
+    400: [
+        "GET /", "GET  / HTTP/1.1", "GET / http/1.1", "", "+Sec-WebSocket-Version: 13", "-Sec-WebSocket-Key",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\xe9",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q==", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw==",
+        f"+Sec-WebSocket-Key: {PROTOCOL_KEY}", "+no colon here", "+X-Folded: a | + b", "+Bad Name: x",
+        "+Before-Colon : x", "+: x", "X-Null: a\0b", "X-Newline: a\nOrigin: b", "X-Return: a\rb",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", PROTOCOL_HANDSHAKES, ids=str)
-def test_a_handshake_is_answered_with_101_or_its_error(row):
-    status, *changes = row
+@pytest.mark.parametrize(
+    ("status", "row"), [(it, row) for it, rows in PROTOCOL_HANDSHAKES.items() for row in rows]
+)
+def test_a_handshake_is_answered_with_101_or_its_error(status, row):
     try:
-        response = cm.handshake_response(cm.parse_request_head(protocol_changed_head(*changes)))
+        response = cm.handshake_response(cm.parse_request_head(protocol_head(*row.split(" | "))))
     except cm.RequestError as error:
         assert error.status == status
-        needed = ("Sec-WebSocket-Version", "13") if "Version" in changes[0] else ("Upgrade", "websocket")
+        needed = ("Sec-WebSocket-Version", "13") if "Version" in row else ("Upgrade", "websocket")
         header = {405: ("Allow", "GET"), 426: needed}.get(status)
         assert header is None or header in error.headers
     else:
@@ -3558,15 +3526,15 @@ def test_a_handshake_is_answered_with_101_or_its_error(row):
         assert lines == [*expected, "", ""]
 
 
-def test_a_refused_handshake_is_answered_in_json_and_ends(spoken):
-    rows = {row[0]: row for row in PROTOCOL_HANDSHAKES if row[0] != 101}
-    for status, *changes in (*rows.values(), (431, "X-Long: " + "x" * cm.HEAD_LIMIT_BYTES)):
-        for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
-            head = protocol_changed_head(f"Host: 127.0.0.1:{port}", *changes).replace(b" / ", path, 1)
-            got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
-            assert got == (403 if "POST" in changes[0] and port == spoken.port else status), changes
-            assert ("x-content-type-options", "nosniff") in headers
-            assert json.loads(body)["error"]
+@pytest.mark.parametrize("status", [400, 405, 426, 431, 505])
+def test_a_refused_handshake_is_answered_in_json_and_ends(spoken, status):
+    change = PROTOCOL_HANDSHAKES.get(status, ["X-Long: " + "x" * cm.HEAD_LIMIT_BYTES])[0]
+    for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
+        head = protocol_head(f"Host: 127.0.0.1:{port}", change).replace(b" / ", path, 1)
+        got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
+        assert got == (403 if status == 405 and port == spoken.port else status)
+        assert ("x-content-type-options", "nosniff") in headers
+        assert json.loads(body)["error"]
 
 
 # -- a running monitor's WebSocket port ----------------------------------------
@@ -3575,56 +3543,33 @@ def test_a_refused_handshake_is_answered_in_json_and_ends(spoken):
 class ProtocolPeer:
     """A WebSocket client that sends any bytes, and reads frames by hand."""
 
-    def __init__(
-        self,
-        port: int,
-        receive_bytes: int = 0,
-        host: str = "127.0.0.1",
-        more: tuple[str, ...] = (),
-        path: str = "/",
-    ) -> None:
+    def __init__(self, port: int, receive_bytes: int = 0, path: str = "/") -> None:
         self.sock = socket.socket()
         if receive_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.sock.settimeout(15)
-        self.sock.connect((host, port))
-        self.sock.sendall(protocol_upgrade(f"{host}:{port}", *more, path=path))
-        self.buffer = b""
-        while b"\r\n\r\n" not in self.buffer:
-            self.buffer += self.sock.recv(4096)
-        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        self.sock.connect(("127.0.0.1", port))
+        self.send = self.sock.sendall  # bytes as they are
+        self.send(protocol_upgrade(f"127.0.0.1:{port}", path=path))
+        self.received = self.sock.makefile("rb")
+        head = b"".join(iter(self.received.readline, b"\r\n"))
         assert b" 101 " in head and PROTOCOL_ACCEPT.encode() in head, head
-
-    def _take(self, size: int) -> bytes:
-        while len(self.buffer) < size:
-            piece = self.sock.recv(1 << 18)
-            if not piece:
-                raise EOFError
-            self.buffer += piece
-        data, self.buffer = self.buffer[:size], self.buffer[size:]
-        return data
 
     def frame(self) -> tuple[int, bytes] | None:
         """Return the next frame's opcode and payload; None when the connection has ended."""
-        try:
-            first, second = self._take(2)
-            assert first & 0xF0 == 0x80 and second < 0x80, "a server's frames are whole and unmasked"
-            size = second
-            if size == 126:
-                (size,) = struct.unpack("!H", self._take(2))
-            elif size == 127:
-                (size,) = struct.unpack("!Q", self._take(8))
-            return first & 0x0F, self._take(size)
-        except (EOFError, ConnectionError):
-            return None
+        with contextlib.suppress(ConnectionError):
+            head = self.received.read(2)
+            if len(head) == 2:
+                assert head[0] & 0xF0 == 0x80 and head[1] < 0x80, "a server's frames are whole and unmasked"
+                more = {126: 2, 127: 8}.get(head[1], 0)
+                size = int.from_bytes(self.received.read(more), "big") if more else head[1]
+                content = self.received.read(size)
+                return (head[0] & 0x0F, content) if len(content) == size else None
+        return None
 
     def rest(self) -> list[tuple[int, bytes]]:
         """Return every frame until the connection ends."""
         return list(iter(self.frame, None))
-
-    def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self.sock.sendall(data)
 
     def say(self, **message: Any) -> None:
         """Send one message in one frame."""
@@ -3632,14 +3577,14 @@ class ProtocolPeer:
 
     def next(self, kind: str) -> bytes:
         """Return the text of the next message of one kind."""
-        while True:
-            frame = self.frame()
-            assert frame is not None, f"the connection ended before {kind}"
-            if frame[0] == 1 and json.loads(frame[1])["type"] == kind:
-                return frame[1]
+        for opcode, content in iter(self.frame, None):
+            if opcode == 1 and json.loads(content)["type"] == kind:
+                return content
+        raise AssertionError(f"the connection ended before {kind}")
 
     def close(self) -> None:
         """Close the connection without a close frame."""
+        self.received.close()
         self.sock.close()
 
 
@@ -3666,9 +3611,7 @@ def protocol_exchange(
 
 def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, Any]]:
     """Make some events of a session, told apart by their prompt."""
-    return [
-        payload("UserPromptSubmit", session, prompt=f"{session} {index}", **fields) for index in range(count)
-    ]
+    return [payload("UserPromptSubmit", session, prompt=f"{session} {at}", **fields) for at in range(count)]
 
 
 def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[bytes]:
@@ -3685,7 +3628,6 @@ def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     assert not client.others
     about = {"mode": "local", "machineId": "testbox", "version": cm.__version__, "wsProtocol": 1}
     assert client.hello == {"type": "hello", "seq": spoken.get("/api/status")["seq"], **about}
-    client.close()
 
 
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
@@ -3699,7 +3641,6 @@ def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     for kind in ("sessions", "events", "error"):
         assert [client.next(kind)["requestId"] for _ in ids] == ids
     assert "requestId" not in client.ask("sessions", type="get_sessions")
-    client.close()
 
 
 @pytest.mark.parametrize(
@@ -3718,7 +3659,7 @@ def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(spoken, name)
 
 
 PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
-    # type, fields that are right, the field at fault (or words of the error), values (None: the field is missing)
+    # types, fields that are right, the field at fault (or words of the error), values (None: the field is missing)
     ("search", {"query": 7}, "q", [None]),
     ("search", {}, "limit", [-1]),
     ("subscribe", {}, "view", ["half", 1]),
@@ -3734,9 +3675,8 @@ PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
     ("rename_session", {"sessionId": "bad"}, "label", [None, 5]),
     *(
         (kind, {}, "sessionId", ["unknown-id", None])
-        for kind in ("toggle_pin", "hide_session", "unhide_session")
+        for kind in ("toggle_pin", "hide_session", "unhide_session", "delete_session", "set_parent")
     ),
-    *((kind, {}, "sessionId", ["unknown-id", None]) for kind in ("delete_session", "set_parent")),
     ("set_parent", {"sessionId": "bad"}, "parentSessionId", ["unknown-id", ["bad"]]),
     *(
         ("set_parent", {"sessionId": "bad", "parentSessionId": child}, "below itself", [None])
@@ -3746,51 +3686,37 @@ PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
     ("no such thing", {}, "no such thing", [None]),
     ("", {}, "type", [None, 5, ["subscribe"]]),
 ]
-PROTOCOL_NO_MESSAGES = [
-    "not json",
-    "",
-    "[1]",
-    "null",
-    '"text"',
-    "{}{}",
-    '{"type": "',
-    '{"type": ' + "[" * 99999,
-]
 
 
 @pytest.fixture(scope="module")
-def bad_family(spoken: RunningMonitor) -> RunningMonitor:
+def bad_family(speaking: RunningMonitor) -> None:
     """Three sessions, each the parent of the next."""
-    spoken.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
+    speaking.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
     for child, parent in (("bad-child", "bad"), ("bad-grandchild", "bad-child")):
-        assert protocol_post(spoken, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
-    return spoken
+        assert protocol_post(speaking, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
 
 
 @pytest.mark.parametrize(("kind", "fields", "word", "values"), PROTOCOL_BAD_FIELDS)
-def test_a_bad_message_gets_an_error_that_names_the_fault(bad_family, kind, fields, word, values):
-    seq = bad_family.get("/api/status")["seq"]
-    client = bad_family.websocket(None)
+def test_a_bad_message_gets_an_error_that_names_the_fault(spoken, bad_family, kind, fields, word, values):
+    seq, client = spoken.get("/api/status")["seq"], spoken.websocket(None)
     for value in values:
         message = {**({"type": kind} if kind else {}), **fields, "requestId": 7}
         message.update({} if value is None else {word: value})
         error = client.ask("error", **message)
         assert (error["request"], error["requestId"]) == (kind or None, 7)
         assert word in error["message"]
-        status, reply = protocol_post(bad_family, **message)
+        status, reply = protocol_post(spoken, **message)
         assert status == 400 and (word in reply["error"] or "for a WebSocket" in reply["error"])
-    client.close()
-    assert bad_family.get("/api/status")["seq"] == seq
+    assert spoken.get("/api/status")["seq"] == seq
 
 
-@pytest.mark.parametrize("text", PROTOCOL_NO_MESSAGES)
-def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(spoken, text):
+def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(spoken):
     client = spoken.websocket(None)
-    client.connection.send(text)
-    error = client.next("error")
-    assert error["request"] is None and "requestId" not in error and error["message"]
-    assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
-    client.close()
+    for text in ("not json", "", "[1]", "null", '"text"', "{}{}", '{"type": "', '{"type": ' + "[" * 99999):
+        client.connection.send(text)
+        error = client.next("error")
+        assert error["request"] is None and "requestId" not in error and error["message"]
+        assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
 
 
 def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[str, Any]]:
@@ -3800,40 +3726,33 @@ def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[st
     return status, json.loads(answer)
 
 
-protocol_kinds = st.sampled_from(sorted(cm.MessageHandlers.QUESTIONS | set(cm.MessageHandlers.META)))
-protocol_values = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 1 << 70), st.floats(), st.text(max_size=5),
-    st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
-)  # fmt: skip
-protocol_names = st.sampled_from([*cm.MessageHandlers.FIELDS, "showHidden", "requestId", "query"])
-
-
-@given(st.lists(st.tuples(protocol_kinds, st.dictionaries(protocol_names, protocol_values)), max_size=12))
-@settings(deadline=None, max_examples=60)
-def test_no_fields_of_any_type_end_a_connection(spoken, messages):
+def test_no_fields_of_any_type_end_a_connection(spoken):
     client = spoken.websocket(None)
-    for kind, fields in messages:
-        client.send(**{**fields, "type": kind})
-    assert client.ask("sessions", type="get_sessions", requestId="the last")
-    client.close()
+    odd = (None, False, -5, 1 << 70, float("nan"), "x", ["x"], [1], {"x": None})
+    for kind in sorted(cm.MessageHandlers.QUESTIONS | set(cm.MessageHandlers.META)):
+        for name in (*cm.MessageHandlers.FIELDS, "showHidden", "requestId", "query"):
+            for value in odd:
+                client.send(**{"sessionId": "odd", "eventId": "x", "query": "x", name: value, "type": kind})
+        client.ask("sessions", type="get_sessions", requestId=kind)
+        client.others.clear()
 
 
 def test_the_full_view_carries_the_very_bytes_that_are_stored(spoken):
-    peer = ProtocolPeer(spoken.ws_port)
-    peer.say(type="subscribe", view="full", requestId="r")
-    assert json.loads(peer.next("subscribed"))["requestId"] == "r"
-    command = {"command": "a\n\u2028é\ud800" * 300}
-    spoken.emit(
-        payload("PreToolUse", "bytes", tool_name="Bash", tool_use_id="t1", tool_input=command),
-        payload("Notification", "bytes", message="x", odd={"null": None, "float": 1e300, "big": 1 << 70}),
-    )
-    texts, lines = [peer.next("event"), peer.next("event")], protocol_lines(spoken, "bytes")
-    for text, line in zip(texts, lines):
-        message = json.loads(text)
-        assert set(message) == {"type", "seq", "event"} and message["seq"] == json.loads(line)["seq"]
-        assert line in text
-    assert len(lines) == 2
-    peer.close()
+    with contextlib.closing(ProtocolPeer(spoken.ws_port)) as peer:
+        peer.say(type="subscribe", view="full", requestId="r")
+        assert json.loads(peer.next("subscribed"))["requestId"] == "r"
+        command = {"command": "a\n\u2028é\ud800" * 300}
+        spoken.emit(
+            payload("PreToolUse", "bytes", tool_name="Bash", tool_use_id="t1", tool_input=command),
+            payload("Notification", "bytes", message="x", odd={"null": None, "float": 1e300, "big": 1 << 70}),
+        )
+        lines = protocol_lines(spoken, "bytes")
+        assert len(lines) == 2
+        for line in lines:
+            text = peer.next("event")
+            message = json.loads(text)
+            assert set(message) == {"type", "seq", "event"} and message["seq"] == json.loads(line)["seq"]
+            assert line in text
 
 
 PROTOCOL_ROW_FIELDS = set(
@@ -3844,25 +3763,21 @@ PROTOCOL_ROW_DATA = set(
 )
 PROTOCOL_LONG = "first line\n" + "word " * 50_000
 PROTOCOL_CALL = {"tool_name": "Bash", "tool_use_id": "t1", "tool_input": {"command": PROTOCOL_LONG}}
+PROTOCOL_FAILED = {
+    "tool_name": "Read",
+    "tool_input": {"file_path": "/home/dev/shop/a.py"},
+    "is_interrupt": True,
+}
 PROTOCOL_ROWS = [  # event, what its row says among others; a text is how a long one begins
-    (
-        payload("PreToolUse", "row", **PROTOCOL_CALL, agent_id="a1", agent_type="Explore"),
-        {"toolName": "Bash", "toolUseId": "t1", "target": "first line word"},
-    ),
-    (
-        payload("PostToolUse", "row", **PROTOCOL_CALL, duration_ms=12, tool_response={"stdout": PROTOCOL_LONG}),
-        {"toolUseId": "t1", "durationMs": 12, "target": "first line word"},
-    ),
-    (
-        payload("PostToolUseFailure", "row", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.py"},
-                error=PROTOCOL_LONG, is_interrupt=True),
-        {"target": "a.py", "isInterrupt": True, "text": "first line"},
-    ),
+    (payload("PreToolUse", "row", **PROTOCOL_CALL, agent_id="a1", agent_type="Explore"),
+     {"toolName": "Bash", "toolUseId": "t1", "target": "first line word"}),
+    (payload("PostToolUse", "row", **PROTOCOL_CALL, duration_ms=12, tool_response={"stdout": PROTOCOL_LONG}),
+     {"toolUseId": "t1", "durationMs": 12, "target": "first line word"}),
+    (payload("PostToolUseFailure", "row", **PROTOCOL_FAILED, error=PROTOCOL_LONG),
+     {"target": "a.py", "isInterrupt": True, "text": "first line"}),
     (payload("UserPromptSubmit", "row", prompt=PROTOCOL_LONG), {"text": "first line word"}),
-    (
-        payload("Notification", "row", message={"odd": [PROTOCOL_LONG]}, notification_type="idle_prompt"),
-        {"notificationType": "idle_prompt"},
-    ),
+    (payload("Notification", "row", message={"odd": [PROTOCOL_LONG]}, notification_type="idle_prompt"),
+     {"notificationType": "idle_prompt"}),
     (payload("SessionStart", "row", source="startup", model=PROTOCOL_LONG), {"source": "startup"}),
     ({"eventType": "message", "sessionId": "row", "data": {"toolName": PROTOCOL_LONG, "reason": ["x"]}}, {}),
 ]  # fmt: skip
@@ -3877,13 +3792,11 @@ def test_a_row_is_small_and_has_the_fields_of_the_contract(spoken):
         assert row.pop("partial") is True
         assert set(row) <= PROTOCOL_ROW_FIELDS and set(data) <= PROTOCOL_ROW_DATA
         assert row == {name: event[name] for name in row}
-        for name, value in expected.items():
-            assert str(data[name]).startswith(str(value)), name
+        assert all(str(data[name]).startswith(str(value)) for name, value in expected.items()), data
         for name in ("target", "text"):
             assert len(data.get(name, "")) <= 160 and "\n" not in data.get(name, "")
         assert len(json.dumps([row, data])) < 1000
         assert row.get("agentId") == event.get("agentId") and row.get("agentType") == event.get("agentType")
-    client.close()
 
 
 def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken):
@@ -3900,50 +3813,42 @@ def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken):
     for client in (some, silent):
         client.ask("sessions", type="get_sessions")
         assert not [message for message in client.others if message["type"] == "event"]
-    some.close(), everything.close(), silent.close()
 
 
 def test_what_was_missed_comes_in_order_before_what_is_live(running):
     last = cm.CATCH_UP_EVENTS + 13
     running.emit(*protocol_events("long", last - 12), *protocol_events("a", 5), *protocol_events("b", 7))
-    nothing = range(0)
-    rows = (  # since, sessions, the missed events that follow, whether the client must start over
-        (None, None, nothing, False),
-        (last, None, nothing, False),
-        (last + 1, None, nothing, True),
-        (0, None, nothing, True),
-        (last - cm.CATCH_UP_EVENTS - 1, None, nothing, True),
-        (last - cm.CATCH_UP_EVENTS, None, range(last - cm.CATCH_UP_EVENTS + 1, last + 1), False),
-        (last - 12, None, range(last - 11, last + 1), False),
-        (last - 12, ["a", "live"], range(last - 11, last - 6), False),
-        (last - 12, ["b", "live"], range(last - 6, last + 1), False),
+    rows = (  # since, sessions, the missed events that follow; None: the client must start over
+        (None, None, range(0)),
+        (last, None, range(0)),
+        (last + 1, None, None),
+        (0, None, None),
+        (last - cm.CATCH_UP_EVENTS - 1, None, None),
+        (last - cm.CATCH_UP_EVENTS, None, range(last - cm.CATCH_UP_EVENTS + 1, last + 1)),
+        (last - 12, None, range(last - 11, last + 1)),
+        (last - 12, ["a", "live"], range(last - 11, last - 6)),
+        (last - 12, ["b", "live"], range(last - 6, last + 1)),
     )
     opened = [
-        (running.websocket(view, since=row[0], sessionIds=row[1]), view, *row)
+        (running.websocket(view, since=since, sessionIds=sessions), view, since, missed)
         for view in ("full", "rows")
-        for row in rows
+        for since, sessions, missed in rows
     ]
     running.emit(*protocol_events("live", 1))
-    for client, view, since, _, missed, resync in opened:
+    for client, view, since, missed in opened:
         answer = {name: client.subscribed[name] for name in ("seq", "missed", "resync")}
-        assert answer == {"seq": last, "missed": len(missed), "resync": resync}, since
-        events = client.events(len(missed) + 1)
-        assert [event["seq"] for event in events] == [*missed, last + 1], since
+        assert answer == {"seq": last, "missed": len(missed or ()), "resync": missed is None}, since
+        events = client.events(len(missed or ()) + 1)
+        assert [event["seq"] for event in events] == [*(missed or ()), last + 1], since
         assert {event.get("partial", False) for event in events} == {view == "rows"}
-        client.close()
 
 
 def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running):
-    count = 200
-
-    def emit_all() -> None:
-        for event in protocol_events("flow", count):
-            running.emit(event)
-
-    sender = threading.Thread(target=emit_all)
+    count, seen, dice = 150, [], random.Random(5)
+    sender = threading.Thread(
+        target=lambda: [running.emit(event) for event in protocol_events("flow", count)]
+    )
     sender.start()
-    seen: list[int] = []
-    dice = random.Random(5)
     while len(seen) < count:
         client = running.websocket("rows", since=seen[-1] if seen else 0)
         seen += [event["seq"] for event in client.events(min(dice.randint(1, 30), count - len(seen)))]
@@ -3953,31 +3858,22 @@ def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running):
 
 
 def test_a_page_of_events_holds_what_its_parameters_say(running):
-    for number in range(1, 12):
-        running.emit(payload("UserPromptSubmit", f"s{number % 2}", prompt=f"n {number}"))
-    stored = running.stored_events()
+    running.emit(*(payload("UserPromptSubmit", f"s{at % 2}", prompt=f"n {at}") for at in range(1, 12)))
+    stored, edges = running.stored_events(), ((None, 0, 1, 5, 12), (None, 0, 4, 11))
     clients = {"rows": running.websocket("rows"), "full": running.websocket(None)}
-    for session, limit, before, after in itertools.product(
-        ("s1", None), (1, 6, None), (None, 0, 1, 5, 12), (None, 0, 4, 11)
-    ):
+    for session, limit, before, after in itertools.product(("s1", None), (1, 6, None), *edges):
         query = {"limit": limit, "before": before, "after": after}
         query = {name: value for name, value in query.items() if value is not None}
-        found = [
-            event
-            for event in stored
-            if session in (None, event["sessionId"])
-            and (after or 0) < event["seq"] < (99 if before is None else before)
-        ]
+        found = [event for event in stored if session in (None, event["sessionId"])
+                 and (after or 0) < event["seq"] < (99 if before is None else before)]  # fmt: skip
         page = found[-(limit or 100) :] if after is None else found[: limit or 100]
         expected = {"events": page, "more": len(page) < len(found)}
         path = f"/api/sessions/{session}/events" if session else "/api/events"
         assert running.get(path + "?" + urllib.parse.urlencode(query)) == expected, (path, query)
-        if after is not None:
-            continue
-        for view, client in clients.items():
+        for view, client in clients.items() if after is None else ():
             if session:
                 answer = client.ask("events", type="get_events", sessionId=session, **query)
-                assert answer.pop("sessionId") == session
+                assert answer["sessionId"] == session
             else:
                 answer = client.ask("all_events", type="get_all_recent_events", **query)
             if view == "rows":
@@ -3987,8 +3883,6 @@ def test_a_page_of_events_holds_what_its_parameters_say(running):
     unknown = clients["rows"].ask("events", type="get_events", sessionId="../../token")
     assert (unknown["events"], unknown["more"]) == ([], False)
     assert running.request("/api/sessions/unknown-id/events")[0] == 404
-    for client in clients.values():
-        client.close()
 
 
 def test_a_whole_event_comes_with_and_without_its_number(spoken):
@@ -3997,21 +3891,19 @@ def test_a_whole_event_comes_with_and_without_its_number(spoken):
     client = spoken.websocket("rows")
     ask = functools.partial(client.ask, "event_detail", type="get_event_detail", sessionId="detail")
     for event in stored:
-        assert spoken.get(f"/api/events/{event['id']}") == event
-        assert spoken.get(f"/api/events/{event['id']}?session=detail&seq={event['seq']}") == event
+        for query in ("", f"?session=detail&seq={event['seq']}"):
+            assert spoken.get(f"/api/events/{event['id']}{query}") == event
         for more in ({}, {"seq": event["seq"]}, {"seq": stored[0]["seq"]}, {"seq": 1 << 50}):
             detail = ask(eventId=event["id"], **more)
             assert (detail["sessionId"], detail["eventId"], detail["event"]) == ("detail", event["id"], event)
     missing = ask(eventId="no", requestId=1)
     assert (missing["event"], missing["requestId"], missing["eventId"]) == (None, 1, "no")
-    client.close()
 
 
 def test_sessions_come_with_every_field_of_the_contract(spoken):
     call = payload("PreToolUse", "fields", tool_name="Bash", tool_use_id="t", tool_input={"command": "ls"})
     spoken.emit(call)
-    client = spoken.websocket("rows")
-    sessions = client.ask("sessions", type="get_sessions")["sessions"]
+    sessions = spoken.websocket("rows").ask("sessions", type="get_sessions")["sessions"]
     (session,) = [session for session in sessions if session["sessionId"] == "fields"]
     assert set(session) >= set(
         "sessionId machineId workingDirectory label labelSource model startTime lastEventTime endTime state reason "
@@ -4020,7 +3912,6 @@ def test_sessions_come_with_every_field_of_the_contract(spoken):
     )
     assert set(session["counts"]) == {"events", "toolCalls", "toolErrors", "interrupted", "prompts"}
     assert session == spoken.sessions()["fields"] == spoken.get("/api/sessions/fields")
-    client.close()
 
 
 # -- what the user does --------------------------------------------------------
@@ -4035,16 +3926,14 @@ def protocol_updates(client: TestClient, **expected: dict[str, Any]) -> None:
             del expected[session["sessionId"]]
 
 
-# Rule → the messages of one client, and what every client is sent of which session then.
+# Rule → what one client sends, and what every client is sent then of which sessions.
 PROTOCOL_ACTIONS: dict[str, list[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]]] = {
     "a name is given, and taken back by an empty one": [
         ("rename_session named", {"label": "Mine é"}, {"named": {"label": "Mine é", "labelSource": "user"}}),
         ("rename_session named", {"label": ""}, {"named": {"label": "named 0", "labelSource": "prompt"}}),
     ],
     "a pin is set and taken away": [
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": True}}),
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": False}}),
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": True}}),
+        ("toggle_pin pinned", {}, {"pinned": {"isPinned": is_pinned}}) for is_pinned in (True, False, True)
     ],
     "a session is hidden and shown": [
         ("hide_session hidden", {}, {"hidden": {"hidden": True}}),
@@ -4069,40 +3958,38 @@ def test_what_a_user_does_reaches_every_client(spoken, rule):
         mine.send(type=kind, sessionId=session, **message)
         for client in (other, mine):
             protocol_updates(client, **updates)
-    mine.close(), other.close()
 
 
 def test_a_hidden_session_is_listed_only_for_who_shows_hidden_ones(spoken):
     spoken.emit(*protocol_events("secret", 1))
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
 
-    def listed(client: TestClient) -> bool:
-        sessions = client.ask("sessions", type="get_sessions")["sessions"]
-        return "secret" in [session["sessionId"] for session in sessions]
+    def is_in(answer: dict[str, Any]) -> bool:
+        return "secret" in {session["sessionId"] for session in answer["sessions"]}
 
     assert other.ask("sessions", type="set_show_hidden", showHidden=True, requestId="s")["requestId"] == "s"
     mine.send(type="hide_session", sessionId="secret")
     protocol_updates(other, secret={"hidden": True})
     spoken.emit(*protocol_events("secret", 1))  # goes on unseen
-    assert (listed(mine), listed(other)) == (False, True)
+    for client, expected in ((mine, False), (other, True)):
+        assert is_in(client.ask("sessions", type="get_sessions")) is expected
     for path, expected in (("/api/sessions", False), ("/api/sessions?hidden=1", True)):
-        assert ("secret" in {it["sessionId"] for it in spoken.get(path)["sessions"]}) is expected
+        assert is_in(spoken.get(path)) is expected
     off = other.ask("sessions", type="set_show_hidden", showHidden=False)
     assert all(not session["hidden"] for session in off["sessions"])
     mine.send(type="unhide_session", sessionId="secret")
     protocol_updates(mine, secret={"hidden": False})
-    assert listed(mine)
-    mine.close(), other.close()
+    assert is_in(mine.ask("sessions", type="get_sessions"))
 
 
-def test_a_session_that_is_linked_later_is_updated_for_the_clients(running):
-    client = running.websocket("rows")
-    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
-    running.emit(payload("SessionStart", "new", source="clear"))
+def test_a_session_that_is_linked_later_is_updated_for_the_clients(spoken):
+    client = spoken.websocket("rows")
+    spoken.emit(
+        payload("UserPromptSubmit", "old", prompt="go"), payload("SessionStart", "new", source="clear")
+    )
     protocol_updates(client, new={"continuedFrom": None})
-    running.emit(payload("SessionEnd", "old", reason="clear"))
+    spoken.emit(payload("SessionEnd", "old", reason="clear"))
     protocol_updates(client, new={"continuedFrom": "old"})
-    client.close()
 
 
 def test_a_deleted_session_goes_from_list_and_disk_and_others_stay(spoken):
@@ -4112,11 +3999,9 @@ def test_a_deleted_session_goes_from_list_and_disk_and_others_stay(spoken):
     for client in (other, mine):
         assert client.next("session_deleted")["sessionId"] == "delete"
     assert [len(protocol_lines(spoken, name)) for name in ("delete", "delete-not")] == [0, 1]
-    assert "delete" not in spoken.sessions()
-    assert spoken.request("/api/sessions/delete")[0] == 404
+    assert "delete" not in spoken.sessions() and spoken.request("/api/sessions/delete")[0] == 404
     spoken.emit(*protocol_events("delete", 1))  # a session may come back
     assert spoken.sessions()["delete"]["counts"]["events"] == 1
-    mine.close(), other.close()
 
 
 def test_all_sessions_are_hidden_and_deleted_at_once(running):
@@ -4125,22 +4010,20 @@ def test_all_sessions_are_hidden_and_deleted_at_once(running):
     mine, other, showing = (running.websocket("rows") for _ in range(3))
     showing.ask("sessions", type="set_show_hidden", showHidden=True)
     mine.send(type="hide_all_sessions")
-    for client in (mine, other):
-        assert client.next("sessions_updated")["sessions"] == []
     hidden = showing.next("sessions_updated")["sessions"]
     assert sorted(session["sessionId"] for session in hidden if session["hidden"]) == names
+    assert [client.next("sessions_updated")["sessions"] for client in (mine, other)] == [[], []]
     mine.send(type="delete_all_sessions")
     for client in (mine, other, showing):
         assert client.next("sessions_updated")["sessions"] == []
     assert running.sessions() == {} and running.stored_events() == []
-    running.stop()
+    running.kill()
     assert running.serve().sessions() == {}
 
 
 def test_what_a_user_did_survives_a_restart_from_the_files_alone(running):
     running.emit(*(protocol_events(f"keep-{index}", 2)[0] for index in range(5)))
     client = running.websocket("rows")
-    client.ask("sessions", type="set_show_hidden", showHidden=True)
     client.send(type="rename_session", sessionId="keep-0", label="By hand é")
     client.send(type="toggle_pin", sessionId="keep-1")
     client.send(type="hide_session", sessionId="keep-2")
@@ -4150,14 +4033,12 @@ def test_what_a_user_did_survives_a_restart_from_the_files_alone(running):
     before = running.sessions()
     assert (before["keep-0"]["label"], before["keep-0"]["labelSource"]) == ("By hand é", "user")
     assert before["keep-1"]["isPinned"] and before["keep-2"]["hidden"]
-    assert before["keep-3"]["parentSessionId"] == "keep-0"
-    assert "keep-4" not in before
+    assert before["keep-3"]["parentSessionId"] == "keep-0" and "keep-4" not in before
     running.stop()
     for name in set(os.listdir(running.home)) - {"events", "monitor.config.json"}:
         path = os.path.join(running.home, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    running.serve()
-    assert running.sessions() == before
+    assert running.serve().sessions() == before
     actions = [event for event in running.stored_events() if event["hookType"] == "Monitor"]
     assert [event["eventType"] for event in actions] == ["session_meta"] * 4
 
@@ -4167,16 +4048,14 @@ def test_no_number_is_given_twice_after_the_newest_session_was_deleted(running):
     client = running.websocket("rows")
     client.send(type="delete_session", sessionId="newest")
     client.next("session_deleted")
-    client.close()
     running.stop()
     running.serve()
     running.emit(*protocol_events("later", 12))
     back = running.websocket("rows", since=10)  # it was away since before the restart
-    if not back.subscribed["resync"]:
-        assert back.subscribed["missed"] == 12
-        texts = [event["data"]["text"] for event in back.events(12)]
-        assert texts == [f"later {index}" for index in range(12)]
-    back.close()
+    assert back.subscribed["missed"] == 12 or back.subscribed["resync"]
+    for at in range(back.subscribed["missed"]):
+        assert back.events(1)[0]["data"]["text"] == f"later {at}"
+    assert min(event["seq"] for event in running.stored_events() if event["sessionId"] == "later") > 10
 
 
 def test_the_status_is_sent_on_subscribing_and_when_it_changes(running):
@@ -4195,7 +4074,6 @@ def test_the_status_is_sent_on_subscribing_and_when_it_changes(running):
     running.emit({"eventType": "message", "sessionId": "status-demo", "demo": True})
     assert client.next("status", demo=True)["sessions"] == 2
     assert running.get("/api/status")["demo"] is True
-    client.close()
 
 
 def test_a_test_event_is_stored_and_reaches_every_client(spoken):
@@ -4204,7 +4082,6 @@ def test_a_test_event_is_stored_and_reaches_every_client(spoken):
     row, event = mine.events(1)[0], other.events(1)[0]
     assert (row["id"], event["eventType"]) == (event["id"], "notification")
     assert spoken.get(f"/api/events/{event['id']}") == event
-    mine.close(), other.close()
 
 
 # -- clients that are slow or silent -------------------------------------------
@@ -4218,15 +4095,14 @@ def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
     slow.say(type="subscribe", view="full")
     slow.next("subscribed")
     reading = monitor.websocket()
-    text, batch, rounds = "no secrets here " * 2000, 10, 26  # more than the kernel holds for one connection
+    text, batch, rounds = "no secrets here " * 20_000, 2, 13  # more than the kernel holds for one connection
     for _ in range(rounds):
         monitor.emit(*protocol_events("slow", batch, text=text))
         reading.events(batch)
     frames, total = slow.rest(), batch * rounds
     events = [content for opcode, content in frames if opcode == 1 and b'"event"' in content[:20]]
     got = [json.loads(content)["seq"] for content in events]
-    assert got == list(range(1, len(got) + 1))
-    assert len(got) < total, "it was never closed"
+    assert got == list(range(1, len(got) + 1)) and len(got) < total, "it was never closed"
     assert frames[-1][0] != 8 or protocol_close_code(frames) == 1013
     assert metrics_of(monitor)["contextuate_clients_closed_slow_total"][()] == 1
     back = monitor.websocket(since=1)
@@ -4235,7 +4111,6 @@ def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
     monitor.emit(*protocol_events("slow", 1))
     for client, first in ((back, 2), (reading, total + 1)):
         assert [event["seq"] for event in client.events(total + 2 - first)] == list(range(first, total + 2))
-        client.close()
     slow.close()
 
 
@@ -4259,22 +4134,20 @@ def protocol_inside(**config: Any) -> Iterator[cm.Monitor]:
 
 def protocol_drip(port: int, data: bytes) -> bytes:
     """Send a head byte by byte, without an end; return what came back before the connection was cut."""
-    with socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock:
-        received = b""
-        deadline = time.monotonic() + 15
+    received, deadline = b"", time.monotonic() + 15
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock,
+        contextlib.suppress(ConnectionError),
+    ):
         for byte in itertools.chain(data, itertools.repeat(ord("x"))):
             assert time.monotonic() < deadline, "the connection was not cut"
-            try:
+            with contextlib.suppress(socket.timeout):
                 sock.sendall(bytes([byte]))
                 piece = sock.recv(4096)
                 if not piece:
-                    return received
+                    break
                 received += piece
-            except socket.timeout:
-                pass
-            except OSError:
-                return received
-    raise AssertionError
+    return received
 
 
 def protocol_stop(port: int, data: bytes) -> bytes:
@@ -4289,22 +4162,19 @@ def test_a_request_that_is_never_finished_is_cut_off_on_both_ports(monkeypatch, 
     monkeypatch.setattr(cm, "HEAD_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm.RequestHandler, "timeout", 0.3 if send is protocol_stop else 10.0)
-    with protocol_inside() as inside:
-        good = ProtocolPeer(inside.ws_port)
+    with protocol_inside() as inside, contextlib.closing(ProtocolPeer(inside.ws_port)) as good:
         good.next("hello")
         head, host = b"GET / HTTP/1.1\r\nX: ", f"127.0.0.1:{inside.port}"
-        origin = (f"Origin: http://{host}", "Content-Length: 100")
         requests = [(inside.ws_port, head), (inside.ws_port, b""), (inside.port, head), (inside.port, b"")]
         if send is protocol_stop:
-            requests.append(
-                (inside.port, protocol_get(host, *origin, path="/api/hooks", method="POST") + b'{"half')
-            )
+            origin = (f"Origin: http://{host}", "Content-Length: 100")
+            half = protocol_get(host, *origin, path="/api/hooks", method="POST") + b'{"half'
+            requests.append((inside.port, half))
         for answer in at_once(*(functools.partial(send, *request) for request in requests)):
             assert b" 101 " not in answer and b" 200 " not in answer
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
         good.say(type="get_sessions")  # a client whose handshake is done stays connected
         assert good.next("sessions")
-        good.close()
 
 
 def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkeypatch):
@@ -4326,21 +4196,18 @@ def test_a_connection_too_many_gets_503_on_both_ports(monitor):
     monitor.write_config({"limits": {"connections": 3}})
     monitor.serve()
     for port, path in ((monitor.port, "/ws"), (monitor.port, ""), (monitor.ws_port, "")):
-        if path:
-            held: list[Any] = [ProtocolPeer(port, path=path) for _ in range(3)]
-        else:
-            held = [socket.create_connection(("127.0.0.1", port), timeout=15) for _ in range(3)]
-        request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
-        status, headers, body = protocol_exchange(port, request)
-        assert status == 503 and ("content-type", "application/json") in headers
-        assert "error" in json.loads(body)
-        for sock in held:
-            sock.close()
-    eventually(lambda: protocol_open(monitor), what="a place for a new connection")
-    assert monitor.get("/health")["status"] == "ok"
+        with contextlib.ExitStack() as held:
+            for _ in range(3):
+                plain = functools.partial(socket.create_connection, ("127.0.0.1", port), 15)
+                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path) if path else plain()))
+            request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
+            status, headers, body = protocol_exchange(port, request)
+            assert status == 503 and ("content-type", "application/json") in headers
+            assert json.loads(body)["error"]
+    eventually(lambda: protocol_has_room(monitor), what="a place for a new connection")
 
 
-def protocol_open(monitor: RunningMonitor) -> bool:
+def protocol_has_room(monitor: RunningMonitor) -> bool:
     """True if both ports have room for one more connection."""
     try:
         monitor.websocket(None).close()
@@ -4365,7 +4232,8 @@ def protocol_get(host: str | None, *more: str, path: str = "/health", method: st
 
 def protocol_upgrade(host: str | None, *more: str, path: str = "/") -> bytes:
     """Return the bytes of a handshake with this Host."""
-    return protocol_head(("Host", host), line=f"GET {path} HTTP/1.1", more=more) + b"\r\n\r\n"
+    host_line = "-Host" if host is None else f"Host: {host}"
+    return protocol_head(host_line, *("+" + line for line in more), line=f"GET {path} HTTP/1.1") + b"\r\n\r\n"
 
 
 def protocol_check_headers(headers: Any) -> None:
@@ -4401,11 +4269,9 @@ def test_every_route_answers_json_and_gives_no_secret(spoken, path):
     spoken.emit(*protocol_events("routes", 2))
     status, headers, body = spoken.request(path)
     answer = json.loads(body)
-    assert status == 200
-    assert {name: answer[name] for name in PROTOCOL_ROUTES[path]} == PROTOCOL_ROUTES[path]
+    assert status == 200 and answer.items() >= PROTOCOL_ROUTES[path].items()
     protocol_check_headers(headers)
-    with open(spoken.home + "/token", encoding="ascii") as file:
-        assert file.read().strip().encode() not in body
+    assert cm.read_token(spoken.home + "/token").encode() not in body
     head_status, head_headers, head_body = spoken.request(path, "HEAD")
     assert (head_status, head_body) == (200, b"")
     assert head_headers["content-type"] == headers["content-type"]
@@ -4570,59 +4436,37 @@ def test_a_built_in_page_stands_in_for_a_missing_one(monitor):
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
-# Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request. PORT is the port it
-# is sent to, PAGE the page's, OTHER the other of the two; monitor.example and proxy.example:8443 are configured.
+# Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request, in groups. PORT is the port
+# it is sent to, PAGE the page's, OTHER the other of the two; monitor.example and proxy.example:8443 are configured.
+PROTOCOL_FOREIGN = (
+    "null http://127.0.0.1 http://127.0.0.1:WS http://127.0.0.1:1 http://evil.example http://evil.example:PAGE "
+    "http://sub.127.0.0.1:PAGE http://127.0.0.1:PAGE.evil.example http://127.0.0.1:PAGE/ file:// http://[::1]:PAGE "
+    "http://evil.example#http://127.0.0.1:PAGE chrome-extension://abcdef http://localhost:PAGE"
+).split() + ["http://127.0.0.1:PAGE http://evil.example"]
 PROTOCOL_ACCESS = {
     200: [
-        "Host: 127.0.0.1:PORT",
-        "Host: localhost:PORT",
-        "Host: LocalHost:PORT",
-        "Host: [::1]:PORT",
-        "Host: monitor.example:PORT",
-        "Host: localhost",  # a tunnel ends at any port
-        "Host: 127.0.0.1:1",
-        "Host: 127.0.0.1:OTHER",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE",
-        "Host: localhost:PORT | Origin: http://localhost:PAGE",
-        "Host: monitor.example:PORT | Origin: http://monitor.example:PAGE",
-        "Host: monitor.example | Origin: https://monitor.example",
-        "Host: proxy.example:8443 | Origin: https://proxy.example:8443",
+        # a tunnel ends at any port
+        *"127.0.0.1:PORT localhost:PORT LocalHost:PORT [::1]:PORT monitor.example:PORT localhost 127.0.0.1:1".split(),
+        "127.0.0.1:OTHER", "127.0.0.1:PORT | http://127.0.0.1:PAGE", "localhost:PORT | http://localhost:PAGE",
+        "monitor.example:PORT | http://monitor.example:PAGE", "monitor.example | https://monitor.example",
+        "proxy.example:8443 | https://proxy.example:8443",
     ],
     400: [
-        "Host: 127.0.0.1:PORT | Host: 127.0.0.1:PORT",
-        "Host: 127.0.0.1:PORT | Host: evil.example",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE | Origin: http://127.0.0.1:PAGE",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE | Origin: null",
+        "127.0.0.1:PORT | Host: 127.0.0.1:PORT", "127.0.0.1:PORT | Host: evil.example",
+        "127.0.0.1:PORT | http://127.0.0.1:PAGE | http://127.0.0.1:PAGE",
+        "127.0.0.1:PORT | http://127.0.0.1:PAGE | null",
     ],
     403: [
-        *(
-            f"Host: 127.0.0.1:PORT | Origin: {origin}"
-            for origin in (
-                "null", "http://127.0.0.1", "http://127.0.0.1:WS", "http://127.0.0.1:1",
-                "http://evil.example", "http://evil.example:PAGE", "http://sub.127.0.0.1:PAGE",
-                "http://127.0.0.1:PAGE.evil.example", "http://127.0.0.1:PAGE/", "file://", "http://[::1]:PAGE",
-                "http://evil.example#http://127.0.0.1:PAGE", "chrome-extension://abcdef",
-                "http://127.0.0.1:PAGE http://evil.example", "http://localhost:PAGE",
-            )
-        ),
-        "Host: localhost:8000 | Origin: http://localhost:8001",
-        "Host: localhost:PORT | Origin: http://evil.localhost:PAGE",
-        "Host: localhost:PORT | Origin: http://evillocalhost:PAGE",
-        "Host: monitor.example:PORT | Origin: http://127.0.0.1:PAGE",
-        "Host: monitor.example:PORT | Origin: http://proxy.example:8443",
-        "Host: monitor.example:PORT | Origin: http://sub.monitor.example",
+        *(f"127.0.0.1:PORT | {origin}" for origin in PROTOCOL_FOREIGN),
+        "localhost:8000 | http://localhost:8001", "localhost:PORT | http://evil.localhost:PAGE",
+        "localhost:PORT | http://evillocalhost:PAGE", "monitor.example:PORT | http://127.0.0.1:PAGE",
+        "monitor.example:PORT | http://proxy.example:8443", "monitor.example:PORT | http://sub.monitor.example",
     ],
     421: [
-        "",
-        *(
-            f"Host: {host}"
-            for host in (
-                "", "evil.example:PORT",
-                "127.0.0.1.evil.example:PORT", "localhost.evil.example:PORT", "evil@127.0.0.1:PORT",
-                "127.0.0.1:PORT:PORT", "0.0.0.0:PORT", "192.168.1.1:PORT", "[::2]:PORT", "localhost:PORT/x",
-                "2130706433:PORT", "sub.monitor.example:PORT", "proxy.example:8444",
-            )
-        ),
+        "no host", "",
+        *"evil.example:PORT 127.0.0.1.evil.example:PORT localhost.evil.example:PORT evil@127.0.0.1:PORT".split(),
+        *"127.0.0.1:PORT:PORT 0.0.0.0:PORT 192.168.1.1:PORT [::2]:PORT localhost:PORT/x 2130706433:PORT".split(),
+        *"sub.monitor.example:PORT proxy.example:8444".split(),
     ],
 }  # fmt: skip
 
@@ -4631,13 +4475,15 @@ PROTOCOL_ACCESS = {
     ("status", "row"), [(it, row) for it, rows in PROTOCOL_ACCESS.items() for row in rows]
 )
 def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row):
-    page, socket_port = spoken.port, spoken.ws_port
-    for port, other, path in ((page, socket_port, ""), (socket_port, page, "/"), (page, socket_port, "/ws")):
-        lines = row
-        for word, number in (("PORT", port), ("PAGE", spoken.port), ("OTHER", other), ("WS", spoken.ws_port)):
-            lines = lines.replace(word, str(number))
-        more = lines.split(" | ") if lines else []
-        request = protocol_upgrade(None, *more, path=path) if path else protocol_get(None, *more)
+    page, ws = spoken.port, spoken.ws_port
+    for port, other, path in ((page, ws, ""), (ws, page, "/"), (page, ws, "/ws")):
+        line = row
+        for word, number in (("PORT", port), ("PAGE", page), ("OTHER", other), ("WS", ws)):
+            line = line.replace(word, str(number))
+        host, *others = line.split(" | ")
+        more = [other if other.startswith("Host") else f"Origin: {other}" for other in others]
+        given_host = None if host == "no host" else host
+        request = protocol_upgrade(given_host, *more, path=path) if path else protocol_get(given_host, *more)
         got, headers, body = protocol_exchange(port, request)
         assert got == (101 if status == 200 and path else status)
         assert not [name for name, _ in headers if name.startswith("access-control")]
@@ -4653,7 +4499,6 @@ def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     event = json.loads(line)
     assert (event["hookType"], event["data"]["message"]) == ("UserPromptSubmit", "over HTTP")
     assert client.events(1) == [event]
-    client.close()
 
 
 def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken):
@@ -4684,25 +4529,25 @@ def test_a_posted_message_is_carried_out_and_answered(spoken):
 
 def test_a_post_needs_the_pages_origin_or_the_token(spoken):
     token = cm.read_token(spoken.home + "/token")
-    for headers, expected in (
-        ({}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": f"http://127.0.0.1:{spoken.ws_port}"}, 403),
-        ({"Origin": f"http://localhost:{spoken.port}"}, 403),
-        ({"Authorization": "Bearer wrong"}, 403),
-        ({"Authorization": f"Basic {token}"}, 403),
-        ({"Origin": "https://evil.example", "Authorization": f"Bearer {token}"}, 403),
-        ({"Cookie": f"contextuate_token_{spoken.port}={token}"}, 403),
-        ({**protocol_origin(spoken), "Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Authorization": f"Bearer {token}"}, 200),
-        (protocol_origin(spoken), 200),
-        ({"Origin": f"https://127.0.0.1:{spoken.port}"}, 200),  # behind a proxy with TLS
-        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),  # through a tunnel
+    bearer = {"Authorization": f"Bearer {token}"}
+    body = json.dumps(payload("Stop", "post-origin")).encode()
+    for expected, headers in (
+        (403, {}),
+        (403, {"Origin": "null"}),
+        (403, {"Origin": f"http://127.0.0.1:{spoken.ws_port}"}),
+        (403, {"Origin": f"http://localhost:{spoken.port}"}),
+        (403, {"Authorization": "Bearer wrong"}),
+        (403, {"Authorization": f"Basic {token}"}),
+        (403, {"Origin": "https://evil.example", **bearer}),
+        (403, {"Cookie": f"contextuate_token_{spoken.port}={token}"}),
+        (403, {**protocol_origin(spoken), "Sec-Fetch-Site": "cross-site"}),
+        (200, bearer),
+        (200, protocol_origin(spoken)),
+        (200, {"Origin": f"https://127.0.0.1:{spoken.port}"}),  # behind a proxy with TLS
+        (200, {"Host": "localhost:8000", "Origin": "http://localhost:8000"}),  # through a tunnel
     ):
-        body = json.dumps(payload("Stop", "post-origin")).encode()
-        assert (headers, spoken.request("/api/hooks", "POST", body, headers)[0]) == (headers, expected)
-        status, _, answer = spoken.request("/api/message", "POST", b'{"type":"send_test_event"}', headers)
-        assert (headers, status) == (headers, expected), answer
+        for path, content in (("/api/hooks", body), ("/api/message", b'{"type":"send_test_event"}')):
+            assert spoken.request(path, "POST", content, headers)[0] == expected, (path, headers)
     assert len(protocol_lines(spoken, "post-origin")) == 4
 
 
@@ -4728,12 +4573,12 @@ def guarded() -> Iterator[tuple[RunningMonitor, str]]:
 
 def test_with_auth_token_every_request_needs_it(guarded):
     monitor, token = guarded
-    with open(monitor.home + "/token", encoding="ascii") as file:
-        assert file.read().strip() == token and len(token) >= 32  # 192 bits in base64
-    assert stat.S_IMODE(os.stat(monitor.home + "/token").st_mode) == 0o600
+    assert install_text(monitor.home + "/token").strip() == token and len(token) >= 32  # 192 bits in base64
+    assert hook_mode_of(monitor.home + "/token") == 0o600
     wrong, cookie = token[:-1] + ("y" if token[-1] == "x" else "x"), f"contextuate_token_{monitor.port}"
     origin, evil = f"Origin: http://127.0.0.1:{monitor.port}", f"Origin: http://evil.example:{monitor.port}"
-    for status, *headers in (  # 200 is 101 on the WebSocket port
+    paths = "/ /index.html /health /api/status /api/config /api/events /api/export".split()
+    for status, *headers in (  # 200 is 101 for a WebSocket
         (401,),
         (401, origin),
         (401, "Authorization: Bearer nonsense"),
@@ -4744,15 +4589,7 @@ def test_with_auth_token_every_request_needs_it(guarded):
         (200, origin, f"Cookie: a=b; {cookie}={token}"),
         (403, evil, f"Cookie: {cookie}={token}"),
     ):
-        for path in (
-            "/",
-            "/index.html",
-            "/health",
-            "/api/status",
-            "/api/config",
-            "/api/events",
-            "/api/export",
-        ):
+        for path in paths:
             request = protocol_get(f"127.0.0.1:{monitor.port}", *headers, path=path)
             got, _, body = protocol_exchange(monitor.port, request)
             assert (got, path, headers) == (status, path, headers)
@@ -4793,8 +4630,8 @@ def test_open_to_the_network_without_a_token_is_refused_at_start(monitor):
 
 def test_an_export_is_the_stored_lines_with_its_filters(running):
     running.emit(*(
-        {"eventType": "message", "sessionId": f"s{number % 3 if number < 60 else 0}", "timestamp": 1_000_000 + number}
-        for number in range(1200)
+        {"eventType": "message", "sessionId": f"s{at % 3 if at < 60 else 0}", "timestamp": 1_000_000 + at}
+        for at in range(1200)
     ))  # fmt: skip
     stored = protocol_lines(running)
     for query, numbers in (
@@ -4809,16 +4646,15 @@ def test_an_export_is_the_stored_lines_with_its_filters(running):
         status, headers, body = running.request(f"/api/export{query}")
         assert (status, headers["content-type"]) == (200, "application/x-ndjson")
         assert "attachment" in headers["content-disposition"]
-        lines, expected = body.splitlines(True), [stored[number] + b"\n" for number in numbers]
+        lines, expected = body.splitlines(), [stored[number] for number in numbers]
         assert sorted(lines) == sorted(expected), query
         assert lines == expected or "session=" not in query
-    head_status, head_headers, head_body = running.request("/api/export", "HEAD")
-    assert (head_status, head_headers["transfer-encoding"], head_body) == (200, "chunked", b"")
-    old = (
-        f"GET /api/export?session=s1 HTTP/1.0\r\nHost: 127.0.0.1:{running.port}\r\n\r\n"  # it knows no chunks
-    )
-    head, _, body = protocol_stop(running.port, old.encode()).partition(b"\r\n\r\n")
-    assert b"transfer-encoding" not in head.lower() and body.splitlines() == stored[1:60:3]
+    status, headers, body = running.request("/api/export", "HEAD")
+    assert (status, headers["transfer-encoding"], body) == (200, "chunked", b"")
+    old = protocol_get(f"127.0.0.1:{running.port}", path="/api/export?session=s1").replace(b"1.1\r", b"1.0\r")
+    head, _, body = protocol_stop(running.port, old).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower(), "HTTP 1.0 knows no chunks"
+    assert body.splitlines() == stored[1:60:3]
 
 
 # ---------------------------------------------------------------------------
