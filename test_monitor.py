@@ -29,6 +29,7 @@ import dis
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import http.client
 import inspect
@@ -62,7 +63,6 @@ import time
 import types
 import urllib.request
 import uuid
-import zlib
 import zoneinfo
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -679,9 +679,8 @@ def test_a_hook_writes_nothing_into_another_users_home(monitor, name):
 
 def test_a_hook_that_cannot_write_its_directory_still_delivers(hook_alone, shared):
     session, config = f"hook-{uuid.uuid4()}", shared.home + "/monitor.config.json"
-    notes = hook_alone(
-        payload("Stop", session), "touch file; CONTEXTUATE_HOME=$PWD/file", CONTEXTUATE_CONFIG=config
-    )
+    shell = f"touch file; CONTEXTUATE_HOME=$PWD/file CONTEXTUATE_CONFIG={config}"
+    notes = hook_alone(payload("Stop", session), shell)
     assert session in shared.sessions(), notes
 
 
@@ -697,8 +696,12 @@ def test_the_hooks_notes_name_config_mode_and_destination(hook_installed, hook_a
     assert hook_alone(CONTEXTUATE_DEBUG="0") == ""
 
 
-def test_the_hooks_log_is_bounded(monkeypatch, tmp_path):
+def test_the_hooks_log_is_bounded_and_shows_no_secret(monkeypatch, tmp_path):
     monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
+    secret = hook_token("", 14)
+    ee.log_failure(f"failed: token={secret} is wrong")
+    text = (tmp_path / "emit.log").read_text()
+    assert secret not in text and "is wrong" in text
     for _ in range(4):
         ee.log_failure("x" * (200 << 10))
     assert sorted(os.listdir(tmp_path)) == ["emit.log", "emit.log.1"]
@@ -710,21 +713,18 @@ def test_the_launcher_exits_0_without_its_library(hook_installed, monitor):
     copy = monitor.home + "/copy"
     shutil.copytree(hook_installed.directory, copy)
     command = hook_installed.command.replace(hook_installed.directory, copy)
-    for break_it in (
-        lambda: hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook"),
-        lambda: shutil.rmtree(copy + "/lib"),
-    ):
-        break_it()
-        assert hook_call(command, payload("Stop"), monitor.environment) == ""
+    hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook")
+    assert hook_call(command, payload("Stop"), monitor.environment) == ""
+    shutil.rmtree(copy + "/lib")
+    assert hook_call(command, payload("Stop"), monitor.environment) == ""
     assert hook_call(hook_installed.command.replace("emit_event.py", "gone.py"), b"{}", monitor.environment)
 
 
 def test_the_whole_file_is_a_hook_too(monitor, shared):
     command = cm.hook_command(PYTHON, os.path.join(ROOT, "emit_event.py"))
-    hook_call(command, payload("Stop", "hook-whole"), shared.environment)
-    assert "hook-whole" in shared.sessions()
-    hook_call(command, payload("Stop"), monitor.environment)
-    assert len(hook_spooled(monitor.home)) == 1
+    for home in (shared, monitor):
+        hook_call(command, payload("Stop", "hook-whole"), home.environment)
+    assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
@@ -858,7 +858,7 @@ hook_json = st.recursive(
     | st.sampled_from(["http://a/b", "# no comment", "/* no */ // comment", ",]", ",}", '"', "\\", '\\",]//'])
     | st.integers(0xD800, 0xDFFF).map(chr),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
+    max_leaves=8,
 )
 
 
@@ -892,7 +892,7 @@ HOOK_PRICE = {"input": 1, "output": 1}
 HOOK_ODD_PRICES = [
     7,
     {"input": 1},
-    *({**HOOK_PRICE, **odd} for odd in ({"input": -1}, {"output": True}, {"x": 1})),
+    *(HOOK_PRICE | odd for odd in ({"input": -1}, {"output": True}, {"x": 1})),
 ]
 # For every key and section: values that must be refused, and one that is taken.
 HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
@@ -1102,7 +1102,7 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
             for field, ours in moved.items():
                 assert event.get(ours) == given_payload.pop(field, None)
             assert event["data"] == {
-                HOOK_DATA_NAMES.get(field, field): it for field, it in given_payload.items()
+                HOOK_DATA_NAMES.get(name, name): it for name, it in given_payload.items()
             }
             assert event["eventType"] == HOOK_EVENT_TYPES.get(event["hookType"], "message")
             assert uuid.UUID(event["id"]).version == 4 and (event["timestamp"] == 5) == (sent is line)
@@ -1115,11 +1115,8 @@ HOOK_NODE_EVENT = {
     "parentSessionId": "aa00aa00aa00aa00", "data": {"toolName": "Bash", "tool_output": {"stdout": "a"}, "agentId": "x1"},
 }  # fmt: skip
 HOOK_STOP = {
-    "hookType": "Stop",
-    "eventType": "turn_end",
-    "sessionId": "s1",
-    "workingDirectory": "/home/dev/shop",
-}
+    "hookType": "Stop", "eventType": "turn_end", "sessionId": "s1", "workingDirectory": "/home/dev/shop"
+}  # fmt: skip
 # What comes, and fields of the event; None: it is not there.
 HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"hook {hook}": (payload(hook), {"hookType": hook, "eventType": kind}) for hook, kind in HOOK_EVENT_TYPES.items()},
@@ -1205,7 +1202,7 @@ HOOK_FIELDS = (
     *HOOK_DATA_NAMES, *HOOK_DATA_NAMES.values(), *HOOK_REQUIRED, *HOOK_OPTIONAL, "hook_event_name", "session_id",
     "cwd", "agent_id", "agent_type", "truncated", "usage", "seq", "received",
 )  # fmt: skip
-hook_fields = st.dictionaries(st.sampled_from(HOOK_FIELDS) | st.text(max_size=4), hook_json, max_size=12)
+hook_fields = st.dictionaries(st.sampled_from(HOOK_FIELDS) | st.text(max_size=4), hook_json, max_size=8)
 hook_texts = st.text(min_size=1, max_size=9)
 hook_anything = st.one_of(
     hook_fields,
@@ -1261,17 +1258,6 @@ def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypa
         stored += ingest.take([json.dumps(wrapped).encode()])[1]
     assert [entry.event["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
     assert [json.loads(entry.line)["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
-
-
-def test_a_restart_goes_on_after_any_event_with_the_next_number(running):
-    beside = [{"seq": "x"}, {"received": None}, {"seq": 10**9}, {"hookType": 5}, {"data": 3}]
-    odd = [hook_wrapped(payload("Stop", "odd"), id=f"odd-{n}", **more) for n, more in enumerate(beside)]
-    odd += [{"eventType": "message", "seq": "y", "id": "odd-e", "sessionId": 5}, {"seq": [1], "id": 7}]
-    running.emit(*odd)
-    running.kill()
-    assert running.serve().get("/api/status")["seq"] == len(odd)
-    running.emit(payload("Stop"))
-    assert [event["seq"] for event in running.stored_events()] == list(range(1, len(odd) + 2))
 
 
 HOOK_ODD_JSON = {
@@ -1388,17 +1374,20 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
 
 
 def hook_tokens() -> Iterator[tuple[str, str]]:
-    """Make up (kind, token): the well-known ones, and one for each beginning that redaction knows."""
+    """Make up (kind, token): of the shapes above, and one for each beginning that redaction knows."""
     for kind, *shapes in map(str.split, re.split(r"[|\n]", HOOK_SHAPES.strip())):
         for head, length in (shape.replace("~", "").split(":") for shape in shapes):
             yield kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))
-    long, numbers = hook_token("", 40), [hook_token("", size, HOOK_HEX) for size in (8, 24, 32, 34, 40, 64)]
-    base32 = [hook_token("", size, HOOK_BASE32) for size in (16, 24, 64)]
+    long = hook_token("", 40)
+    hex8, hex24, hex32, hex34, hex40, hex64 = (
+        hook_token("", size, HOOK_HEX) for size in (8, 24, 32, 34, 40, 64)
+    )
+    base16, base24, base64_ = (hook_token("", size, HOOK_BASE32) for size in (16, 24, 64))
     bodies = [
-        long * 4, hook_token("1", 60, HOOK_BASE32), base32[0], numbers[2], numbers[4], "eyJ" + long * 2,
+        long * 4, hook_token("1", 60, HOOK_BASE32), base16, hex32, hex40, "eyJ" + long * 2, f"{hex64}-{long[:16]}",
         "0a1b2c3d-4e5f-4a6b-8c9d-0e1f2a3b4c5d", "A1B2C3-D4E5F6-G7H8I-J9K0L-M1N2P-Q3R4S", f"{long[:22]}.{long}{long[:3]}",
-        f"{numbers[5]}-{long[:16]}", f"{long[:8]}_{long[:24]}", f"{numbers[1]}-{numbers[3]}", f"{base32[1]}.{base32[2]}",
-        f"{long[:32]}_{numbers[0]}", f"{long[:14]}.{numbers[5]}", f"{long[:22]}.{long[:24]}.{long[:20]}",
+        f"{long[:8]}_{long[:24]}", f"{hex24}-{hex34}", f"{base24}.{base64_}", f"{long[:32]}_{hex8}",
+        f"{long[:14]}.{hex64}", f"{long[:22]}.{long[:24]}.{long[:20]}",
     ]  # fmt: skip
     for shape in ee.SECRET_SHAPES:
         if shape.is_token:
@@ -1407,8 +1396,9 @@ def hook_tokens() -> Iterator[tuple[str, str]]:
 
 def hook_secrets() -> list[tuple[str, str, str]]:
     """List (kind, secret, text around it with {} in its place)."""
-    plain = [("private-key", hook_key_block(kind=kind)) for kind in ("RSA ", "", "OPENSSH ")] + [
-        *hook_tokens()
+    plain = [
+        *hook_tokens(),
+        *(("private-key", hook_key_block(kind=kind)) for kind in ("", "RSA ", "OPENSSH ")),
     ]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
@@ -1435,10 +1425,7 @@ def hook_secrets() -> list[tuple[str, str, str]]:
         ("assignment", login, "_auth={}"),
     ]
     # a value that begins like a type
-    around += [
-        ("assignment", head + word, "aws_secret_access_key = {}\n")
-        for head in ("f29d", "u8x", "sha256x", "x25519a")
-    ]
+    around += [("assignment", head + word, "api_key: {}\n") for head in ("f29d", "u8x", "sha256x", "x25519a")]
     around += [(kind, word, text) for kind, texts in HOOK_SECRETS_IN.items() for text in texts]
     return [(kind, secret, "see {} there") for kind, secret in plain] + around
 
@@ -1471,10 +1458,8 @@ def hook_corpus() -> list[tuple[str, str, str]]:
         corpus += [(kind, secret, text), (kind, secret, json.dumps(text)), (kind, secret, f"ünd İ {text}")]
         if around == "see {} there":
             quoted = json.dumps(secret)[1:-1] if "\n" in secret else secret
-            corpus += [
-                (kind, secret, other.format(*[quoted if '"{}' in other else secret] * 2))
-                for other in HOOK_TEXTS
-            ]
+            for other in HOOK_TEXTS:
+                corpus.append((kind, secret, other.format(*[quoted if '"{}' in other else secret] * 2)))
     return corpus
 
 
@@ -1556,11 +1541,8 @@ def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret
         for value in values:
             digest = hashlib.sha256(str(value).encode()).hexdigest()[:8]
             expected = f"[redacted:key:{digest}]" if are_secret else value
-            given_input = {
-                "env": {name: value},
-                "list": {name: [value]},
-                "pair": {"name": name, "value": value},
-            }
+            pair = {"name": name, "value": value}
+            given_input = {"env": {name: value}, "list": {name: [value]}, "pair": pair}
             redacted = hook_protected(payload("PreToolUse", tool_input=given_input))["data"]["toolInput"]
             assert redacted["env"] == {name: expected} and redacted["list"] == {name: [expected]}
             assert redacted["pair"] == {"name": name, "value": expected}
@@ -1569,50 +1551,28 @@ def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret
             assert (word not in ee.redact_text(f'{{"{name}": "{word}"}}')) == are_secret, name
 
 
-HOOK_HARMLESS = """proxy_pass http://backend:8080;
-password: str = Field(...)
-token: Optional[str] = None
-docker run -u 1000:1000 img
-curl -u $USER:$PASS https://x
-git push -u origin main
-"auth": "oauth2", "auth": true
-PWD=/home/me/project1
-12 passed, "pass": 12, pass: 100%
-TOKEN_LIMIT=100000 max_tokens=4096
-secretName: my-secret-1
-secretKeyRef: {name: db1, key: password}
-password: "{{ vault_db_password }}"
-password: !vault |
-token: ${{ secrets.GITHUB_TOKEN }}
-<label for="password">Password</label>
-cache-key: v1-deps-12345
-primary_key=True, sort_key: created_at2
-SSH_KEY=~/.ssh/id_ed25519
-GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json
-"token_type": "Bearer"
-secrets: inherit
-re_compile_pattern_2_of_the_book
-sk-container-id-12345678
+# With " ¦ " between them.
+HOOK_HARMLESS = """proxy_pass http://backend:8080; ¦ password: str = Field(...) ¦ token: Optional[str] = None
+docker run -u 1000:1000 img ¦ curl -u $USER:$PASS https://x ¦ git push -u origin main
+"auth": "oauth2", "auth": true ¦ PWD=/home/me/project1 ¦ 12 passed, "pass": 12, pass: 100%
+TOKEN_LIMIT=100000 max_tokens=4096 ¦ secretName: my-secret-1 ¦ secretKeyRef: {name: db1, key: password}
+password: "{{ vault_db_password }}" ¦ password: !vault | ¦ token: ${{ secrets.GITHUB_TOKEN }}
+<label for="password">Password</label> ¦ cache-key: v1-deps-12345 ¦ primary_key=True, sort_key: created_at2
+SSH_KEY=~/.ssh/id_ed25519 ¦ GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json ¦ "token_type": "Bearer"
+secrets: inherit ¦ re_compile_pattern_2_of_the_book ¦ sk-container-id-12345678
 toolu_01XFDUDYJgAACzvnptvVoYEL msg_01XFDUDYJgAACzvnptvVoYEL
-fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000
-git@github.com:org/repo.git
-https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2
-rows are identified by 'name'
-pad_token: "<pad1>"
-passport: 12345, bypass=true1, compass: n123
---key-file /etc/k1.pem --token-file t1
-API_KEY=your-api-key-here
-PASSWORD=******** password: '****' TOKEN=<token>
+fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000 ¦ git@github.com:org/repo.git
+https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2 ¦ rows are identified by 'name' ¦ pad_token: "<pad1>"
+passport: 12345, bypass=true1, compass: n123 ¦ --key-file /etc/k1.pem --token-file t1
+API_KEY=your-api-key-here ¦ PASSWORD=******** password: '****' TOKEN=<token>
 headers["Authorization"] = "Basic %s" % auth
 token = get_token()~password = input('password: ')~secret: str~if token == other_token: pass
 const { token, secret } = useAuth(); headers.authorization = auth
-the password is wrong; enter a token, then the key
-input_tokens: 1200, output_tokens: 87
+the password is wrong; enter a token, then the key ¦ input_tokens: 1200, output_tokens: 87
 https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com
 export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}
 task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month
------BEGIN PUBLIC KEY-----~MIIB~-----END PUBLIC KEY-----
-ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
+-----BEGIN PUBLIC KEY-----~MIIB~-----END PUBLIC KEY----- ¦ ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
 login(token=get_token(), password=self.password, secret=name, api_key=keys[0])
 f(token=get_token()) or f(password=other.field); token=x.y;
 const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}
@@ -1627,7 +1587,9 @@ usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token
 MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123
 password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}
 3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890
-the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task""".split("\n")
+the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task""".replace(
+    "\n", " ¦ "
+).split(" ¦ ")
 
 
 def hook_harmless_texts() -> list[str]:
@@ -1673,24 +1635,18 @@ HOOK_REPEATED = (
 )
 
 
-def redaction_seconds(unit: str, size: int, times: int = 1) -> float:
-    """Return the processor's time for a text of a unit over and over, the shortest of some tries."""
-    text, tries = (unit * (size // len(unit) + 1))[:size], []
-    for _ in range(times):
-        begin = time.process_time()
-        ee.redact_text(text)
-        tries.append(time.process_time() - begin)
-    return min(tries)
+def redaction_seconds(unit: str, size: int) -> float:
+    """Return the processor's time for a text of a unit over and over."""
+    begin = time.process_time()
+    ee.redact_text((unit * (size // len(unit) + 1))[:size])
+    return time.process_time() - begin
 
 
 @pytest.mark.parametrize("pattern", HOOK_REPEATED)
-def test_the_time_for_redaction_grows_no_faster_than_the_length(pattern):
+def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
     for hint in ("", "token", "eyJ", "://", "authorization"):
         unit = pattern.replace("{}", hint)
-        if unit:
-            limit = 30 * max(redaction_seconds(unit, 5_000, 3), 0.001)
-            # eight times as long; a square would be 64 times as slow
-            assert any(redaction_seconds(unit, 40_000) < limit for _ in range(3)), unit
+        assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
 
 
 @settings(deadline=None, max_examples=100)
@@ -1704,7 +1660,7 @@ def test_redaction_of_any_mixture_is_quick_and_the_same_twice(parts, hint):
     unit = "".join(parts).replace("{}", hint)
     once = ee.redact_text(unit)
     assert ee.redact_text(once) == once, "what is gone gives nothing beside it another meaning"
-    assert redaction_seconds(unit, 20_000) < 1.0  # the square would take minutes
+    assert redaction_seconds(unit, 20_000) < 1.0
 
 
 def test_a_token_that_grep_has_coloured_is_redacted_whole():
@@ -1728,17 +1684,6 @@ def test_no_text_and_no_escape_around_a_token_hides_it(before, left, secret, rig
     assert ee.redact_text(shown) == shown
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.text(alphabet='\\n"%3D=x0b\x1b[m;u&quot0', max_size=40), st.text(max_size=20))
-def test_each_place_in_a_view_leads_back_to_its_text(escapes, text):
-    raw = text + escapes + text
-    view = ee._View(raw)
-    spans = [view.raw_span(at, at + 1) for at in range(len(view.text))]
-    assert all(start < end for start, end in spans)
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
-    assert all(raw[start:end] == letter for (start, end), letter in zip(spans, view.text) if end - start == 1)
-
-
 @settings(deadline=None, max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
@@ -1755,9 +1700,8 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
     width = len(letter.encode("utf-8", "surrogatepass"))
     text = "head" + letter * ((limit - 8) // width + over) + "tail"
     size = len(text.encode("utf-8", "surrogatepass"))
-    given_payload = payload(
-        "PostToolUse", tool_response={"stdout": text, "lines": ["x", text]}, tool_input={"a": "b"}
-    )
+    response = {"stdout": text, "lines": ["x", text]}
+    given_payload = payload("PostToolUse", tool_response=response, tool_input={"a": "b"})
     data = hook_protected(given_payload, ee.Privacy(field_limit_bytes=limit))["data"]
     cut = data["toolOutput"]["stdout"]
     if size <= limit:
@@ -1819,60 +1763,47 @@ def test_secrets_before_the_cut_pull_no_half_secret_into_view():
                 assert not hook_traces(secret, event), (edge, back, tried is text)
 
 
-HOOK_PROSE = "content-of-a-person"
-HOOK_CONTENT = "words of a person"
-
-
-def hook_of_another(**data: Any) -> dict[str, Any]:
-    return {"eventType": "message", "data": data}
-
-
+HOOK_PROSE, HOOK_WORDS = "content-of-a-person", "words of a person"
 # What comes, and what of its `data` leaves.
 HOOK_METADATA: dict[str, tuple[dict[str, Any], Any]] = {
     "a call": (
         payload(
             "PostToolUse", tool_name="Bash", tool_use_id="t1", duration_ms=5, tool_input={"command": HOOK_PROSE},
-            model="claude-x", permission_mode="default", tool_calls=[HOOK_PROSE],
-            **dict.fromkeys("tool_response message prompt error last_assistant_message future title session_title".split(),
-                            HOOK_PROSE),
+            model="claude-x", permission_mode="default", tool_calls=[HOOK_PROSE], tool_response=HOOK_PROSE,
+            **dict.fromkeys("message prompt error last_assistant_message future title session_title".split(), HOOK_PROSE),
         ),
         {"toolName": "Bash", "toolUseId": "t1", "durationMs": 5, "model": "claude-x", "permissionMode": "default"},
     ),
     "the reason of an end": (payload("SessionEnd", reason="other"), {"reason": "other"}),
     "the prose of a refusal": (payload("PermissionDenied", reason=HOOK_PROSE), {}),
     "a field of another program": ({"eventType": "message", "text": HOOK_PROSE}, {}),
-    "data of another program": (hook_of_another(text=HOOK_PROSE), {}),
-    "data that is no object": ({"eventType": "message", "data": HOOK_PROSE}, {}),
     "any object": ({"test": HOOK_PROSE}, {}),
     "a field beside a payload": (hook_wrapped({"hook_event_name": "Stop"}, beside={"text": HOOK_PROSE}), {}),
-    "the figures of usage": (
-        hook_of_another(usage={"models": {"m-1": {"input": 5, "note": HOOK_CONTENT}}, "model": "m-1", HOOK_CONTENT: 1}),
-        {"usage": {"models": {"m-1": {"input": 5}}, "model": "m-1"}},
-    ),
-    "usage that is no object": (hook_of_another(usage=HOOK_CONTENT), {}),
-    "what an agent is": (
-        hook_of_another(agentMeta={"agentType": "Explore", "spawnDepth": 1, "description": HOOK_CONTENT}),
-        {"agentMeta": {"agentType": "Explore", "spawnDepth": 1}},
-    ),
-    "sizes of what was cut": (
-        hook_of_another(truncated={"toolOutput.stdout": 5, HOOK_CONTENT: 7, "x": HOOK_CONTENT}),
-        {"truncated": {"toolOutput.stdout": 5}},
-    ),
-    "a model that is no word": (hook_of_another(model={"name": HOOK_CONTENT}), {}),
-    "a source that is no word": (hook_of_another(source=[HOOK_CONTENT]), {}),
-    "a trigger": (hook_of_another(trigger="manual"), {"trigger": "manual"}),
-    "a trigger that is prose": (hook_of_another(trigger=HOOK_CONTENT * 20), {}),
+    **{
+        f"data of another program: {data}": ({"eventType": "message", "data": data}, left)
+        for data, left in (
+            (HOOK_PROSE, {}),
+            ({"text": HOOK_PROSE}, {}),
+            ({"usage": {"models": {"m-1": {"input": 5, "note": "a-word"}}, "model": "m-1", HOOK_WORDS: 1}},
+             {"usage": {"models": {"m-1": {"input": 5}}, "model": "m-1"}}),
+            ({"usage": HOOK_WORDS}, {}),
+            ({"agentMeta": {"agentType": "Explore", "spawnDepth": 1, "description": HOOK_WORDS}},
+             {"agentMeta": {"agentType": "Explore", "spawnDepth": 1}}),
+            ({"truncated": {"toolOutput.stdout": 5, HOOK_WORDS: 7, "x": HOOK_WORDS}}, {"truncated": {"toolOutput.stdout": 5}}),
+            ({"model": {"name": HOOK_WORDS}}, {}),
+            ({"source": [HOOK_WORDS]}, {}),
+            ({"trigger": "manual"}, {"trigger": "manual"}),
+            ({"trigger": HOOK_WORDS * 20}, {}),
+        )
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("given_object", "data"), HOOK_METADATA.values(), ids=HOOK_METADATA.keys())
 def test_at_the_level_of_metadata_no_content_leaves(given_object, data):
-    event, built = (
-        hook_protected(given_object, ee.Privacy(metadata_only=True)),
-        ee.build_event(given_object, 5, "m"),
-    )
-    text = json.dumps(event)
-    assert HOOK_PROSE not in text and HOOK_CONTENT not in text and event["data"] == data
+    event = hook_protected(given_object, ee.Privacy(metadata_only=True))
+    built, text = ee.build_event(given_object, 5, "m"), json.dumps(event)
+    assert HOOK_PROSE not in text and HOOK_WORDS not in text and event["data"] == data
     assert (event["sessionId"], event["hookType"]) == (built["sessionId"], built["hookType"])
 
 
@@ -1897,8 +1828,8 @@ def test_the_config_decides_what_is_stored(tmp_path, key, value, beginning, is_w
 @pytest.mark.parametrize("level", ["full", "metadata"])
 def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     token = hook_token("gh" + "p_", 36)
-    lines = [f'{{"hook_event_name": "Stop", "prompt": "{HOOK_CONTENT} {token}', '{"a": "' + "x" * 4080 + " " + token,
-             f'{{"x": "{HOOK_CONTENT} {"y" * 170} {token}' + "z" * (17 << 20)]  # fmt: skip
+    lines = [f'{{"hook_event_name": "Stop", "prompt": "{HOOK_PROSE} {token}', '{"a": "' + "x" * 4080 + " " + token,
+             f'{{"x": "{HOOK_PROSE} {"y" * 170} {token}' + "z" * (17 << 20)]  # fmt: skip
     monitor.write_config({"privacy": {"level": level}})
     monitor.start()
     for line in lines:
@@ -1910,15 +1841,7 @@ def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     for name in ("quarantine.log", "monitor.log"):
         text = install_text(f"{monitor.home}/{name}")
         assert not hook_traces(token, text), name
-        assert (HOOK_CONTENT in text) == (level == "full"), name
-
-
-def test_a_reason_in_the_log_of_the_hook_shows_no_secret(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
-    word = hook_token("", 12) + "7Q"
-    ee.log_failure(f"failed: token={word} is wrong")
-    text = (tmp_path / "emit.log").read_text()
-    assert word not in text and "is wrong" in text
+        assert (HOOK_PROSE in text) == (level == "full"), name
 
 
 # ---------------------------------------------------------------------------
@@ -1950,10 +1873,8 @@ def spool_read(path: str) -> list[bytes]:
 
 
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
-    directory, writers, each = str(tmp_path / "spool"), 8, 250
+    directory, writers, each, segments = str(tmp_path / "spool"), 8, 250, []
     command = [PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory]
-    processes = [subprocess.Popen([*command, str(writer), str(each)]) for writer in range(writers)]
-    segments: list[list[bytes]] = []
 
     def drain() -> bool:
         for path, _ in ee.spool_segments(directory):
@@ -1961,16 +1882,13 @@ def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
                 taken = ee.take_segment(path)
                 segments.append(spool_read(taken))
                 os.unlink(taken)
-        return all(process.poll() is not None for process in processes)
+        return all(process.poll() == 0 for process in processes)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        commands = [[*command, str(writer), str(each)] for writer in range(writers)]
+        processes = [stack.enter_context(subprocess.Popen(each_command)) for each_command in commands]
         eventually(drain, timeout_s=60)
-        drain()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * writers
+    drain()
     found = collections.Counter(json.loads(line)["id"] for lines in segments for line in lines)
     assert found == {f"{writer}-{number}": 1 for writer in range(writers) for number in range(each)}
     assert len(segments) > 10 and ee.spool_segments(directory) == []
@@ -2268,9 +2186,8 @@ class JournalModel:
         assert list(journal.lines(session, after, before, backwards=True)) == expected[::-1]
 
 
-journal_batches = st.lists(
-    st.tuples(st.sampled_from(STORE_SESSIONS), st.sampled_from([0, 0, 0, 40, 700, 20_000])), max_size=6
-)
+journal_sizes = st.sampled_from([0, 0, 0, 40, 700, 20_000])
+journal_batches = st.lists(st.tuples(st.sampled_from(STORE_SESSIONS), journal_sizes), max_size=6)
 journal_operations = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([0, 0, 0, 1, 3, -1, -2, -5]), journal_batches),
     st.tuples(st.just("append"), st.sampled_from([0, 1]), journal_batches),
@@ -2311,12 +2228,10 @@ def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 66_000, 200_000])
-@pytest.mark.parametrize(
-    ("torn", "last_seq", "repaired"),
-    [(b"", 2, 0), (b'{"seq":4', 2, 1), (b'{"seq":4,"re', 4, 1), (b'{"seq":4,"received":1}', 4, 1)],
-)
-def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn, last_seq, repaired):
-    path = tmp_path / cm.day_of(NOW_MS) / "s.jsonl"
+@pytest.mark.parametrize("torn", [b"", b'{"seq":4', b'{"seq":4,"re', b'{"seq":4,"received":1}'])
+def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn):
+
+    path, last_seq = tmp_path / cm.day_of(NOW_MS) / "s.jsonl", 4 if b"," in torn else 2
     path.parent.mkdir()
     lines = [cm.numbered_line(seq, NOW_MS, ee.encode_json(store_event(seq, "s", size))) for seq in (1, 2)]
     for whole in (lines, []):  # or the file is nothing but a torn line
@@ -2325,7 +2240,7 @@ def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn, las
         assert journal.seq == (last_seq if whole or last_seq == 4 else 0)
         stored = [journal.append([store_event(number, "s")], NOW_MS)[0].line for number in (3, 4)]
         completed = [torn] if torn.endswith(b"}") else []
-        assert list(journal.lines("s")) == whole + completed + stored and journal.repaired == repaired
+        assert list(journal.lines("s")) == whole + completed + stored and journal.repaired == bool(torn)
         assert path.read_bytes() == b"".join(line + b"\n" for line in whole + completed + stored)
         journal.close()
 
@@ -2383,29 +2298,6 @@ def test_a_day_may_have_more_files_than_may_be_open(journal):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_journal_reads_only_the_days_that_a_reader_needs(journal, monkeypatch):
-    for day in range(10):
-        events = [store_event(day * 20 + number, f"s{number}") for number in range(20)]
-        journal.append(events, NOW_MS + day * DAY_MS)
-    days_read: set[int] = set()
-    do_read = cm.JournalFile._read
-
-    def noted(file: Any, *about: Any) -> Any:
-        days_read.add(journal.days().index(file.day))
-        return do_read(file, *about)
-
-    monkeypatch.setattr(cm.JournalFile, "_read", noted)
-    for about, limit, seqs, days in (
-        ({"after": 197}, 9, [198, 199, 200], {8, 9}),
-        ({"after": 180}, 1, [181], {8, 9}),
-        ({"backwards": True}, 2, [200, 199], {9}),
-        ({"before": 101, "backwards": True}, 2, [100, 99], {4, 5, 6, 7, 8, 9}),
-    ):
-        days_read.clear()
-        assert journal_seqs(itertools.islice(journal.lines(**about), limit)) == seqs
-        assert days_read == days, about
-
-
 def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal):
     mark, midnight = tmp_path / ".in-order", NOW_MS // DAY_MS * DAY_MS
     for at in (midnight + 1000, midnight - 5000, midnight + 2000, midnight - 23 * 3_600_000):
@@ -2423,20 +2315,14 @@ def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal)
 
 
 def pack_as_before(path: str, block_bytes: int = 2000) -> None:
-    """Put a packed file in the place of a plain one, as versions did that packed closed days."""
-
-    def member(kind: bytes, content: bytes, size: int) -> bytes:
-        packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-        body = packer.compress(content) + packer.flush()
-        head = b"\x1f\x8b\x08\x04" + struct.pack("<IBBH2sHQQ", 0, 0, 255, 20, kind, 16, 40 + len(body), size)
-        return head + body + struct.pack("<II", zlib.crc32(content), len(content))
-
+    """Put a packed file in the place of a plain one: gzip in parts, as versions did that packed closed days."""
     with open(path, "rb") as file:
         content = file.read()
-    blocks = [content[start : start + block_bytes] for start in range(0, len(content), block_bytes)]
     with open(path + ".gz", "wb") as file:
-        file.write(member(b"CT", b"", len(content)))
-        file.writelines(member(b"CB", block, len(block)) for block in blocks)
+        for start in range(0, len(content), block_bytes):
+            part = gzip.compress(content[start : start + block_bytes])
+            extra = struct.pack("<H2sHQQ", 20, b"CB", 16, 0, 0)
+            file.write(part[:3] + b"\x04" + part[4:8] + b"\0\xff" + extra + part[10:])
     os.unlink(path)
 
 
@@ -2449,14 +2335,13 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     subprocess.run(["gzip", by_hand], check=True)
     for path in (whole, half, *others):
         pack_as_before(path)
-        packed = subprocess.run(["gzip", "-dc", path + ".gz"], capture_output=True, check=True).stdout
-        assert packed == before[path], "packed as before"
-    with open(whole + ".gz", "wb") as file:  # killed before the packed one went: the plain one counts
-        file.write(b"not looked at")
-    with open(whole, "wb", opener=ee.open_for_append) as file:
-        file.write(before[whole])
-    with open(half + ".tmp", "wb") as file:  # killed while it was written
-        file.write(before[half][:999] * 99)
+    # killed before the packed one went: the plain one counts; and killed while it was written
+    for path, content in (
+        (whole + ".gz", b"x"),
+        (whole, before[whole]),
+        (half + ".tmp", before[half][:999] * 99),
+    ):
+        ee.write_atomically(path, content)
     os.unlink(tmp_path / ".in-order")
     opened = journal_opened(tmp_path)
     assert not [*tmp_path.glob("*/*.gz"), *tmp_path.glob("*/*.tmp")]
@@ -2465,18 +2350,13 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     assert list(opened.lines()) == lines and opened.seq == 120 and opened.in_order
 
 
-PACK_DAMAGES = {
-    "cut short": (slice(-5000, None), b""),
-    "a wrong byte in its middle": (slice(100_000, 100_001), b"!"),
-    "garbage behind its first part": (slice(190_000, None), bytes(5000)),
-}
-
-
-@pytest.mark.parametrize(("where", "damage"), PACK_DAMAGES.values(), ids=PACK_DAMAGES.keys())
+@pytest.mark.parametrize(
+    ("where", "damage"),
+    [(slice(-5000, None), b""), (slice(100_000, 100_001), b"!"), (slice(190_000, None), bytes(5000))],
+    ids=["cut short", "a wrong byte in its middle", "garbage behind its first part"],
+)
 def test_a_damaged_packed_file_costs_only_what_is_damaged(tmp_path, journal, caplog, where, damage):
-    events = [
-        {**store_event(number, "broken"), "data": {"x": os.urandom(500).hex()}} for number in range(600)
-    ]
+    events = [{**store_event(at, "broken"), "data": {"x": os.urandom(500).hex()}} for at in range(600)]
     lines = [entry.line for entry in journal.append(events, NOW_MS)]
     path = tmp_path / cm.day_of(NOW_MS) / "broken.jsonl.gz"
     pack_as_before(str(path)[: -len(".gz")], 20_000)
@@ -2542,9 +2422,7 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
 
 def test_no_two_sessions_share_a_file_even_where_case_is_ignored():
     ids = {*STORE_ODD_IDS, "s1", "Ab", "aB", "ab"}
-    ids |= {
-        cm.session_file_name(session).partition(".jsonl")[0] for session in ids
-    }  # what others' are called
+    ids |= {cm.session_file_name(session)[:-6] for session in ids}  # which is the name of another's file
     assert len({cm.session_file_name(session).lower() for session in ids}) == len(ids)
 
 
@@ -2591,21 +2469,23 @@ def test_memory_forgets_the_oldest_events_beyond_its_limit(monkeypatch):
     assert seqs == list(range(51 - len(seqs), 51)) and len(seqs) > 10
 
 
-def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
-    path = f"{monitor.home}/events/{cm.day_of(NOW_MS)}/s.jsonl"
-    good = {"seq": 1, "received": NOW_MS, **store_event(1, "s")}
-    gone = ("id", "sessionId", "data", "received")
+def test_a_monitor_starts_and_counts_on_after_odd_events_and_edited_lines(running):
+    odd = [{"seq": "x"}, {"received": None}, {"seq": 10**9}, {"hookType": 5}, {"data": 3}]
+    running.emit(*(hook_wrapped(payload("Stop", "s"), id=f"odd-{at}", **more) for at, more in enumerate(odd)),
+                 {"eventType": "message", "seq": "y", "id": "e", "sessionId": 5}, {"seq": [1], "id": 7})  # fmt: skip
+    running.kill()
+    good, gone = running.stored_events()[0], ("id", "sessionId", "data", "received")
     edited = [{key: value for key, value in good.items() if key != name} for name in gone]
     edited += [{**good, "data": 5}, {**good, "timestamp": "x"}, {**good, "id": 7}]
-    os.makedirs(os.path.dirname(path))
-    with open(path, "w", encoding="ascii") as file:
-        for number, event in enumerate([good, *edited]):
-            file.write(json.dumps({**event, "seq": number + 1}, separators=(",", ":")) + "\n")
+    (path,) = glob.glob(running.home + "/events/*/s.jsonl")
+    with open(path, "a", encoding="ascii") as file:
+        for number, event in enumerate(edited):
+            file.write(json.dumps({**event, "seq": number + 8}, separators=(",", ":")) + "\n")
         file.write('{"seq":99,"received":1,"id":"half"\nnot json\n\n')
-    monitor.serve()
-    monitor.emit(json.loads(spool_line("b", "s2")))
-    assert {"s", "s2"} <= set(monitor.sessions())
-    assert monitor.get("/api/sessions/s2/events")["events"][0]["seq"] > 1
+    running.serve().emit(json.loads(spool_line("b", "s2")))
+    assert {"s", "s2"} <= set(running.sessions())
+    (event,) = running.get("/api/sessions/s2/events")["events"]
+    assert event["seq"] == running.get("/api/status")["seq"] > 14
 
 
 # ---------------------------------------------------------------------------
@@ -2615,20 +2495,9 @@ def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
 INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hooks/emit_event.py")
 INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
 INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
-INSTALL_ODD_NAMES = [
-    "a b",
-    'a"b',
-    "a$HOME b",
-    "a`id`b",
-    "a\\b",
-    "a\\",
-    "a'b",
-    "$(exit 3)",
-    "é\u2028",
-    "a;b",
-    "!x",
-    "a\nb",
-]
+INSTALL_ODD_NAMES = r"""a b|a"b|a$HOME b|a`id`b|a\b|a\|a'b|$(exit 3)|é|a;b|!x|*?[x]{a,b} ~#&()<>""".split(
+    "|"
+) + ["\u2028", "a\nb"]
 INSTALL_OTHERS_COMMANDS = """node /opt/x/emit-event.js
 python3 /home/me/project/hooks/emit_event.py
 python3 -I /home/me/.contextuate/hooks/emit_event.py
@@ -2656,27 +2525,23 @@ INSTALL_OUR_COMMANDS = [
 ]
 
 
-install_handlers = st.one_of(
-    st.fixed_dictionaries(
-        {"type": st.just("command"), "command": st.sampled_from(INSTALL_OTHERS_COMMANDS)},
-        optional={"timeout": st.integers(1, 60), "async": st.booleans(), "args": st.just(["x"])},
-    ),
-    st.fixed_dictionaries({"type": st.sampled_from(["http", "agent"]), "url": st.just(INSTALL_COMMAND)}),
-    st.dictionaries(st.text(max_size=6), hook_json, max_size=2).filter(lambda value: "command" not in value),
-)
+INSTALL_OTHERS = [
+    *({"type": "command", "command": command, "timeout": 5} for command in INSTALL_OTHERS_COMMANDS),
+    {"type": "http", "url": INSTALL_COMMAND}, {"type": "command", "command": "make", "args": ["x"]}, {}, {"x": [None]},
+]  # fmt: skip
 install_groups = st.fixed_dictionaries(
-    {"hooks": st.lists(install_handlers, max_size=3)},
+    {"hooks": st.lists(st.sampled_from(INSTALL_OTHERS), max_size=3)},
     optional={"matcher": st.sampled_from(["", "*", "Bash", "Edit|Write"]), "future": hook_json},
 )
 install_hooks = st.dictionaries(
-    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate"]) | st.text(max_size=6),
-    st.lists(install_groups, min_size=1, max_size=3), min_size=1, max_size=4,
+    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate", "é"]), st.lists(install_groups, min_size=1, max_size=3),
+    min_size=1, max_size=4,
 )  # fmt: skip
 install_settings = st.builds(
-    lambda others, hooks, at: dict([*list(others.items())[:at], *hooks, *list(others.items())[at:]]),
-    st.dictionaries(st.text(max_size=6).filter(lambda key: key != "hooks"), hook_json, max_size=3),
-    st.lists(install_hooks.map(lambda hooks: ("hooks", hooks)), max_size=1),
-    st.integers(0, 4),
+    lambda before, hooks, after: {**before, **hooks, **after},
+    st.dictionaries(st.sampled_from(["a", "é\u2028"]), hook_json),
+    st.none().map(lambda _: {}) | install_hooks.map(lambda hooks: {"hooks": hooks}),
+    st.dictionaries(st.sampled_from(["b", "model"]), hook_json),
 )
 install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 400))
 
@@ -2718,18 +2583,15 @@ def test_the_installed_entry_has_the_documented_form(empty):
     assert cm.merge_hooks(installed, "", []) == {}
 
 
-@pytest.mark.parametrize(
-    ("script", "second"),
-    [
+def test_the_installed_command_has_a_second_choice_and_exits_0(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for script, second in (
         ("/home/me/.contextuate/hooks/emit_event.py", "$HOME/.contextuate/hooks/emit_event.py"),
         ("/home/me/x/../.contextuate/hooks/emit_event.py", "$HOME/.contextuate/hooks/emit_event.py"),
         ("/srv/contextuate/hooks/emit_event.py", "/srv/contextuate/hooks/emit_event.py"),
-    ],
-)
-def test_the_installed_command_has_a_second_choice_and_exits_0(monkeypatch, script, second):
-    monkeypatch.setenv("HOME", "/home/me")
-    command, first = cm.hook_command("/usr/bin/python3", script), os.path.abspath(script)
-    assert command == f'"/usr/bin/python3" -I -S "{first}" || python3 -I -S "{second}" || :'
+    ):
+        command, first = cm.hook_command("/usr/bin/python3", script), os.path.abspath(script)
+        assert command == f'"/usr/bin/python3" -I -S "{first}" || python3 -I -S "{second}" || :'
 
 
 @pytest.mark.parametrize(
@@ -2765,27 +2627,8 @@ def test_install_updates_an_old_entry_and_removes_doubles_and_old_names():
     }
 
 
-@pytest.mark.parametrize(
-    ("value", "place"),
-    [
-        ({"hooks": []}, "hooks:"),
-        ({"hooks": None}, "hooks:"),
-        ({"hooks": {"Stop": {}}}, "hooks.Stop:"),
-        ({"hooks": {"odd name": 1}}, 'hooks."odd name":'),
-        ({"hooks": {"Stop": [{"hooks": []}, "x"]}}, "hooks.Stop[1]:"),
-        ({"hooks": {"Stop": [{"matcher": "x"}]}}, "hooks.Stop[0].hooks:"),
-        ({"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}, "hooks.Stop[0].hooks[1]:"),
-    ],
-)
-def test_hooks_of_another_shape_are_refused_with_their_place(value, place):
-    for command, names in ((INSTALL_COMMAND, ["Stop"]), ("", [])):
-        with pytest.raises(cm.InstallError, match="^" + re.escape(place)):
-            cm.merge_hooks(value, command, names)
-
-
-INSTALL_NINE = set(
-    "PreToolUse PostToolUse Notification UserPromptSubmit Stop SubagentStop PreCompact SessionStart SessionEnd".split()
-)
+INSTALL_NINE = {"PreToolUse", "PostToolUse", "Notification", "UserPromptSubmit", "Stop", "SubagentStop"}
+INSTALL_NINE |= {"PreCompact", "SessionStart", "SessionEnd"}
 
 
 def test_a_client_gets_only_event_names_it_knows():
@@ -2966,6 +2809,9 @@ def test_every_settings_file_that_counts_is_known(client_files, files, runs, wor
     assert words in off if words else off == ""
 
 
+INSTALL_OTHER_PYTHON = {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}
+
+
 @pytest.mark.parametrize(
     ("event", "handler", "is_twice"),
     [
@@ -2974,12 +2820,8 @@ def test_every_settings_file_that_counts_is_known(client_files, files, runs, wor
             INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0],
             False,
         ),  # the client runs the same command once
-        ("Stop", {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}, True),
-        (
-            "SessionEnd",
-            {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"},
-            False,
-        ),
+        ("Stop", INSTALL_OTHER_PYTHON, True),
+        ("SessionEnd", INSTALL_OTHER_PYTHON, False),
         ("Stop", {"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
         ("Stop", {"command": "python3", "args": ["/x/emit_event.py"]}, True),
         ("Stop", {"command": "node /x/emit-event.js"}, True),
@@ -2994,17 +2836,8 @@ def test_a_second_registration_is_found(client_files, place, event, handler, is_
     user = {**INSTALL_OURS, "enabledPlugins": {"x@y": True}}
     names, paths = cm.registered_twice(client_files({"user/settings.json": user, place: second}))
     assert names == ["Stop"] * is_twice
-    assert {os.path.basename(path) for path in paths} == (
-        {"settings.json", os.path.basename(place)} if is_twice else set()
-    )
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
-def test_the_shell_keeps_any_path_as_it_is(name):
-    path = os.path.abspath("/" + name)
-    command = cm.hook_command("/usr/bin/printf", path).replace(" -I -S ", " %s ", 1)
-    assert run_hook(command, b"", dict(os.environ)).stdout == path.encode()
+    expected = ["settings.json", os.path.basename(place)] if is_twice else []
+    assert sorted(map(os.path.basename, paths)) == sorted(expected)
 
 
 def install_text(path: object) -> str:
@@ -3017,20 +2850,19 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
     library = home / "hooks/lib"
-    whole_text, hot_path = install_text(ee.__file__), install_text(library / "hot_path.py")
-    assert install_text(script) == ee.LAUNCHER and install_text(library / "emit_event.py") == whole_text
-    assert whole_text.startswith(hot_path + ee.HOT_PATH_END)
+    files = [script, library / "emit_event.py", library / "hot_path.py"]
+    launcher, whole, hot_path = map(install_text, files)
+    assert launcher == ee.LAUNCHER and whole == install_text(ee.__file__)
+    assert whole.startswith(hot_path + ee.HOT_PATH_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
     assert compiled == {"emit_event", "hot_path"}
-    for directory in (home, home / "hooks", library):
-        assert hook_mode_of(directory) == 0o700
-    for path in (script, library / "emit_event.py", library / "hot_path.py"):
-        assert hook_mode_of(path) == 0o600
+    assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
+    assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
     command = cm.hook_command(PYTHON, script)
-    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
-    shutil.rmtree(library / "__pycache__")  # it works without, too
-    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+    for _ in range(2):
+        assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+        shutil.rmtree(library / "__pycache__", ignore_errors=True)  # it works without, too
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
 
 
@@ -3078,13 +2910,19 @@ def install_write(plan: Any) -> str | None:
         (b'{"a": NaN}', "NaN"),
         (b'{"a": 1e999}', "too large"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
-        (b'{"hooks": {"Stop": [1]}}', r"hooks\.Stop\[0\]"),
+        (b'{"hooks": []}', "hooks:"),
+        (b'{"hooks": null}', "hooks:"),
+        (b'{"hooks": {"Stop": {}}}', "hooks.Stop:"),
+        (b'{"hooks": {"odd name": 1}}', 'hooks."odd name":'),
+        (b'{"hooks": {"Stop": [{"hooks": []}, "x"]}}', "hooks.Stop[1]:"),
+        (b'{"hooks": {"Stop": [{"matcher": "x"}]}}', "hooks.Stop[0].hooks:"),
+        (b'{"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}', "hooks.Stop[0].hooks[1]:"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, content, words):
     settings_file.write_bytes(content)
     for plan in (install_plan, uninstall_plan):
-        with pytest.raises(cm.InstallError, match=words) as caught:
+        with pytest.raises(cm.InstallError, match=re.escape(words)) as caught:
             plan(settings_file)
         assert str(settings_file) in str(caught.value) and "nothing was changed" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -3114,15 +2952,15 @@ def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("line_end", "indent", "mark", "final"),
-    [
-        ("\n", "\t", "", True),
-        ("\r\n", "  ", "\ufeff", False),
-        ("\n", "    ", "\ufeff", True),
-        ("\r\n", "", "", False),
-    ],
-)
+INSTALL_LAYOUTS = [
+    ("\n", "\t", "", 1),
+    ("\r\n", "  ", "\ufeff", 0),
+    ("\n", "    ", "\ufeff", 1),
+    ("\r\n", *("", "", 0)),
+]
+
+
+@pytest.mark.parametrize(("line_end", "indent", "mark", "final"), INSTALL_LAYOUTS)
 def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_end, indent, mark, final):
     settings = {"model": "é\u2028", **install_of("make"), "n": {}}
     text = json.dumps(settings, indent=indent, ensure_ascii=False)
@@ -3132,7 +2970,7 @@ def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_
     assert install_text(install_write(plan)).encode() == content.replace(b"\r\n", b"\n"), "the backup"
     changed = settings_file.read_bytes().decode()
     assert changed.startswith(mark + "{" + line_end + indent + '"model": "é\u2028"')
-    assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == final
+    assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == bool(final)
     again = install_plan(settings_file)
     assert again.new_text == again.old_text == plan.new_text
     back = uninstall_plan(settings_file)
@@ -3207,9 +3045,8 @@ def test_settings_changed_meanwhile_are_left_alone(tmp_path, now):
 
 
 def test_settings_that_cannot_be_replaced_leave_no_backup(tmp_path, monkeypatch):
-    path = tmp_path / "settings.json"
+    path, write = tmp_path / "settings.json", ee.write_atomically
     path.write_text("{}")
-    write = ee.write_atomically
 
     def full_disk(target: str, content: bytes, mode: int = 0o600) -> None:
         if target == str(path):
@@ -3401,17 +3238,12 @@ def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     assert not [item for item in whole[:-1] if isinstance(item, cm.Close)]
 
 
+# The public case list has bad opcodes, fragments, close frames and UTF-8; here is what it cannot send.
 PROTOCOL_VIOLATIONS = {
-    "a reserved bit": (1002, protocol_raw_frame(0xC1, b"x")),
-    "an unknown data opcode": (1002, protocol_raw_frame(0x83, b"x")),
-    "an unknown control opcode": (1002, protocol_raw_frame(0x8B, b"x")),
     "unmasked": (1002, protocol_raw_frame(0x81, b"x", mask=None)),
     "unmasked and empty": (1002, protocol_raw_frame(0x81, mask=None)),
     "an unmasked ping": (1002, protocol_raw_frame(0x89, b"x", mask=None)),
-    "a fragmented close": (1002, protocol_raw_frame(0x08)),
-    "a long close": (1002, protocol_raw_frame(0x88, b"\x03\xe8" + b"x" * 124, 2)),
     "a ping with a needlessly long length": (1002, protocol_raw_frame(0x89, b"x", 2)),
-    "a continuation of nothing": (1002, protocol_raw_frame(0x80, b"x")),
     "binary within text that is empty so far": (1002, protocol_raw_frame(0x01) + protocol_raw_frame(0x82)),
     "125 bytes in the 16-bit form": (1002, protocol_raw_frame(0x81, b"x" * 125, 2)),
     "65535 bytes in the 64-bit form": (1002, protocol_raw_frame(0x82, b"x" * 65535, 8)),
@@ -3420,19 +3252,15 @@ PROTOCOL_VIOLATIONS = {
     "much too big": (1009, b"\x81\xff" + struct.pack("!Q", (1 << 63) - 1)),
     "no UTF-8, at its first byte": (1007, protocol_raw_frame(0x81, b"\xff" + b"x" * 90)[:7]),
     "a surrogate in UTF-8": (1007, protocol_raw_frame(0x81, b"\xed\xa0\x80" + b"x" * 90)[:8]),
-    "UTF-8 that is not finished": (1007, protocol_raw_frame(0x01, b"\xf0\x9f") + protocol_raw_frame(0x80, b"\x98")),
-    "a close of one byte": (1002, protocol_raw_frame(0x88, b"\x03")),
-    "a close reason that is no UTF-8": (1007, protocol_raw_frame(0x88, b"\x03\xe8\xff")),
     **{
         f"close code {code}": (1002, protocol_raw_frame(0x88, struct.pack("!H", code)))
         for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000)
     },
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name", PROTOCOL_VIOLATIONS)
-def test_each_violation_fails_with_its_code_and_nothing_follows(name):
-    code, wire = PROTOCOL_VIOLATIONS[name]
+@pytest.mark.parametrize(("code", "wire"), PROTOCOL_VIOLATIONS.values(), ids=PROTOCOL_VIOLATIONS.keys())
+def test_each_violation_fails_with_its_code_and_nothing_follows(code, wire):
     parser = cm.FrameParser()
     before, failure = parser.feed(protocol_frame(1, b"before") + wire)
     assert before == cm.Message(cm.Opcode.TEXT, "before")
@@ -3463,6 +3291,13 @@ def test_the_limit_counts_the_fragments_of_one_message_only():
 
 
 # -- the opening handshake -----------------------------------------------------
+
+
+def protocol_rows(table: dict[int, list[str]]) -> Any:
+    """Give a test each row of a table with its status."""
+    return pytest.mark.parametrize(
+        ("status", "row"), [(it, row) for it, rows in table.items() for row in rows]
+    )
 
 
 def protocol_head(*changes: str, line: str = "GET / HTTP/1.1") -> bytes:
@@ -3508,9 +3343,7 @@ PROTOCOL_HANDSHAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("status", "row"), [(it, row) for it, rows in PROTOCOL_HANDSHAKES.items() for row in rows]
-)
+@protocol_rows(PROTOCOL_HANDSHAKES)
 def test_a_handshake_is_answered_with_101_or_its_error(status, row):
     try:
         response = cm.handshake_response(cm.parse_request_head(protocol_head(*row.split(" | "))))
@@ -3643,19 +3476,15 @@ def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     assert "requestId" not in client.ask("sessions", type="get_sessions")
 
 
-@pytest.mark.parametrize(
-    "name", ["binary", "unmasked", "a ping with a needlessly long length", "much too big"]
-)
+@pytest.mark.parametrize("name", ["binary", "unmasked", "much too big"])
 def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(spoken, name):
     code, wire = {**PROTOCOL_VIOLATIONS, "binary": (1003, protocol_raw_frame(0x82, b"\0\1"))}[name]
-    peer = ProtocolPeer(spoken.ws_port)
-    peer.next("hello")
-    peer.send(wire + protocol_frame(1, b'{"type":"get_sessions"}'))  # which is not carried out
-    frame = peer.frame()
-    assert frame is not None and protocol_close_code([frame]) == code
-    peer.send(protocol_frame(8, struct.pack("!H", code)))
-    assert peer.frame() is None
-    peer.close()
+    with contextlib.closing(ProtocolPeer(spoken.ws_port)) as peer:
+        peer.next("hello")
+        peer.send(wire + protocol_frame(1, b'{"type":"get_sessions"}'))  # which is not carried out
+        assert protocol_close_code([peer.frame()]) == code
+        peer.send(protocol_frame(8, struct.pack("!H", code)))
+        assert peer.frame() is None
 
 
 PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
@@ -3755,25 +3584,20 @@ def test_the_full_view_carries_the_very_bytes_that_are_stored(spoken):
             assert line in text
 
 
-PROTOCOL_ROW_FIELDS = set(
+PROTOCOL_ROW = set(
     "seq received id timestamp sessionId machineId hookType eventType agentId agentType demo".split()
 )
-PROTOCOL_ROW_DATA = set(
-    "toolName toolUseId durationMs target text notificationType source reason isInterrupt".split()
-)
+PROTOCOL_ROW_DATA = set("toolName toolUseId durationMs target text notificationType source reason".split())
+PROTOCOL_ROW_DATA.add("isInterrupt")
 PROTOCOL_LONG = "first line\n" + "word " * 50_000
 PROTOCOL_CALL = {"tool_name": "Bash", "tool_use_id": "t1", "tool_input": {"command": PROTOCOL_LONG}}
-PROTOCOL_FAILED = {
-    "tool_name": "Read",
-    "tool_input": {"file_path": "/home/dev/shop/a.py"},
-    "is_interrupt": True,
-}
+PROTOCOL_FAILED = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.py"}}
 PROTOCOL_ROWS = [  # event, what its row says among others; a text is how a long one begins
     (payload("PreToolUse", "row", **PROTOCOL_CALL, agent_id="a1", agent_type="Explore"),
      {"toolName": "Bash", "toolUseId": "t1", "target": "first line word"}),
     (payload("PostToolUse", "row", **PROTOCOL_CALL, duration_ms=12, tool_response={"stdout": PROTOCOL_LONG}),
      {"toolUseId": "t1", "durationMs": 12, "target": "first line word"}),
-    (payload("PostToolUseFailure", "row", **PROTOCOL_FAILED, error=PROTOCOL_LONG),
+    (payload("PostToolUseFailure", "row", **PROTOCOL_FAILED, error=PROTOCOL_LONG, is_interrupt=True),
      {"target": "a.py", "isInterrupt": True, "text": "first line"}),
     (payload("UserPromptSubmit", "row", prompt=PROTOCOL_LONG), {"text": "first line word"}),
     (payload("Notification", "row", message={"odd": [PROTOCOL_LONG]}, notification_type="idle_prompt"),
@@ -3790,7 +3614,7 @@ def test_a_row_is_small_and_has_the_fields_of_the_contract(spoken):
     for row, event, (_, expected) in zip(client.events(7), stored, PROTOCOL_ROWS):
         data = row.pop("data")
         assert row.pop("partial") is True
-        assert set(row) <= PROTOCOL_ROW_FIELDS and set(data) <= PROTOCOL_ROW_DATA
+        assert set(row) <= PROTOCOL_ROW and set(data) <= PROTOCOL_ROW_DATA
         assert row == {name: event[name] for name in row}
         assert all(str(data[name]).startswith(str(value)) for name, value in expected.items()), data
         for name in ("target", "text"):
@@ -3845,9 +3669,7 @@ def test_what_was_missed_comes_in_order_before_what_is_live(running):
 
 def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running):
     count, seen, dice = 150, [], random.Random(5)
-    sender = threading.Thread(
-        target=lambda: [running.emit(event) for event in protocol_events("flow", count)]
-    )
+    sender = threading.Thread(target=lambda: [*map(running.emit, protocol_events("flow", count))])
     sender.start()
     while len(seen) < count:
         client = running.websocket("rows", since=seen[-1] if seen else 0)
@@ -3984,9 +3806,7 @@ def test_a_hidden_session_is_listed_only_for_who_shows_hidden_ones(spoken):
 
 def test_a_session_that_is_linked_later_is_updated_for_the_clients(spoken):
     client = spoken.websocket("rows")
-    spoken.emit(
-        payload("UserPromptSubmit", "old", prompt="go"), payload("SessionStart", "new", source="clear")
-    )
+    spoken.emit(*protocol_events("old", 1), payload("SessionStart", "new", source="clear"))
     protocol_updates(client, new={"continuedFrom": None})
     spoken.emit(payload("SessionEnd", "old", reason="clear"))
     protocol_updates(client, new={"continuedFrom": "old"})
@@ -4089,13 +3909,13 @@ def test_a_test_event_is_stored_and_reaches_every_client(spoken):
 
 def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
     """It gets 8 MB of answers then though a queue holds 64 KB: a client that reads is not closed for that."""
-    monitor.write_config({"limits": {"clientQueueBytes": 65536}})
+    monitor.write_config({"limits": {"clientQueueBytes": 65536}, "privacy": {"redact": False}})
     monitor.serve()
     slow = ProtocolPeer(monitor.ws_port, receive_bytes=4096)
     slow.say(type="subscribe", view="full")
     slow.next("subscribed")
     reading = monitor.websocket()
-    text, batch, rounds = "no secrets here " * 20_000, 2, 13  # more than the kernel holds for one connection
+    text, batch, rounds = "plain words only " * 20_000, 2, 13  # more than the kernel holds for one connection
     for _ in range(rounds):
         monitor.emit(*protocol_events("slow", batch, text=text))
         reading.events(batch)
@@ -4284,13 +4104,13 @@ def test_every_route_answers_json_and_gives_no_secret(spoken, path):
 # body; bytes are sent as they are). PORT is the monitor's.
 PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
     "no path leads out of the API": (404, {}, [
-        "GET /api/nothing", "GET /api/events/none?session=routes", "GET /../token", "GET /../../etc/passwd",
-        "GET /%2e%2e/token", "GET /..%2ftoken", "GET /token", "GET /monitor.run.json", "GET /index.html/../token",
-        "GET /api/sessions/..%2f..%2ftoken", "GET /api/sessions/..%2ftoken/events", "GET /api/events/..%2f..%2ftoken",
-        "GET /api/events/x?session=..%2f..%2ftoken", "GET /api/events/x?session=%2Fetc%2Fpasswd&seq=1",
-        "GET /api/sessions/%00/events", "GET /api/sessions/*/events", "GET /api/sessions/..", "GET /api/sessions/%ff%fe",
-        "GET /%00", "GET //etc/passwd", "GET /./", "GET /api//status", "GET /api/status/", "GET /emit_event.py",
-        "GET /contextuate_monitor.py", "POST /nowhere", "GET /api/sessions/unknown-id",
+        *("GET " + path for path in (
+            "/api/nothing /api/events/none?session=routes /../token /../../etc/passwd /%2e%2e/token /..%2ftoken /token "
+            "/monitor.run.json /index.html/../token /api/sessions/..%2f..%2ftoken /api/sessions/..%2ftoken/events "
+            "/api/events/..%2f..%2ftoken /api/events/x?session=..%2f..%2ftoken /api/events/x?session=%2Fetc%2Fpasswd&seq=1 "
+            "/api/sessions/%00/events /api/sessions/*/events /api/sessions/.. /api/sessions/%ff%fe /%00 //etc/passwd /./ "
+            "/api//status /api/status/ /emit_event.py /contextuate_monitor.py /api/sessions/unknown-id").split()),
+        "POST /nowhere",
     ]),
     "the target must be a path": (400, {}, [
         "GET http://127.0.0.1:PORT/health", "GET http://evil.example/", "GET *", "GET health", "GET ?x",
@@ -4305,23 +4125,21 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
         for path in ("/api/events", "/api/sessions/routes/events")
         for value in ("0", "1001", "-1", "ten", "", "1.5", "1e2", "+5", "%D9%A3")
     ]),
-    "before is an integer": (400, {"field": "before"}, [
-        f"GET /api/events?before={value}" for value in ("x", "-1", "99999999999999999999")
-    ]),
-    "after is an integer": (400, {"field": "after"}, [f"GET /api/events?after={value}" for value in ("x", "-1", "")]),
-    "from is a time": (400, {"field": "from"}, ["GET /api/export?from=x", "GET /api/export?from=99999999999999999"]),
-    "to is a time": (400, {"field": "to"}, ["GET /api/export?to=-1", "GET /api/export?to="]),
+    **{
+        f"{field} is checked": (400, {"field": field}, [f"GET {path}?{field}={value}" for value in values.split(" ")])
+        for path, field, values in (
+            ("/api/events", "before", "x -1 99999999999999999999"), ("/api/events", "after", "x -1 "),
+            ("/api/export", "from", "x 99999999999999999"), ("/api/export", "to", "-1 "),
+        )
+    },
     "search and statistics check theirs": (400, {}, ["GET /api/search?limit=0", "GET /api/stats?utcOffset=x"]),
     "a body is one JSON object": (400, {}, [
         f"POST {path}\n\n{body}"
         for path in ("/api/hooks", "/api/message")
         for body in ("", "garbage", "[1]", '"text"', "null", '{"a":1', "{}{}", "\xff\xfe", "[" * 99999)
     ]),
-    "a body has a length": (400, {}, [
-        "POST /api/hooks\nContent-Length: -1", "POST /api/hooks\nContent-Length: 1e3",
-        "POST /api/hooks\nContent-Length: +5", "POST /api/hooks\nContent-Length: 2\nContent-Length: 3",
-    ]),
     "a body has one length": (400, {}, [
+        *(f"POST /api/hooks\nContent-Length: {length}" for length in ("-1", "1e3", "+5", "2\nContent-Length: 3")),
         "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
     ]),
     "a chunk is well-formed": (400, {}, [
@@ -4372,17 +4190,15 @@ def test_a_bad_request_is_refused_in_json_and_nothing_is_stored(spoken, rule):
 
 def test_one_connection_serves_many_requests(spoken):
     connection = http.client.HTTPConnection("127.0.0.1", spoken.port, timeout=15)
-    sockets = set()
-    for path in ("/health", "/", "/api/status", "/api/events?limit=0", "/api/export?session=x", "/health"):
+    sockets, took = set(), []
+    for path in ("/", "/api/status", "/api/events?limit=0", "/api/export?session=x", *["/health"] * 50):
+        began = time.monotonic()
         connection.request("GET", path)
         connection.getresponse().read()
+        took.append(time.monotonic() - began)
         sockets.add(id(connection.sock))
     assert len(sockets) == 1
-    began = time.monotonic()
-    for _ in range(50):
-        connection.request("GET", "/health")
-        connection.getresponse().read()
-    assert time.monotonic() - began < 1.0, "no answer waits for the acknowledgement of a part of it (40 ms)"
+    assert min(took) < 0.03, "no answer waits for the acknowledgement of a part of it (40 ms)"
     connection.close()
 
 
@@ -4393,20 +4209,19 @@ def protocol_check_page(monitor: RunningMonitor) -> str:
     protocol_check_headers({**headers, "content-type": "application/json"})
     parts = [part.split() for part in headers["content-security-policy"].split(";")]
     policy = {name: values for name, *values in parts}
-    assert len(policy) == len(parts)
-    for name in ("default-src", "form-action", "base-uri", "frame-ancestors", "trusted-types"):
-        assert policy[name] == ["'none'"], name
-    assert policy["require-trusted-types-for"] == ["'script'"]
-    assert policy["img-src"] == ["'self'", "data:"]
-    assert policy["connect-src"][0] == "'self'"
-    assert f"ws://127.0.0.1:{monitor.ws_port}" in policy["connect-src"]
-    assert not [source for source in policy["connect-src"][1:] if "127.0.0.1" not in source]
+    itself, *others = policy["connect-src"]
+    assert itself == "'self'" and f"ws://127.0.0.1:{monitor.ws_port}" in others
+    assert all("127.0.0.1" in source for source in others) and len(policy) == len(parts)
     page = body.decode("utf-8")
+    closed = "default-src form-action base-uri frame-ancestors trusted-types".split()
+    expected = dict.fromkeys(closed, ["'none'"])
+    expected.update({"require-trusted-types-for": ["'script'"], "img-src": ["'self'", "data:"]})
     for kind in ("script", "style"):
         [(attributes, content)] = re.findall(rf"<{kind}\b([^>]*)>(.*?)</{kind}\s*>", page, re.S | re.I)
         assert not attributes.strip()
         digest = base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode()
-        assert policy[f"{kind}-src"] == [f"'sha256-{digest}'"], kind
+        expected[f"{kind}-src"] = [f"'sha256-{digest}'"]
+    assert policy.items() >= expected.items()
     outside = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.S)
     assert not re.search(r"\s(on\w+|style)\s*=", outside)
     return page
@@ -4471,9 +4286,7 @@ PROTOCOL_ACCESS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("status", "row"), [(it, row) for it, rows in PROTOCOL_ACCESS.items() for row in rows]
-)
+@protocol_rows(PROTOCOL_ACCESS)
 def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row):
     page, ws = spoken.port, spoken.ws_port
     for port, other, path in ((page, ws, ""), (ws, page, "/"), (page, ws, "/ws")):
