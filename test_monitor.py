@@ -608,7 +608,6 @@ HOOK_SURROUNDINGS = {
     "home is missing": ("CONTEXTUATE_HOME=$PWD/a/b", "default", 1),
     "home is below a file": ("touch file; CONTEXTUATE_HOME=$PWD/file/below", "default", 0),
     "home cannot be made": ("CONTEXTUATE_HOME=/proc/none", "default", 0),
-    "home is /dev/null": ("CONTEXTUATE_HOME=/dev/null", "default", 0),
     "home is a link to itself": ("ln -s circle circle; CONTEXTUATE_HOME=$PWD/circle", "default", 0),
     "home has a long name": ("CONTEXTUATE_HOME=$PWD/" + "x" * 300, "default", 0),
     "home is read-only": ("mkdir -m 500 shut; CONTEXTUATE_HOME=$PWD/shut", "default", not os.geteuid()),
@@ -1563,7 +1562,6 @@ export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}
 task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month
 -----BEGIN PUBLIC KEY-----~MIIB~-----END PUBLIC KEY----- ¦ ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
 login(token=get_token(), password=self.password, secret=name, api_key=keys[0])
-f(token=get_token()) or f(password=other.field); token=x.y;
 const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}
 interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string; password: u64, }
 fetch(u, { credentials: 'include', token: null, headers: { authorization: getAuthorization() } })
@@ -3393,8 +3391,11 @@ class ProtocolPeer:
         return None
 
     def rest(self) -> list[tuple[int, bytes]]:
-        """Return every frame until the connection ends."""
-        return list(iter(self.frame, None))
+        """Return every frame until a close frame or the end of the connection."""
+        frames: list[tuple[int, bytes]] = []
+        while (not frames or frames[-1][0] != 8) and (frame := self.frame()):
+            frames.append(frame)
+        return frames
 
     def say(self, **message: Any) -> None:
         """Send one message in one frame."""
