@@ -1562,7 +1562,7 @@ the password is wrong; enter a token, then the key ¦ input_tokens: 1200, output
 https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com
 export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}
 task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month
------BEGIN PUBLIC KEY-----~MIIB~-----END PUBLIC KEY----- ¦ ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
+ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
 login(token=get_token(), password=self.password, secret=name, api_key=keys[0])
 const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}
 interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string; password: u64, }
@@ -1587,6 +1587,7 @@ def hook_harmless_texts() -> list[str]:
     image, check, digest = (base64.b64encode(rng.randbytes(size)).decode() for size in (60_000, 64, 32))
     return [
         *(text.replace("~", "\n") if "~/" not in text else text for text in HOOK_HARMLESS),
+        "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
         image,
         "data:image/png;base64," + image[:4000],
         "commit " + hashlib.sha1(b"x").hexdigest() + "\nAuthor: A <a@b.example>",
