@@ -1670,7 +1670,7 @@ hook_some_secret = st.sampled_from([secret for _, secret, around in HOOK_SECRETS
 @given(hook_harmless_parts, HOOK_ESCAPES, hook_some_secret, HOOK_ESCAPES, hook_harmless_parts)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, secret, right, after):
     shown = ee.redact_text(before + left + secret + right + after)
-    assert not hook_traces(secret, shown), shown
+    assert set(hook_traces(secret, shown)) <= {*hook_traces(secret, [before, after])}, shown
     assert ee.redact_text(shown) == shown
 
 
