@@ -1353,19 +1353,9 @@ class Session:
             agent.end = None if agent.end is None else agent.end + step_ms
 
     @property
-    def without_hooks(self) -> bool:
-        """True if only its client's registry reports it, as the hooks begin with its next start."""
-        return bool(self.client_status) and not self.has_hooks
-
-    @property
     def process(self) -> tuple[int, int] | None:
         """Return (pid, namespace) of the most recently active process."""
         return next(reversed(self.processes), None)
-
-    @property
-    def pid(self) -> int | None:
-        """Return the pid of the most recently active process."""
-        return next((pid for pid, _ in reversed(self.processes)), None)
 
     @property
     def label(self) -> tuple[str, str]:
@@ -1539,7 +1529,7 @@ class UnnamedCalls:
         self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
 
     def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
-        """Return the facts of an event; a result gets the id of its call."""
+        """Return the facts of an event; a result without an id gets that of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
@@ -1665,7 +1655,8 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     A second terminal may resume a session that is open in the first one.
     """
     kind, process = step.kind, process_of(step.event)
-    if process is None or (process == session.process and RULES.get(kind, _NOTHING).ends != "all"):
+    last = next(reversed(session.processes), None)
+    if process is None or (process == last and RULES.get(kind, _NOTHING).ends != "all"):
         return False
     if kind in ("replaced", "client_exited") and session.turn == "ended":
         return True
@@ -1890,10 +1881,6 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
         _end_agents(session, lambda line: agent in line, at, until)
 
 
-def _digest(tool_input: Any) -> int:
-    return zlib.crc32(encode_json(tool_input))
-
-
 def _description(tool_input: Any) -> str:
     return one_line(text_of(tool_input.get("description"))) if isinstance(tool_input, dict) else ""
 
@@ -1996,12 +1983,15 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
-        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, _digest(fact.tool_input))
+        call = OpenCall(
+            fact.use_id, fact.tool, target, fact.agent_id, at, label, zlib.crc32(encode_json(fact.tool_input))
+        )
         session.open_calls[fact.use_id] = call
+    if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
         for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
             session.closed_calls[dropped] = False
             session.counts["interrupted"] += 1
-    _drop_oldest(session.closed_calls, CALLS_LIMIT)
+        _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
 
 
@@ -2224,7 +2214,7 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
         calls = [call for call in calls if call[1:3] == (tool, target) and call.since <= until]
         calls = [call for call in calls if agent_id in (call.agent_id, MAIN)]
         taken = {wait.tool_use_id for wait in session.waits}
-        digest = _digest(data.get("toolInput"))
+        digest = zlib.crc32(encode_json(data.get("toolInput")))
         calls.sort(
             key=lambda call: (call.agent_id != agent_id, call.digest != digest, call.tool_use_id in taken)
         )
@@ -2438,7 +2428,7 @@ class Sessions:
     def _is_watched(self, session: Session) -> bool:
         """True if its process is on this machine, perhaps in a container, so that its end may be seen."""
         is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
-        return is_here and session.pid is not None
+        return is_here and bool(session.processes)
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
         """End the session that the same process ran before this one, in whatever order their events arrive.
@@ -2487,7 +2477,9 @@ class Sessions:
             self._stages.pop(session_id, None)
         if key == session.machine_key:
             session.machine_id = event["machineId"]
-        facts = self._unnamed.paired(event, call_facts(event))
+        facts = call_facts(event)
+        if facts and facts[0].use_id.startswith(UNNAMED):
+            facts = self._unnamed.paired(event, facts)
         step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
         while self._stages:
             first_id = next(iter(self._stages))
@@ -2579,7 +2571,7 @@ class Sessions:
         if time_ms < self._due_at.get(session.session_id, _NEVER):
             self._due_at[session.session_id] = time_ms
             heapq.heappush(self._due, (time_ms, session.session_id))
-        if self._is_watched(session):
+        if session.session_id not in self._with_process and self._is_watched(session):
             self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
@@ -2774,7 +2766,7 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "childSessionIds": children.get(session.session_id, []),
-            "agents": _agents_json(session),
+            "agents": _agents_json(session) if session.agents else [],
             "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
@@ -2785,6 +2777,8 @@ class Sessions:
             "tokenUsage": usage and usage.to_json(),
             "estimatedCostUsd": usage and self._prices.estimate(usage),
             "stuck": stuck_signals(session),
+            "pid": next((pid for pid, _ in reversed(session.processes)), None),
+            "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -2836,7 +2830,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "pid": "pid", "withoutHooks": "without_hooks",
+    "demo": "demo",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -4640,10 +4634,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.size = 0  # bytes
-        self._waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
-
-    def __len__(self) -> int:
-        return len(self._waiting)
+        self.waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
 
     def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
         """Add entries that begin with a line; its machine is what looks like it, without parsing."""
@@ -4651,19 +4642,19 @@ class Turns:
             line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
             start = line.rfind(b'"machineId":') + 12
             machine = line[start : line.find(b",", start)] if start > 11 else b""
-            self._waiting.setdefault(machine, collections.deque()).append(entry)
+            self.waiting.setdefault(machine, collections.deque()).append(entry)
             self.size += len(line)
 
     def take(self) -> list[Any]:
         """Remove and return up to TURN_LINES entries, the same number of each machine."""
         taken: list[Any] = []
-        share = max(1, TURN_LINES // max(1, len(self._waiting)))
-        for machine in list(itertools.islice(self._waiting, TURN_LINES)):
-            own = self._waiting.pop(machine)
+        share = max(1, TURN_LINES // max(1, len(self.waiting)))
+        for machine in list(itertools.islice(self.waiting, TURN_LINES)):
+            own = self.waiting.pop(machine)
             taken += [own.popleft() for _ in range(min(share, len(own)))]
             if own:
-                self._waiting[machine] = own
-        self.size = self.size - sum(len(it[0]) for it in taken) if self._waiting else 0
+                self.waiting[machine] = own
+        self.size = self.size - sum(len(it[0]) for it in taken) if self.waiting else 0
         return taken
 
 
@@ -5084,7 +5075,7 @@ class Subscription(threading.Thread):
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
                     self._check_primary()
-                    if not self._link.inbox:  # during a flood the channel must not wait
+                    if not self._link.inbox.waiting:  # during a flood the channel must not wait
                         self._read_stream()
         except Exception as error:  # the link logs it
             self._report(self._link.fail, self, error)
@@ -5254,7 +5245,7 @@ class RedisLink:
     def close(self) -> None:
         """Close the connection, store what it delivered, and save the position."""
         self._drop_subscription()
-        while self.inbox and self._store(self.inbox.take()):
+        while self.inbox.waiting and self._store(self.inbox.take()):
             pass
         self._save_position()
 
@@ -5323,7 +5314,7 @@ class RedisLink:
 
     def receive(self, batch: Sequence[RemoteLine]) -> None:
         """Take what the channel delivered; machines take turns."""
-        is_first = not self.inbox
+        is_first = not self.inbox.waiting
         self.inbox.add(*batch)
         if is_first:
             self._store_turns()
@@ -5335,7 +5326,7 @@ class RedisLink:
             is_stored = self._store(batch)
         finally:
             self.inbox.add(*(() if is_stored else batch))
-            if self.inbox:
+            if self.inbox.waiting:
                 self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
 
     def store(self, page: Sequence[RemoteLine]) -> bool:
@@ -6305,15 +6296,18 @@ class Ingest:
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
-            if event["machineId"] in (self._machine_id, emit_event.this_machine()):  # renamed since the start
+            data = event.pop("data")
+            name = event["machineId"]
+            if name == self._machine_id or name == emit_event.this_machine():  # renamed since the start
                 event.setdefault("machineKey", self._machine_key)
-            data = event["data"]
+            event["data"] = data  # the last one: what is before it is not searched for secrets
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
                 data.pop("usage", None)  # what is read there counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
             self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
-            self.registry.learn(event)
+            if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
+                self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
     def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
@@ -6429,10 +6423,14 @@ class SessionFeed:
             changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
             changes[-1]["sessionId"] = row["sessionId"]
             self.sent[row["sessionId"]] = row
-        _drop_oldest(self.sent, SENT_UPDATES)
+        if len(self.sent) > SENT_UPDATES:
+            _drop_oldest(self.sent, SENT_UPDATES)
         is_whole = not all(client.changes for client in self.clients.clients.values())
         frames = [
-            b"".join(text_frame({"type": "session_update", "session": row}) for row in kind)
+            b"".join(
+                encode_frame(Opcode.TEXT, encode_json({"type": "session_update", "session": row}))
+                for row in kind
+            )
             for kind in (rows if is_whole else (), changes)
         ]
         return frames[0], frames[1]
@@ -7088,7 +7086,7 @@ class Monitor:
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
-        while self._arrivals:
+        while self._arrivals.waiting:
             self._store_received()
         if self.redis:
             self.redis.close()
@@ -7197,11 +7195,11 @@ class Monitor:
 
     def _store_received(self) -> None:
         """Store events, acknowledge them, then send them to clients."""
-        if not self._arrivals:
+        if not self._arrivals.waiting:
             return
         self.loop.steps += 1
         arrivals: list[Arrival] = self._arrivals.take()
-        if self._arrivals:
+        if self._arrivals.waiting:
             self.loop.call_soon(lambda: None)  # the rest in the next turn
         safe, stored = self.ingest.take([line for line, _ in arrivals])
         counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
