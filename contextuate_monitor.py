@@ -7591,7 +7591,7 @@ class EventSender:
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
-# running monitor. Planning reads only; what is written is exactly what a plan has shown before.
+# running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
@@ -7599,12 +7599,12 @@ Version = tuple[int, int, int]
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
-# with the first version that is known to have it, and without such knowledge with 2.1.101.
-# Missing on purpose: MessageDisplay (ten a second, holds up the display), WorktreeCreate (its output is taken
-# as a path, a failure fails the worktree), FileChanged (needs a list of files).
+# Before 2.1.101, one event name that the client does not know disables every hook of the file. So each name
+# is listed under the first version that is known to have it; if none is known, under 2.1.101.
+# Omitted: MessageDisplay (ten a second, and the display waits for each), WorktreeCreate (the client uses the
+# hook's output as a path, and a failure fails the worktree), FileChanged (needs a list of files).
 EVENT_NAMES_SINCE: dict[Version, str] = {
     (1, 0, 0): "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Notification Stop"
     " SubagentStop PreCompact",
@@ -7620,8 +7620,7 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
     (2, 1, 332): "PreSkillShellCommand",
 }
 
-
-LEFT_OUT = ("PermissionRequest",)  # may be left out by `install --without`: the registry reports the same
+OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
 
 
@@ -7630,9 +7629,9 @@ class InstallError(Exception):
 
 
 class ClientFile(NamedTuple):
-    """A file in which Claude Code looks for hooks.
+    """A file from which Claude Code reads hooks.
 
-    `settings` is {} where `trouble` says why the client cannot use it.
+    `settings` is {} if the client cannot use the file; `trouble` then gives the reason.
     """
 
     path: str
@@ -7648,10 +7647,10 @@ class ClientFile(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """What an installation or its removal would do to one settings file.
+    """The change of one settings file by `install` or `uninstall`.
 
-    `old_text` is the file as it was read, "" when there is none; `new_text` equals it when nothing is to do.
-    `names` are the events that get our hook, or lose it.
+    `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
+    the events for which our hook is registered, or from which it is removed.
     """
 
     path: str
@@ -7665,48 +7664,47 @@ def plan_install(
 ) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    `without` names events to leave out. Writes nothing. Raises InstallError for settings that cannot be
-    changed safely.
+    `without`: names of events to omit. Raises InstallError for settings that cannot be changed safely.
     """
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
-    others = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, others)
+    kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to take our hook out again, as plan_install does."""
+    """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
     return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], others: list[str]) -> InstallPlan:
+def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
+    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
     old_text, settings = read_settings(path)
     try:
         hooks = _checked_hooks(settings)
-        had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        # others were registered when the client's version was known
-        names = names + [name for name in others if name in had and name not in names]
+        registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
+        names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or had))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered))
 
 
 def event_names(version: Version | None) -> list[str]:
-    """List the event names that a client of `version` certainly understands; of the oldest one for None."""
+    """Return the event names that a client of `version` surely knows; None: a client of any version."""
     known = version or (1, 0, 0)
     return " ".join(names for since, names in EVENT_NAMES_SINCE.items() if known >= since).split()
 
 
 def claude_version() -> Version | None:
-    """Ask `claude` for its version; None when there is none or it does not say.
+    """Return the version of `claude`; None if it is not found or does not print one.
 
-    It is looked for on the search path, then where its installers put it: a shell may know that by an alias.
+    Searches PATH, then the directories of its installers, which a shell may use through an alias only.
     """
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
@@ -7719,9 +7717,9 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`, or of the user's own for None.
+    """Return the absolute path of a settings file of `project`; None: of the user.
 
-    CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
+    CLAUDE_CONFIG_DIR replaces ~/.claude. Raises InstallError for a user without a home directory.
     """
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
@@ -7731,7 +7729,7 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 
 def client_files(project: str) -> list[ClientFile]:
-    """Return the files in which Claude Code looks for hooks in `project`, what overrides others first.
+    """Return the files from which Claude Code reads hooks in `project`, in order of precedence.
 
     They are those of the organisation, the project (local before shared), the user and the plugins.
     """
@@ -7743,13 +7741,13 @@ def client_files(project: str) -> list[ClientFile]:
     for name, installed in _object(plugins.get("plugins")).items():
         copies = map(_object, installed if isinstance(installed, list) else [installed])
         roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
-        if _first_that_sets(files, "enabledPlugins", name):
+        if _file_that_enables(files, "enabledPlugins", name):
             files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
     return files
 
 
 def _managed_directory() -> str:
-    """Return the directory of an organisation's settings; more of them may be in managed-settings.d there."""
+    """Return the directory of an organisation's settings."""
     return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
 
 
@@ -7768,8 +7766,11 @@ def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a value below `keys`; None if that is not true and no list with hooks."""
+def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
+    """Return the first file with a setting at the path `keys`; None if that disables it.
+
+    A setting is enabled by true, or by a list that contains "hooks".
+    """
     for file in files:
         value: Any = file.settings
         for key in keys:
@@ -7780,36 +7781,37 @@ def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | No
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return the files whose hooks Claude Code runs, and why it does not run those of the others.
+    """Return (files whose hooks Claude Code runs, why it runs no others or "").
 
-    Only an organisation can switch off all hooks; anyone else switches off all but the organisation's.
+    disableAllHooks in an organisation's file disables all hooks, elsewhere all but the organisation's.
     """
     managed = [file for file in files if file.is_managed]
     others = [file for file in files if not file.is_managed]
-    for key, read, left in (
+    for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
         ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
         ("disableAllHooks", others, managed),
     ):
-        file = _first_that_sets(read, key)
+        file = _file_that_enables(deciding, key)
         if file is not None:
-            return left, f"{file.path} has {key}, so the hook does not run"
+            return running, f"{file.path} has {key}, so the hook does not run"
     return files, ""
 
 
 def registered_commands(files: Iterable[ClientFile]) -> list[str]:
-    """List the different commands of ours, each as it stands in the settings."""
+    """Return the commands of our hook in these settings, unchanged and without duplicates."""
     entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
     return list(dict.fromkeys(entry["command"] for entry in entries))
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
-    """Return (event names, paths of files) of events that more than one handler brings to a monitor.
+    """Return (event names, paths of files) of events that several hooks send to a monitor.
 
-    The client runs the same command once, wherever it stands. Here a hook counts in whatever form.
+    Counts hooks of every kind: ours, the Node.js monitor's, HTTP hooks. The client runs a command once, even
+    if several files contain it.
     """
-    places: dict[str, dict[str, str]] = {}  # event name → what brings it → the file
+    places: dict[str, dict[str, str]] = {}  # event name → command or URL → its file
     for file in files:
         for name, entry in file.handlers():
             command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
@@ -7820,8 +7822,8 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
     return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
 
 
-def first_choice_trouble(command: str) -> str:
-    """Return why a command of ours does not run as it was installed; "" when it does."""
+def command_trouble(command: str) -> str:
+    """Return why the interpreter or script in our command cannot run; "" if both can."""
     interpreter, *options, script = shlex.split(command)[:4]
     try:
         starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
@@ -7833,9 +7835,10 @@ def first_choice_trouble(command: str) -> str:
 
 
 def base_interpreter() -> str:
-    """Return the absolute path of the interpreter below any virtual environment, which may go one day.
+    """Return the absolute path of the interpreter outside any virtual environment, which may be deleted.
 
-    Links outside the environment stay as they are: /usr/bin/python3 survives an upgrade, its target does not.
+    Links outside the environment are not resolved: an upgrade keeps /usr/bin/python3, but not its target.
+    Raises InstallError if there is no such interpreter.
     """
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
     if sys.prefix != sys.base_prefix:
@@ -7848,20 +7851,21 @@ def base_interpreter() -> str:
 
 
 def hook_script(home: str) -> str:
-    """Return the absolute path at which our directory `home` holds the script that Claude Code runs."""
+    """Return the absolute path of the script that Claude Code runs, in our directory `home`."""
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
 def hook_command(interpreter: str, script: str) -> str:
-    """Return the line for /bin/sh that runs `script`, with another Python 3 where `interpreter` is gone.
+    """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
-    The second choice finds a script in the default place also where the home is mounted elsewhere. What does
-    not start has not read standard input. The line ends with status 0 whatever is gone: a missing script
-    would end with 2, and with that Claude Code blocks every tool call and every prompt.
+    The second try uses $HOME for a script in the default place, since a container may mount the home
+    elsewhere; an interpreter that does not start has not read standard input. The command always exits with
+    0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
+    Raises InstallError for a path that is not UTF-8.
     """
     quoted = []
     for path in map(os.path.abspath, (interpreter, script)):
-        if _HALF_PAIR.search(path):  # JSON could not carry such a path: Claude Code would run another one
+        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
             raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
         quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
@@ -7871,11 +7875,11 @@ def hook_command(interpreter: str, script: str) -> str:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home` and return the path of the script that Claude Code is to run.
+    """Copy the hook below `home`; return the path of the script that Claude Code runs.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
     hooks/lib/emit_event.py the whole module for the rare paths.
-    Raises InstallError when the module beside the monitor is not whole, or a file cannot be written.
+    Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
@@ -7888,13 +7892,13 @@ def install_hook_files(home: str) -> str:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
-        # In this order, so that no part ever meets an older one that it needs.
+        # Each file is replaced before those that import it, since hooks run meanwhile.
         for path, text in zip(modules, (content, hot_path + b"\n")):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, emit_event.LAUNCHER.encode())
     except OSError as error:
-        _refuse(f"the hook could not be copied from {source} to {library}", error)
-    # Bytecode made now saves the first calls time; without it they make it themselves.
+        _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
+    # Saves the first calls from compiling; if it fails, they compile.
     for path in modules:
         with contextlib.suppress(OSError, py_compile.PyCompileError):
             py_compile.compile(path, doraise=True)
@@ -7902,12 +7906,12 @@ def install_hook_files(home: str) -> str:
 
 
 def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a line in an interpreter that is started as the publisher is: PYTHONPATH does not count."""
+    """Run a line of Python with the options of the publisher: -E ignores PYTHONPATH."""
     return subprocess.run([python, "-E", "-c", line], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def record_publisher_python(home: str) -> bool:
-    """Leave this interpreter's path for the hooks to run publishers with; False if it lacks redis-py."""
+    """Record this interpreter as the one that runs publishers; return False if it has no redis-py."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
     if run_in_python(sys.executable, look).returncode:
         return False
@@ -7917,15 +7921,15 @@ def record_publisher_python(home: str) -> bool:
     return True
 
 
-def _refuse(what: str, error: OSError) -> NoReturn:
+def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
-    """Return `settings` with our handler once under each of `names`, which may be none, and nowhere else.
+    """Return `settings` with our handler once for each of `names`, and for no other event.
 
-    What is up to date stays where it is, what is outdated is updated in place, doubles go, and so do groups
-    and lists that held nothing else. Everything else stays as it is, in its order.
+    A handler of ours is updated in place; duplicates are removed, and so are groups and lists that are empty
+    then. Everything else is unchanged and keeps its order. Raises InstallError.
     """
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
@@ -7941,26 +7945,26 @@ def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObj
 
 
 def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
-    """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
+    """Return one event's groups with `handler` as our only one; None: without any of ours."""
     result = []
-    wanted = handler
+    missing = handler  # until a group has it
     for group in groups:
         kept = []
         for entry in group["hooks"]:
             if not _is_ours(entry):
                 kept.append(entry)
-            elif wanted is not None and group.get("matcher", "") in ("", "*", ".*"):
-                kept.append({**entry, **wanted})
-                wanted = None
+            elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
+                kept.append({**entry, **missing})
+                missing = None
         if kept or not group["hooks"]:
             result.append({**group, "hooks": kept})
-    return [*result, {"hooks": [wanted]}] if wanted is not None else result
+    return [*result, {"hooks": [missing]}] if missing is not None else result
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Return True for a handler that we installed, with whatever interpreter, for whatever home.
+    """Return True for a handler that `install` wrote, with any interpreter and for any home.
 
-    The whole command must have the form of ours: what was added around it is not ours to remove.
+    The whole command must have our form: a command that a person has extended is theirs.
     """
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
@@ -7978,7 +7982,7 @@ def _is_ours(entry: JsonObject) -> bool:
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks of `settings` by event name; raise InstallError if they are laid out otherwise."""
+    """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -7997,9 +8001,10 @@ def _expected(kind: type, value: Any, place: str) -> Any:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Read a settings file; return its text, byte order mark and line ends included, and its object.
+    """Read a settings file; return its text, with byte order mark and line ends, and its object.
 
-    A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
+    The object of a missing or blank file is {}. Raises InstallError for anything but one JSON object without
+    duplicate keys.
     """
     content = b""
     try:
@@ -8023,7 +8028,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
     except (ValueError, RecursionError) as error:
         trouble = str(error)
     except OSError as error:
-        _refuse(f"{path} cannot be read", error)
+        _raise_install_error(f"{path} cannot be read", error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
@@ -8044,15 +8049,15 @@ def _finite(digits: str) -> float:
 def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
-    Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
+    The default is two spaces and a final newline. Raises InstallError for too deeply nested settings.
     """
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise InstallError("nested too deeply to be written back; nothing was changed") from None
-    # UTF-8 has no half pairs, JSON has: they stay escaped.
-    text = _HALF_PAIR.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    # UTF-8 cannot encode a lone surrogate, so it stays escaped.
+    text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
         text += "\n"
     if like.partition("\n")[0].endswith("\r"):
@@ -8061,8 +8066,8 @@ def render_settings(settings: JsonObject, like: str) -> str:
 
 
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
-    """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
-    # Not splitlines(): a JSON string may hold U+2028 and the like.
+    """Return the unified diff between two texts of the file at `path`, "" if they are the same."""
+    # splitlines() would also split at U+2028, which a JSON string may contain.
     old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
     diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
     mark = "\n\\ No newline at end of file\n"
@@ -8072,9 +8077,9 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 def write_settings(path: str, text: str, old_text: str) -> str | None:
     """Replace the settings at `path`, read as `old_text`, by `text` in one step.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it, for
-    its owner only (settings hold keys), None when there was nothing to keep. Raises InstallError when the
-    file has changed since it was read.
+    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
+    with mode 0600 since settings contain keys; None if there was no file, or no change. Raises InstallError
+    if the file has changed since it was read, or cannot be written.
     """
     if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -8098,41 +8103,41 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.unlink(backup)
             raise
     except OSError as error:
-        _refuse(f"{path} cannot be written, nothing was changed", error)
-    with contextlib.suppress(OSError):  # a file system without owners or modes has none to keep
+        _raise_install_error(f"{path} cannot be written, nothing was changed", error)
+    with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
         os.chown(target, about.st_uid, about.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(target, mode)  # the umask has taken bits away
+        os.chmod(target, mode)  # as it was: the umask has changed it
     return backup
 
 
 def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
-    """Run the hook as Claude Code does, with a test notification; its standard error says where that went.
+    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery.
 
-    That is the command which is registered, by /bin/sh; without one the hook that is there.
+    Runs the registered command with /bin/sh; without one, the installed hook or the one beside the monitor.
     """
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
-    for command in [*registered_commands(files_that_run(files)[0]), *registered_commands(files)][:1]:
+    commands = registered_commands(files_that_run(files)[0]) or registered_commands(files)
+    if commands:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
-        arguments = ["/bin/sh", "-c", command]
-        break
+        arguments = ["/bin/sh", "-c", commands[0]]
     else:
         script = hook_script(settings.home)
         script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
         environment.update(CONTEXTUATE_HOME=settings.home, CONTEXTUATE_CONFIG=settings.config_path)
         arguments = [base_interpreter(), "-I", "-S", script]
     given = encode_json(payload).decode()
-    words: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
-    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **words)
+    options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **options)
 
 
-def was_delivered(words: str) -> bool:
-    """Return True if a monitor has the event by the hook's words, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+def was_delivered(report: str) -> bool:
+    """True if the hook reports that a monitor has stored the event, or that Redis delivered or keeps it."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", report) is not None
 
 
 # ---------------------------------------------------------------------------
@@ -8264,7 +8269,7 @@ class Doctor:
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
             version = claude_version()
-            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), LEFT_OUT)}
+            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), OPTIONAL_EVENTS)}
             same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
             if same:
                 without, plan = same[0]
@@ -8402,7 +8407,7 @@ class Doctor:
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
         """Send an event as Claude Code would; return why that failed, or ""."""
         done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        gone = first_choice_trouble(commands[0]) if commands else ""
+        gone = command_trouble(commands[0]) if commands else ""
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -9949,7 +9954,8 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: (
         *_INSTALLING,
-        _option("--without", "leave this event out", action="append", choices=LEFT_OUT, metavar="EVENT"),
+        _option("--without", "leave this event out", action="append", metavar="EVENT",
+               choices=OPTIONAL_EVENTS),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
