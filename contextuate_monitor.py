@@ -8143,8 +8143,8 @@ def was_delivered(report: str) -> bool:
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# A check yields findings; one that fails does not keep the next from looking. What the monitor knows of
-# itself are its status' facts and problems. Changes nothing, but a test event is sent.
+# Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
+# and problems in its status. Doctor sends a test event and changes nothing else.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
@@ -8154,7 +8154,7 @@ _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
-    """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
+    """A result of one check; `level`: "ok", "warn" (it works, but may need a change) or "fail"."""
 
     level: str
     check: str
@@ -8162,7 +8162,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
     def lines(self) -> list[str]:
-        """Return what `doctor` prints."""
+        """Return the finding as the lines that `doctor` prints."""
         lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
         return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
@@ -8173,21 +8173,20 @@ _in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
 class Doctor:
-    """Examine the whole chain; `run` yields what is found."""
+    """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings, self._warnings = settings, warnings  # both of the configuration
+        self._settings, self._warnings = settings, warnings
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        # What looks like a team's monitor, on a machine where Claude Code does not run:
         has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
-        self._only_shows = settings["mode"] == "redis" and not has_hook
+        self._only_receives = settings["mode"] == "redis" and not has_hook  # a monitor for other machines
         self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
-        """Yield what every check finds, in the order in which an event travels."""
+        """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
-        if not self._only_shows:
+        if not self._only_receives:
             checks += [self._claude, self._hook, self._registered]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
@@ -8196,7 +8195,7 @@ class Doctor:
         for check in checks:
             try:
                 yield from check()
-            except Exception as error:  # one check must not keep the others from looking
+            except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
 
@@ -8206,13 +8205,13 @@ class Doctor:
         yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
         for warning in self._warnings:
             yield _warn("config", warning, "correct the file, then restart the monitor")
-        if self._only_shows:
-            yield _ok("hook", "none, and no Claude Code: this machine only shows what others send")
+        if self._only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _files(self) -> Findings:
         home = self._settings.home
         if not os.path.isdir(home):
-            yield _warn("files", f"{home} is not there yet", "start or install makes it")
+            yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
             return
         about = os.stat(home)
         if about.st_uid != os.getuid():
@@ -8225,8 +8224,8 @@ class Doctor:
             yield _ok("files", f"{home} is for this user only")
         free = shutil.disk_usage(home).free
         if free < LOW_DISK_BYTES:
-            yield _warn("files", f"only {human_size(free)} are free on its disk", "make room")
-        if self._about is None:  # else its status has them
+            yield _warn("files", f"only {human_size(free)} are free on its disk", "free some space")
+        if self._about is None:  # else the monitor's status has them
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
@@ -8244,7 +8243,7 @@ class Doctor:
         if not os.path.exists(script):
             yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
         elif not os.path.exists(installed):
-            yield _fail("hook", f"the hook is not whole at {script}", _RUN_INSTALL)
+            yield _fail("hook", f"the hook at {script} is incomplete", _RUN_INSTALL)
         elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
             yield _ok("hook", script)
         else:
@@ -8254,7 +8253,7 @@ class Doctor:
             if time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
                 file.seek(max(0, os.path.getsize(path) - 4096))
                 last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-                yield _warn("hook", f"its last trouble: {last}", f"see {path}")
+                yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
         user = settings_path(None)
@@ -8265,7 +8264,7 @@ class Doctor:
         running, off = files_that_run(self._client_files)
         ours = [file.path for file in self._client_files if registered_commands([file])]
         if off and not registered_commands(running):
-            yield _fail("registered", off, "take that out, or ask this machine's administrator")
+            yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
             version = claude_version()
@@ -8296,12 +8295,12 @@ class Doctor:
         oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
         waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
         words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield _warn("spool", words, "they are delivered when what follows is in order")
+        yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about = self._settings["mode"], self._about
         if about is None and mode == "redis":
-            yield _ok("monitor", "not running on this machine, which only sends events then")
+            yield _ok("monitor", "not running: this machine only sends events")
             return
         if about is None:
             advice = "run: python3 contextuate_monitor.py start"
@@ -8352,7 +8351,7 @@ class Doctor:
             client = _in_time(lambda: emit_event.redis_client(values))
             _in_time(client.ping)
         except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            if not lacks_right(error):  # a user without the right to PING is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         self._client = client
@@ -8361,17 +8360,17 @@ class Doctor:
             before = time.time()
             seconds, micros = _in_time(client.time)
         except Exception:
-            return  # TIME is no right that anybody needs
+            return  # this user may not use TIME, and no part of the program needs it
         off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
-            yield _warn("clock", words, "let a time service set both")
+            yield _warn("clock", words, "set both clocks by a time service")
         else:
             yield _ok("clock", "this machine and Redis agree")
 
     def _rights(self) -> Findings:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
+        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
         client, channel = self._client, self._settings["redis.channel"]
         if client is None:
             return
@@ -8380,7 +8379,7 @@ class Doctor:
         if self._settings["redis.streamMaxLength"]:
             attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
         else:
-            yield _warn("stream", "off: a monitor that was away misses what happened meanwhile")
+            yield _warn("stream", "off: a monitor misses events sent while it does not run")
         for check, name, attempt in attempts:
             try:
                 _in_time(attempt)
@@ -8394,20 +8393,20 @@ class Doctor:
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
         if not state["running"]:
-            yield _ok("publisher", "none runs: it comes with the next event and leaves when it is quiet")
+            yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
         elif state.get("reason"):
             yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {heard}")
+            reached = f"the last to {state['subscribers']} subscribers"
+            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield _warn("publisher", f"refused: {state[name]}")
 
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
-        """Send an event as Claude Code would; return why that failed, or ""."""
+        """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
         done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        gone = command_trouble(commands[0]) if commands else ""
+        trouble = command_trouble(commands[0]) if commands else ""
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -8415,27 +8414,27 @@ class Doctor:
         if done.returncode or done.stdout:
             return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
         if was_delivered(done.stderr):
-            if gone:
-                yield _warn("hook", f"{gone}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            if trouble:
+                yield _warn("hook", f"{trouble}: another Python 3 runs the hook instead", _RUN_INSTALL)
             return ""
         last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return gone or last or "the hook says nothing"
+        return trouble or last or "the hook says nothing"
 
     def _probe(self) -> Findings:
-        """Send one event as Claude Code would, and look for it at the other end."""
+        """Send one event through the hook, and wait until Redis and the monitor have it."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
         client, channel = self._client, self._settings["redis.channel"]
         about: Any = self._about
-        heard: Any = None
+        pubsub: Any = None
         if client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has named the cause
-                heard = _subscribe(client, channel)
+            with contextlib.suppress(Exception):  # `_rights` has reported the cause
+                pubsub = _subscribe(client, channel)
         trouble = ""
-        if not self._only_shows:
+        if not self._only_receives:
             trouble = yield from self._through_hook(token)
         elif client is None:
             trouble = "Redis does not answer"
-        else:  # there is no hook, so we publish it ourselves
+        else:  # there is no hook, so doctor publishes the event
             event = test_event(self._settings)
             event["data"]["message"] = token
             try:
@@ -8449,20 +8448,20 @@ class Doctor:
         if trouble:
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
-        if heard is not None and not _arrives(lambda: token in str(heard.get_message(timeout=1.0))):
-            yield _warn("probe", "the event is in Redis, but the channel brought it to no subscriber")
+        if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
+            yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
         where = "in Redis" if self._settings["mode"] == "redis" else "stored"
         if about is None:
             yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
-        elif _arrives(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
+        elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
             yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
         else:
-            advice = "look at `status` for what the monitor says of Redis"
+            advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a confirmed subscription of our own."""
+    """Return a new subscription once Redis has confirmed it; raise Overrun or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
@@ -8470,17 +8469,18 @@ def _subscribe(client: Any, channel: str) -> Any:
     return pubsub
 
 
-def _arrives(look: Callable[[], bool]) -> bool:
+def _is_soon(check: Callable[[], bool]) -> bool:
+    """True once `check()` is true, False if it is not within PROBE_DEADLINE_S."""
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
-        if look():
+        if check():
             return True
         time.sleep(0.05)
     return False
 
 
 def lacks_right(error: BaseException) -> bool:
-    """Return True if Redis refused a command to this user (redis-py's NoPermissionError)."""
+    """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
     return type(error).__name__ == "NoPermissionError"
 
 
@@ -9569,7 +9569,7 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
-        print_status(f"{off}: take that out, or ask this machine's administrator")
+        print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
