@@ -5858,18 +5858,18 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 UPDATE_INTERVAL_S = 0.1
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
-FILES_INTERVAL_S = 5.0  # between two looks for files of other users
+FILES_INTERVAL_S = 5.0  # between two searches for files that we cannot use
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
 SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
-PROCESS_WATCHES = 256  # more are looked at every second
-CONTAINERS_INTERVAL_S = 2.0  # at least, between two looks for the processes of containers
+PROCESS_WATCHES = 256  # processes beyond these are checked every second
+CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
-LATE_MS = 60_000  # in the stream of Redis
+LATE_MS = 60_000  # an event that waited in the Redis stream for longer says nothing about clocks
 DEFERRED_LIMIT = 1000
 
 
@@ -5877,7 +5877,7 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection that waits for its byte
+Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection to acknowledge it on
 
 
 @dataclasses.dataclass
@@ -5892,11 +5892,11 @@ class HookPort:
     path: str
     received: Callable[[Arrival], None]
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
-    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
+    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after the acknowledgement
 
     def __post_init__(self) -> None:
-        otherwise = f"another monitor uses {self.path}"
-        self._lock = lock_file(self.path + ".lock", lambda: otherwise + way_to_end(self.path))
+        in_use = f"another monitor uses {self.path}"
+        self._lock = lock_file(self.path + ".lock", lambda: in_use + stop_advice(self.path))
         self._listen()
 
     def _listen(self) -> None:
@@ -5933,14 +5933,14 @@ class HookPort:
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
-            pass  # the sender never reads its acknowledgements
+            pass  # the sender does not read its acknowledgements
         except OSError:
             self.ended.add(sock)
         if sock in self.ended:
             self.drop(sock)
 
     def drop(self, sock: socket.socket) -> None:
-        """Close a connection, so that a sender does not wait for an acknowledgement."""
+        """Close a connection; a hook that waits for an acknowledgement then spools its event."""
         self.connections.pop(sock, None)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
@@ -5998,15 +5998,15 @@ class SpoolDrain:
     draining: bool = False
 
     def check(self) -> None:
-        """Start to drain when there is something."""
+        """Start to drain the spool, unless it is being drained or a publisher still runs."""
         if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True  # after a change of mode the publisher notices it and exits
+            self.draining = True
             self._go_on(self._steps())
 
     def _go_on(self, steps: Iterator[bool]) -> None:
         try:
             self.draining = next(steps, False)
-        except Exception as error:  # tried again
+        except Exception as error:  # `check` tries again
             is_known = isinstance(error, OSError)
             log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
             self.draining = False
@@ -6093,7 +6093,7 @@ class Ingest:
         return settled, stored
 
     def read_transcripts(self, session_id: str) -> None:
-        """Read the tokens of a session whose client was killed; its last event names the transcript."""
+        """Read the tokens of a session whose client was killed, from the transcript of its last event."""
         newest = itertools.islice(readable(self._journal.lines(session_id, backwards=True)), 100)
         named = (event for _, event, _ in newest if "transcriptPath" in event["data"])
         for event in itertools.islice(named, 1):
@@ -6112,7 +6112,7 @@ class Ingest:
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if remote:
-            event.pop("demo", None)  # nor may others rename, hide or delete anything here
+            event.pop("demo", None)  # other machines may not rename, hide or delete sessions here
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
@@ -6120,10 +6120,10 @@ class Ingest:
                 event.setdefault("machineKey", self._machine_key)
             data = event["data"]
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
-                data.pop("usage", None)  # what is read there counts each message once
+                data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
+            self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
@@ -6165,9 +6165,9 @@ class Ingest:
 
 
 class RegistryThread:
-    """Watch what the clients of this machine say of themselves, in a thread: their disk may be slow.
+    """Reads the registry of this machine's clients in a thread, since their disk may be slow.
 
-    `deliver` is called from it with each event.
+    `deliver` is called in that thread with each event.
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
@@ -6182,7 +6182,7 @@ class RegistryThread:
         self._thread.start()
 
     def learn(self, event: JsonObject) -> None:
-        """Look where an event comes from, at once if its client may be new."""
+        """Read the registry of the event's client too; at once, if the client may be new."""
         self._watcher.learn(event)
         if "pid" in event and not self._watcher.has_clients:
             self._wake.set()
@@ -6250,7 +6250,7 @@ class SessionFeed:
 
 @dataclasses.dataclass
 class Retention:
-    """Delete events that are too old or too much for the configuration, in a thread of its own.
+    """Deletes events beyond the configured age or size, in a thread of its own.
 
     `pinned()` returns the names of the files to keep; `removed(names)` is called with the names of sessions
     without events. Everything but deleting happens in the loop thread.
@@ -6266,7 +6266,7 @@ class Retention:
     def __post_init__(self) -> None:
         self._clock = ClockMemory(self.settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
-        self._measured_at = 0  # what events_added would be now if nothing had come since
+        self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
@@ -6275,15 +6275,15 @@ class Retention:
         self.prune(dry_run=False)
         self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
 
-    def look_at_clock(self, save: bool = False) -> None:
-        """Remember when the clock was set; at least once a second."""
+    def check_clock(self, save: bool = False) -> None:
+        """Record whether the clock was set; to be called at least once a second."""
         self._clock.look(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
-        self.look_at_clock(save=True)
+        self.check_clock(save=True)
         time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
@@ -6588,7 +6588,7 @@ def test_event(settings: Settings) -> JsonObject:
 
 
 def foreign_files(home: str) -> list[tuple[str, str, str]]:
-    """Return (path, owner, command to run) for files in our directories that the monitor cannot use."""
+    """Return (path, owner, command that repairs it) for files in our directories that we cannot use."""
     found = []
     for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -6655,8 +6655,8 @@ class Status:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
-        self._foreign_seen = -math.inf  # time.monotonic()
+        self._foreign: list[tuple[str, str, str]] = []  # the last result of `foreign_files`
+        self._foreign_at = -math.inf  # time.monotonic() of that result
         self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
 
     def encoded(self) -> bytes:
@@ -6668,10 +6668,13 @@ class Status:
         return kept[2]
 
     def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
+        """Return the response of /api/status and the `status` message.
+
+        `foreign_age_s`: the age up to which the last result of `foreign_files` is used again.
+        """
         monitor = self._monitor
-        if time.monotonic() - self._foreign_seen >= foreign_age_s:
-            self._foreign_seen = time.monotonic()
+        if time.monotonic() - self._foreign_at >= foreign_age_s:
+            self._foreign_at = time.monotonic()
             self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
@@ -6750,7 +6753,7 @@ class Status:
 
 
 def steady_part(status: JsonObject) -> list[object]:
-    """Return the part of a status whose changes are sent at once: all but counters and times."""
+    """Return the part of a status whose changes the clients get at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
@@ -6780,12 +6783,12 @@ class Monitor:
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
         self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
-        self.store_error: str | None = None  # as it was sent to the clients last
+        self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool: SpoolDrain | None = None
         self.redis: RedisLink | None = None
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
+        self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals: list[Arrival] = []  # of this turn
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
@@ -6806,8 +6809,8 @@ class Monitor:
         """Open every port and start to serve the page; raise StartError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
-        otherwise = "another monitor runs for this directory; `stop` ends it"
-        self._lock = lock_file(settings.path("monitor.pid"), lambda: otherwise)
+        in_use = "another monitor runs for this directory; `stop` ends it"
+        self._lock = lock_file(settings.path("monitor.pid"), lambda: in_use)
         host = settings["server.host"]
         self.addresses = own_addresses(host)
         token = read_token(settings.path("token"))
@@ -6838,7 +6841,7 @@ class Monitor:
         ):
             self.journal.seq = int(file.read(20))
         self.journal.open()
-        self.retention.look_at_clock()
+        self.retention.check_clock()
         self.loading = {"done": 0, "total": self.journal.seq}
         self.loop.on_turn_end = self._store_received
         self._advance(self._load())
@@ -6864,7 +6867,7 @@ class Monitor:
         self._stopping = True
         self._hooks.stop_listening()
         self.clients.close_all()
-        # One more round, so that lines which have arrived are stored and acknowledged.
+        # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
@@ -6879,7 +6882,7 @@ class Monitor:
             collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
         self._hooks.close()
-        # the newest files may be removed by hand before the next start
+        # A user may remove the newest files before the next start.
         save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
         self.loop.close()
@@ -6888,7 +6891,10 @@ class Monitor:
     # Loading: snapshots, then later events
 
     def _advance(self, steps: Iterator[bool]) -> None:
-        """Do long work for some milliseconds a turn, so that hooks and clients never wait; True: pause."""
+        """Do long work for some milliseconds a turn, so that hooks and clients never wait.
+
+        `steps` yields after each piece of work: True to pause for 0.1 s.
+        """
         deadline = time.monotonic() + SLICE_S
         for must_pause in steps:
             if must_pause or time.monotonic() >= deadline:
@@ -6981,13 +6987,13 @@ class Monitor:
         self.loop.steps += 1
         arrivals = self._arrivals[:]
         self._arrivals.clear()
-        safe, stored = self.ingest.take([line for line, _ in arrivals])
-        counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
+        settled, stored = self.ingest.take([line for line, _ in arrivals])
+        counts = collections.Counter(itertools.compress((sender for _, sender in arrivals), settled))
         for sender, count in counts.items():
             self._hooks.acknowledge(sender, count)
-        for (_, sender), is_safe in zip(arrivals, safe):
-            if not is_safe:
-                self._hooks.drop(sender)  # it spools at once instead of waiting
+        for (_, sender), is_settled in zip(arrivals, settled):
+            if not is_settled:
+                self._hooks.drop(sender)
         self._show(stored)
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
@@ -7001,13 +7007,13 @@ class Monitor:
         Events of a session whose file cannot be written, while others can, must not block the rest: they go
         to unsaved/ and are read from the spool at the next start.
         """
-        safe, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
+        settled, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
-        if all(safe):
+        if all(settled):
             return True
         if not self.journal.is_writable():
             return False
-        left = [line for line, is_safe in zip(lines, safe) if not is_safe]
+        left = [line for line, is_settled in zip(lines, settled) if not is_settled]
         log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
         directory = self.settings.path("unsaved")
         emit_event.make_spool(directory)
@@ -7016,10 +7022,10 @@ class Monitor:
         return True
 
     def take_now(self, line: bytes) -> bool:
-        """Store and show one line at once; return whether it is stored."""
-        safe, stored = self.ingest.take([line.replace(b"\n", b" ")])
+        """Store one event and send it to clients at once; return whether it is settled (`Ingest.take`)."""
+        settled, stored = self.ingest.take([line.replace(b"\n", b" ")])
         self._show(stored)
-        return safe[0]
+        return settled[0]
 
     def _take_own(self, event: JsonObject) -> None:
         """Store the totals of a session's tokens, or the status of a client; called in their threads."""
@@ -7027,7 +7033,7 @@ class Monitor:
         def store() -> None:
             is_usage = event["eventType"] == "usage"
             if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
-                self.take_now(encode_json(event))  # a deleted session gets no totals
+                self.take_now(encode_json(event))  # totals must not restore a deleted session
             if event["data"].get("status") == emit_event.CLIENT_EXITED:
                 self.ingest.read_transcripts(event["sessionId"])
 
@@ -7057,7 +7063,7 @@ class Monitor:
             return []
 
     def _note_changes(self, changed: Sequence[Session]) -> None:
-        """Note sessions, and those that changed because of them, for clients and snapshots."""
+        """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
         ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
         self._dirty.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
@@ -7066,7 +7072,7 @@ class Monitor:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
         self._send_status()
-        self.retention.look_at_clock()
+        self.retention.check_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
@@ -7136,7 +7142,7 @@ class Monitor:
         return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
 
     def _removed(self, names: frozenset[str]) -> None:
-        """Drop sessions without events; compare the index with files that were removed or added by hand."""
+        """Delete the sessions of these file names, and compare the index with the files on disk."""
         self.history.rescan()
         sessions = self.sessions.sessions.values()
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
@@ -7157,7 +7163,7 @@ def loading_words(progress: JsonObject) -> str:
 
 
 def status_facts(status: JsonObject) -> list[JsonObject]:
-    """Return the state of the monitor's parts as [{"name": one word, "words": a line}]."""
+    """Return the state of the monitor's parts as [{"name": a word, "words": a line}]."""
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
     disk, stored = status["disk"] or {}, events["stored"]
@@ -7179,8 +7185,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     if link:
         words = link["state"].replace("_", " ")
         if link["state"] != "connected":
-            most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
-            words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+            words += f", {attempt_words(link)}: {link['reason'] or 'no answer yet'}"
         read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
         published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
@@ -7198,12 +7203,18 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
+def attempt_words(link: JsonObject) -> str:
+    """Return which attempt to connect to Redis this is, as text."""
+    limit = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
+    return f"attempt {link['attempt']}{limit}"
+
+
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
-    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
+    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
 
-    `foreign`: see `foreign_files`.
+    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
     """
     found: list[JsonObject] = []
 
@@ -7213,15 +7224,11 @@ def status_problems(
 
     redis, publisher = status["redis"] or {}, status["publisher"] or {}
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
-    attempt = f"attempt {redis.get('attempt')}"
-    attempt += f" of {redis['maxRetries']}" if redis.get("maxRetries") is not None else ""
     if redis.get("state") == "waiting":
-        words = f"Redis does not answer ({attempt})"
-        add(
-            "redis", "fail", words, redis["reason"], "The page shows the events that this machine has stored."
-        )
+        words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
+        add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
     elif redis.get("state") == "given_up":
-        words = f"Redis did not answer, and the monitor no longer tries ({attempt})"
+        words = f"Redis did not answer, and the monitor no longer tries ({attempt_words(redis)})"
         add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
     if redis.get("streamState") == "refused":
         advice = "Events sent while this monitor is not running will be missing."
@@ -7237,13 +7244,8 @@ def status_problems(
         add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
-        add(
-            "store",
-            "fail",
-            words,
-            store["error"],
-            "Free space on its disk; the monitor then continues by itself.",
-        )
+        advice = "Free space on its disk; the monitor then continues by itself."
+        add("store", "fail", words, store["error"], advice)
     if unsaved_bytes:
         words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
         add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
@@ -7269,7 +7271,7 @@ def status_problems(
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
-    """Return as problems what we cannot use in our directory: (path, owner, command that mends it)."""
+    """Return the problems for up to five results of `foreign_files`."""
     return [
         {
             "kind": "files",
@@ -7281,10 +7283,11 @@ def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject
     ]
 
 
-def lock_file(path: str, otherwise: Callable[[], str]) -> int:
-    """Take the lock at `path` until this process exits; raise StartError with the message of `otherwise`.
+def lock_file(path: str, in_use: Callable[[], str]) -> int:
+    """Lock the file at `path` until this process exits, write our pid to it, and return its descriptor.
 
-    The file holds our pid, which means nothing in another container. `unlock_file` removes the file.
+    Raises StartError, with the message that `in_use` returns if another process has the lock. The pid means
+    nothing in another container.
     """
     for _ in range(LOCK_ATTEMPTS):
         try:
@@ -7310,7 +7313,7 @@ def lock_file(path: str, otherwise: Callable[[], str]) -> int:
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
-    raise StartError(otherwise())
+    raise StartError(in_use())
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -7322,7 +7325,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the pid in the file at `path` while its lock is held, else None; it may be of a container."""
+    """Return the pid in the file at `path` while it is locked, else None; it may be one of a container."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -7332,9 +7335,10 @@ def lock_holder(path: str) -> int | None:
 
 
 def listening_pid(path: str) -> int | None:
-    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
+    """Return the pid of this user's process that listens on a Unix socket; None if there is none.
 
-    The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
+    It comes from the kernel, since a pid in a file may be one of another pid namespace; for a process that
+    cannot be seen from here, in another container, it is 0.
     """
     option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -7345,15 +7349,15 @@ def listening_pid(path: str) -> int | None:
     return None
 
 
-def way_to_end(socket_path: str) -> str:
-    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
+def stop_advice(socket_path: str) -> str:
+    """Return how to stop the monitor that listens on a socket, as the end of a message."""
     pid = listening_pid(socket_path)
-    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
-    return f"{way}, or choose another socketPath"
+    advice = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
+    return f"{advice}, or choose another socketPath"
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
-    """Listen on a TCP port; raise StartError that names the key and the option to change."""
+    """Listen on a TCP port; raise a StartError that names the key and the option to change."""
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], socket.SOCK_STREAM)
@@ -7368,7 +7372,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600; replace one that no program listens on; raise StartError.
+    """Listen on a Unix socket with mode 0600, in place of one that no program listens on; raise StartError.
 
     The caller holds its lock.
     """
@@ -7386,23 +7390,17 @@ def bind_unix(path: str) -> socket.socket:
     try:
         sock.bind(path)
     except OSError as error:
-        raise StartError(f"{path}: cannot be made: {error.strerror}; choose another socketPath") from None
+        raise StartError(f"{path}: cannot be created: {error.strerror}; choose another socketPath") from None
     finally:
         os.umask(mask)
     sock.listen(4096)
     return sock
 
 
-def process_ran_at(pid: int, time_ms: int) -> bool:
-    """True if a process with this pid has been running since `time_ms` or before, so is not a later one."""
-    start_s = process_start_s(pid)
-    return start_s is not None and _began_by(start_s, time_ms)
-
-
 def process_start_s(pid: int) -> float | None:
-    """Return when a process began, None if it does not run.
+    """Return when a process began, in seconds since boot (proc(5): stat field 22); None if it does not run.
 
-    On Linux in seconds since boot (proc(5): stat field 22, in ticks); elsewhere at the beginning of time.
+    Elsewhere than on Linux that is not known: 0.0 if it runs.
     """
     if sys.platform != "linux":
         try:
@@ -7418,15 +7416,8 @@ def process_start_s(pid: int) -> float | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _began_by(start_s: float, time_ms: int) -> bool:
-    if sys.platform != "linux":
-        return True
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
-    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
-
-
 def contained_processes() -> dict[tuple[int, int], int]:
-    """Return the processes in containers that we may look at: (pid there, its pid namespace) → pid here."""
+    """Return the processes in containers of this user, as (pid there, its pid namespace) → pid here."""
     found = {}
     with contextlib.suppress(OSError):
         own = os.readlink("/proc/self/ns/pid")
@@ -7441,38 +7432,43 @@ def contained_processes() -> dict[tuple[int, int], int]:
 
 
 class ProcessWatch:
-    """Say which processes run; those seen once are not looked at again until the kernel reports their end.
+    """Checks which processes run, in the loop thread.
 
-    That is where there are pidfds (Linux 5.3); elsewhere every question looks.
+    With pidfds (Linux 5.3) it checks a running process once, and then the kernel reports its end.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._starts: dict[int, float] = {}  # pid → when it began, of those whose end will be reported
-        self._contained: dict[tuple[int, int], int] = {}  # of the last look
+        self._starts: dict[int, float] = {}  # pid → when it began; of those whose end the kernel reports
+        self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
-        self._next_look_s = 0.0
+        self._next_search_s = 0.0  # time.monotonic()
 
     def ran_at(self, pid: int, time_ms: int) -> bool:
-        """Return what process_ran_at does, in the loop thread."""
+        """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
         start_s = self._starts.get(pid)
         if start_s is None:
-            start_s = self._look(pid)
-        return start_s is not None and _began_by(start_s, time_ms)
+            start_s = self._watch(pid)
+        if start_s is None or sys.platform != "linux":
+            return start_s is not None
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
+        return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
     def find(self, process: tuple[int, int]) -> int:
         """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
-        if process not in self._found and time.monotonic() >= self._next_look_s:
+        if process not in self._found and time.monotonic() >= self._next_search_s:
             started = time.monotonic()
             self._contained = contained_processes()
-            self._next_look_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
+            self._next_search_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
         if process not in self._found and process in self._contained:
             self._found[process] = self._contained[process]
         return self._found.get(process, 0)
 
-    def _look(self, pid: int) -> float | None:
+    def _watch(self, pid: int) -> float | None:
         fd = -1
-        with contextlib.suppress(AttributeError, OSError):  # an older kernel, another user's, none left
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # not supported, another user's, no descriptor left
             fd = os.pidfd_open(pid)
         start_s = process_start_s(pid)
         if fd >= 0 and (start_s is None or len(self._starts) >= PROCESS_WATCHES):
@@ -7502,7 +7498,7 @@ class CommandError(Exception):
 def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
 
-    "pid" is the kernel's answer (see `listening_pid`), "process" has it in words.
+    "pid" is the result of `listening_pid`, "process" describes it as text.
     """
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
@@ -7520,7 +7516,7 @@ def running_monitor(settings: Settings) -> JsonObject | None:
 
 
 def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
+    """Return the running monitor; raise a CommandError with how to start it."""
     about = running_monitor(settings)
     if about is None:
         raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
@@ -7539,7 +7535,7 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
 def ask_monitor(
     settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
 ) -> JsonObject:
-    """Return the running monitor's answer to GET `path`, or to POST of `message`; raise CommandError."""
+    """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -9424,7 +9420,7 @@ def command_stop(args: argparse.Namespace) -> int:
     path = settings["socketPath"]
     if lock_holder(path + ".lock") is not None:
         words = f"no monitor runs for {settings.home}, but another one uses {path}"
-        raise CommandError(words + way_to_end(path))
+        raise CommandError(words + stop_advice(path))
     print("not running")
     return 0
 
