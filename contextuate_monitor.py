@@ -6,10 +6,10 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. What follows the journal keeps its position in it, so a restart is only a short absence:
+number of machines. Each consumer of the journal has a position in it, and continues there after a restart:
 
-    hook → ingest → journal (files; then the acknowledgement) → sessions (a fold) → clients, over WebSocket
-                                                              → index.db (search, statistics, snapshots)
+    hook → ingest → journal (files), acknowledgement → sessions (state machine) → clients, over WebSocket
+                                                     → index.db (search, statistics, snapshots)
 
 `.docs/protocol.md` describes events, HTTP and WebSocket.
 
@@ -20,7 +20,7 @@ Threads, and who owns what:
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
-Threads share nothing else but the queue and the wake-up socket of the loop.
+Apart from this, threads share only the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
 
@@ -157,12 +157,12 @@ class Settings:
 
     @property
     def privacy(self) -> Privacy:
-        """What may be stored."""
+        """Return what may be stored."""
         return emit_event.privacy_of(self.values)
 
     @functools.cached_property
     def machine_key(self) -> str:
-        """Which machine this is, whatever its name; the name where our directory cannot be written."""
+        """Return the key of this machine, which a new name does not change; its name if it has no key."""
         return emit_event.machine_key(self.home) or self.machine_id
 
     def path(self, name: str) -> str:
@@ -173,9 +173,9 @@ class Settings:
 def load_settings(
     config_path: str | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[Settings, list[str]]:
-    """Read the configuration; return settings and warnings. Raise ConfigError if it cannot be used.
+    """Read the configuration; return (settings, warnings); raise ConfigError if it cannot be used.
 
-    `overrides` maps configuration keys to values of the command line, which override the file.
+    `overrides`: {configuration key: value of the command line}, which replaces the one of the file.
     """
     home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
     path = os.path.abspath(config_path or path)
@@ -591,8 +591,8 @@ def handshake_response(request: Request) -> bytes:
 # Owns: the files below events/, and the numbers (seq) that order arrival.
 # Does not know: clients, states of sessions, sockets.
 # A line begins {"seq":…,"received":…,"id":…}, so that it is found without parsing JSON. Within a file, seq
-# ascends. From day to day it does too, unless the clock was set back by more than a day: the empty file
-# events/.in-order marks that it does; without the mark all days are merged, which is slower.
+# ascends, and from day to day unless the clock was set back by more than a day. The empty file
+# events/.in-order marks days in order; without it, reading merges all days, which is slower.
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
@@ -721,7 +721,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _switch_day(self, received_ms: int) -> None:
-        """Write to the folder of this day; a clock set back over midnight keeps the numbers in order."""
+        """Write to the folder of this day; to the newest one if the clock was set back over midnight."""
         self.close()
         self._day_number = received_ms // _DAY_MS
         day = day_of(received_ms)
@@ -840,7 +840,7 @@ class Journal:
 
 
 def rename_to_session(path: str) -> None:
-    """Rename a file of an older version for its session, unless the name is taken or it is unreadable."""
+    """Give a file of an older version the name for its session, unless that exists or it is unreadable."""
     with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
         session_id = parse_stored(file.readline())["sessionId"]
         name = os.path.join(os.path.dirname(path), session_file_name(session_id))
@@ -993,7 +993,7 @@ def line_id(line: bytes) -> str:
 
 
 def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that was edited is rebuilt into a valid event. Raise MalformedEvent."""
+    """Parse a stored line into a valid event, even if it was edited by hand; raise MalformedEvent."""
     event = emit_event.parse_event_line(line)
     received_ms = event["received"] if isinstance(event.get("received"), int) else 0
     if received_ms and emit_event.is_whole_event(event):
@@ -1009,7 +1009,10 @@ def warn_skipped_once(path: str) -> None:
 
 
 def unpack(path: str) -> None:
-    """Replace a packed file with a plain one, without damaged parts; a kill leaves one of the two."""
+    """Replace a gzip file of an older version with a plain one, without damaged parts.
+
+    After a kill, one of the two is complete.
+    """
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
@@ -1060,10 +1063,9 @@ class SeenIds:
 
 
 class SecondDeliveries:
-    """Finds what a hook that is registered twice delivers again, with another id.
+    """Finds the second delivery of an event by a hook that is registered twice, which has another id.
 
-    Only the prompts and the calls of a client: anything else may really happen twice, such as two requests
-    for the same permission.
+    Only for prompts and calls: other events, such as a request for a permission, may happen twice.
     """
 
     LIMIT = 4096
@@ -1109,10 +1111,10 @@ class DeletedIds:
 # ---------------------------------------------------------------------------
 # Sessions: the state machine: who works, who waits and who has ended
 #
-# One fold without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from
-# files; `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by
-# seconds; an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an
-# event is computed once, when it arrives (`Sessions._clock`); silence is measured from arrival.
+# Without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from files;
+# `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by seconds;
+# an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an event is
+# computed once, when it arrives (`Sessions._clock`).
 #
 # RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
@@ -1206,7 +1208,7 @@ class Reason(NamedTuple):
     since: int
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
-    by_client: bool = False  # the client says so, and no hook
+    by_client: bool = False  # from the client's registry, not from a hook
 
 
 class Tokens(NamedTuple):
@@ -1216,7 +1218,7 @@ class Tokens(NamedTuple):
     output: int = 0
     cache_read: int = 0
     cache_creation: int = 0
-    cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
+    cache_creation_1h: int = 0  # the part of cache_creation with a lifetime of an hour
 
     def __add__(self, other: Tokens) -> Tokens:  # type: ignore[override]
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
@@ -1317,7 +1319,7 @@ class Session:
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
-    # process → what the client said that it does: (status, waitingFor)
+    # process → the status that its client reported last: (status, waitingFor)
     client_status: dict[tuple[int, int] | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
     demo: bool = False
     imported: bool = False  # a part of its history was imported
@@ -1336,7 +1338,7 @@ class Session:
         return copy
 
     def shift(self, step_ms: int) -> None:
-        """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
+        """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
         if self.turn == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
@@ -1352,7 +1354,7 @@ class Session:
 
     @property
     def without_hooks(self) -> bool:
-        """True if only its client's registry reports it, as the hooks begin with its next start."""
+        """True if only the registry reports the session: its client started before the hook was installed."""
         return bool(self.client_status) and not self.has_hooks
 
     @property
@@ -1883,7 +1885,7 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
         agent.label, agent.parent_id = label or agent.label, parent_id
     agent.background = background
     if output.get("status") == "completed":
-        _end_agents(session, lambda line: agent in line, at, until)
+        _end_agents(session, lambda lineage: agent in lineage, at, until)
 
 
 def _digest(tool_input: Any) -> int:
@@ -1896,25 +1898,25 @@ def _description(tool_input: Any) -> str:
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
     """Return an agent and its ancestors, the nearest first."""
-    line = [agent]
-    while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
-        line.append(session.agents[line[-1].parent_id])
-    return line
+    lineage = [agent]
+    while lineage[-1].parent_id in session.agents and session.agents[lineage[-1].parent_id] not in lineage:
+        lineage.append(session.agents[lineage[-1].parent_id])
+    return lineage
 
 
 def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: int) -> None:
     """End the agents and calls that an event ends, except those that began after `until`."""
     agent_id = event.get("agentId", MAIN)
-    over = task_notification(event) if ends == "task" else agent_id
+    ended_id = task_notification(event) if ends == "task" else agent_id
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
 
-    def is_over(line: list[Agent]) -> bool:
+    def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
-            return any(agent.agent_id == over for agent in line)
-        runs_on = not has_list or any(agent.agent_id in running for agent in line)
-        return ends == "all" or not runs_on or not any(agent.background for agent in line)
+            return any(agent.agent_id == ended_id for agent in lineage)
+        continues = not has_list or any(agent.agent_id in running for agent in lineage)
+        return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
         _interrupt(session, None if ends == "all" else {agent_id if ends == "turn" else MAIN}, until)
@@ -1925,9 +1927,9 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
-    """End agents chosen by their lineages, with their waits; their calls are interrupted.
+    """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls.
 
-    Only those that run, wait or have open calls.
+    Agents that neither run nor wait nor have open calls are unchanged.
     """
     if not session.agents:
         return
@@ -1965,20 +1967,20 @@ def _running_tasks(event: JsonObject) -> list[JsonObject]:
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
-    """Open or close a call; return True if it is new. A second delivery changes nothing.
+    """Open or close a call; return True if it is new.
 
-    A call's own result replaces that of its round, and both replace an interruption.
+    Its first outcome counts, and replaces an interruption; further ones change nothing.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
-    by_itself = session.closed_calls.get(fact.use_id)
-    is_new = by_itself is None and fact.use_id not in session.open_calls
+    has_outcome = session.closed_calls.get(fact.use_id)  # False: interrupted, None: not closed
+    is_new = has_outcome is None and fact.use_id not in session.open_calls
     if is_new:
         session.turn_calls += 1
         for counts in own_counts:
             counts["toolCalls"] += 1
-    if fact.outcome is not Outcome.OPEN and not by_itself:
-        session.counts["interrupted"] -= by_itself is False  # its end arrived late
+    if fact.outcome is not Outcome.OPEN and not has_outcome:
+        session.counts["interrupted"] -= has_outcome is False  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
         session.closed_calls[fact.use_id] = True
         if fact.outcome is not Outcome.OK:
@@ -2069,7 +2071,7 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
 
-# Waits: each belongs to one agent, and to one call where a call waits. It ends with that call.
+# Waits: each belongs to one agent, and to the call that waits, if there is one; it ends with that call.
 
 _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
@@ -2106,7 +2108,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
-    """Add a wait for a person; a request for an open call counts however late it is."""
+    """Add the wait for a person that an event begins; a request for an open call may be late."""
     wait = _wait_of(session, event, kind, at, until)
     if wait is None or session.turn == "ended" or (is_stale and kind == "notification"):
         return
@@ -2127,7 +2129,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     session.waits = [*(it for it in session.waits if not it.by_client), wait]
 
 
-# What the client says of itself: what a person did at the terminal, of which no hook speaks.
+# The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
 
 _CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
 _CLIENT_WAITS = {
@@ -2138,23 +2140,23 @@ _CLIENT_WAITS = {
 
 
 def _client_status(session: Session) -> tuple[str, str]:
-    """Return what the clients of a session say together: (status, waitingFor); ("", "") if nothing."""
-    said = [it for process, it in session.client_status.items() if process in session.processes]
+    """Return the status that counts for a session: (status, waitingFor); ("", "") if none is known."""
+    reported = [it for process, it in session.client_status.items() if process in session.processes]
     ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
-    return min((it for it in said if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+    return min((it for it in reported if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
 
 
 def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
-    """Apply a change of what the client does; without a change only if the hooks are silent.
+    """Apply a status of the client if it has changed, or else if the hooks are silent.
 
-    A change that is older than what its agent did since is not applied: `is_stale`.
+    A stale one, older than what the hooks have reported of the main agent, is only recorded.
     """
     event, at, (before, before_for) = step.event, step.at, _client_status(session)
-    said = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
+    reported = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
     session.client_status = {
         it: session.client_status[it] for it in session.processes if it in session.client_status
     }
-    session.client_status[process_of(event)] = said
+    session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = before != "" and (status, waits_for) != (before, before_for)
     if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
@@ -2171,9 +2173,8 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         session.background = session.background or ["a command"]
     elif status == "idle" and before in ("shell", "waiting"):
         session.background = []
-    if (
-        status == "busy" and before != "waiting" and session.turn in ("idle", "failed")
-    ):  # a `!` command, or compaction
+    # A `!` command, or compaction.
+    if status == "busy" and before != "waiting" and session.turn in ("idle", "failed"):
         session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
         session.last_step[MAIN] = at
     if status == "waiting" and all(it.kind == "input" for it in session.waits):
@@ -2228,7 +2229,7 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
-    """True if the session ended within REORDER_WINDOW_MS: its SessionEnd may have overtaken other events."""
+    """True if the session ended within REORDER_WINDOW_MS of `at`: SessionEnd may overtake other events."""
     since_ms = at - (session.end or 0)
     return since_ms <= REORDER_WINDOW_MS and (late or since_ms >= -REORDER_WINDOW_MS)
 
@@ -2292,7 +2293,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
     session.waits, session.background = [], []
     if session.state != _state_of(session):
         session.state, session.state_since = _state_of(session), time_ms
-    _end_agents(session, lambda line: True, time_ms, _NEVER)
+    _end_agents(session, lambda lineage: True, time_ms, _NEVER)
     _interrupt(session, None, _NEVER)
 
 
@@ -2413,12 +2414,12 @@ class Sessions:
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
     def _is_watched(self, session: Session) -> bool:
-        """True if its process is on this machine, perhaps in a container, so that its end may be seen."""
+        """True if the session's process is on this machine, so that we can check it."""
         is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
         return is_here and session.pid is not None
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
-        """End the session that the same process ran before this one, in whatever order their events arrive.
+        """End the session that the event's process ran before, even if their events arrive in another order.
 
         A process runs one session: /clear and --resume may end the previous one without a SessionEnd.
         """
@@ -2563,12 +2564,12 @@ class Sessions:
         is_sure: bool,
         find: Callable[[tuple[int, int]], int] = lambda _: 0,
     ) -> list[Session]:
-        """Check which processes of this machine still run, since a kill fires no hook; return ended sessions.
+        """End the sessions of this machine whose process has exited, since a kill fires no hook; return them.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks one; `find(process)` returns our pid
-        of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a process
-        that was seen alive can have exited. It may have exited long before this check, so its session ends
-        when it was last seen alive, or with its last event.
+        `namespace` is that of our pids; `was_running(pid, time)` checks a process; `find(process)` returns
+        our pid of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a
+        process that was seen alive can have exited. A session ends when its process was last seen alive, but
+        not before its last event.
         """
         ended = []
         for session in list(self.sessions.values()):
@@ -2593,7 +2594,7 @@ class Sessions:
         return ended
 
     def end_exited(self, session_id: str, time_ms: int) -> Session:
-        """End a session whose process exited without a SessionEnd."""
+        """End a session whose process has exited without a SessionEnd; return it."""
         session = self.sessions[session_id]
         self._stages.pop(session_id, None)
         end_session(session, time_ms, "its process exited", presumed=True)
@@ -2684,7 +2685,7 @@ class Sessions:
             self._continue(*min(pairs, key=lambda pair: (pair[0].end_reason == "replaced", _gap_ms(*pair))))
 
     def _is_continued_by(self, before: Session, after: Session) -> bool:
-        """True if one ended because the other began: for a matching reason, in the same process."""
+        """True if `after` continues `before`, which ended for a matching reason, in the same process."""
         continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
@@ -2864,32 +2865,32 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer with a position: `indexed` is the seq of the last indexed event. One thread fills the file
-# through one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while
-# events arrive it takes a tenth of the time at most. Readers have read-only connections; they never block
-# writes. A search reads events that are not indexed yet from the journal.
+# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread fills the file through
+# one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while events
+# arrive, it works at most a tenth of the time. Readers have read-only connections; they never block writes.
+# A search reads events that are not indexed yet from the journal.
 #
-# No text is kept. Each day has a table of words, dropped with its day; it finds candidates (rowid = seq),
-# whose lines in the journal are checked. The file also keeps the snapshots of sessions, which are opaque
-# bytes here.
+# The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
+# (rowid = seq), whose lines in the journal are then checked. The file also stores the snapshots of sessions,
+# which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 4
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
-INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; the thread then rests if events are arriving
-INDEX_QUEUE_BYTES = 256 << 10  # of waiting lines; events beyond are read from the journal
-SNAPSHOTS_WAITING = 100  # to be written; no more are made until these are
-INDEX_GATHER_S = 0.1  # what arrives together is indexed together
+INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
+INDEX_QUEUE_BYTES = 256 << 10  # of queued lines; further events are read from the journal
+SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
+INDEX_GATHER_S = 0.1  # between the first event of a batch and indexing it
 INDEX_LOOK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
-INDEX_OPENS_S = 3.0  # at most, on a busy machine
-LIVE_S = 0.1  # events are arriving when the last one came within this time
-LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
+INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
+LIVE_S = 0.1  # events are arriving if the last one is younger than this
+LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
-SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
+SESSIONS_MATCHED = 500  # found by the table of words; for more (all that ended), only the lines are checked
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -2944,7 +2945,7 @@ _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])") 
 _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
-_MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
+_MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
 # Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
@@ -3292,7 +3293,7 @@ class IndexFile:
         seq, event, line = entry
         if day is None:  # as in the journal: a clock set back over midnight does not change the day
             day = day_of(event["received"])
-            if day < self._day <= day_of(event["received"] + 86_400_000):
+            if day < self._day <= day_of(event["received"] + _DAY_MS):
                 day = self._day
             self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
@@ -3381,7 +3382,7 @@ class IndexFile:
 
 
 def name_key(name: str) -> bytes:
-    """Return a name as the index keeps it; it may hold lone surrogates."""
+    """Return a name as the index stores it; it may contain lone surrogates."""
     return name.encode("utf-8", "surrogatepass")
 
 
@@ -3415,7 +3416,7 @@ def index_files(path: str) -> dict[str, os.stat_result]:
 
 
 def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the files' devices and inodes, which change when one is replaced."""
+    """Return the inodes of these files, which change if one is replaced."""
     return tuple(about.st_ino for about in index_files(path).values())
 
 
@@ -3627,7 +3628,7 @@ class Statistics:
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
-        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * 86_400_000)})
+        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
@@ -3737,7 +3738,7 @@ class Statistics:
 
 
 class NoStatistics(Exception):
-    """Statistics are not available now; the message says why."""
+    """Statistics are not available now; the message gives the reason."""
 
 
 # Stored events to index, or another operation on the file.
@@ -3747,8 +3748,8 @@ _Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 class History:
     """Search, statistics and snapshots. Methods are for any thread unless they say otherwise.
 
-    `generation` grows whenever saved snapshots may be lost: with a new index file, and after a failed write.
-    All snapshots must then be saved again.
+    `generation` grows with each new index file and after each failed write: saved snapshots may be lost then,
+    and all must be saved again.
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
@@ -3837,9 +3838,9 @@ class History:
         return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
-        """Queue snapshots, unless `generation` is not the file's; return whether the queue is long.
+        """Queue snapshots, for the index file of this `generation`; return whether the queue is long.
 
-        `checkpoint`: the seq of which the state of every session is now saved. None: more snapshots follow.
+        `checkpoint`: the seq up to which every session is saved with them; None: more snapshots follow.
         """
 
         def save(file: IndexFile) -> None:
@@ -3983,9 +3984,8 @@ class History:
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
                     if not self._jobs:
-                        self._total = (
-                            self._done
-                        )  # lines that are no events, or were added by hand, are in neither
+                        # Lines that are no events, or were added by hand, count in neither.
+                        self._total = self._done
                 self._state, self._error = "ready", ""
                 if self._wake.wait(INDEX_LOOK_S):
                     self._stopping.wait(INDEX_GATHER_S)
@@ -4024,7 +4024,7 @@ class History:
                 file.forget_session(key_name(key))
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
-        """Write events in one transaction, all of a file of a `day`; return whether there may be more."""
+        """Write events in one transaction, all of them for a `day`; return whether there may be more."""
         count, size, flushed, seq, more = 0, 0, 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
@@ -4132,7 +4132,7 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
         _OUTCOME_WORDS[fact.outcome],
         "" if fact.duration_ms is None else str(fact.duration_ms),
         "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
-        "" if fact.use_id.startswith("unnamed:") else fact.use_id,
+        "" if fact.use_id.startswith(UNNAMED) else fact.use_id,
     )
     row = io.StringIO()
     writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
@@ -4182,19 +4182,19 @@ class ClockMemory:
             steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
             ahead_ms = int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
-                # Only the clock can say for how long the machine was off, unless it ran back or was not set.
+                # Only the clock shows how long the machine was off, unless it went back or was not set.
                 is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
                 ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
             self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
 
     def look(self, seq: int, save: bool = False) -> None:
-        """Compare the clocks; `seq`: of the last event."""
+        """Compare the clocks and record a step; `seq`: of the last event; `save`: also without a step."""
         time_ms = now_ms()
         ahead_ms = round(time_ms - steady_ms())
         step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
         was_set = abs(step_ms) >= CLOCK_SET_MS
         if was_set:
-            # An event that arrived since the last look may be from before or after: it shall be the younger.
+            # Events since the last comparison came before or after the step; they count as the younger.
             step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
             self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
             log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
@@ -4441,7 +4441,7 @@ class EventLoop:
     """Calls callbacks of ready sockets, of timers and from other threads.
 
     `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
-    `steps` grows before each callback that may change something; `on_turn_end` counts itself when it does.
+    `steps` grows before each callback that may change something; `on_turn_end` increments it itself then.
     """
 
     def __init__(self) -> None:
@@ -4810,7 +4810,7 @@ class WebSocketServer:
         client.parser = None if parser.is_between_messages else parser  # it holds most of the memory
         for message in received:
             if isinstance(message, Close):
-                client.peer_closed = True  # also after a protocol error: further bytes are ignored
+                client.peer_closed = True  # also after a protocol error, since further bytes are ignored
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
@@ -4966,7 +4966,7 @@ class Subscription(threading.Thread):
             self._store_batch()
 
     def abandon(self) -> None:
-        """End the subscription, whatever it is doing; for both threads."""
+        """End the subscription, even during an exchange; for both threads."""
         self.abandoned = True
         if self._client is not None:
             with contextlib.suppress(Exception):  # the other thread may be using it
@@ -5072,8 +5072,8 @@ class Subscription(threading.Thread):
 class RedisLink:
     """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
 
-    `take` stores events and returns True once they are stored; until then they are passed again and the
-    position is kept. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
+    `take` stores events and returns whether they are stored; if not, they are passed again later, and the
+    position is unchanged. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
     For the loop thread.
     """
 
@@ -10012,7 +10012,10 @@ def prepare_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for a failure, 2 for an error of the command line."""
+    """Run one command; return the exit status: 1 for a failure, 2 for an unusable configuration.
+
+    An error of the command line ends the process with status 2.
+    """
     prepare_output()
     args = build_parser().parse_args(arguments)
     try:
