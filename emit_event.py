@@ -6,23 +6,24 @@ It always exits with 0, writes nothing to standard output, and waits for the mon
 most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 
-With many machines (mode "redis") the event goes to the spool at once, and a publisher, one for each user,
-sends it to Redis: this same file, started by a hook that finds none running; it exits after 60 s of quiet.
+With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
+publisher is this same file, one process for each user: a hook starts it if none runs, and it exits when there
+was no event for 60 s.
 
 As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
 publisher.
 
 The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
-`contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
-which a short launcher imports from its bytecode, and this whole file beside it for the rare paths.
+`contextuate_monitor.py install` writes the text above the line "end of the hot path" to a module, which a
+short launcher imports from its bytecode, and this whole file beside it for the rare paths.
 This file can be registered itself; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
 # Hot path: what every hook call runs
 #
-# Knows: built-in and C modules only; importing os, json, socket or signal costs more than all it does.
-# Owns: the wrapped line, the way to the socket, the append to the spool.
+# Imports built-in and C modules only: os, json, socket or signal would take longer than all the rest of it.
+# Owns: the wrapped line, sending it to the socket, appending it to the spool.
 # ---------------------------------------------------------------------------
 
 import posix
@@ -31,11 +32,11 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
-TIMEOUTS_LIMIT = 3  # in a row; then no hook waits for the monitor for so long:
+TIMEOUTS_LIMIT = 3  # after so many in a row, hooks spool at once for TIMEOUTS_PAUSE_S
 TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
-LINE_LIMIT_BYTES = 16 << 20  # what the monitor takes as one line
-PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
+LINE_LIMIT_BYTES = 16 << 20  # the longest line that the monitor accepts
+PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
@@ -43,12 +44,12 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in
 
 
 def run_hook() -> None:
-    """Take one hook call from standard input to the monitor or the spool; end the process with status 0."""
+    """Send one payload from standard input to the monitor or the spool; exit with status 0."""
     notes: list[str] = []
     try:
         import _signal
 
-        # A hook of StopFailure gets SIGTERM 40 ms after its start (print mode).
+        # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -57,8 +58,8 @@ def run_hook() -> None:
         else:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
-    except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+    except BaseException as error:  # a hook that exits with an error may block Claude Code
+        reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
         try:
             whole().log_failure(reason)
@@ -73,15 +74,16 @@ def run_hook() -> None:
 
 
 def debugging() -> bool:
-    """True when CONTEXTUATE_DEBUG asks for notes on standard error."""
+    """True if CONTEXTUATE_DEBUG is set: the hook prints its notes on standard error."""
     return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
     """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
 
-    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows: old
-    clients send no newline, and other processes may hold the pipe open.
+    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
+    30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
+    payload beyond PAYLOAD_LIMIT_BYTES.
     """
     import select
 
@@ -112,7 +114,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
 
 def deliver(payload: bytes, notes: "list[str]") -> None:
-    """Send one payload the way the configuration says; append to `notes` what happened."""
+    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
@@ -136,10 +138,10 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner. A user
-    without any, as of `docker run -u 4242`, has our directory beside this file.
+    Another user's HOME, as after `sudo`, is not used: its owner could not write to files of root in it. For a
+    user without one, as of `docker run -u 4242`, our directory is beside this file.
     """
-    # An installed hook belongs to the directory that it is installed in.
+    # By default, an installed hook uses the directory in which it is installed.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
@@ -166,7 +168,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from the line of this very configuration file in hook.cache."""
+    """Return (mode, socket path), from the line for this version of the configuration file in hook.cache."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -188,7 +190,7 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
 
 
 def machine_key(home: str) -> str:
-    """Return which machine this is: our directory's random id, in a container with its pid namespace."""
+    """Return this machine's key: the random id in our directory; in a container, with its pid namespace."""
     key = b""
     try:
         fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
@@ -201,7 +203,7 @@ def machine_key(home: str) -> str:
 
 
 def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
-    """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
+    """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
     "parentSessionId"?, "hook": <payload>}`
@@ -231,9 +233,9 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
     if b'"cwd"' not in payload:
         try:
             head += f',"cwd":{quote(posix.getcwd())}'
-        except OSError:  # it has been removed
+        except OSError:  # the directory has been removed
             pass
-    # In JSON a line end can only stand between tokens, so a space in its place changes nothing.
+    # In JSON, a line end occurs only between tokens, so a space can replace it.
     return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
@@ -258,9 +260,9 @@ def quote(text: str) -> str:
 
 
 def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
-    """Send `line` and return "" or why it is not stored; after three time-outs in a row not at all for 10 s.
+    """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
 
-    hook.timeouts has a byte for each time-out in a row, and the time of the last.
+    hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
     """
     path = home + "/hook.timeouts"
     try:
@@ -280,7 +282,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
             posix.close(fd)
         elif count:
             posix.unlink(path)
-    except OSError:  # it only saves time
+    except OSError:  # the file only saves time
         pass
     return outcome
 
@@ -322,14 +324,15 @@ def append_to_spool(directory: str, line: bytes) -> str:
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only if the locked file still has its name; the drainer renames a segment first and
     then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
-    stopped writer blocks no other. A new segment never has a name that exists: that file may still be unread.
-    A line begins with a newline of its own, so that one torn by a full disk or a kill spoils no other.
+    stopped writer blocks no other. A new segment never replaces a file, which may still be unread. A newline
+    precedes each line, so that a line torn by a full disk or a kill damages no other. Raises OSError or
+    ValueError if the line could not be written.
     """
     import fcntl
 
-    pass_over = False  # the newest segment, which is not ours
+    must_be_new = False  # the newest segment cannot be used
     for _ in range(1000):
-        path, is_new = current_segment(directory, pass_over)
+        path, is_new = current_segment(directory, must_be_new)
         flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
         try:
             fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
@@ -338,12 +341,12 @@ def append_to_spool(directory: str, line: bytes) -> str:
         except OSError:
             if is_new:
                 raise
-            pass_over = True
+            must_be_new = True
             continue
         try:
             about = posix.fstat(fd)
             if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
-                pass_over = True
+                must_be_new = True
                 continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if posix.stat(path).st_ino != about.st_ino:
@@ -359,11 +362,11 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool]":
-    """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
+def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
+    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing.
 
-    With `pass_over` it is always new. Segments are read in the order of their names, so a new one is named
-    later than all others, also when the clock was set back.
+    It is new if the newest one is full, a day old or taken by the drainer. Segments are read in the order of
+    their names, so the name of a new one is the last, even if the clock was set back.
     """
     now_ms = time.time_ns() // 1_000_000
     newest = ""
@@ -375,7 +378,7 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
         whole().make_spool(directory)
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
-    if newest.endswith(".jsonl") and not pass_over:
+    if newest.endswith(".jsonl") and not must_be_new:
         path = f"{directory}/{newest}"
         try:
             if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
@@ -387,10 +390,10 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return what was done, as text. After an append only.
+    """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
 
     The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
-    that no second hook can start another.
+    that no other hook can start a second one. Raises OSError.
     """
     import fcntl
 
@@ -427,7 +430,7 @@ def ensure_publisher(home: str) -> str:
 
 
 def publisher_python(home: str) -> str:
-    """Return the interpreter that `install` or `start` found to have redis-py; without one the hook's own."""
+    """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
     try:
         fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
     except OSError:
@@ -440,7 +443,7 @@ def publisher_python(home: str) -> str:
 
 
 def whole() -> "Any":
-    """Import this whole file, for what is too rare to be compiled at every call."""
+    """Return this whole file as a module, for functions too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
     if sys.path[:1] != [here]:
         sys.path.insert(0, here)
@@ -516,7 +519,7 @@ def now_ms() -> int:
 
 
 def is_number(value: Any) -> bool:
-    """True for a number in JSON; for Python, true and false are numbers too."""
+    """True for a number in JSON; Python's bool is an int, too."""
     return type(value) in (int, float)
 
 
@@ -526,7 +529,7 @@ def is_integer(value: Any) -> bool:
 
 
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; raise OSError where something else has that name."""
+    """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     about = os.lstat(path)
     if not os.path.isdir(path) or about.st_uid != os.getuid():
@@ -536,7 +539,7 @@ def make_private_directory(path: str) -> None:
 
 
 def make_spool(path: str) -> None:
-    """Make the directory of the spool; set aside anything else of that name."""
+    """Make the directory of the spool; rename anything else that has its name (`set_aside`)."""
     try:
         make_private_directory(path)
     except (PermissionError, FileExistsError):
@@ -545,9 +548,9 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of our own to `….foreign`, which `doctor` lists.
+    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
 
-    Raises PermissionError outside of this user's directories.
+    Raises PermissionError in another user's directory.
     """
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
@@ -578,7 +581,7 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 
 def open_for_append(path: str, _flags: int = 0) -> int:
-    """Open a private file to append to, made when there is none; `open` takes this as its opener."""
+    """Open a private file to append to, and make it if it is missing; also as opener of `open`."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
         return open_own(path, flags)
@@ -590,7 +593,7 @@ def open_for_append(path: str, _flags: int = 0) -> int:
 
 
 def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
-    """Append to a file that is renamed to `….1` once it is beyond its limit."""
+    """Append to a file; rename it to `….1` first if it is larger than the limit. Raises OSError."""
     if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
         os.replace(path, path + ".1")
     with os.fdopen(open_for_append(path), "wb") as file:
@@ -615,11 +618,11 @@ PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message names file, key and what was expected."""
+    """A configuration that cannot be used; the message contains file, key and the expected value."""
 
 
 class Key(NamedTuple):
-    """One configuration key: its default, a check, and its description."""
+    """One configuration key: its default, a description of its values, and a check."""
 
     default: Any
     expected: str
@@ -848,11 +851,10 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
+    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
 
-    `key`: the configuration file's device, inode, size and time, which a container may see otherwise. The
-    cache has a line "KEY MODE SOCKET" for each.
-    An unusable configuration means defaults: the monitor reports it.
+    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
+    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
     """
     try:
         values = load_config(config_path)[0]
@@ -863,7 +865,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
-        with contextlib.suppress(OSError):  # it only saves time
+        with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
                 lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
@@ -872,7 +874,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
 
 
 def make_machine_key(home: str) -> str:
-    """Return the random id in our directory; make it unless another process has; "" where that fails."""
+    """Return the random id in our directory, and make it if there is none; "" if that fails."""
     path = home + "/machine-key"
     with contextlib.suppress(OSError):
         make_private_directory(home)
@@ -924,7 +926,7 @@ _PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAME
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
 _IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
-# Payload field in camel case, as VS Code's agent and others write some → as Claude Code does.
+# Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
     for field in (
@@ -1052,7 +1054,7 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
 
 
 def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
-    """Give names of ours to what the Node.js Contextuate emitter says of a subagent and of tokens."""
+    """Rename the Node.js Contextuate emitter's fields for subagents and tokens to ours."""
     subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
     is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
     if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
@@ -1088,7 +1090,7 @@ def _event(
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
-    """Put a value into `data` under its name, or one like it where the name is taken."""
+    """Put a value into `data` under its name; append `_` to a name that is in use."""
     while name in data:
         name += "_"
     data[name] = value
@@ -1750,7 +1752,7 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
 
 
 class Privacy(NamedTuple):
-    """What may leave: `redact` replaces secrets, `metadata_only` drops content, longer strings are cut."""
+    """What may be stored or sent: `redact` replaces secrets, `metadata_only` omits content; texts are cut."""
 
     redact: bool = True
     metadata_only: bool = False
@@ -1914,7 +1916,7 @@ class _Protector:
 
 
 def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
-    """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
+    """Return the beginning of a malformed line for a log: without secrets; "" at level `metadata`."""
     if privacy.metadata_only:
         return ""
     text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
@@ -1958,9 +1960,9 @@ def log_failure(reason: str) -> None:
 # TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
-# What the client's own sums (`cost-state`) have beyond the lines, such as /compact, is added to them.
+# Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
-# AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
+# AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
@@ -1970,8 +1972,8 @@ TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
 COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
-USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
-USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
+USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
+USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
@@ -1983,7 +1985,7 @@ _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInp
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
-AGENT_NOTE_ATTEMPTS = 10  # it is there from the first tool call on; old clients make none
+AGENT_NOTE_ATTEMPTS = 10  # the note exists from the first tool call on; old clients write none
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -2104,12 +2106,12 @@ class TranscriptParser:
 
 
 def id_or(value: Any, otherwise: str) -> str:
-    """Return a value that can be an id, without half of a surrogate pair, else the other."""
+    """Return `value` without lone surrogates if it can be an id, else `otherwise`."""
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
 
 
 def _counts_of(usage: Any, names: "list[str]") -> Counts:
-    """Return the tokens under these names; what is no number of tokens is 0."""
+    """Return the numbers of tokens under these names; 0 for anything else."""
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
@@ -2119,14 +2121,14 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 
 
 class UsageReader:
-    """Read transcripts; make events of their own with what the sessions have used whose transcripts are here.
+    """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
+    The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
     agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
 
-    For one thread. Stops early, without a result, once `stopping` is set, and continues there the next time.
-    SQLite's own lock keeps a second process out.
+    For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
+    SQLite's lock excludes a second process.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2136,7 +2138,7 @@ class UsageReader:
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
 
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
+        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
         data, session_id = event["data"], event["sessionId"]
         if event["hookType"] not in USAGE_HOOKS:
             return None
@@ -2193,7 +2195,7 @@ class UsageReader:
         with self._open() as database:
             is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
             if not is_known and not any(os.path.isfile(path) for path, _ in files):
-                return None  # a session of a file system that is not here leaves no trace
+                return None  # the session's file system is not here
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
@@ -2260,10 +2262,10 @@ class UsageReader:
 
 
 class UsageWorker:
-    """Read transcripts in a thread of its own, so that no event waits for them, and deliver usage events.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
 
-    `put` belongs to the thread that stores events; `deliver` is called from ours and must not raise. What is
-    pending at the end is read at the next event of its session.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
+    is pending at the end is read after its next event.
     """
 
     def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
@@ -2282,7 +2284,7 @@ class UsageWorker:
             return any(due == 0 for due, _ in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Have the transcripts read that an event names: at the end of something now, else once it is quiet.
+        """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
@@ -2413,10 +2415,10 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 class AgentNoteReader:
-    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+    """Adds `data.agentMeta` to the first event of a subagent for which the client's note on it exists.
 
-    `agentMeta` holds the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the launching agent's name of
-    it. The note exists from the first tool call on; only it names the parent of a nested agent.
+    `agentMeta` has the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the description by the agent
+    that launched it. The note exists from the first tool call on; only it names a nested agent's parent.
     """
 
     def __init__(self) -> None:
@@ -2427,7 +2429,7 @@ class AgentNoteReader:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        noted = self._noted.get(key, 0)  # if by the same event, that was not stored before
+        noted = self._noted.get(key, 0)  # the same event comes again if it could not be stored
         is_noted = noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS
         if is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
@@ -2455,15 +2457,15 @@ class AgentNoteReader:
 
 
 # ---------------------------------------------------------------------------
-# Registry: what the client says of itself
+# Registry: what the client reports of itself
 #
-# Claude Code keeps a file for each of its processes, `sessions/<pid>.json` in its configuration directory, on
-# what it does now. Hooks are silent when a person acts (Esc, "No", an answer); these files are not. They are
+# Claude Code writes the current status of each of its processes to `sessions/<pid>.json` in its configuration
+# directory. These files also show what a person does (Esc, "No", an answer), which fires no hook. They are
 # not documented, and written in place, so a reader may see half of one.
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
-REGISTRY_REST_S = 5.0  # between two looks while no client runs
+REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_FILE_LIMIT_BYTES = 64 << 10
 REGISTRY_FILES_LIMIT = 256
 REGISTRY_DIRECTORIES_LIMIT = 32
@@ -2474,7 +2476,7 @@ CLIENT_EXITED = "exited"  # the status of a client whose process has ended
 
 
 class ClientRecord(NamedTuple):
-    """What one client says of itself."""
+    """The content of one client's file."""
 
     pid: int
     started: str  # when its process started, as in /proc/<pid>/stat
@@ -2488,7 +2490,7 @@ _ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoi
 
 
 def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
-    """Parse a client's file; None for half a file, or one of another process or form."""
+    """Parse a client's file; None for half a file, another process's file, or an unknown form."""
     try:
         fields = parse_event_line(content)
     except MalformedEvent:
@@ -2525,7 +2527,7 @@ def is_running_since(pid: int, started: str) -> bool:
 
 
 class _Client:
-    """A client that runs: what it says, and what has been reported of it."""
+    """A client that runs: its record, and the record that was reported last."""
 
     def __init__(self, record: ClientRecord, first_ms: int, is_next: bool) -> None:
         self.record = record
@@ -2535,23 +2537,22 @@ class _Client:
 
 
 class RegistryWatcher:
-    """Make `client_status` events of what the clients of this user on this machine say of themselves.
+    """Makes `client_status` events from the files of this user's clients on this machine.
 
-    Only clients whose process runs here are believed. An event has the same id whichever process makes it, so
-    neither a restart nor a second watcher repeats one.
+    Files of processes that do not run here are ignored. An event's id is derived from its content, so that
+    events made again after a restart, or by a second watcher, are duplicates.
     """
 
     def __init__(self, machine_key: str) -> None:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        self._files: dict[
-            str, tuple[Any, Optional[ClientRecord]]
-        ] = {}  # path → (its state when read, content)
+        # path → (its inode, size and mtime when it was read, or None to read it again; its record)
+        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
         self._clients: dict[str, _Client] = {}  # path → the client, while its process runs
 
     def learn(self, event: JsonObject) -> None:
-        """Watch the configuration directory of a session on this machine, too."""
+        """Watch the client's configuration directory that an event's transcript is in, too."""
         directory, below, _ = str(event["data"].get("transcriptPath")).partition("/projects/")
         if below and directory.startswith("/") and len(self._directories) < REGISTRY_DIRECTORIES_LIMIT:
             self._directories[directory] = None
@@ -2567,7 +2568,7 @@ class RegistryWatcher:
         return any(client.record.about.get("status", "idle") != "idle" for client in self._clients.values())
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
-        """Look at the files; return the events of what has changed."""
+        """Read the files that have changed; return the events for changes. `time_ms`: now."""
         self._read_files()
         for path, (_, record) in self._files.items():
             client = self._clients.get(path)
@@ -2645,7 +2646,7 @@ QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
-    """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
+    """Delete segments, oldest first, until the spool is within 64 MiB and 7 days; log their events."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
     for path, size in segments:
@@ -2665,7 +2666,7 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """List segments as (path, bytes), oldest first; of one name the .taken one comes first."""
+    """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
     segments = []
     with contextlib.suppress(FileNotFoundError):  # of the directory
         names = os.listdir(directory)
@@ -2687,8 +2688,8 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError, to try again later, while a writer still has it open, or while an older one of the
-    same name (of a hook of an older version) is not drained.
+    Raises BlockingIOError, to try again later, while a writer has it locked, or while an older segment with
+    the same name (by a hook of an older version) is not drained; OSError if it cannot be read.
     """
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
@@ -2718,7 +2719,7 @@ def take_dropped(directory: str) -> "tuple[int, int]":
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
-    """Keep the beginning of a line that is not one JSON object. Raises OSError."""
+    """Append the beginning of a line that is no event to the quarantine file. Raises OSError."""
     record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
     record["head"] = shown_head(line, QUARANTINED_HEAD_BYTES, privacy)
     append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
@@ -2728,14 +2729,14 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # Redis publisher: from the spool to Redis
 #
 # Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
-# redis-py's timeouts apply to each recv and not to DNS, so that a server that drips bytes would block it for
-# ever: each exchange runs in a thread that is abandoned at its deadline.
+# redis-py's timeouts apply to each recv, and not to DNS, so a server that sends single bytes could block it.
+# Therefore each exchange runs in a thread that is abandoned at its deadline.
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to
+PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter in which a publisher has continued
 BUSY_S = 2.0  # after an event
-BUSY_POLL_S = 0.005  # between two looks at the spool
+BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
 SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
@@ -2942,7 +2943,7 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
-    """Return what a configuration lets out."""
+    """Return the privacy settings of a configuration."""
     metadata_only = values["privacy.level"] == "metadata"
     return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
 
@@ -3055,7 +3056,7 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; while it is unusable the last one stays in force."""
+        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -3102,7 +3103,7 @@ class Publisher:
     def _open_segment(self) -> None:
         """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
 
-        One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
+        Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
         segments = [path for path, _ in spool_segments(self._spool)]
         for path in segments:
@@ -3128,7 +3129,7 @@ class Publisher:
             return
 
     def _read_line(self, line: bytes) -> None:
-        """Add the event of one line to the batch; a line that has none goes to the quarantine."""
+        """Add the event of one line to the batch; append a line without one to the quarantine."""
         privacy = privacy_of(self._values)
         try:
             self._add(parse_event_line(line))
@@ -3145,7 +3146,7 @@ class Publisher:
     # Sending
 
     def _publish(self) -> None:
-        """Send the batch once; after a failure only its first event, to see whether it is over."""
+        """Send the batch once; after a failure only its first event, as a test."""
         batch = self._batch[: 1 if self._failures else None]
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
@@ -3172,7 +3173,7 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep events that did not arrive: not in the stream or, without one, no subscriber got them.
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
 
         A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
         """
@@ -3216,7 +3217,7 @@ class Publisher:
         return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
 
     def _send_again(self) -> None:
-        """Put the events of the last seconds before the batch: their server may have been replaced."""
+        """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
         self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
         self._sent.clear()
 
@@ -3232,7 +3233,7 @@ class Publisher:
             self.stopping = True
 
     def _change_interpreter(self) -> None:
-        """Continue in the interpreter that `install` has recorded meanwhile, with the same lock."""
+        """Continue in the interpreter that `install` has recorded since the start, with the same lock."""
         python = publisher_python(self._home)
         if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
             return
@@ -3274,7 +3275,7 @@ class Publisher:
 
 
 def publisher_file(home: str) -> JsonObject:
-    """Return what publisher.json holds; {} when there is none."""
+    """Return the object in publisher.json; {} if it is missing or unreadable."""
     try:
         with open(home + "/publisher.json", "rb", opener=open_own) as file:
             return parse_event_line(file.read(1 << 20))
@@ -3285,7 +3286,7 @@ def publisher_file(home: str) -> JsonObject:
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
     """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
 
-    Claude Code waits, too, so not for long; CONTEXTUATE_DEBUG=wait is for a person who tests the hook.
+    Claude Code waits for the hook, so at most 0.6 s; 5 s with CONTEXTUATE_DEBUG=wait, for tests by hand.
     """
     event = parse_event_line(line)
     wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
