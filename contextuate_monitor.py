@@ -1301,7 +1301,7 @@ class Session:
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
-    wakeup: str = ""  # when it goes on by itself
+    wakeup: str = ""  # when the session continues by itself, as text
     failure: Reason | None = None
     unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
@@ -1466,7 +1466,7 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
 
 
 class Outcome(enum.IntEnum):
-    """The outcome of a tool call; of several events the highest number counts, in whatever order."""
+    """The outcome of a tool call; in statistics and exports the highest of several events counts."""
 
     OPEN = 0
     FAILED_BY_ROUND = 1  # never ran: it was denied, or only its round (PostToolBatch) closed it
@@ -1790,7 +1790,7 @@ _PRICED = (
     (Price.of(0.25, cacheRead=0.03, cacheWrite5m=0.3), "haiku-3"),
 )
 PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for family in families}
-# An alias ("opus", "claude-sonnet-latest") is the newest of its kind, which stands first.
+# An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
@@ -2271,7 +2271,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
 
 
 def _wakeup_of(data: JsonObject) -> str:
-    """Return when a session goes on by itself, from the schedules (in cron's form) of its Stop."""
+    """Return when a session continues by itself, as text, from the schedules (in cron's form) of its Stop."""
     crons = data.get("session_crons")
     schedules = (
         [it.get("schedule") for it in crons if isinstance(it, dict)] if isinstance(crons, list) else []
@@ -3746,7 +3746,7 @@ _Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 
 
 class History:
-    """Search, statistics and snapshots. Methods are for any thread unless they say otherwise.
+    """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
     `generation` grows with each new index file and after each failed write: saved snapshots may be lost then,
     and all must be saved again.
@@ -5869,7 +5869,7 @@ CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes 
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
-LATE_MS = 60_000  # an event that waited in the Redis stream for longer says nothing about clocks
+LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 DEFERRED_LIMIT = 1000
 
 
@@ -8925,7 +8925,7 @@ def import_batches(
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
-        found: set[str] = set()  # ids, and the sessions whose events say their tokens
+        found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
             reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
             files: dict[str, list[bytes]] = {}  # by agent id
@@ -9408,7 +9408,7 @@ def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
     try:
         settings = settings_of(args)
-    except ConfigError as error:  # no hindrance
+    except ConfigError as error:  # the monitor is found without it
         print_status(f"warning: {error}")
         home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
         settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
@@ -9426,7 +9426,7 @@ def command_stop(args: argparse.Namespace) -> int:
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
-    """Ask the running monitor to end, by a signal if it does not answer; raise CommandError if it goes on."""
+    """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
         ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
     except CommandError as error:

@@ -1140,19 +1140,19 @@ def this_machine() -> str:
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut, before an event is stored or sent on
 #
-# Knows: what secrets look like. Best effort: a secret of an unknown shape stays.
+# Knows: the shapes of secrets. Best effort: a secret of an unknown shape is not found.
 # ---------------------------------------------------------------------------
 
 
 class SecretShape(NamedTuple):
-    """One kind of secret: without `hint` in the text there is none, which is quickly seen.
+    """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
-    behind a run of unbounded length that may overlap with the next one: time would grow with the square of
-    the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
-    that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
-    lower case. `is_secret` looks at what is around a value, where the shape alone says too little. A token's
-    pattern says what follows its hint, which is in its own case and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
+    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
+    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
+    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
+    matched in its own case, and not in the middle of a word.
     """
 
     kind: str
@@ -1161,13 +1161,13 @@ class SecretShape(NamedTuple):
     folded: bool = False
     is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
     is_token: bool = False
-    rank: int = 0  # of two shapes of one place the first names it
+    rank: int = 0  # of two shapes at one place, the one with the lower rank gives the kind
 
 
-# Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
+# Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
 
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
+_NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
 _NEUTRAL_WORDS = frozenset(
     "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
@@ -1196,7 +1196,7 @@ _OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".sp
 
 @functools.lru_cache(maxsize=4096)
 def _name_class(name: str) -> str:
-    """Return "password" or "secret" for the name of one, "weak" where the value decides, else ""."""
+    """Return "password" or "secret" for the name of one, "weak" if the value decides, else ""."""
     words = [word.lower() for word in _NAME_WORD.findall(name[-200:].replace("\u212a", "k"))]
     while len(words) > 1 and (words[-1] in _NEUTRAL_WORDS or words[-1].isdigit()):
         words.pop()
@@ -1214,9 +1214,9 @@ def _name_class(name: str) -> str:
     return "weak" if last == "auth" else ""
 
 
-# Values: what stands where a secret could stand, and is none.
+# Values that are no secrets.
 
-# It only says where the secret is.
+# A reference to a secret.
 _REFERS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
     r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
@@ -1237,7 +1237,7 @@ _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
 _RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
 _LINE_START = re.compile(r"(?:\S+:\d+:)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
-# What stands before NAME VALUE and makes it an assignment: an option, netrc, fish, Docker, C, aws configure.
+# What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
     r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
@@ -1258,7 +1258,7 @@ def _is_login_in_base64(value: str) -> bool:
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
-    """True if the value looks like a secret, under a name that alone does not say so."""
+    """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if _is_login_in_base64(value):
         return True
     if name.lower().endswith("pass"):
@@ -1267,7 +1267,7 @@ def _is_weak_secret(name: str, value: str) -> bool:
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
-    """True if a name with a value behind it gives a secret away and is no code."""
+    """True if a name that is followed by a value contains a secret, and is no code."""
     text, start, group = view.text, match.start(), str(match.lastgroup)
     head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
     name = (head + text[start : match.end("tail")]).strip(".-")
@@ -1329,7 +1329,7 @@ def _is_bare_secret(
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
     is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
     is_word = bool(_IDENTIFIER.match(value))
-    if operator == "=":  # `f(token=name, …)`: code; in capitals it is a shell's variable, whatever follows
+    if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         if is_constant:
             return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
         if len(value) < 6:
@@ -1356,7 +1356,7 @@ def _is_bare_secret(
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    """True if a value of `authorization` is one, and not code that makes it or prose on it."""
+    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
@@ -1377,7 +1377,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 _QUOTE = r"[\"'`]"
 # What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
 # as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
-# behind a space. Only so much of the value as it takes to decide: _REST has the rest.
+# behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
@@ -1536,8 +1536,8 @@ _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, a
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
-UNSEEN_MARGIN = 4096  # characters, redacted with what is shown: a secret across a cut leaves no half behind
+CUT_WORDS_BYTES = 80  # room for the text that replaces what was cut
+UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
 # Hints have these parts in common: a text without the part is not searched for each of them. A part of one
 # rare letter is found or missed in a fifth of the time.
@@ -1568,13 +1568,13 @@ for _first in "AE":
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
-    """True if any value of that name is a secret, or that one is."""
+    """True if every value of that name is a secret, or this `value` is."""
     kind = _name_class(name)
     return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
 
 
 def _name_of(name: str, beside: "dict[str, Any]") -> str:
-    """Return under which name a value stands: `{"name": "DB_PASSWORD", "value": "…"}` says it beside."""
+    """Return the name of a value; in `{"name": "DB_PASSWORD", "value": "…"}` it is the other field."""
     named = beside.get("name", beside.get("key")) if name == "value" else None
     return named if isinstance(named, str) else name
 
@@ -1584,7 +1584,7 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
-# Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
+# Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
 _ESCAPES = (
     ("\x1b", re.compile(
@@ -1602,15 +1602,15 @@ _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
-    """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
 
-    `colours` stand where one begins or ends: nothing joins the pieces of a word that `grep` has marked, a
-    space keeps two words apart.
+    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
+    separates two words.
     """
 
     def __init__(self, raw: str, colours: str = "") -> None:
         self.coloured = False
-        # For every escape its place in the view, in the raw text, its width there; and the same after it.
+        # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
         found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
         pieces: list[str] = []
@@ -1638,14 +1638,14 @@ class _View:
         return _folded_text(self.text)
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
-        """Return where in the raw text a piece of the view stands."""
+        """Return (start, end) in the raw text of a piece of the view."""
         first, last = (
             self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
         )
         return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
-        """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
+        """Return the end of a text in quotes: a quote no more escaped than the opening one, or a line end."""
         level, end = self._width(opening), len(self.text)
         for sign, most in ((self.text[opening], level), ("\n", 1)):
             at = self.text.find(sign, opening + 1, end)
@@ -1662,8 +1662,8 @@ class _View:
 def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
-    so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
+    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
+    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
     """
     for _ in range(REDACTION_ROUNDS):
         if shapes is None:
@@ -1676,7 +1676,7 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # only a token asks for a beginning of its own
+        if view.coloured:  # only a token must begin a word
             found.update(_secrets_in(_View(text, " "), [shape for shape in shapes if shape.is_token]))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
@@ -1707,11 +1707,11 @@ def _folded_text(text: str) -> str:
 
 
 def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
-    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
+    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
         for part, shapes in by_part.items():
-            # The mode bypassPermissions stands in many events.
+            # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
     hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
@@ -1772,9 +1772,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
     shapes: list[SecretShape] = []
     if privacy.redact:
-        # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
-        # texts. No hint has a character that JSON must escape.
-        is_ours = event.keys() <= _EVENT_FIELDS  # then nothing is taken out of fields beside `data`
+        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
+        # a character that JSON must escape.
+        is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
         searched = text[text.find('"data":') :] if is_ours else text
         if "\\u001b[" in searched:
             searched = _COLOURS_IN_JSON.sub("", searched)
@@ -1790,9 +1790,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
 
 def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
-    """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
+    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
 
-    All texts are searched together, as lines of one: what matches in a text matches there too.
+    All texts are searched together, as lines of one text: what matches in one of them matches there too.
     """
     texts: list[str] = []
     level: list[Any] = [value]
@@ -1823,7 +1823,7 @@ def _protect_each_value(
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
-            data.pop("reason", None)  # of a denial it is prose
+            data.pop("reason", None)  # the reason of a denial is prose
     protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
@@ -1832,14 +1832,14 @@ def _protect_each_value(
             event[name] = protector.value(event[name], name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
-        earlier = data.get("truncated")  # what the hook has cut already keeps its first size
+        earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
         data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event, encode_json(event)
 
 
 def _metadata_of(data: JsonObject) -> JsonObject:
-    """Return what `data` says besides content: single values under known names, and figures."""
+    """Return the metadata in `data`: single values under known names, and numbers in known objects."""
     kept = {}
     for name, value in data.items():
         if name in _METADATA_OBJECTS:
@@ -1850,7 +1850,7 @@ def _metadata_of(data: JsonObject) -> JsonObject:
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
+    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
         names = filter(_ID_LIKE.fullmatch, value)
         figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
@@ -1861,9 +1861,9 @@ def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
 
 
 class _Protector:
-    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes.
+    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
 
-    `shapes` are those that may be anywhere in the object; None when it was not looked through.
+    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
     """
 
     def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
@@ -1872,7 +1872,7 @@ class _Protector:
         self._shapes = shapes if privacy.redact else []
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
-        """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
+        """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
         if isinstance(value, str):
             return self._text(value, key, path)
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
@@ -1902,14 +1902,14 @@ class _Protector:
         if size <= limit:
             return self._clean(text)
         self.cuts[path] = size
-        # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+        # The result with the text in its middle is within the limit, so that it is not cut again.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # The margin never shows, however much shorter what was redacted before it has become.
+        # The margin is removed even if redaction has made the text before it shorter.
         unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
         head, tail = self._clean(text[: half + UNSEEN_MARGIN]), self._clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
-        # No half of a character is left either.
+        # Remove half a character at the cuts.
         head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
         tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
@@ -1925,9 +1925,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Cut the fields of one wrapped payload so that the line fits what a monitor takes.
+    """Cut the fields of one wrapped payload so that the line is within LINE_LIMIT_BYTES; raise ValueError.
 
-    Redacts before it cuts, unless the configuration says otherwise: no half of a secret may be left over.
+    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
     """
     wrapped = parse_event_line(line)
     try:
@@ -1938,7 +1938,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
         protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit))
         hook = protector.value(wrapped["hook"], "", "")
-        truncated = {}  # as the fields are called in `data`
+        truncated = {}  # by the names in `data`
         for path, size in protector.cuts.items():
             field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
             truncated[DATA_NAMES.get(_CAMEL_CASE.get(field, field), field) + rest] = size
@@ -1950,7 +1950,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log, without the secrets in it."""
+    """Add one line to emit.log, redacted."""
     write_log(redact_text(reason))
 
 
@@ -2020,7 +2020,7 @@ class MessageUsage(NamedTuple):
     agent_id: str
     model: str
     counts: Counts
-    session_id: str = ""  # as the line says; a fork begins with lines of another session
+    session_id: str = ""  # the one in the line; a fork begins with lines of another session
 
 
 class CostState(NamedTuple):
@@ -2145,7 +2145,7 @@ class UsageReader:
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
-        except Exception as error:  # whatever is wrong with a transcript, it costs the usage only
+        except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
             return None
         key = hash(encode_json(usage))
@@ -2305,7 +2305,7 @@ class UsageWorker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread looks soon enough by itself
+            if is_end or is_first:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
