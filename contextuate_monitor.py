@@ -1555,8 +1555,7 @@ class UnnamedCalls:
 
 
 def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    calls = event["data"].get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return emit_event.objects_in(event["data"].get("tool_calls"))
 
 
 def kind_of(event: JsonObject) -> str:
@@ -1961,9 +1960,8 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
 
 
 def _running_tasks(event: JsonObject) -> list[JsonObject]:
-    tasks = event["data"].get("background_tasks")
-    known = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
-    return [task for task in known if task.get("status") == "running"]
+    tasks = emit_event.objects_in(event["data"].get("background_tasks"))
+    return [task for task in tasks if task.get("status") == "running"]
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
@@ -2272,10 +2270,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
 
 def _wakeup_of(data: JsonObject) -> str:
     """Return when a session continues by itself, as text, from the schedules (in cron's form) of its Stop."""
-    crons = data.get("session_crons")
-    schedules = (
-        [it.get("schedule") for it in crons if isinstance(it, dict)] if isinstance(crons, list) else []
-    )
+    schedules = [it.get("schedule") for it in emit_event.objects_in(data.get("session_crons"))]
     if not schedules:
         return ""
     daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
@@ -5068,6 +5063,12 @@ class Subscription(threading.Thread):
         self._batch, self.batch_bytes = [], 0
 
 
+def attempt_words(state: JsonObject) -> str:
+    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
+    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
+    return f"attempt {state['attempt']}{limit}"
+
+
 @dataclasses.dataclass(eq=False)
 class RedisLink:
     """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
@@ -5161,8 +5162,7 @@ class RedisLink:
         delay_s = emit_event.backoff_s(tries)
         at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        of = "" if limit is None else f" of {limit}"
-        log.warning("Redis: attempt %d%s: %s; next in %.1f s", tries, of, reason, delay_s)
+        log.warning("Redis: %s: %s; next in %.1f s", attempt_words(state), reason, delay_s)
         self.set_state("waiting", reason)
 
     def set_state(self, state: str, reason: str | None) -> None:
@@ -7203,12 +7203,6 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     return rows
 
 
-def attempt_words(link: JsonObject) -> str:
-    """Return which attempt to connect to Redis this is, as text."""
-    limit = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
-    return f"attempt {link['attempt']}{limit}"
-
-
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
@@ -8784,14 +8778,14 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was installed
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
-# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are never
-# repeated: of a session that has some, only earlier events are imported.
+# Lines of other files in, events out, marked `imported`; reads those files and does no other I/O.
+# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are not
+# repeated: of a session with such events, only earlier ones are imported.
 # A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# The transcripts of a session and its subagents, or an export (session id ""): files that are read together.
+# (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
 # Lines of the type `user` that no person typed.
 _NOT_TYPED = re.compile(
@@ -8810,8 +8804,8 @@ _NODE_ACTIONS = (
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
-    ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
-    was_edited = False  # what a person did with it here counts
+    ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
+    was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
     for stored in map(parse_stored, store.lines(session_id)):
         was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
@@ -8860,7 +8854,7 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 transcripts.setdefault(session_id, []).append(path)
             elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
                 exports.append(("", (path,)))  # other files of a directory are ignored
-    for files in of_node.values():  # as they came, then as the monitor keeps them, then what it adds
+    for files in of_node.values():  # received events, then the events of sessions, then their data
         files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
         exports.append(("", tuple(files)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
@@ -8915,9 +8909,10 @@ def import_batches(
     is_stored: Callable[[str], bool] = lambda _: False,
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events.
+    """Yield (session id, its events, bytes that were read for them).
 
-    What is not understood is added to `skipped`.
+    `is_stored(session id)`: whether events of a session are stored. Adds a message to `skipped` for each file
+    with unknown content.
     """
     skipped = [] if skipped is None else skipped
     seen: set[str] = set()
@@ -8954,7 +8949,10 @@ def import_batches(
 
 
 class TranscriptReader:
-    """Turn a session's transcript, and those of its subagents, into the events that hooks would have sent."""
+    """Converts the transcripts of a session and its subagents to the events that hooks would have sent.
+
+    `seen`: shared by all readers of an import. `is_known(session id)`: whether another source has its lines.
+    """
 
     def __init__(
         self,
@@ -8965,7 +8963,7 @@ class TranscriptReader:
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
-        self._is_known = is_known  # a session that has its lines elsewhere
+        self._is_known = is_known
         self._is_fork = False  # it begins with lines of another session
         self._chain = ""  # of the client's own sums
         self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
@@ -9035,8 +9033,7 @@ class TranscriptReader:
         if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
             return
         content = message.get("content")
-        blocks = [{"text": content}] if isinstance(content, str) else content
-        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        blocks = emit_event.objects_in([{"text": content}] if isinstance(content, str) else content)
         agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
         yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
 
@@ -9059,8 +9056,8 @@ class TranscriptReader:
             data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
             content = block.get("content")
             if block.get("is_error") is True:
-                parts = content if isinstance(content, list) else [{"text": content}]
-                texts = (text_of(part.get("text")) for part in parts if isinstance(part, dict))
+                parts = emit_event.objects_in(content if isinstance(content, list) else [{"text": content}])
+                texts = (text_of(part.get("text")) for part in parts)
                 hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
             else:
                 whole = entry.get("toolUseResult") if len(results) == 1 else None
@@ -9091,7 +9088,7 @@ class TranscriptReader:
             yield from self._usage(entry, "stop")
 
     def _count(self, used: emit_event.MessageUsage) -> None:
-        """Count a message in the first session that has it; of its lines the largest numbers are true."""
+        """Count a message in the first session that has it, with the largest numbers of its lines."""
         if used.key in self._used:
             before = self._used[used.key].counts
             used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
@@ -9151,7 +9148,7 @@ def iso_time_ms(text: Any) -> int | None:
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
     """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
 
-    What is not understood is added to `skipped`.
+    Adds a message to `skipped` for lines, or a document, without events.
     """
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
@@ -9170,7 +9167,7 @@ def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
-    """Yield the events in a document, marked and with an id that is the same every time."""
+    """Yield the events in a document, marked as imported, each with an id that every import gives it."""
     if isinstance(value, list):
         for inner in value:
             yield from _events_in(inner)
@@ -9201,7 +9198,7 @@ def _is_node_session(value: Any) -> bool:
 
 
 def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
-    """Yield what a person did with a session of the Node.js monitor, and the tokens that it used."""
+    """Yield a person's actions on a session of the Node.js monitor, and its tokens, as events."""
     if isinstance(session.get("agentType"), str):
         return  # a subagent of another
     about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}

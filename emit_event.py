@@ -528,6 +528,11 @@ def is_integer(value: Any) -> bool:
     return type(value) is int
 
 
+def objects_in(value: Any) -> "list[JsonObject]":
+    """Return the objects in a JSON list; [] for a value that is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def make_private_directory(path: str) -> None:
     """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
@@ -2097,8 +2102,7 @@ class TranscriptParser:
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
-        parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
-        beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
+        beside = (part for part in objects_in(usage.get("iterations")) if part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
