@@ -6,10 +6,10 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. What follows the journal keeps its position in it, so a restart is only a short absence:
+number of machines. Each consumer of the journal has a position in it, and continues there after a restart:
 
-    hook → ingest → journal (files; then the acknowledgement) → sessions (a fold) → clients, over WebSocket
-                                                              → index.db (search, statistics, snapshots)
+    hook → ingest → journal (files), acknowledgement → sessions (state machine) → clients, over WebSocket
+                                                     → index.db (search, statistics, snapshots)
 
 `.docs/protocol.md` describes events, HTTP and WebSocket.
 
@@ -20,7 +20,7 @@ Threads, and who owns what:
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
-Threads share nothing else but the queue and the wake-up socket of the loop.
+Apart from this, threads share only the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
 
@@ -157,12 +157,12 @@ class Settings:
 
     @property
     def privacy(self) -> Privacy:
-        """What may be stored."""
+        """Return what may be stored."""
         return emit_event.privacy_of(self.values)
 
     @functools.cached_property
     def machine_key(self) -> str:
-        """Which machine this is, whatever its name; the name where our directory cannot be written."""
+        """Return the key of this machine, which a new name does not change; its name if it has no key."""
         return emit_event.machine_key(self.home) or self.machine_id
 
     def path(self, name: str) -> str:
@@ -173,9 +173,9 @@ class Settings:
 def load_settings(
     config_path: str | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[Settings, list[str]]:
-    """Read the configuration; return settings and warnings. Raise ConfigError if it cannot be used.
+    """Read the configuration; return (settings, warnings); raise ConfigError if it cannot be used.
 
-    `overrides` maps configuration keys to values of the command line, which override the file.
+    `overrides`: {configuration key: value of the command line}, which replaces the one of the file.
     """
     home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
     path = os.path.abspath(config_path or path)
@@ -591,8 +591,8 @@ def handshake_response(request: Request) -> bytes:
 # Owns: the files below events/, and the numbers (seq) that order arrival.
 # Does not know: clients, states of sessions, sockets.
 # A line begins {"seq":…,"received":…,"id":…}, so that it is found without parsing JSON. Within a file, seq
-# ascends. From day to day it does too, unless the clock was set back by more than a day: the empty file
-# events/.in-order marks that it does; without the mark all days are merged, which is slower.
+# ascends, and from day to day unless the clock was set back by more than a day. The empty file
+# events/.in-order marks days in order; without it, reading merges all days, which is slower.
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
@@ -721,7 +721,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _switch_day(self, received_ms: int) -> None:
-        """Write to the folder of this day; a clock set back over midnight keeps the numbers in order."""
+        """Write to the folder of this day; to the newest one if the clock was set back over midnight."""
         self.close()
         self._day_number = received_ms // _DAY_MS
         day = day_of(received_ms)
@@ -840,7 +840,7 @@ class Journal:
 
 
 def rename_to_session(path: str) -> None:
-    """Rename a file of an older version for its session, unless the name is taken or it is unreadable."""
+    """Give a file of an older version the name for its session, unless that exists or it is unreadable."""
     with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
         session_id = parse_stored(file.readline())["sessionId"]
         name = os.path.join(os.path.dirname(path), session_file_name(session_id))
@@ -993,7 +993,7 @@ def line_id(line: bytes) -> str:
 
 
 def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that was edited is rebuilt into a valid event. Raise MalformedEvent."""
+    """Parse a stored line into a valid event, even if it was edited by hand; raise MalformedEvent."""
     event = emit_event.parse_event_line(line)
     received_ms = event["received"] if isinstance(event.get("received"), int) else 0
     if received_ms and emit_event.is_whole_event(event):
@@ -1009,7 +1009,10 @@ def warn_skipped_once(path: str) -> None:
 
 
 def unpack(path: str) -> None:
-    """Replace a packed file with a plain one, without damaged parts; a kill leaves one of the two."""
+    """Replace a gzip file of an older version with a plain one, without damaged parts.
+
+    After a kill, one of the two is complete.
+    """
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
@@ -1060,10 +1063,9 @@ class SeenIds:
 
 
 class SecondDeliveries:
-    """Finds what a hook that is registered twice delivers again, with another id.
+    """Finds the second delivery of an event by a hook that is registered twice, which has another id.
 
-    Only the prompts and the calls of a client: anything else may really happen twice, such as two requests
-    for the same permission.
+    Only for prompts and calls: other events, such as a request for a permission, may happen twice.
     """
 
     LIMIT = 4096
@@ -1109,10 +1111,10 @@ class DeletedIds:
 # ---------------------------------------------------------------------------
 # Sessions: the state machine: who works, who waits and who has ended
 #
-# One fold without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from
-# files; `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by
-# seconds; an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an
-# event is computed once, when it arrives (`Sessions._clock`); silence is measured from arrival.
+# Without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from files;
+# `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by seconds;
+# an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an event is
+# computed once, when it arrives (`Sessions._clock`).
 #
 # RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
@@ -1208,7 +1210,7 @@ class Reason(NamedTuple):
     since: int
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
-    by_client: bool = False  # the client says so, and no hook
+    by_client: bool = False  # from the client's registry, not from a hook
 
 
 class Tokens(NamedTuple):
@@ -1218,7 +1220,7 @@ class Tokens(NamedTuple):
     output: int = 0
     cache_read: int = 0
     cache_creation: int = 0
-    cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
+    cache_creation_1h: int = 0  # the part of cache_creation with a lifetime of an hour
 
     def __add__(self, other: Tokens) -> Tokens:  # type: ignore[override]
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
@@ -1301,7 +1303,7 @@ class Session:
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
-    wakeup: str = ""  # when it goes on by itself
+    wakeup: str = ""  # when the session continues by itself, as text
     failure: Reason | None = None
     unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
@@ -1319,7 +1321,7 @@ class Session:
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
-    # process → what the client said that it does: (status, waitingFor)
+    # process → the status that its client reported last: (status, waitingFor)
     client_status: dict[tuple[int, int] | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
     demo: bool = False
     imported: bool = False  # a part of its history was imported
@@ -1338,7 +1340,7 @@ class Session:
         return copy
 
     def shift(self, step_ms: int) -> None:
-        """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
+        """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
         if self.turn == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
@@ -1456,7 +1458,7 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
 
 
 class Outcome(enum.IntEnum):
-    """The outcome of a tool call; of several events the highest number counts, in whatever order."""
+    """The outcome of a tool call; in statistics and exports the highest of several events counts."""
 
     OPEN = 0
     FAILED_BY_ROUND = 1  # never ran: it was denied, or only its round (PostToolBatch) closed it
@@ -1545,8 +1547,7 @@ class UnnamedCalls:
 
 
 def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    calls = event["data"].get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return emit_event.objects_in(event["data"].get("tool_calls"))
 
 
 def kind_of(event: JsonObject) -> str:
@@ -1782,7 +1783,7 @@ _PRICED = (
     (Price.of(0.25, cacheRead=0.03, cacheWrite5m=0.3), "haiku-3"),
 )
 PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for family in families}
-# An alias ("opus", "claude-sonnet-latest") is the newest of its kind, which stands first.
+# An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
@@ -1878,7 +1879,7 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
         agent.label, agent.parent_id = label or agent.label, parent_id
     agent.background = background
     if output.get("status") == "completed":
-        _end_agents(session, lambda line: agent in line, at, until)
+        _end_agents(session, lambda lineage: agent in lineage, at, until)
 
 
 def _description(tool_input: Any) -> str:
@@ -1887,25 +1888,25 @@ def _description(tool_input: Any) -> str:
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
     """Return an agent and its ancestors, the nearest first."""
-    line = [agent]
-    while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
-        line.append(session.agents[line[-1].parent_id])
-    return line
+    lineage = [agent]
+    while lineage[-1].parent_id in session.agents and session.agents[lineage[-1].parent_id] not in lineage:
+        lineage.append(session.agents[lineage[-1].parent_id])
+    return lineage
 
 
 def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: int) -> None:
     """End the agents and calls that an event ends, except those that began after `until`."""
     agent_id = event.get("agentId", MAIN)
-    over = task_notification(event) if ends == "task" else agent_id
+    ended_id = task_notification(event) if ends == "task" else agent_id
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
 
-    def is_over(line: list[Agent]) -> bool:
+    def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
-            return any(agent.agent_id == over for agent in line)
-        runs_on = not has_list or any(agent.agent_id in running for agent in line)
-        return ends == "all" or not runs_on or not any(agent.background for agent in line)
+            return any(agent.agent_id == ended_id for agent in lineage)
+        continues = not has_list or any(agent.agent_id in running for agent in lineage)
+        return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
         _interrupt(session, None if ends == "all" else {agent_id if ends == "turn" else MAIN}, until)
@@ -1916,9 +1917,9 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
-    """End agents chosen by their lineages, with their waits; their calls are interrupted.
+    """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls.
 
-    Only those that run, wait or have open calls.
+    Agents that neither run nor wait nor have open calls are unchanged.
     """
     if not session.agents:
         return
@@ -1950,26 +1951,25 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
 
 
 def _running_tasks(event: JsonObject) -> list[JsonObject]:
-    tasks = event["data"].get("background_tasks")
-    known = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
-    return [task for task in known if task.get("status") == "running"]
+    tasks = emit_event.objects_in(event["data"].get("background_tasks"))
+    return [task for task in tasks if task.get("status") == "running"]
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
-    """Open or close a call; return True if it is new. A second delivery changes nothing.
+    """Open or close a call; return True if it is new.
 
-    A call's own result replaces that of its round, and both replace an interruption.
+    Its first outcome counts, and replaces an interruption; further ones change nothing.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
-    by_itself = session.closed_calls.get(fact.use_id)
-    is_new = by_itself is None and fact.use_id not in session.open_calls
+    has_outcome = session.closed_calls.get(fact.use_id)  # False: interrupted, None: not closed
+    is_new = has_outcome is None and fact.use_id not in session.open_calls
     if is_new:
         session.turn_calls += 1
         for counts in own_counts:
             counts["toolCalls"] += 1
-    if fact.outcome is not Outcome.OPEN and not by_itself:
-        session.counts["interrupted"] -= by_itself is False  # its end arrived late
+    if fact.outcome is not Outcome.OPEN and not has_outcome:
+        session.counts["interrupted"] -= has_outcome is False  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
         session.closed_calls[fact.use_id] = True
         if fact.outcome is not Outcome.OK:
@@ -2076,7 +2076,7 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
 
-# Waits: each belongs to one agent, and to one call where a call waits. It ends with that call.
+# Waits: each belongs to one agent, and to the call that waits, if there is one; it ends with that call.
 
 _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
@@ -2113,7 +2113,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
-    """Add a wait for a person; a request for an open call counts however late it is."""
+    """Add the wait for a person that an event begins; a request for an open call may be late."""
     wait = _wait_of(session, event, kind, at, until)
     if wait is None or session.turn == "ended" or (is_stale and kind == "notification"):
         return
@@ -2134,7 +2134,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
     session.waits = [*(it for it in session.waits if not it.by_client), wait]
 
 
-# What the client says of itself: what a person did at the terminal, of which no hook speaks.
+# The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
 
 _CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
 _CLIENT_WAITS = {
@@ -2145,23 +2145,23 @@ _CLIENT_WAITS = {
 
 
 def _client_status(session: Session) -> tuple[str, str]:
-    """Return what the clients of a session say together: (status, waitingFor); ("", "") if nothing."""
-    said = [it for process, it in session.client_status.items() if process in session.processes]
+    """Return the status that counts for a session: (status, waitingFor); ("", "") if none is known."""
+    reported = [it for process, it in session.client_status.items() if process in session.processes]
     ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
-    return min((it for it in said if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+    return min((it for it in reported if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
 
 
 def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
-    """Apply a change of what the client does; without a change only if the hooks are silent.
+    """Apply a status of the client if it has changed, or else if the hooks are silent.
 
-    A change that is older than what its agent did since is not applied: `is_stale`.
+    A stale one, older than what the hooks have reported of the main agent, is only recorded.
     """
     event, at, (before, before_for) = step.event, step.at, _client_status(session)
-    said = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
+    reported = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
     session.client_status = {
         it: session.client_status[it] for it in session.processes if it in session.client_status
     }
-    session.client_status[process_of(event)] = said
+    session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = before != "" and (status, waits_for) != (before, before_for)
     if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
@@ -2178,9 +2178,8 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         session.background = session.background or ["a command"]
     elif status == "idle" and before in ("shell", "waiting"):
         session.background = []
-    if (
-        status == "busy" and before != "waiting" and session.turn in ("idle", "failed")
-    ):  # a `!` command, or compaction
+    # A `!` command, or compaction.
+    if status == "busy" and before != "waiting" and session.turn in ("idle", "failed"):
         session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
         session.last_step[MAIN] = at
     if status == "waiting" and all(it.kind == "input" for it in session.waits):
@@ -2235,7 +2234,7 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
-    """True if the session ended within REORDER_WINDOW_MS: its SessionEnd may have overtaken other events."""
+    """True if the session ended within REORDER_WINDOW_MS of `at`: SessionEnd may overtake other events."""
     since_ms = at - (session.end or 0)
     return since_ms <= REORDER_WINDOW_MS and (late or since_ms >= -REORDER_WINDOW_MS)
 
@@ -2277,11 +2276,8 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
 
 
 def _wakeup_of(data: JsonObject) -> str:
-    """Return when a session goes on by itself, from the schedules (in cron's form) of its Stop."""
-    crons = data.get("session_crons")
-    schedules = (
-        [it.get("schedule") for it in crons if isinstance(it, dict)] if isinstance(crons, list) else []
-    )
+    """Return when a session continues by itself, as text, from the schedules (in cron's form) of its Stop."""
+    schedules = [it.get("schedule") for it in emit_event.objects_in(data.get("session_crons"))]
     if not schedules:
         return ""
     daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
@@ -2299,7 +2295,7 @@ def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> Non
     session.waits, session.background = [], []
     if session.state != _state_of(session):
         session.state, session.state_since = _state_of(session), time_ms
-    _end_agents(session, lambda line: True, time_ms, _NEVER)
+    _end_agents(session, lambda lineage: True, time_ms, _NEVER)
     _interrupt(session, None, _NEVER)
 
 
@@ -2426,12 +2422,12 @@ class Sessions:
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
     def _is_watched(self, session: Session) -> bool:
-        """True if its process is on this machine, perhaps in a container, so that its end may be seen."""
+        """True if the session's process is on this machine, so that we can check it."""
         is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
         return is_here and bool(session.processes)
 
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
-        """End the session that the same process ran before this one, in whatever order their events arrive.
+        """End the session that the event's process ran before, even if their events arrive in another order.
 
         A process runs one session: /clear and --resume may end the previous one without a SessionEnd.
         """
@@ -2604,12 +2600,12 @@ class Sessions:
         is_sure: bool,
         find: Callable[[tuple[int, int]], int] = lambda _: 0,
     ) -> list[Session]:
-        """Check which processes of this machine still run, since a kill fires no hook; return ended sessions.
+        """End the sessions of this machine whose process has exited, since a kill fires no hook; return them.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks one; `find(process)` returns our pid
-        of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a process
-        that was seen alive can have exited. It may have exited long before this check, so its session ends
-        when it was last seen alive, or with its last event.
+        `namespace` is that of our pids; `was_running(pid, time)` checks a process; `find(process)` returns
+        our pid of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a
+        process that was seen alive can have exited. A session ends when its process was last seen alive, but
+        not before its last event.
         """
         ended = []
         for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
@@ -2637,7 +2633,7 @@ class Sessions:
         return ended
 
     def end_exited(self, session_id: str, time_ms: int) -> Session:
-        """End a session whose process exited without a SessionEnd."""
+        """End a session whose process has exited without a SessionEnd; return it."""
         session = self.sessions[session_id]
         self._stages.pop(session_id, None)
         end_session(session, time_ms, "its process exited", presumed=True)
@@ -2730,7 +2726,7 @@ class Sessions:
             self._continue(*min(pairs, key=lambda pair: (pair[0].end_reason == "replaced", _gap_ms(*pair))))
 
     def _is_continued_by(self, before: Session, after: Session) -> bool:
-        """True if one ended because the other began: for a matching reason, in the same process."""
+        """True if `after` continues `before`, which ended for a matching reason, in the same process."""
         continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
@@ -2922,32 +2918,32 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer with a position: `indexed` is the seq of the last indexed event. One thread fills the file
-# through one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while
-# events arrive it takes a tenth of the time at most. Readers have read-only connections; they never block
-# writes. A search reads events that are not indexed yet from the journal.
+# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread fills the file through
+# one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while events
+# arrive, it works at most a tenth of the time. Readers have read-only connections; they never block writes.
+# A search reads events that are not indexed yet from the journal.
 #
-# No text is kept. Each day has a table of words, dropped with its day; it finds candidates (rowid = seq),
-# whose lines in the journal are checked. The file also keeps the snapshots of sessions, which are opaque
-# bytes here.
+# The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
+# (rowid = seq), whose lines in the journal are then checked. The file also stores the snapshots of sessions,
+# which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 4
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
-INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; the thread then rests if events are arriving
-INDEX_QUEUE_BYTES = 256 << 10  # of waiting lines; events beyond are read from the journal
-SNAPSHOTS_WAITING = 100  # to be written; no more are made until these are
-INDEX_GATHER_S = 0.1  # what arrives together is indexed together
+INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
+INDEX_QUEUE_BYTES = 256 << 10  # of queued lines; further events are read from the journal
+SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
+INDEX_GATHER_S = 0.1  # between the first event of a batch and indexing it
 INDEX_LOOK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
-INDEX_OPENS_S = 3.0  # at most, on a busy machine
-LIVE_S = 0.1  # events are arriving when the last one came within this time
-LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
+INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
+LIVE_S = 0.1  # events are arriving if the last one is younger than this
+LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
-SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
+SESSIONS_MATCHED = 500  # found by the table of words; for more (all that ended), only the lines are checked
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -3002,7 +2998,7 @@ _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])") 
 _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
-_MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
+_MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
 # Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
@@ -3350,7 +3346,7 @@ class IndexFile:
         seq, event, line = entry
         if day is None:  # as in the journal: a clock set back over midnight does not change the day
             day = day_of(event["received"])
-            if day < self._day <= day_of(event["received"] + 86_400_000):
+            if day < self._day <= day_of(event["received"] + _DAY_MS):
                 day = self._day
             self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
@@ -3439,7 +3435,7 @@ class IndexFile:
 
 
 def name_key(name: str) -> bytes:
-    """Return a name as the index keeps it; it may hold lone surrogates."""
+    """Return a name as the index stores it; it may contain lone surrogates."""
     return name.encode("utf-8", "surrogatepass")
 
 
@@ -3473,7 +3469,7 @@ def index_files(path: str) -> dict[str, os.stat_result]:
 
 
 def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the files' devices and inodes, which change when one is replaced."""
+    """Return the inodes of these files, which change if one is replaced."""
     return tuple(about.st_ino for about in index_files(path).values())
 
 
@@ -3685,7 +3681,7 @@ class Statistics:
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
-        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * 86_400_000)})
+        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
@@ -3795,7 +3791,7 @@ class Statistics:
 
 
 class NoStatistics(Exception):
-    """Statistics are not available now; the message says why."""
+    """Statistics are not available now; the message gives the reason."""
 
 
 # Stored events to index, or another operation on the file.
@@ -3803,10 +3799,10 @@ _Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 
 
 class History:
-    """Search, statistics and snapshots. Methods are for any thread unless they say otherwise.
+    """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
-    `generation` grows whenever saved snapshots may be lost: with a new index file, and after a failed write.
-    All snapshots must then be saved again.
+    `generation` grows with each new index file and after each failed write: saved snapshots may be lost then,
+    and all must be saved again.
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
@@ -3895,9 +3891,9 @@ class History:
         return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
-        """Queue snapshots, unless `generation` is not the file's; return whether the queue is long.
+        """Queue snapshots, for the index file of this `generation`; return whether the queue is long.
 
-        `checkpoint`: the seq of which the state of every session is now saved. None: more snapshots follow.
+        `checkpoint`: the seq up to which every session is saved with them; None: more snapshots follow.
         """
 
         def save(file: IndexFile) -> None:
@@ -4049,9 +4045,8 @@ class History:
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
                     if not self._jobs:
-                        self._total = (
-                            self._done
-                        )  # lines that are no events, or were added by hand, are in neither
+                        # Lines that are no events, or were added by hand, count in neither.
+                        self._total = self._done
                 self._state, self._error = "ready", ""
                 if self._wake.wait(INDEX_LOOK_S):
                     self._stopping.wait(INDEX_GATHER_S)
@@ -4090,7 +4085,7 @@ class History:
                 file.forget_session(key_name(key))
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
-        """Write events in one transaction, all of a file of a `day`; return whether there may be more."""
+        """Write events in one transaction, all of them for a `day`; return whether there may be more."""
         count, size, flushed, seq, more = 0, 0, 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
@@ -4198,7 +4193,7 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
         _OUTCOME_WORDS[fact.outcome],
         "" if fact.duration_ms is None else str(fact.duration_ms),
         "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
-        "" if fact.use_id.startswith("unnamed:") else fact.use_id,
+        "" if fact.use_id.startswith(UNNAMED) else fact.use_id,
     )
     row = io.StringIO()
     writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
@@ -4248,19 +4243,19 @@ class ClockMemory:
             steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
             ahead_ms = int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
-                # Only the clock can say for how long the machine was off, unless it ran back or was not set.
+                # Only the clock shows how long the machine was off, unless it went back or was not set.
                 is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
                 ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
             self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
 
     def look(self, seq: int, save: bool = False) -> None:
-        """Compare the clocks; `seq`: of the last event."""
+        """Compare the clocks and record a step; `seq`: of the last event; `save`: also without a step."""
         time_ms = now_ms()
         ahead_ms = round(time_ms - steady_ms())
         step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
         was_set = abs(step_ms) >= CLOCK_SET_MS
         if was_set:
-            # An event that arrived since the last look may be from before or after: it shall be the younger.
+            # Events since the last comparison came before or after the step; they count as the younger.
             step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
             self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
             log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
@@ -4507,7 +4502,7 @@ class EventLoop:
     """Calls callbacks of ready sockets, of timers and from other threads.
 
     `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
-    `steps` grows before each callback that may change something; `on_turn_end` counts itself when it does.
+    `steps` grows before each callback that may change something; `on_turn_end` increments it itself then.
     """
 
     def __init__(self) -> None:
@@ -4924,7 +4919,7 @@ class WebSocketServer:
         client.parser = None if parser.is_between_messages else parser  # it holds most of the memory
         for message in received:
             if isinstance(message, Close):
-                client.peer_closed = True  # also after a protocol error: further bytes are ignored
+                client.peer_closed = True  # also after a protocol error, since further bytes are ignored
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
@@ -5084,7 +5079,7 @@ class Subscription(threading.Thread):
             self._hand_over()
 
     def abandon(self) -> None:
-        """End the subscription, whatever it is doing; for both threads."""
+        """End the subscription, even during an exchange; for both threads."""
         self.abandoned = True
         if self._client is not None:
             with contextlib.suppress(Exception):  # the other thread may be using it
@@ -5196,12 +5191,18 @@ class Subscription(threading.Thread):
         self._batch, self._batch_bytes = [], 0
 
 
+def attempt_words(state: JsonObject) -> str:
+    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
+    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
+    return f"attempt {state['attempt']}{limit}"
+
+
 @dataclasses.dataclass(eq=False)
 class RedisLink:
     """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
 
-    `take` stores events and returns True once they are stored; until then they are passed again and the
-    position is kept. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
+    `take` stores events and returns whether they are stored; if not, they are passed again later, and the
+    position is unchanged. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
     For the loop thread.
     """
 
@@ -5292,8 +5293,7 @@ class RedisLink:
         delay_s = emit_event.backoff_s(tries)
         at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        of = "" if limit is None else f" of {limit}"
-        log.warning("Redis: attempt %d%s: %s; next in %.1f s", tries, of, reason, delay_s)
+        log.warning("Redis: %s: %s; next in %.1f s", attempt_words(state), reason, delay_s)
         self.set_state("waiting", reason)
 
     def set_state(self, state: str, reason: str | None) -> None:
@@ -6013,18 +6013,18 @@ UPDATE_INTERVAL_S = 0.1
 SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
 STATUS_AGE_S = 0.1
-FILES_INTERVAL_S = 5.0  # between two looks for files of other users
+FILES_INTERVAL_S = 5.0  # between two searches for files that we cannot use
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
 SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
-PROCESS_WATCHES = 256  # more are looked at every second
-CONTAINERS_INTERVAL_S = 2.0  # at least, between two looks for the processes of containers
+PROCESS_WATCHES = 256  # processes beyond these are checked every second
+CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
 CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
-LATE_MS = 60_000  # in the stream of Redis
+LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
 
@@ -6033,7 +6033,7 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection that waits for its byte
+Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection to acknowledge it on
 
 
 @dataclasses.dataclass
@@ -6050,11 +6050,11 @@ class HookPort:
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
     waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
     paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
-    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
+    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after the acknowledgement
 
     def __post_init__(self) -> None:
-        otherwise = f"another monitor uses {self.path}"
-        self._lock = lock_file(self.path + ".lock", lambda: otherwise + way_to_end(self.path))
+        in_use = f"another monitor uses {self.path}"
+        self._lock = lock_file(self.path + ".lock", lambda: in_use + stop_advice(self.path))
         self._listen()
 
     def _listen(self) -> None:
@@ -6102,7 +6102,7 @@ class HookPort:
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
-            pass  # the sender never reads its acknowledgements
+            pass  # the sender does not read its acknowledgements
         except OSError:
             self.ended.add(sock)
         if self.waiting[sock] > 0:
@@ -6114,7 +6114,7 @@ class HookPort:
             self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
-        """Close a connection, so that a sender does not wait for an acknowledgement."""
+        """Close a connection; a hook that waits for an acknowledgement then spools its event."""
         self.connections.pop(sock, None)
         self.waiting.pop(sock, None)
         self.paused.discard(sock)
@@ -6174,15 +6174,15 @@ class SpoolDrain:
     draining: bool = False
 
     def check(self) -> None:
-        """Start to drain when there is something."""
+        """Start to drain the spool, unless it is being drained or a publisher still runs."""
         if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True  # after a change of mode the publisher notices it and exits
+            self.draining = True
             self._go_on(self._steps())
 
     def _go_on(self, steps: Iterator[bool]) -> None:
         try:
             self.draining = next(steps, False)
-        except Exception as error:  # tried again
+        except Exception as error:  # `check` tries again
             is_known = isinstance(error, OSError)
             log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
             self.draining = False
@@ -6273,7 +6273,7 @@ class Ingest:
         self.machines = {name: it for name, it in self.machines.items() if it["lastSeen"] >= since_ms}
 
     def read_transcripts(self, session_id: str) -> None:
-        """Read the tokens of a session whose client was killed; its last event names the transcript."""
+        """Read the tokens of a session whose client was killed, from the transcript of its last event."""
         newest = itertools.islice(readable(self._journal.lines(session_id, backwards=True)), 100)
         named = (event for _, event, _ in newest if "transcriptPath" in event["data"])
         for event in itertools.islice(named, 1):
@@ -6292,7 +6292,7 @@ class Ingest:
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if remote:
-            event.pop("demo", None)  # nor may others rename, hide or delete anything here
+            event.pop("demo", None)  # other machines may not rename, hide or delete sessions here
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
@@ -6302,10 +6302,10 @@ class Ingest:
                 event.setdefault("machineKey", self._machine_key)
             event["data"] = data  # the last one: what is before it is not searched for secrets
             if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
-                data.pop("usage", None)  # what is read there counts each message once
+                data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            self._usage.put(event)  # of remote ones the publisher reads transcripts and registry
+            self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
             if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
                 self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
@@ -6349,9 +6349,9 @@ class Ingest:
 
 
 class RegistryThread:
-    """Watch what the clients of this machine say of themselves, in a thread: their disk may be slow.
+    """Reads the registry of this machine's clients in a thread, since their disk may be slow.
 
-    `deliver` is called from it with each event.
+    `deliver` is called in that thread with each event.
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
@@ -6366,7 +6366,7 @@ class RegistryThread:
         self._thread.start()
 
     def learn(self, event: JsonObject) -> None:
-        """Look where an event comes from, at once if its client may be new."""
+        """Read the registry of the event's client too; at once, if the client may be new."""
         self._watcher.learn(event)
         if "pid" in event and not self._watcher.has_clients:
             self._wake.set()
@@ -6456,7 +6456,7 @@ class SessionFeed:
 
 @dataclasses.dataclass
 class Retention:
-    """Delete events that are too old or too much for the configuration, in a thread of its own.
+    """Deletes events beyond the configured age or size, in a thread of its own.
 
     `pinned()` returns the names of the files to keep; `removed(names)` is called with the names of sessions
     without events. Everything but deleting happens in the loop thread.
@@ -6472,7 +6472,7 @@ class Retention:
     def __post_init__(self) -> None:
         self._clock = ClockMemory(self.settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
-        self._measured_at = 0  # what events_added would be now if nothing had come since
+        self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
         self._rests_until = 0.0  # time.monotonic(): to look at many files costs a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
@@ -6486,15 +6486,15 @@ class Retention:
         if time.monotonic() >= self._rests_until:
             self.prune(dry_run=False)
 
-    def look_at_clock(self, save: bool = False) -> None:
-        """Remember when the clock was set; at least once a second."""
+    def check_clock(self, save: bool = False) -> None:
+        """Record whether the clock was set; to be called at least once a second."""
         self._clock.look(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
-        self.look_at_clock(save=True)
+        self.check_clock(save=True)
         time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
@@ -6801,7 +6801,7 @@ def test_event(settings: Settings) -> JsonObject:
 
 
 def foreign_files(home: str) -> list[tuple[str, str, str]]:
-    """Return (path, owner, command to run) for files in our directories that the monitor cannot use."""
+    """Return (path, owner, command that repairs it) for files in our directories that we cannot use."""
     found = []
     for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -6868,8 +6868,8 @@ class Status:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
-        self._foreign_seen = -math.inf  # time.monotonic()
+        self._foreign: list[tuple[str, str, str]] = []  # the last result of `foreign_files`
+        self._foreign_at = -math.inf  # time.monotonic() of that result
         self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
 
     def encoded(self) -> bytes:
@@ -6881,7 +6881,7 @@ class Status:
         return kept[2]
 
     def to_json(self) -> JsonObject:
-        """Return the answer of /api/status and the `status` message."""
+        """Return the response of /api/status and the `status` message."""
         status, monitor = self.core(), self._monitor
         machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
         shown = [
@@ -6893,10 +6893,13 @@ class Status:
         return {**status, "facts": status_facts(status)}
 
     def core(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the status without lists of machines and facts; `foreign_files` at most so old."""
+        """Return the status without lists of machines and facts.
+
+        `foreign_age_s`: the age up to which the last result of `foreign_files` is used again.
+        """
         monitor = self._monitor
-        if time.monotonic() - self._foreign_seen >= foreign_age_s:
-            self._foreign_seen = time.monotonic()
+        if time.monotonic() - self._foreign_at >= foreign_age_s:
+            self._foreign_at = time.monotonic()
             self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
@@ -6968,7 +6971,7 @@ class Status:
 
 
 def steady_part(status: JsonObject) -> list[object]:
-    """Return the part of a status whose changes are sent at once: all but counters and times."""
+    """Return the part of a status whose changes the clients get at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
@@ -6997,12 +7000,12 @@ class Monitor:
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
         self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
-        self.store_error: str | None = None  # as it was sent to the clients last
+        self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool: SpoolDrain | None = None
         self.redis: RedisLink | None = None
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
+        self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
@@ -7023,8 +7026,8 @@ class Monitor:
         """Open every port and start to serve the page; raise StartError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
-        otherwise = "another monitor runs for this directory; `stop` ends it"
-        self._lock = lock_file(settings.path("monitor.pid"), lambda: otherwise)
+        in_use = "another monitor runs for this directory; `stop` ends it"
+        self._lock = lock_file(settings.path("monitor.pid"), lambda: in_use)
         host = settings["server.host"]
         self.addresses = own_addresses(host)
         token = read_token(settings.path("token"))
@@ -7055,7 +7058,7 @@ class Monitor:
         ):
             self.journal.seq = int(file.read(20))
         self.journal.open()
-        self.retention.look_at_clock()
+        self.retention.check_clock()
         self.loading = {"done": 0, "total": self.journal.seq}
         self.loop.on_turn_end = self._store_received
         self._advance(self._load())
@@ -7082,7 +7085,7 @@ class Monitor:
         self._stopping = True
         self._hooks.stop_listening()
         self.clients.close_all()
-        # One more round, so that lines which have arrived are stored and acknowledged.
+        # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
@@ -7098,7 +7101,7 @@ class Monitor:
             collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
         self._hooks.close()
-        # the newest files may be removed by hand before the next start
+        # A user may remove the newest files before the next start.
         save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
         self.loop.close()
@@ -7107,7 +7110,10 @@ class Monitor:
     # Loading: snapshots, then later events
 
     def _advance(self, steps: Iterator[bool]) -> None:
-        """Do long work for some milliseconds a turn, so that hooks and clients never wait; True: pause."""
+        """Do long work for some milliseconds a turn, so that hooks and clients never wait.
+
+        `steps` yields after each piece of work: True to pause for 0.1 s.
+        """
         deadline = time.monotonic() + SLICE_S
         for must_pause in steps:
             if must_pause or time.monotonic() >= deadline:
@@ -7201,13 +7207,13 @@ class Monitor:
         arrivals: list[Arrival] = self._arrivals.take()
         if self._arrivals.waiting:
             self.loop.call_soon(lambda: None)  # the rest in the next turn
-        safe, stored = self.ingest.take([line for line, _ in arrivals])
-        counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
+        settled, stored = self.ingest.take([line for line, _ in arrivals])
+        counts = collections.Counter(itertools.compress((sender for _, sender in arrivals), settled))
         for sender, count in counts.items():
             self._hooks.acknowledge(sender, count)
-        for (_, sender), is_safe in zip(arrivals, safe):
-            if not is_safe:
-                self._hooks.drop(sender)  # it spools at once instead of waiting
+        for (_, sender), is_settled in zip(arrivals, settled):
+            if not is_settled:
+                self._hooks.drop(sender)
         self._show(stored)
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
@@ -7221,13 +7227,13 @@ class Monitor:
         Events of a session whose file cannot be written, while others can, must not block the rest: they go
         to unsaved/ and are read from the spool at the next start.
         """
-        safe, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
+        settled, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
-        if all(safe):
+        if all(settled):
             return True
         if not self.journal.is_writable():
             return False
-        left = [line for line, is_safe in zip(lines, safe) if not is_safe]
+        left = [line for line, is_settled in zip(lines, settled) if not is_settled]
         log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
         directory = self.settings.path("unsaved")
         emit_event.make_spool(directory)
@@ -7236,10 +7242,10 @@ class Monitor:
         return True
 
     def take_now(self, line: bytes) -> bool:
-        """Store and show one line at once; return whether it is stored."""
-        safe, stored = self.ingest.take([line.replace(b"\n", b" ")])
+        """Store one event and send it to clients at once; return whether it is settled (`Ingest.take`)."""
+        settled, stored = self.ingest.take([line.replace(b"\n", b" ")])
         self._show(stored)
-        return safe[0]
+        return settled[0]
 
     def _take_own(self, event: JsonObject) -> None:
         """Store the totals of a session's tokens, or the status of a client; called in their threads."""
@@ -7247,7 +7253,7 @@ class Monitor:
         def store() -> None:
             is_usage = event["eventType"] == "usage"
             if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
-                self.take_now(encode_json(event))  # a deleted session gets no totals
+                self.take_now(encode_json(event))  # totals must not restore a deleted session
             if event["data"].get("status") == emit_event.CLIENT_EXITED:
                 self.ingest.read_transcripts(event["sessionId"])
 
@@ -7277,7 +7283,7 @@ class Monitor:
             return []
 
     def _note_changes(self, changed: Sequence[Session]) -> None:
-        """Note sessions, and those that changed because of them, for clients and snapshots."""
+        """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
         ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
         self._dirty.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
@@ -7287,7 +7293,7 @@ class Monitor:
         self.feed.send()
         self.clients.report_skipped()
         self._send_status()
-        self.retention.look_at_clock()
+        self.retention.check_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
@@ -7357,7 +7363,7 @@ class Monitor:
         return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
 
     def _removed(self, names: frozenset[str]) -> None:
-        """Drop sessions without events; compare the index with files that were removed or added by hand."""
+        """Delete the sessions of these file names, and compare the index with the files on disk."""
         self.history.rescan()
         if self.settings["retention.days"]:
             since = now_ms() - self.settings["retention.days"] * _DAY_MS
@@ -7383,7 +7389,7 @@ def loading_words(progress: JsonObject) -> str:
 
 
 def status_facts(status: JsonObject) -> list[JsonObject]:
-    """Return the state of the monitor's parts as [{"name": one word, "words": a line}]."""
+    """Return the state of the monitor's parts as [{"name": a word, "words": a line}]."""
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
     disk, stored = status["disk"] or {}, events["stored"]
@@ -7405,8 +7411,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     if link:
         words = link["state"].replace("_", " ")
         if link["state"] != "connected":
-            most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
-            words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+            words += f", {attempt_words(link)}: {link['reason'] or 'no answer yet'}"
         read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
         published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
@@ -7429,9 +7434,9 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
-    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
+    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
 
-    `foreign`: see `foreign_files`.
+    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
     """
     found: list[JsonObject] = []
 
@@ -7441,15 +7446,11 @@ def status_problems(
 
     redis, publisher = status["redis"] or {}, status["publisher"] or {}
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
-    attempt = f"attempt {redis.get('attempt')}"
-    attempt += f" of {redis['maxRetries']}" if redis.get("maxRetries") is not None else ""
     if redis.get("state") == "waiting":
-        words = f"Redis does not answer ({attempt})"
-        add(
-            "redis", "fail", words, redis["reason"], "The page shows the events that this machine has stored."
-        )
+        words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
+        add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
     elif redis.get("state") == "given_up":
-        words = f"Redis did not answer, and the monitor no longer tries ({attempt})"
+        words = f"Redis did not answer, and the monitor no longer tries ({attempt_words(redis)})"
         add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
     if redis.get("streamState") == "refused":
         advice = "Events sent while this monitor is not running will be missing."
@@ -7465,13 +7466,8 @@ def status_problems(
         add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
-        add(
-            "store",
-            "fail",
-            words,
-            store["error"],
-            "Free space on its disk; the monitor then continues by itself.",
-        )
+        advice = "Free space on its disk; the monitor then continues by itself."
+        add("store", "fail", words, store["error"], advice)
     if unsaved_bytes:
         words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
         add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
@@ -7504,7 +7500,7 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
-    """Return as problems what we cannot use in our directory: (path, owner, command that mends it)."""
+    """Return the problems for up to five results of `foreign_files`."""
     return [
         {
             "kind": "files",
@@ -7516,10 +7512,11 @@ def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject
     ]
 
 
-def lock_file(path: str, otherwise: Callable[[], str]) -> int:
-    """Take the lock at `path` until this process exits; raise StartError with the message of `otherwise`.
+def lock_file(path: str, in_use: Callable[[], str]) -> int:
+    """Lock the file at `path` until this process exits, write our pid to it, and return its descriptor.
 
-    The file holds our pid, which means nothing in another container. `unlock_file` removes the file.
+    Raises StartError, with the message that `in_use` returns if another process has the lock. The pid means
+    nothing in another container.
     """
     for _ in range(LOCK_ATTEMPTS):
         try:
@@ -7545,7 +7542,7 @@ def lock_file(path: str, otherwise: Callable[[], str]) -> int:
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
-    raise StartError(otherwise())
+    raise StartError(in_use())
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -7557,7 +7554,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the pid in the file at `path` while its lock is held, else None; it may be of a container."""
+    """Return the pid in the file at `path` while it is locked, else None; it may be one of a container."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -7567,9 +7564,10 @@ def lock_holder(path: str) -> int | None:
 
 
 def listening_pid(path: str) -> int | None:
-    """Return the pid of our process that listens on a Unix socket, 0 if it is in another container.
+    """Return the pid of this user's process that listens on a Unix socket; None if there is none.
 
-    The kernel is asked, since a pid in a file may belong to another process in another pid namespace.
+    It comes from the kernel, since a pid in a file may be one of another pid namespace; for a process that
+    cannot be seen from here, in another container, it is 0.
     """
     option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
@@ -7580,15 +7578,15 @@ def listening_pid(path: str) -> int | None:
     return None
 
 
-def way_to_end(socket_path: str) -> str:
-    """Return how the monitor that uses a socket is ended by hand, to be appended to a message."""
+def stop_advice(socket_path: str) -> str:
+    """Return how to stop the monitor that listens on a socket, as the end of a message."""
     pid = listening_pid(socket_path)
-    way = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
-    return f"{way}, or choose another socketPath"
+    advice = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
+    return f"{advice}, or choose another socketPath"
 
 
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
-    """Listen on a TCP port; raise StartError that names the key and the option to change."""
+    """Listen on a TCP port; raise a StartError that names the key and the option to change."""
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], socket.SOCK_STREAM)
@@ -7603,7 +7601,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600; replace one that no program listens on; raise StartError.
+    """Listen on a Unix socket with mode 0600, in place of one that no program listens on; raise StartError.
 
     The caller holds its lock.
     """
@@ -7621,23 +7619,17 @@ def bind_unix(path: str) -> socket.socket:
     try:
         sock.bind(path)
     except OSError as error:
-        raise StartError(f"{path}: cannot be made: {error.strerror}; choose another socketPath") from None
+        raise StartError(f"{path}: cannot be created: {error.strerror}; choose another socketPath") from None
     finally:
         os.umask(mask)
     sock.listen(4096)
     return sock
 
 
-def process_ran_at(pid: int, time_ms: int) -> bool:
-    """True if a process with this pid has been running since `time_ms` or before, so is not a later one."""
-    start_s = process_start_s(pid)
-    return start_s is not None and _began_by(start_s, time_ms)
-
-
 def process_start_s(pid: int) -> float | None:
-    """Return when a process began, None if it does not run.
+    """Return when a process began, in seconds since boot (proc(5): stat field 22); None if it does not run.
 
-    On Linux in seconds since boot (proc(5): stat field 22, in ticks); elsewhere at the beginning of time.
+    Elsewhere than on Linux that is not known: 0.0 if it runs.
     """
     if sys.platform != "linux":
         try:
@@ -7653,15 +7645,8 @@ def process_start_s(pid: int) -> float | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _began_by(start_s: float, time_ms: int) -> bool:
-    if sys.platform != "linux":
-        return True
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
-    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
-
-
 def contained_processes() -> dict[tuple[int, int], int]:
-    """Return the processes in containers that we may look at: (pid there, its pid namespace) → pid here."""
+    """Return the processes in containers of this user, as (pid there, its pid namespace) → pid here."""
     found = {}
     with contextlib.suppress(OSError):
         own = os.readlink("/proc/self/ns/pid")
@@ -7676,38 +7661,43 @@ def contained_processes() -> dict[tuple[int, int], int]:
 
 
 class ProcessWatch:
-    """Say which processes run; those seen once are not looked at again until the kernel reports their end.
+    """Checks which processes run, in the loop thread.
 
-    That is where there are pidfds (Linux 5.3); elsewhere every question looks.
+    With pidfds (Linux 5.3) it checks a running process once, and then the kernel reports its end.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._starts: dict[int, float] = {}  # pid → when it began, of those whose end will be reported
-        self._contained: dict[tuple[int, int], int] = {}  # of the last look
+        self._starts: dict[int, float] = {}  # pid → when it began; of those whose end the kernel reports
+        self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
-        self._next_look_s = 0.0
+        self._next_search_s = 0.0  # time.monotonic()
 
     def ran_at(self, pid: int, time_ms: int) -> bool:
-        """Return what process_ran_at does, in the loop thread."""
+        """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
         start_s = self._starts.get(pid)
         if start_s is None:
-            start_s = self._look(pid)
-        return start_s is not None and _began_by(start_s, time_ms)
+            start_s = self._watch(pid)
+        if start_s is None or sys.platform != "linux":
+            return start_s is not None
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
+        return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
     def find(self, process: tuple[int, int]) -> int:
         """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
-        if process not in self._found and time.monotonic() >= self._next_look_s:
+        if process not in self._found and time.monotonic() >= self._next_search_s:
             started = time.monotonic()
             self._contained = contained_processes()
-            self._next_look_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
+            self._next_search_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
         if process not in self._found and process in self._contained:
             self._found[process] = self._contained[process]
         return self._found.get(process, 0)
 
-    def _look(self, pid: int) -> float | None:
+    def _watch(self, pid: int) -> float | None:
         fd = -1
-        with contextlib.suppress(AttributeError, OSError):  # an older kernel, another user's, none left
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # not supported, another user's, no descriptor left
             fd = os.pidfd_open(pid)
         start_s = process_start_s(pid)
         if fd >= 0 and (start_s is None or len(self._starts) >= PROCESS_WATCHES):
@@ -7737,7 +7727,7 @@ class CommandError(Exception):
 def running_monitor(settings: Settings) -> JsonObject | None:
     """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
 
-    "pid" is the kernel's answer (see `listening_pid`), "process" has it in words.
+    "pid" is the result of `listening_pid`, "process" describes it as text.
     """
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
@@ -7755,7 +7745,7 @@ def running_monitor(settings: Settings) -> JsonObject | None:
 
 
 def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
+    """Return the running monitor; raise a CommandError with how to start it."""
     about = running_monitor(settings)
     if about is None:
         raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
@@ -7774,7 +7764,7 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
 def ask_monitor(
     settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
 ) -> JsonObject:
-    """Return the running monitor's answer to GET `path`, or to POST of `message`; raise CommandError."""
+    """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -7826,7 +7816,7 @@ class EventSender:
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
-# running monitor. Planning reads only; what is written is exactly what a plan has shown before.
+# running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
@@ -7834,12 +7824,12 @@ Version = tuple[int, int, int]
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
-# with the first version that is known to have it, and without such knowledge with 2.1.101.
-# Missing on purpose: MessageDisplay (ten a second, holds up the display), WorktreeCreate (its output is taken
-# as a path, a failure fails the worktree), FileChanged (needs a list of files).
+# Before 2.1.101, one event name that the client does not know disables every hook of the file. So each name
+# is listed under the first version that is known to have it; if none is known, under 2.1.101.
+# Omitted: MessageDisplay (ten a second, and the display waits for each), WorktreeCreate (the client uses the
+# hook's output as a path, and a failure fails the worktree), FileChanged (needs a list of files).
 EVENT_NAMES_SINCE: dict[Version, str] = {
     (1, 0, 0): "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Notification Stop"
     " SubagentStop PreCompact",
@@ -7855,8 +7845,7 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
     (2, 1, 332): "PreSkillShellCommand",
 }
 
-
-LEFT_OUT = ("PermissionRequest",)  # may be left out by `install --without`: the registry reports the same
+OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
 
 
@@ -7865,9 +7854,9 @@ class InstallError(Exception):
 
 
 class ClientFile(NamedTuple):
-    """A file in which Claude Code looks for hooks.
+    """A file from which Claude Code reads hooks.
 
-    `settings` is {} where `trouble` says why the client cannot use it.
+    `settings` is {} if the client cannot use the file; `trouble` then gives the reason.
     """
 
     path: str
@@ -7883,10 +7872,10 @@ class ClientFile(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """What an installation or its removal would do to one settings file.
+    """The change of one settings file by `install` or `uninstall`.
 
-    `old_text` is the file as it was read, "" when there is none; `new_text` equals it when nothing is to do.
-    `names` are the events that get our hook, or lose it.
+    `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
+    the events for which our hook is registered, or from which it is removed.
     """
 
     path: str
@@ -7900,48 +7889,47 @@ def plan_install(
 ) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    `without` names events to leave out. Writes nothing. Raises InstallError for settings that cannot be
-    changed safely.
+    `without`: names of events to omit. Raises InstallError for settings that cannot be changed safely.
     """
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
-    others = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, others)
+    kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to take our hook out again, as plan_install does."""
+    """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
     return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], others: list[str]) -> InstallPlan:
+def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
+    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
     old_text, settings = read_settings(path)
     try:
         hooks = _checked_hooks(settings)
-        had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        # others were registered when the client's version was known
-        names = names + [name for name in others if name in had and name not in names]
+        registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
+        names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or had))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered))
 
 
 def event_names(version: Version | None) -> list[str]:
-    """List the event names that a client of `version` certainly understands; of the oldest one for None."""
+    """Return the event names that a client of `version` surely knows; None: a client of any version."""
     known = version or (1, 0, 0)
     return " ".join(names for since, names in EVENT_NAMES_SINCE.items() if known >= since).split()
 
 
 def claude_version() -> Version | None:
-    """Ask `claude` for its version; None when there is none or it does not say.
+    """Return the version of `claude`; None if it is not found or does not print one.
 
-    It is looked for on the search path, then where its installers put it: a shell may know that by an alias.
+    Searches PATH, then the directories of its installers, which a shell may use through an alias only.
     """
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
@@ -7954,9 +7942,9 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`, or of the user's own for None.
+    """Return the absolute path of a settings file of `project`; None: of the user.
 
-    CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
+    CLAUDE_CONFIG_DIR replaces ~/.claude. Raises InstallError for a user without a home directory.
     """
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
@@ -7966,7 +7954,7 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 
 def client_files(project: str) -> list[ClientFile]:
-    """Return the files in which Claude Code looks for hooks in `project`, what overrides others first.
+    """Return the files from which Claude Code reads hooks in `project`, in order of precedence.
 
     They are those of the organisation, the project (local before shared), the user and the plugins.
     """
@@ -7978,13 +7966,13 @@ def client_files(project: str) -> list[ClientFile]:
     for name, installed in _object(plugins.get("plugins")).items():
         copies = map(_object, installed if isinstance(installed, list) else [installed])
         roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
-        if _first_that_sets(files, "enabledPlugins", name):
+        if _file_that_enables(files, "enabledPlugins", name):
             files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
     return files
 
 
 def _managed_directory() -> str:
-    """Return the directory of an organisation's settings; more of them may be in managed-settings.d there."""
+    """Return the directory of an organisation's settings."""
     return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
 
 
@@ -8003,8 +7991,11 @@ def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a value below `keys`; None if that is not true and no list with hooks."""
+def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
+    """Return the first file with a setting at the path `keys`; None if that disables it.
+
+    A setting is enabled by true, or by a list that contains "hooks".
+    """
     for file in files:
         value: Any = file.settings
         for key in keys:
@@ -8015,36 +8006,37 @@ def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | No
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return the files whose hooks Claude Code runs, and why it does not run those of the others.
+    """Return (files whose hooks Claude Code runs, why it runs no others or "").
 
-    Only an organisation can switch off all hooks; anyone else switches off all but the organisation's.
+    disableAllHooks in an organisation's file disables all hooks, elsewhere all but the organisation's.
     """
     managed = [file for file in files if file.is_managed]
     others = [file for file in files if not file.is_managed]
-    for key, read, left in (
+    for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
         ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
         ("disableAllHooks", others, managed),
     ):
-        file = _first_that_sets(read, key)
+        file = _file_that_enables(deciding, key)
         if file is not None:
-            return left, f"{file.path} has {key}, so the hook does not run"
+            return running, f"{file.path} has {key}, so the hook does not run"
     return files, ""
 
 
 def registered_commands(files: Iterable[ClientFile]) -> list[str]:
-    """List the different commands of ours, each as it stands in the settings."""
+    """Return the commands of our hook in these settings, unchanged and without duplicates."""
     entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
     return list(dict.fromkeys(entry["command"] for entry in entries))
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
-    """Return (event names, paths of files) of events that more than one handler brings to a monitor.
+    """Return (event names, paths of files) of events that several hooks send to a monitor.
 
-    The client runs the same command once, wherever it stands. Here a hook counts in whatever form.
+    Counts hooks of every kind: ours, the Node.js monitor's, HTTP hooks. The client runs a command once, even
+    if several files contain it.
     """
-    places: dict[str, dict[str, str]] = {}  # event name → what brings it → the file
+    places: dict[str, dict[str, str]] = {}  # event name → command or URL → its file
     for file in files:
         for name, entry in file.handlers():
             command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
@@ -8055,8 +8047,8 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
     return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
 
 
-def first_choice_trouble(command: str) -> str:
-    """Return why a command of ours does not run as it was installed; "" when it does."""
+def command_trouble(command: str) -> str:
+    """Return why the interpreter or script in our command cannot run; "" if both can."""
     interpreter, *options, script = shlex.split(command)[:4]
     try:
         starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
@@ -8068,9 +8060,10 @@ def first_choice_trouble(command: str) -> str:
 
 
 def base_interpreter() -> str:
-    """Return the absolute path of the interpreter below any virtual environment, which may go one day.
+    """Return the absolute path of the interpreter outside any virtual environment, which may be deleted.
 
-    Links outside the environment stay as they are: /usr/bin/python3 survives an upgrade, its target does not.
+    Links outside the environment are not resolved: an upgrade keeps /usr/bin/python3, but not its target.
+    Raises InstallError if there is no such interpreter.
     """
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
     if sys.prefix != sys.base_prefix:
@@ -8083,20 +8076,21 @@ def base_interpreter() -> str:
 
 
 def hook_script(home: str) -> str:
-    """Return the absolute path at which our directory `home` holds the script that Claude Code runs."""
+    """Return the absolute path of the script that Claude Code runs, in our directory `home`."""
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
 def hook_command(interpreter: str, script: str) -> str:
-    """Return the line for /bin/sh that runs `script`, with another Python 3 where `interpreter` is gone.
+    """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
-    The second choice finds a script in the default place also where the home is mounted elsewhere. What does
-    not start has not read standard input. The line ends with status 0 whatever is gone: a missing script
-    would end with 2, and with that Claude Code blocks every tool call and every prompt.
+    The second try uses $HOME for a script in the default place, since a container may mount the home
+    elsewhere; an interpreter that does not start has not read standard input. The command always exits with
+    0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
+    Raises InstallError for a path that is not UTF-8.
     """
     quoted = []
     for path in map(os.path.abspath, (interpreter, script)):
-        if _HALF_PAIR.search(path):  # JSON could not carry such a path: Claude Code would run another one
+        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
             raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
         quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
@@ -8106,11 +8100,11 @@ def hook_command(interpreter: str, script: str) -> str:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home` and return the path of the script that Claude Code is to run.
+    """Copy the hook below `home`; return the path of the script that Claude Code runs.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
     hooks/lib/emit_event.py the whole module for the rare paths.
-    Raises InstallError when the module beside the monitor is not whole, or a file cannot be written.
+    Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
@@ -8123,13 +8117,13 @@ def install_hook_files(home: str) -> str:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
-        # In this order, so that no part ever meets an older one that it needs.
+        # Each file is replaced before those that import it, since hooks run meanwhile.
         for path, text in zip(modules, (content, hot_path + b"\n")):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, emit_event.LAUNCHER.encode())
     except OSError as error:
-        _refuse(f"the hook could not be copied from {source} to {library}", error)
-    # Bytecode made now saves the first calls time; without it they make it themselves.
+        _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
+    # Saves the first calls from compiling; if it fails, they compile.
     for path in modules:
         with contextlib.suppress(OSError, py_compile.PyCompileError):
             py_compile.compile(path, doraise=True)
@@ -8137,12 +8131,12 @@ def install_hook_files(home: str) -> str:
 
 
 def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a line in an interpreter that is started as the publisher is: PYTHONPATH does not count."""
+    """Run a line of Python with the options of the publisher: -E ignores PYTHONPATH."""
     return subprocess.run([python, "-E", "-c", line], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def record_publisher_python(home: str) -> bool:
-    """Leave this interpreter's path for the hooks to run publishers with; False if it lacks redis-py."""
+    """Record this interpreter as the one that runs publishers; return False if it has no redis-py."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
     if run_in_python(sys.executable, look).returncode:
         return False
@@ -8152,15 +8146,15 @@ def record_publisher_python(home: str) -> bool:
     return True
 
 
-def _refuse(what: str, error: OSError) -> NoReturn:
+def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
-    """Return `settings` with our handler once under each of `names`, which may be none, and nowhere else.
+    """Return `settings` with our handler once for each of `names`, and for no other event.
 
-    What is up to date stays where it is, what is outdated is updated in place, doubles go, and so do groups
-    and lists that held nothing else. Everything else stays as it is, in its order.
+    A handler of ours is updated in place; duplicates are removed, and so are groups and lists that are empty
+    then. Everything else is unchanged and keeps its order. Raises InstallError.
     """
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
@@ -8176,26 +8170,26 @@ def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObj
 
 
 def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
-    """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
+    """Return one event's groups with `handler` as our only one; None: without any of ours."""
     result = []
-    wanted = handler
+    missing = handler  # until a group has it
     for group in groups:
         kept = []
         for entry in group["hooks"]:
             if not _is_ours(entry):
                 kept.append(entry)
-            elif wanted is not None and group.get("matcher", "") in ("", "*", ".*"):
-                kept.append({**entry, **wanted})
-                wanted = None
+            elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
+                kept.append({**entry, **missing})
+                missing = None
         if kept or not group["hooks"]:
             result.append({**group, "hooks": kept})
-    return [*result, {"hooks": [wanted]}] if wanted is not None else result
+    return [*result, {"hooks": [missing]}] if missing is not None else result
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Return True for a handler that we installed, with whatever interpreter, for whatever home.
+    """Return True for a handler that `install` wrote, with any interpreter and for any home.
 
-    The whole command must have the form of ours: what was added around it is not ours to remove.
+    The whole command must have our form: a command that a person has extended is theirs.
     """
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
@@ -8213,7 +8207,7 @@ def _is_ours(entry: JsonObject) -> bool:
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks of `settings` by event name; raise InstallError if they are laid out otherwise."""
+    """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -8232,9 +8226,10 @@ def _expected(kind: type, value: Any, place: str) -> Any:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Read a settings file; return its text, byte order mark and line ends included, and its object.
+    """Read a settings file; return its text, with byte order mark and line ends, and its object.
 
-    A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
+    The object of a missing or blank file is {}. Raises InstallError for anything but one JSON object without
+    duplicate keys.
     """
     content = b""
     try:
@@ -8258,7 +8253,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
     except (ValueError, RecursionError) as error:
         trouble = str(error)
     except OSError as error:
-        _refuse(f"{path} cannot be read", error)
+        _raise_install_error(f"{path} cannot be read", error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
@@ -8279,15 +8274,15 @@ def _finite(digits: str) -> float:
 def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
-    Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
+    The default is two spaces and a final newline. Raises InstallError for too deeply nested settings.
     """
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise InstallError("nested too deeply to be written back; nothing was changed") from None
-    # UTF-8 has no half pairs, JSON has: they stay escaped.
-    text = _HALF_PAIR.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    # UTF-8 cannot encode a lone surrogate, so it stays escaped.
+    text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
         text += "\n"
     if like.partition("\n")[0].endswith("\r"):
@@ -8296,8 +8291,8 @@ def render_settings(settings: JsonObject, like: str) -> str:
 
 
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
-    """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
-    # Not splitlines(): a JSON string may hold U+2028 and the like.
+    """Return the unified diff between two texts of the file at `path`, "" if they are the same."""
+    # splitlines() would also split at U+2028, which a JSON string may contain.
     old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
     diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
     mark = "\n\\ No newline at end of file\n"
@@ -8307,9 +8302,9 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 def write_settings(path: str, text: str, old_text: str) -> str | None:
     """Replace the settings at `path`, read as `old_text`, by `text` in one step.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it, for
-    its owner only (settings hold keys), None when there was nothing to keep. Raises InstallError when the
-    file has changed since it was read.
+    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
+    with mode 0600 since settings contain keys; None if there was no file, or no change. Raises InstallError
+    if the file has changed since it was read, or cannot be written.
     """
     if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -8333,48 +8328,48 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.unlink(backup)
             raise
     except OSError as error:
-        _refuse(f"{path} cannot be written, nothing was changed", error)
-    with contextlib.suppress(OSError):  # a file system without owners or modes has none to keep
+        _raise_install_error(f"{path} cannot be written, nothing was changed", error)
+    with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
         os.chown(target, about.st_uid, about.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(target, mode)  # the umask has taken bits away
+        os.chmod(target, mode)  # as it was: the umask has changed it
     return backup
 
 
 def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
-    """Run the hook as Claude Code does, with a test notification; its standard error says where that went.
+    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery.
 
-    That is the command which is registered, by /bin/sh; without one the hook that is there.
+    Runs the registered command with /bin/sh; without one, the installed hook or the one beside the monitor.
     """
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
-    for command in [*registered_commands(files_that_run(files)[0]), *registered_commands(files)][:1]:
+    commands = registered_commands(files_that_run(files)[0]) or registered_commands(files)
+    if commands:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
-        arguments = ["/bin/sh", "-c", command]
-        break
+        arguments = ["/bin/sh", "-c", commands[0]]
     else:
         script = hook_script(settings.home)
         script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
         environment.update(CONTEXTUATE_HOME=settings.home, CONTEXTUATE_CONFIG=settings.config_path)
         arguments = [base_interpreter(), "-I", "-S", script]
     given = encode_json(payload).decode()
-    words: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
-    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **words)
+    options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **options)
 
 
-def was_delivered(words: str) -> bool:
-    """Return True if a monitor has the event by the hook's words, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+def was_delivered(report: str) -> bool:
+    """True if the hook reports that a monitor has stored the event, or that Redis delivered or keeps it."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", report) is not None
 
 
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# A check yields findings; one that fails does not keep the next from looking. What the monitor knows of
-# itself are its status' facts and problems. Changes nothing, but a test event is sent.
+# Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
+# and problems in its status. Doctor sends a test event and changes nothing else.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
@@ -8384,7 +8379,7 @@ _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
-    """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
+    """A result of one check; `level`: "ok", "warn" (it works, but may need a change) or "fail"."""
 
     level: str
     check: str
@@ -8392,7 +8387,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
     def lines(self) -> list[str]:
-        """Return what `doctor` prints."""
+        """Return the finding as the lines that `doctor` prints."""
         lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
         return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
@@ -8403,21 +8398,20 @@ _in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
 class Doctor:
-    """Examine the whole chain; `run` yields what is found."""
+    """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings, self._warnings = settings, warnings  # both of the configuration
+        self._settings, self._warnings = settings, warnings
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        # What looks like a team's monitor, on a machine where Claude Code does not run:
         has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
-        self._only_shows = settings["mode"] == "redis" and not has_hook
+        self._only_receives = settings["mode"] == "redis" and not has_hook  # a monitor for other machines
         self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
-        """Yield what every check finds, in the order in which an event travels."""
+        """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
-        if not self._only_shows:
+        if not self._only_receives:
             checks += [self._claude, self._hook, self._registered]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
@@ -8426,7 +8420,7 @@ class Doctor:
         for check in checks:
             try:
                 yield from check()
-            except Exception as error:  # one check must not keep the others from looking
+            except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
 
@@ -8436,13 +8430,13 @@ class Doctor:
         yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
         for warning in self._warnings:
             yield _warn("config", warning, "correct the file, then restart the monitor")
-        if self._only_shows:
-            yield _ok("hook", "none, and no Claude Code: this machine only shows what others send")
+        if self._only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _files(self) -> Findings:
         home = self._settings.home
         if not os.path.isdir(home):
-            yield _warn("files", f"{home} is not there yet", "start or install makes it")
+            yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
             return
         about = os.stat(home)
         if about.st_uid != os.getuid():
@@ -8455,8 +8449,8 @@ class Doctor:
             yield _ok("files", f"{home} is for this user only")
         free = shutil.disk_usage(home).free
         if free < LOW_DISK_BYTES:
-            yield _warn("files", f"only {human_size(free)} are free on its disk", "make room")
-        if self._about is None:  # else its status has them
+            yield _warn("files", f"only {human_size(free)} are free on its disk", "free some space")
+        if self._about is None:  # else the monitor's status has them
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
@@ -8474,7 +8468,7 @@ class Doctor:
         if not os.path.exists(script):
             yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
         elif not os.path.exists(installed):
-            yield _fail("hook", f"the hook is not whole at {script}", _RUN_INSTALL)
+            yield _fail("hook", f"the hook at {script} is incomplete", _RUN_INSTALL)
         elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
             yield _ok("hook", script)
         else:
@@ -8484,7 +8478,7 @@ class Doctor:
             if time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
                 file.seek(max(0, os.path.getsize(path) - 4096))
                 last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-                yield _warn("hook", f"its last trouble: {last}", f"see {path}")
+                yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
         user = settings_path(None)
@@ -8495,11 +8489,11 @@ class Doctor:
         running, off = files_that_run(self._client_files)
         ours = [file.path for file in self._client_files if registered_commands([file])]
         if off and not registered_commands(running):
-            yield _fail("registered", off, "take that out, or ask this machine's administrator")
+            yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
             version = claude_version()
-            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), LEFT_OUT)}
+            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), OPTIONAL_EVENTS)}
             same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
             if same:
                 without, plan = same[0]
@@ -8526,12 +8520,12 @@ class Doctor:
         oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
         waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
         words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield _warn("spool", words, "they are delivered when what follows is in order")
+        yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about = self._settings["mode"], self._about
         if about is None and mode == "redis":
-            yield _ok("monitor", "not running on this machine, which only sends events then")
+            yield _ok("monitor", "not running: this machine only sends events")
             return
         if about is None:
             advice = "run: python3 contextuate_monitor.py start"
@@ -8582,7 +8576,7 @@ class Doctor:
             client = _in_time(lambda: emit_event.redis_client(values))
             _in_time(client.ping)
         except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            if not lacks_right(error):  # a user without the right to PING is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         self._client = client
@@ -8591,17 +8585,17 @@ class Doctor:
             before = time.time()
             seconds, micros = _in_time(client.time)
         except Exception:
-            return  # TIME is no right that anybody needs
+            return  # this user may not use TIME, and no part of the program needs it
         off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
-            yield _warn("clock", words, "let a time service set both")
+            yield _warn("clock", words, "set both clocks by a time service")
         else:
             yield _ok("clock", "this machine and Redis agree")
 
     def _rights(self) -> Findings:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
+        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
         client, channel = self._client, self._settings["redis.channel"]
         if client is None:
             return
@@ -8610,7 +8604,7 @@ class Doctor:
         if self._settings["redis.streamMaxLength"]:
             attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
         else:
-            yield _warn("stream", "off: a monitor that was away misses what happened meanwhile")
+            yield _warn("stream", "off: a monitor misses events sent while it does not run")
         for check, name, attempt in attempts:
             try:
                 _in_time(attempt)
@@ -8624,20 +8618,20 @@ class Doctor:
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
         if not state["running"]:
-            yield _ok("publisher", "none runs: it comes with the next event and leaves when it is quiet")
+            yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
         elif state.get("reason"):
             yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {heard}")
+            reached = f"the last to {state['subscribers']} subscribers"
+            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield _warn("publisher", f"refused: {state[name]}")
 
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
-        """Send an event as Claude Code would; return why that failed, or ""."""
+        """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
         done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        gone = first_choice_trouble(commands[0]) if commands else ""
+        trouble = command_trouble(commands[0]) if commands else ""
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -8645,27 +8639,27 @@ class Doctor:
         if done.returncode or done.stdout:
             return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
         if was_delivered(done.stderr):
-            if gone:
-                yield _warn("hook", f"{gone}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            if trouble:
+                yield _warn("hook", f"{trouble}: another Python 3 runs the hook instead", _RUN_INSTALL)
             return ""
         last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return gone or last or "the hook says nothing"
+        return trouble or last or "the hook says nothing"
 
     def _probe(self) -> Findings:
-        """Send one event as Claude Code would, and look for it at the other end."""
+        """Send one event through the hook, and wait until Redis and the monitor have it."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
         client, channel = self._client, self._settings["redis.channel"]
         about: Any = self._about
-        heard: Any = None
+        pubsub: Any = None
         if client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has named the cause
-                heard = _subscribe(client, channel)
+            with contextlib.suppress(Exception):  # `_rights` has reported the cause
+                pubsub = _subscribe(client, channel)
         trouble = ""
-        if not self._only_shows:
+        if not self._only_receives:
             trouble = yield from self._through_hook(token)
         elif client is None:
             trouble = "Redis does not answer"
-        else:  # there is no hook, so we publish it ourselves
+        else:  # there is no hook, so doctor publishes the event
             event = test_event(self._settings)
             event["data"]["message"] = token
             try:
@@ -8679,20 +8673,20 @@ class Doctor:
         if trouble:
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
-        if heard is not None and not _arrives(lambda: token in str(heard.get_message(timeout=1.0))):
-            yield _warn("probe", "the event is in Redis, but the channel brought it to no subscriber")
+        if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
+            yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
         where = "in Redis" if self._settings["mode"] == "redis" else "stored"
         if about is None:
             yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
-        elif _arrives(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
+        elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
             yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
         else:
-            advice = "look at `status` for what the monitor says of Redis"
+            advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a confirmed subscription of our own."""
+    """Return a new subscription once Redis has confirmed it; raise Overrun or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
@@ -8700,17 +8694,18 @@ def _subscribe(client: Any, channel: str) -> Any:
     return pubsub
 
 
-def _arrives(look: Callable[[], bool]) -> bool:
+def _is_soon(check: Callable[[], bool]) -> bool:
+    """True once `check()` is true, False if it is not within PROBE_DEADLINE_S."""
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
-        if look():
+        if check():
             return True
         time.sleep(0.05)
     return False
 
 
 def lacks_right(error: BaseException) -> bool:
-    """Return True if Redis refused a command to this user (redis-py's NoPermissionError)."""
+    """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
     return type(error).__name__ == "NoPermissionError"
 
 
@@ -9018,14 +9013,14 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was installed
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
-# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are never
-# repeated: of a session that has some, only earlier events are imported.
+# Lines of other files in, events out, marked `imported`; reads those files and does no other I/O.
+# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are not
+# repeated: of a session with such events, only earlier ones are imported.
 # A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# The transcripts of a session and its subagents, or an export (session id ""): files that are read together.
+# (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
 # Lines of the type `user` that no person typed.
 _NOT_TYPED = re.compile(
@@ -9044,8 +9039,8 @@ _NODE_ACTIONS = (
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
-    ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
-    was_edited = False  # what a person did with it here counts
+    ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
+    was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
     for stored in map(parse_stored, store.lines(session_id)):
         was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
@@ -9094,7 +9089,7 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
                 transcripts.setdefault(session_id, []).append(path)
             elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
                 exports.append(("", (path,)))  # other files of a directory are ignored
-    for files in of_node.values():  # as they came, then as the monitor keeps them, then what it adds
+    for files in of_node.values():  # received events, then the events of sessions, then their data
         files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
         exports.append(("", tuple(files)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
@@ -9149,9 +9144,10 @@ def import_batches(
     is_stored: Callable[[str], bool] = lambda _: False,
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events.
+    """Yield (session id, its events, bytes that were read for them).
 
-    What is not understood is added to `skipped`.
+    `is_stored(session id)`: whether events of a session are stored. Adds a message to `skipped` for each file
+    with unknown content.
     """
     skipped = [] if skipped is None else skipped
     seen: set[str] = set()
@@ -9159,7 +9155,7 @@ def import_batches(
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
-        found: set[str] = set()  # ids, and the sessions whose events say their tokens
+        found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
             reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
             files: dict[str, list[bytes]] = {}  # by agent id
@@ -9188,7 +9184,10 @@ def import_batches(
 
 
 class TranscriptReader:
-    """Turn a session's transcript, and those of its subagents, into the events that hooks would have sent."""
+    """Converts the transcripts of a session and its subagents to the events that hooks would have sent.
+
+    `seen`: shared by all readers of an import. `is_known(session id)`: whether another source has its lines.
+    """
 
     def __init__(
         self,
@@ -9199,7 +9198,7 @@ class TranscriptReader:
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
-        self._is_known = is_known  # a session that has its lines elsewhere
+        self._is_known = is_known
         self._is_fork = False  # it begins with lines of another session
         self._chain = ""  # of the client's own sums
         self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
@@ -9269,8 +9268,7 @@ class TranscriptReader:
         if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
             return
         content = message.get("content")
-        blocks = [{"text": content}] if isinstance(content, str) else content
-        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        blocks = emit_event.objects_in([{"text": content}] if isinstance(content, str) else content)
         agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
         yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
 
@@ -9293,8 +9291,8 @@ class TranscriptReader:
             data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
             content = block.get("content")
             if block.get("is_error") is True:
-                parts = content if isinstance(content, list) else [{"text": content}]
-                texts = (text_of(part.get("text")) for part in parts if isinstance(part, dict))
+                parts = emit_event.objects_in(content if isinstance(content, list) else [{"text": content}])
+                texts = (text_of(part.get("text")) for part in parts)
                 hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
             else:
                 whole = entry.get("toolUseResult") if len(results) == 1 else None
@@ -9325,7 +9323,7 @@ class TranscriptReader:
             yield from self._usage(entry, "stop")
 
     def _count(self, used: emit_event.MessageUsage) -> None:
-        """Count a message in the first session that has it; of its lines the largest numbers are true."""
+        """Count a message in the first session that has it, with the largest numbers of its lines."""
         if used.key in self._used:
             before = self._used[used.key].counts
             used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
@@ -9385,7 +9383,7 @@ def iso_time_ms(text: Any) -> int | None:
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
     """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
 
-    What is not understood is added to `skipped`.
+    Adds a message to `skipped` for lines, or a document, without events.
     """
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
@@ -9404,7 +9402,7 @@ def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
-    """Yield the events in a document, marked and with an id that is the same every time."""
+    """Yield the events in a document, marked as imported, each with an id that every import gives it."""
     if isinstance(value, list):
         for inner in value:
             yield from _events_in(inner)
@@ -9435,7 +9433,7 @@ def _is_node_session(value: Any) -> bool:
 
 
 def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
-    """Yield what a person did with a session of the Node.js monitor, and the tokens that it used."""
+    """Yield a person's actions on a session of the Node.js monitor, and its tokens, as events."""
     if isinstance(session.get("agentType"), str):
         return  # a subagent of another
     about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
@@ -9642,7 +9640,7 @@ def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
     try:
         settings = settings_of(args)
-    except ConfigError as error:  # no hindrance
+    except ConfigError as error:  # the monitor is found without it
         print_status(f"warning: {error}")
         home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
         settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
@@ -9654,13 +9652,13 @@ def command_stop(args: argparse.Namespace) -> int:
     path = settings["socketPath"]
     if lock_holder(path + ".lock") is not None:
         words = f"no monitor runs for {settings.home}, but another one uses {path}"
-        raise CommandError(words + way_to_end(path))
+        raise CommandError(words + stop_advice(path))
     print("not running")
     return 0
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
-    """Ask the running monitor to end, by a signal if it does not answer; raise CommandError if it goes on."""
+    """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
     try:
         ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
     except CommandError as error:
@@ -9799,7 +9797,7 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
-        print_status(f"{off}: take that out, or ask this machine's administrator")
+        print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
@@ -10184,7 +10182,8 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: (
         *_INSTALLING,
-        _option("--without", "leave this event out", action="append", choices=LEFT_OUT, metavar="EVENT"),
+        _option("--without", "leave this event out", action="append", metavar="EVENT",
+               choices=OPTIONAL_EVENTS),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
@@ -10245,7 +10244,10 @@ def prepare_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for a failure, 2 for an error of the command line."""
+    """Run one command; return the exit status: 1 for a failure, 2 for an unusable configuration.
+
+    An error of the command line ends the process with status 2.
+    """
     prepare_output()
     args = build_parser().parse_args(arguments)
     try:

@@ -6,23 +6,24 @@ It always exits with 0, writes nothing to standard output, and waits for the mon
 most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 
-With many machines (mode "redis") the event goes to the spool at once, and a publisher, one for each user,
-sends it to Redis: this same file, started by a hook that finds none running; it exits after 60 s of quiet.
+With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
+publisher is this same file, one process for each user: a hook starts it if none runs, and it exits when there
+was no event for 60 s.
 
 As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
 publisher.
 
 The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
-`contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
-which a short launcher imports from its bytecode, and this whole file beside it for the rare paths.
+`contextuate_monitor.py install` writes the text above the line "end of the hot path" to a module, which a
+short launcher imports from its bytecode, and this whole file beside it for the rare paths.
 This file can be registered itself; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
 # Hot path: what every hook call runs
 #
-# Knows: built-in and C modules only; importing os, json, socket or signal costs more than all it does.
-# Owns: the wrapped line, the way to the socket, the append to the spool.
+# Imports built-in and C modules only: os, json, socket or signal would take longer than all the rest of it.
+# Owns: the wrapped line, sending it to the socket, appending it to the spool.
 # ---------------------------------------------------------------------------
 
 import posix
@@ -31,11 +32,11 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
-TIMEOUTS_LIMIT = 3  # in a row; then no hook waits for the monitor for so long:
+TIMEOUTS_LIMIT = 3  # after so many in a row, hooks spool at once for TIMEOUTS_PAUSE_S
 TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
-LINE_LIMIT_BYTES = 16 << 20  # what the monitor takes as one line
-PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
+LINE_LIMIT_BYTES = 16 << 20  # the longest line that the monitor accepts
+PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
@@ -43,12 +44,12 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in
 
 
 def run_hook() -> None:
-    """Take one hook call from standard input to the monitor or the spool; end the process with status 0."""
+    """Send one payload from standard input to the monitor or the spool; exit with status 0."""
     notes: list[str] = []
     try:
         import _signal
 
-        # A hook of StopFailure gets SIGTERM 40 ms after its start (print mode).
+        # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -57,8 +58,8 @@ def run_hook() -> None:
         else:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
-    except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+    except BaseException as error:  # a hook that exits with an error may block Claude Code
+        reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
         try:
             whole().log_failure(reason)
@@ -73,15 +74,16 @@ def run_hook() -> None:
 
 
 def debugging() -> bool:
-    """True when CONTEXTUATE_DEBUG asks for notes on standard error."""
+    """True if CONTEXTUATE_DEBUG is set: the hook prints its notes on standard error."""
     return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
     """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
 
-    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows: old
-    clients send no newline, and other processes may hold the pipe open.
+    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
+    30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
+    payload beyond PAYLOAD_LIMIT_BYTES.
     """
     import select
 
@@ -112,7 +114,7 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
 
 def deliver(payload: bytes, notes: "list[str]") -> None:
-    """Send one payload the way the configuration says; append to `notes` what happened."""
+    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
@@ -136,10 +138,10 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner. A user
-    without any, as of `docker run -u 4242`, has our directory beside this file.
+    Another user's HOME, as after `sudo`, is not used: its owner could not write to files of root in it. For a
+    user without one, as of `docker run -u 4242`, our directory is beside this file.
     """
-    # An installed hook belongs to the directory that it is installed in.
+    # By default, an installed hook uses the directory in which it is installed.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
@@ -166,7 +168,7 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from the line of this very configuration file in hook.cache."""
+    """Return (mode, socket path), from the line for this version of the configuration file in hook.cache."""
     try:
         about = posix.stat(config_path)
     except OSError:
@@ -188,7 +190,7 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
 
 
 def machine_key(home: str) -> str:
-    """Return which machine this is: our directory's random id, in a container with its pid namespace."""
+    """Return this machine's key: the random id in our directory; in a container, with its pid namespace."""
     key = b""
     try:
         fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
@@ -201,7 +203,7 @@ def machine_key(home: str) -> str:
 
 
 def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
-    """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
+    """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
     "parentSessionId"?, "hook": <payload>}`
@@ -231,9 +233,9 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
     if b'"cwd"' not in payload:
         try:
             head += f',"cwd":{quote(posix.getcwd())}'
-        except OSError:  # it has been removed
+        except OSError:  # the directory has been removed
             pass
-    # In JSON a line end can only stand between tokens, so a space in its place changes nothing.
+    # In JSON, a line end occurs only between tokens, so a space can replace it.
     return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
@@ -258,9 +260,9 @@ def quote(text: str) -> str:
 
 
 def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
-    """Send `line` and return "" or why it is not stored; after three time-outs in a row not at all for 10 s.
+    """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
 
-    hook.timeouts has a byte for each time-out in a row, and the time of the last.
+    hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
     """
     path = home + "/hook.timeouts"
     try:
@@ -280,7 +282,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
             posix.close(fd)
         elif count:
             posix.unlink(path)
-    except OSError:  # it only saves time
+    except OSError:  # the file only saves time
         pass
     return outcome
 
@@ -322,14 +324,15 @@ def append_to_spool(directory: str, line: bytes) -> str:
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only if the locked file still has its name; the drainer renames a segment first and
     then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
-    stopped writer blocks no other. A new segment never has a name that exists: that file may still be unread.
-    A line begins with a newline of its own, so that one torn by a full disk or a kill spoils no other.
+    stopped writer blocks no other. A new segment never replaces a file, which may still be unread. A newline
+    precedes each line, so that a line torn by a full disk or a kill damages no other. Raises OSError or
+    ValueError if the line could not be written.
     """
     import fcntl
 
-    pass_over = False  # the newest segment, which is not ours
+    must_be_new = False  # the newest segment cannot be used
     for _ in range(1000):
-        path, is_new = current_segment(directory, pass_over)
+        path, is_new = current_segment(directory, must_be_new)
         flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
         try:
             fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
@@ -338,12 +341,12 @@ def append_to_spool(directory: str, line: bytes) -> str:
         except OSError:
             if is_new:
                 raise
-            pass_over = True
+            must_be_new = True
             continue
         try:
             about = posix.fstat(fd)
             if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
-                pass_over = True
+                must_be_new = True
                 continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if posix.stat(path).st_ino != about.st_ino:
@@ -359,11 +362,11 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool]":
-    """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
+def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
+    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing.
 
-    With `pass_over` it is always new. Segments are read in the order of their names, so a new one is named
-    later than all others, also when the clock was set back.
+    It is new if the newest one is full, a day old or taken by the drainer. Segments are read in the order of
+    their names, so the name of a new one is the last, even if the clock was set back.
     """
     now_ms = time.time_ns() // 1_000_000
     newest = ""
@@ -375,7 +378,7 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
         whole().make_spool(directory)
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
-    if newest.endswith(".jsonl") and not pass_over:
+    if newest.endswith(".jsonl") and not must_be_new:
         path = f"{directory}/{newest}"
         try:
             if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
@@ -387,10 +390,10 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return what was done, as text. After an append only.
+    """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
 
     The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
-    that no second hook can start another.
+    that no other hook can start a second one. Raises OSError.
     """
     import fcntl
 
@@ -427,7 +430,7 @@ def ensure_publisher(home: str) -> str:
 
 
 def publisher_python(home: str) -> str:
-    """Return the interpreter that `install` or `start` found to have redis-py; without one the hook's own."""
+    """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
     try:
         fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
     except OSError:
@@ -440,7 +443,7 @@ def publisher_python(home: str) -> str:
 
 
 def whole() -> "Any":
-    """Import this whole file, for what is too rare to be compiled at every call."""
+    """Return this whole file as a module, for functions too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
     if sys.path[:1] != [here]:
         sys.path.insert(0, here)
@@ -516,7 +519,7 @@ def now_ms() -> int:
 
 
 def is_number(value: Any) -> bool:
-    """True for a number in JSON; for Python, true and false are numbers too."""
+    """True for a number in JSON; Python's bool is an int, too."""
     return type(value) in (int, float)
 
 
@@ -525,8 +528,13 @@ def is_integer(value: Any) -> bool:
     return type(value) is int
 
 
+def objects_in(value: Any) -> "list[JsonObject]":
+    """Return the objects in a JSON list; [] for a value that is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; raise OSError where something else has that name."""
+    """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     about = os.lstat(path)
     if not os.path.isdir(path) or about.st_uid != os.getuid():
@@ -536,7 +544,7 @@ def make_private_directory(path: str) -> None:
 
 
 def make_spool(path: str) -> None:
-    """Make the directory of the spool; set aside anything else of that name."""
+    """Make the directory of the spool; rename anything else that has its name (`set_aside`)."""
     try:
         make_private_directory(path)
     except (PermissionError, FileExistsError):
@@ -545,9 +553,9 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of our own to `….foreign`, which `doctor` lists.
+    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
 
-    Raises PermissionError outside of this user's directories.
+    Raises PermissionError in another user's directory.
     """
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
@@ -578,7 +586,7 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 
 def open_for_append(path: str, _flags: int = 0) -> int:
-    """Open a private file to append to, made when there is none; `open` takes this as its opener."""
+    """Open a private file to append to, and make it if it is missing; also as opener of `open`."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
         return open_own(path, flags)
@@ -590,7 +598,7 @@ def open_for_append(path: str, _flags: int = 0) -> int:
 
 
 def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
-    """Append to a file that is renamed to `….1` once it is beyond its limit."""
+    """Append to a file; rename it to `….1` first if it is larger than the limit. Raises OSError."""
     if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
         os.replace(path, path + ".1")
     with os.fdopen(open_for_append(path), "wb") as file:
@@ -615,11 +623,11 @@ PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message names file, key and what was expected."""
+    """A configuration that cannot be used; the message contains file, key and the expected value."""
 
 
 class Key(NamedTuple):
-    """One configuration key: its default, a check, and its description."""
+    """One configuration key: its default, a description of its values, and a check."""
 
     default: Any
     expected: str
@@ -830,11 +838,10 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
+    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
 
-    `key`: the configuration file's device, inode, size and time, which a container may see otherwise. The
-    cache has a line "KEY MODE SOCKET" for each.
-    An unusable configuration means defaults: the monitor reports it.
+    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
+    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
     """
     try:
         values = load_config(config_path)[0]
@@ -845,7 +852,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
         path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
-        with contextlib.suppress(OSError):  # it only saves time
+        with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
                 lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
@@ -854,7 +861,7 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
 
 
 def make_machine_key(home: str) -> str:
-    """Return the random id in our directory; make it unless another process has; "" where that fails."""
+    """Return the random id in our directory, and make it if there is none; "" if that fails."""
     path = home + "/machine-key"
     with contextlib.suppress(OSError):
         make_private_directory(home)
@@ -906,7 +913,7 @@ _PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAME
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
 _IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
-# Payload field in camel case, as VS Code's agent and others write some → as Claude Code does.
+# Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
     for field in (
@@ -1034,7 +1041,7 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
 
 
 def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
-    """Give names of ours to what the Node.js Contextuate emitter says of a subagent and of tokens."""
+    """Rename the Node.js Contextuate emitter's fields for subagents and tokens to ours."""
     subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
     is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
     if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
@@ -1070,7 +1077,7 @@ def _event(
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
-    """Put a value into `data` under its name, or one like it where the name is taken."""
+    """Put a value into `data` under its name; append `_` to a name that is in use."""
     while name in data:
         name += "_"
     data[name] = value
@@ -1113,19 +1120,19 @@ def this_machine() -> str:
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut, before an event is stored or sent on
 #
-# Knows: what secrets look like. Best effort: a secret of an unknown shape stays.
+# Knows: the shapes of secrets. Best effort: a secret of an unknown shape is not found.
 # ---------------------------------------------------------------------------
 
 
 class SecretShape(NamedTuple):
-    """One kind of secret: without `hint` in the text there is none, which is quickly seen.
+    """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
-    behind a run of unbounded length that may overlap with the next one: time would grow with the square of
-    the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
-    that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
-    lower case. `is_secret` looks at what is around a value, where the shape alone says too little. A token's
-    pattern says what follows its hint, which is in its own case and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
+    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
+    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
+    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
+    matched in its own case, and not in the middle of a word.
     """
 
     kind: str
@@ -1134,13 +1141,13 @@ class SecretShape(NamedTuple):
     folded: bool = False
     is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
     is_token: bool = False
-    rank: int = 0  # of two shapes of one place the first names it
+    rank: int = 0  # of two shapes at one place, the one with the lower rank gives the kind
 
 
-# Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
+# Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
 
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
+_NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
 _NEUTRAL_WORDS = frozenset(
     "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
@@ -1169,7 +1176,7 @@ _OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".sp
 
 @functools.lru_cache(maxsize=4096)
 def _name_class(name: str) -> str:
-    """Return "password" or "secret" for the name of one, "weak" where the value decides, else ""."""
+    """Return "password" or "secret" for the name of one, "weak" if the value decides, else ""."""
     words = [word.lower() for word in _NAME_WORD.findall(name[-200:].replace("\u212a", "k"))]
     while len(words) > 1 and (words[-1] in _NEUTRAL_WORDS or words[-1].isdigit()):
         words.pop()
@@ -1187,9 +1194,9 @@ def _name_class(name: str) -> str:
     return "weak" if last == "auth" else ""
 
 
-# Values: what stands where a secret could stand, and is none.
+# Values that are no secrets.
 
-# It only says where the secret is.
+# A reference to a secret.
 _REFERS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
     r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
@@ -1210,7 +1217,7 @@ _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
 _RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
 _LINE_START = re.compile(r"(?:\S+:\d+:)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
-# What stands before NAME VALUE and makes it an assignment: an option, netrc, fish, Docker, C, aws configure.
+# What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
     r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
@@ -1231,7 +1238,7 @@ def _is_login_in_base64(value: str) -> bool:
 
 
 def _is_weak_secret(name: str, value: str) -> bool:
-    """True if the value looks like a secret, under a name that alone does not say so."""
+    """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if _is_login_in_base64(value):
         return True
     if name.lower().endswith("pass"):
@@ -1240,7 +1247,7 @@ def _is_weak_secret(name: str, value: str) -> bool:
 
 
 def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
-    """True if a name with a value behind it gives a secret away and is no code."""
+    """True if a name that is followed by a value contains a secret, and is no code."""
     text, start, group = view.text, match.start(), str(match.lastgroup)
     head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
     name = (head + text[start : match.end("tail")]).strip(".-")
@@ -1302,7 +1309,7 @@ def _is_bare_secret(
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
     is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
     is_word = bool(_IDENTIFIER.match(value))
-    if operator == "=":  # `f(token=name, …)`: code; in capitals it is a shell's variable, whatever follows
+    if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         if is_constant:
             return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
         if len(value) < 6:
@@ -1329,7 +1336,7 @@ def _is_bare_secret(
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    """True if a value of `authorization` is one, and not code that makes it or prose on it."""
+    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
@@ -1350,7 +1357,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 _QUOTE = r"[\"'`]"
 # What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
 # as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
-# behind a space. Only so much of the value as it takes to decide: _REST has the rest.
+# behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
@@ -1509,8 +1516,8 @@ _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, a
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
-UNSEEN_MARGIN = 4096  # characters, redacted with what is shown: a secret across a cut leaves no half behind
+CUT_WORDS_BYTES = 80  # room for the text that replaces what was cut
+UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
 
 # Hints have these parts in common: a text without the part is not searched for each of them. A part of one
 # rare letter is found or missed in a fifth of the time.
@@ -1541,13 +1548,13 @@ for _first in "AE":
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
-    """True if any value of that name is a secret, or that one is."""
+    """True if every value of that name is a secret, or this `value` is."""
     kind = _name_class(name)
     return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
 
 
 def _name_of(name: str, beside: "dict[str, Any]") -> str:
-    """Return under which name a value stands: `{"name": "DB_PASSWORD", "value": "…"}` says it beside."""
+    """Return the name of a value; in `{"name": "DB_PASSWORD", "value": "…"}` it is the other field."""
     named = beside.get("name", beside.get("key")) if name == "value" else None
     return named if isinstance(named, str) else name
 
@@ -1557,7 +1564,7 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
-# Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
+# Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
 _ESCAPES = (
     ("\x1b", re.compile(
@@ -1575,15 +1582,15 @@ _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
-    """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
 
-    `colours` stand where one begins or ends: nothing joins the pieces of a word that `grep` has marked, a
-    space keeps two words apart.
+    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
+    separates two words.
     """
 
     def __init__(self, raw: str, colours: str = "") -> None:
         self.coloured = False
-        # For every escape its place in the view, in the raw text, its width there; and the same after it.
+        # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
         found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
         pieces: list[str] = []
@@ -1611,14 +1618,14 @@ class _View:
         return _folded_text(self.text)
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
-        """Return where in the raw text a piece of the view stands."""
+        """Return (start, end) in the raw text of a piece of the view."""
         first, last = (
             self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
         )
         return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
-        """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
+        """Return the end of a text in quotes: a quote no more escaped than the opening one, or a line end."""
         level, end = self._width(opening), len(self.text)
         for sign, most in ((self.text[opening], level), ("\n", 1)):
             at = self.text.find(sign, opening + 1, end)
@@ -1635,8 +1642,8 @@ class _View:
 def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
-    so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
+    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
+    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
     """
     for _ in range(REDACTION_ROUNDS):
         if shapes is None:
@@ -1649,7 +1656,7 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # only a token asks for a beginning of its own
+        if view.coloured:  # only a token must begin a word
             found.update(_secrets_in(_View(text, " "), [shape for shape in shapes if shape.is_token]))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
@@ -1680,11 +1687,11 @@ def _folded_text(text: str) -> str:
 
 
 def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
-    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
+    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
         for part, shapes in by_part.items():
-            # The mode bypassPermissions stands in many events.
+            # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
     hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
@@ -1725,7 +1732,7 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
 
 
 class Privacy(NamedTuple):
-    """What may leave: `redact` replaces secrets, `metadata_only` drops content, longer strings are cut."""
+    """What may be stored or sent: `redact` replaces secrets, `metadata_only` omits content; texts are cut."""
 
     redact: bool = True
     metadata_only: bool = False
@@ -1745,9 +1752,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
     shapes: list[SecretShape] = []
     if privacy.redact:
-        # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
-        # texts. No hint has a character that JSON must escape.
-        is_ours = event.keys() <= _EVENT_FIELDS  # then nothing is taken out of fields beside `data`
+        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
+        # a character that JSON must escape.
+        is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
         searched = text[text.find('"data":') :] if is_ours else text
         if "\\u001b[" in searched:
             searched = _COLOURS_IN_JSON.sub("", searched)
@@ -1763,9 +1770,9 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
 
 def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
-    """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
+    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
 
-    All texts are searched together, as lines of one: what matches in a text matches there too.
+    All texts are searched together, as lines of one text: what matches in one of them matches there too.
     """
     texts: list[str] = []
     level: list[Any] = [value]
@@ -1796,7 +1803,7 @@ def _protect_each_value(
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
-            data.pop("reason", None)  # of a denial it is prose
+            data.pop("reason", None)  # the reason of a denial is prose
     protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
@@ -1805,14 +1812,14 @@ def _protect_each_value(
             event[name] = protector.value(event[name], name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
-        earlier = data.get("truncated")  # what the hook has cut already keeps its first size
+        earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
         data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event, encode_json(event)
 
 
 def _metadata_of(data: JsonObject) -> JsonObject:
-    """Return what `data` says besides content: single values under known names, and figures."""
+    """Return the metadata in `data`: single values under known names, and numbers in known objects."""
     kept = {}
     for name, value in data.items():
         if name in _METADATA_OBJECTS:
@@ -1823,7 +1830,7 @@ def _metadata_of(data: JsonObject) -> JsonObject:
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
+    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
         names = filter(_ID_LIKE.fullmatch, value)
         figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
@@ -1834,9 +1841,9 @@ def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
 
 
 class _Protector:
-    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes.
+    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
 
-    `shapes` are those that may be anywhere in the object; None when it was not looked through.
+    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
     """
 
     def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
@@ -1845,7 +1852,7 @@ class _Protector:
         self._shapes = shapes if privacy.redact else []
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
-        """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
+        """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
         if isinstance(value, str):
             return self._text(value, key, path)
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
@@ -1875,21 +1882,21 @@ class _Protector:
         if size <= limit:
             return self._clean(text)
         self.cuts[path] = size
-        # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+        # The result with the text in its middle is within the limit, so that it is not cut again.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # The margin never shows, however much shorter what was redacted before it has become.
+        # The margin is removed even if redaction has made the text before it shorter.
         unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
         head, tail = self._clean(text[: half + UNSEEN_MARGIN]), self._clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
-        # No half of a character is left either.
+        # Remove half a character at the cuts.
         head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
         tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
 def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
-    """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
+    """Return the beginning of a malformed line for a log: without secrets; "" at level `metadata`."""
     if privacy.metadata_only:
         return ""
     text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
@@ -1898,9 +1905,9 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Cut the fields of one wrapped payload so that the line fits what a monitor takes.
+    """Cut the fields of one wrapped payload so that the line is within LINE_LIMIT_BYTES; raise ValueError.
 
-    Redacts before it cuts, unless the configuration says otherwise: no half of a secret may be left over.
+    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
     """
     wrapped = parse_event_line(line)
     try:
@@ -1911,7 +1918,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
         protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit))
         hook = protector.value(wrapped["hook"], "", "")
-        truncated = {}  # as the fields are called in `data`
+        truncated = {}  # by the names in `data`
         for path, size in protector.cuts.items():
             field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
             truncated[DATA_NAMES.get(_CAMEL_CASE.get(field, field), field) + rest] = size
@@ -1923,7 +1930,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log, without the secrets in it."""
+    """Add one line to emit.log, redacted."""
     write_log(redact_text(reason))
 
 
@@ -1933,9 +1940,9 @@ def log_failure(reason: str) -> None:
 # TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
-# What the client's own sums (`cost-state`) have beyond the lines, such as /compact, is added to them.
+# Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
-# AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
+# AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
@@ -1945,8 +1952,8 @@ TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
 COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
-USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
-USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
+USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
+USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
@@ -1958,7 +1965,7 @@ _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInp
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
-AGENT_NOTE_ATTEMPTS = 10  # it is there from the first tool call on; old clients make none
+AGENT_NOTE_ATTEMPTS = 10  # the note exists from the first tool call on; old clients write none
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -1993,7 +2000,7 @@ class MessageUsage(NamedTuple):
     agent_id: str
     model: str
     counts: Counts
-    session_id: str = ""  # as the line says; a fork begins with lines of another session
+    session_id: str = ""  # the one in the line; a fork begins with lines of another session
 
 
 class CostState(NamedTuple):
@@ -2070,8 +2077,7 @@ class TranscriptParser:
         key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
-        parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
-        beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
+        beside = (part for part in objects_in(usage.get("iterations")) if part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
@@ -2079,12 +2085,12 @@ class TranscriptParser:
 
 
 def id_or(value: Any, otherwise: str) -> str:
-    """Return a value that can be an id, without half of a surrogate pair, else the other."""
+    """Return `value` without lone surrogates if it can be an id, else `otherwise`."""
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
 
 
 def _counts_of(usage: Any, names: "list[str]") -> Counts:
-    """Return the tokens under these names; what is no number of tokens is 0."""
+    """Return the numbers of tokens under these names; 0 for anything else."""
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
@@ -2094,14 +2100,14 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
 
 
 class UsageReader:
-    """Read transcripts; make events of their own with what the sessions have used whose transcripts are here.
+    """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
+    The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
     agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
 
-    For one thread. Stops early, without a result, once `stopping` is set, and continues there the next time.
-    SQLite's own lock keeps a second process out.
+    For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
+    SQLite's lock excludes a second process.
     """
 
     def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
@@ -2111,14 +2117,14 @@ class UsageReader:
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
 
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
+        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
         data, session_id = event["data"], event["sessionId"]
         if event["hookType"] not in USAGE_HOOKS:
             return None
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
-        except Exception as error:  # whatever is wrong with a transcript, it costs the usage only
+        except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
             return None
         key = hash(encode_json(usage))
@@ -2168,7 +2174,7 @@ class UsageReader:
         with self._open() as database:
             is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
             if not is_known and not any(os.path.isfile(path) for path, _ in files):
-                return None  # a session of a file system that is not here leaves no trace
+                return None  # the session's file system is not here
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
@@ -2235,10 +2241,10 @@ class UsageReader:
 
 
 class UsageWorker:
-    """Read transcripts in a thread of its own, so that no event waits for them, and deliver usage events.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
 
-    `put` belongs to the thread that stores events; `deliver` is called from ours and must not raise. What is
-    pending at the end is read at the next event of its session.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
+    is pending at the end is read after its next event.
     """
 
     def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
@@ -2257,7 +2263,7 @@ class UsageWorker:
             return any(due == 0 for due, _ in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Have the transcripts read that an event names: at the end of something now, else once it is quiet.
+        """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
@@ -2278,7 +2284,7 @@ class UsageWorker:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread looks soon enough by itself
+            if is_end or is_first:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2388,10 +2394,10 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 class AgentNoteReader:
-    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+    """Adds `data.agentMeta` to the first event of a subagent for which the client's note on it exists.
 
-    `agentMeta` holds the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the launching agent's name of
-    it. The note exists from the first tool call on; only it names the parent of a nested agent.
+    `agentMeta` has the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the description by the agent
+    that launched it. The note exists from the first tool call on; only it names a nested agent's parent.
     """
 
     def __init__(self) -> None:
@@ -2402,7 +2408,7 @@ class AgentNoteReader:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        noted = self._noted.get(key, 0)  # if by the same event, that was not stored before
+        noted = self._noted.get(key, 0)  # the same event comes again if it could not be stored
         is_noted = noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS
         if is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
@@ -2430,15 +2436,15 @@ class AgentNoteReader:
 
 
 # ---------------------------------------------------------------------------
-# Registry: what the client says of itself
+# Registry: what the client reports of itself
 #
-# Claude Code keeps a file for each of its processes, `sessions/<pid>.json` in its configuration directory, on
-# what it does now. Hooks are silent when a person acts (Esc, "No", an answer); these files are not. They are
+# Claude Code writes the current status of each of its processes to `sessions/<pid>.json` in its configuration
+# directory. These files also show what a person does (Esc, "No", an answer), which fires no hook. They are
 # not documented, and written in place, so a reader may see half of one.
 # ---------------------------------------------------------------------------
 
 REGISTRY_POLL_S = 0.3
-REGISTRY_REST_S = 5.0  # between two looks while no client runs
+REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_FILE_LIMIT_BYTES = 64 << 10
 REGISTRY_FILES_LIMIT = 256
 REGISTRY_DIRECTORIES_LIMIT = 32
@@ -2449,7 +2455,7 @@ CLIENT_EXITED = "exited"  # the status of a client whose process has ended
 
 
 class ClientRecord(NamedTuple):
-    """What one client says of itself."""
+    """The content of one client's file."""
 
     pid: int
     started: str  # when its process started, as in /proc/<pid>/stat
@@ -2463,7 +2469,7 @@ _ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoi
 
 
 def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
-    """Parse a client's file; None for half a file, or one of another process or form."""
+    """Parse a client's file; None for half a file, another process's file, or an unknown form."""
     try:
         fields = parse_event_line(content)
     except MalformedEvent:
@@ -2495,7 +2501,7 @@ def is_running_since(pid: int, started: str) -> bool:
 
 
 class _Client:
-    """A client that runs: what it says, and what has been reported of it."""
+    """A client that runs: its record, and the record that was reported last."""
 
     def __init__(self, record: ClientRecord, first_ms: int, is_next: bool) -> None:
         self.record = record
@@ -2505,22 +2511,22 @@ class _Client:
 
 
 class RegistryWatcher:
-    """Make `client_status` events of what the clients of this user on this machine say of themselves.
+    """Makes `client_status` events from the files of this user's clients on this machine.
 
-    Only clients whose process runs here are believed. An event has the same id whichever process makes it, so
-    neither a restart nor a second watcher repeats one.
+    Files of processes that do not run here are ignored. An event's id is derived from its content, so that
+    events made again after a restart, or by a second watcher, are duplicates.
     """
 
     def __init__(self, machine_key: str) -> None:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        # Path → (the file's state when it was read, its content), and the client while its process runs
+        # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
         self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
-        self._clients: dict[str, _Client] = {}
+        self._clients: dict[str, _Client] = {}  # path → the client, while its process runs
 
     def learn(self, event: JsonObject) -> None:
-        """Watch the configuration directory of a session on this machine, too."""
+        """Watch the client's configuration directory that an event's transcript is in, too."""
         directory, below, _ = str(event["data"].get("transcriptPath")).partition("/projects/")
         if below and directory.startswith("/") and len(self._directories) < REGISTRY_DIRECTORIES_LIMIT:
             self._directories[directory] = None
@@ -2536,7 +2542,7 @@ class RegistryWatcher:
         return any(client.record.about.get("status", "idle") != "idle" for client in self._clients.values())
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
-        """Look at the files; return the events of what has changed."""
+        """Read the files that have changed; return the events for changes. `time_ms`: now."""
         self._read_files()
         for path, (_, record) in self._files.items():
             client = self._clients.get(path)
@@ -2613,7 +2619,7 @@ QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
-    """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
+    """Delete segments, oldest first, until the spool is within 64 MiB and 7 days; log their events."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
     for path, size in segments:
@@ -2633,7 +2639,7 @@ def drop_old_segments(directory: str) -> None:
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """List segments as (path, bytes), oldest first; of one name the .taken one comes first."""
+    """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
     segments = []
     with contextlib.suppress(FileNotFoundError):  # of the directory
         names = os.listdir(directory)
@@ -2655,8 +2661,8 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError, to try again later, while a writer still has it open, or while an older one of the
-    same name (of a hook of an older version) is not drained.
+    Raises BlockingIOError, to try again later, while a writer has it locked, or while an older segment with
+    the same name (by a hook of an older version) is not drained; OSError if it cannot be read.
     """
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
@@ -2686,7 +2692,7 @@ def take_dropped(directory: str) -> "tuple[int, int]":
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
-    """Keep the beginning of a line that is not one JSON object. Raises OSError."""
+    """Append the beginning of a line that is no event to the quarantine file. Raises OSError."""
     record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
     record["head"] = shown_head(line, QUARANTINED_HEAD_BYTES, privacy)
     append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
@@ -2696,14 +2702,14 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # Redis publisher: from the spool to Redis
 #
 # Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
-# redis-py's timeouts apply to each recv and not to DNS, so that a server that drips bytes would block it for
-# ever: each exchange runs in a thread that is abandoned at its deadline.
+# redis-py's timeouts apply to each recv, and not to DNS, so a server that sends single bytes could block it.
+# Therefore each exchange runs in a thread that is abandoned at its deadline.
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to
+PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter in which a publisher has continued
 BUSY_S = 2.0  # after an event
-BUSY_POLL_S = 0.005  # between two looks at the spool
+BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
 SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
@@ -2910,7 +2916,7 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
-    """Return what a configuration lets out."""
+    """Return the privacy settings of a configuration."""
     metadata_only = values["privacy.level"] == "metadata"
     return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
 
@@ -3023,7 +3029,7 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; while it is unusable the last one stays in force."""
+        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -3070,7 +3076,7 @@ class Publisher:
     def _open_segment(self) -> None:
         """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
 
-        One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
+        Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
         segments = [path for path, _ in spool_segments(self._spool)]
         for path in segments:
@@ -3096,7 +3102,7 @@ class Publisher:
             return
 
     def _read_line(self, line: bytes) -> None:
-        """Add the event of one line to the batch; a line that has none goes to the quarantine."""
+        """Add the event of one line to the batch; append a line without one to the quarantine."""
         privacy = privacy_of(self._values)
         try:
             self._add(parse_event_line(line))
@@ -3113,7 +3119,7 @@ class Publisher:
     # Sending
 
     def _publish(self) -> None:
-        """Send the batch once; after a failure only its first event, to see whether it is over."""
+        """Send the batch once; after a failure only its first event, as a test."""
         batch = self._batch[: 1 if self._failures else None]
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
@@ -3140,7 +3146,7 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep events that did not arrive: not in the stream or, without one, no subscriber got them.
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
 
         A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
         """
@@ -3184,7 +3190,7 @@ class Publisher:
         return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
 
     def _send_again(self) -> None:
-        """Put the events of the last seconds before the batch: their server may have been replaced."""
+        """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
         self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
         self._sent.clear()
 
@@ -3200,7 +3206,7 @@ class Publisher:
             self.stopping = True
 
     def _change_interpreter(self) -> None:
-        """Continue in the interpreter that `install` has recorded meanwhile, with the same lock."""
+        """Continue in the interpreter that `install` has recorded since the start, with the same lock."""
         python = publisher_python(self._home)
         if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
             return
@@ -3242,7 +3248,7 @@ class Publisher:
 
 
 def publisher_file(home: str) -> JsonObject:
-    """Return what publisher.json holds; {} when there is none."""
+    """Return the object in publisher.json; {} if it is missing or unreadable."""
     try:
         with open(home + "/publisher.json", "rb", opener=open_own) as file:
             return parse_event_line(file.read(1 << 20))
@@ -3253,7 +3259,7 @@ def publisher_file(home: str) -> JsonObject:
 def publisher_outcome(home: str, line: bytes) -> "list[str]":
     """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
 
-    Claude Code waits, too, so not for long; CONTEXTUATE_DEBUG=wait is for a person who tests the hook.
+    Claude Code waits for the hook, so at most 0.6 s; 5 s with CONTEXTUATE_DEBUG=wait, for tests by hand.
     """
     event = parse_event_line(line)
     wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
