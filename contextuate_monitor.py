@@ -6368,7 +6368,7 @@ class RegistryThread:
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
         self._watcher.learn(event)
-        if "pid" in event and not self._watcher.has_clients:
+        if "pid" in event and not self._watcher.clients:
             self._wake.set()
 
     def close(self) -> None:
@@ -6385,7 +6385,7 @@ class RegistryThread:
                     self._deliver(event)
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
-            if not self._watcher.has_clients:
+            if not self._watcher.clients:
                 self._wake.wait(emit_event.REGISTRY_REST_S)
             self._wake.clear()
 

@@ -174,30 +174,28 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     except OSError:
         return "local", DEFAULT_SOCKET_PATH
     key = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
-    try:
-        fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-        try:
-            lines = b"\n" + posix.read(fd, 8192)
-        finally:
-            posix.close(fd)
-        found, is_whole, _ = lines.partition(f"\n{key} ".encode())[2].partition(b"\n")
-        if found and is_whole:
-            mode, _, socket_path = found.decode("utf-8", "surrogateescape").partition(" ")
-            return mode, socket_path
-    except OSError:
-        pass
+    lines = b"\n" + read_small(home + "/hook.cache")
+    found, is_whole, _ = lines.partition(f"\n{key} ".encode())[2].partition(b"\n")
+    if found and is_whole:
+        mode, _, socket_path = found.decode("utf-8", "surrogateescape").partition(" ")
+        return mode, socket_path
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
+
+
+def read_small(path: str) -> bytes:
+    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+    try:
+        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
+        content = posix.read(fd, 8192)
+        posix.close(fd)
+        return content
+    except OSError:
+        return b""
 
 
 def machine_key(home: str) -> str:
     """Return this machine's key: the random id in our directory; in a container, with its pid namespace."""
-    key = b""
-    try:
-        fd = posix.open(home + "/machine-key", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-        key = posix.read(fd, 64).strip()
-        posix.close(fd)
-    except OSError:
-        pass
+    key = read_small(home + "/machine-key").strip()
     name, namespace = key.decode() if key.isalnum() else whole().make_machine_key(home), pid_namespace()
     return f"{name}/{namespace}" if name and namespace else name
 
@@ -431,15 +429,9 @@ def ensure_publisher(home: str) -> str:
 
 def publisher_python(home: str) -> str:
     """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
-    try:
-        fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-    except OSError:
-        return sys.executable
-    try:
-        python = posix.read(fd, 4096).decode("utf-8", "surrogateescape").partition("\n")[0]
-        return python if posix.access(python, posix.X_OK) else sys.executable  # an upgrade removed it
-    finally:
-        posix.close(fd)
+    recorded = read_small(home + "/hooks/publisher-python").decode("utf-8", "surrogateescape")
+    python = recorded.partition("\n")[0]
+    return python if posix.access(python, posix.X_OK) else sys.executable  # none, or an upgrade removed it
 
 
 def whole() -> "Any":
@@ -2485,19 +2477,15 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
 
 
 def is_running_since(pid: int, started: str) -> bool:
-    """True if the process with this id is the one that started then; without /proc, if there is one."""
-    try:
+    """True if the process with this id is the one that started then; outside of Linux, if there is one."""
+    with contextlib.suppress(OSError, IndexError, OverflowError):
+        if sys.platform != "linux":
+            os.kill(pid, 0)
+            return True
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read(4096).rpartition(b")")[2].split()  # from field 3 on; 22 is the start time
-        return len(fields) > 19 and fields[0] not in (b"Z", b"X") and fields[19].decode() == started
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return False
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError):
-        return False
-    return True
+        return fields[0] not in (b"Z", b"X") and fields[19].decode() == started
+    return False
 
 
 class _Client:
@@ -2523,7 +2511,7 @@ class RegistryWatcher:
         self._directories: dict[str, None] = {configured: None}
         # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
         self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
-        self._clients: dict[str, _Client] = {}  # path → the client, while its process runs
+        self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2532,30 +2520,25 @@ class RegistryWatcher:
             self._directories[directory] = None
 
     @property
-    def has_clients(self) -> bool:
-        """True while a client runs."""
-        return bool(self._clients)
-
-    @property
     def is_busy(self) -> bool:
         """True while a client does something or waits for a person."""
-        return any(client.record.about.get("status", "idle") != "idle" for client in self._clients.values())
+        return any(client.record.about.get("status", "idle") != "idle" for client in self.clients.values())
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
         self._read_files()
         for path, (_, record) in self._files.items():
-            client = self._clients.get(path)
+            client = self.clients.get(path)
             if client and record and client.record.session_id == record.session_id:
                 client.record = record
             elif record and is_running_since(record.pid, record.started):
-                self._clients[path] = _Client(record, time_ms, is_next=client is not None)
+                self.clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
-        for path, client in list(self._clients.items()):
+        for path, client in list(self.clients.items()):
             record, reported = client.record, client.reported
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
             if not is_running_since(record.pid, record.started):
-                del self._clients[path]
+                del self.clients[path]
                 if reported:
                     events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
             elif not reported and time_ms - client.first_ms >= FIRST_STATUS_MS:
