@@ -2189,7 +2189,7 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         )
         if kind == "dialog" or not calls:
             is_named = waits_for not in ("", "dialog open")
-            detail = waits_for if is_named else "a dialog is open in the terminal"
+            detail = waits_for if is_named else "A dialog is open in the terminal"
             session.waits.append(Reason(kind, None, detail, at, by_client=True))
         else:
             call = calls[-1]
