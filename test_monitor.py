@@ -4866,7 +4866,7 @@ def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], mo
     for machine, count in waiting.items():
         turns.add(*lines_of(machine, count))
     rounds = []
-    while turns:
+    while turns.waiting:
         rounds.append([number for _, number in turns.take()])
     assert (rounds, turns.size, turns.take()) == (taken, 0, [])
 
