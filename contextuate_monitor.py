@@ -3942,7 +3942,7 @@ class History:
 
     def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
         """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
-        if session_id is None and before is not None and self._state == "ready":
+        if session_id is None and before and self._state == "ready":
             with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
                 lines = indexed_lines(db, self._journal, SearchQuery(before=before))
                 return list(itertools.islice(lines, count))

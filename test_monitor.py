@@ -4816,7 +4816,8 @@ def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() 
     with protocol_inside() as inside, ours, theirs:
 
         def in_one_turn() -> None:
-            inside._arrivals.append((STOP, ours))
+            inside._hooks.waiting[ours] = 1
+            inside._arrivals.add((STOP, ours))
             inside.status.encoded()
 
         inside.loop.call(in_one_turn)
@@ -7509,7 +7510,7 @@ def test_a_note_is_looked_for_at_the_first_ten_events_of_an_agent(
     tmp_path: Any, attempts: int, expected: bool
 ) -> None:
     mine = next(each for each in usage_copied("subagent", tmp_path) if "agent_id" in each)
-    reader, folder = ee.AgentNoteReader(USAGE_MACHINE), f"{tmp_path}/subagent"
+    reader, folder = ee.AgentNoteReader(), f"{tmp_path}/subagent"
     os.rename(folder, folder + ".away")
     for _ in range(attempts):
         reader.add_note(ee.build_event(mine, NOW_MS, USAGE_MACHINE))
@@ -7520,7 +7521,7 @@ def test_a_note_is_looked_for_at_the_first_ten_events_of_an_agent(
 
 
 def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
-    worker, woken = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, lambda event: None), []
+    worker, woken = ee.UsageWorker(str(tmp_path), lambda event: None), []
     really_notify = worker._wake.notify
     worker._wake.notify = lambda: (woken.append(hook), really_notify())  # type: ignore[assignment]
     for hook in ("PreToolUse", "PostToolUse", "PreToolUse", "Stop"):
@@ -10739,6 +10740,7 @@ HOOK_VERBS = {
     "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"),
 }  # fmt: skip
 STORY_WHO = r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?"
+STORY_NUMBERS = itertools.count()  # make each event its own, however soon another test tells the same story
 STORY_STEP = re.compile(STORY_WHO + r"(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL)
 
 
@@ -10753,7 +10755,8 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
     for step in re.split(r"; +", story.strip()):
         second, who, agent, verb, words, took, said = STORY_STEP.fullmatch(step).groups()
         if verb == "play":
-            made += [{**event, "session_id": who or session} for event in recorded(words)]
+            about = {"session_id": who or session, "story": next(STORY_NUMBERS)}
+            made += [{**event, **about} for event in recorded(words)]
             continue
         hook, field = HOOK_VERBS[verb]
         about: dict[str, Any] = {field: said if verb == "failure" else words} if field else {}
@@ -10769,7 +10772,7 @@ def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[st
             about |= {"tool_response": {"stdout": said or "", "stderr": ""}}
         if verb == "batch":
             about[field] = [{"tool_use_id": f"make {n}", "tool_response": "denied"} for n in words.split()]
-        event = payload(hook, who or session, **about)
+        event = payload(hook, who or session, story=next(STORY_NUMBERS), **about)
         made.append(event if start_ms is None else timed(event, start_ms + int(second or 0) * 1000, machine))
     return made
 
@@ -13653,6 +13656,7 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
     stored = {event["id"]: event for event in running.stored_events()}
     for event in expected:
         kept = {**stored[event["id"]], "seq": 0, "received": 0}
+        event.pop("spooled", None)
         assert kept == {**event, "seq": 0, "received": 0, "imported": True}
     session = running.sessions()["0123456789abcdef"]
     assert session["isImported"] is True and session["machineId"] == "mac"
