@@ -1008,6 +1008,8 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
         if field in hook:
             value = hook[field]
             if _EVENT_CHECKS[name](value) and (name != "agentType" or "agentId" in about):
+                if about.get(name) not in (None, value):
+                    _keep(data, name, about[name])
                 about[name] = value
             else:
                 _keep(data, field, value)
