@@ -9615,7 +9615,7 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor.open()
     except (StartError, OSError) as error:
         words = str(error)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.strerror:
             words = f"{error.filename or settings.home}: {error.strerror}"
         log.error("cannot start: %s", words)
         report(f"error {words}")
