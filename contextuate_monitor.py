@@ -737,7 +737,7 @@ class Journal:
             self.close()
         path = f"{self.root}/{self.newest_day}/{session_file_name(session_id)}"
         emit_event.make_private_directory(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = emit_event.open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._descriptors[session_id] = fd
         torn = next(JournalFile(path, os.fstat(fd)).segments_back())
         self.repaired += bool(torn)
@@ -3298,7 +3298,7 @@ class IndexFile:
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
             remove_index(self.path)  # an old write-ahead log does not belong to the next file
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        os.close(emit_event.open_own(self.path, os.O_RDWR | os.O_CREAT))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
         # A power failure costs the last transactions, never the file; the events are read again.
         for pragma in ("synchronous = NORMAL", "cache_size = -8192", "wal_autocheckpoint = 2000"):
@@ -6123,7 +6123,8 @@ class HookPort:
         sock.close()
 
     def restore(self) -> None:
-        """Bind the socket again when it was removed."""
+        """Bind the socket and take the lock again when they were removed."""
+        self._lock = keep_locked(self.path + ".lock", self._lock)
         if self._listener is not None and not os.path.exists(self.path):
             log.warning("%s was removed; it is bound again", self.path)
             removed = self._listener
@@ -6152,7 +6153,7 @@ class HookPort:
 def lock_is_held(path: str) -> bool:
     """True while a process holds the lock on a file; the check itself holds it for a moment."""
     try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+        with os.fdopen(emit_event.open_own(path, os.O_RDWR)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -6241,11 +6242,16 @@ class Ingest:
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
         self.counts["received"] += len(lines)
+        settled = [True] * len(lines)
         for number, line in enumerate(lines):
             try:
                 if isinstance(line, TooLong) or len(line) > emit_event.LINE_LIMIT_BYTES:
                     raise MalformedEvent(f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
                 event, text = self._build(line, remote, received_ms)
+            except MemoryError:
+                log.error("out of memory: an event of %d bytes is left to its sender", len(line))
+                settled[number] = False
+                continue
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
@@ -6258,7 +6264,7 @@ class Ingest:
                 text = text[:-1] + b',"spooled":true}'
             fresh[event["id"]] = number, event, text
         numbers, events, encoded = zip(*fresh.values()) if fresh else ((), (), ())
-        settled, stored = [True] * len(lines), []
+        stored = []
         for number, entry in zip(numbers, self._journal.append(events, received_ms, encoded)):
             settled[number] = entry is not None
             if entry is not None:
@@ -7036,6 +7042,15 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
+        ):
+            self.journal.seq = int(file.read(20))
+        self.journal.open()
+        # before any event is taken, which may have come before
+        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
+            self.ingest.seen.add(line_id(line))
         self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
@@ -7052,16 +7067,18 @@ class Monitor:
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
-        ):
-            self.journal.seq = int(file.read(20))
-        self.journal.open()
         self.retention.check_clock()
-        self.loading = {"done": 0, "total": self.journal.seq}
+        self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
+        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
+        self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
+        self._write_about()
         self.loop.on_turn_end = self._store_received
+        self.loading = {"done": 0, "total": self.journal.seq}
         self._advance(self._load())
+
+    def _write_about(self) -> None:
+        """Write what other processes need to find this monitor."""
+        emit_event.write_atomically(self.settings.path("monitor.run.json"), encode_json(self.about) + b"\n")
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
@@ -7127,9 +7144,6 @@ class Monitor:
         """
         checkpoint, rows = self.history.load_snapshots()
         self._generation = self.history.generation if checkpoint else -1
-        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
-            self.ingest.seen.add(line_id(line))
-            yield False
         self._connect_sources()
         try:
             self.sessions.restore(rows)
@@ -7234,7 +7248,8 @@ class Monitor:
         if not self.journal.is_writable():
             return False
         left = [line for line, is_settled in zip(lines, settled) if not is_settled]
-        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
+        reason = self.journal.error or "out of memory"
+        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), reason)
         directory = self.settings.path("unsaved")
         emit_event.make_spool(directory)
         for line in left:
@@ -7321,7 +7336,12 @@ class Monitor:
         if self.loading is not None:
             log.info("%s", loading_words(self.loading))
             self._send_status()
-        self._hooks.restore()
+        with contextlib.suppress(OSError, StartError):  # tried again
+            if not os.path.exists(self.settings.path("monitor.run.json")):
+                emit_event.make_private_directory(self.settings.home)
+                self._write_about()
+            self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)
+            self._hooks.restore()
 
     def _note_store_error(self) -> None:
         self.store_error = self.journal.error
@@ -7520,11 +7540,8 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
     """
     for _ in range(LOCK_ATTEMPTS):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
             about = os.fstat(fd)
-            if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
-                os.close(fd)
-                raise OSError(errno.EPERM, "is not a file of this user")
         except OSError as error:
             why = f"cannot be opened: {error.strerror}"
             with contextlib.suppress(OSError):
@@ -7543,6 +7560,15 @@ def lock_file(path: str, in_use: Callable[[], str]) -> int:
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
     raise StartError(in_use())
+
+
+def keep_locked(path: str, fd: int) -> int:
+    """Take the lock again if its file was removed; return its descriptor."""
+    if os.path.exists(path):
+        return fd
+    again = lock_file(path, lambda: "")
+    os.close(fd)
+    return again
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -7612,7 +7638,7 @@ def bind_unix(path: str) -> socket.socket:
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
             raise StartError(f"{path} exists and is not a socket; remove it or {choose}")
         if probe.connect_ex(path) == 0:
-            raise StartError(f"{path}: another program listens there; stop it or {choose}")
+            raise StartError(f"{path}: another program listens there{stop_advice(path)}")
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)  # 0600 from the first moment
@@ -8475,8 +8501,9 @@ class Doctor:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
         path = self._settings.path("emit.log")
         with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
-                file.seek(max(0, os.path.getsize(path) - 4096))
+            about = os.fstat(file.fileno())
+            if about.st_size and time.time() - about.st_mtime < RECENT_FAILURE_S:
+                file.seek(max(0, about.st_size - 4096))
                 last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
                 yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
@@ -9585,21 +9612,20 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        log.error("cannot start: %s", error)
-        report(f"error {error}")
-        raise StartError(str(error)) from None
-    host, socket_path = settings["server.host"], settings["socketPath"]
-    about = {"pid": os.getpid(), "version": __version__, "startedAt": monitor.started_at}
-    about |= {"host": host, "port": monitor.port, "wsPort": monitor.ws_port, "socketPath": socket_path}
-    about["addresses"] = monitor.addresses
-    emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
+        words = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            words = f"{error.filename or settings.home}: {error.strerror}"
+        log.error("cannot start: %s", words)
+        report(f"error {words}")
+        raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
-    log.info("version %s serves %s, hooks on %s", __version__, place, socket_path)
+    log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
     if not in_background:
-        print(*page_links(settings, about, False), sep="\n", flush=True)
+        print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
     report("ready")
     monitor.run()
     log.info("stopped")
@@ -10222,7 +10248,7 @@ def build_parser() -> argparse.ArgumentParser:
         name = function.__name__.removeprefix("command_").replace("_", "-")
         words = str(function.__doc__).splitlines()[0]
         command = commands.add_parser(name, help=f"{words[0].lower()}{words[1:-1]}", description=words)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, parser=command)
         for option_name, about in (_CONFIG, *options):
             command.add_argument(option_name, **about)
     return parser
@@ -10249,7 +10275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An error of the command line ends the process with status 2.
     """
     prepare_output()
-    args = build_parser().parse_args(arguments)
+    args, rest = build_parser().parse_known_args(arguments)
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.function(args))
     except BrokenPipeError:

@@ -1007,6 +1007,8 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
         if field in hook:
             value = hook[field]
             if _EVENT_CHECKS[name](value) and (name != "agentType" or "agentId" in about):
+                if about.get(name) not in (None, value):
+                    _keep(data, name, about[name])
                 about[name] = value
             else:
                 _keep(data, field, value)
@@ -2151,7 +2153,7 @@ class UsageReader:
 
             make_private_directory(self._home)
             path = self._home + "/usage.db"
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+            os.close(open_own(path, os.O_RDWR | os.O_CREAT))
             database = sqlite3.connect(path, timeout=2.0)
             # Nothing waits for the disk: after a loss of power everything can be read again.
             database.execute("PRAGMA synchronous = OFF")
@@ -2624,7 +2626,7 @@ def drop_old_segments(directory: str) -> None:
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
     """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
     segments = []
-    with contextlib.suppress(FileNotFoundError):  # of the directory
+    with contextlib.suppress(OSError):  # of the directory; `make_spool` sets aside what is none
         names = os.listdir(directory)
         for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
             if name.endswith((".jsonl", ".taken")):
@@ -2661,16 +2663,16 @@ def take_dropped(directory: str) -> "tuple[int, int]":
     """Return how many (events, bytes) the spool has dropped since the last call, and reset the count."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    with contextlib.suppress(OSError):
         if not os.path.exists(taken):
             os.rename(path, taken)
         with open(taken, "rb", opener=open_own) as file:
+            os.unlink(taken)  # first: on a broken disk nothing is counted twice
             for line in file:
                 with contextlib.suppress(MalformedEvent, TypeError, ValueError):  # torn by a full disk
                     record = parse_event_line(line)
                     events += int(record.get("events", 0))
                     size += int(record.get("bytes", 0))
-        os.unlink(taken)
     return events, size
 
 
@@ -3092,6 +3094,8 @@ class Publisher:
             return
         except MalformedEvent as error:
             reason = str(error)
+        except MemoryError:
+            raise  # the next publisher reads it again
         except Exception as error:  # no line may stop those after it
             reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
         self._state["quarantined"] += 1

@@ -1385,8 +1385,8 @@ def test_any_object_becomes_an_event_with_every_value(given_object):
     for name, value in fields.items():
         if value is None or name in ("seq", "received"):
             continue  # nothing was said; the store gives its own numbers
-        if opened == "hook" and name in ("cwd", "sessionId"):
-            continue  # what the payload says of them counts
+        if opened == "hook" and name in ("cwd", "sessionId") and value in given_object["hook"].values():
+            continue  # said twice
         if name == "timestamp" and isinstance(value, float):
             continue  # whole milliseconds
         text = json.dumps(value)
@@ -7373,6 +7373,8 @@ def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch)
         nothing_yet = {"done": 0, "total": len(place.stored_events())}
         words = f"0 of {nothing_yet['total']} stored events have been read"
         assert place.get("/api/status")["loading"] == nothing_yet
+        place.emit(place.stored_events()[0])  # once more: it is not stored again
+        assert len(place.stored_events()) == nothing_yet["total"]
         assert words in in_process(place, "status").stdout and words in in_process(place, "sessions").stderr
         client = place.websocket()
         client.next("status", loading=nothing_yet)
@@ -8028,10 +8030,27 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-def test_a_removed_socket_file_comes_back(running: RunningMonitor) -> None:
-    os.unlink(running.socket_path)
-    eventually(lambda: os.path.exists(running.socket_path), 15)
+@pytest.mark.parametrize("name", ["m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json", ""])
+def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
+    path = f"{running.home}/{name}"
+    os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
+    eventually(
+        lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
+    )
     running.emit(payload("Stop"))
+    assert cm.lock_is_held(running.socket_path + ".lock") and cm.lock_is_held(running.home + "/monitor.pid")
+    running.write_config({})
+    eventually(lambda: in_process(running, "status").returncode == 0)
+    assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
+
+
+def test_a_file_in_place_of_the_spool_harms_no_running_monitor(running: RunningMonitor) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(running.home + "/spool")
+    open(running.home + "/spool", "wb").close()
+    time.sleep(1.1)
+    assert running.get("/api/status")["spool"]["bytes"] == 0
+    assert "could not be drained" not in install_text(running.home + "/monitor.log")
 
 
 @pytest.fixture
@@ -10448,6 +10467,17 @@ def safe_disk(monitor: RunningMonitor, size: str, below: str = "") -> Iterator[A
         remount("rw")
         clean_up(monitor)
         unmount(place)
+
+
+@needs_root
+def test_on_a_full_disk_a_start_says_why_it_fails(monitor):
+    with safe_disk(monitor, "400k"):
+        with open(monitor.home + "/filler", "wb", 0) as filler, contextlib.suppress(OSError):
+            while filler.write(b"x" * 4096):
+                pass
+        refused = monitor.command("start", "--no-open", check=False)
+        assert refused.returncode == 1 and "No space left on device" in refused.stderr
+        assert monitor.home in refused.stderr and refused.stderr.count("\n") == 1
 
 
 @needs_root
@@ -13129,6 +13159,7 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
     ("wombat", 1, [], "no results"),
     ("--from soon", 2, [], "is not a time"),
     ("--limit 0", 2, [], "at least 1"),
+    ("--limt 1", 2, [], "search --help"),
     ("--from 2026-10-25 --time-zone Mars/Dome", 1, [], "timeZone"),
 ]
 
@@ -13189,6 +13220,22 @@ SECOND_DELIVERIES = {
     "an agent may ask twice for the same": ("PermissionRequest@0 PermissionRequest@1", "01"),
     "calls of old clients have no id": ("PreToolUse@0 PreToolUse@1", "01"),
 }
+
+
+def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, monkeypatch: Any) -> None:
+    def protect(event: Any, privacy: Any) -> Any:
+        if event["id"] == "1":
+            raise MemoryError
+        return protected(event, privacy)
+
+    protected, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    monkeypatch.setattr(ee, "protect", protect)
+    ingest = cm.Ingest(here, cm.Journal(str(tmp_path / "events")), lambda event: None)
+    lines = [json.dumps(hook_wrapped(payload("Stop"), id=str(number))).encode() for number in range(3)]
+    safe, stored = ingest.take(lines)
+    ingest.close()
+    assert safe == [True, False, True] and [entry.event["id"] for entry in stored] == ["0", "2"]
+    assert not os.path.exists(tmp_path / "quarantine.log")
 
 
 @pytest.mark.parametrize("rule", SECOND_DELIVERIES)
