@@ -5331,7 +5331,7 @@ class RedisLink:
 
     def store(self, page: Sequence[RemoteLine]) -> bool:
         """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
-        return not self.inbox and self._store(page)
+        return not self.inbox.waiting and self._store(page)
 
     def _store(self, batch: Sequence[RemoteLine]) -> bool:
         """Store a batch and move the position; return True if the batch is stored."""
