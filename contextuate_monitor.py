@@ -2377,6 +2377,8 @@ class Sessions:
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
+        elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
+            return session  # only hooks say that a session goes on at another machine
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
             for version in self._versions(session_id):
@@ -3510,6 +3512,8 @@ class IndexReader:
 
     def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
         address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
+        if not os.path.isfile(self._path):  # a FIFO would block
+            raise sqlite3.OperationalError("there is no index file")
         db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
         return db

@@ -13084,6 +13084,16 @@ def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
         assert shared.request(f"/api/stats?from={day}&to={day}")[0] == 200
 
 
+def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
+    sessions = cm.Sessions()
+    said = {"status": "exited", "name": "other", "nameSource": "user"}
+    for machine, kind, data in (("x", "user_prompt", {}), ("y", "client_status", {**said, "status": "idle"}),
+                                ("y", "client_status", said)):  # fmt: skip
+        about = {"eventType": kind, "sessionId": "a", "pid": 7, "machineKey": machine, "data": data}
+        session = sessions.apply(ee.build_event(about, NOW_MS, "m"))
+    assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
+
+
 def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
     monkeypatch.setattr(zoneinfo, "available_timezones", set)
     monkeypatch.setattr(zoneinfo, "ZoneInfo", lambda name: {}[name])  # as ZoneInfoNotFoundError a KeyError
