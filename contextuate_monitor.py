@@ -670,8 +670,8 @@ class Journal:
             ends = [(min(f.first_seq for f in day), max(f.last_seq for f in day)) for day in days if day]
             self.in_order = all(ends[i][1] < ends[i + 1][0] for i in range(len(ends) - 1))
         if self.in_order:
-            with contextlib.suppress(OSError), open(self.root + "/.in-order", "wb"):
-                pass
+            with contextlib.suppress(OSError):
+                os.close(emit_event.open_own(self.root + "/.in-order", os.O_WRONLY | os.O_CREAT))
         newest = next(filter(None, self._runs(None, 0, sys.maxsize)), [])
         self.seq = max([self.seq, *(file.last_seq for file in newest)])
         self._is_open = True
@@ -1096,7 +1096,10 @@ class DeletedIds:
         self._path = path
         self._limit = limit
         self.ids: dict[str, None] = {}  # oldest first
-        with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError),
+            open(path, "rb", opener=emit_event.open_own) as file,
+        ):
             self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
@@ -1691,7 +1694,7 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.title = one_line(data["session_title"])
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
-        session.model = model
+        session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
     if kind in ("user_prompt", "queued_prompt"):
@@ -1725,7 +1728,7 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
         return
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
-    model = model if isinstance(model, str) else None
+    model = one_line(model) if isinstance(model, str) else None
     read = SessionUsage(time_ms, used, model, about.get("partial") is True)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
@@ -2258,7 +2261,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         end_session(session, at, "its process exited", presumed=True)
         return
     if turn == "ended":
-        why = text_of(data.get("reason")) or "ended"
+        why = one_line(text_of(data.get("reason"))) or "ended"
         session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
         end_session(session, at, why, presumed=False)
         return
@@ -2271,7 +2274,7 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.wakeup = _wakeup_of(data)
     elif kind == "turn_error":
         text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
-        error = text_of(data.get("error")) or "error"
+        error = one_line(text_of(data.get("error"))) or "error"
         session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
 
 
@@ -2370,6 +2373,8 @@ class Sessions:
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
+        elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
+            return session  # only hooks say that a session goes on at another machine
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
             for version in self._versions(session_id):
@@ -3179,8 +3184,9 @@ def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool
 def time_range(start: str | None, end: str | None, zone: datetime.tzinfo | None = None) -> tuple[int, int]:
     """Return [from, to) in ms; `end` is before that moment, but from a day to the same day is that day."""
     if end is not None and start == end and moment_ms(end, zone)[1]:
-        day = datetime.date.fromisoformat(end) + datetime.timedelta(days=1)
-        end = day.isoformat()
+        with contextlib.suppress(OverflowError):  # the calendar's last day
+            day = datetime.datetime.strptime(end, "%Y-%m-%d").date() + datetime.timedelta(days=1)
+            end = day.isoformat()
     times = (moment_ms(text, zone)[0] if text else None for text in (start, end))
     first, last = times
     return first or 0, 1 << 53 if last is None else last
@@ -3502,6 +3508,8 @@ class IndexReader:
 
     def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
         address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
+        if not os.path.isfile(self._path):  # a FIFO would block
+            raise sqlite3.OperationalError("there is no index file")
         db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
         return db
@@ -4237,7 +4245,7 @@ class ClockMemory:
         self.steps: list[ClockStep] = []
         self._path, self._boot = path, boot_id()
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
             with open(path, "rb", opener=emit_event.open_own) as saved:
                 known = emit_event.parse_event_line(saved.read())
             steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
@@ -4405,7 +4413,7 @@ class EventCounts:
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
         if kind not in ("tool_result", "tool_error"):
             return
-        tool = text_of(data.get("toolName")) or "?"
+        tool = one_line(text_of(data.get("toolName"))) or "?"
         tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
         buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
         if kind == "tool_error":
@@ -5878,6 +5886,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
         except (NoStatistics, TimeoutError) as error:
             response = json_response({"error": str(error)}, 503)
+        except (ConnectionError, socket.timeout):
+            raise
+        except Exception:  # unexpected: log and answer
+            log.exception("a request could not be answered")
+            response = json_response({"error": "it could not be answered; monitor.log says why"}, 500)
+            self.close_connection = True
         self._send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
@@ -6613,7 +6627,7 @@ class MessageHandlers:
 
     def take_by_http(self, message: JsonObject) -> JsonObject:
         """Carry out one message for POST /api/message, in an HTTP thread; raise RequestError."""
-        kind = text_of(message.get("type"))
+        kind = emit_event.id_or(message.get("type"), "")
         if kind in ("subscribe", "unsubscribe", "set_show_hidden", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
         if self._monitor.loading is not None and kind not in self.QUESTIONS:
@@ -6633,7 +6647,7 @@ class MessageHandlers:
 
     def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
         """Call `done` with the answer to a message, or the exception, in the loop thread."""
-        kind, monitor = text_of(message.get("type")), self._monitor
+        kind, monitor = emit_event.id_or(message.get("type"), ""), self._monitor
         if monitor.loading is not None and kind not in self.QUESTIONS:
             if len(monitor.deferred) < DEFERRED_LIMIT:
                 monitor.deferred.append(lambda: self._carry_out(client, message, done))
@@ -6772,7 +6786,7 @@ class MessageHandlers:
     def _on_prune(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.settings["persistence.enabled"]:
             raise MessageError("events are kept in memory only, there is nothing to delete")
-        dry_run = message.get("dryRun") is True
+        dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
         pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         done = pruned.set_result
         self._monitor.retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
@@ -6793,8 +6807,9 @@ class MessageHandlers:
 
 
 def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
-    """Return the answer with the message's requestId, if it has one."""
-    return {**answer, "requestId": message["requestId"]} if "requestId" in message else answer
+    """Return the answer with the message's requestId, if it has one: text or a number, nothing nested."""
+    request_id = message.get("requestId", [])
+    return answer if isinstance(request_id, (dict, list)) else {**answer, "requestId": request_id}
 
 
 def test_event(settings: Settings) -> JsonObject:

@@ -809,13 +809,13 @@ def default_values() -> "dict[str, Any]":
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
     """Return the object in the file, and whether other users can read it."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
         given = parse_relaxed_json(text) if text.strip() else {}
     except FileNotFoundError:
         return {}, False
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
@@ -953,11 +953,9 @@ def parse_event_line(line: bytes) -> JsonObject:
 
 def is_json_object(data: bytes) -> bool:
     """True if `data` is one whole JSON object."""
-    try:
-        parse_event_line(data)
-    except MalformedEvent:
-        return False
-    return True
+    with contextlib.suppress(MalformedEvent):
+        return parse_event_line(data) is not None
+    return False
 
 
 def encode_json(value: Any) -> bytes:
@@ -1056,7 +1054,7 @@ def _event(
     """Return an event of these fields; a value of a wrong type moves into `data` under its own name."""
     event: JsonObject = {
         "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
-        "workingDirectory": "", "hookType": hook_type, "eventType": event_type,
+        "workingDirectory": "", "hookType": hook_type[:_ID_LIMIT], "eventType": event_type[:_ID_LIMIT],
     }  # fmt: skip
     for name, value in about.items():
         check = _EVENT_CHECKS.get(name)
@@ -1084,7 +1082,7 @@ def _is_id(value: Any) -> bool:
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
     **dict.fromkeys(("sessionId", "machineId", "machineKey", "agentId", "parentSessionId"), _is_id),
-    **dict.fromkeys(("workingDirectory", "agentType"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
@@ -1174,7 +1172,7 @@ def _name_class(name: str) -> str:
     words = [word.lower() for word in _NAME_WORD.findall(name[-200:].replace("\u212a", "k"))]
     while len(words) > 1 and (words[-1] in _NEUTRAL_WORDS or words[-1].isdigit()):
         words.pop()
-    if not words:
+    if not words or "[redacted:" in name:
         return ""
     owner, last = (words[-2] if len(words) > 1 else ""), words[-1]
     if last.endswith(_PASSWORD_ENDS):
@@ -1210,7 +1208,7 @@ _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
 _RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
-_LINE_START = re.compile(r"(?:\S+:\d+:)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
+_LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
 # What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
     r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
@@ -1299,10 +1297,9 @@ def _is_bare_secret(
         return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
     if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
         return False
-    is_constant = name.isupper()
+    is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
     is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
-    is_word = bool(_IDENTIFIER.match(value))
     if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         if is_constant:
             return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
@@ -1485,9 +1482,9 @@ _SHAPES = (
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
     *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
         for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
-        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
-        r"'(?P<secret>[^'\r\n]{1,200})",
+        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
         lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
@@ -1596,7 +1593,8 @@ class _View:
             kind = str(match.lastgroup)
             meaning = colours
             if kind == "letter":
-                meaning = _MEANINGS.get(match[kind], match[kind])
+                meaning = _MEANINGS.get(match[kind], match[kind])  # or of a line that ends in a backslash:
+                meaning = "\\" * (meaning == "\n" and (end - begin) % 3 == 1) + meaning
             elif kind != "colour":
                 meaning = chr(int(match[kind], 16 if kind == "code" else 10))
             self.coloured = self.coloured or kind == "colour"
@@ -1650,8 +1648,9 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        if view.coloured:  # only a token must begin a word
-            found.update(_secrets_in(_View(text, " "), [shape for shape in shapes if shape.is_token]))
+        if view.coloured:  # some must begin a word
+            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
+            found.update(_secrets_in(_View(text, " "), begin))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
             if secrets and start < secrets[-1][1]:  # they overlap
@@ -1709,7 +1708,8 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
         while match is not None:
             group = match.lastgroup or 0
             start, end = match.span(group)
-            if shape.is_secret is not None and not shape.is_secret(view, match, view.text[start:end]):
+            is_secret, value = shape.is_secret, view.text[start:end]
+            if value.startswith("[redacted:") or is_secret is not None and not is_secret(view, match, value):
                 next_at = match.start() + len(shape.hint)
             else:
                 if group == "begin":  # of a secret whose fixed text is in its middle
@@ -1803,7 +1803,7 @@ def _protect_each_value(
         if privacy.metadata_only:
             del event[name]
         else:
-            event[name] = protector.value(event[name], name, name)
+            event[protector.clean(name)] = protector.value(event.pop(name), name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
         earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
@@ -1854,7 +1854,7 @@ class _Protector:
         if isinstance(value, dict):
             path = path and path + "."
             return {
-                self._clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                self.clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1864,7 +1864,7 @@ class _Protector:
             return _replacement("key", str(value))
         return value
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         return text if self._shapes == [] else redact_text(text, self._shapes)
 
     def _text(self, text: str, key: str, path: str) -> str:
@@ -1874,13 +1874,13 @@ class _Protector:
         # a character is at most four bytes
         size = len(text) if len(text) <= limit // 4 else len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
-            return self._clean(text)
+            return self.clean(text)
         self.cuts[path] = size
         # The result with the text in its middle is within the limit, so that it is not cut again.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
         # The margin is removed even if redaction has made the text before it shorter.
         unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
-        head, tail = self._clean(text[: half + UNSEEN_MARGIN]), self._clean(text[-half - UNSEEN_MARGIN :])
+        head, tail = self.clean(text[: half + UNSEEN_MARGIN]), self.clean(text[-half - UNSEEN_MARGIN :])
         start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
         end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
         # Remove half a character at the cuts.
@@ -2471,8 +2471,7 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
     pid, session_id, cwd, since_ms = (fields.get(it) for it in ("pid", "sessionId", "cwd", "statusUpdatedAt"))
     if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
         return None
-    texts = ((name, fields.get(name)) for name in _ABOUT_CLIENT)
-    about = {name: " ".join(text.split())[:200] for name, text in texts if isinstance(text, str)}
+    about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
     since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
     started, directory = str(fields.get("procStart", "")), cwd if isinstance(cwd, str) else ""
     return ClientRecord(pid, started, str(session_id), directory, since, about)

@@ -1640,6 +1640,11 @@ def hook_secrets() -> list[tuple[str, str, str]]:
         ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
         ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
         ("cookie", f"sid={word}", "Cookie:{}"),
+        ("assignment", word, '{{"Set-Cookie": "{}", "bearer": ""}}'),
+        ("assignment", word, '{{"bearer":"{}"}}'),
+        ("assignment", word, "alter user a identified by '{}';"),
+        ("command-line", word, "None\x1b[0mcurl -u me:{} h"),
+        ("jwt", plain[-1][1], "None\x1b[0m{}\x1b[1mx"),
         ("assignment", "12345678", "password: {}\n"),
         ("assignment", "12345678", '"password": {},'),
         ("assignment", "12345678", "PASSWORD={} "),
@@ -1731,8 +1736,10 @@ HOOK_SECRETS_ALONE = (
 @pytest.mark.parametrize("text", HOOK_SECRETS_ALONE)
 def test_a_secret_in_a_text_of_its_own_is_replaced(text):
     secret = hook_token("", 24)
-    shown = ee.redact_text(text.format(secret))
-    assert not hook_traces("p@ss&word#" + secret, shown, 6) and "[redacted:" in shown
+    for _ in range(1 if "&" in text else 3):  # in JSON, too, and in JSON in JSON
+        shown = ee.redact_text(text.format(secret))
+        assert not hook_traces("p@ss&word#" + secret, shown, 6) and "[redacted:" in shown
+        text = json.dumps({"a": text.format(secret)}).replace("{", "{{").replace("}", "}}")
 
 
 HOOK_SECRET_NAMES = """
@@ -1745,7 +1752,7 @@ HOOK_SECRET_NAMES = """
 HOOK_OTHER_NAMES = """
     tokens tokenCount input_tokens max_tokens tool_use_id key keyboard secretary passwordless session_id token_type
     author cookies_accepted compass bos_token sep_token old_string file_path primaryKey publicKey eos_token passwordHint secretName
-    secrets bypass
+    secrets bypass Authorization:[redacted:authorization:51106613]
 """
 HOOK_PASSWORDS = ["short", "short é", 12345678, 1234, -99999, 1234.5]
 HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
@@ -3866,6 +3873,7 @@ def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(spoken):
         error = client.next("error")
         assert error["request"] is None and "requestId" not in error and error["message"]
         assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
+    assert "requestId" not in client.ask("sessions", type="get_sessions", requestId=[[7]])
 
 
 def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[str, Any]]:
@@ -10307,7 +10315,7 @@ SAFE_FOREIGN = {
 def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
     owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
-    files = (segment, "hook.cache", "last-seq", "publisher.lock", "emit.log")
+    files = (segment, *"hook.cache last-seq publisher.lock emit.log clock.json deleted-ids".split())
     names = files if where == "files" else ("spool",)
     for name in names:
         os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), 0o700, exist_ok=True)
@@ -13105,6 +13113,18 @@ def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
         answer = json.loads(body)
         assert (query, status, answer["field"]) == (query, 400, re.split("[?=]", query)[1])
         assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
+    for day in ("9999-12-31", "2026-1-5"):
+        assert shared.request(f"/api/stats?from={day}&to={day}")[0] == 200
+
+
+def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
+    sessions = cm.Sessions()
+    said = {"status": "exited", "name": "other", "nameSource": "user"}
+    for machine, kind, data in (("x", "user_prompt", {}), ("y", "client_status", {**said, "status": "idle"}),
+                                ("y", "client_status", said)):  # fmt: skip
+        about = {"eventType": kind, "sessionId": "a", "pid": 7, "machineKey": machine, "data": data}
+        session = sessions.apply(ee.build_event(about, NOW_MS, "m"))
+    assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
 
 
 def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
@@ -13447,7 +13467,7 @@ class ClockStory:
         elif verb == "kill":
             self.memory = None
         elif verb == "damage":
-            ee.write_atomically(self.home + "/clock.json", b'{"time": 5, "steps": 7}')
+            ee.write_atomically(self.home + "/clock.json", b'{"time": 1e999, "steps": []}')
         elif verb.isupper():
             event = ee.build_event(payload("Stop", verb.lower()), self.wall_ms, "box")
             self.store.append([event], self.wall_ms)
