@@ -3675,8 +3675,10 @@ class Statistics:
                         tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
-                row = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                row.update(self._tokens_json(tokens[key]))
+                row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
+                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                row["tokenUsage"] = used.to_json() if used.models else None
+                row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3733,11 +3735,6 @@ class Statistics:
             if quarter >= self._bounds["from"]:
                 grown = Tokens(*map(operator.sub, after, before))
                 yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
-
-    def _tokens_json(self, models: Mapping[int, Tokens]) -> JsonObject:
-        used = SessionUsage(0, {self._names[model]: tokens for model, tokens in models.items()})
-        cost = self._prices.estimate(used) if models else None
-        return {"tokenUsage": used.to_json() if models else None, "estimatedCostUsd": cost}
 
     def _tools(self) -> JsonObject:
         """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
@@ -4939,10 +4936,7 @@ class WebSocketServer:
             elif message.opcode is Opcode.PONG:
                 client.unanswered_pings = 0
             else:
-                self._take_binary(client, message.data)
-
-    def _take_binary(self, client: Client, _data: bytes) -> None:
-        self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+                self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
 
     def _ping_all(self) -> None:
         for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
@@ -7536,15 +7530,8 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
     """Return the problems for up to five results of `foreign_files`."""
-    return [
-        {
-            "kind": "files",
-            "level": "warn",
-            "words": f"{path} (owner: {owner}) cannot be used by this user",
-            "advice": f"Run: {command}",
-        }
-        for path, owner, command in foreign[:5]
-    ]
+    texts = [(f"{it[0]} (owner: {it[1]}) cannot be used by this user", f"Run: {it[2]}") for it in foreign[:5]]
+    return [{"kind": "files", "level": "warn", "words": words, "advice": advice} for words, advice in texts]
 
 
 def lock_file(path: str, in_use: Callable[[], str]) -> int:
