@@ -4824,7 +4824,7 @@ def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() 
     with protocol_inside() as inside, ours, theirs:
 
         def in_one_turn() -> None:
-            inside._hooks.waiting[ours] = 1
+            inside._hooks.connections[ours], inside._hooks.waiting[ours] = cm.LineSplitter(), 1
             inside._arrivals.add((STOP, ours))
             inside.status.encoded()
 
