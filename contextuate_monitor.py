@@ -4936,7 +4936,10 @@ class WebSocketServer:
             elif message.opcode is Opcode.PONG:
                 client.unanswered_pings = 0
             else:
-                self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
+                self._take_binary(client, message.data)
+
+    def _take_binary(self, client: Client, _data: bytes) -> None:
+        self.close(client, CloseCode.UNSUPPORTED_DATA, "messages are JSON text")
 
     def _ping_all(self) -> None:
         for client in [client for client in self.clients.values() if client.is_open and not client.closing]:
@@ -6416,10 +6419,7 @@ class SessionFeed:
     updates_due: bool = False
 
     def take(self) -> tuple[bytes, bytes]:
-        """Return the updates to be sent now, whole and as changes; none within the interval.
-
-        The end of the interval sends the rest.
-        """
+        """Return the updates to send now, whole and as changes; the end of the interval sends the rest."""
         if self.updates_due or not self.changed:
             return b"", b""
         self.updates_due = True
@@ -7529,8 +7529,8 @@ def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
 
 
 def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
-    """Return the problems for up to five results of `foreign_files`."""
-    texts = [(f"{it[0]} (owner: {it[1]}) cannot be used by this user", f"Run: {it[2]}") for it in foreign[:5]]
+    """Return the problems for up to nine results of `foreign_files`."""
+    texts = [(f"{it[0]} (owner: {it[1]}) cannot be used by this user", f"Run: {it[2]}") for it in foreign[:9]]
     return [{"kind": "files", "level": "warn", "words": words, "advice": advice} for words, advice in texts]
 
 

@@ -3793,7 +3793,7 @@ def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
 def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     spoken.emit(*protocol_events("order", 3))
     client = spoken.websocket()
-    ids = [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, [1, {"a": None}], *range(30)]
+    ids = [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, *range(30)]
     for number in ids:
         client.send(type="get_sessions", requestId=number)
         client.send(type="get_events", sessionId="order", limit=2, requestId=number)
