@@ -6,10 +6,10 @@
     python3 contextuate_monitor.py --help     everything else
 
 Claude Code's hooks (`emit_event.py`) send events to the monitor over a Unix socket, or over Redis from any
-number of machines. What follows the journal keeps its position in it, so a restart is only a short absence:
+number of machines. Each consumer of the journal has a position in it, and continues there after a restart:
 
-    hook → ingest → journal (files; then the acknowledgement) → sessions (a fold) → clients, over WebSocket
-                                                              → index.db (search, statistics, snapshots)
+    hook → ingest → journal (files), acknowledgement → sessions (state machine) → clients, over WebSocket
+                                                     → index.db (search, statistics, snapshots)
 
 `.docs/protocol.md` describes events, HTTP and WebSocket.
 
@@ -20,7 +20,7 @@ Threads, and who owns what:
 - The Redis subscriber thread owns its connections; it passes events to the loop in batches.
 - The index thread fills index.db from the journal; readers have their own connections to it.
 - The retention thread plans and deletes whole days of files; the loop then deletes their sessions.
-Threads share nothing else but the queue and the wake-up socket of the loop.
+Apart from this, threads share only the queue and the wake-up socket of the loop.
 
 Not here: TLS for the page (put a reverse proxy in front).
 
@@ -157,8 +157,13 @@ class Settings:
 
     @property
     def privacy(self) -> Privacy:
-        """What may be stored."""
+        """Return what may be stored."""
         return emit_event.privacy_of(self.values)
+
+    @functools.cached_property
+    def machine_key(self) -> str:
+        """Return the key of this machine, which a new name does not change; its name if it has no key."""
+        return emit_event.machine_key(self.home) or self.machine_id
 
     def path(self, name: str) -> str:
         """Return the path of one of our files."""
@@ -168,15 +173,19 @@ class Settings:
 def load_settings(
     config_path: str | None = None, overrides: dict[str, Any] | None = None
 ) -> tuple[Settings, list[str]]:
-    """Read the configuration; return settings and warnings. Raise ConfigError if it cannot be used.
+    """Read the configuration; return (settings, warnings); raise ConfigError if it cannot be used.
 
-    `overrides` maps configuration keys to values of the command line, which override the file.
+    `overrides`: {configuration key: value of the command line}, which replaces the one of the file.
     """
     home, path = emit_event.places(os.environb)  # type: ignore[arg-type]
     path = os.path.abspath(config_path or path)
     if config_path and not os.path.exists(path):
         raise ConfigError(f"{path}: no such file; omit --config to use the defaults")
     values, warnings = emit_event.load_config(path)
+    place = os.path.dirname(os.path.abspath(emit_event.__file__))
+    if os.path.abspath(home) == place + "/.contextuate" and os.environ.get("HOME") != place:
+        user = f"user {os.getuid()} has no home directory"
+        warnings.append(f"{user}, so {home} is used; set CONTEXTUATE_HOME to another one")
     for key, value in (overrides or {}).items():
         rule = emit_event.KEYS[key]
         if not rule.accepts(value):
@@ -582,19 +591,22 @@ def handshake_response(request: Request) -> bytes:
 # Owns: the files below events/, and the numbers (seq) that order arrival.
 # Does not know: clients, states of sessions, sockets.
 # A line begins {"seq":…,"received":…,"id":…}, so that it is found without parsing JSON. Within a file, seq
-# ascends. From day to day it does too, unless the clock was set back by more than a day: the empty file
-# events/.in-order marks that it does; without the mark all days are merged, which is slower.
+# ascends, and from day to day unless the clock was set back by more than a day. The empty file
+# events/.in-order marks days in order; without it, reading merges all days, which is slower.
 # ---------------------------------------------------------------------------
 
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
 _SEQ = re.compile(rb'\{"seq":(\d+),')
-_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("(?:[^"\\]|\\.)*")')
+_ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
 _PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # the start of a part
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
 MIN_FREE_BYTES = 4 << 20
 REMEMBERED_IDS = 64_000
+SECOND_CALL_MS, SECOND_PROMPT_MS = 5000, 500  # a hook that is registered twice runs twice within this time
+SLOW_WRITE_MS = 100
+SLOW_WRITE_SHOWN_S = 600.0
 
 
 class StoredEvent(NamedTuple):
@@ -630,6 +642,7 @@ class Journal:
     """Appends events to the session files of a day, in the loop thread; any thread can read them."""
 
     OPEN_FILES = 64
+    slow_write = (-math.inf, 0)  # when (time.monotonic()) a write last took longer than SLOW_WRITE_MS; its ms
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -657,8 +670,8 @@ class Journal:
             ends = [(min(f.first_seq for f in day), max(f.last_seq for f in day)) for day in days if day]
             self.in_order = all(ends[i][1] < ends[i + 1][0] for i in range(len(ends) - 1))
         if self.in_order:
-            with contextlib.suppress(OSError), open(self.root + "/.in-order", "wb"):
-                pass
+            with contextlib.suppress(OSError):
+                os.close(emit_event.open_own(self.root + "/.in-order", os.O_WRONLY | os.O_CREAT))
         newest = next(filter(None, self._runs(None, 0, sys.maxsize)), [])
         self.seq = max([self.seq, *(file.last_seq for file in newest)])
         self._is_open = True
@@ -681,6 +694,7 @@ class Journal:
             by_session.setdefault(event["sessionId"], []).append(entry)
         self.error = None
         for session_id, entries in by_session.items():
+            started = time.monotonic()
             try:
                 self._write(session_id, b"".join([entry.line + b"\n" for entry in entries]), received_ms)
             except OSError as error:
@@ -688,6 +702,9 @@ class Journal:
                 self.error = f"{self.newest_day}/{session_file_name(session_id)}: {error.strerror or error}"
                 for entry in entries:
                     stored[entry.seq - before - 1] = None
+            took_ms = round((time.monotonic() - started) * 1000)
+            if took_ms > SLOW_WRITE_MS:
+                self.slow_write = time.monotonic(), took_ms
         # Readers stop at this number: set last, so that they never see a part of this batch.
         self.seq = seq
         return stored
@@ -704,7 +721,7 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _switch_day(self, received_ms: int) -> None:
-        """Write to the folder of this day; a clock set back over midnight keeps the numbers in order."""
+        """Write to the folder of this day; to the newest one if the clock was set back over midnight."""
         self.close()
         self._day_number = received_ms // _DAY_MS
         day = day_of(received_ms)
@@ -720,7 +737,7 @@ class Journal:
             self.close()
         path = f"{self.root}/{self.newest_day}/{session_file_name(session_id)}"
         emit_event.make_private_directory(os.path.dirname(path))
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = emit_event.open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._descriptors[session_id] = fd
         torn = next(JournalFile(path, os.fstat(fd)).segments_back())
         self.repaired += bool(torn)
@@ -823,7 +840,7 @@ class Journal:
 
 
 def rename_to_session(path: str) -> None:
-    """Rename a file of an older version for its session, unless the name is taken or it is unreadable."""
+    """Give a file of an older version the name for its session, unless that exists or it is unreadable."""
     with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
         session_id = parse_stored(file.readline())["sessionId"]
         name = os.path.join(os.path.dirname(path), session_file_name(session_id))
@@ -971,11 +988,12 @@ def line_seq(line: bytes) -> int:
 def line_id(line: bytes) -> str:
     """Return the event id at the beginning of a stored line, "" if there is none."""
     match = _ID.match(line)
-    return str(json.loads(match[1])) if match else ""
+    text = match[1].decode("utf-8", "replace") if match else '""'
+    return str(json.loads(text)) if "\\" in text else text[1:-1]
 
 
 def parse_stored(line: bytes) -> JsonObject:
-    """Parse a stored line; one that was edited is rebuilt into a valid event. Raise MalformedEvent."""
+    """Parse a stored line into a valid event, even if it was edited by hand; raise MalformedEvent."""
     event = emit_event.parse_event_line(line)
     received_ms = event["received"] if isinstance(event.get("received"), int) else 0
     if received_ms and emit_event.is_whole_event(event):
@@ -991,7 +1009,10 @@ def warn_skipped_once(path: str) -> None:
 
 
 def unpack(path: str) -> None:
-    """Replace a packed file with a plain one, without damaged parts; a kill leaves one of the two."""
+    """Replace a gzip file of an older version with a plain one, without damaged parts.
+
+    After a kill, one of the two is complete.
+    """
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
@@ -1041,6 +1062,33 @@ class SeenIds:
         return hash(digest) % len(self._new), digest
 
 
+class SecondDeliveries:
+    """Finds the second delivery of an event by a hook that is registered twice, which has another id.
+
+    Only for prompts and calls: other events, such as a request for a permission, may happen twice.
+    """
+
+    LIMIT = 4096
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[str, int]] = {}  # digest of an event's content → its id and timestamp
+
+    def first_id(self, event: JsonObject, encoded: bytes) -> str:
+        """Return the id of the event that this one repeats, else its own."""
+        data, own = event["data"], (str(event["id"]), event["timestamp"])
+        is_prompt = event["hookType"] == "UserPromptSubmit" and ("pid" in event or "prompt_id" in data)
+        if not (is_prompt or data.get("toolUseId")):
+            return own[0]
+        within_ms = SECOND_PROMPT_MS if is_prompt else SECOND_CALL_MS
+        place = event["sessionId"], event.get("agentId"), event["hookType"]
+        digest = hash((place, encoded[encoded.find(b',"data":') :]))
+        first = self._first.pop(digest, own)
+        self._first[digest] = first = first if abs(own[1] - first[1]) <= within_ms else own
+        if len(self._first) > self.LIMIT:
+            del self._first[next(iter(self._first))]
+        return first[0]
+
+
 class DeletedIds:
     """The ids of the last deleted events, in a file: the Redis stream may still contain the events."""
 
@@ -1048,7 +1096,10 @@ class DeletedIds:
         self._path = path
         self._limit = limit
         self.ids: dict[str, None] = {}  # oldest first
-        with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError),
+            open(path, "rb", opener=emit_event.open_own) as file,
+        ):
             self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
@@ -1063,10 +1114,10 @@ class DeletedIds:
 # ---------------------------------------------------------------------------
 # Sessions: the state machine: who works, who waits and who has ended
 #
-# One fold without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from
-# files; `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by
-# seconds; an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an
-# event is computed once, when it arrives (`Sessions._clock`); silence is measured from arrival.
+# Without I/O: `Sessions.apply` applies every event once, in order of arrival (`seq`), live or from files;
+# `tick` applies the passing of time. `_apply_in_order` reorders events that overtook each other by seconds;
+# an event that is delayed for longer is `late`. All times are on the monitor's clock: the time of an event is
+# computed once, when it arrives (`Sessions._clock`).
 #
 # RULES defines the effects of each kind of event; the special cases of the client follow it as functions.
 # ---------------------------------------------------------------------------
@@ -1089,6 +1140,7 @@ class Rule(NamedTuple):
 RULES = {
     "session_start": Rule("idle", "all", "all"),
     "user_prompt": Rule("working", "foreground", "all"),  # Esc and a rejected permission fire nothing
+    "queued_prompt": Rule("working", "", "input"),  # typed while its turn runs
     "task_notification": Rule("working", "task", "input"),
     "tool_call": Rule("working", "", "input"),
     "tool_result": Rule("working", "call", "input"),
@@ -1097,12 +1149,15 @@ RULES = {
     "permission_denied": Rule("working", "call", "input"),
     "elicitation": Rule("working", "", "input"),
     "elicitation_result": Rule("working", "", "input"),
+    "pre_compact": Rule("working", "", "input"),
+    "compacted": Rule("idle", "", ""),  # at a person's request
     "round_end": Rule("", "call", "agent"),
     "subagent_stop": Rule("", "agent", ""),
     "turn_end": Rule("idle", "turn", "agent"),
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
     "replaced": Rule("ended", "all", "all"),  # its process started another session
+    "client_exited": Rule("ended", "all", "all"),
 }
 _NOTHING = Rule()
 
@@ -1117,11 +1172,13 @@ REORDER_EVENTS = 256  # of one session that are kept for reordering
 CLOCK_STEP_MS = 5000  # a clock that differs this much from the steady clock was set
 SKEW_STEP_MS = 60_000  # an event that is delayed by this much more: the clock of its machine was set back
 SKEW_EVENTS = 256  # the skew follows the mean delay over about this many events, since clocks drift
+STATUS_ALONE_MS = 5000  # a status of the client counts without a change after this much silence
 STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same error
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
-SECOND_DELIVERY_MS = 500  # a hook that is registered twice runs twice within this time
 PROCESSES_LIMIT = 8  # that are kept per session
+PROCESSES_A_LOOK = 256  # sessions whose processes are looked at together
+SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
 _NEVER = 1 << 62  # later than any time in ms
@@ -1150,12 +1207,13 @@ class OpenCall(NamedTuple):
 class Reason(NamedTuple):
     """Why a session waits, has failed or has ended."""
 
-    kind: str  # permission, question, input, error, ended
+    kind: str  # permission, question, dialog, input, error, ended
     tool: str | None
     detail: str
     since: int
     agent_id: str = MAIN  # who waits
     tool_use_id: str | None = None  # the call that waits; None: no call, or not known
+    by_client: bool = False  # from the client's registry, not from a hook
 
 
 class Tokens(NamedTuple):
@@ -1165,7 +1223,7 @@ class Tokens(NamedTuple):
     output: int = 0
     cache_read: int = 0
     cache_creation: int = 0
-    cache_creation_1h: int = 0  # the part of cache_creation that is kept for an hour
+    cache_creation_1h: int = 0  # the part of cache_creation with a lifetime of an hour
 
     def __add__(self, other: Tokens) -> Tokens:  # type: ignore[override]
         return Tokens(*map(operator.add, tuple(self), tuple(other)))
@@ -1224,12 +1282,14 @@ class Session:
     received: int  # when its last event arrived
     seq: int = 0  # of the last event that was applied
     last_timestamp: int = 0  # the last one of its machine: an event with a lower one was overtaken
-    clock: int = 0  # the current time: of the last event or tick
+    clock: int = 0  # the time of the last event, or since when it is known to run too long
     state: str = "idle"
     user_label: str = ""
     title: str = ""
+    client_name: str = ""  # from a person, by /rename
+    has_hooks: bool = False
     first_prompt: str = ""
-    last_prompt: tuple[int, str, str] = (0, "", "")  # (time, prompt id, its beginning)
+    prompt_id: str = ""  # of the last prompt
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
@@ -1246,7 +1306,9 @@ class Session:
     streaks: dict[tuple[str, str], tuple[str, int, int]] = dataclasses.field(default_factory=dict)
     last_step: dict[str, int] = dataclasses.field(default_factory=dict)  # agent id → its last progress
     background: list[str] = dataclasses.field(default_factory=list)  # labels of the running background tasks
+    wakeup: str = ""  # when the session continues by itself, as text
     failure: Reason | None = None
+    unseen_failure: bool = False  # it ended by an error, and no person has seen it
     end: int | None = None
     end_reason: str = ""
     end_presumed: bool = False  # without SessionEnd: its next event shows that it is alive
@@ -1262,22 +1324,27 @@ class Session:
     counts: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     # (pid, namespace) of clients that run it, most recently active last → last time seen alive (0: never)
     processes: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+    # process → the status that its client reported last: (status, waitingFor)
+    client_status: dict[tuple[int, int] | None, tuple[str, str]] = dataclasses.field(default_factory=dict)
     demo: bool = False
     imported: bool = False  # a part of its history was imported
     pinned: bool = False
     hidden: bool = False
+    machine_key: str = ""  # which machine; `machine_id` is only its name
 
     def clone(self) -> Session:
         """Return a copy that shares no mutable value."""
-        values: Any = (each.copy() if isinstance(each, (dict, list)) else each for each in _values(self))
-        copy = Session(*values)
+        copy = Session(*_values(self))
+        for name in _MUTABLE:
+            setattr(copy, name, getattr(copy, name).copy())
         for agent_id, agent in self.agents.items():
-            copy.agents[agent_id] = dataclasses.replace(agent, counts=agent.counts.copy())
+            copy.agents[agent_id] = own = Agent(*_agent_values(agent))
+            own.counts = own.counts.copy()
         return copy
 
     def shift(self, step_ms: int) -> None:
-        """Shift all times, as our clock was set forward by `step_ms` (below 0: back); not if it has ended."""
-        if self.state == "ended":
+        """Shift all times by `step_ms`, as our clock was set, unless the session has ended."""
+        if self.turn == "ended":
             return
         for name in ("start", "last_event", "received", "clock", "state_since", "turn_since", "turn_start"):
             setattr(self, name, getattr(self, name) + step_ms)
@@ -1296,15 +1363,16 @@ class Session:
         return next(reversed(self.processes), None)
 
     @property
-    def pid(self) -> int | None:
-        """Return the pid of the most recently active process."""
-        return next((pid for pid, _ in reversed(self.processes)), None)
-
-    @property
     def label(self) -> tuple[str, str]:
-        """Return (label, its source): from the user, the title, the first prompt or the project."""
+        """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        for label, source in ((self.user_label, "user"), (title, "title"), (self.first_prompt, "prompt")):
+        labels = {
+            "user": self.user_label,
+            "name": self.client_name,
+            "title": title,
+            "prompt": self.first_prompt,
+        }
+        for source, label in labels.items():
             if label:
                 return label, source
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
@@ -1313,7 +1381,8 @@ class Session:
     def reason(self) -> Reason | None:
         """Return why the session waits, has failed or has ended; of several waits the first."""
         if self.state == "ended":
-            return Reason("ended", None, self.end_reason, self.end or self.last_event)
+            why = f"failed: {self.failure.detail}" if self.failure else self.end_reason
+            return Reason("ended", None, why, self.end or self.last_event)
         if self.state == "waiting":
             return min(self.waits, key=lambda wait: (wait.kind == "input", wait.since))
         return self.failure if self.state == "failed" else None
@@ -1323,10 +1392,12 @@ class Session:
         """Return what the session does now: its newest open call, else a background task."""
         if self.open_calls:
             return self.open_calls[next(reversed(self.open_calls))].activity
-        return f"background: {self.background[0]}" if self.background else ""
+        return f"background: {self.background[0]}" if self.background else self.wakeup
 
 
 _values = operator.attrgetter(*(field.name for field in dataclasses.fields(Session)))
+_agent_values = operator.attrgetter(*(field.name for field in dataclasses.fields(Agent)))
+_MUTABLE = [field.name for field in dataclasses.fields(Session) if callable(field.default_factory)]
 
 
 # Text and targets
@@ -1390,7 +1461,7 @@ def tool_target(tool_input: Any, directory: str = "") -> str:
 
 
 class Outcome(enum.IntEnum):
-    """The outcome of a tool call; of several events the highest number counts, in whatever order."""
+    """The outcome of a tool call; in statistics and exports the highest of several events counts."""
 
     OPEN = 0
     FAILED_BY_ROUND = 1  # never ran: it was denied, or only its round (PostToolBatch) closed it
@@ -1463,7 +1534,7 @@ class UnnamedCalls:
         self.open: dict[tuple[str, str, str], list[str]] = {}  # (session, agent, tool) → use ids
 
     def paired(self, event: JsonObject, facts: tuple[CallFact, ...]) -> tuple[CallFact, ...]:
-        """Return the facts of an event; a result gets the id of its call."""
+        """Return the facts of an event; a result without an id gets that of its call."""
         if not facts or not facts[0].use_id.startswith(UNNAMED):
             return facts
         key = (event["sessionId"], facts[0].agent_id, facts[0].tool)
@@ -1479,8 +1550,7 @@ class UnnamedCalls:
 
 
 def _batch_calls(event: JsonObject) -> list[JsonObject]:
-    calls = event["data"].get("tool_calls")
-    return [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return emit_event.objects_in(event["data"].get("tool_calls"))
 
 
 def kind_of(event: JsonObject) -> str:
@@ -1492,6 +1562,10 @@ def kind_of(event: JsonObject) -> str:
         return "compaction"  # within the same process
     if kind == "user_prompt" and task_notification(event) is not None:
         return "task_notification"  # not from a person
+    if kind == "post_compact" and event["data"].get("trigger") == "manual":
+        return "compacted"
+    if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
+        return "client_exited"
     return kind
 
 
@@ -1526,9 +1600,12 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     """
     _, _, event, kind, at, facts = step
     agent_id = event.get("agentId", MAIN)
+    if kind == "user_prompt" and session.turn == "working":
+        prompt_id = text_of(event["data"].get("prompt_id"))
+        kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
-    was_quiet = at - session.last_event >= quiet_ms
+    silence_ms = at - session.last_event
     is_stale = late and at < session.last_step.get(agent_id, 0)
     session.last_event = session.clock = max(session.last_event, at) if late else at
     session.last_timestamp = session.last_timestamp if late else step.timestamp
@@ -1550,19 +1627,25 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
         _end_waits(session, step, over)
     if rule.turn and not is_stale and not agent_id:
         _apply_turn(session, event, kind, at, late)
+    if kind == "client_status" and session.turn != "ended":
+        _apply_client_status(session, step, until, silence_ms, is_stale)
     if kind in _ASKING_KINDS or (kind == "tool_call" and event["data"].get("toolName") in QUESTION_TOOLS):
         _begin_wait(session, event, kind, at, until, is_stale)
-    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
-        state = "ended"
-    elif session.waits:  # one of its agents waits for a person
-        state = "waiting"
-    elif session.turn == "failed":  # the last turn ended with an error
-        state = "failed"
-    else:
-        outlives_turn = session.background or any(agent.end is None for agent in session.agents.values())
-        state = "working" if session.turn == "working" or outlives_turn else "idle"
-    if state != session.state or (was_quiet and state == "working"):
+    state = _state_of(session)
+    if state != session.state or (silence_ms >= quiet_ms and state == "working"):
         session.state, session.state_since = state, at
+
+
+def _state_of(session: Session) -> str:
+    if session.turn == "ended":  # by SessionEnd, exit of its process or silence of its machine
+        return "failed" if session.unseen_failure else "ended"
+    if session.waits:  # one of its agents waits for a person
+        return "waiting"
+    if session.turn == "failed":  # the last turn ended with an error
+        return "failed"
+    works = session.turn == "working" or bool(session.background)
+    works = works or any(agent.end is None for agent in session.agents.values())  # they outlive the turn
+    return "working" if works else "idle"
 
 
 def process_of(event: JsonObject) -> tuple[int, int] | None:
@@ -1576,10 +1659,13 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
     A second terminal may resume a session that is open in the first one.
     """
     kind, process = step.kind, process_of(step.event)
-    if process is None or (kind == "replaced" and session.turn == "ended"):
-        return process is not None
+    last = next(reversed(session.processes), None)
+    if process is None or (process == last and RULES.get(kind, _NOTHING).ends != "all"):
+        return False
+    if kind in ("replaced", "client_exited") and session.turn == "ended":
+        return True
     others = {other: alive_at for other, alive_at in session.processes.items() if other != process}
-    if kind in ("session_end", "replaced"):
+    if kind in ("session_end", "replaced", "client_exited"):
         session.processes = others or {process: session.processes.get(process, 0)}
         return bool(others)
     if late and session.processes:
@@ -1595,7 +1681,8 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += kind != "replaced"  # that is an event of another session
+    session.counts["events"] += kind not in ("replaced", "client_status", "client_exited")  # no hook's
+    session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
     session.start = min(session.start, at)
@@ -1607,25 +1694,27 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.title = one_line(data["session_title"])
     model = data.get("to_model") if event["hookType"] == "PostModelSwitch" else data.get("model")
     if by_main and isinstance(model, str) and model:
-        session.model = model
+        session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
-    if kind == "user_prompt":
-        # Hooks of the settings and of a plugin may both deliver a prompt: it counts once.
-        text, prompt_id = text_of(data.get("message")), text_of(data.get("prompt_id"))
-        before, session.last_prompt = session.last_prompt, (at, prompt_id, text[:200])
-        within_ms = REORDER_WINDOW_MS if prompt_id else SECOND_DELIVERY_MS
-        is_again = before[1:] == session.last_prompt[1:] and abs(at - before[0]) <= within_ms
-        session.counts["prompts"] += not is_again
-        session.first_prompt = session.first_prompt or one_line(text, 80)
+    if kind in ("user_prompt", "queued_prompt"):
+        session.prompt_id = text_of(data.get("prompt_id"))
+        session.counts["prompts"] += 1
+        session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif kind == "client_status":
+        if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
+            session.client_name = one_line(data["name"])
+        if not session.has_hooks and "previous" not in data:
+            session.source_time = at
 
 
 # Tokens and cost
 
 MODELS_LIMIT = 50  # of one session; more, from a foreign event, are ignored
 AGENTS_LIMIT = 5000
+CALLS_LIMIT = 5000  # of one session; the oldest open one counts as interrupted
 
 
 def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
@@ -1639,7 +1728,7 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
         return
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
-    model = model if isinstance(model, str) else None
+    model = one_line(model) if isinstance(model, str) else None
     read = SessionUsage(time_ms, used, model, about.get("partial") is True)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
@@ -1697,7 +1786,7 @@ _PRICED = (
     (Price.of(0.25, cacheRead=0.03, cacheWrite5m=0.3), "haiku-3"),
 )
 PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for family in families}
-# An alias ("opus", "claude-sonnet-latest") is the newest of its kind, which stands first.
+# An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
@@ -1753,6 +1842,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
         return
     if agent is None:
         agent = session.agents[agent_id] = Agent(agent_id, "", at)
+        _drop_oldest(session.agents, AGENTS_LIMIT)
         launches = [call for call in session.open_calls.values() if call.tool_name in AGENT_TOOLS]
         if agent_id in session.launched:
             agent.label, agent.parent_id, agent.background = session.launched[agent_id]
@@ -1760,7 +1850,11 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
             agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
         if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
             agent.end = at  # its first event arrived after its end
-    elif agent.end is not None and session.turn != "ended" and RULES.get(kind, _NOTHING).turn:
+    elif (
+        agent.end is not None
+        and session.turn != "ended"
+        and (kind == "subagent_start" or RULES.get(kind, _NOTHING).turn)
+    ):
         agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
@@ -1788,11 +1882,7 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
         agent.label, agent.parent_id = label or agent.label, parent_id
     agent.background = background
     if output.get("status") == "completed":
-        _end_agents(session, lambda line: agent in line, at, until)
-
-
-def _digest(tool_input: Any) -> int:
-    return zlib.crc32(encode_json(tool_input))
+        _end_agents(session, lambda lineage: agent in lineage, at, until)
 
 
 def _description(tool_input: Any) -> str:
@@ -1801,25 +1891,25 @@ def _description(tool_input: Any) -> str:
 
 def _lineage(session: Session, agent: Agent) -> list[Agent]:
     """Return an agent and its ancestors, the nearest first."""
-    line = [agent]
-    while line[-1].parent_id in session.agents and session.agents[line[-1].parent_id] not in line:
-        line.append(session.agents[line[-1].parent_id])
-    return line
+    lineage = [agent]
+    while lineage[-1].parent_id in session.agents and session.agents[lineage[-1].parent_id] not in lineage:
+        lineage.append(session.agents[lineage[-1].parent_id])
+    return lineage
 
 
 def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: int) -> None:
     """End the agents and calls that an event ends, except those that began after `until`."""
     agent_id = event.get("agentId", MAIN)
-    over = task_notification(event) if ends == "task" else agent_id
+    ended_id = task_notification(event) if ends == "task" else agent_id
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
 
-    def is_over(line: list[Agent]) -> bool:
+    def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
-            return any(agent.agent_id == over for agent in line)
-        runs_on = not has_list or any(agent.agent_id in running for agent in line)
-        return ends == "all" or not runs_on or not any(agent.background for agent in line)
+            return any(agent.agent_id == ended_id for agent in lineage)
+        continues = not has_list or any(agent.agent_id in running for agent in lineage)
+        return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
         _interrupt(session, None if ends == "all" else {agent_id if ends == "turn" else MAIN}, until)
@@ -1830,9 +1920,9 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
 
 
 def _end_agents(session: Session, is_over: Callable[[list[Agent]], bool], at: int, until: int) -> None:
-    """End agents chosen by their lineages, with their waits; their calls are interrupted.
+    """End the agents for whose lineage `is_over` is true, with their waits; interrupt their calls.
 
-    Only those that run, wait or have open calls.
+    Agents that neither run nor wait nor have open calls are unchanged.
     """
     if not session.agents:
         return
@@ -1864,26 +1954,25 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
 
 
 def _running_tasks(event: JsonObject) -> list[JsonObject]:
-    tasks = event["data"].get("background_tasks")
-    known = [task for task in tasks if isinstance(task, dict)] if isinstance(tasks, list) else []
-    return [task for task in known if task.get("status") == "running"]
+    tasks = emit_event.objects_in(event["data"].get("background_tasks"))
+    return [task for task in tasks if task.get("status") == "running"]
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
-    """Open or close a call; return True if it is new. A second delivery changes nothing.
+    """Open or close a call; return True if it is new.
 
-    A call's own result replaces that of its round, and both replace an interruption.
+    Its first outcome counts, and replaces an interruption; further ones change nothing.
     """
     agent = session.agents.get(fact.agent_id)
     own_counts = (session.counts, agent.counts) if agent else (session.counts,)
-    by_itself = session.closed_calls.get(fact.use_id)
-    is_new = by_itself is None and fact.use_id not in session.open_calls
+    has_outcome = session.closed_calls.get(fact.use_id)  # False: interrupted, None: not closed
+    is_new = has_outcome is None and fact.use_id not in session.open_calls
     if is_new:
         session.turn_calls += 1
         for counts in own_counts:
             counts["toolCalls"] += 1
-    if fact.outcome is not Outcome.OPEN and not by_itself:
-        session.counts["interrupted"] -= by_itself is False  # its end arrived late
+    if fact.outcome is not Outcome.OPEN and not has_outcome:
+        session.counts["interrupted"] -= has_outcome is False  # its end arrived late
         session.open_calls.pop(fact.use_id, None)
         session.closed_calls[fact.use_id] = True
         if fact.outcome is not Outcome.OK:
@@ -1897,9 +1986,24 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
-        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, _digest(fact.tool_input))
+        call = OpenCall(
+            fact.use_id, fact.tool, target, fact.agent_id, at, label, zlib.crc32(encode_json(fact.tool_input))
+        )
         session.open_calls[fact.use_id] = call
+    if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
+        for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
+            session.closed_calls[dropped] = False
+            session.counts["interrupted"] += 1
+        _drop_oldest(session.closed_calls, CALLS_LIMIT)
     return is_new
+
+
+def _drop_oldest(entries: dict[str, Any], limit: int) -> list[str]:
+    """Drop what is beyond the limit; return its keys."""
+    oldest = list(itertools.islice(entries, max(0, len(entries) - limit)))
+    for key in oldest:
+        del entries[key]
+    return oldest
 
 
 def _already_ended(session: Session, agent_id: str, at: int, late: bool) -> bool:
@@ -1947,13 +2051,14 @@ def _apply_outcome(session: Session, fact: CallFact, at: int) -> None:
         session.turn_changed, session.unchanged_turns = True, 0
 
 
-def _too_long_since(session: Session) -> int | None:
-    """Return since when a turn or an agent that takes too long has been running, None if there is none."""
+def _busy_since(session: Session) -> int:
+    """Return since when a turn or an agent has been running, _NEVER if there is none."""
+    if session.state not in ("working", "quiet"):
+        return _NEVER
     starts = [agent.start for agent in session.agents.values() if agent.end is None]
     if session.turn == "working":
         starts.append(session.turn_start)
-    since = min(starts, default=_NEVER) if session.state in ("working", "quiet") else _NEVER
-    return since if session.clock - since >= STUCK_MS else None
+    return min(starts, default=_NEVER)
 
 
 def stuck_signals(session: Session) -> list[JsonObject]:
@@ -1968,17 +2073,20 @@ def stuck_signals(session: Session) -> list[JsonObject]:
     if session.unchanged_turns >= STUCK_TURNS:
         detail = f"{session.unchanged_turns} turns without a change in files"
         signals.append(("unchanged", session.unchanged_since, detail))
-    since = _too_long_since(session)
-    if since is not None:
+    since = _busy_since(session)
+    if session.clock - since >= STUCK_MS:
         signals.append(("long", since, f"busy for more than {STUCK_MS // 3_600_000} hours"))
     return [{"kind": kind, "since": since, "detail": detail} for kind, since, detail in signals]
 
 
-# Waits: each belongs to one agent, and to one call where a call waits. It ends with that call.
+# Waits: each belongs to one agent, and to the call that waits, if there is one; it ends with that call.
 
 _ASKING_KINDS = frozenset(("permission_request", "elicitation", "notification"))
 # What a notification asks a person for, by its type, or by its text where old clients give no type.
-_NOTICE_KINDS = {"permission_prompt": "permission", "idle_prompt": "input", "elicitation_dialog": "question"}
+_NOTICE_KINDS = {
+    "permission_prompt": "permission", "worker_permission_prompt": "permission", "idle_prompt": "input",
+    "elicitation_dialog": "question", "elicitation_url_dialog": "question", "agent_needs_input": "dialog",
+}  # fmt: skip
 _NOTICE_TEXTS = {"needs your permission": "permission", "waiting for your input": "input"}
 
 
@@ -2008,7 +2116,7 @@ def _end_waits(session: Session, step: Step, over: str) -> None:
 
 
 def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: int, is_stale: bool) -> None:
-    """Add a wait for a person; a request for an open call counts however late it is."""
+    """Add the wait for a person that an event begins; a request for an open call may be late."""
     wait = _wait_of(session, event, kind, at, until)
     if wait is None or session.turn == "ended" or (is_stale and kind == "notification"):
         return
@@ -2019,14 +2127,78 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         _apply_ends(session, event, "foreground", at, until)
         session.waits = [other for other in session.waits if other.agent_id != MAIN]
         session.turn = "idle" if session.turn == "working" else session.turn
-    elif kind == "notification" and any(other.kind != "input" for other in session.waits):
+    elif kind == "notification" and any(not (it.kind == "input" or it.by_client) for it in session.waits):
         return  # it repeats the request, without its agent
     elif any(
         other.tool_use_id == wait.tool_use_id if wait.tool_use_id else other._replace(since=at) == wait
         for other in session.waits
     ):
         return  # the call of a question and its request are one wait
-    session.waits.append(wait)
+    session.waits = [*(it for it in session.waits if not it.by_client), wait]
+
+
+# The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
+
+_CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
+_CLIENT_WAITS = {
+    "permission prompt": "permission",
+    "sandbox request": "permission",
+    "input needed": "question",
+}
+
+
+def _client_status(session: Session) -> tuple[str, str]:
+    """Return the status that counts for a session: (status, waitingFor); ("", "") if none is known."""
+    reported = [it for process, it in session.client_status.items() if process in session.processes]
+    ranks = {status: rank for rank, status in enumerate(_CLIENT_STATUSES)}
+    return min((it for it in reported if it[0] in ranks), key=lambda it: ranks[it[0]], default=("", ""))
+
+
+def _apply_client_status(session: Session, step: Step, until: int, silence_ms: int, is_stale: bool) -> None:
+    """Apply a status of the client if it has changed, or else if the hooks are silent.
+
+    A stale one, older than what the hooks have reported of the main agent, is only recorded.
+    """
+    event, at, (before, before_for) = step.event, step.at, _client_status(session)
+    reported = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
+    session.client_status = {
+        it: session.client_status[it] for it in session.processes if it in session.client_status
+    }
+    session.client_status[process_of(event)] = reported
+    status, waits_for = _client_status(session)
+    is_change = before != "" and (status, waits_for) != (before, before_for)
+    if is_stale or not (is_change or silence_ms >= STATUS_ALONE_MS or not session.has_hooks):
+        return
+    if before == "waiting" or status != "waiting":
+        session.waits = [
+            it for it in session.waits if it.since > at or (it.kind == "input" and status == "idle")
+        ]
+    if status in ("idle", "shell") and session.turn == "working":  # Esc, "No", or the end of a `!` command
+        _apply_ends(session, event, "foreground", at, until)
+        session.turn, session.turn_since = "idle", at
+        session.last_step[MAIN] = at
+    if status == "shell":
+        session.background = session.background or ["a command"]
+    elif status == "idle" and before in ("shell", "waiting"):
+        session.background = []
+    # A `!` command, or compaction.
+    if status == "busy" and before != "waiting" and session.turn in ("idle", "failed"):
+        session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
+        session.last_step[MAIN] = at
+    if status == "waiting" and all(it.kind == "input" for it in session.waits):
+        kind = _CLIENT_WAITS.get(waits_for, "dialog")
+        calls = [it for it in session.open_calls.values() if it.agent_id == MAIN] or list(
+            session.open_calls.values()
+        )
+        if kind == "dialog" or not calls:
+            is_named = waits_for not in ("", "dialog open")
+            detail = waits_for if is_named else "A dialog is open in the terminal"
+            session.waits.append(Reason(kind, None, detail, at, by_client=True))
+        else:
+            call = calls[-1]
+            session.waits.append(
+                Reason(kind, *call[1:3], at, call.agent_id, call.tool_use_id, by_client=True)
+            )
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
@@ -2044,7 +2216,7 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
         calls = [call for call in calls if call[1:3] == (tool, target) and call.since <= until]
         calls = [call for call in calls if agent_id in (call.agent_id, MAIN)]
         taken = {wait.tool_use_id for wait in session.waits}
-        digest = _digest(data.get("toolInput"))
+        digest = zlib.crc32(encode_json(data.get("toolInput")))
         calls.sort(
             key=lambda call: (call.agent_id != agent_id, call.digest != digest, call.tool_use_id in taken)
         )
@@ -2065,7 +2237,7 @@ def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int
 
 
 def _has_just_ended(session: Session, at: int, late: bool) -> bool:
-    """True if the session ended within REORDER_WINDOW_MS: its SessionEnd may have overtaken other events."""
+    """True if the session ended within REORDER_WINDOW_MS of `at`: SessionEnd may overtake other events."""
     since_ms = at - (session.end or 0)
     return since_ms <= REORDER_WINDOW_MS and (late or since_ms >= -REORDER_WINDOW_MS)
 
@@ -2084,30 +2256,55 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
         session.turn_start = at if begins else session.turn_start
     if is_new:
         session.streaks = {}
-    session.turn, session.turn_since, session.background = turn, at, []
-    if turn == "ended":
-        end_session(session, at, text_of(data.get("reason")) or "ended", presumed=False)
+    session.turn, session.turn_since, session.background, session.wakeup = turn, at, [], ""
+    if kind == "client_exited":
+        end_session(session, at, "its process exited", presumed=True)
         return
-    session.end, session.end_reason, session.failure = None, "", None
+    if turn == "ended":
+        why = one_line(text_of(data.get("reason"))) or "ended"
+        session.unseen_failure = why == "other" and session.failure is not None  # of `claude -p`
+        end_session(session, at, why, presumed=False)
+        return
+    session.end, session.end_reason, session.failure, session.unseen_failure = None, "", None, False
     if kind == "turn_end":
         session.background = [
             one_line(text_of(task.get("description") or task.get("command") or task.get("id")))
             for task in _running_tasks(event)
         ]
+        session.wakeup = _wakeup_of(data)
     elif kind == "turn_error":
         text = one_line(text_of(data.get("assistantResponse")) or text_of(data.get("error_details")))
-        error = text_of(data.get("error")) or "error"
+        error = one_line(text_of(data.get("error"))) or "error"
         session.failure = Reason("error", None, f"{error}: {text}" if text else error, at)
+
+
+def _wakeup_of(data: JsonObject) -> str:
+    """Return when a session continues by itself, as text, from the schedules (in cron's form) of its Stop."""
+    schedules = [it.get("schedule") for it in emit_event.objects_in(data.get("session_crons"))]
+    if not schedules:
+        return ""
+    daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
+    when = (
+        f"at {int(daily[2]):02}:{int(daily[1]):02}"
+        if daily
+        else f"by schedule {one_line(text_of(schedules[0]), 40)}"
+    )
+    return f"wakes up {when}"
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
     """End a session and everything in it; `presumed` if there was no SessionEnd."""
     session.turn, session.end, session.end_reason, session.end_presumed = "ended", time_ms, why, presumed
     session.waits, session.background = [], []
-    if session.state != "ended":
-        session.state, session.state_since = "ended", time_ms
-    _end_agents(session, lambda line: True, time_ms, _NEVER)
+    if session.state != _state_of(session):
+        session.state, session.state_since = _state_of(session), time_ms
+    _end_agents(session, lambda lineage: True, time_ms, _NEVER)
     _interrupt(session, None, _NEVER)
+
+
+def machine_host(key: str) -> str:
+    """Return the part of a machine's key (emit_event.machine_key) that containers share with their host."""
+    return key.partition("/")[0]
 
 
 class MachineClock(NamedTuple):
@@ -2123,6 +2320,7 @@ class Sessions:
     """All sessions, updated by `apply` and `tick`.
 
     A session becomes quiet after `quiet_ms` of silence; all sessions of a machine end after `ended_ms`.
+    `own_machine` is our machine's key; `own_name`: the name that stands for it in events without a key.
     """
 
     def __init__(
@@ -2131,13 +2329,15 @@ class Sessions:
         ended_ms: int = 12 * 3_600_000,
         own_machine: str = "",
         prices: PriceList | None = None,
+        own_name: str = "",
     ) -> None:
         self.sessions: dict[str, Session] = {}
         self._quiet_ms = quiet_ms
         self._ended_ms = ended_ms
         self._own_machine = own_machine
+        self._own_name = own_name
         self._prices = prices or PriceList()
-        self._machines: dict[str, MachineClock] = {}
+        self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
@@ -2145,11 +2345,16 @@ class Sessions:
         self._numbers = itertools.count()
         self._ticked: tuple[int, float, int] | None = None  # the last tick: (time, steady time, seq)
         self._seq = 0  # of the last event
-        # (machine, (pid, namespace)) → the session that this process runs; a process runs one at a time
+        # (machine's key, (pid, namespace)) → the session that this process runs; a process runs one at a time
         self._running: dict[tuple[str, tuple[int, int] | None], str] = {}
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
+        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` looks at it next; an entry
+        # counts if it is the session's in _due_at. It may be too early, never too late.
+        self._due: list[tuple[int, str]] = []
+        self._due_at: dict[str, int] = {}
+        self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to look at first
 
     def apply(self, event: JsonObject) -> Session:
         """Apply one event; return its session.
@@ -2162,11 +2367,14 @@ class Sessions:
         session = self.sessions.get(session_id)
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
+            session.machine_key = self._key_of(event)
             if kind == "usage":
                 return session
             self.sessions[session_id] = session
-        elif 0 < seq <= session.seq:
+        elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
+        elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
+            return session  # only hooks say that a session goes on at another machine
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
             for version in self._versions(session_id):
@@ -2180,6 +2388,7 @@ class Sessions:
                 self._link(session, kind)
         session.seq = seq
         self._seq = max(seq, self._seq)
+        self._look_after(session, session.last_event + min(self._quiet_ms, self._ended_ms))
         if session.parent_id != parent_before:
             if session_id in self.lineage(session.parent_id):
                 for version in self._versions(session_id):
@@ -2194,11 +2403,12 @@ class Sessions:
         """
         timestamp = event["timestamp"]
         received: int = event.get("received") or timestamp
-        machine = self._machines.get(event["machineId"], MachineClock())
+        key = self._key_of(event)
+        machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
         is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
         if is_new:
-            if event["machineId"] == self._own_machine:
+            if key == self._own_machine:
                 skew = 0
             elif event.get("spooled") or event.get("imported") or event.get("demo"):
                 pass  # its delay or its timestamp is not real
@@ -2209,24 +2419,33 @@ class Sessions:
         at = min(received, round(timestamp + (skew or 0)))
         if is_new:
             latest = max(at, machine.last_event)
-            self._machines[event["machineId"]] = MachineClock(skew, received, latest, seq)
+            self._machines[key] = MachineClock(skew, received, latest, seq)
         return received, at
 
+    def _key_of(self, event: JsonObject) -> str:
+        name: str = event["machineId"]
+        return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _is_watched(self, session: Session) -> bool:
+        """True if the session's process is on this machine, so that we can check it."""
+        is_here = machine_host(session.machine_key) == machine_host(self._own_machine)
+        return is_here and bool(session.processes)
+
     def _end_replaced(self, session: Session, event: JsonObject, kind: str, received: int) -> None:
-        """End the session that the same process ran before this one, in whatever order their events arrive.
+        """End the session that the event's process ran before, even if their events arrive in another order.
 
         A process runs one session: /clear and --resume may end the previous one without a SessionEnd.
         """
         process = process_of(event)
         if process is None:
             return
-        runner = event["machineId"], process
+        runner = self._key_of(event), process
         other = self.sessions.get(self._running.setdefault(runner, session.session_id), session)
-        if other is session or kind != "session_start":
+        if other is session or (kind != "session_start" and (kind != "client_status" or session.has_hooks)):
             return
         before, after = sorted((other, session), key=lambda each: each.source_time)
         self._running[runner] = after.session_id
-        if before.turn == "ended" or before.machine_id != runner[0] or process not in before.processes:
+        if before.turn == "ended" or before.machine_key != runner[0] or process not in before.processes:
             return
         at = after.source_time
         end = {**event, "sessionId": before.session_id, "hookType": "", "eventType": "session_end"}
@@ -2234,6 +2453,10 @@ class Sessions:
         before = self._apply_in_order(before, end, "replaced", at, received)
         self._linked.add(before.session_id)
         self._link(before, "session_end")
+
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the clocks of machines that sent nothing since then."""
+        self._machines = {name: it for name, it in self._machines.items() if it.received >= since_ms}
 
     def skew_ms(self, machine: str) -> int | None:
         """Return how far a machine's clock is behind ours (below 0: ahead); None if not known."""
@@ -2245,14 +2468,19 @@ class Sessions:
     ) -> Session:
         """Apply an event, and again the events that overtook it; return the resulting session."""
         session_id = session.session_id
-        is_elsewhere = event["machineId"] != session.machine_id and not event.get("imported")
-        if kind == "session_end" and session.processes and "pid" in event:  # the machine may be renamed
+        key = self._key_of(event)
+        is_elsewhere = key != session.machine_key and not event.get("imported")
+        if kind == "session_end" and session.processes and "pid" in event:
             is_elsewhere = is_elsewhere and process_of(event) in session.processes
         if is_elsewhere and "agentId" not in event and (kind == "session_start" or at >= session.last_event):
             # The session was resumed on another machine, which has its own pids and timestamps.
-            session.machine_id, session.processes, session.last_timestamp = event["machineId"], {}, 0
+            session.machine_key, session.processes, session.last_timestamp = key, {}, 0
             self._stages.pop(session_id, None)
-        facts = self._unnamed.paired(event, call_facts(event))
+        if key == session.machine_key:
+            session.machine_id = event["machineId"]
+        facts = call_facts(event)
+        if facts and facts[0].use_id.startswith(UNNAMED):
+            facts = self._unnamed.paired(event, facts)
         step = Step(event["timestamp"], next(self._numbers), event, kind, at, facts)
         while self._stages:
             first_id = next(iter(self._stages))
@@ -2281,8 +2509,8 @@ class Sessions:
             else:
                 stages.clear()  # our clock or its machine's was set back
         for step in steps:
-            since = stages[-1][1] if stages else [step] * REORDER_EVENTS
-            if step.timestamp - since[0].timestamp < REORDER_WINDOW_MS and len(since) < REORDER_EVENTS // 2:
+            since = stages[-1][1] if stages else ()
+            if 0 < len(since) < REORDER_EVENTS // 2 and step[0] - since[0][0] < REORDER_WINDOW_MS:
                 since.append(step)
             else:
                 stages.append((session.clone(), [step]))
@@ -2309,25 +2537,43 @@ class Sessions:
             if abs(time_ms - self.sessions[session_id].received) > 2 * REORDER_WINDOW_MS:
                 del self._stages[session_id]
         changed = []
-        for session in self.sessions.values():
-            if session.state == "ended":
+        while self._due and self._due[0][0] <= time_ms:
+            due, session_id = heapq.heappop(self._due)
+            session = self.sessions.get(session_id)
+            if session is None or self._due_at.get(session_id) != due:
+                continue
+            del self._due_at[session_id]
+            if session.turn == "ended":
                 continue
             # Silence starts at the time of the last event, even if it arrived late.
-            silence, ran_too_long = time_ms - session.last_event, _too_long_since(session)
-            machine = self._machines.get(session.machine_id)
-            last_event = machine.last_event if machine else session.last_event
-            session.clock = max(session.clock, time_ms)
-            is_watched = session.machine_id == self._own_machine and session.pid is not None
-            if not is_watched and time_ms - last_event >= self._ended_ms:
+            quiet_at, busy_at = session.last_event + self._quiet_ms, _busy_since(session) + STUCK_MS
+            machine = self._machines.get(session.machine_key)
+            ended_at = (machine.last_event if machine else session.last_event) + self._ended_ms
+            if self._is_watched(session):
+                ended_at = _NEVER
+            is_long = session.clock < busy_at <= time_ms
+            session.clock = busy_at if is_long else session.clock
+            if time_ms >= ended_at:
                 why = f"no event from {session.machine_id} for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
                 changed.append(session)
-            elif session.state == "working" and silence >= self._quiet_ms:
-                session.state, session.state_since = "quiet", session.last_event + self._quiet_ms
+                continue
+            is_quiet = session.state == "working" and time_ms >= quiet_at
+            if is_quiet:
+                session.state, session.state_since = "quiet", quiet_at
+            if is_quiet or is_long:
                 changed.append(session)
-            elif _too_long_since(session) != ran_too_long:
-                changed.append(session)
+            times = (quiet_at if session.state == "working" else _NEVER, busy_at, ended_at)
+            self._look_after(session, min((at for at in times if at > time_ms), default=_NEVER))
         return changed
+
+    def _look_after(self, session: Session, time_ms: int) -> None:
+        """Look at a session at this time at the latest, and at its processes."""
+        if time_ms < self._due_at.get(session.session_id, _NEVER):
+            self._due_at[session.session_id] = time_ms
+            heapq.heappush(self._due, (time_ms, session.session_id))
+        if session.session_id not in self._with_process and self._is_watched(session):
+            self._with_process[session.session_id] = None
 
     def _apply_clock_step(self, time_ms: int, step_ms: int, ticked_seq: int) -> None:
         """Shift the times of all sessions that have not ended to our clock after a step.
@@ -2347,30 +2593,44 @@ class Sessions:
                 )
         for session in filter(is_before, self.sessions.values()):
             session.shift(step_ms)
+        self._due, self._due_at = [], {}
+        for session in self.sessions.values():
+            self._look_after(session, time_ms)
 
     def check_processes(
-        self, namespace: int, was_running: Callable[[int, int], bool], time_ms: int, is_sure: bool
+        self,
+        namespace: int,
+        was_running: Callable[[int, int], bool],
+        time_ms: int,
+        is_sure: bool,
+        find: Callable[[tuple[int, int]], int] = lambda _: 0,
     ) -> list[Session]:
-        """Check which processes of this machine still run, since a kill fires no hook; return ended sessions.
+        """End the sessions of this machine whose process has exited, since a kill fires no hook; return them.
 
-        `namespace` is that of our pids; `was_running(pid, time)` checks one. `is_sure`: no other machine has
-        our name; else only a process that was seen alive can have exited. It may have exited long before this
-        check, so its session ends when it was last seen alive, or with its last event.
+        `namespace` is that of our pids; `was_running(pid, time)` checks a process; `find(process)` returns
+        our pid of one in a container, or 0. `is_sure`: no other machine has a copy of our key; else only a
+        process that was seen alive can have exited. A session ends when its process was last seen alive, but
+        not before its last event.
         """
         ended = []
-        for session in list(self.sessions.values()):
-            if session.state == "ended" or session.machine_id != self._own_machine or not session.processes:
+        for session_id in list(itertools.islice(self._with_process, PROCESSES_A_LOOK)):
+            del self._with_process[session_id]
+            session = self.sessions.get(session_id)
+            if session is None or session.turn == "ended" or not self._is_watched(session):
                 continue
+            self._with_process[session_id] = None  # after the others
             for process, alive_at in list(session.processes.items()):
-                is_here = process[1] == namespace
-                if is_here and was_running(process[0], session.last_event):
+                pid = process[0] if process[1] == namespace else find(process)
+                # The first namespace sees all others; from another one nothing may be seen any more.
+                is_visible = pid or (alive_at and namespace == 0)
+                if pid and was_running(pid, session.last_event):
                     session.processes[process] = time_ms
-                elif is_here and (alive_at or is_sure):
+                elif is_visible and (alive_at or is_sure):
                     if len(session.processes) > 1:
                         del session.processes[process]
                     else:
                         ended.append(self.end_exited(session.session_id, max(alive_at, session.last_event)))
-            is_unseen = session.state != "ended" and not any(session.processes.values())
+            is_unseen = session.turn != "ended" and not any(session.processes.values())
             if is_unseen and time_ms - session.last_event >= self._ended_ms:  # e.g. in a container
                 why = f"no event from it for {self._ended_ms // 3_600_000} hours"
                 end_session(session, session.last_event, why, presumed=True)
@@ -2378,7 +2638,7 @@ class Sessions:
         return ended
 
     def end_exited(self, session_id: str, time_ms: int) -> Session:
-        """End a session whose process exited without a SessionEnd."""
+        """End a session whose process has exited without a SessionEnd; return it."""
         session = self.sessions[session_id]
         self._stages.pop(session_id, None)
         end_session(session, time_ms, "its process exited", presumed=True)
@@ -2387,12 +2647,13 @@ class Sessions:
     def delete(self, session_id: str) -> bool:
         """Delete a session; return True if it existed."""
         self._stages.pop(session_id, None)
+        self._due_at.pop(session_id, None)
         deleted = self.sessions.pop(session_id, None)
         if deleted is None:
             return False
         for process in deleted.processes:
-            if self._running.get((deleted.machine_id, process)) == session_id:
-                del self._running[deleted.machine_id, process]
+            if self._running.get((deleted.machine_key, process)) == session_id:
+                del self._running[deleted.machine_key, process]
         if deleted.parent_id:
             self._linked.add(deleted.parent_id)
         return True
@@ -2428,8 +2689,9 @@ class Sessions:
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
+            self._look_after(session, _NEVER if session.state == "ended" else session.last_event)
             for process in session.processes:
-                place = session.machine_id, process
+                place = session.machine_key, process
                 # a session that was replaced may be restored after the one that replaced it
                 if session.turn != "ended" or place not in self._running:
                     self._running[place] = session.session_id
@@ -2469,11 +2731,11 @@ class Sessions:
             self._continue(*min(pairs, key=lambda pair: (pair[0].end_reason == "replaced", _gap_ms(*pair))))
 
     def _is_continued_by(self, before: Session, after: Session) -> bool:
-        """True if one ended because the other began: for a matching reason, in the same process."""
+        """True if `after` continues `before`, which ended for a matching reason, in the same process."""
         continued = {self.sessions[each].continued_from for each in self._linkable if each in self.sessions}
         return (
             before.end_reason in _CONTINUED_REASONS.get(after.start_source, ())
-            and (before.machine_id, before.directory) == (after.machine_id, after.directory)
+            and (before.machine_key, before.directory) == (after.machine_key, after.directory)
             and (before.process == after.process or None in (before.process, after.process))
             and not after.continued_from
             and before.session_id not in continued
@@ -2505,15 +2767,19 @@ class Sessions:
             "model": session.model or (usage and usage.model),
             "reason": session.reason and dict(zip(("kind", "tool", "detail", "since"), session.reason)),
             "childSessionIds": children.get(session.session_id, []),
-            "agents": [_agent_json(session, agent) for agent in session.agents.values()],
+            "agents": _agents_json(session) if session.agents else [],
+            "agentCount": len(session.agents),
             "openCalls": [
                 {**dict(zip(_CALL_JSON, call)), "agentId": call.agent_id or None}
-                for call in session.open_calls.values()
+                for call in list(session.open_calls.values())[-SENT_OF_EACH:]
             ],
+            "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
             "estimatedCostUsd": usage and self._prices.estimate(usage),
             "stuck": stuck_signals(session),
+            "pid": next((pid for pid, _ in reversed(session.processes)), None),
+            "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -2560,11 +2826,12 @@ _CONTINUABLE_REASONS = frozenset(itertools.chain(*_CONTINUED_REASONS.values()))
 
 # Name in JSON → attribute; `to_json` adds the rest.
 _SESSION_JSON = {
-    "sessionId": "session_id", "machineId": "machine_id", "workingDirectory": "directory",
+    "sessionId": "session_id", "machineId": "machine_id", "machineKey": "machine_key",
+    "workingDirectory": "directory",
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo", "pid": "pid",
+    "demo": "demo",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2582,14 +2849,25 @@ def _apply_user_action(session: Session, data: JsonObject) -> None:
         session.pinned = data.get("pinned") is True
     elif action == "hide":
         session.hidden = data.get("hidden") is True
+    elif action == "seen":
+        session.unseen_failure = False
+        session.state = _state_of(session) if session.turn == "ended" else session.state
     elif action == "set_parent":
         parent = data.get("parentSessionId")
         session.parent_id = parent if isinstance(parent, str) and parent else None
         session.parent_by_user = True
 
 
-def _agent_json(session: Session, agent: Agent) -> JsonObject:
-    own = [call for call in session.open_calls.values() if call.agent_id == agent.agent_id]
+def _agents_json(session: Session) -> list[JsonObject]:
+    """Return the newest agents; those that run come before others."""
+    agents = session.agents.values()
+    newest = heapq.nlargest(SENT_OF_EACH, agents, key=lambda agent: (agent.end is None, agent.start))
+    sent = {agent.agent_id for agent in newest}
+    calls = {call.agent_id: call for call in session.open_calls.values()} if sent else {}
+    return [_agent_json(session, it, calls.get(it.agent_id)) for it in agents if it.agent_id in sent]
+
+
+def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> JsonObject:
     waits = any(wait.agent_id == agent.agent_id for wait in session.waits)
     used = session.agent_usage.get(agent.agent_id)
     return {
@@ -2600,7 +2878,7 @@ def _agent_json(session: Session, agent: Agent) -> JsonObject:
         "state": "ended" if agent.end is not None else "waiting" if waits else "working",
         "startTime": agent.start,
         "endTime": agent.end,
-        "activity": own[-1].activity if own else "",
+        "activity": newest.activity if newest else "",
         "counts": dict(agent.counts),
         "tokenUsage": used and used[1].to_json(),
     }
@@ -2645,32 +2923,32 @@ def event_row(event: JsonObject) -> JsonObject:
 # Owns: index.db, which may be deleted at any time: it is rebuilt from the journal.
 # Knows: the journal's lines and the fields of events. Does not know: clients, or the states of sessions.
 #
-# A consumer with a position: `indexed` is the seq of the last indexed event. One thread fills the file
-# through one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while
-# events arrive it takes a tenth of the time at most. Readers have read-only connections; they never block
-# writes. A search reads events that are not indexed yet from the journal.
+# A consumer of the journal: `indexed` is the seq of the last indexed event. One thread fills the file through
+# one connection, from the loop's queue, or from the journal after a start, a pause or a burst; while events
+# arrive, it works at most a tenth of the time. Readers have read-only connections; they never block writes.
+# A search reads events that are not indexed yet from the journal.
 #
-# No text is kept. Each day has a table of words, dropped with its day; it finds candidates (rowid = seq),
-# whose lines in the journal are checked. The file also keeps the snapshots of sessions, which are opaque
-# bytes here.
+# The file contains no text. Each day has a table of words, dropped with its day; it finds candidates
+# (rowid = seq), whose lines in the journal are then checked. The file also stores the snapshots of sessions,
+# which are opaque bytes here.
 # ---------------------------------------------------------------------------
 
 INDEX_VERSION = 4
 INDEX_BATCH_S = 0.5  # in one transaction
 INDEX_SLICE_EVENTS = 50  # after so many, or
-INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; the thread then rests if events are arriving
-INDEX_QUEUE_BYTES = 256 << 10  # of waiting lines; events beyond are read from the journal
-SNAPSHOTS_WAITING = 100  # to be written; no more are made until these are
-INDEX_GATHER_S = 0.1  # what arrives together is indexed together
+INDEX_SLICE_BYTES = 256 << 10  # of lines, rows are written; while events arrive the thread then pauses
+INDEX_QUEUE_BYTES = 256 << 10  # of queued lines; further events are read from the journal
+SNAPSHOTS_WAITING = 100  # snapshots in the queue; the loop then pauses making more
+INDEX_GATHER_S = 0.1  # between the first event of a batch and indexing it
 INDEX_LOOK_S = 5.0  # between two checks that the file still exists
 INDEX_RETRY_S = 10.0
-INDEX_OPENS_S = 3.0  # at most, on a busy machine
-LIVE_S = 0.1  # events are arriving when the last one came within this time
-LIVE_SHARE = 0.1  # of the time that filling may take meanwhile
+INDEX_OPENS_S = 3.0  # statistics wait this long for the file to open
+LIVE_S = 0.1  # events are arriving if the last one is younger than this
+LIVE_SHARE = 0.1  # of the time in which the thread may work while events are arriving
 NAMES_KEPT = 10_000  # in memory; any other is looked up
 SEARCH_BUDGET_S = 2.0
 SEARCH_LIMIT = 200
-SESSIONS_MATCHED = 500  # by the table of words; of more (all that ended), the line in the file decides
+SESSIONS_MATCHED = 500  # found by the table of words; for more (all that ended), only the lines are checked
 SNIPPET_CHARS = 160
 QUARTER_MS = 900_000
 EXTREMES = 20  # slowest calls, most failing calls
@@ -2725,7 +3003,7 @@ _APART = re.compile("([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff])") 
 _MARKS = re.compile("[\u0300-\u036f]")
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")  # its letter is no part of the word that follows
 _UNFIT = re.compile("[\ue000\ud800-\udfff]")
-_MARK = "\ue000"  # begins a word that says what an event is (its session, tool, …), not what it holds
+_MARK = "\ue000"  # begins a word for an attribute of an event (its session, tool, …), not for its text
 # Names in data that are not searched, or are the same in every event of a session.
 _NOT_SEARCHED = {
     *("toolUseId", "tool_use_id", "transcriptPath", "agent_transcript_path", "permissionMode", "prompt_id"),
@@ -2906,8 +3184,9 @@ def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool
 def time_range(start: str | None, end: str | None, zone: datetime.tzinfo | None = None) -> tuple[int, int]:
     """Return [from, to) in ms; `end` is before that moment, but from a day to the same day is that day."""
     if end is not None and start == end and moment_ms(end, zone)[1]:
-        day = datetime.date.fromisoformat(end) + datetime.timedelta(days=1)
-        end = day.isoformat()
+        with contextlib.suppress(OverflowError):  # the calendar's last day
+            day = datetime.datetime.strptime(end, "%Y-%m-%d").date() + datetime.timedelta(days=1)
+            end = day.isoformat()
     times = (moment_ms(text, zone)[0] if text else None for text in (start, end))
     first, last = times
     return first or 0, 1 << 53 if last is None else last
@@ -3025,7 +3304,7 @@ class IndexFile:
     def _connect(self) -> sqlite3.Connection:
         if not os.path.exists(self.path):
             remove_index(self.path)  # an old write-ahead log does not belong to the next file
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        os.close(emit_event.open_own(self.path, os.O_RDWR | os.O_CREAT))
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5)
         # A power failure costs the last transactions, never the file; the events are read again.
         for pragma in ("synchronous = NORMAL", "cache_size = -8192", "wal_autocheckpoint = 2000"):
@@ -3073,7 +3352,7 @@ class IndexFile:
         seq, event, line = entry
         if day is None:  # as in the journal: a clock set back over midnight does not change the day
             day = day_of(event["received"])
-            if day < self._day <= day_of(event["received"] + 86_400_000):
+            if day < self._day <= day_of(event["received"] + _DAY_MS):
                 day = self._day
             self._day = day
         kind, timestamp = effective_type(event), event["timestamp"]
@@ -3086,9 +3365,9 @@ class IndexFile:
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
+        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if kind == "usage":
             return
-        rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
         if self.full_text:
             words = (seq, self._words(event, kind))
             rows[f"INSERT INTO words_{day_id}(rowid, words) VALUES(?, ?)"].append(words)
@@ -3162,7 +3441,7 @@ class IndexFile:
 
 
 def name_key(name: str) -> bytes:
-    """Return a name as the index keeps it; it may hold lone surrogates."""
+    """Return a name as the index stores it; it may contain lone surrogates."""
     return name.encode("utf-8", "surrogatepass")
 
 
@@ -3196,7 +3475,7 @@ def index_files(path: str) -> dict[str, os.stat_result]:
 
 
 def index_inodes(path: str) -> tuple[int, ...]:
-    """Return the files' devices and inodes, which change when one is replaced."""
+    """Return the inodes of these files, which change if one is replaced."""
     return tuple(about.st_ino for about in index_files(path).values())
 
 
@@ -3229,6 +3508,8 @@ class IndexReader:
 
     def _connect(self, inodes: tuple[int, ...]) -> sqlite3.Connection:
         address = f"file:{urllib.parse.quote(os.fsencode(self._path))}?mode=ro"
+        if not os.path.isfile(self._path):  # a FIFO would block
+            raise sqlite3.OperationalError("there is no index file")
         db = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA cache_size = -32768")  # what statistics read several times fits in
         return db
@@ -3263,7 +3544,7 @@ _IN_FILES = "CROSS JOIN files ON files.id = file CROSS JOIN days ON days.id = da
 def indexed_lines(db: sqlite3.Connection, journal: Journal, query: SearchQuery) -> Iterator[bytes]:
     """Yield the lines that may match, newest first; those not indexed yet come from the journal."""
     indexed = read_meta(db, "indexed")
-    if indexed < journal.seq:
+    if indexed < min(journal.seq, (query.before or 1 << 62) - 1):
         yield from journal.lines(query.only_session, indexed, query.before, backwards=True)
     match = match_expression(db, query)
     limits = {"before": query.before or 1 << 62, "from": query.from_ms, "to": query.to_ms, "match": match}
@@ -3394,8 +3675,10 @@ class Statistics:
                         tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
-                row = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                row.update(self._tokens_json(tokens[key]))
+                row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
+                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                row["tokenUsage"] = used.to_json() if used.models else None
+                row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3408,7 +3691,7 @@ class Statistics:
         every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
-        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * 86_400_000)})
+        days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
         models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
@@ -3452,11 +3735,6 @@ class Statistics:
             if quarter >= self._bounds["from"]:
                 grown = Tokens(*map(operator.sub, after, before))
                 yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
-
-    def _tokens_json(self, models: Mapping[int, Tokens]) -> JsonObject:
-        used = SessionUsage(0, {self._names[model]: tokens for model, tokens in models.items()})
-        cost = self._prices.estimate(used) if models else None
-        return {"tokenUsage": used.to_json() if models else None, "estimatedCostUsd": cost}
 
     def _tools(self) -> JsonObject:
         """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
@@ -3518,7 +3796,7 @@ class Statistics:
 
 
 class NoStatistics(Exception):
-    """Statistics are not available now; the message says why."""
+    """Statistics are not available now; the message gives the reason."""
 
 
 # Stored events to index, or another operation on the file.
@@ -3526,10 +3804,10 @@ _Job = Union[list[StoredEvent], Callable[[IndexFile], None]]
 
 
 class History:
-    """Search, statistics and snapshots. Methods are for any thread unless they say otherwise.
+    """Search, statistics and snapshots. Methods are for any thread unless their docstrings restrict it.
 
-    `generation` grows whenever saved snapshots may be lost: with a new index file, and after a failed write.
-    All snapshots must then be saved again.
+    `generation` grows with each new index file and after each failed write: saved snapshots may be lost then,
+    and all must be saved again.
     """
 
     def __init__(self, journal: Journal, path: str, prices: PriceList | None = None) -> None:
@@ -3618,9 +3896,9 @@ class History:
         return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
-        """Queue snapshots, unless `generation` is not the file's; return whether the queue is long.
+        """Queue snapshots, for the index file of this `generation`; return whether the queue is long.
 
-        `checkpoint`: the seq of which the state of every session is now saved. None: more snapshots follow.
+        `checkpoint`: the seq up to which every session is saved with them; None: more snapshots follow.
         """
 
         def save(file: IndexFile) -> None:
@@ -3666,6 +3944,14 @@ class History:
             lines = self._journal.lines(query.only_session, 0, query.before, backwards=True)
             page = search_page(query, lines)
         return {**page, "index": self.status()}
+
+    def newest(self, count: int, session_id: str | None, before: int | None) -> list[bytes]:
+        """Return the last lines before a seq, newest first; of all sessions the index knows the files."""
+        if session_id is None and before and self._state == "ready":
+            with contextlib.suppress(sqlite3.Error), self._searcher.reading(SEARCH_BUDGET_S) as db:
+                lines = indexed_lines(db, self._journal, SearchQuery(before=before))
+                return list(itertools.islice(lines, count))
+        return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
         self,
@@ -3764,9 +4050,8 @@ class History:
                     log.info("the index is complete: %d bytes of events", self._done)
                 with self._lock:
                     if not self._jobs:
-                        self._total = (
-                            self._done
-                        )  # lines that are no events, or were added by hand, are in neither
+                        # Lines that are no events, or were added by hand, count in neither.
+                        self._total = self._done
                 self._state, self._error = "ready", ""
                 if self._wake.wait(INDEX_LOOK_S):
                     self._stopping.wait(INDEX_GATHER_S)
@@ -3805,7 +4090,7 @@ class History:
                 file.forget_session(key_name(key))
 
     def _batch(self, file: IndexFile, entries: Iterator[StoredEvent], day: str | None = None) -> bool:
-        """Write events in one transaction, all of a file of a `day`; return whether there may be more."""
+        """Write events in one transaction, all of them for a `day`; return whether there may be more."""
         count, size, flushed, seq, more = 0, 0, 0, 0, False
         began = slice_began = time.monotonic()
         with file.transaction():
@@ -3913,7 +4198,7 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
         _OUTCOME_WORDS[fact.outcome],
         "" if fact.duration_ms is None else str(fact.duration_ms),
         "" if fact.outcome in (Outcome.OPEN, Outcome.OK) else without_colours(text_of(fact.error)),
-        "" if fact.use_id.startswith("unnamed:") else fact.use_id,
+        "" if fact.use_id.startswith(UNNAMED) else fact.use_id,
     )
     row = io.StringIO()
     writer = csv.writer(row, lineterminator="\r\n")  # Python 3.12 and older quote only this line end
@@ -3926,9 +4211,66 @@ def _call_row(fact: CallFact, event: JsonObject) -> bytes:
 #
 # Owns: which files are deleted, and deleting them. Knows: the files of our directory. Today's files are kept.
 # What a kill interrupted is planned again the next time.
+# The name of a day is what our clock showed then. ClockMemory remembers each time that it was set, so that
+# days before have their real age; on a day on which it was set, no event is too old.
 # ---------------------------------------------------------------------------
 
 RETENTION_INTERVAL_S = 60.0
+CLOCK_SET_MS = 3_600_000  # a clock that differs this much more from the steady clock was set
+CLOCK_STEPS_LIMIT = 1000
+
+
+class ClockStep(NamedTuple):
+    """The clock was set; events with numbers up to `seq` arrived before."""
+
+    seq: int
+    before_ms: int
+    after_ms: int
+
+
+def boot_id() -> str:
+    """Return the id of this boot of the machine; "" where there is none."""
+    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+    return ""
+
+
+class ClockMemory:
+    """Each time that the clock was set, kept over restarts in a file; for the loop thread."""
+
+    def __init__(self, path: str) -> None:
+        self.steps: list[ClockStep] = []
+        self._path, self._boot = path, boot_id()
+        self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
+            with open(path, "rb", opener=emit_event.open_own) as saved:
+                known = emit_event.parse_event_line(saved.read())
+            steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
+            ahead_ms = int(known["ahead"])
+            if not known["boot"] or known["boot"] != self._boot:
+                # Only the clock shows how long the machine was off, unless it went back or was not set.
+                is_wrong = now_ms() < time_ms or time_ms < emit_event.NO_CLOCK_MS
+                ahead_ms = (time_ms if is_wrong else now_ms()) - round(steady_ms())
+            self.steps, self._time_ms, self._seq, self._ahead_ms = steps, time_ms, int(known["seq"]), ahead_ms
+
+    def look(self, seq: int, save: bool = False) -> None:
+        """Compare the clocks and record a step; `seq`: of the last event; `save`: also without a step."""
+        time_ms = now_ms()
+        ahead_ms = round(time_ms - steady_ms())
+        step_ms = ahead_ms - self._ahead_ms if self._time_ms else 0
+        was_set = abs(step_ms) >= CLOCK_SET_MS
+        if was_set:
+            # Events since the last comparison came before or after the step; they count as the younger.
+            step = ClockStep(seq if step_ms > 0 else self._seq, time_ms - step_ms, time_ms)
+            self.steps = [*self.steps, step][-CLOCK_STEPS_LIMIT:]
+            log.warning("the clock was set from %s to %s", day_of(step.before_ms), day_of(time_ms))
+        if was_set or not self._time_ms:
+            self._ahead_ms = ahead_ms
+        self._time_ms, self._seq = time_ms, seq
+        if save or was_set:
+            state = {"boot": self._boot, "time": time_ms, "seq": seq, "ahead": self._ahead_ms}
+            with contextlib.suppress(OSError):
+                emit_event.write_atomically(self._path, encode_json({**state, "steps": self.steps}) + b"\n")
 
 
 class RetentionPlan(NamedTuple):
@@ -3941,6 +4283,7 @@ class RetentionPlan(NamedTuple):
     index_size: int
     oldest_day: str | None  # that is kept
     today: str  # events are never added to an earlier day
+    is_over: bool  # even without them the rest is more than the limit
 
     @property
     def days(self) -> list[str]:
@@ -3955,12 +4298,17 @@ class RetentionPlan(NamedTuple):
 
 
 def plan_retention(
-    home: str, time_ms: int, days: int | None, limit_bytes: int | None, kept_names: frozenset[str]
+    home: str,
+    time_ms: int,
+    days: int | None,
+    limit_bytes: int | None,
+    kept_names: frozenset[str],
+    steps: Sequence[ClockStep] = (),
 ) -> RetentionPlan:
     """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
     Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day: the clock was wrong then, and the day is not as old as its name says.
+    later day, if no step of the clock explains that: the day is not as old as its name says.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -3969,21 +4317,34 @@ def plan_retention(
     index_size = index_bytes(home + "/index.db")
     total = bytes_below(home)  # measured after its parts, which may grow meanwhile
     with_index = 1 + index_size / max(1, events)
-    first_kept = day_of(time_ms - days * 86_400_000) if days is not None else ""
     today = day_of(time_ms)
+    was_set_today = any(day_of(step.after_ms) == today for step in steps)
+    first_kept = day_of(time_ms - days * _DAY_MS) if days is not None and not was_set_today else ""
     to_delete: list[JournalFile] = []
     size = 0
-    for day, of_day in itertools.groupby(files, lambda file: file.day):
-        is_over = limit_bytes is not None and total - size * with_index > limit_bytes
+
+    def is_over() -> bool:
+        return limit_bytes is not None and total - size * with_index > limit_bytes
+
+    by_day = [(day, list(of_day)) for day, of_day in itertools.groupby(files, lambda file: file.day)]
+    for real_day, day, of_day in sorted((real_day_of(*each, steps), *each) for each in by_day):
         chosen = [file for file in of_day if file.name not in kept_names]
-        if day >= today or not (day < first_kept or is_over):
+        if max(real_day, day) >= today or not (real_day < first_kept or is_over()):
             continue
-        last = 0 if journal.in_order else max((file.last_seq for file in files if file.day == day), default=0)
+        is_known = journal.in_order or real_day != day
+        last = 0 if is_known else max(file.last_seq for file in of_day)
         if all(file.first_seq > last for file in files if last and day < file.day < today and file.last_seq):
             to_delete += chosen
             size += sum(file.size for file in chosen)
     oldest = min((file.day for file in set(files) - set(to_delete)), default=None)
-    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today)
+    return RetentionPlan(tuple(to_delete), size, total, events, index_size, oldest, today, is_over())
+
+
+def real_day_of(day: str, files: Sequence[JournalFile], steps: Sequence[ClockStep]) -> str:
+    """Return the day that it was by the clock as it is now, when the last of a day's events arrived."""
+    last = max(file.last_seq for file in files) if steps else 0
+    shift_ms = sum(step.after_ms - step.before_ms for step in steps if last <= step.seq)
+    return day_of(calendar.timegm(time.strptime(day, "%Y-%m-%d")) * 1000 + shift_ms) if shift_ms else day
 
 
 def delete_planned(home: str, plan: RetentionPlan) -> frozenset[str]:
@@ -4049,7 +4410,7 @@ class EventCounts:
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
         if kind not in ("tool_result", "tool_error"):
             return
-        tool = text_of(data.get("toolName")) or "?"
+        tool = one_line(text_of(data.get("toolName"))) or "?"
         tool = tool if tool in self.durations or len(self.durations) < LABELS_LIMIT else "other"
         buckets = self.durations.setdefault(tool, [0] * (len(DURATION_BUCKETS_S) + 1))
         if kind == "tool_error":
@@ -4079,7 +4440,7 @@ def metrics_text(
 
     def of_machines(field: str) -> list[tuple[str, dict[str, str], float]]:
         known = [machine for machine in status["machines"] if machine[field] is not None]
-        return by("machine", [(machine["machineId"], machine[field] / 1000) for machine in known])
+        return by("machine", [(machine["label"], machine[field] / 1000) for machine in known])
 
     build = {"version": status["version"], "mode": status["mode"], "python": sys.version.split()[0]}
     by_type = [("", {"machine": it[0], "type": it[1]}, count) for it, count in sorted(counts.events.items())]
@@ -4146,10 +4507,12 @@ class EventLoop:
     """Calls callbacks of ready sockets, of timers and from other threads.
 
     `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
+    `steps` grows before each callback that may change something; `on_turn_end` increments it itself then.
     """
 
     def __init__(self) -> None:
         self.on_turn_end: Callable[[], None] = lambda: None
+        self.steps = 0
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []  # heap of (time.monotonic, number, …)
         self._timer_numbers = itertools.count()
@@ -4246,6 +4609,7 @@ class EventLoop:
             due += [self._calls.popleft() for _ in range(len(self._calls))]
             due.append(self.on_turn_end)
             for callback in due:
+                self.steps += callback is not self.on_turn_end  # which does nothing in most turns
                 try:
                     callback()
                 except Exception:  # an error in one connection must not stop the others
@@ -4260,6 +4624,38 @@ class EventLoop:
         self._selector.close()
         self._wake_reader.close()
         self.wake_writer.close()
+
+
+TURN_LINES = 200  # stored in one turn of the loop
+
+
+class Turns:
+    """Lines that wait to be stored. Machines take turns, so that the events of one never delay others."""
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes
+        self.waiting: dict[bytes, collections.deque[Any]] = {}  # machine → its entries; the next one first
+
+    def add(self, *entries: tuple[bytes | TooLong, Any]) -> None:
+        """Add entries that begin with a line; its machine is what looks like it, without parsing."""
+        for entry in entries:
+            line = entry[0] if isinstance(entry[0], bytes) else entry[0].head
+            start = line.rfind(b'"machineId":') + 12
+            machine = line[start : line.find(b",", start)] if start > 11 else b""
+            self.waiting.setdefault(machine, collections.deque()).append(entry)
+            self.size += len(line)
+
+    def take(self) -> list[Any]:
+        """Remove and return up to TURN_LINES entries, the same number of each machine."""
+        taken: list[Any] = []
+        share = max(1, TURN_LINES // max(1, len(self.waiting)))
+        for machine in list(itertools.islice(self.waiting, TURN_LINES)):
+            own = self.waiting.pop(machine)
+            taken += [own.popleft() for _ in range(min(share, len(own)))]
+            if own:
+                self.waiting[machine] = own
+        self.size = self.size - sum(len(it[0]) for it in taken) if self.waiting else 0
+        return taken
 
 
 HEAD_BYTES = 2 * emit_event.QUARANTINED_HEAD_BYTES  # what is kept of a line beyond the limit
@@ -4315,6 +4711,8 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
+    changes: bool = False  # its session updates have changed fields only, and rows wait for nobody
+    skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
 
 
 @dataclasses.dataclass(eq=False)
@@ -4357,26 +4755,40 @@ class WebSocketServer:
 
     reply = functools.partialmethod(send, is_reply=True)
 
-    def broadcast(self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"") -> None:
+    def broadcast(
+        self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
+    ) -> None:
         """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
 
-        Encodes once per view and calls `send` once per client.
+        Clients that want changes get `changes` instead. Encodes once per view, calls `send` once per client.
         """
         frames: dict[str, list[bytes]] = {}
-        joined: dict[str, bytes] = {}
+        joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
             view, own_ids = client.view, client.session_ids
             if view is None:
                 continue
+            for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-                joined[view] = b"".join(frames[view]) + frames_for_all
-            wanted = joined[view]
-            if own_ids is not None:
+            if client.changes and client.queued > self.queue_limit_bytes // 4:
+                client.skipped, wanted = client.skipped + len(stored), for_all
+            elif own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
-                wanted = b"".join(own) + frames_for_all
+                wanted = b"".join(own) + for_all
+            else:
+                key = (view, client.changes)
+                wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
+                joined[key] = wanted
             if wanted:
                 self.send(client, wanted)
+
+    def report_skipped(self) -> None:
+        """Send clients that read again how many rows they were not sent."""
+        for client in list(self.clients.values()):
+            if client.skipped and not client.queue:
+                self.send(client, text_frame({"type": "skipped", "events": client.skipped}))
+                client.skipped = 0
 
     def close(self, client: Client, code: int, reason: str = "") -> None:
         """Start the closing handshake (RFC 6455 section 7.1.2); drop the connection if it takes too long."""
@@ -4512,7 +4924,7 @@ class WebSocketServer:
         client.parser = None if parser.is_between_messages else parser  # it holds most of the memory
         for message in received:
             if isinstance(message, Close):
-                client.peer_closed = True  # also after a protocol error: further bytes are ignored
+                client.peer_closed = True  # also after a protocol error, since further bytes are ignored
                 code = CloseCode.NORMAL if message.code is None else message.code
                 self.close(client, code, "" if message.by_peer else message.reason)
                 self._finish_close(client)
@@ -4587,8 +4999,10 @@ SUBSCRIBER_DEADLINE_S = 15.0  # without any reply, until the connection is given
 CONNECT_DEADLINE_S = 8.0  # from the start of an attempt to the first confirmation
 REDIS_PING_INTERVAL_S = 5.0
 STREAM_PAGE_EVENTS = 200  # at most; on a slow connection pages get smaller
-BATCH_LINES = 200  # stored in one turn of the loop, or
+READ_BYTES = 1 << 20  # at once: each read waits for the loop, which holds the interpreter's lock
+BATCH_LINES = 200  # passed to the loop together, or
 BATCH_BYTES = 1 << 20
+INBOX_BYTES = 64 << 20  # that wait for their turn; the rest waits in Redis
 STREAM_START = "0-0"
 _POSITION = re.compile(r"\d{1,20}-\d{1,20}")
 _ID_AT_START = re.compile(rb'\s*\{\s*"id"\s*:\s*"([^"\\]{1,256})"')
@@ -4639,13 +5053,14 @@ class Subscription(threading.Thread):
         self._client: Any = None
         self._by_channel = SeenIds()
         self._by_stream = SeenIds()
-        self.batch_bytes = 0  # received and not stored yet
+        self._batch_bytes = 0
         self._batch: list[RemoteLine] = []
 
     def run(self) -> None:
         """Follow the channel until an error, and report it."""
         try:
             self._client = emit_event.redis_client(self._link.values)
+            self._client.connection_pool.connection_kwargs["socket_read_size"] = READ_BYTES
             pubsub = self._client.pubsub()
             pubsub.subscribe(self._link.values["redis.channel"])
             next_ping = 0.0
@@ -4654,21 +5069,22 @@ class Subscription(threading.Thread):
                 if can_read:
                     # Not before: get_message with a short timeout would stop in the middle of a message.
                     self._take(pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) or {"type": ""})
-                if not can_read or len(self._batch) >= BATCH_LINES or self.batch_bytes > BATCH_BYTES:
-                    self._store_batch()
+                if not can_read or len(self._batch) >= BATCH_LINES or self._batch_bytes > BATCH_BYTES:
+                    self._hand_over()
                 if self.confirmed and time.monotonic() >= next_ping:
                     next_ping = time.monotonic() + REDIS_PING_INTERVAL_S
                     pubsub.ping()
                     self._check_primary()
-                    self._read_stream()
+                    if not self._link.inbox.waiting:  # during a flood the channel must not wait
+                        self._read_stream()
         except Exception as error:  # the link logs it
             self._report(self._link.fail, self, error)
         finally:
             self.abandon()
-            self._store_batch()
+            self._hand_over()
 
     def abandon(self) -> None:
-        """End the subscription, whatever it is doing; for both threads."""
+        """End the subscription, even during an exchange; for both threads."""
         self.abandoned = True
         if self._client is not None:
             with contextlib.suppress(Exception):  # the other thread may be using it
@@ -4707,6 +5123,7 @@ class Subscription(threading.Thread):
         """Store the events after the position; if Redis refuses the stream, only the channel is read."""
         import redis
 
+        self._hand_over()
         stream, reason = self._link.stream, None
         try:
             if stream and may_have_gap and self._position != STREAM_START:
@@ -4752,10 +5169,19 @@ class Subscription(threading.Thread):
 
     def _add(self, line: bytes, position: str | None) -> None:
         self._batch.append(RemoteLine(line, position))
-        self.batch_bytes += len(line)
+        self._batch_bytes += len(line)
+
+    def _hand_over(self) -> None:
+        """Pass what the channel delivered to the loop; wait while too much is not stored there."""
+        batch, self._batch, self._batch_bytes = self._batch, [], 0
+        if batch:
+            self._link.loop.call_soon(lambda: self._link.receive(batch))
+        while self._link.inbox.size > INBOX_BYTES and not self.abandoned:
+            time.sleep(0.02)
+            self.last_alive = time.monotonic()
 
     def _store_batch(self) -> None:
-        """Store the batch through the loop; retry until it is stored, or once if abandoned."""
+        """Store a page of the stream through the loop; retry until it is stored, or once if abandoned."""
         batch = self._batch
         while batch:
             try:
@@ -4766,16 +5192,22 @@ class Subscription(threading.Thread):
             self.last_alive = time.monotonic()
             if is_stored or self.abandoned:
                 break
-            time.sleep(1)
-        self._batch, self.batch_bytes = [], 0
+            time.sleep(0.2)
+        self._batch, self._batch_bytes = [], 0
+
+
+def attempt_words(state: JsonObject) -> str:
+    """Return the number of failed attempts in a row, and its limit, as text; `state`: RedisLink.status()."""
+    limit = "" if state["maxRetries"] is None else f" of {state['maxRetries']}"
+    return f"attempt {state['attempt']}{limit}"
 
 
 @dataclasses.dataclass(eq=False)
 class RedisLink:
     """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
 
-    `take` stores events and returns True once they are stored; until then they are passed again and the
-    position is kept. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
+    `take` stores events and returns whether they are stored; if not, they are passed again later, and the
+    position is unchanged. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
     For the loop thread.
     """
 
@@ -4789,6 +5221,7 @@ class RedisLink:
         self.page_events = STREAM_PAGE_EVENTS  # that the subscription requests at once
         self.stream = emit_event.stream_name(values)
         self.subscription: Subscription | None = None
+        self.inbox = Turns()  # what the channel delivered
         self.state: JsonObject = {  # for the status; never with a password
             "state": "connecting",
             "server": emit_event.redis_place(values),
@@ -4816,8 +5249,10 @@ class RedisLink:
         self._watch(self.subscription)
 
     def close(self) -> None:
-        """Close the connection and save the position."""
+        """Close the connection, store what it delivered, and save the position."""
         self._drop_subscription()
+        while self.inbox.waiting and self._store(self.inbox.take()):
+            pass
         self._save_position()
 
     def status(self) -> JsonObject:
@@ -4863,8 +5298,7 @@ class RedisLink:
         delay_s = emit_event.backoff_s(tries)
         at = state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         self.loop.call_later(delay_s, lambda: self.reconnect(tries) if state["nextAttemptAt"] == at else None)
-        of = "" if limit is None else f" of {limit}"
-        log.warning("Redis: attempt %d%s: %s; next in %.1f s", tries, of, reason, delay_s)
+        log.warning("Redis: %s: %s; next in %.1f s", attempt_words(state), reason, delay_s)
         self.set_state("waiting", reason)
 
     def set_state(self, state: str, reason: str | None) -> None:
@@ -4883,7 +5317,28 @@ class RedisLink:
         self.state.update(changes)
         self.changed()
 
-    def store(self, batch: Sequence[RemoteLine]) -> bool:
+    def receive(self, batch: Sequence[RemoteLine]) -> None:
+        """Take what the channel delivered; machines take turns."""
+        is_first = not self.inbox.waiting
+        self.inbox.add(*batch)
+        if is_first:
+            self._store_turns()
+
+    def _store_turns(self) -> None:
+        """Store lines of the inbox; the rest in the next turn of the loop, or later if none can be stored."""
+        batch, is_stored = self.inbox.take(), False
+        try:
+            is_stored = self._store(batch)
+        finally:
+            self.inbox.add(*(() if is_stored else batch))
+            if self.inbox.waiting:
+                self.loop.call_later(0 if is_stored else 1.0, self._store_turns)
+
+    def store(self, page: Sequence[RemoteLine]) -> bool:
+        """Store a page of the stream; False while it cannot be, or the channel's lines are not stored yet."""
+        return not self.inbox.waiting and self._store(page)
+
+    def _store(self, batch: Sequence[RemoteLine]) -> bool:
         """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
@@ -4974,7 +5429,7 @@ class Access:
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", host)
         name = match[1] if match else ""
         if name and (
-            is_loopback(name) or name.strip("[]") in self._own_names or {name, host} & self._allowed
+            name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
         ):
             return name
         raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
@@ -5137,8 +5592,10 @@ class Api:
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
         limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
         before, after = (query.integer(name) for name in ("before", "after"))
-        found = self._monitor.journal.lines(session_id, after or 0, before, backwards=after is None)
-        lines = list(itertools.islice(found, limit + 1))
+        if after is None:
+            lines = self._monitor.history.newest(limit + 1, session_id, before)
+        else:
+            lines = list(itertools.islice(self._monitor.journal.lines(session_id, after, before), limit + 1))
         if not lines and session_id is not None:
             self.ask(lambda: self.status.session_json(session_id))  # raises if there is no such session
         page, more = lines[:limit], len(lines) > limit
@@ -5172,6 +5629,12 @@ class Api:
     def _message(self, _query: Query, body: bytes) -> Response:
         return json_response(self._handle_message(emit_event.parse_event_line(body)))
 
+    def _stop(self, _query: Query, body: bytes) -> Response:
+        if emit_event.parse_event_line(body).get("startedAt") != self._monitor.started_at:
+            raise RequestError(409, "another monitor is asked to stop")
+        self._monitor.stop()
+        return json_response({})
+
     def _search(self, query: Query, _body: bytes) -> Response:
         return json_response(self._monitor.history.search(self._search_query(query)))
 
@@ -5197,8 +5660,9 @@ class Api:
         return json_response(figures)
 
     ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+        ("POST", r"/api/hooks", _hooks),
         ("GET", r"/health", lambda api, *_: json_response({"status": "ok", "version": __version__})),
-        ("GET", r"/api/status", lambda api, *_: json_response(api.ask(api.status.to_json))),
+        ("GET", r"/api/status", lambda api, *_: Response(200, api.status.encoded())),
         ("GET", r"/api/config", lambda api, *_: json_response(api.ask(api.status.config))),
         ("GET", r"/api/sessions", _sessions),
         ("GET", r"/api/sessions/([^/]+)", _session),
@@ -5209,8 +5673,8 @@ class Api:
         ("GET", r"/api/search", _search),
         ("GET", r"/api/stats", _stats),
         ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
-        ("POST", r"/api/hooks", _hooks),
         ("POST", r"/api/message", _message),
+        ("POST", r"/api/stop", _stop),
     )
 
 
@@ -5384,15 +5848,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read and parse the head, by the rules of the WebSocket port, and end its deadline."""
-        lines = [self.raw_requestline]
-        while (
-            lines[-1].endswith(b"\r\n") and lines[-1] != b"\r\n" and sum(map(len, lines)) <= HEAD_LIMIT_BYTES
-        ):
-            lines.append(self.rfile.readline(HEAD_LIMIT_BYTES + 1))
-        head = b"".join(lines)
+        line = head = self.raw_requestline
+        while line.endswith(b"\r\n") and line != b"\r\n" and len(head) <= HEAD_LIMIT_BYTES:
+            line = self.rfile.readline(HEAD_LIMIT_BYTES + 1)
+            head += line
         self.server.deadlines.pop(self.connection, None)
         self.close_connection = True
-        if not lines[-1]:  # the peer has disconnected
+        if not line:  # the peer has disconnected
             return False
         try:
             if len(head) > HEAD_LIMIT_BYTES:
@@ -5421,6 +5883,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             response = json_response({"error": f"the body must be one JSON object: {error}"}, 400)
         except (NoStatistics, TimeoutError) as error:
             response = json_response({"error": str(error)}, 503)
+        except (ConnectionError, socket.timeout):
+            raise
+        except Exception:  # unexpected: log and answer
+            log.exception("a request could not be answered")
+            response = json_response({"error": "it could not be answered; monitor.log says why"}, 500)
+            self.close_connection = True
         self._send(response)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _handle
@@ -5553,17 +6021,22 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------
 
 UPDATE_INTERVAL_S = 0.1
+SENT_UPDATES = 256  # that are kept, so that the next ones have only what changed
 TICK_INTERVAL_S = 1.0
-FILES_INTERVAL_S = 5.0  # between two looks for files of other users
+STATUS_AGE_S = 0.1
+FILES_INTERVAL_S = 5.0  # between two searches for files that we cannot use
 SNAPSHOT_INTERVAL_S = 30.0
 SPOOL_LINES_A_TURN = 200
 SLICE_S = 0.004  # of long work in the loop between turns for hooks and clients
 CATCH_UP_EVENTS = 2000
 PROCESS_START_SLACK_MS = 5000
-PROCESS_WATCHES = 256  # more are looked at every second
+PROCESS_WATCHES = 256  # processes beyond these are checked every second
+CONTAINERS_INTERVAL_S = 2.0  # at least, between two searches for the processes of containers
+CONTAINER_NAME = re.compile("[0-9a-f]{12}")  # as engines name a container that was given no name
 LOCK_ATTEMPTS = 25
 LOCK_PAUSE_S = 0.02
-LATE_MS = 60_000  # in the stream of Redis
+LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
+MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
 
 
@@ -5571,27 +6044,28 @@ class StartError(Exception):
     """The monitor cannot start; the message says why and what to do."""
 
 
-Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection that waits for its byte
+Arrival = tuple[Union[bytes, TooLong], socket.socket]  # a line, and the connection to acknowledge it on
 
 
 @dataclasses.dataclass
 class HookPort:
     """The Unix socket that hooks send events to, one a line, each acknowledged with one byte.
 
-    Accepts connections of this user only. `received((line, connection))` gets each line. Raises StartError
-    when another monitor uses the socket.
+    Accepts connections of this user only. `received` gets each line and its connection, which is not read
+    again before its lines are acknowledged. Raises StartError when another monitor uses the socket.
     """
 
     loop: EventLoop
     path: str
-    received: Callable[[Arrival], None]
+    received: Turns
     connections: dict[socket.socket, LineSplitter] = dataclasses.field(default_factory=dict)
-    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after their last byte
+    waiting: dict[socket.socket, int] = dataclasses.field(default_factory=dict)  # its lines to be stored
+    paused: set[socket.socket] = dataclasses.field(default_factory=set)  # not watched until these are stored
+    ended: set[socket.socket] = dataclasses.field(default_factory=set)  # closed after the acknowledgement
 
     def __post_init__(self) -> None:
-        advice = "`kill {pid}` ends it, or choose another socketPath"
-        otherwise = f"another monitor uses {self.path} (pid {{pid}}); {advice}"
-        self._lock = lock_file(self.path + ".lock", otherwise)
+        in_use = f"another monitor uses {self.path}"
+        self._lock = lock_file(self.path + ".lock", lambda: in_use + stop_advice(self.path))
         self._listen()
 
     def _listen(self) -> None:
@@ -5602,11 +6076,18 @@ class HookPort:
     def _accept(self, sock: socket.socket) -> None:
         if emit_event.peer_uid(sock) == os.getuid() and len(self.connections) < INGEST_CONNECTIONS:
             self.connections[sock] = LineSplitter()
-            self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+            self._watch(sock)
         else:
             sock.close()
 
+    def _watch(self, sock: socket.socket) -> None:
+        self.loop.watch(sock, selectors.EVENT_READ, lambda _events: self._read(sock))
+
     def _read(self, sock: socket.socket) -> None:
+        if self.waiting.get(sock):
+            self.loop.unwatch(sock)
+            self.paused.add(sock)
+            return
         try:
             data = sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -5614,35 +6095,47 @@ class HookPort:
         except OSError:
             self.drop(sock)
             return
-        if not data:
+        lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
+        self.waiting[sock] = len(lines)
+        for line in lines:
+            self.received.add((line, sock))
+        if not data and lines:
             self.ended.add(sock)
             self.loop.unwatch(sock)
-        lines = self.connections[sock].feed(data or b"\n")  # EOF ends a line, too
-        for line in lines:
-            self.received((line, sock))
-        if not data and not lines:
+        elif not data:
             self.drop(sock)
 
     def acknowledge(self, sock: socket.socket, count: int) -> None:
         """Acknowledge `count` more lines of a connection."""
+        if sock not in self.connections:
+            return  # dropped when an earlier line could not be stored
+        self.waiting[sock] -= count
         try:
             sock.send(emit_event.ACKNOWLEDGEMENT * count)
         except BlockingIOError:
-            pass  # the sender never reads its acknowledgements
+            pass  # the sender does not read its acknowledgements
         except OSError:
             self.ended.add(sock)
+        if self.waiting[sock] > 0:
+            return
         if sock in self.ended:
             self.drop(sock)
+        elif sock in self.paused:
+            self.paused.discard(sock)
+            self._watch(sock)
 
     def drop(self, sock: socket.socket) -> None:
-        """Close a connection, so that a sender does not wait for an acknowledgement."""
+        """Close a connection; a hook that waits for an acknowledgement then spools its event."""
         self.connections.pop(sock, None)
+        self.waiting.pop(sock, None)
+        self.paused.discard(sock)
         self.ended.discard(sock)
         self.loop.unwatch(sock)
         sock.close()
 
     def restore(self) -> None:
-        """Bind the socket again when it was removed."""
+        """Bind the socket and take the lock again when they were removed."""
+        self._lock = keep_locked(self.path + ".lock", self._lock)
         if self._listener is not None and not os.path.exists(self.path):
             log.warning("%s was removed; it is bound again", self.path)
             removed = self._listener
@@ -5671,7 +6164,7 @@ class HookPort:
 def lock_is_held(path: str) -> bool:
     """True while a process holds the lock on a file; the check itself holds it for a moment."""
     try:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)) as file:
+        with os.fdopen(emit_event.open_own(path, os.O_RDWR)) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)
@@ -5693,15 +6186,15 @@ class SpoolDrain:
     draining: bool = False
 
     def check(self) -> None:
-        """Start to drain when there is something."""
+        """Start to drain the spool, unless it is being drained or a publisher still runs."""
         if not self.draining and not lock_is_held(self.home + "/publisher.lock"):
-            self.draining = True  # after a change of mode the publisher notices it and exits
+            self.draining = True
             self._go_on(self._steps())
 
     def _go_on(self, steps: Iterator[bool]) -> None:
         try:
             self.draining = next(steps, False)
-        except Exception as error:  # tried again
+        except Exception as error:  # `check` tries again
             is_known = isinstance(error, OSError)
             log.warning("the spool could not be drained, trying again: %s", error, exc_info=not is_known)
             self.draining = False
@@ -5736,15 +6229,17 @@ class Ingest:
 
     def __init__(self, settings: Settings, journal: Journal, deliver: Callable[[JsonObject], None]) -> None:
         self.counts = {"received": 0, "stored": 0, "duplicates": 0, "quarantined": 0}  # since the start
-        self.machines: dict[str, JsonObject] = {}  # name → its part of the status
+        self.machines: dict[str, JsonObject] = {}  # key → its part of the status, most recent last
         self.seen = SeenIds(2 * settings["redis.streamMaxLength"])
+        self._second = SecondDeliveries()
         self.deleted = DeletedIds(settings.path("deleted-ids"), self.seen.limit)
         self._journal = journal
         self._quarantine_path = settings.path("quarantine.log")
-        self._machine_id = settings.machine_id
+        self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
-        self._usage = emit_event.UsageWorker(settings.home, settings.machine_id, deliver)
-        self._agent_notes = emit_event.AgentNoteReader(settings.machine_id)
+        self._usage = emit_event.UsageWorker(settings.home, deliver)
+        self.registry = RegistryThread(settings.machine_key, deliver)
+        self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
         self, lines: Sequence[bytes | TooLong], remote: bool = False, late: Sequence[bool] = ()
@@ -5758,15 +6253,21 @@ class Ingest:
         received_ms = now_ms()
         fresh: dict[str, tuple[int, JsonObject, bytes]] = {}  # event id → number of its line, event, encoded
         self.counts["received"] += len(lines)
+        settled = [True] * len(lines)
         for number, line in enumerate(lines):
             try:
                 if isinstance(line, TooLong) or len(line) > emit_event.LINE_LIMIT_BYTES:
                     raise MalformedEvent(f"longer than {emit_event.LINE_LIMIT_BYTES} bytes")
                 event, text = self._build(line, remote, received_ms)
+            except MemoryError:
+                log.error("out of memory: an event of %d bytes is left to its sender", len(line))
+                settled[number] = False
+                continue
             except Exception as error:  # no event may stop the stream
                 self._quarantine(line, error)
                 continue
-            if event["id"] in fresh or event["id"] in self.seen or event["id"] in self.deleted.ids:
+            ids = {event["id"], self._second.first_id(event, text)}
+            if any(it in fresh or it in self.seen or it in self.deleted.ids for it in ids):
                 self.counts["duplicates"] += 1
                 continue
             if late and late[number]:
@@ -5774,7 +6275,7 @@ class Ingest:
                 text = text[:-1] + b',"spooled":true}'
             fresh[event["id"]] = number, event, text
         numbers, events, encoded = zip(*fresh.values()) if fresh else ((), (), ())
-        settled, stored = [True] * len(lines), []
+        stored = []
         for number, entry in zip(numbers, self._journal.append(events, received_ms, encoded)):
             settled[number] = entry is not None
             if entry is not None:
@@ -5784,8 +6285,12 @@ class Ingest:
         self.counts["stored"] += len(stored)
         return settled, stored
 
+    def forget_machines(self, since_ms: int) -> None:
+        """Forget the machines that sent nothing since then."""
+        self.machines = {name: it for name, it in self.machines.items() if it["lastSeen"] >= since_ms}
+
     def read_transcripts(self, session_id: str) -> None:
-        """Read the tokens of a session whose client was killed; its last event names the transcript."""
+        """Read the tokens of a session whose client was killed, from the transcript of its last event."""
         newest = itertools.islice(readable(self._journal.lines(session_id, backwards=True)), 100)
         named = (event for _, event, _ in newest if "transcriptPath" in event["data"])
         for event in itertools.islice(named, 1):
@@ -5793,9 +6298,10 @@ class Ingest:
 
     def close(self) -> None:
         """Stop the reader of transcripts; log the number of events by machine."""
-        for name, machine in sorted(self.machines.items()):
-            log.info("%d events from machine %s since the start", machine["events"], name)
+        for machine in sorted(self.machines.values(), key=operator.itemgetter("machineId")):
+            log.info("%d events from machine %s since the start", machine["events"], machine["machineId"])
         self._usage.close()
+        self.registry.close()
 
     def _build(self, line: bytes, remote: bool, received_ms: int) -> tuple[JsonObject, bytes]:
         """Parse, build, redact and encode one event; raise MalformedEvent."""
@@ -5803,15 +6309,22 @@ class Ingest:
         event = emit_event.build_event(emit_event.parse_event_line(line), received_ms, machine_id)
         event.pop("spooled", None)  # only the monitor sets it
         if remote:
-            event.pop("demo", None)  # nor may others rename, hide or delete anything here
+            event.pop("demo", None)  # other machines may not rename, hide or delete sessions here
             if "session_meta" in (event["eventType"], effective_type(event)):
                 event.update(eventType="message", hookType="")
         else:
-            if event["machineId"] != self._machine_id and event["machineId"] == emit_event.this_machine():
-                event["machineId"] = self._machine_id  # the host was renamed since the start
+            data = event.pop("data")
+            name = event["machineId"]
+            if name == self._machine_id or name == emit_event.this_machine():  # renamed since the start
+                event.setdefault("machineKey", self._machine_key)
+            event["data"] = data  # the last one: what is before it is not searched for secrets
+            if "sessionTokenUsage" in data and os.path.exists(text_of(data.get("transcriptPath"))):
+                data.pop("usage", None)  # the transcript is exact: it counts each message once
             if "agentId" in event:
                 self._agent_notes.add_note(event)
-            self._usage.put(event)  # of remote ones the publisher reads transcripts
+            self._usage.put(event)  # for remote events, the publisher reads transcripts and registry
+            if event["hookType"] in ("SessionStart", "UserPromptSubmit", "Stop"):
+                self.registry.learn(event)
         return emit_event.protect(event, self._privacy)
 
     def _quarantine(self, line: bytes | TooLong, error: Exception) -> None:
@@ -5833,10 +6346,13 @@ class Ingest:
     def _count(self, entry: StoredEvent, received_ms: int) -> None:
         event = entry.event
         name = event["machineId"]
-        machine = self.machines.get(name)
+        key = event.get("machineKey") or name
+        machine = self.machines.pop(key, None)
         if machine is None:
-            log.info("first event from machine %s", name)
-            machine = self.machines[name] = {"machineId": name, "events": 0, "dropped": 0}
+            log.info("first event from machine %s (%s)", name, key)
+            machine = {"machineKey": key, "events": 0, "dropped": 0}
+        self.machines[key] = machine
+        machine["machineId"] = name
         machine["events"] += 1
         machine["lastSeen"] = received_ms
         dropped = event["data"].get("spoolDropped")
@@ -5849,6 +6365,48 @@ class Ingest:
             log.debug("event %d from %s, session %s: %s %s", entry.seq, name, event["sessionId"], what, tool)
 
 
+class RegistryThread:
+    """Reads the registry of this machine's clients in a thread, since their disk may be slow.
+
+    `deliver` is called in that thread with each event.
+    """
+
+    def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
+        self._watcher = emit_event.RegistryWatcher(machine_key)
+        self._deliver = deliver
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="registry", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def learn(self, event: JsonObject) -> None:
+        """Read the registry of the event's client too; at once, if the client may be new."""
+        self._watcher.learn(event)
+        if "pid" in event and not self._watcher.clients:
+            self._wake.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(1)
+
+    def _run(self) -> None:
+        while not self._closing.wait(emit_event.REGISTRY_POLL_S):
+            try:
+                for event in self._watcher.poll(now_ms()):
+                    self._deliver(event)
+            except Exception:  # unexpected: log and continue
+                log.exception("the registry of clients could not be read")
+            if not self._watcher.clients:
+                self._wake.wait(emit_event.REGISTRY_REST_S)
+            self._wake.clear()
+
+
 @dataclasses.dataclass
 class SessionFeed:
     """Send clients the changed sessions, together and at most every UPDATE_INTERVAL_S, or all sessions."""
@@ -5857,25 +6415,43 @@ class SessionFeed:
     sessions: Sessions
     clients: WebSocketServer
     changed: dict[str, None] = dataclasses.field(default_factory=dict)  # ids whose update is still to be sent
+    sent: dict[str, JsonObject] = dataclasses.field(default_factory=dict)  # the last updates, by session id
     updates_due: bool = False
 
-    def take(self) -> bytes:
-        """Return the updates to be sent now; b"" within the interval, whose end sends the rest."""
+    def take(self) -> tuple[bytes, bytes]:
+        """Return the updates to send now, whole and as changes; the end of the interval sends the rest."""
         if self.updates_due or not self.changed:
-            return b""
+            return b"", b""
         self.updates_due = True
         self.loop.call_later(UPDATE_INTERVAL_S, self._end_interval)
         sessions = [it for it in map(self.sessions.sessions.get, self.changed) if it is not None]
         self.changed.clear()
         if not self.clients.clients:
-            return b""
+            self.sent.clear()
+            return b"", b""
         children = self.sessions.children() if len(sessions) > 1 else None
         rows = [self.sessions.to_json(session, children) for session in sessions]
-        return b"".join(text_frame({"type": "session_update", "session": row}) for row in rows)
+        changes: list[JsonObject] = []
+        for row in rows:
+            before = self.sent.pop(row["sessionId"], {})
+            changes.append({name: it for name, it in row.items() if name not in before or before[name] != it})
+            changes[-1]["sessionId"] = row["sessionId"]
+            self.sent[row["sessionId"]] = row
+        if len(self.sent) > SENT_UPDATES:
+            _drop_oldest(self.sent, SENT_UPDATES)
+        is_whole = not all(client.changes for client in self.clients.clients.values())
+        frames = [
+            b"".join(
+                encode_frame(Opcode.TEXT, encode_json({"type": "session_update", "session": row}))
+                for row in kind
+            )
+            for kind in (rows if is_whole else (), changes)
+        ]
+        return frames[0], frames[1]
 
-    def send(self) -> None:
-        """Send the changed sessions now, or together at the end of the interval."""
-        self.clients.broadcast((), self.take())
+    def send(self, stored: Sequence[StoredEvent] = ()) -> None:
+        """Send events, and the changed sessions now or together at the end of the interval."""
+        self.clients.broadcast(stored, *self.take())
 
     def _end_interval(self) -> None:
         self.updates_due = False
@@ -5884,6 +6460,7 @@ class SessionFeed:
     def send_list(self) -> None:
         """Send all sessions to every client; the list may be large and does not count as falling behind."""
         self.changed.clear()
+        self.sent.clear()
         clients = [client for client in self.clients.clients.values() if client.view is not None]
         for with_hidden in {client.show_hidden for client in clients}:
             message = b"".join(encode_with_sessions({"type": "sessions_updated"}, self.sessions, with_hidden))
@@ -5893,7 +6470,7 @@ class SessionFeed:
 
 @dataclasses.dataclass
 class Retention:
-    """Delete events that are too old or too much for the configuration, in a thread of its own.
+    """Deletes events beyond the configured age or size, in a thread of its own.
 
     `pinned()` returns the names of the files to keep; `removed(names)` is called with the names of sessions
     without events. Everything but deleting happens in the loop thread.
@@ -5903,38 +6480,48 @@ class Retention:
     loop: EventLoop
     pinned: Callable[[], frozenset[str]]
     removed: Callable[[frozenset[str]], None]
+    last_seq: Callable[[], int]
     events_added: int = 0  # bytes since the start, less what the user deleted
 
     def __post_init__(self) -> None:
-        self._ahead_ms = now_ms() - steady_ms()  # of the clock at the start
+        self._clock = ClockMemory(self.settings.path("clock.json"))
         self._plan: RetentionPlan | None = None  # the last one
-        self._measured_at = 0  # what events_added would be now if nothing had come since
+        self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
+        self._rests_until = 0.0  # time.monotonic(): to look at many files costs a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
         """Prune now and periodically."""
         self.prune(dry_run=False)
-        self.loop.call_every(RETENTION_INTERVAL_S, lambda: self.prune(dry_run=False))
+        self.loop.call_every(RETENTION_INTERVAL_S, self._prune_if_rested)
 
-    def now_without_jumps_ms(self) -> int:
-        """Return the time, without jumps of the clock since the start, which would make events older."""
-        return int(steady_ms() + min(self._ahead_ms, now_ms() - steady_ms()))
+    def _prune_if_rested(self) -> None:
+        if time.monotonic() >= self._rests_until:
+            self.prune(dry_run=False)
+
+    def check_clock(self, save: bool = False) -> None:
+        """Record whether the clock was set; to be called at least once a second."""
+        self._clock.look(self.last_seq(), save)
 
     def prune(self, dry_run: bool, done: Callable[[RetentionPlan], None] = lambda plan: None) -> None:
         """Plan what to delete, delete it unless `dry_run`, and call `done` with the plan."""
         kept, added, home = self.pinned(), self.events_added, self.settings.home
         days, limit = self.settings["retention.days"], self.settings["retention.maxMegabytes"]
+        self.check_clock(save=True)
+        time_ms, steps = now_ms(), self._clock.steps
 
         def work() -> None:
+            begun_s = time.thread_time()
             try:
-                plan = plan_retention(home, self.now_without_jumps_ms(), days, limit and limit << 20, kept)
+                plan = plan_retention(home, time_ms, days, limit and limit << 20, kept, steps)
                 gone = frozenset() if dry_run else delete_planned(home, plan)
             except OSError as error:
                 self._error = f"old events cannot be deleted: {error}"
                 log.warning("%s", self._error)
             else:
                 self.loop.call_soon(lambda: finish(plan, gone))
+            self._rests_until = time.monotonic() + 1000 * (time.thread_time() - begun_s)
 
         def finish(plan: RetentionPlan, gone: frozenset[str]) -> None:
             self._plan, self._error = plan, None
@@ -5960,6 +6547,7 @@ class Retention:
             "eventsBytes": max(0, plan.events + since),
             "indexBytes": index_size,
             "oldestDay": plan.oldest_day,
+            "overLimit": plan.is_over,
             "error": self._error,
         }
 
@@ -5992,6 +6580,7 @@ class MessageHandlers:
         "toggle_pin": lambda session, message: {"action": "pin", "pinned": not session.pinned},
         "hide_session": lambda session, message: {"action": "hide", "hidden": True},
         "unhide_session": lambda session, message: {"action": "hide", "hidden": False},
+        "mark_seen": lambda session, message: {"action": "seen"},
     }
     CHECKS: dict[str, Callable[[Any], bool]] = {  # expected value of a field → check
         "text": lambda it: isinstance(it, str) and it != "",
@@ -6032,7 +6621,7 @@ class MessageHandlers:
 
     def take_by_http(self, message: JsonObject) -> JsonObject:
         """Carry out one message for POST /api/message, in an HTTP thread; raise RequestError."""
-        kind = text_of(message.get("type"))
+        kind = emit_event.id_or(message.get("type"), "")
         if kind in ("subscribe", "unsubscribe", "set_show_hidden", "get_sessions"):
             raise RequestError(400, "this message is for a WebSocket")
         if self._monitor.loading is not None and kind not in self.QUESTIONS:
@@ -6052,7 +6641,7 @@ class MessageHandlers:
 
     def _carry_out(self, client: Client, message: JsonObject, done: Callable[[Any], None]) -> None:
         """Call `done` with the answer to a message, or the exception, in the loop thread."""
-        kind, monitor = text_of(message.get("type")), self._monitor
+        kind, monitor = emit_event.id_or(message.get("type"), ""), self._monitor
         if monitor.loading is not None and kind not in self.QUESTIONS:
             if len(monitor.deferred) < DEFERRED_LIMIT:
                 monitor.deferred.append(lambda: self._carry_out(client, message, done))
@@ -6093,7 +6682,7 @@ class MessageHandlers:
         wanted = set(message.get("sessionIds") or ()) or None
         if wanted is not None and client.view == view and client.session_ids is not None:
             wanted |= client.session_ids
-        client.view, client.session_ids = view, wanted
+        client.view, client.session_ids, client.changes = view, wanted, message.get("changes") is True
         resync = since is not None and (since > seq or seq - since > CATCH_UP_EVENTS)
         lines = () if since is None or resync else journal.lines(after=since)
         missed = [StoredEvent(line_seq(line), parse_stored(line), line) for line in lines]
@@ -6110,6 +6699,7 @@ class MessageHandlers:
 
     def _on_get_sessions(self, client: Client, message: JsonObject) -> Answer:
         reply = with_request_id(message, {"type": "sessions"})
+        self._monitor.feed.sent.clear()  # it may be newer than what was sent
         return b"".join(encode_with_sessions(reply, self._monitor.sessions, client.show_hidden))
 
     def _on_set_show_hidden(self, client: Client, message: JsonObject) -> Answer:
@@ -6123,8 +6713,7 @@ class MessageHandlers:
             head = {"type": "events", "sessionId": message["sessionId"]}
 
         def read() -> JsonObject:
-            found = self._monitor.journal.lines(head.get("sessionId"), before=before, backwards=True)
-            lines = list(itertools.islice(found, limit + 1))
+            lines = self._monitor.history.newest(limit + 1, head.get("sessionId"), before)
             events = [parse_stored(line) for line in reversed(lines[:limit])]
             if client.view == "rows":
                 events = [event_row(event) for event in events]
@@ -6160,7 +6749,7 @@ class MessageHandlers:
         return {"type": "status", **self._monitor.status.to_json()}
 
     def _on_send_test_event(self, client: Client, message: JsonObject) -> None:
-        self._monitor.take_now(encode_json(test_event(self._monitor.settings.machine_id)))
+        self._monitor.take_now(encode_json(test_event(self._monitor.settings)))
 
     def _act(self, client: Client, message: JsonObject) -> None:
         session = self._session(message)
@@ -6191,7 +6780,7 @@ class MessageHandlers:
     def _on_prune(self, client: Client, message: JsonObject) -> Answer:
         if not self._monitor.settings["persistence.enabled"]:
             raise MessageError("events are kept in memory only, there is nothing to delete")
-        dry_run = message.get("dryRun") is True
+        dry_run = bool(message.get("dryRun"))  # a wrong value deletes nothing
         pruned: concurrent.futures.Future[JsonObject] = concurrent.futures.Future()
         done = pruned.set_result
         self._monitor.retention.prune(dry_run, lambda plan: done({"type": "pruned", **plan.to_json(dry_run)}))
@@ -6212,20 +6801,22 @@ class MessageHandlers:
 
 
 def with_request_id(message: JsonObject, answer: JsonObject) -> JsonObject:
-    """Return the answer with the message's requestId, if it has one."""
-    return {**answer, "requestId": message["requestId"]} if "requestId" in message else answer
+    """Return the answer with the message's requestId, if it has one: text or a number, nothing nested."""
+    request_id = message.get("requestId", [])
+    return answer if isinstance(request_id, (dict, list)) else {**answer, "requestId": request_id}
 
 
-def test_event(machine_id: str) -> JsonObject:
+def test_event(settings: Settings) -> JsonObject:
     """Return the event of `test-event` and of the page's button."""
     data = {"message": "Test event: the way from here to the page works.", "notificationType": "test"}
     kind = {"hookType": "Notification", "eventType": "notification", "data": data}
-    where = {"sessionId": TEST_SESSION_ID, "machineId": machine_id, "workingDirectory": os.getcwd()}
+    where = {"sessionId": TEST_SESSION_ID, "workingDirectory": os.getcwd()}
+    where |= {"machineId": settings.machine_id, "machineKey": settings.machine_key}
     return {"id": str(uuid.uuid4()), "timestamp": now_ms(), **where, **kind}
 
 
 def foreign_files(home: str) -> list[tuple[str, str, str]]:
-    """Return (path, owner, command to run) for files in our directories that the monitor cannot use."""
+    """Return (path, owner, command that repairs it) for files in our directories that we cannot use."""
     found = []
     for directory in (home, home + "/spool", home + "/events", home + "/hooks"):
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
@@ -6247,29 +6838,41 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def machine_lines(machines: Iterable[JsonObject], own: Settings) -> list[JsonObject]:
+    """Return a line for each machine, with its `label`; a host's containers without a given name are one.
+
+    `sameName`: another machine has its name, so the label has a part of the key.
+    """
+    machines, own_host = sorted(machines, key=operator.itemgetter("lastSeen")), machine_host(own.machine_key)
+    hosts = {it["machineKey"]: it["machineId"] for it in machines if "/" not in it["machineKey"]}
+    hosts[own_host] = own.machine_id
+    lines: dict[tuple[str, str], JsonObject] = {}  # by (key of the host, name; "/": those without a name)
+    for it in machines:
+        place = (machine_host(it["machineKey"]), it["machineId"])
+        if "/" in it["machineKey"] and CONTAINER_NAME.fullmatch(place[1]):
+            place = (place[0] if place[0] in hosts else "", "/")
+        elif "/" not in it["machineKey"]:
+            place = (place[0], hosts[place[0]])
+        line = lines.setdefault(place, {"events": 0, "dropped": 0, "containers": 0})
+        sums = {name: line[name] + it[name] for name in ("events", "dropped")}
+        line.update({**it, **sums, "containers": line["containers"] + (place[1] == "/")})
+    names = collections.Counter(name for _, name in {*lines, (own_host, own.machine_id)})
+    for (host, name), line in lines.items():
+        line["sameName"], line["label"] = name != "/" and names[name] > 1, line["machineId"]
+        if line["containers"] > 1:
+            line["label"] = f"{hosts[host]}, " if host else ""
+            line["label"] += f"{line['containers']} containers"
+        elif line["sameName"] and line["machineKey"] != name:
+            line["label"] += f" ({line['machineKey'][:4]})"
+    return sorted(lines.values(), key=operator.itemgetter("label"))
+
+
 def publisher_state(home: str) -> JsonObject:
     """Return the publisher's state, and whether its process runs (`running`)."""
     state = {"state": "stopped", **emit_event.publisher_file(home)}
     state.pop("recent", None)
-    running = state["state"] != "stopped" and is_publisher(state.get("pid"))
+    running = state["state"] != "stopped" and lock_is_held(home + "/publisher.lock")
     return {**state, "running": True} if running else {**state, "state": "stopped", "running": False}
-
-
-def is_publisher(pid: Any) -> bool:
-    """True if the process with this id is a publisher; without /proc, if it is one of this user."""
-    if type(pid) is not int or not 0 < pid < 1 << 31:
-        return False
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return b"\0--publish\0" in file.read(65536)
-    except OSError:
-        if os.path.exists("/proc/self/cmdline"):
-            return False
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 class Status:
@@ -6280,18 +6883,43 @@ class Status:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._foreign: list[tuple[str, str, str]] = []  # files that we cannot use
-        self._foreign_seen = -math.inf  # time.monotonic()
+        self._foreign: list[tuple[str, str, str]] = []  # the last result of `foreign_files`
+        self._foreign_at = -math.inf  # time.monotonic() of that result
+        self._encoded = (-1, 0.0, b"")  # (steps of the loop, time.monotonic() of its end, answer)
 
-    def to_json(self, foreign_age_s: float = 0.0) -> JsonObject:
-        """Return the answer of /api/status and the `status` message; `foreign_files` at most so old."""
+    def encoded(self) -> bytes:
+        """Return `to_json` encoded, for any thread; up to STATUS_AGE_S old while the loop does nothing."""
+        loop, kept = self._monitor.loop, self._encoded
+        if kept[0] != loop.steps or time.monotonic() > kept[1]:
+            until = time.monotonic() + STATUS_AGE_S
+            kept = self._encoded = loop.call(lambda: (loop.steps, until, encode_json(self.to_json())))
+        return kept[2]
+
+    def to_json(self) -> JsonObject:
+        """Return the response of /api/status and the `status` message."""
+        status, monitor = self.core(), self._monitor
+        machines, skew_ms = monitor.ingest.machines, monitor.sessions.skew_ms
+        shown = [
+            {**machines[key], "clockSkewMs": skew_ms(key)}
+            for key in itertools.islice(reversed(machines), MACHINES_SHOWN)
+        ]
+        status["machines"] = machine_lines(shown, monitor.settings)
+        status["problems"] += machine_problems(status["machines"])
+        return {**status, "facts": status_facts(status)}
+
+    def core(self, foreign_age_s: float = 0.0) -> JsonObject:
+        """Return the status without lists of machines and facts.
+
+        `foreign_age_s`: the age up to which the last result of `foreign_files` is used again.
+        """
         monitor = self._monitor
-        if time.monotonic() - self._foreign_seen >= foreign_age_s:
-            self._foreign_seen = time.monotonic()
+        if time.monotonic() - self._foreign_at >= foreign_age_s:
+            self._foreign_at = time.monotonic()
             self._foreign = foreign_files(monitor.settings.home)
         ingest, redis = monitor.ingest, monitor.redis
         segments = emit_event.spool_segments(monitor.settings.path("spool"))
         index = monitor.history.status()
+        slow_at, slow_ms = monitor.journal.slow_write
         status: JsonObject = {
             "version": __version__,
             "mode": monitor.settings["mode"],
@@ -6307,6 +6935,7 @@ class Status:
                 "persistent": monitor.settings["persistence.enabled"],
                 "ok": monitor.store_error is None,
                 "error": monitor.store_error,
+                "slowWriteMs": slow_ms if time.monotonic() - slow_at < SLOW_WRITE_SHOWN_S else None,
                 "repaired": monitor.journal.repaired,
             },
             "spool": {
@@ -6317,25 +6946,21 @@ class Status:
             },
             "index": index,
             "disk": monitor.retention.disk_use(index["bytes"]),
-            "machines": [
-                {**machine, "clockSkewMs": monitor.sessions.skew_ms(name)}
-                for name, machine in sorted(ingest.machines.items())
-            ],
+            "otherMachines": max(0, len(ingest.machines) - MACHINES_SHOWN),
             "redis": redis.status() if redis else None,
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
-        problems = status_problems(status, unsaved, self._foreign)
-        return {**status, "facts": status_facts(status), "problems": problems}
+        return {**status, "problems": status_problems(status, unsaved, self._foreign)}
 
     def metrics(self) -> bytes:
         """Return the metrics in the text form of Prometheus."""
         states = collections.Counter(session.state for session in self._monitor.sessions.sessions.values())
-        server, link = self._monitor.clients, self._monitor.redis and self._monitor.redis.subscription
+        server, link = self._monitor.clients, self._monitor.redis
         queued = sum(client.queued for client in server.clients.values())
-        queues = {"client": queued, "closed": server.closed_slow, "redis": link.batch_bytes if link else 0}
+        queues = {"client": queued, "closed": server.closed_slow, "redis": link.inbox.size if link else 0}
         return metrics_text(self.to_json(), self._monitor.counts, states, queues)
 
     def config(self) -> JsonObject:
@@ -6361,7 +6986,7 @@ class Status:
 
 
 def steady_part(status: JsonObject) -> list[object]:
-    """Return the part of a status whose changes are sent at once: all but counters and times."""
+    """Return the part of a status whose changes the clients get at once: all but counters and times."""
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
@@ -6369,7 +6994,6 @@ def steady_part(status: JsonObject) -> list[object]:
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
-        [machine["machineId"] for machine in status["machines"]] if redis else [],
     ]
 
 
@@ -6386,23 +7010,26 @@ class Monitor:
         quiet_ms = settings["sessions.quietSeconds"] * 1000
         ended_ms = settings["sessions.endedHours"] * 3_600_000
         prices, persistent = PriceList(settings["prices"]), settings["persistence.enabled"]
-        self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_id, prices)
+        own_name = settings.machine_id if settings["mode"] == "local" else ""  # others may have it, too
+        self.sessions = Sessions(quiet_ms, ended_ms, settings.machine_key, prices, own_name)
         self.journal: Journal = Journal(settings.path("events")) if persistent else MemoryJournal()
-        self.ingest = Ingest(settings, self.journal, self._usage_counted)
+        self.ingest = Ingest(settings, self.journal, self._take_own)
         self.counts = EventCounts()
-        self.store_error: str | None = None  # as it was sent to the clients last
+        self.store_error: str | None = None  # the journal's error that the clients know
         self.loading: JsonObject | None = None  # {done, total} of events until all sessions are known
         self.spool: SpoolDrain | None = None
         self.redis: RedisLink | None = None
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
-        self.deferred: list[Callable[[], None]] = []  # what waits for the end of loading
-        self._arrivals: list[Arrival] = []  # of this turn
+        self.deferred: list[Callable[[], None]] = []  # called when loading ends
+        self._arrivals = Turns()  # of Arrival
         self._dirty: set[str] = set()  # sessions that changed since their last snapshot
         self._generation = -1  # of the index file that has a snapshot of every session
         self._pid_namespace = emit_event.pid_namespace()
         self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader")
         self.history = History(self.journal, settings.path("index.db"), prices)
-        self.retention = Retention(settings, self.loop, self._pinned_files, self._removed)
+        self.retention = Retention(
+            settings, self.loop, self._pinned_files, self._removed, lambda: self.journal.seq
+        )
         self._processes = ProcessWatch(self.loop)
         self.status = Status(self)
         self._sent_status: list[object] = []
@@ -6414,8 +7041,8 @@ class Monitor:
         """Open every port and start to serve the page; raise StartError."""
         settings = self.settings
         emit_event.make_private_directory(settings.home)
-        otherwise = "another monitor runs for this directory (pid {pid}); `stop` ends it"
-        self._lock = lock_file(settings.path("monitor.pid"), otherwise)
+        in_use = "another monitor runs for this directory; `stop` ends it"
+        self._lock = lock_file(settings.path("monitor.pid"), lambda: in_use)
         host = settings["server.host"]
         self.addresses = own_addresses(host)
         token = read_token(settings.path("token"))
@@ -6424,7 +7051,16 @@ class Monitor:
         ws_socket = bind_tcp(host, settings["server.wsPort"], "server.wsPort", "--ws-port")
         self.port, self.ws_port = http_socket.getsockname()[1], ws_socket.getsockname()[1]
         access.port = self.port
-        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals.append)
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
+        ):
+            self.journal.seq = int(file.read(20))
+        self.journal.open()
+        # before any event is taken, which may have come before
+        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
+            self.ingest.seen.add(line_id(line))
+        self._hooks = HookPort(self.loop, settings["socketPath"], self._arrivals)
         handlers = MessageHandlers(self)
         self.clients = WebSocketServer(
             self.loop,
@@ -6440,19 +7076,23 @@ class Monitor:
         page = functools.partial(page_response, page_path, self.ws_port)
         api = Api(self, handlers.take_by_http)
         self.http = HttpServer(http_socket, access, page, api, self._upgraded, settings["limits.connections"])
-        with (
-            contextlib.suppress(OSError, ValueError),
-            open(settings.path("last-seq"), "rb", opener=emit_event.open_own) as file,
-        ):
-            self.journal.seq = int(file.read(20))
-        self.journal.open()
-        self.loading = {"done": 0, "total": self.journal.seq}
+        self.retention.check_clock()
+        self.about = {"pid": os.getpid(), "version": __version__, "startedAt": self.started_at}
+        self.about |= {"host": host, "port": self.port, "wsPort": self.ws_port}
+        self.about |= {"socketPath": settings["socketPath"], "addresses": self.addresses}
+        self._write_about()
         self.loop.on_turn_end = self._store_received
+        self.loading = {"done": 0, "total": self.journal.seq}
         self._advance(self._load())
+
+    def _write_about(self) -> None:
+        """Write what other processes need to find this monitor."""
+        emit_event.write_atomically(self.settings.path("monitor.run.json"), encode_json(self.about) + b"\n")
 
     def run(self) -> None:
         """Serve until `stop`, then close everything in an order that loses nothing."""
         gc.freeze()  # loaded modules stay: collecting them again would only block the loop
+        sys.setswitchinterval(0.001)  # of a busy loop the other threads get their share sooner
         try:
             self.loop.run()
         finally:
@@ -6471,11 +7111,12 @@ class Monitor:
         self._stopping = True
         self._hooks.stop_listening()
         self.clients.close_all()
-        # One more round, so that lines which have arrived are stored and acknowledged.
+        # Lines that have arrived are still stored and acknowledged.
         self.loop.call_later(0.1, self.loop.stop)
 
     def _close(self) -> None:
-        self._store_received()
+        while self._arrivals.waiting:
+            self._store_received()
         if self.redis:
             self.redis.close()
         self.http.stop()
@@ -6486,7 +7127,7 @@ class Monitor:
             collections.deque(self._snapshot_steps(), 0)
         self.history.stop()
         self._hooks.close()
-        # the newest files may be removed by hand before the next start
+        # A user may remove the newest files before the next start.
         save_last_seq(self.settings.home, self.journal.seq)
         self.journal.close()
         self.loop.close()
@@ -6495,7 +7136,10 @@ class Monitor:
     # Loading: snapshots, then later events
 
     def _advance(self, steps: Iterator[bool]) -> None:
-        """Do long work for some milliseconds a turn, so that hooks and clients never wait; True: pause."""
+        """Do long work for some milliseconds a turn, so that hooks and clients never wait.
+
+        `steps` yields after each piece of work: True to pause for 0.1 s.
+        """
         deadline = time.monotonic() + SLICE_S
         for must_pause in steps:
             if must_pause or time.monotonic() >= deadline:
@@ -6509,9 +7153,6 @@ class Monitor:
         """
         checkpoint, rows = self.history.load_snapshots()
         self._generation = self.history.generation if checkpoint else -1
-        for line in itertools.islice(self.journal.lines(backwards=True), self.ingest.seen.limit):
-            self.ingest.seen.add(line_id(line))
-            yield False
         self._connect_sources()
         try:
             self.sessions.restore(rows)
@@ -6576,23 +7217,26 @@ class Monitor:
         else:
             take = functools.partial(self._take_all, remote=False)
             self.spool = SpoolDrain(self.loop, self.settings.home, take)
+            self.ingest.registry.start()
         self.loop.call_every(TICK_INTERVAL_S, self._check_files)
 
     # Received events
 
     def _store_received(self) -> None:
-        """Store the events of this turn, acknowledge them, then send them to clients."""
-        if not self._arrivals:
+        """Store events, acknowledge them, then send them to clients."""
+        if not self._arrivals.waiting:
             return
-        arrivals = self._arrivals[:]
-        self._arrivals.clear()
-        safe, stored = self.ingest.take([line for line, _ in arrivals])
-        counts = collections.Counter(sender for (_, sender), is_safe in zip(arrivals, safe) if is_safe)
+        self.loop.steps += 1
+        arrivals: list[Arrival] = self._arrivals.take()
+        if self._arrivals.waiting:
+            self.loop.call_soon(lambda: None)  # the rest in the next turn
+        settled, stored = self.ingest.take([line for line, _ in arrivals])
+        counts = collections.Counter(itertools.compress((sender for _, sender in arrivals), settled))
         for sender, count in counts.items():
             self._hooks.acknowledge(sender, count)
-        for (_, sender), is_safe in zip(arrivals, safe):
-            if not is_safe:
-                self._hooks.drop(sender)  # it spools at once instead of waiting
+        for (_, sender), is_settled in zip(arrivals, settled):
+            if not is_settled:
+                self._hooks.drop(sender)
         self._show(stored)
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
@@ -6606,14 +7250,15 @@ class Monitor:
         Events of a session whose file cannot be written, while others can, must not block the rest: they go
         to unsaved/ and are read from the spool at the next start.
         """
-        safe, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
+        settled, stored = self.ingest.take(lines, remote, late or [not remote] * len(lines))
         self._show(stored)
-        if all(safe):
+        if all(settled):
             return True
         if not self.journal.is_writable():
             return False
-        left = [line for line, is_safe in zip(lines, safe) if not is_safe]
-        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), self.journal.error)
+        left = [line for line, is_settled in zip(lines, settled) if not is_settled]
+        reason = self.journal.error or "out of memory"
+        log.error("%d events are kept in unsaved/ until the next start: %s", len(left), reason)
         directory = self.settings.path("unsaved")
         emit_event.make_spool(directory)
         for line in left:
@@ -6621,17 +7266,20 @@ class Monitor:
         return True
 
     def take_now(self, line: bytes) -> bool:
-        """Store and show one line at once; return whether it is stored."""
-        safe, stored = self.ingest.take([line.replace(b"\n", b" ")])
+        """Store one event and send it to clients at once; return whether it is settled (`Ingest.take`)."""
+        settled, stored = self.ingest.take([line.replace(b"\n", b" ")])
         self._show(stored)
-        return safe[0]
+        return settled[0]
 
-    def _usage_counted(self, event: JsonObject) -> None:
-        """Store the totals of a session's tokens; called in the thread of UsageWorker."""
+    def _take_own(self, event: JsonObject) -> None:
+        """Store the totals of a session's tokens, or the status of a client; called in their threads."""
 
         def store() -> None:
-            if self.loading is not None or event["sessionId"] in self.sessions.sessions:  # else deleted
-                self.take_now(encode_json(event))
+            is_usage = event["eventType"] == "usage"
+            if not is_usage or self.loading is not None or event["sessionId"] in self.sessions.sessions:
+                self.take_now(encode_json(event))  # totals must not restore a deleted session
+            if event["data"].get("status") == emit_event.CLIENT_EXITED:
+                self.ingest.read_transcripts(event["sessionId"])
 
         self.loop.call_soon(store)
 
@@ -6647,7 +7295,7 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
-        self.clients.broadcast(stored, self.feed.take())
+        self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)
 
@@ -6659,7 +7307,7 @@ class Monitor:
             return []
 
     def _note_changes(self, changed: Sequence[Session]) -> None:
-        """Note sessions, and those that changed because of them, for clients and snapshots."""
+        """Mark sessions, and those that changed with them, as changed for clients and snapshots."""
         ids = [session.session_id for session in itertools.chain(changed, self.sessions.linked_changes())]
         self._dirty.update(ids)
         self.feed.changed.update(dict.fromkeys(ids))
@@ -6667,15 +7315,17 @@ class Monitor:
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         self.feed.send()
+        self.clients.report_skipped()
         self._send_status()
+        self.retention.check_clock()
 
     def _send_status(self) -> None:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
-            status, before = self.status.to_json(FILES_INTERVAL_S), self._sent_status
-            self._sent_status = steady_part(status)
+            before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
+            self._sent_status = [*steady, len(self.ingest.machines) if self.redis else 0]
             if self._sent_status != before:
-                self.clients.broadcast((), text_frame({"type": "status", **status}))
+                self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
 
     def _check_files(self) -> None:
         """Drain the spool (or start a publisher), recover from a full disk, bind a removed socket."""
@@ -6695,7 +7345,12 @@ class Monitor:
         if self.loading is not None:
             log.info("%s", loading_words(self.loading))
             self._send_status()
-        self._hooks.restore()
+        with contextlib.suppress(OSError, StartError):  # tried again
+            if not os.path.exists(self.settings.path("monitor.run.json")):
+                emit_event.make_private_directory(self.settings.home)
+                self._write_about()
+            self._lock = keep_locked(self.settings.path("monitor.pid"), self._lock)
+            self._hooks.restore()
 
     def _note_store_error(self) -> None:
         self.store_error = self.journal.error
@@ -6707,9 +7362,9 @@ class Monitor:
 
     def _end_sessions_without_process(self) -> list[Session]:
         """End the sessions of this machine whose client no longer runs."""
-        is_sure = self.redis is None  # through Redis events of another machine of the same name may arrive
-        ran_at = self._processes.ran_at
-        gone = self.sessions.check_processes(self._pid_namespace, ran_at, now_ms(), is_sure)
+        is_sure = self.redis is None  # through Redis events of a copy of this machine may arrive
+        watch = self._processes
+        gone = self.sessions.check_processes(self._pid_namespace, watch.ran_at, now_ms(), is_sure, watch.find)
         for session in gone:
             self.ingest.read_transcripts(session.session_id)
         return gone
@@ -6737,8 +7392,12 @@ class Monitor:
         return frozenset(session_file_name(it.session_id) for it in sessions if it.pinned)
 
     def _removed(self, names: frozenset[str]) -> None:
-        """Drop sessions without events; compare the index with files that were removed or added by hand."""
+        """Delete the sessions of these file names, and compare the index with the files on disk."""
         self.history.rescan()
+        if self.settings["retention.days"]:
+            since = now_ms() - self.settings["retention.days"] * _DAY_MS
+            self.ingest.forget_machines(since)
+            self.sessions.forget_machines(since)
         sessions = self.sessions.sessions.values()
         self._forget([session for session in sessions if session_file_name(session.session_id) in names])
 
@@ -6746,6 +7405,7 @@ class Monitor:
         for session in sessions:
             self.sessions.delete(session.session_id)
             self.history.forget(session.session_id)
+            self.feed.sent.pop(session.session_id, None)
             deleted = {"type": "session_deleted", "sessionId": session.session_id}
             self.clients.broadcast((), text_frame(deleted))
         self._note_changes(())
@@ -6758,7 +7418,7 @@ def loading_words(progress: JsonObject) -> str:
 
 
 def status_facts(status: JsonObject) -> list[JsonObject]:
-    """Return the state of the monitor's parts as [{"name": one word, "words": a line}]."""
+    """Return the state of the monitor's parts as [{"name": a word, "words": a line}]."""
     events, store, spool, index = (status[name] for name in ("events", "store", "spool", "index"))
     loading = f" ({loading_words(status['loading'])})" if status["loading"] else ""
     disk, stored = status["disk"] or {}, events["stored"]
@@ -6780,8 +7440,7 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
     if link:
         words = link["state"].replace("_", " ")
         if link["state"] != "connected":
-            most = "" if link["maxRetries"] is None else f" of {link['maxRetries']}"
-            words += f", attempt {link['attempt']}{most}: {link['reason'] or 'no answer yet'}"
+            words += f", {attempt_words(link)}: {link['reason'] or 'no answer yet'}"
         read = {"off": "off", "ok": f"read up to {link['position'] or 'its start'}"}
         published = publisher.get("reason") or f"{publisher.get('published', 0)} events since it was started"
         facts["redis"] = f"{link['server']}{' with TLS' if link['tls'] else ''}: {words}"
@@ -6790,21 +7449,23 @@ def status_facts(status: JsonObject) -> list[JsonObject]:
             facts["gaps"] = f"{link['gaps']} times the stream was trimmed before it was read"
         facts["publish"] = f"{publisher['state']}: {published}" if publisher["running"] else "not needed now"
     rows = [{"name": name, "words": words} for name, words in facts.items()]
-    for machine in status["machines"] if link else ():
+    for machine in status["machines"] if link or status["machines"][1:] else ():
         skew_ms, age = machine["clockSkewMs"], human_duration(now_ms() - machine["lastSeen"])
-        words = f"{machine['machineId']}: {machine['events']} events, last {age} ago"
+        words = f"{machine['label']}: {machine['events']} events, last {age} ago"
         if skew_ms is not None and abs(skew_ms) > 2000:
             words += f", clock {human_duration(abs(skew_ms))} {'behind' if skew_ms > 0 else 'ahead'}"
         rows.append({"name": "machine", "words": words})
+    if status["otherMachines"]:
+        rows.append({"name": "machines", "words": f"{status['otherMachines']} others, silent for longer"})
     return rows
 
 
 def status_problems(
     status: JsonObject, unsaved_bytes: int, foreign: Sequence[tuple[str, str, str]] = ()
 ) -> list[JsonObject]:
-    """Return what is wrong, as {kind, level, words, advice}: for the page, `status` and `doctor`.
+    """Return what is wrong as [{"kind", "level", "words", "advice"}], for the page, `status` and `doctor`.
 
-    `foreign`: see `foreign_files`.
+    `unsaved_bytes`: the size of unsaved/. `foreign`: the result of `foreign_files`.
     """
     found: list[JsonObject] = []
 
@@ -6814,15 +7475,11 @@ def status_problems(
 
     redis, publisher = status["redis"] or {}, status["publisher"] or {}
     store, spool, index, disk = status["store"], status["spool"], status["index"], status["disk"] or {}
-    attempt = f"attempt {redis.get('attempt')}"
-    attempt += f" of {redis['maxRetries']}" if redis.get("maxRetries") is not None else ""
     if redis.get("state") == "waiting":
-        words = f"Redis does not answer ({attempt})"
-        add(
-            "redis", "fail", words, redis["reason"], "The page shows the events that this machine has stored."
-        )
+        words, advice = "Redis does not answer", "The page shows the events that this machine has stored."
+        add("redis", "fail", f"{words} ({attempt_words(redis)})", redis["reason"], advice)
     elif redis.get("state") == "given_up":
-        words = f"Redis did not answer, and the monitor no longer tries ({attempt})"
+        words = f"Redis did not answer, and the monitor no longer tries ({attempt_words(redis)})"
         add("redis", "fail", words, redis["reason"], "Reconnect, or send the monitor SIGHUP.")
     if redis.get("streamState") == "refused":
         advice = "Events sent while this monitor is not running will be missing."
@@ -6838,13 +7495,8 @@ def status_problems(
         add("gaps", "warn", words, None, "Raise redis.streamMaxLength to keep more.")
     if not store["ok"]:
         words = "Events cannot be written, hooks keep them in the spool"
-        add(
-            "store",
-            "fail",
-            words,
-            store["error"],
-            "Free space on its disk; the monitor then continues by itself.",
-        )
+        advice = "Free space on its disk; the monitor then continues by itself."
+        add("store", "fail", words, store["error"], advice)
     if unsaved_bytes:
         words = f"{human_size(unsaved_bytes)} of events could not be written to their session's file"
         add("unsaved", "warn", words, None, "monitor.log names the file; correct it, then run: restart")
@@ -6854,37 +7506,44 @@ def status_problems(
     if index["state"] == "off" and store["persistent"]:
         words = "There is no index: searches read every file, and there are no statistics"
         add("index", "warn", words, index["error"], "Correct its cause; the index is then rebuilt.")
-    if disk.get("error"):
-        add("disk", "warn", disk["error"], None, "Correct what it names.")
+    too_much = "Today's events and pinned sessions alone take more than retention.maxMegabytes"
+    slow = f"A write to {store['path']} took {store['slowWriteMs']} ms, for which hooks wait"
+    for kind, problem, advice in (
+        ("disk", disk.get("error"), "Correct what it names."),
+        ("disk", disk.get("overLimit") and too_much, "Raise it, or delete sessions."),
+        ("store", store["slowWriteMs"] is not None and slow, "Move CONTEXTUATE_HOME to a faster disk."),
+    ):
+        if problem:
+            add(kind, "warn", problem, None, advice)
     return found + foreign_problems(foreign)
 
 
-def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
-    """Return as problems what we cannot use in our directory: (path, owner, command that mends it)."""
+def machine_problems(machines: Sequence[JsonObject]) -> list[JsonObject]:
+    """Return the problems of `machine_lines`: names that several machines have."""
+    advice = "They are shown apart by their keys; set CONTEXTUATE_MACHINE_ID on each to name them."
+    words = "Several machines have the same name, "
     return [
-        {
-            "kind": "files",
-            "level": "warn",
-            "words": f"{path} (owner: {owner}) cannot be used by this user",
-            "advice": f"Run: {command}",
-        }
-        for path, owner, command in foreign[:5]
+        {"kind": "machines", "level": "warn", "words": words + safe_line(name), "advice": advice}
+        for name in sorted({machine["machineId"] for machine in machines if machine["sameName"]})
     ]
 
 
-def lock_file(path: str, otherwise: str) -> int:
-    """Take the lock at `path` until this process exits; raise StartError with the message `otherwise`.
+def foreign_problems(foreign: Sequence[tuple[str, str, str]]) -> list[JsonObject]:
+    """Return the problems for up to nine results of `foreign_files`."""
+    texts = [(f"{it[0]} (owner: {it[1]}) cannot be used by this user", f"Run: {it[2]}") for it in foreign[:9]]
+    return [{"kind": "files", "level": "warn", "words": words, "advice": advice} for words, advice in texts]
 
-    The file holds our pid. "{pid}" in `otherwise` becomes the owner's. `unlock_file` removes the file.
+
+def lock_file(path: str, in_use: Callable[[], str]) -> int:
+    """Lock the file at `path` until this process exits, write our pid to it, and return its descriptor.
+
+    Raises StartError, with the message that `in_use` returns if another process has the lock. The pid means
+    nothing in another container.
     """
-    owner = ""
     for _ in range(LOCK_ATTEMPTS):
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            fd = emit_event.open_own(path, os.O_RDWR | os.O_CREAT)
             about = os.fstat(fd)
-            if about.st_uid != os.getuid() or not stat.S_ISREG(about.st_mode):
-                os.close(fd)
-                raise OSError(errno.EPERM, "is not a file of this user")
         except OSError as error:
             why = f"cannot be opened: {error.strerror}"
             with contextlib.suppress(OSError):
@@ -6900,10 +7559,18 @@ def lock_file(path: str, otherwise: str) -> int:
         except FileNotFoundError:
             pass  # removed between opening and locking it
         except BlockingIOError:  # held by `running_monitor` for a moment, or by another monitor
-            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
             time.sleep(LOCK_PAUSE_S)
         os.close(fd)
-    raise StartError(otherwise.replace("{pid}", owner or "unknown"))
+    raise StartError(in_use())
+
+
+def keep_locked(path: str, fd: int) -> int:
+    """Take the lock again if its file was removed; return its descriptor."""
+    if os.path.exists(path):
+        return fd
+    again = lock_file(path, lambda: "")
+    os.close(fd)
+    return again
 
 
 def unlock_file(path: str, fd: int) -> None:
@@ -6915,7 +7582,7 @@ def unlock_file(path: str, fd: int) -> None:
 
 
 def lock_holder(path: str) -> int | None:
-    """Return the process that holds the lock at `path`, None when there is none."""
+    """Return the pid in the file at `path` while it is locked, else None; it may be one of a container."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb", opener=emit_event.open_own) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -6924,8 +7591,30 @@ def lock_holder(path: str) -> int | None:
     return None
 
 
+def listening_pid(path: str) -> int | None:
+    """Return the pid of this user's process that listens on a Unix socket; None if there is none.
+
+    It comes from the kernel, since a pid in a file may be one of another pid namespace; for a process that
+    cannot be seen from here, in another container, it is 0.
+    """
+    option = (1, 17) if sys.platform == "linux" else (0, 2)  # SO_PEERCRED, macOS: LOCAL_PEERPID
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(1)
+        sock.connect(path)
+        if emit_event.peer_uid(sock) == os.getuid():
+            return int.from_bytes(sock.getsockopt(*option, 4), sys.byteorder)
+    return None
+
+
+def stop_advice(socket_path: str) -> str:
+    """Return how to stop the monitor that listens on a socket, as the end of a message."""
+    pid = listening_pid(socket_path)
+    advice = f" (pid {pid}); `kill {pid}` ends it" if pid else " in another container; stop it there"
+    return f"{advice}, or choose another socketPath"
+
+
 def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
-    """Listen on a TCP port; raise StartError that names the key and the option to change."""
+    """Listen on a TCP port; raise a StartError that names the key and the option to change."""
     try:
         info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         sock = socket.socket(info[0], socket.SOCK_STREAM)
@@ -6940,7 +7629,7 @@ def bind_tcp(host: str, port: int, key: str, option: str) -> socket.socket:
 
 
 def bind_unix(path: str) -> socket.socket:
-    """Listen on a Unix socket of mode 0600; replace one that no program listens on; raise StartError.
+    """Listen on a Unix socket with mode 0600, in place of one that no program listens on; raise StartError.
 
     The caller holds its lock.
     """
@@ -6951,30 +7640,24 @@ def bind_unix(path: str) -> socket.socket:
         if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.getuid():
             raise StartError(f"{path} exists and is not a socket; remove it or {choose}")
         if probe.connect_ex(path) == 0:
-            raise StartError(f"{path}: another program listens there; stop it or {choose}")
+            raise StartError(f"{path}: another program listens there{stop_advice(path)}")
         os.unlink(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)  # 0600 from the first moment
     try:
         sock.bind(path)
     except OSError as error:
-        raise StartError(f"{path}: cannot be made: {error.strerror}; choose another socketPath") from None
+        raise StartError(f"{path}: cannot be created: {error.strerror}; choose another socketPath") from None
     finally:
         os.umask(mask)
     sock.listen(4096)
     return sock
 
 
-def process_ran_at(pid: int, time_ms: int) -> bool:
-    """True if a process with this pid has been running since `time_ms` or before, so is not a later one."""
-    start_s = process_start_s(pid)
-    return start_s is not None and _began_by(start_s, time_ms)
-
-
 def process_start_s(pid: int) -> float | None:
-    """Return when a process began, None if it does not run.
+    """Return when a process began, in seconds since boot (proc(5): stat field 22); None if it does not run.
 
-    On Linux in seconds since boot (proc(5): stat field 22, in ticks); elsewhere at the beginning of time.
+    Elsewhere than on Linux that is not known: 0.0 if it runs.
     """
     if sys.platform != "linux":
         try:
@@ -6990,33 +7673,59 @@ def process_start_s(pid: int) -> float | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def _began_by(start_s: float, time_ms: int) -> bool:
-    if sys.platform != "linux":
-        return True
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
-    return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
+def contained_processes() -> dict[tuple[int, int], int]:
+    """Return the processes in containers of this user, as (pid there, its pid namespace) → pid here."""
+    found = {}
+    with contextlib.suppress(OSError):
+        own = os.readlink("/proc/self/ns/pid")
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):  # another user's, or gone
+                namespace = os.readlink(f"/proc/{name}/ns/pid")
+                if namespace != own:
+                    with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
+                        pids = next((line.split() for line in file if line.startswith("NSpid:")), [name])
+                    found[int(pids[-1]), int(namespace[5:-1])] = int(name)
+    return found
 
 
 class ProcessWatch:
-    """Say which processes run; those seen once are not looked at again until the kernel reports their end.
+    """Checks which processes run, in the loop thread.
 
-    That is where there are pidfds (Linux 5.3); elsewhere every question looks.
+    With pidfds (Linux 5.3) it checks a running process once, and then the kernel reports its end.
     """
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._starts: dict[int, float] = {}  # pid → when it began, of those whose end will be reported
+        self._starts: dict[int, float] = {}  # pid → when it began; of those whose end the kernel reports
+        self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
+        self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
+        self._next_search_s = 0.0  # time.monotonic()
 
     def ran_at(self, pid: int, time_ms: int) -> bool:
-        """Return what process_ran_at does, in the loop thread."""
+        """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
         start_s = self._starts.get(pid)
         if start_s is None:
-            start_s = self._look(pid)
-        return start_s is not None and _began_by(start_s, time_ms)
+            start_s = self._watch(pid)
+        if start_s is None or sys.platform != "linux":
+            return start_s is not None
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
+        return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
-    def _look(self, pid: int) -> float | None:
+    def find(self, process: tuple[int, int]) -> int:
+        """Return our pid of a process (pid, namespace) in a container; 0 if it cannot be seen from here."""
+        if process not in self._found and time.monotonic() >= self._next_search_s:
+            started = time.monotonic()
+            self._contained = contained_processes()
+            self._next_search_s = started + max(CONTAINERS_INTERVAL_S, 500 * (time.monotonic() - started))
+        if process not in self._found and process in self._contained:
+            self._found[process] = self._contained[process]
+        return self._found.get(process, 0)
+
+    def _watch(self, pid: int) -> float | None:
         fd = -1
-        with contextlib.suppress(AttributeError, OSError):  # an older kernel, another user's, none left
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # not supported, another user's, no descriptor left
             fd = os.pidfd_open(pid)
         start_s = process_start_s(pid)
         if fd >= 0 and (start_s is None or len(self._starts) >= PROCESS_WATCHES):
@@ -7044,7 +7753,10 @@ class CommandError(Exception):
 
 
 def running_monitor(settings: Settings) -> JsonObject | None:
-    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None."""
+    """Return {"pid", "host", "port", "wsPort", …} of the monitor that runs for this directory, else None.
+
+    "pid" is the result of `listening_pid`, "process" describes it as text.
+    """
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
         return None
@@ -7053,11 +7765,15 @@ def running_monitor(settings: Settings) -> JsonObject | None:
             about = emit_event.parse_event_line(file.read())
     except (OSError, MalformedEvent):
         return None
-    return about if about.get("pid") == pid else None
+    if about.get("pid") != pid:
+        return None
+    about["pid"] = pid = listening_pid(about["socketPath"])
+    where = "in another container" if pid == 0 else "its socket does not answer"
+    return {**about, "process": f"pid {pid}" if pid else where}
 
 
 def needed_monitor(settings: Settings) -> JsonObject:
-    """Return the running monitor; raise CommandError that says how to start it."""
+    """Return the running monitor; raise a CommandError with how to start it."""
     about = running_monitor(settings)
     if about is None:
         raise CommandError("the monitor is not running; start it with: python3 contextuate_monitor.py start")
@@ -7076,7 +7792,7 @@ def page_links(settings: Settings, about: JsonObject, with_token: bool) -> list[
 def ask_monitor(
     settings: Settings, about: JsonObject, path: str, message: JsonObject | None = None
 ) -> JsonObject:
-    """Return the running monitor's answer to GET `path`, or to POST of `message`; raise CommandError."""
+    """Return the running monitor's response to GET `path`, or to POST of `message`; raise CommandError."""
     host = "127.0.0.1" if about["host"] in ("0.0.0.0", "::") else about["host"]
     connection = http.client.HTTPConnection(host, about["port"], timeout=15 if message is None else 120)
     headers = {"Authorization": f"Bearer {read_token(settings.path('token'))}"}
@@ -7086,7 +7802,7 @@ def ask_monitor(
         response = connection.getresponse()
         answer = emit_event.parse_event_line(response.read())
     except (OSError, http.client.HTTPException, MalformedEvent) as error:
-        raise CommandError(f"the monitor (pid {about['pid']}) does not answer: {error}") from None
+        raise CommandError(f"the monitor ({about['process']}) does not answer: {error}") from None
     finally:
         connection.close()
     if response.status != 200:
@@ -7128,7 +7844,7 @@ class EventSender:
 #
 # Owns: hooks/ in our directory, and our own entries in Claude Code's settings.json, no others.
 # Knows: which event names which client understands, and how a settings file is laid out. Does not know: the
-# running monitor. Planning reads only; what is written is exactly what a plan has shown before.
+# running monitor. Planning writes nothing; then exactly what the plan shows is written.
 # ---------------------------------------------------------------------------
 
 Version = tuple[int, int, int]
@@ -7136,12 +7852,12 @@ Version = tuple[int, int, int]
 HOOK_TIMEOUT_S = 10
 CLAUDE_PLACES = ("claude", "~/.claude/local/claude", "~/.local/bin/claude")
 CLAUDE_VERSION_TIMEOUT_S = 10
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Before 2.1.101 one name that the client does not know disables every hook of the file, so a name stands here
-# with the first version that is known to have it, and without such knowledge with 2.1.101.
-# Missing on purpose: MessageDisplay (ten a second, holds up the display), WorktreeCreate (its output is taken
-# as a path, a failure fails the worktree), FileChanged (needs a list of files).
+# Before 2.1.101, one event name that the client does not know disables every hook of the file. So each name
+# is listed under the first version that is known to have it; if none is known, under 2.1.101.
+# Omitted: MessageDisplay (ten a second, and the display waits for each), WorktreeCreate (the client uses the
+# hook's output as a path, and a failure fails the worktree), FileChanged (needs a list of files).
 EVENT_NAMES_SINCE: dict[Version, str] = {
     (1, 0, 0): "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse Notification Stop"
     " SubagentStop PreCompact",
@@ -7151,11 +7867,13 @@ EVENT_NAMES_SINCE: dict[Version, str] = {
     (2, 1, 76): "PostCompact Elicitation",
     (2, 1, 78): "StopFailure",
     (2, 1, 101): "Setup UserPromptExpansion PermissionDenied PostToolUseFailure PostToolBatch TaskCreated"
-    " TaskCompleted TeammateIdle PreModelSwitch PostModelSwitch ConfigChange CwdChanged DirectoryAdded"
-    " WorktreeRemove ElicitationResult",
+    " TaskCompleted TeammateIdle ConfigChange CwdChanged WorktreeRemove ElicitationResult",
+    (2, 1, 250): "DirectoryAdded",
+    (2, 1, 330): "PreModelSwitch PostModelSwitch",
+    (2, 1, 332): "PreSkillShellCommand",
 }
 
-
+OPTIONAL_EVENTS = ("PermissionRequest",)  # for `install --without`: the registry reports the same
 MANAGED_DIRECTORIES = {"darwin": "/Library/Application Support/ClaudeCode", "linux": "/etc/claude-code"}
 
 
@@ -7164,9 +7882,9 @@ class InstallError(Exception):
 
 
 class ClientFile(NamedTuple):
-    """A file in which Claude Code looks for hooks.
+    """A file from which Claude Code reads hooks.
 
-    `settings` is {} where `trouble` says why the client cannot use it.
+    `settings` is {} if the client cannot use the file; `trouble` then gives the reason.
     """
 
     path: str
@@ -7182,10 +7900,10 @@ class ClientFile(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """What an installation or its removal would do to one settings file.
+    """The change of one settings file by `install` or `uninstall`.
 
-    `old_text` is the file as it was read, "" when there is none; `new_text` equals it when nothing is to do.
-    `names` are the events that get our hook, or lose it.
+    `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
+    the events for which our hook is registered, or from which it is removed.
     """
 
     path: str
@@ -7194,49 +7912,52 @@ class InstallPlan(NamedTuple):
     names: tuple[str, ...]
 
 
-def plan_install(home: str, project: str | None, version: Version | None) -> InstallPlan:
+def plan_install(
+    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    Writes nothing. Raises InstallError for settings that cannot be changed safely.
+    `without`: names of events to omit. Raises InstallError for settings that cannot be changed safely.
     """
-    names = event_names(version)
-    if not names:
+    if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, version is None)
+    names = [name for name in event_names(version) if name not in without]
+    kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
+    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
-    """Plan to take our hook out again, as plan_install does."""
-    return _plan(project, "", [], keep_others=False)
+    """Plan to remove our hook from a project's or the user's settings; raise InstallError."""
+    return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], keep_others: bool) -> InstallPlan:
+def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
+    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
     old_text, settings = read_settings(path)
     try:
         hooks = _checked_hooks(settings)
-        had = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
-        if keep_others:  # what was registered when the client's version was known
-            names = names + [name for name in event_names((99, 0, 0)) if name in had and name not in names]
+        registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
+        names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or had))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered))
 
 
 def event_names(version: Version | None) -> list[str]:
-    """List the event names that a client of `version` certainly understands; of the oldest one for None."""
+    """Return the event names that a client of `version` surely knows; None: a client of any version."""
     known = version or (1, 0, 0)
     return " ".join(names for since, names in EVENT_NAMES_SINCE.items() if known >= since).split()
 
 
 def claude_version() -> Version | None:
-    """Ask `claude` for its version; None when there is none or it does not say.
+    """Return the version of `claude`; None if it is not found or does not print one.
 
-    It is looked for on the search path, then where its installers put it: a shell may know that by an alias.
+    Searches PATH, then the directories of its installers, which a shell may use through an alias only.
     """
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
@@ -7249,17 +7970,19 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`, or of the user's own for None.
+    """Return the absolute path of a settings file of `project`; None: of the user.
 
-    CLAUDE_CONFIG_DIR replaces ~/.claude, it does not add to it.
+    CLAUDE_CONFIG_DIR replaces ~/.claude. Raises InstallError for a user without a home directory.
     """
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+    if directory.startswith("~"):
+        raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
     directory = os.path.join(project, ".claude") if project is not None else directory
     return os.path.abspath(os.path.join(directory, name))
 
 
 def client_files(project: str) -> list[ClientFile]:
-    """Return the files in which Claude Code looks for hooks in `project`, what overrides others first.
+    """Return the files from which Claude Code reads hooks in `project`, in order of precedence.
 
     They are those of the organisation, the project (local before shared), the user and the plugins.
     """
@@ -7271,13 +7994,13 @@ def client_files(project: str) -> list[ClientFile]:
     for name, installed in _object(plugins.get("plugins")).items():
         copies = map(_object, installed if isinstance(installed, list) else [installed])
         roots = [root for root in (text_of(it.get("installPath")) for it in copies) if root]
-        if _first_that_sets(files, "enabledPlugins", name):
+        if _file_that_enables(files, "enabledPlugins", name):
             files += [_client_file(os.path.join(root, "hooks", "hooks.json")) for root in roots]
     return files
 
 
 def _managed_directory() -> str:
-    """Return the directory of an organisation's settings; more of them may be in managed-settings.d there."""
+    """Return the directory of an organisation's settings."""
     return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
 
 
@@ -7296,8 +8019,11 @@ def _object(value: Any) -> JsonObject:
     return value if isinstance(value, dict) else {}
 
 
-def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a value below `keys`; None if that is not true and no list with hooks."""
+def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
+    """Return the first file with a setting at the path `keys`; None if that disables it.
+
+    A setting is enabled by true, or by a list that contains "hooks".
+    """
     for file in files:
         value: Any = file.settings
         for key in keys:
@@ -7308,36 +8034,37 @@ def _first_that_sets(files: Iterable[ClientFile], *keys: str) -> ClientFile | No
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return the files whose hooks Claude Code runs, and why it does not run those of the others.
+    """Return (files whose hooks Claude Code runs, why it runs no others or "").
 
-    Only an organisation can switch off all hooks; anyone else switches off all but the organisation's.
+    disableAllHooks in an organisation's file disables all hooks, elsewhere all but the organisation's.
     """
     managed = [file for file in files if file.is_managed]
     others = [file for file in files if not file.is_managed]
-    for key, read, left in (
+    for key, deciding, running in (
         ("disableAllHooks", managed, []),
         ("allowManagedHooksOnly", managed, managed),
         ("strictPluginOnlyCustomization", managed, [it for it in files if it.path.endswith("/hooks.json")]),
         ("disableAllHooks", others, managed),
     ):
-        file = _first_that_sets(read, key)
+        file = _file_that_enables(deciding, key)
         if file is not None:
-            return left, f"{file.path} has {key}, so the hook does not run"
+            return running, f"{file.path} has {key}, so the hook does not run"
     return files, ""
 
 
 def registered_commands(files: Iterable[ClientFile]) -> list[str]:
-    """List the different commands of ours, each as it stands in the settings."""
+    """Return the commands of our hook in these settings, unchanged and without duplicates."""
     entries = (entry for file in files for _, entry in file.handlers() if _is_ours(entry))
     return list(dict.fromkeys(entry["command"] for entry in entries))
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
-    """Return (event names, paths of files) of events that more than one handler brings to a monitor.
+    """Return (event names, paths of files) of events that several hooks send to a monitor.
 
-    The client runs the same command once, wherever it stands. Here a hook counts in whatever form.
+    Counts hooks of every kind: ours, the Node.js monitor's, HTTP hooks. The client runs a command once, even
+    if several files contain it.
     """
-    places: dict[str, dict[str, str]] = {}  # event name → what brings it → the file
+    places: dict[str, dict[str, str]] = {}  # event name → command or URL → its file
     for file in files:
         for name, entry in file.handlers():
             command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
@@ -7348,8 +8075,8 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
     return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
 
 
-def first_choice_trouble(command: str) -> str:
-    """Return why a command of ours does not run as it was installed; "" when it does."""
+def command_trouble(command: str) -> str:
+    """Return why the interpreter or script in our command cannot run; "" if both can."""
     interpreter, *options, script = shlex.split(command)[:4]
     try:
         starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
@@ -7361,9 +8088,10 @@ def first_choice_trouble(command: str) -> str:
 
 
 def base_interpreter() -> str:
-    """Return the absolute path of the interpreter below any virtual environment, which may go one day.
+    """Return the absolute path of the interpreter outside any virtual environment, which may be deleted.
 
-    Links outside the environment stay as they are: /usr/bin/python3 survives an upgrade, its target does not.
+    Links outside the environment are not resolved: an upgrade keeps /usr/bin/python3, but not its target.
+    Raises InstallError if there is no such interpreter.
     """
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
     if sys.prefix != sys.base_prefix:
@@ -7376,20 +8104,21 @@ def base_interpreter() -> str:
 
 
 def hook_script(home: str) -> str:
-    """Return the absolute path at which our directory `home` holds the script that Claude Code runs."""
+    """Return the absolute path of the script that Claude Code runs, in our directory `home`."""
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
 def hook_command(interpreter: str, script: str) -> str:
-    """Return the line for /bin/sh that runs `script`, with another Python 3 where `interpreter` is gone.
+    """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
-    The second choice finds a script in the default place also where the home is mounted elsewhere. What does
-    not start has not read standard input. The line ends with status 0 whatever is gone: a missing script
-    would end with 2, and with that Claude Code blocks every tool call and every prompt.
+    The second try uses $HOME for a script in the default place, since a container may mount the home
+    elsewhere; an interpreter that does not start has not read standard input. The command always exits with
+    0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
+    Raises InstallError for a path that is not UTF-8.
     """
     quoted = []
     for path in map(os.path.abspath, (interpreter, script)):
-        if _HALF_PAIR.search(path):  # JSON could not carry such a path: Claude Code would run another one
+        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
             raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
         quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
@@ -7399,11 +8128,11 @@ def hook_command(interpreter: str, script: str) -> str:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home` and return the path of the script that Claude Code is to run.
+    """Copy the hook below `home`; return the path of the script that Claude Code runs.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
     hooks/lib/emit_event.py the whole module for the rare paths.
-    Raises InstallError when the module beside the monitor is not whole, or a file cannot be written.
+    Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
@@ -7416,13 +8145,13 @@ def install_hook_files(home: str) -> str:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
-        # In this order, so that no part ever meets an older one that it needs.
+        # Each file is replaced before those that import it, since hooks run meanwhile.
         for path, text in zip(modules, (content, hot_path + b"\n")):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, emit_event.LAUNCHER.encode())
     except OSError as error:
-        _refuse(f"the hook could not be copied from {source} to {library}", error)
-    # Bytecode made now saves the first calls time; without it they make it themselves.
+        _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
+    # Saves the first calls from compiling; if it fails, they compile.
     for path in modules:
         with contextlib.suppress(OSError, py_compile.PyCompileError):
             py_compile.compile(path, doraise=True)
@@ -7430,12 +8159,12 @@ def install_hook_files(home: str) -> str:
 
 
 def run_in_python(python: str, line: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a line in an interpreter that is started as the publisher is: PYTHONPATH does not count."""
+    """Run a line of Python with the options of the publisher: -E ignores PYTHONPATH."""
     return subprocess.run([python, "-E", "-c", line], stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def record_publisher_python(home: str) -> bool:
-    """Leave this interpreter's path for the hooks to run publishers with; False if it lacks redis-py."""
+    """Record this interpreter as the one that runs publishers; return False if it has no redis-py."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('redis') is None)"
     if run_in_python(sys.executable, look).returncode:
         return False
@@ -7445,15 +8174,15 @@ def record_publisher_python(home: str) -> bool:
     return True
 
 
-def _refuse(what: str, error: OSError) -> NoReturn:
+def _raise_install_error(what: str, error: OSError) -> NoReturn:
     raise InstallError(f"{what}: {error.strerror or error}; correct this, then try again") from error
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
-    """Return `settings` with our handler once under each of `names`, which may be none, and nowhere else.
+    """Return `settings` with our handler once for each of `names`, and for no other event.
 
-    What is up to date stays where it is, what is outdated is updated in place, doubles go, and so do groups
-    and lists that held nothing else. Everything else stays as it is, in its order.
+    A handler of ours is updated in place; duplicates are removed, and so are groups and lists that are empty
+    then. Everything else is unchanged and keeps its order. Raises InstallError.
     """
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
@@ -7469,26 +8198,26 @@ def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObj
 
 
 def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[JsonObject]:
-    """Return one event's groups with `handler` as the only one of ours, with none of ours for None."""
+    """Return one event's groups with `handler` as our only one; None: without any of ours."""
     result = []
-    wanted = handler
+    missing = handler  # until a group has it
     for group in groups:
         kept = []
         for entry in group["hooks"]:
             if not _is_ours(entry):
                 kept.append(entry)
-            elif wanted is not None and group.get("matcher", "") in ("", "*", ".*"):
-                kept.append({**entry, **wanted})
-                wanted = None
+            elif missing is not None and group.get("matcher", "") in ("", "*", ".*"):
+                kept.append({**entry, **missing})
+                missing = None
         if kept or not group["hooks"]:
             result.append({**group, "hooks": kept})
-    return [*result, {"hooks": [wanted]}] if wanted is not None else result
+    return [*result, {"hooks": [missing]}] if missing is not None else result
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Return True for a handler that we installed, with whatever interpreter, for whatever home.
+    """Return True for a handler that `install` wrote, with any interpreter and for any home.
 
-    The whole command must have the form of ours: what was added around it is not ours to remove.
+    The whole command must have our form: a command that a person has extended is theirs.
     """
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
@@ -7506,7 +8235,7 @@ def _is_ours(entry: JsonObject) -> bool:
 
 
 def _checked_hooks(settings: JsonObject) -> dict[str, list[JsonObject]]:
-    """Return the hooks of `settings` by event name; raise InstallError if they are laid out otherwise."""
+    """Return the hooks in `settings` as {event name: groups}; raise InstallError for any other structure."""
     hooks: dict[str, list[JsonObject]] = _expected(dict, settings.get("hooks", {}), "hooks")
     for name, groups in hooks.items():
         place = f"hooks.{name if name.isidentifier() else json.dumps(name)}"
@@ -7525,9 +8254,10 @@ def _expected(kind: type, value: Any, place: str) -> Any:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Read a settings file; return its text, byte order mark and line ends included, and its object.
+    """Read a settings file; return its text, with byte order mark and line ends, and its object.
 
-    A missing or blank file holds {}. Raises InstallError for anything but one unambiguous JSON object.
+    The object of a missing or blank file is {}. Raises InstallError for anything but one JSON object without
+    duplicate keys.
     """
     content = b""
     try:
@@ -7551,7 +8281,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
     except (ValueError, RecursionError) as error:
         trouble = str(error)
     except OSError as error:
-        _refuse(f"{path} cannot be read", error)
+        _raise_install_error(f"{path} cannot be read", error)
     raise InstallError(f"{path}: {trouble}; correct it first, nothing was changed")
 
 
@@ -7572,15 +8302,15 @@ def _finite(digits: str) -> float:
 def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
 
-    Two spaces and a final newline where `like` does not show any. Raises InstallError when nested too deeply.
+    The default is two spaces and a final newline. Raises InstallError for too deeply nested settings.
     """
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise InstallError("nested too deeply to be written back; nothing was changed") from None
-    # UTF-8 has no half pairs, JSON has: they stay escaped.
-    text = _HALF_PAIR.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    # UTF-8 cannot encode a lone surrogate, so it stays escaped.
+    text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
         text += "\n"
     if like.partition("\n")[0].endswith("\r"):
@@ -7589,8 +8319,8 @@ def render_settings(settings: JsonObject, like: str) -> str:
 
 
 def diff_settings(path: str, old_text: str, new_text: str) -> str:
-    """Return the unified diff between two texts of the file at `path`, "" when they are the same."""
-    # Not splitlines(): a JSON string may hold U+2028 and the like.
+    """Return the unified diff between two texts of the file at `path`, "" if they are the same."""
+    # splitlines() would also split at U+2028, which a JSON string may contain.
     old, new = (re.findall(r"[^\n]*\n|[^\n]+", text) for text in (old_text, new_text))
     diff = difflib.unified_diff(old, new, path if old_text else "/dev/null", path)
     mark = "\n\\ No newline at end of file\n"
@@ -7600,9 +8330,9 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 def write_settings(path: str, text: str, old_text: str) -> str | None:
     """Replace the settings at `path`, read as `old_text`, by `text` in one step.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it, for
-    its owner only (settings hold keys), None when there was nothing to keep. Raises InstallError when the
-    file has changed since it was read.
+    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
+    with mode 0600 since settings contain keys; None if there was no file, or no change. Raises InstallError
+    if the file has changed since it was read, or cannot be written.
     """
     if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -7626,48 +8356,48 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
             os.unlink(backup)
             raise
     except OSError as error:
-        _refuse(f"{path} cannot be written, nothing was changed", error)
-    with contextlib.suppress(OSError):  # a file system without owners or modes has none to keep
+        _raise_install_error(f"{path} cannot be written, nothing was changed", error)
+    with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
         os.chown(target, about.st_uid, about.st_gid)
     with contextlib.suppress(OSError):
-        os.chmod(target, mode)  # the umask has taken bits away
+        os.chmod(target, mode)  # as it was: the umask has changed it
     return backup
 
 
 def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
-    """Run the hook as Claude Code does, with a test notification; its standard error says where that went.
+    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery.
 
-    That is the command which is registered, by /bin/sh; without one the hook that is there.
+    Runs the registered command with /bin/sh; without one, the installed hook or the one beside the monitor.
     """
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
-    environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "1"}, client_files(os.getcwd())
-    for command in [*registered_commands(files_that_run(files)[0]), *registered_commands(files)][:1]:
+    environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
+    commands = registered_commands(files_that_run(files)[0]) or registered_commands(files)
+    if commands:
         for file in reversed(files):
             values = _object(file.settings.get("env")).items()
             environment.update((name, value) for name, value in values if isinstance(value, str))
-        arguments = ["/bin/sh", "-c", command]
-        break
+        arguments = ["/bin/sh", "-c", commands[0]]
     else:
         script = hook_script(settings.home)
         script = script if os.path.exists(script) else os.path.abspath(emit_event.__file__)
         environment.update(CONTEXTUATE_HOME=settings.home, CONTEXTUATE_CONFIG=settings.config_path)
         arguments = [base_interpreter(), "-I", "-S", script]
     given = encode_json(payload).decode()
-    words: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
-    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **words)
+    options: Any = {"encoding": "utf-8", "errors": "replace", "start_new_session": True}
+    return subprocess.run(arguments, input=given, capture_output=True, env=environment, timeout=30, **options)
 
 
-def was_delivered(words: str) -> bool:
-    """Return True if a monitor has the event by the hook's words, or Redis keeps it for one."""
-    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", words) is not None
+def was_delivered(report: str) -> bool:
+    """True if the hook reports that a monitor has stored the event, or that Redis delivered or keeps it."""
+    return re.search(r"has stored|it is in the stream|\b[1-9]\d* subscribers got it", report) is not None
 
 
 # ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
-# A check yields findings; one that fails does not keep the next from looking. What the monitor knows of
-# itself are its status' facts and problems. Changes nothing, but a test event is sent.
+# Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
+# and problems in its status. Doctor sends a test event and changes nothing else.
 # ---------------------------------------------------------------------------
 
 PROBE_DEADLINE_S = 15.0
@@ -7677,7 +8407,7 @@ _RUN_INSTALL = "run: python3 contextuate_monitor.py install"
 
 
 class Finding(NamedTuple):
-    """What one check has found: `level` is "ok", "warn" (works, but look at it) or "fail"."""
+    """A result of one check; `level`: "ok", "warn" (it works, but may need a change) or "fail"."""
 
     level: str
     check: str
@@ -7685,7 +8415,7 @@ class Finding(NamedTuple):
     advice: str = ""
 
     def lines(self) -> list[str]:
-        """Return what `doctor` prints."""
+        """Return the finding as the lines that `doctor` prints."""
         lines = [f"{self.level:5}{self.check:11}{safe_line(self.words)}"]
         return [*lines, f"{'':16}→ {self.advice}"] if self.advice and self.level != "ok" else lines
 
@@ -7696,21 +8426,20 @@ _in_time = functools.partial(emit_event.within, emit_event.EXCHANGE_DEADLINE_S)
 
 
 class Doctor:
-    """Examine the whole chain; `run` yields what is found."""
+    """Checks the whole chain; `run` yields the findings. `warnings` are those of `load_settings`."""
 
     def __init__(self, settings: Settings, warnings: Sequence[str]) -> None:
-        self._settings, self._warnings = settings, warnings  # both of the configuration
+        self._settings, self._warnings = settings, warnings
         self._about = running_monitor(settings)
         self._client_files = client_files(os.getcwd())
-        # What looks like a team's monitor, on a machine where Claude Code does not run:
         has_hook = os.path.exists(hook_script(settings.home)) or shutil.which("claude") is not None
-        self._only_shows = settings["mode"] == "redis" and not has_hook
+        self._only_receives = settings["mode"] == "redis" and not has_hook  # a monitor for other machines
         self._client: Any = None  # redis-py's, once Redis has answered
 
     def run(self) -> Findings:
-        """Yield what every check finds, in the order in which an event travels."""
+        """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
-        if not self._only_shows:
+        if not self._only_receives:
             checks += [self._claude, self._hook, self._registered]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
@@ -7719,7 +8448,7 @@ class Doctor:
         for check in checks:
             try:
                 yield from check()
-            except Exception as error:  # one check must not keep the others from looking
+            except Exception as error:  # the other checks still run
                 name = check.__name__.strip("_").replace("_", "-")
                 yield _fail(name, f"could not be checked: {type(error).__name__}: {error}")
 
@@ -7729,13 +8458,13 @@ class Doctor:
         yield _ok("config", f"{where}; mode {self._settings['mode']}, machine {self._settings.machine_id}")
         for warning in self._warnings:
             yield _warn("config", warning, "correct the file, then restart the monitor")
-        if self._only_shows:
-            yield _ok("hook", "none, and no Claude Code: this machine only shows what others send")
+        if self._only_receives:
+            yield _ok("hook", "none, and no Claude Code: this machine only receives events of others")
 
     def _files(self) -> Findings:
         home = self._settings.home
         if not os.path.isdir(home):
-            yield _warn("files", f"{home} is not there yet", "start or install makes it")
+            yield _warn("files", f"{home} does not exist yet", "`start` or `install` creates it")
             return
         about = os.stat(home)
         if about.st_uid != os.getuid():
@@ -7748,8 +8477,8 @@ class Doctor:
             yield _ok("files", f"{home} is for this user only")
         free = shutil.disk_usage(home).free
         if free < LOW_DISK_BYTES:
-            yield _warn("files", f"only {human_size(free)} are free on its disk", "make room")
-        if self._about is None:  # else its status has them
+            yield _warn("files", f"only {human_size(free)} are free on its disk", "free some space")
+        if self._about is None:  # else the monitor's status has them
             for problem in foreign_problems(foreign_files(home)):
                 yield Finding(problem["level"], problem["kind"], problem["words"], problem["advice"])
 
@@ -7767,17 +8496,18 @@ class Doctor:
         if not os.path.exists(script):
             yield _fail("hook", f"no hook at {script}", _RUN_INSTALL)
         elif not os.path.exists(installed):
-            yield _fail("hook", f"the hook is not whole at {script}", _RUN_INSTALL)
+            yield _fail("hook", f"the hook at {script} is incomplete", _RUN_INSTALL)
         elif filecmp.cmp(emit_event.__file__, installed, shallow=False):
             yield _ok("hook", script)
         else:
             yield _warn("hook", f"{script} is of another version than the monitor", _RUN_INSTALL)
         path = self._settings.path("emit.log")
         with contextlib.suppress(OSError), open(path, "rb", opener=emit_event.open_own) as file:
-            if time.time() - os.fstat(file.fileno()).st_mtime < RECENT_FAILURE_S:
-                file.seek(max(0, os.path.getsize(path) - 4096))
+            about = os.fstat(file.fileno())
+            if about.st_size and time.time() - about.st_mtime < RECENT_FAILURE_S:
+                file.seek(max(0, about.st_size - 4096))
                 last = file.read().decode("utf-8", "replace").strip().rpartition("\n")[2]
-                yield _warn("hook", f"its last trouble: {last}", f"see {path}")
+                yield _warn("hook", f"its last failure: {last}", f"see {path}")
 
     def _registered(self) -> Findings:
         user = settings_path(None)
@@ -7788,12 +8518,16 @@ class Doctor:
         running, off = files_that_run(self._client_files)
         ours = [file.path for file in self._client_files if registered_commands([file])]
         if off and not registered_commands(running):
-            yield _fail("registered", off, "take that out, or ask this machine's administrator")
+            yield _fail("registered", off, "remove that setting, or ask this machine's administrator")
         advice = f"{_RUN_INSTALL}; then start Claude Code again"
         if user in ours:
-            plan = plan_install(self._settings.home, None, claude_version())
-            if plan.new_text == plan.old_text:
-                yield _ok("registered", f"{len(plan.names)} events in {user}")
+            version = claude_version()
+            plans = {it: plan_install(self._settings.home, None, version, it) for it in ((), OPTIONAL_EVENTS)}
+            same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
+            if same:
+                without, plan = same[0]
+                left_out = f", without {', '.join(without)}" if without else ""
+                yield _ok("registered", f"{len(plan.names)} events in {user}{left_out}")
             else:
                 yield _warn("registered", f"{user} is not as this version would register", advice)
         elif ours:
@@ -7815,12 +8549,12 @@ class Doctor:
         oldest = human_duration(now_ms() - emit_event.segment_start_ms(segments[0][0]))
         waits_for = "the monitor" if self._settings["mode"] == "local" else "the publisher"
         words = f"{human_size(size)} of events wait for {waits_for}, the oldest for {oldest}"
-        yield _warn("spool", words, "they are delivered when what follows is in order")
+        yield _warn("spool", words, "they are delivered once the checks below pass")
 
     def _monitor(self) -> Findings:
         mode, about = self._settings["mode"], self._about
         if about is None and mode == "redis":
-            yield _ok("monitor", "not running on this machine, which only sends events then")
+            yield _ok("monitor", "not running: this machine only sends events")
             return
         if about is None:
             advice = "run: python3 contextuate_monitor.py start"
@@ -7833,7 +8567,7 @@ class Doctor:
             return
         status = ask_monitor(self._settings, about, "/api/status")
         page = page_links(self._settings, about, False)[0]
-        yield _ok("monitor", f"pid {about['pid']}, version {status['version']}, {page}")
+        yield _ok("monitor", f"{about['process']}, version {status['version']}, {page}")
         if (status["version"], status["mode"]) != (__version__, mode):
             words = f"it runs version {status['version']} in mode {status['mode']}"
             advice = "run: python3 contextuate_monitor.py restart"
@@ -7871,7 +8605,7 @@ class Doctor:
             client = _in_time(lambda: emit_event.redis_client(values))
             _in_time(client.ping)
         except Exception as error:
-            if not lacks_right(error):  # else it has let us in, which is all that is asked here
+            if not lacks_right(error):  # a user without the right to PING is connected, too
                 yield _fail("redis", emit_event.redis_trouble(error, values))
                 return
         self._client = client
@@ -7880,17 +8614,17 @@ class Doctor:
             before = time.time()
             seconds, micros = _in_time(client.time)
         except Exception:
-            return  # TIME is no right that anybody needs
+            return  # this user may not use TIME, and no part of the program needs it
         off_s = (before + time.time()) / 2 - (seconds + micros / 1e6)
         if abs(off_s) > 2:
             off = f"{human_duration(abs(off_s) * 1000)} {'ahead of' if off_s > 0 else 'behind'}"
             words = f"this machine's clock is {off} that of Redis"
-            yield _warn("clock", words, "let a time service set both")
+            yield _warn("clock", words, "set both clocks by a time service")
         else:
             yield _ok("clock", "this machine and Redis agree")
 
     def _rights(self) -> Findings:
-        """Try what a monitor needs; what an emitter needs the probe shows."""
+        """Try the rights that a monitor needs; the probe tests those that a hook's machine needs."""
         client, channel = self._client, self._settings["redis.channel"]
         if client is None:
             return
@@ -7899,7 +8633,7 @@ class Doctor:
         if self._settings["redis.streamMaxLength"]:
             attempts.append(("stream", stream, lambda: client.xrevrange(stream, "+", "-", 1)))
         else:
-            yield _warn("stream", "off: a monitor that was away misses what happened meanwhile")
+            yield _warn("stream", "off: a monitor misses events sent while it does not run")
         for check, name, attempt in attempts:
             try:
                 _in_time(attempt)
@@ -7913,20 +8647,20 @@ class Doctor:
     def _publisher(self) -> Findings:
         state = publisher_state(self._settings.home)
         if not state["running"]:
-            yield _ok("publisher", "none runs: it comes with the next event and leaves when it is quiet")
+            yield _ok("publisher", "none runs: a hook starts one with the next event; it exits when idle")
         elif state.get("reason"):
             yield _fail("publisher", f"pid {state['pid']} waits: {state['reason']}")
         else:
-            heard = f"the last heard by {state['subscribers']} subscribers"
-            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {heard}")
+            reached = f"the last to {state['subscribers']} subscribers"
+            yield _ok("publisher", f"pid {state['pid']}, {state['published']} events published, {reached}")
             for name in ("channelReason", "streamReason"):
                 if state.get(name):
                     yield _warn("publisher", f"refused: {state[name]}")
 
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
-        """Send an event as Claude Code would; return why that failed, or ""."""
+        """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
         done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        gone = first_choice_trouble(commands[0]) if commands else ""
+        trouble = command_trouble(commands[0]) if commands else ""
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -7934,28 +8668,28 @@ class Doctor:
         if done.returncode or done.stdout:
             return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
         if was_delivered(done.stderr):
-            if gone:
-                yield _warn("hook", f"{gone}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            if trouble:
+                yield _warn("hook", f"{trouble}: another Python 3 runs the hook instead", _RUN_INSTALL)
             return ""
         last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return gone or last or "the hook says nothing"
+        return trouble or last or "the hook says nothing"
 
     def _probe(self) -> Findings:
-        """Send one event as Claude Code would, and look for it at the other end."""
+        """Send one event through the hook, and wait until Redis and the monitor have it."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
         client, channel = self._client, self._settings["redis.channel"]
         about: Any = self._about
-        heard: Any = None
+        pubsub: Any = None
         if client is not None:
-            with contextlib.suppress(Exception):  # the check before this one has named the cause
-                heard = _subscribe(client, channel)
+            with contextlib.suppress(Exception):  # `_rights` has reported the cause
+                pubsub = _subscribe(client, channel)
         trouble = ""
-        if not self._only_shows:
+        if not self._only_receives:
             trouble = yield from self._through_hook(token)
         elif client is None:
             trouble = "Redis does not answer"
-        else:  # there is no hook, so we publish it ourselves
-            event = test_event(self._settings.machine_id)
+        else:  # there is no hook, so doctor publishes the event
+            event = test_event(self._settings)
             event["data"]["message"] = token
             try:
                 _in_time(lambda: client.publish(channel, encode_json(event)))
@@ -7968,20 +8702,20 @@ class Doctor:
         if trouble:
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
-        if heard is not None and not _arrives(lambda: token in str(heard.get_message(timeout=1.0))):
-            yield _warn("probe", "the event is in Redis, but the channel brought it to no subscriber")
+        if pubsub is not None and not _is_soon(lambda: token in str(pubsub.get_message(timeout=1.0))):
+            yield _warn("probe", "the event is in Redis, but the channel did not deliver it")
         where = "in Redis" if self._settings["mode"] == "redis" else "stored"
         if about is None:
             yield _ok("probe", f"an event is {where} ({_ms_since(started)})")
-        elif _arrives(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
+        elif _is_soon(lambda: token in str(ask_monitor(self._settings, about, "/api/events?limit=200"))):
             yield _ok("probe", f"an event has reached the monitor ({_ms_since(started)})")
         else:
-            advice = "look at `status` for what the monitor says of Redis"
+            advice = "`status` shows the monitor's connection to Redis"
             yield _fail("probe", f"an event is {where}, but the monitor does not show it", advice)
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a confirmed subscription of our own."""
+    """Return a new subscription once Redis has confirmed it; raise Overrun or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
@@ -7989,17 +8723,18 @@ def _subscribe(client: Any, channel: str) -> Any:
     return pubsub
 
 
-def _arrives(look: Callable[[], bool]) -> bool:
+def _is_soon(check: Callable[[], bool]) -> bool:
+    """True once `check()` is true, False if it is not within PROBE_DEADLINE_S."""
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
-        if look():
+        if check():
             return True
         time.sleep(0.05)
     return False
 
 
 def lacks_right(error: BaseException) -> bool:
-    """Return True if Redis refused a command to this user (redis-py's NoPermissionError)."""
+    """True if Redis refused a command because of the user's rights (redis-py's NoPermissionError)."""
     return type(error).__name__ == "NoPermissionError"
 
 
@@ -8307,14 +9042,14 @@ def demo_day(now_ms: int, live_s: float) -> Iterator[tuple[int, JsonObject]]:
 # ---------------------------------------------------------------------------
 # Import: history from before the monitor was installed
 #
-# Lines of other files in, events out, marked `imported`; no I/O but the reading of those files.
-# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are never
-# repeated: of a session that has some, only earlier events are imported.
+# Lines of other files in, events out, marked `imported`; reads those files and does no other I/O.
+# An event's id depends on its place, so that importing twice gives the same events. Events of hooks are not
+# repeated: of a session with such events, only earlier ones are imported.
 # A transcript's name is the id of its session. Tokens follow the rules of emit_event.UsageReader.
 # ---------------------------------------------------------------------------
 
 IMPORT_MARGIN_MS = 2000  # a hook's event and the transcript's line about the same thing are no further apart
-# The transcripts of a session and its subagents, or an export (session id ""): files that are read together.
+# (session id, paths): the transcripts of a session and its subagents; or an export, with session id "".
 ImportSource = tuple[str, tuple[str, ...]]
 # Lines of the type `user` that no person typed.
 _NOT_TYPED = re.compile(
@@ -8323,12 +9058,20 @@ _NOT_TYPED = re.compile(
 )
 _UUID = re.compile("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _TITLES = {"custom-title": "customTitle", "ai-title": "aiTitle", "summary": "summary"}  # the best first
+# In the directory of the Node.js Contextuate monitor: an event each; the events of a session, and its data.
+_NODE_FILE = re.compile(r"(.*)/(?:(?:raw|processed)/[^/]+\.json|sessions/[^/]+/(?:events\.jsonl|meta\.json))")
+_NODE_ACTIONS = (
+    ("rename", "label", "label"), ("pin", "pinned", "isPinned"), ("hide", "hidden", "hidden"),
+    ("set_parent", "parentSessionId", "manualParentSessionId"),
+)  # fmt: skip
 
 
 def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) -> list[JsonObject]:
     """Return the events of one session that are not stored yet."""
-    ids, calls, first_hook_ms = set(), set(), math.inf  # of what is stored; by hooks, not by import
+    ids, calls, first_hook_ms = set(), set(), math.inf  # of stored events; the first event of a hook
+    was_edited = False  # a person has renamed, pinned or hidden it here, which imported actions must not undo
     for stored in map(parse_stored, store.lines(session_id)):
+        was_edited = was_edited or (stored["hookType"] == "Monitor" and not stored.get("imported"))
         ids.add(stored["id"])
         calls.add(text_of(stored["data"].get("toolUseId")))
         if not stored.get("imported") and stored["hookType"] != "Monitor":
@@ -8341,15 +9084,17 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
         return is_early and not is_known and event.get("hookType") != "SessionEnd"
 
     new = [event for event in events if event["id"] not in ids]
+    new = [event for event in new if not (was_edited and event.get("hookType") == "Monitor")]
     return new if first_hook_ms == math.inf else list(filter(is_before_hooks, new))
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
     """Return the transcripts among some files and directories, the oldest first, and the exports.
 
-    Anything else in a directory (a FIFO, a device, a broken link) is added to `skipped`.
+    What cannot be read (a FIFO, a device, a broken link) is added to `skipped`.
     """
     transcripts: dict[str, list[str]] = {}
+    of_node: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
     seen: set[str] = set()  # without links
     for given in paths:
@@ -8366,12 +9111,16 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
             if os.path.realpath(path) in seen:
                 continue
             seen.add(os.path.realpath(path))
-            is_export = path.endswith((".jsonl", ".ndjson")) and lines and emit_event.is_json_object(lines[0])
-            session_id = _transcript_session(path, lines)
-            if session_id is not None:
+            session_id, node = _transcript_session(path, lines), _NODE_FILE.fullmatch(path)
+            if node is not None:
+                of_node.setdefault(node[1], []).append(path)
+            elif session_id is not None:
                 transcripts.setdefault(session_id, []).append(path)
-            elif path == given or is_export:  # other files of a directory are ignored
-                exports.append(("", (path,)))
+            elif path == given or (path.endswith((".jsonl", ".ndjson")) and "/subagents/" not in path):
+                exports.append(("", (path,)))  # other files of a directory are ignored
+    for files in of_node.values():  # received events, then the events of sessions, then their data
+        files.sort(key=lambda path: (path.endswith("/meta.json"), "/sessions/" in path))
+        exports.append(("", tuple(files)))
     sources = [(session_id, tuple(files)) for session_id, files in transcripts.items()]
     return sorted(sources, key=lambda source: min(map(os.path.getmtime, source[1]))) + exports
 
@@ -8419,34 +9168,55 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool] = lambda _: False
+    sources: list[ImportSource],
+    machine: str,
+    is_stored: Callable[[str], bool] = lambda _: False,
+    skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them); `is_stored`: a session has events."""
+    """Yield (session id, its events, bytes that were read for them).
+
+    `is_stored(session id)`: whether events of a session are stored. Adds a message to `skipped` for each file
+    with unknown content.
+    """
+    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
         size = sum(map(os.path.getsize, paths))
         by_session: dict[str, list[JsonObject]] = {}
+        found: set[str] = set()  # ids of events, and of the sessions whose events contain their tokens
         if session_id:
             reader = TranscriptReader(session_id, machine, seen, lambda name: name in ids or is_stored(name))
             files: dict[str, list[bytes]] = {}  # by agent id
+            named: dict[str, str] = {}
             for path in paths:
                 name = os.path.basename(path)
                 agent_id = name[len("agent-") :].partition(".")[0] if name.startswith("agent-") else ""
                 with open_regular(path) as file:
-                    files.setdefault(agent_id, []).extend(file.read().split(b"\n"))
+                    lines = file.read().split(b"\n")
+                if not emit_event.is_json_object(lines[-1]):  # it may still be written
+                    lines.pop()
+                files.setdefault(agent_id, []).extend(lines)
+                named.setdefault(agent_id, path)
             by_session[session_id] = reader.events(files.pop("", []), files)
+            skipped += [f"{named[agent]}: {n} lines are not JSON" for agent, n in reader.malformed.items()]
         else:
-            for event in export_events(paths[0]):
+            for event in itertools.chain.from_iterable(export_events(path, skipped) for path in paths):
                 built = emit_event.build_event(event, now_ms(), machine)
-                by_session.setdefault(built["sessionId"], []).append(built)
+                session, is_sum = built["sessionId"], built["eventType"] == "usage"
+                if built["id"] not in found and not (is_sum and session in found):
+                    found |= {built["id"], session if "usage" in built["data"] and not is_sum else ""}
+                    by_session.setdefault(session, []).append(built)
         for name, events in by_session.items():
             yield name, events, size
             size = 0
 
 
 class TranscriptReader:
-    """Turn a session's transcript, and those of its subagents, into the events that hooks would have sent."""
+    """Converts the transcripts of a session and its subagents to the events that hooks would have sent.
+
+    `seen`: shared by all readers of an import. `is_known(session id)`: whether another source has its lines.
+    """
 
     def __init__(
         self,
@@ -8457,9 +9227,10 @@ class TranscriptReader:
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
-        self._is_known = is_known  # a session that has its lines elsewhere
+        self._is_known = is_known
         self._is_fork = False  # it begins with lines of another session
         self._chain = ""  # of the client's own sums
+        self.malformed: collections.Counter[str] = collections.Counter()  # agent id → lines
         self._calls: dict[str, JsonObject] = {}  # tool use id → its block
         self._agents: set[str] = set()
         self._used: dict[str, emit_event.MessageUsage] = {}  # by key
@@ -8505,6 +9276,7 @@ class TranscriptReader:
         try:
             entry = emit_event.parse_event_line(line)
         except MalformedEvent:
+            self.malformed[agent_id] += 1 if line.strip() else 0
             return
         message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
         kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
@@ -8525,8 +9297,7 @@ class TranscriptReader:
         if entry.get("isMeta") is True or entry.get("isCompactSummary") is True:
             return
         content = message.get("content")
-        blocks = [{"text": content}] if isinstance(content, str) else content
-        blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+        blocks = emit_event.objects_in([{"text": content}] if isinstance(content, str) else content)
         agent = entry["agentId"] if isinstance(entry.get("agentId"), str) else agent_id or None
         yield {**entry, "agentId": agent, "line": line, "timestamp_ms": time_ms, "blocks": blocks}
 
@@ -8549,8 +9320,8 @@ class TranscriptReader:
             data = {"toolName": call.get("name"), "toolInput": call.get("input"), "toolUseId": use_id}
             content = block.get("content")
             if block.get("is_error") is True:
-                parts = content if isinstance(content, list) else [{"text": content}]
-                texts = (text_of(part.get("text")) for part in parts if isinstance(part, dict))
+                parts = emit_event.objects_in(content if isinstance(content, list) else [{"text": content}])
+                texts = (text_of(part.get("text")) for part in parts)
                 hook, data["error"] = "PostToolUseFailure", "\n".join(texts)
             else:
                 whole = entry.get("toolUseResult") if len(results) == 1 else None
@@ -8581,7 +9352,7 @@ class TranscriptReader:
             yield from self._usage(entry, "stop")
 
     def _count(self, used: emit_event.MessageUsage) -> None:
-        """Count a message in the first session that has it; of its lines the largest numbers are true."""
+        """Count a message in the first session that has it, with the largest numbers of its lines."""
         if used.key in self._used:
             before = self._used[used.key].counts
             used = used._replace(counts=tuple(map(max, before, used.counts)))  # type: ignore[arg-type]
@@ -8638,25 +9409,29 @@ def iso_time_ms(text: Any) -> int | None:
     return None
 
 
-def export_events(path: str) -> Iterator[JsonObject]:
-    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document)."""
+def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
+    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
+
+    Adds a message to `skipped` for lines, or a document, without events.
+    """
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
-        if b"\n" in head and emit_event.is_json_object(head.partition(b"\n")[0]):
-            for line in file:
-                with contextlib.suppress(MalformedEvent):
-                    yield from _events_in(emit_event.parse_event_line(line))
-            return
-        try:
-            document = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise CommandError(f"{path}: is no export: {error}") from None
-    yield from _events_in(document)
+        is_document = b"\n" not in head or not emit_event.is_json_object(head.partition(b"\n")[0])
+        missed = 0
+        for part in [file.read()] if is_document else file:
+            events, value = [], None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(part)
+                events = list(_events_in(value))
+            missed += not (events or part.isspace() or _is_node_session(value))
+            yield from events
+    if missed:
+        skipped.append(f"{path}: " + ("it has no events" if is_document else f"{missed} lines are no events"))
 
 
 def _events_in(value: Any) -> Iterator[JsonObject]:
-    """Yield the events in a document, marked and with an id that is the same every time."""
+    """Yield the events in a document, marked as imported, each with an id that every import gives it."""
     if isinstance(value, list):
         for inner in value:
             yield from _events_in(inner)
@@ -8666,12 +9441,40 @@ def _events_in(value: Any) -> Iterator[JsonObject]:
             rest = {name: field for name, field in value.items() if name not in ("seq", "received")}
             event_id = text_of(value.get("id")) if is_event else ""
             event_id = event_id or str(uuid.uuid5(uuid.NAMESPACE_OID, encode_json(rest).decode("ascii")))
+            # While a Task runs the Node.js monitor keeps its session's events under an id that it makes up.
+            is_made_up = re.fullmatch("[0-9a-f]{8}", text_of(value.get("sessionId"))) is not None
+            is_agent = value.get("hookType") in ("SubagentStart", "SubagentStop")
+            if is_made_up and not is_agent and "parentSessionId" in rest:
+                rest["sessionId"] = rest.pop("parentSessionId")
             yield {**(rest if is_event else {"hook": rest}), "id": event_id, "imported": True}
             return
         for name in ("events", "sessions", "data"):
             below: Any = value.get(name)
             by_id = name == "sessions" and isinstance(below, dict)
             yield from _events_in(list(below.values()) if by_id else below)
+        if _is_node_session(value):
+            yield from _events_of_node_session(value)
+
+
+def _is_node_session(value: Any) -> bool:
+    is_named = isinstance(value, dict) and isinstance(value.get("sessionId"), str)
+    return is_named and isinstance(value.get("tokenUsage"), dict)
+
+
+def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
+    """Yield a person's actions on a session of the Node.js monitor, and its tokens, as events."""
+    if isinstance(session.get("agentType"), str):
+        return  # a subagent of another
+    about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
+    about["timestamp"] = session.get("endTime") or session.get("startTime")
+    for action, field, name in _NODE_ACTIONS:
+        if session.get(name):
+            data = {"action": action, field: session[name]}
+            yield from _events_in({**about, "hookType": "Monitor", "eventType": "session_meta", "data": data})
+    counts = {name[5:6].lower() + name[6:]: count for name, count in session["tokenUsage"].items()}
+    usage = {"models": {text_of(session.get("model")) or "unknown": counts}, "agents": {}}
+    if any(tokens_of(counts)):
+        yield from _events_in({**about, "eventType": "usage", "data": {"usage": usage}})
 
 
 # ---------------------------------------------------------------------------
@@ -8707,15 +9510,29 @@ def command_start(args: argparse.Namespace) -> int:
         raise StartError(f'mode "redis" needs redis-py: {emit_event.redis_py_advice(sys.executable)}')
     about = running_monitor(settings)
     if about is not None and args.report_fd is None:
-        print(f"already running (pid {about['pid']}): {page_links(settings, about, False)[0]}")
+        print(f"already running ({about['process']}): {page_links(settings, about, False)[0]}")
         if any(getattr(args, name) is not None for name in ("host", "port", "ws_port")):
             print_status("the options have no effect; `restart` with the same options applies them")
         return 0
     if args.foreground:
         return serve(settings, args)
     about = start_in_background(settings, args)
+    try:
+        print_started(settings, about)
+        sys.stdout.flush()
+    except OSError:  # it runs, whether that can be printed or not
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    # A browser is opened only on this machine's own screen.
+    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
+        webbrowser.open(page_links(settings, about, False)[0])
+    return 0
+
+
+def print_started(settings: Settings, about: JsonObject) -> None:
+    """Print where the page of a monitor is that has just started, and what to do next."""
     links = page_links(settings, about, False)
-    print(f"Contextuate Monitor runs (pid {about['pid']}). Open:", *links, sep="\n  ")
+    print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
     loading = ask_monitor(settings, about, "/api/status").get("loading")
     if loading:
         print(f"{loading_words(loading)}, the rest follows; the page and `status` show the progress.")
@@ -8723,11 +9540,6 @@ def command_start(args: argparse.Namespace) -> int:
         print(redis_words(settings, about))
     if not os.path.exists(hook_script(settings.home)):
         print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-    # A browser is opened only on this machine's own screen.
-    has_screen = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not args.no_open and sys.stdout.isatty() and has_screen and not os.environ.get("SSH_CONNECTION"):
-        webbrowser.open(links[0])
-    return 0
 
 
 def redis_words(settings: Settings, about: JsonObject) -> str:
@@ -8802,21 +9614,20 @@ def serve(settings: Settings, args: argparse.Namespace) -> int:
         monitor = Monitor(settings)
         monitor.open()
     except (StartError, OSError) as error:
-        log.error("cannot start: %s", error)
-        report(f"error {error}")
-        raise StartError(str(error)) from None
-    host, socket_path = settings["server.host"], settings["socketPath"]
-    about = {"pid": os.getpid(), "version": __version__, "startedAt": monitor.started_at}
-    about |= {"host": host, "port": monitor.port, "wsPort": monitor.ws_port, "socketPath": socket_path}
-    about["addresses"] = monitor.addresses
-    emit_event.write_atomically(settings.path("monitor.run.json"), encode_json(about) + b"\n")
+        words = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            words = f"{error.filename or settings.home}: {error.strerror}"
+        log.error("cannot start: %s", words)
+        report(f"error {words}")
+        raise StartError(words) from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: monitor.stop())
     signal.signal(signal.SIGHUP, lambda *_: monitor.reconnect_redis())
+    host = settings["server.host"]
     place = f"http://{f'[{host}]' if ':' in host else host}:{monitor.port}/"
-    log.info("version %s serves %s, hooks on %s", __version__, place, socket_path)
+    log.info("version %s serves %s, hooks on %s", __version__, place, settings["socketPath"])
     if not in_background:
-        print(*page_links(settings, about, False), sep="\n", flush=True)
+        print(*page_links(settings, monitor.about, False), sep="\n", flush=True)
     report("ready")
     monitor.run()
     log.info("stopped")
@@ -8857,33 +9668,37 @@ def command_stop(args: argparse.Namespace) -> int:
     """Stop the monitor and wait until it has exited."""
     try:
         settings = settings_of(args)
-    except ConfigError as error:  # no hindrance
+    except ConfigError as error:  # the monitor is found without it
         print_status(f"warning: {error}")
         home, path = map(os.path.abspath, emit_event.places(os.environb))  # type: ignore[arg-type]
         settings = Settings(home, path, emit_event.this_machine(), emit_event.default_values())
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
-        print(f"stopped (pid {about['pid']})")
+        print(f"stopped ({about['process']})")
         return 0
-    stray = None
-    with contextlib.suppress(PermissionError):  # another user's
-        stray = lock_holder(settings["socketPath"] + ".lock")
-    if stray is not None:
-        words = f"no monitor runs for {settings.home}, but process {stray} has {settings['socketPath']}"
-        raise CommandError(f"{words}; `kill {stray}` ends it")
+    path = settings["socketPath"]
+    if lock_holder(path + ".lock") is not None:
+        words = f"no monitor runs for {settings.home}, but another one uses {path}"
+        raise CommandError(words + stop_advice(path))
     print("not running")
     return 0
 
 
 def stop_monitor(settings: Settings, about: JsonObject) -> None:
-    """End the running monitor; raise CommandError if it does not exit."""
-    os.kill(about["pid"], signal.SIGTERM)
+    """Stop the running monitor, by a signal if it does not answer; raise CommandError if it still runs."""
+    try:
+        ask_monitor(settings, about, "/api/stop", {"startedAt": about["startedAt"]})
+    except CommandError as error:
+        if not about["pid"]:
+            raise CommandError(f"{error}; run `stop` where it runs") from None
+        os.kill(about["pid"], signal.SIGTERM)
     deadline = time.monotonic() + STOP_DEADLINE_S
-    while running_monitor(settings) is not None:
+    while lock_holder(settings.path("monitor.pid")) is not None:
         if time.monotonic() > deadline:
-            words = f"has not ended in {STOP_DEADLINE_S:.0f} s; `kill -9 {about['pid']}` loses nothing"
-            raise CommandError(f"pid {about['pid']} {words}")
+            words = f"the monitor ({about['process']}) has not ended in {STOP_DEADLINE_S:.0f} s"
+            way = f"; `kill -9 {about['pid']}` loses nothing" if about["pid"] else ""
+            raise CommandError(words + way)
         time.sleep(0.05)
 
 
@@ -8914,7 +9729,7 @@ def command_status(args: argparse.Namespace) -> int:
         print(json.dumps({"running": True, **status}))
         return 0
     since = human_duration(now_ms() - status["startedAt"])
-    print(f"running  pid {about['pid']}, version {status['version']}, for {since}, mode {status['mode']}")
+    print(f"running  {about['process']}, version {status['version']}, for {since}, mode {status['mode']}")
     print(f"page     {page_links(settings, about, False)[0]}   {status['clients']} open")
     print(f"hooks    {about['socketPath']}")
     for fact in status.get("facts") or status_facts(status):
@@ -8965,7 +9780,7 @@ limits.connections       connections at the same time, for each of the two ports
 limits.clientQueueBytes  data queued for a page that does not read before its connection is closed
 sessions.quietSeconds    silence after which a working session is quiet
 sessions.endedHours      silence of a machine after which its sessions count as ended
-retention.days           age in days at which events are deleted, by whole days
+retention.days           age in whole days at which events are deleted; their real age where the clock was set
 retention.maxMegabytes   size of all files of the monitor above which the oldest days are deleted
 privacy.redact           replace what looks like a secret before an event is stored or sent
 privacy.level            `metadata`: store names, ids, times and durations only, no content
@@ -8999,7 +9814,7 @@ def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version)
+    plan = plan_install(settings.home, args.project, version, args.without or ())
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -9010,7 +9825,7 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"settings {plan.path}: {len(plan.names)} events registered")
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
-        print_status(f"{off}: take that out, or ask this machine's administrator")
+        print_status(f"{off}: remove that setting, or ask this machine's administrator")
     if settings["mode"] == "redis" and not record_publisher_python(settings.home):
         advice = emit_event.redis_py_advice(sys.executable)
         print_status(f"redis-py is missing, so no event can leave this machine: {advice}")
@@ -9044,7 +9859,7 @@ def show_plan(plan: InstallPlan) -> int:
 def command_test_event(args: argparse.Namespace) -> int:
     """Send one event through the hook and print what happened."""
     settings = settings_of(args)
-    data = test_event(settings.machine_id)["data"]
+    data = test_event(settings)["data"]
     words = send_through_hook(settings, data["message"]).stderr
     sys.stdout.write(words)
     if was_delivered(words):
@@ -9177,24 +9992,24 @@ def command_import(args: argparse.Namespace) -> int:
     paths = args.paths or [os.path.join(os.path.dirname(settings_path(None)), "projects")]
     skipped: list[str] = []
     sources = import_sources([os.path.abspath(path) for path in paths], skipped)
-    for words in skipped[:10]:
-        print_status(f"skipped {words}")
-    if len(skipped) > 10:
-        print_status(f"skipped {len(skipped) - 10} more")
     sizes = sum(os.path.getsize(path) for _, files in sources for path in files)
     progress = Progress(sizes, "events", quiet=False)
     store = Journal(settings.path("events"))
     known = 0
     with EventSender(about["socketPath"]) as sender:
-        names = {file.name for file in store.files()}
-        batches = import_batches(sources, settings.machine_id, lambda it: session_file_name(it) in names)
+        machine, names = settings.machine_id, {file.name for file in store.files()}
+        batches = import_batches(sources, machine, lambda it: session_file_name(it) in names, skipped)
         for session_id, events, size in batches:
             wanted = new_events(store, session_id, events)
             known += len(events) - len(wanted)
             sender.send(wanted)
             progress.add(len(wanted), size)
+    for words in skipped[:10]:
+        print_status(f"skipped {words}")
+    if len(skipped) > 10:
+        print_status(f"skipped {len(skipped) - 10} more")
     print(f"{progress.count} events imported, {known} were stored already")
-    return 0
+    return 1 if skipped else 0
 
 
 def command_search(args: argparse.Namespace) -> int:
@@ -9393,7 +10208,11 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_status: (_JSON,),
     command_url: (_switch("--token", "with the token, for another user or another machine"),),
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
-    command_install: _INSTALLING,
+    command_install: (
+        *_INSTALLING,
+        _option("--without", "leave this event out", action="append", metavar="EVENT",
+               choices=OPTIONAL_EVENTS),
+    ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
@@ -9431,7 +10250,7 @@ def build_parser() -> argparse.ArgumentParser:
         name = function.__name__.removeprefix("command_").replace("_", "-")
         words = str(function.__doc__).splitlines()[0]
         command = commands.add_parser(name, help=f"{words[0].lower()}{words[1:-1]}", description=words)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, parser=command)
         for option_name, about in (_CONFIG, *options):
             command.add_argument(option_name, **about)
     return parser
@@ -9453,9 +10272,14 @@ def prepare_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 for a failure, 2 for an error of the command line."""
+    """Run one command; return the exit status: 1 for a failure, 2 for an unusable configuration.
+
+    An error of the command line ends the process with status 2.
+    """
     prepare_output()
-    args = build_parser().parse_args(arguments)
+    args, rest = build_parser().parse_known_args(arguments)
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.function(args))
     except BrokenPipeError:

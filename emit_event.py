@@ -6,23 +6,24 @@ It always exits with 0, writes nothing to standard output, and waits for the mon
 most 250 ms; an event without acknowledgement goes to the spool, which the monitor reads.
 `CONTEXTUATE_DEBUG=1` prints on standard error what the hook did.
 
-With many machines (mode "redis") the event goes to the spool at once, and a publisher, one for each user,
-sends it to Redis: this same file, started by a hook that finds none running; it exits after 60 s of quiet.
+With many machines (mode "redis") the event goes to the spool at once, and a publisher sends it to Redis. The
+publisher is this same file, one process for each user: a hook starts it if none runs, and it exits when there
+was no event for 60 s.
 
 As a module it is what hook and monitor share: configuration, event model, redaction, token usage, spool and
 publisher.
 
 The interpreter compiles a script at each start, so the hot path comes first and needs none of the rest:
-`contextuate_monitor.py install` puts the text above the line "end of the hot path" into a module of its own,
-which a short launcher imports from its bytecode, and this whole file beside it for the rare paths.
+`contextuate_monitor.py install` writes the text above the line "end of the hot path" to a module, which a
+short launcher imports from its bytecode, and this whole file beside it for the rare paths.
 This file can be registered itself; a hook call then takes several times as long.
 """
 
 # ---------------------------------------------------------------------------
 # Hot path: what every hook call runs
 #
-# Knows: built-in and C modules only; importing os, json, socket or signal costs more than all it does.
-# Owns: the wrapped line, the way to the socket, the append to the spool.
+# Imports built-in and C modules only: os, json, socket or signal would take longer than all the rest of it.
+# Owns: the wrapped line, sending it to the socket, appending it to the spool.
 # ---------------------------------------------------------------------------
 
 import posix
@@ -31,9 +32,11 @@ import time
 
 STDIN_DEADLINE_S = 2.0
 ACKNOWLEDGEMENT_DEADLINE_S = 0.25
+TIMEOUTS_LIMIT = 3  # after so many in a row, hooks spool at once for TIMEOUTS_PAUSE_S
+TIMEOUTS_PAUSE_S = 10.0
 ACKNOWLEDGEMENT = b"\x06"
-LINE_LIMIT_BYTES = 16 << 20  # what the monitor takes as one line
-PAYLOAD_LIMIT_BYTES = 64 << 20  # what a hook holds in memory
+LINE_LIMIT_BYTES = 16 << 20  # the longest line that the monitor accepts
+PAYLOAD_LIMIT_BYTES = 64 << 20  # the longest payload that a hook reads
 SEGMENT_LIMIT_BYTES = 4 << 20
 SEGMENT_LIMIT_MS = 24 * 3600 * 1000
 DEFAULT_SOCKET_PATH = "/tmp/contextuate-monitor.sock"
@@ -41,12 +44,12 @@ FIRST_PID_NAMESPACE = "pid:[4026531836]"  # of every Linux: PROC_PID_INIT_INO in
 
 
 def run_hook() -> None:
-    """Take one hook call from standard input to the monitor or the spool; end the process with status 0."""
+    """Send one payload from standard input to the monitor or the spool; exit with status 0."""
     notes: list[str] = []
     try:
         import _signal
 
-        # A hook of StopFailure gets SIGTERM 40 ms after its start (print mode).
+        # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
         payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
@@ -55,8 +58,8 @@ def run_hook() -> None:
         else:
             notes.append("nothing on standard input")
             whole().log_failure("no hook payload on standard input")
-    except BaseException as error:  # a hook that fails loudly blocks Claude, so nothing may get out
-        reason = f"{type(error).__name__}: {error}"  # names the file, which repr does not
+    except BaseException as error:  # a hook that exits with an error may block Claude Code
+        reason = f"{type(error).__name__}: {error}"  # contains the file's name, which repr does not
         notes.append(f"failed: {reason}")
         try:
             whole().log_failure(reason)
@@ -71,15 +74,16 @@ def run_hook() -> None:
 
 
 def debugging() -> bool:
-    """True when CONTEXTUATE_DEBUG asks for notes on standard error."""
+    """True if CONTEXTUATE_DEBUG is set: the hook prints its notes on standard error."""
     return posix.environ.get(b"CONTEXTUATE_DEBUG", b"") not in (b"", b"0")
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
     """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
 
-    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows: old
-    clients send no newline, and other processes may hold the pipe open.
+    Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
+    30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
+    payload beyond PAYLOAD_LIMIT_BYTES.
     """
     import select
 
@@ -110,16 +114,16 @@ def read_payload(fd: int, deadline: float) -> bytes:
 
 
 def deliver(payload: bytes, notes: "list[str]") -> None:
-    """Send one payload the way the configuration says; append to `notes` what happened."""
+    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`."""
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ)
+    line = wrap(payload, environ, machine_key(home))
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send(socket_path, line, time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S)
+        outcome = send_unless_slow(home, socket_path, line)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -134,9 +138,10 @@ def deliver(payload: bytes, notes: "list[str]") -> None:
 def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     """Return our directory (CONTEXTUATE_HOME) and the configuration file's path (CONTEXTUATE_CONFIG).
 
-    A HOME of another user, as after `sudo`, is not used: files of root in it would lock out its owner.
+    Another user's HOME, as after `sudo`, is not used: its owner could not write to files of root in it. For a
+    user without one, as of `docker run -u 4242`, our directory is beside this file.
     """
-    # An installed hook belongs to the directory that it is installed in.
+    # By default, an installed hook uses the directory in which it is installed.
     home = environ.get(b"CONTEXTUATE_HOME", b"").decode("utf-8", "surrogateescape")
     folder = __file__.rpartition("/")[0]
     if not home and folder.endswith("/hooks/lib"):
@@ -151,7 +156,10 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
     if not is_ours:
         import pwd
 
-        home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        try:
+            home, user_home = "", pwd.getpwuid(posix.getuid()).pw_dir
+        except KeyError:
+            home, user_home = "", folder or "."
     home = home or user_home + "/.contextuate"
     config = environ.get(b"CONTEXTUATE_CONFIG", b"").decode("utf-8", "surrogateescape")
     if config[:2] == "~/":
@@ -160,30 +168,43 @@ def places(environ: "dict[bytes, bytes]") -> "tuple[str, str]":
 
 
 def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
-    """Return (mode, socket path), from hook.cache where it is of this very configuration file."""
+    """Return (mode, socket path), from the line for this version of the configuration file in hook.cache."""
     try:
         about = posix.stat(config_path)
     except OSError:
         return "local", DEFAULT_SOCKET_PATH
     key = f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}"
-    try:
-        fd = posix.open(home + "/hook.cache", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-        try:
-            fields = posix.read(fd, 8192).decode("utf-8", "surrogateescape").split("\n")
-        finally:
-            posix.close(fd)
-        if len(fields) == 4 and fields[0] == key:
-            return fields[1], fields[2]
-    except OSError:
-        pass
+    lines = b"\n" + read_small(home + "/hook.cache")
+    found, is_whole, _ = lines.partition(f"\n{key} ".encode())[2].partition(b"\n")
+    if found and is_whole:
+        mode, _, socket_path = found.decode("utf-8", "surrogateescape").partition(" ")
+        return mode, socket_path
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
-    """Return the line for one payload: the payload untouched, wrapped in what only the hook knows.
+def read_small(path: str) -> bytes:
+    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+    try:
+        fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
+        content = posix.read(fd, 8192)
+        posix.close(fd)
+        return content
+    except OSError:
+        return b""
 
-    `{"id", "timestamp", "machineId", "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?, "parentSessionId"?,
-    "hook": <payload>}`
+
+def machine_key(home: str) -> str:
+    """Return this machine's key: the random id in our directory; in a container, with its pid namespace."""
+    key = read_small(home + "/machine-key").strip()
+    name, namespace = key.decode() if key.isalnum() else whole().make_machine_key(home), pid_namespace()
+    return f"{name}/{namespace}" if name and namespace else name
+
+
+def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
+    """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
+
+    `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
+    "parentSessionId"?, "hook": <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -193,6 +214,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
         f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
         f'"machineId":{quote(machine or posix.uname().nodename)}'
     )
+    if key:
+        head += f',"machineKey":"{key}"'
     pid = environ.get(b"CLAUDE_PID", b"")
     if pid.isdigit() and len(pid) < 10:
         head += f',"pid":{int(pid)}'
@@ -208,9 +231,9 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]") -> bytes:
     if b'"cwd"' not in payload:
         try:
             head += f',"cwd":{quote(posix.getcwd())}'
-        except OSError:  # it has been removed
+        except OSError:  # the directory has been removed
             pass
-    # In JSON a line end can only stand between tokens, so a space in its place changes nothing.
+    # In JSON, a line end occurs only between tokens, so a space can replace it.
     return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
@@ -232,6 +255,34 @@ def quote(text: str) -> str:
     from _json import encode_basestring_ascii
 
     return encode_basestring_ascii(text)
+
+
+def send_unless_slow(home: str, socket_path: str, line: bytes) -> str:
+    """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
+
+    hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
+    """
+    path = home + "/hook.timeouts"
+    try:
+        about = posix.stat(path)
+        count, age_s = about.st_size, time.time() - about.st_mtime
+    except OSError:
+        count, age_s = 0, 0.0
+    if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
+        return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
+    deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
+    outcome = send(socket_path, line, deadline)
+    try:
+        if outcome and time.monotonic() >= deadline:
+            flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
+            fd = posix.open(path, flags, 0o600)
+            posix.write(fd, b".")
+            posix.close(fd)
+        elif count:
+            posix.unlink(path)
+    except OSError:  # the file only saves time
+        pass
+    return outcome
 
 
 def send(socket_path: str, line: bytes, deadline: float) -> str:
@@ -271,14 +322,15 @@ def append_to_spool(directory: str, line: bytes) -> str:
     Safe with any number of writers and one drainer: a writer holds a shared lock on the segment while it
     writes, and writes only if the locked file still has its name; the drainer renames a segment first and
     then takes the exclusive lock, after which no process writes to it. No process waits for a lock, so a
-    stopped writer blocks no other. A new segment never has a name that exists: that file may still be unread.
-    A line begins with a newline of its own, so that one torn by a full disk or a kill spoils no other.
+    stopped writer blocks no other. A new segment never replaces a file, which may still be unread. A newline
+    precedes each line, so that a line torn by a full disk or a kill damages no other. Raises OSError or
+    ValueError if the line could not be written.
     """
     import fcntl
 
-    pass_over = False  # the newest segment, which is not ours
+    must_be_new = False  # the newest segment cannot be used
     for _ in range(1000):
-        path, is_new = current_segment(directory, pass_over)
+        path, is_new = current_segment(directory, must_be_new)
         flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CLOEXEC | posix.O_NOFOLLOW | posix.O_NONBLOCK
         try:
             fd = posix.open(path, flags | posix.O_CREAT | posix.O_EXCL if is_new else flags, 0o600)
@@ -287,12 +339,12 @@ def append_to_spool(directory: str, line: bytes) -> str:
         except OSError:
             if is_new:
                 raise
-            pass_over = True
+            must_be_new = True
             continue
         try:
             about = posix.fstat(fd)
             if about.st_mode & 0o170000 != 0o100000 or about.st_uid != posix.getuid():
-                pass_over = True
+                must_be_new = True
                 continue
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if posix.stat(path).st_ino != about.st_ino:
@@ -308,11 +360,11 @@ def append_to_spool(directory: str, line: bytes) -> str:
     raise ValueError(f"no segment in {directory} could be written")
 
 
-def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool]":
-    """Return the path of the segment to append to, and whether it is new: the newest is full or a day old.
+def current_segment(directory: str, must_be_new: bool = False) -> "tuple[str, bool]":
+    """Return (path of the segment to append to, whether it is new); makes the spool if it is missing.
 
-    With `pass_over` it is always new. Segments are read in the order of their names, so a new one is named
-    later than all others, also when the clock was set back.
+    It is new if the newest one is full, a day old or taken by the drainer. Segments are read in the order of
+    their names, so the name of a new one is the last, even if the clock was set back.
     """
     now_ms = time.time_ns() // 1_000_000
     newest = ""
@@ -324,7 +376,7 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
         whole().make_spool(directory)
     started = newest.partition("-")[0]
     start_ms = int(started) if started.isdigit() else 0
-    if newest.endswith(".jsonl") and not pass_over:
+    if newest.endswith(".jsonl") and not must_be_new:
         path = f"{directory}/{newest}"
         try:
             if now_ms - start_ms < SEGMENT_LIMIT_MS and posix.stat(path).st_size < SEGMENT_LIMIT_BYTES:
@@ -336,10 +388,10 @@ def current_segment(directory: str, pass_over: bool = False) -> "tuple[str, bool
 
 
 def ensure_publisher(home: str) -> str:
-    """Start a publisher unless one runs for `home`; return what was done, as text. After an append only.
+    """Start a publisher unless one runs for `home`; return what was done, as text. For use after an append.
 
     The publisher is the process that holds the lock on publisher.lock. A new one inherits the locked file, so
-    that no second hook can start another.
+    that no other hook can start a second one. Raises OSError.
     """
     import fcntl
 
@@ -376,20 +428,14 @@ def ensure_publisher(home: str) -> str:
 
 
 def publisher_python(home: str) -> str:
-    """Return the interpreter that `install` or `start` found to have redis-py; without one the hook's own."""
-    try:
-        fd = posix.open(home + "/hooks/publisher-python", posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
-    except OSError:
-        return sys.executable
-    try:
-        python = posix.read(fd, 4096).decode("utf-8", "surrogateescape").partition("\n")[0]
-        return python if posix.access(python, posix.X_OK) else sys.executable  # an upgrade removed it
-    finally:
-        posix.close(fd)
+    """Return the interpreter with redis-py that `install` or `start` recorded, else the hook's own."""
+    recorded = read_small(home + "/hooks/publisher-python").decode("utf-8", "surrogateescape")
+    python = recorded.partition("\n")[0]
+    return python if posix.access(python, posix.X_OK) else sys.executable  # none, or an upgrade removed it
 
 
 def whole() -> "Any":
-    """Import this whole file, for what is too rare to be compiled at every call."""
+    """Return this whole file as a module, for functions too rare to be compiled at every call."""
     here = __file__.rpartition("/")[0] or "."
     if sys.path[:1] != [here]:
         sys.path.insert(0, here)
@@ -408,6 +454,7 @@ if __name__ == "__main__":
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
+import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
 import difflib  # noqa: E402
@@ -464,7 +511,7 @@ def now_ms() -> int:
 
 
 def is_number(value: Any) -> bool:
-    """True for a number in JSON; for Python, true and false are numbers too."""
+    """True for a number in JSON; Python's bool is an int, too."""
     return type(value) in (int, float)
 
 
@@ -473,8 +520,13 @@ def is_integer(value: Any) -> bool:
     return type(value) is int
 
 
+def objects_in(value: Any) -> "list[JsonObject]":
+    """Return the objects in a JSON list; [] for a value that is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def make_private_directory(path: str) -> None:
-    """Make `path` and its parents, for this user only; raise OSError where something else has that name."""
+    """Make `path` and its parents, for this user only; raise OSError if anything else has that name."""
     os.makedirs(path, mode=0o700, exist_ok=True)
     about = os.lstat(path)
     if not os.path.isdir(path) or about.st_uid != os.getuid():
@@ -484,7 +536,7 @@ def make_private_directory(path: str) -> None:
 
 
 def make_spool(path: str) -> None:
-    """Make the directory of the spool; set aside anything else of that name."""
+    """Make the directory of the spool; rename anything else that has its name (`set_aside`)."""
     try:
         make_private_directory(path)
     except (PermissionError, FileExistsError):
@@ -493,9 +545,9 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of our own to `….foreign`, which `doctor` lists.
+    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
 
-    Raises PermissionError outside of this user's directories.
+    Raises PermissionError in another user's directory.
     """
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
@@ -526,7 +578,7 @@ def write_atomically(path: str, content: bytes, mode: int = 0o600) -> None:
 
 
 def open_for_append(path: str, _flags: int = 0) -> int:
-    """Open a private file to append to, made when there is none; `open` takes this as its opener."""
+    """Open a private file to append to, and make it if it is missing; also as opener of `open`."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     try:
         return open_own(path, flags)
@@ -538,7 +590,7 @@ def open_for_append(path: str, _flags: int = 0) -> int:
 
 
 def append_bounded(path: str, content: bytes, limit_bytes: int) -> None:
-    """Append to a file that is renamed to `….1` once it is beyond its limit."""
+    """Append to a file; rename it to `….1` first if it is larger than the limit. Raises OSError."""
     if os.path.exists(path) and os.path.getsize(path) > limit_bytes:
         os.replace(path, path + ".1")
     with os.fdopen(open_for_append(path), "wb") as file:
@@ -563,11 +615,11 @@ PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the message names file, key and what was expected."""
+    """A configuration that cannot be used; the message contains file, key and the expected value."""
 
 
 class Key(NamedTuple):
-    """One configuration key: its default, a check, and its description."""
+    """One configuration key: its default, a description of its values, and a check."""
 
     default: Any
     expected: str
@@ -644,34 +696,23 @@ def _prices(value: Any) -> bool:
 
 KEYS: dict[str, Key] = {
     "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
-    "socketPath": Key(
-        DEFAULT_SOCKET_PATH,
-        "an absolute path of at most 100 bytes",
-        lambda value: _text(value) and value.startswith("/") and len(os.fsencode(value)) <= 100,
-    ),
+    "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
+                      lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
     "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
     "server.port": _integer(3847, 0, 65535, about_low=" (any free port)"),
     "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
-    "server.allowedHosts": Key(
-        [], "a list of host names", lambda value: isinstance(value, list) and all(map(_text, value))
-    ),
+    "server.allowedHosts": Key([], "a list of host names",
+                               lambda it: isinstance(it, list) and all(map(_text, it))),
     "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
-    "redis.url": Key(
-        None,
-        "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, special characters "
-        "of a password percent-encoded",
-        _optional(_redis_url),
-    ),
+    "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
+                     "special characters of a password percent-encoded", _optional(_redis_url)),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
     "redis.port": _integer(6379, 1, 65535),
     "redis.username": _optional_text("a user name"),
     "redis.password": _optional_text("a string"),
     "redis.db": _integer(0, 0, 65535),
-    "redis.channel": Key(
-        "contextuate:events",
-        "a name of at most 200 characters",
-        lambda value: _text(value) and len(value) <= 200,
-    ),
+    "redis.channel": Key("contextuate:events", "a name of at most 200 characters",
+                         lambda it: _text(it) and len(it) <= 200),
     "redis.tls": _flag(False),
     "redis.verify": _flag(True),
     "redis.caFile": _optional_text("a path"),
@@ -680,17 +721,13 @@ KEYS: dict[str, Key] = {
     "redis.sentinels": Key([], 'a list of "host:port" (26379 is the default port)', _nodes),
     "redis.master": Key("mymaster", "the name that the sentinels have for the primary", _text),
     "redis.sentinelPassword": _optional_text("a string"),
-    "redis.cluster": Key(
-        False,
-        'true (redis.host is a node of a cluster), false, or a list of its nodes as "host:port"',
-        lambda value: isinstance(value, bool) or (_nodes(value) and value != []),
-    ),
+    "redis.cluster": Key(False, 'true (redis.host is a node of a cluster), false, or a list of its nodes as '
+                         '"host:port"', lambda it: isinstance(it, bool) or (_nodes(it) and it != [])),
     "redis.streamMaxLength": _integer(10_000, 0, 10_000_000, about_low=" (no stream)"),
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
-    "persistence.type": Key(
-        "file", '"file" (events are kept in plain files; nothing else is offered)', _one_of("file")
-    ),
+    "persistence.type": Key("file", '"file" (events are kept in plain files; nothing else is offered)',
+                            _one_of("file")),
     "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
     "limits.connections": _integer(256, 1, 10_000),
     "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
@@ -700,18 +737,16 @@ KEYS: dict[str, Key] = {
     "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
     "privacy.redact": _flag(True),
     "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
-    "prices": Key(
-        {},
-        'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, "output": 25}},'
-        ' each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
-        _prices,
-    ),
-}
+    "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
+                  '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
+                  _prices),
+}  # fmt: skip
 NO_LONGER_USED = ("retention.compressAfterDays",)
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
 
+HOOK_CACHE_LINES = 8  # the newest first
 _COMMENT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|#[^\n]*|/\*.*?\*/', re.S)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\])*"|,(?=\s*[}\]])', re.S)
 
@@ -774,13 +809,13 @@ def default_values() -> "dict[str, Any]":
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
     """Return the object in the file, and whether other users can read it."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
             readable_by_others = os.fstat(file.fileno()).st_mode & 0o077 != 0
         given = parse_relaxed_json(text) if text.strip() else {}
     except FileNotFoundError:
         return {}, False
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, TypeError) as error:  # TypeError: a FIFO without data
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not valid JSON: {error}") from error
@@ -795,10 +830,10 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Read mode and socket path from the configuration and keep them for the next hooks in hook.cache.
+    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
 
-    `key`: the configuration file's device, inode, size and time; the cache is valid for it alone.
-    An unusable configuration means defaults: the monitor reports it.
+    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
+    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
     """
     try:
         values = load_config(config_path)[0]
@@ -808,11 +843,29 @@ def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, s
             write_log(f"defaults used: {error}")
         return "local", DEFAULT_SOCKET_PATH
     if "\n" not in socket_path:
-        content = f"{key}\n{mode}\n{socket_path}\n"
-        with contextlib.suppress(OSError):  # it only saves time
+        path, lines = home + "/hook.cache", [f"{key} {mode} {socket_path}".encode("utf-8", "surrogateescape")]
+        with contextlib.suppress(OSError):  # the cache only saves time
             make_private_directory(home)
-            write_atomically(home + "/hook.cache", content.encode("utf-8", "surrogateescape"))
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
+                lines += file.read(8192).split(b"\n")[: HOOK_CACHE_LINES - 1]
+            write_atomically(path, b"\n".join(filter(None, lines)) + b"\n")
     return mode, socket_path
+
+
+def make_machine_key(home: str) -> str:
+    """Return the random id in our directory, and make it if there is none; "" if that fails."""
+    path = home + "/machine-key"
+    with contextlib.suppress(OSError):
+        make_private_directory(home)
+        with os.fdopen(open_for_append(path), "wb", 0) as file, open(path, "rb") as reader:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            key = reader.read(64).strip()
+            if not key.isalnum():
+                key = os.urandom(8).hex().encode()
+                file.truncate(0)
+                file.write(key + b"\n")
+        return key.decode()
+    return ""
 
 
 # ---------------------------------------------------------------------------
@@ -852,7 +905,7 @@ _PLACES: dict[str, Optional[str]] = {**DATA_NAMES, **dict.fromkeys((*_EVENT_NAME
 # Of an event, not of the wrapper around a payload: in a wrapper it is content.
 _EVENT_ONLY = frozenset(("agentId", "agentType", "workingDirectory", "hookType", "eventType", "data"))
 _IGNORED_IN_WRAPPER = frozenset(("hook", "seq", "received"))  # the last two are assigned by the store
-# Payload field in camel case, as VS Code's agent and others write some → as Claude Code does.
+# Name of a payload field in camel case, as VS Code's agent and others send some → its name in Claude Code.
 _CAMEL_CASE = {
     re.sub("_(.)", lambda match: match[1].upper(), field): field
     for field in (
@@ -900,11 +953,9 @@ def parse_event_line(line: bytes) -> JsonObject:
 
 def is_json_object(data: bytes) -> bool:
     """True if `data` is one whole JSON object."""
-    try:
-        parse_event_line(data)
-    except MalformedEvent:
-        return False
-    return True
+    with contextlib.suppress(MalformedEvent):
+        return parse_event_line(data) is not None
+    return False
 
 
 def encode_json(value: Any) -> bytes:
@@ -954,6 +1005,8 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
         if field in hook:
             value = hook[field]
             if _EVENT_CHECKS[name](value) and (name != "agentType" or "agentId" in about):
+                if about.get(name) not in (None, value):
+                    _keep(data, name, about[name])
                 about[name] = value
             else:
                 _keep(data, field, value)
@@ -973,9 +1026,26 @@ def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> Js
     if not isinstance(hook_type, str):
         _keep(data, "hookType", hook_type)
         hook_type = ""
+    _take_node_names(rest, hook_type, data)
     for assigned in ("seq", "received"):
         rest.pop(assigned, None)
     return _event(rest, received_ms, machine_id, hook_type, event_type, data)
+
+
+def _take_node_names(event: JsonObject, hook_type: str, data: JsonObject) -> None:
+    """Rename the Node.js Contextuate emitter's fields for subagents and tokens to ours."""
+    subagent, sums = data.get("subagent"), data.get("sessionTokenUsage")
+    is_agent = hook_type in ("SubagentStart", "SubagentStop") and "agentId" not in event
+    if is_agent and isinstance(subagent, dict) and "parentSessionId" in event:
+        event.update(agentId=event.get("sessionId"), agentType=subagent.get("type"))
+        event["sessionId"] = event.pop("parentSessionId")
+    if isinstance(sums, dict) and "usage" not in data:
+        five, hour = (sums.get(f"cacheCreation{time}") for time in ("5m", "1h"))
+        cached = sum(count for count in (five, hour) if type(count) is int)
+        counts = {name: sums.get(name) for name in ("input", "output", "cacheRead")}
+        counts.update(cacheCreation=cached, cacheCreation1h=hour)
+        model = data["model"] if _is_id(data.get("model")) else "unknown"
+        data["usage"] = {"models": {model: counts}, "agents": {}}
 
 
 def _event(
@@ -984,7 +1054,7 @@ def _event(
     """Return an event of these fields; a value of a wrong type moves into `data` under its own name."""
     event: JsonObject = {
         "id": "", "timestamp": received_ms, "sessionId": "unknown", "machineId": machine_id,
-        "workingDirectory": "", "hookType": hook_type, "eventType": event_type,
+        "workingDirectory": "", "hookType": hook_type[:_ID_LIMIT], "eventType": event_type[:_ID_LIMIT],
     }  # fmt: skip
     for name, value in about.items():
         check = _EVENT_CHECKS.get(name)
@@ -999,28 +1069,21 @@ def _event(
 
 
 def _keep(data: JsonObject, name: str, value: Any) -> None:
-    """Put a value into `data` under its name, or one like it where the name is taken."""
+    """Put a value into `data` under its name; append `_` to a name that is in use."""
     while name in data:
         name += "_"
     data[name] = value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= _ID_LIMIT
 
 
-def _is_pid(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
 _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "id": _is_id, "timestamp": lambda value: type(value) in (int, float) and 0 < value < 1e14,
-    "sessionId": _is_id, "machineId": _is_id, "workingDirectory": _is_text,
-    "agentId": _is_id, "agentType": _is_text, "parentSessionId": _is_id, "pid": _is_pid,
+    **dict.fromkeys(("sessionId", "machineId", "machineKey", "agentId", "parentSessionId"), _is_id),
+    **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
+    "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
@@ -1049,70 +1112,67 @@ def this_machine() -> str:
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut, before an event is stored or sent on
 #
-# Knows: what secrets look like. Best effort: a secret of an unknown shape stays.
+# Knows: the shapes of secrets. Best effort: a secret of an unknown shape is not found.
 # ---------------------------------------------------------------------------
 
 
 class SecretShape(NamedTuple):
-    """One kind of secret: without `hint` in the text there is none, which is quickly seen.
+    """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is nearly as fast, and it never asks for something
-    behind a run of unbounded length that may overlap with the next one: time would grow with the square of
-    the text. It also matches where lines stand before and after the text. Its group `secret`, or the last one
-    that matched, or the whole match, is what gets replaced. `folded` ones are matched against the text in
-    lower case. `is_secret` looks at what is around a match, where the shape alone says too little. A token's
-    pattern says what follows its hint, which is in its own case and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
+    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
+    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
+    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
+    matched in its own case, and not in the middle of a word.
     """
 
     kind: str
     hint: str
     pattern: "re.Pattern[str]"
     folded: bool = False
-    is_secret: "Optional[Callable[[_View, re.Match[str]], bool]]" = None
+    is_secret: "Optional[Callable[[_View, re.Match[str], str], bool]]" = None
     is_token: bool = False
+    rank: int = 0  # of two shapes at one place, the one with the lower rank gives the kind
 
 
-# Names: the words at the end of a name say whether its value is a secret, in JSON and in text alike.
+# Names: the words at the end of a name decide whether its value is a secret, in JSON and in text.
 
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME_BEFORE = re.compile(r"[\w.-]*")  # of a text that is turned around
+_NAME_BEFORE = re.compile(r"[\w.-]*")  # in a reversed text
 # What may follow in a name without changing what it is: SECRET_KEY_BASE, DB_PASS_PROD, token2.
-_NEUTRAL_WORDS = frozenset((
-    "base", "b64", "data", "default", "dev", "development", "enc", "encrypted", "hex", "live", "new", "old",
-    "pem", "plain", "plaintext", "primary", "prod", "production", "raw", "salt", "secondary", "staging",
-    "str", "string", "test", "text", "val", "value",
-))  # fmt: skip
+_NEUTRAL_WORDS = frozenset(
+    "base b64 data default dev development enc encrypted hex live new old pem plain plaintext primary prod "
+    "production raw salt secondary staging str string test text val value".split()
+)
 _PASSWORD_ENDS = ("password", "passwd", "passphrase", "passcode", "passwort", "pwd", "pw")
-_SECRET_ENDS = (
-    "secret", "token", "credential", "credentials", "creds", "apikey", "authkey", "accesskey", "secretkey",
-    "privatekey", "accountkey", "signingkey", "encryptionkey", "authorization", "bearer", "cookie",
-)  # fmt: skip
-_PASS_OWNERS = frozenset((  # dbPass is a password, renderPass is not
-    "account", "admin", "api", "app", "client", "database", "db", "email", "ftp", "http", "imap", "key",
-    "ldap", "login", "mail", "mongo", "my", "mysql", "pg", "postgres", "proxy", "redis", "root", "server",
-    "sftp", "smtp", "sql", "ssh", "sudo", "svn", "user", "vpn", "web", "wifi",
-))  # fmt: skip
-_SECRET_KEYS = frozenset((
-    "access", "account", "activation", "admin", "aes", "api", "app", "auth", "cipher", "client", "consumer",
-    "crypto", "deploy", "encryption", "fernet", "hmac", "ingest", "ingestion", "jwt", "license", "master",
-    "preshared", "private", "recovery", "secret", "server", "service", "session", "shared", "signing", "ssh",
-    "storage", "subscription", "unseal", "webhook", "write",
-))  # fmt: skip
-_OTHER_KEYS = frozenset((
-    "by", "cache", "column", "composite", "dict", "foreign", "group", "hash", "hot", "index", "item", "map",
-    "object", "order", "partition", "primary", "public", "publishable", "registry", "row", "shard",
-    "shortcut", "sort", "translation", "unique",
-))  # fmt: skip
-_OTHER_TOKENS = frozenset(("bos", "cancellation", "cls", "eos", "mask", "max", "min", "pad", "sep", "unk"))
+_SECRET_ENDS = tuple(
+    "secret token credential credentials creds apikey authkey accesskey secretkey privatekey accountkey "
+    "signingkey encryptionkey authorization bearer cookie".split()
+)
+_PASS_OWNERS = frozenset(  # dbPass is a password, renderPass is not
+    "account admin api app client database db email ftp http imap key ldap login mail mongo my mysql pg "
+    "postgres proxy redis root server sftp smtp sql ssh sudo svn user vpn web wifi".split()
+)
+_SECRET_KEYS = frozenset(
+    "access account activation admin aes api app auth cipher client consumer crypto deploy encryption fernet "
+    "hmac ingest ingestion jwt license master preshared private recovery secret server service session "
+    "shared signing ssh storage subscription unseal webhook write".split()
+)
+_OTHER_KEYS = frozenset(
+    "by cache column composite dict foreign group hash hot index item map object order partition primary "
+    "public publishable registry row shard shortcut sort translation unique".split()
+)
+_OTHER_TOKENS = frozenset("bos cancellation cls eos mask max min pad sep unk".split())
 
 
 @functools.lru_cache(maxsize=4096)
 def _name_class(name: str) -> str:
-    """Return "password" or "secret" for the name of one, "weak" where the value decides, else ""."""
+    """Return "password" or "secret" for the name of one, "weak" if the value decides, else ""."""
     words = [word.lower() for word in _NAME_WORD.findall(name[-200:].replace("\u212a", "k"))]
     while len(words) > 1 and (words[-1] in _NEUTRAL_WORDS or words[-1].isdigit()):
         words.pop()
-    if not words:
+    if not words or "[redacted:" in name:
         return ""
     owner, last = (words[-2] if len(words) > 1 else ""), words[-1]
     if last.endswith(_PASSWORD_ENDS):
@@ -1126,9 +1186,9 @@ def _name_class(name: str) -> str:
     return "weak" if last == "auth" else ""
 
 
-# Values: what stands where a secret could stand, and is none.
+# Values that are no secrets.
 
-# It only says where the secret is.
+# A reference to a secret.
 _REFERS = re.compile(
     r"(?:(?:[Bb]asic|[Bb]earer|[Tt]oken)\s+)?(?:[<{\[%^\\]|\$(?![\d$]))|\(\?|!"
     r"|(?:op|vault|file|ref)[:+]|arn:aws|(?:self|this|os|process|config|settings|env|args|e|t|secrets|vars?|data|local|module"
@@ -1148,8 +1208,8 @@ _IDENTIFIER = re.compile(r"[A-Za-z_$]+$|[A-Za-z_$][\w$]*(?:\.[A-Za-z_$][\w$]*)+$
 _SAYS_SECRET = re.compile(r"pass|secret|token|key|credential", re.I)
 _PATH = re.compile(r"(?:~|\.{1,2}|[A-Za-z]:)?[/\\](?:[\w.@-]{0,40}[/\\])*[\w.@-]{0,40}$")
 _RANDOM = re.compile(r"(?=.*\d.*\d)(?=.*[A-Za-z].*[A-Za-z])[\w+/.~=-]{8,}$", re.S)
-_LINE_START = re.compile(r"(?:\S+:\d+:)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
-# What stands before NAME VALUE and makes it an assignment: an option, netrc, fish, Docker, C, aws configure.
+_LINE_START = re.compile(r"(?:\S+:\d+:|.*\": ?)?[\s>+*|\"'`#/-]*(?:\d+[:\s]\s*)?(?:export\s+)?[\"'`]?$")
+# What precedes NAME VALUE in an assignment: an option, netrc, fish, Docker, C, aws configure.
 _SETS = re.compile(
     r"(?:(?<![\w-])--?(?:[a-z0-9]+-)*|\b(?:machine\s+\S+|default)\s+(?:(?:login|account)\s+\S+\s+)*"
     r"|^\s*login\s+\S+\s+|\bset(?:x|env)?\s+(?:-\w+\s+)*"
@@ -1158,13 +1218,6 @@ _SETS = re.compile(
 )  # fmt: skip
 _SQL = re.compile(r"(?:\b(?:user|role|login|encrypted|with|identified|alter|set)\b|,)[^;]{0,120}$", re.I)
 _NAMES_ENTRY = re.compile(r"(?:name|key|id)[\"']?\s?[:=]\s?[\"']?[\w.:-]*$", re.I)
-
-
-def _is_no_secret(name: str, value: str) -> bool:
-    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
-    is_placeholder = _PLACEHOLDER.match(value) or value.isupper() and _SAYS_SECRET.search(value)
-    is_name = name.lower().endswith(value.rstrip(")]").lower())
-    return bool(_REFERS.match(value) or is_placeholder or is_path or is_name)
 
 
 def _is_login_in_base64(value: str) -> bool:
@@ -1176,13 +1229,8 @@ def _is_login_in_base64(value: str) -> bool:
     return 0 < login.find(":") < len(login) - 1 and login.isprintable()
 
 
-def _is_mixed(value: str) -> bool:
-    """True for the letters of a long random text, which no name in code has."""
-    return len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(re.findall("[a-z](?=[A-Z])", value))
-
-
 def _is_weak_secret(name: str, value: str) -> bool:
-    """True if the value looks like a secret, under a name that alone does not say so."""
+    """True if the value looks like a secret; `name` alone does not decide (_name_class: "weak")."""
     if _is_login_in_base64(value):
         return True
     if name.lower().endswith("pass"):
@@ -1190,18 +1238,19 @@ def _is_weak_secret(name: str, value: str) -> bool:
     return bool(_RANDOM.match(value)) and len(value) >= 16 and not _IDENTIFIER.match(value)
 
 
-def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
-    """True if a name with a value behind it gives a secret away and is no code."""
-    text = view.text
-    start, group = match.start(), str(match.lastgroup)
+def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bool:
+    """True if a name that is followed by a value contains a secret, and is no code."""
+    text, start, group = view.text, match.start(), str(match.lastgroup)
     head = str(_NAME_BEFORE.match(text[max(0, start - 60) : start][::-1])[0])[::-1]  # type: ignore[index]
     name = (head + text[start : match.end("tail")]).strip(".-")
     kind = _name_class(name)
-    begin, end = match.span(group)
     if group == "quoted" and kind:
-        end = view.closing_quote(begin - 1)
-    value = text[begin : min(end, begin + 200)]
-    if not kind or len(value) < 3 or _is_no_secret(name, value):
+        value = text[match.start(group) : view.closing_quote(match.start(group) - 1)][:200]
+    if not kind or len(value) < 3 or _REFERS.match(value) or _PLACEHOLDER.match(value):
+        return False
+    is_path = _PATH.match(value) and not re.search(r"(?=[A-Za-z/]*\d)[\w/]{32,}$", value)
+    is_name = name.lower().endswith(value.rstrip(")]").lower())
+    if is_path or is_name or value.isupper() and _SAYS_SECRET.search(value):
         return False
     if kind == "weak" and not _is_weak_secret(name, value):
         return False
@@ -1211,26 +1260,21 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]") -> bool:
         return _is_quoted_secret(match, name, kind, value, digits)
     if group == "bare":
         return _is_bare_secret(text, match, before, name, kind, value, digits)
-    if group == "element" and before[-1:] not in ("<", ":") and before[-5:].lower() != "<key>":
-        group = "attribute"
-    if group == "element":  # <password>…</password>
-        return "</" in text[match.end() - 1 : match.end() + 5]
-    if group == "attribute":  # <entry key="password">…</entry>, <add key="password" value="…"/>
+    if group == "element" and (before[-1:] in ("<", ":") or before[-5:].lower() == "<key>"):
+        return "</" in text[match.end() - 1 : match.end() + 5]  # <password>…</password>
+    if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
         call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
         is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
         return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
-    return _is_spaced_secret(match, before + head, name, value, digits)
-
-
-def _is_spaced_secret(match: "re.Match[str]", before: str, name: str, value: str, digits: int) -> bool:
-    if match.group("quote") == "'" and _SQL.search(before):
+    # NAME VALUE
+    if match.group("quote") == "'" and _SQL.search(before + head):
         return True
-    is_netrc = "machine" in before or "default" in before or "login" in before
+    is_netrc = any(word in before + head for word in ("machine", "default", "login"))
     if _SAYS_SECRET.match(value) or not (match.group("quote") or digits or name.isupper() or is_netrc):
         return False
-    return _SETS.search(before) is not None and (digits < len(value) or digits >= 6)
+    return _SETS.search(before + head) is not None and (digits < len(value) or digits >= 6)
 
 
 def _is_quoted_secret(match: "re.Match[str]", name: str, kind: str, value: str, digits: int) -> bool:
@@ -1253,11 +1297,10 @@ def _is_bare_secret(
         return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
     if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
         return False
-    is_constant = name.isupper()
+    is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
     is_line = ends_line and bool(_LINE_START.match(before.rpartition("\n")[2]))
-    is_word = bool(_IDENTIFIER.match(value))
-    if operator == "=":  # `f(token=name, …)`: code; in capitals it is a shell's variable, whatever follows
+    if operator == "=":  # `f(token=name, …)` is code; a name in capitals is a variable of a shell
         if is_constant:
             return len(value) >= 4 and not (is_word and _SAYS_SECRET.search(value))
         if len(value) < 6:
@@ -1274,39 +1317,38 @@ def _is_bare_secret(
         return False
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
-    if operator[-1].isspace():
-        return digits > 1 or _is_mixed(value)
+    if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
+        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
+            re.findall("[a-z](?=[A-Z])", value)
+        )
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
-def _is_authorization(view: "_View", match: "re.Match[str]") -> bool:
-    """True if a value of `authorization` is one, and not code that makes it or prose on it."""
-    value = view.text[match.start("secret") : match.end("secret")]
+def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
+    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
 
-def _has_digits(view: "_View", match: "re.Match[str]") -> bool:
-    return any(map(str.isdigit, view.text[match.start("secret") : match.end("secret")]))
+def _has_digits(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
+    return any(map(str.isdigit, value))
 
 
-def _is_value(view: "_View", match: "re.Match[str]") -> bool:
-    value = view.text[match.start("secret") : match.end("secret")]
+def _is_value(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
     is_word = _IDENTIFIER.match(value) and _SAYS_SECRET.search(value)
     return not (_REFERS.match(value) or _PLACEHOLDER.match(value) or is_word)
 
 
 def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretShape:
-    """Describe a secret that follows `hint` in any case; `rest` is in lower case."""
     return SecretShape(kind, hint, re.compile(re.escape(hint) + rest), True, is_secret)
 
 
 _QUOTE = r"[\"'`]"
 # What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
 # as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
-# behind a space. Only so much of the value as it takes to decide: _REST has the rest.
+# behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
     r"(?P<named>[\"'`\]]{1,3})?(?:[ \t](?:is|for[ \t][\w.@-]{1,40})(?=:)"
@@ -1326,15 +1368,10 @@ _REST = {
     "line": re.compile(r"[^\s\"'`;]*"),
     "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
     "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "element": re.compile(r""),
     "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    "argument": re.compile(r""),
+    **dict.fromkeys(("element", "argument"), re.compile("")),
     "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
 }
-
-
-def _assigned(hint: str) -> SecretShape:
-    return _folded("assignment", hint, _ASSIGNED, _is_assigned_secret)
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
@@ -1345,78 +1382,75 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 
 # The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
 # kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_HEX_GROUPS = "[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}"
-_TOKENS = {
-    "[A-Za-z0-9_-]{20,}": "anthropic sk-ant- | openai sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- "
-        "sk-lf- | aws amzn.mws. amzn1.oa2-cs.v1. | heroku HRKU- | supabase sbp_ sb_secret_ | mongodb "
-        "mdb_sa_sk_ | pinecone pcsk_ | aiven AVNS_ | cockroach CCDB1_ | vault hvs. hvb. hvr. | docker "
-        "dckr_pat_ dckr_oat_ | circleci CCIPAT_ CCIPRJ_ | paddle pdl_live_apikey_ pdl_sdbx_apikey_ | wandb "
-        "wandb_v1_ | midtrans SB-Mid-server- Mid-server- | openvsx ovsxat_ ovsxp_ | together tgp_v1_ | "
-        "zuplo zpka_ | tavily tvly- tvly-dev- tvly-prod- | contentful CFPAT- | defined dnkey- | unkey "
-        "unkey_ | square sq0atp- sq0csp- | gitlab GR1348941",
-    "[A-Za-z0-9]{20,}": "openai sk- sess- | bitbucket ATBB ATTA | render rnd_ | fireworks fw_ | vercel vcp_ "
-        "vci_ vca_ vcr_ vck_ | alibaba LTAI",
-    "[A-Za-z0-9]{30,}": "github ghp_ gho_ ghu_ ghs_ ghr_ | tencent AKID | netlify nfp_ nfc_ nfo_ nfu_ | "
-        "neon napi_ | infracost ico- | huggingface hf_ api_org_ | groq gsk_ | xai xai- | perplexity pplx- | "
-        "replicate r8_ | cerebras csk- | runpod rpa_ | apify apify_api_ | posthog phx_ phs_ | prefect pnu_ "
-        "pnb_ | linear lin_api_ lin_oauth_ | notion ntn_ | adobe p8e- | artifactory AKCp cmVmd | clojars "
-        "CLOJARS_ | easypost EZAK EZTK | workos wos_ | adafruit aio_ | npm npm_ | readme rdme_",
-    "[A-Za-z0-9_-]{30,}": "google AIza | yandex AQVN | nvidia nvapi- | jina jina_ | pypi pypi- | github "
-        "github_pat_ | openshift sha256~ | figma figd_ figo_ figoh_ | scalingo tk-us-",
-    "[A-Za-z0-9_.=%-]{30,}": "google ya29. GOCSPX- | doppler dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. "
-        "| planetscale pscale_tkn_ pscale_oauth_ pscale_pw_ | snyk snyk_uat. snyk_sat. | bitbucket ATATT3 "
-        "ATCTT3 | yandex t1. y0_ | typeform tfp_ | duffel duffel_live_ duffel_test_ | frameio fio-u-",
-    "[A-Za-z0-9+/=_-]{30,}": "aws ABSK bedrock-api-key- | fly fo1_ fm1a_ fm1r_ fm2_ | grafana glc_ | sentry "
-        "sntrys_ sntryu_ sntrya_",
-    "[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])": "digitalocean dop_v1_ doo_v1_ dor_v1_ | pulumi "
-        "pul- | buildkite bkua_ bkct_ | shippo shippo_live_ shippo_test_ | shopify shpat_ shpca_ shppa_ "
-        "shpss_ shpua_ shptka_ | rubygems rubygems_ | e2b e2b_ sk_e2b_ | elevenlabs sk_ | sonar sqp_ sqa_ "
-        "squ_ | mailgun key- | intra42 s-s4t2ud- s-s4t2af- | twilio SK",
-    "[A-Za-z0-9_-]{20,}(?:\\.[0-9a-z]{2,12}){0,2}": "gitlab glpat- glptt- gldt- glrt- glrtr- glcbt- glft- "
-        "glimt- glagent- gloas- glsoat- glffct- glwt-",
-    "[A-Za-z0-9]{14,}": "razorpay rzp_live_ rzp_test_ | settlemint sm_aat_ sm_pat_ sm_sat_ | stripe "
-        "sk_live_ sk_test_ sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_",
-    "[A-Za-z0-9%-]{14,}": "slack xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- | flutterwave "
-        "FLWSECK- FLWSECK_TEST- | newrelic NRAK- NRII- NRIQ- NRRA- NRJS- | tailscale tskey-auth- tskey-api- "
-        "tskey-client- tskey-scim- tskey-webhook-",
-    _HEX_GROUPS: "plaid access-sandbox- access-development- access-production- | launchdarkly sdk- mob- | "
-        "hubspot pat-na1- pat-na2- pat-eu1- pat-ap1- | wakatime waka_",
-    "[A-Z2-7]{16}(?![A-Za-z0-9])": "aws AKIA ASIA ABIA ACCA",
-    "[A-Za-z0-9_-]{60,}": "facebook EAAA EAAB EAAC EAAG EAAM | dropbox sl. sl.u.",
-    "[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?": "cloudflare cfut_ cfat_ cfk_ cfoc_ v1.0-",
-    "[a-f0-9]{32}(?:-\\d)?(?![A-Za-z0-9])": "databricks dapi",
-    "eyJ[A-Za-z0-9+/=_.-]{60,}": "1password ops_ | mapbox sk.",
-    "[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}": "1password A3-",
-    "1[A-Z0-9]{50,}": "age AGE-SECRET-KEY-",
-    "[A-Za-z0-9_-]{16,}\\.[A-Za-z0-9_-]{16,}": "sendgrid SG.",
-    "[a-f0-9]{64}-[A-Za-z0-9]{16}": "brevo xkeysib- xsmtpsib-",
-    "[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}": "resend re_",
-    "[a-f0-9]{24}-[a-f0-9]{34}": "postman PMAK-",
-    "[A-Z0-9]{8,24}\\.[A-Z0-9]{60,}": "dynatrace dt0c01. dt0s01. dt0s02. dt0s16.",
-    "[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}": "grafana glsa_ | langsmith lsv2_pt_ lsv2_sk_",
-    "(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}": "sourcegraph sgp_ sgp_local_",
-    "[A-Za-z0-9]{14}\\.[a-f0-9]{64}": "airtable pat",
-    "[A-Za-z0-9_-]{22}\\.[A-Za-z0-9]{24}\\.[A-Za-z0-9]{20}": "harness pat. sat.",
-    "[A-Z0-9]{26,}(?![A-Za-z0-9])": "octopus API-",
-}  # fmt: skip
+_TOKENS = r"""
+[A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
+    aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
+    pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
+    circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
+    midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
+    tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
+    gitlab: GR1348941
+[A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
+    vcr_ vck_ alibaba: LTAI
+[A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
+    infracost: ico- huggingface: hf_ api_org_ groq: gsk_ xai: xai- perplexity: pplx- replicate: r8_
+    cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
+    lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
+    workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
+[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
+    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
+[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
+    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
+    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
+    sntryu_ sntrya_
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+    buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
+    shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+[A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
+    glagent- gloas- glsoat- glffct- glwt-
+[A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
+    sk_prod_ rk_live_ rk_test_ rk_prod_ pk_live_ pk_test_ whsec_
+[A-Za-z0-9%-]{14,}  slack: xoxa- xoxb- xoxc- xoxd- xoxe- xoxo- xoxp- xoxr- xoxs- xapp- flutterwave: FLWSECK-
+    FLWSECK_TEST- newrelic: NRAK- NRII- NRIQ- NRRA- NRJS- tailscale: tskey-auth- tskey-api- tskey-client-
+    tskey-scim- tskey-webhook-
+[a-f0-9]{8}-(?:[a-f0-9]{4}-){3}[a-f0-9]{12}  plaid: access-sandbox- access-development- access-production-
+    launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
+[A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
+[A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
+[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
+[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
+1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
+[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
+[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
+[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
+[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
+[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
+(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
+[A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
+[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
+[A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
+"""
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for rest, kinds in _TOKENS.items():
-        pattern = re.compile(rest)
-        for row in kinds.split(" | "):
-            kind, *hints = row.split()
-            yield from (SecretShape(kind, hint, pattern, is_token=True) for hint in hints)
+    for word in _TOKENS.split():
+        if "{" in word:
+            pattern = re.compile(word)
+        elif word.endswith(":"):
+            kind = word[:-1]
+        else:
+            yield SecretShape(kind, word, pattern, is_token=True)
 
 
-SECRET_SHAPES = (
-    SecretShape("private-key", "PRIVATE KEY",
-        # one whose end was cut off reaches to the end of the text
-        re.compile(
-            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
-            r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)",
-            re.S,
-        )),
+_SHAPES = (
+    SecretShape("private-key", "PRIVATE KEY", re.compile(  # without its end: to the end of the text
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+        r"(?:.*?-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|.*\Z)", re.S)),
     SecretShape("private-key", "Private-Lines:",  # of PuTTY
         re.compile(r"Private-Lines: ?\d+\s(?P<secret>(?:[A-Za-z0-9+/=]{8,}\s?)+)")),
     *_token_shapes(),
@@ -1426,10 +1460,8 @@ SECRET_SHAPES = (
         re.compile(r"\.atlasv1\.(?<=(?P<begin>[A-Za-z0-9]{14})\.atlasv1\.)[A-Za-z0-9_=-]{40,}")),
     SecretShape("azure", "Q~",
         re.compile(r"Q~(?<=(?P<begin>[A-Za-z0-9_~.]{3}\d)Q~)[A-Za-z0-9_~.-]{31,34}(?![A-Za-z0-9])")),
-    SecretShape("jwt", "eyJ",
-        re.compile(
-            r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})"
-        )),
+    SecretShape("jwt", "eyJ", re.compile(
+        r"eyJ(?<![\w-]eyJ)(?:[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]{8,}){2,4}|rIjoi[A-Za-z0-9]{60,}={0,2})")),
     _folded("slack", "hooks.slack.com/", r"(?:services|workflows|triggers)/(?P<secret>[a-z0-9/+]{20,})"),
     _folded("discord", "/webhooks/", r"(?<=/api/webhooks/)(?P<secret>\d{1,30}/[a-z0-9_-]{30,})"),
     _folded("teams", "webhook.office.com/", r"webhookb2/(?P<secret>[^\s\"'<>]{40,})"),
@@ -1448,11 +1480,12 @@ SECRET_SHAPES = (
         r"(?P<secret>(?!\[|[$<{][^@\s]{0,256}@|[^@\s]{0,256}\]@)[^\s/\"'<>]{1,256})@")),
     SecretShape("url-password", "@", re.compile(
         r"://(?<=[A-Za-z0-9+.-]://)(?P<secret>(?=[A-Za-z_-]{0,60}\d)[A-Za-z0-9_-]{24,256})@")),
-    *map(_assigned, ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    *(_folded("assignment", word, _ASSIGNED, _is_assigned_secret)
+        for word in ("pass", "pw", "secret", "token", "credential", "creds", "key", "auth")),
+    *(_folded("assignment", it, r'": ?"(?P<quoted>[^"\n]{3,})', _is_value) for it in ("cookie", "bearer")),
     _folded("assignment", "identified",
-        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?"
-        r"'(?P<secret>[^'\r\n]{1,200})",
-        lambda view, match: view.text[match.start()] == "I" or _has_digits(view, match)),
+        r" (?:with\s{1,4}[\w'\"]{1,40}\s{1,4})?(?:by|as)\s{1,4}(?:password\s{1,4})?'(?P<secret>[^'\n]+)",
+        lambda view, match, value: view.text[match.start()] == "I" or _has_digits(view, match, value)),
     _command("curl", r"(?:-u|--user|--proxy-user)[ =]?[\"']?[^\s:\"']{0,64}:(?P<secret>[^\s\"']{3,200})"),
     _command("sshpass", r"-p ?[\"']?(?P<secret>[^\s\"']{3,200})"),
     _command("mysql", r"-p[\"']?(?P<secret>(?![\s-])[^\s\"']{3,200})"),
@@ -1463,31 +1496,56 @@ SECRET_SHAPES = (
         r"(?: for [^=;\n]{1,100})? ?= ?(?:password ?\( ?)?'(?P<secret>[^'\r\n]{1,200})", _is_value),
 )  # fmt: skip
 
-SHORTEST_SECRET = 7  # a://:b@
+SECRET_SHAPES = tuple(shape._replace(rank=rank) for rank, shape in enumerate(_SHAPES))
 REDACTION_ROUNDS = 8
-_METADATA_KEYS = frozenset((
-    "toolName", "toolUseId", "durationMs", "permissionMode", "source", "reason", "notificationType", "model",
-    "agent_type", "is_interrupt", "prompt_id", "trigger", "action", "label", "pinned", "hidden",
-    "parentSessionId",
-))  # fmt: skip
+_METADATA_KEYS = frozenset(
+    "toolName toolUseId durationMs permissionMode source reason notificationType model agent_type "
+    "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
+    "kind entrypoint version".split()
+)
 _METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
-_LATER_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8
-CUT_WORDS_BYTES = 80  # room for the words that tell what was cut
+CUT_WORDS_BYTES = 80  # room for the text that replaces what was cut
+UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that no half of a secret is left
+
+# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
+# rare letter is found or missed in a fifth of the time.
+_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
+_SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
+_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
+_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+for _shape in SECRET_SHAPES:
+    _hint = _shape.hint
+    if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
+        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
+        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+    else:
+        _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
+        _part = next((each for each in _COMMON_PARTS if each in _part), _part)
+        _SHAPES_BY_PART[_shape.folded].setdefault(_part, []).append(_shape)
+# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
+_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
+# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
+_TOKEN_ENDS = [
+    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
+    for sign in "-_."
+]
+_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _first in "AE":
+    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
+    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
-    """True if any value of that name is a secret, or that one is."""
+    """True if every value of that name is a secret, or this `value` is."""
     kind = _name_class(name)
-    return (
-        kind not in ("", "weak") or kind == "weak" and isinstance(value, str) and _is_weak_secret(name, value)
-    )
+    return kind != "" and (kind != "weak" or isinstance(value, str) and _is_weak_secret(name, value))
 
 
 def _name_of(name: str, beside: "dict[str, Any]") -> str:
-    """Return under which name a value stands: `{"name": "DB_PASSWORD", "value": "…"}` says it beside."""
+    """Return the name of a value; in `{"name": "DB_PASSWORD", "value": "…"}` it is the other field."""
     named = beside.get("name", beside.get("key")) if name == "value" else None
     return named if isinstance(named, str) else name
 
@@ -1497,47 +1555,7 @@ def _replacement(kind: str, secret: str) -> str:
     return f"[redacted:{kind}:{digest[:8]}]"
 
 
-_RankedShape = tuple[int, SecretShape]  # its place in SECRET_SHAPES, and the shape
-# Hints have these parts in common: a text without the part is not searched for each of them. A part of one
-# rare letter is found or missed in a fifth of the time.
-_COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
-# What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
-_TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
-
-
-def _by_part(folded: bool) -> "list[tuple[str, list[_RankedShape]]]":
-    shapes: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if ranked[1].folded == folded and hint not in _TOKENS_BY_HINT:
-            part = " -" if ranked[1].kind == "command-line" else "'" if hint == "identified" else hint
-            shapes.setdefault(next((each for each in _COMMON_PARTS if each in part), part), []).append(ranked)
-    return list(shapes.items())
-
-
-def _tokens_by_hint() -> "dict[str, list[_RankedShape]]":
-    tokens: dict[str, list[_RankedShape]] = {}
-    for ranked in enumerate(SECRET_SHAPES):
-        hint = ranked[1].hint
-        if hint[-1] in "-_." or hint[0] in "AE" or hint == "pat":
-            tokens.setdefault(hint, []).append(ranked)
-    return tokens
-
-
-_TOKENS_BY_HINT = _tokens_by_hint()
-_TOKENS_BY_END: "dict[str, list[str]]" = {}  # the last two letters of a beginning → the beginnings
-for _hint in _TOKENS_BY_HINT:
-    _TOKENS_BY_END.setdefault(_hint[-2:], []).append(_hint)
-# Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = tuple(re.compile(re.escape(separator) + _TOKEN_BODY) for separator in "-_.")
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
-for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
-_SHAPES, _FOLDED_SHAPES = _by_part(folded=False), _by_part(folded=True)
-
-
-# Escapes: in a view of a text they are what they stand for, so that patterns need not know them.
+# Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
 _ESCAPES = (
     ("\x1b", re.compile(
@@ -1554,39 +1572,35 @@ _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
-def _meaning(escape: "re.Match[str]") -> str:
-    kind = escape.lastgroup
-    if kind == "letter":
-        return _MEANINGS.get(escape[kind], escape[kind])
-    return "" if kind == "colour" else chr(int(escape[str(kind)], 16 if kind == "code" else 10))
-
-
 class _View:
-    """A text as a person reads it: without escapes and colours. Each place in it leads back to the text.
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
 
-    `colours` stand where one begins or ends: nothing joins the pieces of a word that `grep` has marked, a
-    space keeps two words apart.
+    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
+    separates two words.
     """
 
     def __init__(self, raw: str, colours: str = "") -> None:
         self.coloured = False
-        # For every escape its place in the view, in the raw text, its width there; and the same after it.
-        self._places, self._raw_places, self._widths = [0], [0], [0]
+        # For every escape: (position in the view, in the raw text, width there); and the same for its end.
+        self._marks = [(0, 0, 0)]
         found = [match for sign, pattern in _ESCAPES if sign in raw for match in pattern.finditer(raw)]
-        found.sort(key=re.Match.start)
         pieces: list[str] = []
         done = length = 0
-        for match in found:
+        for match in sorted(found, key=re.Match.start):
             begin, end = match.span()
             if begin < done:
                 continue
-            meaning = _meaning(match) or colours
-            self.coloured = self.coloured or meaning is colours
+            kind = str(match.lastgroup)
+            meaning = colours
+            if kind == "letter":
+                meaning = _MEANINGS.get(match[kind], match[kind])  # or of a line that ends in a backslash:
+                meaning = "\\" * (meaning == "\n" and (end - begin) % 3 == 1) + meaning
+            elif kind != "colour":
+                meaning = chr(int(match[kind], 16 if kind == "code" else 10))
+            self.coloured = self.coloured or kind == "colour"
             pieces += raw[done:begin], meaning
             length += begin - done
-            self._places += length, length + len(meaning)
-            self._raw_places += begin, end
-            self._widths += end - begin, 0
+            self._marks += (length, begin, end - begin), (length + len(meaning), end, 0)
             length += len(meaning)
             done = end
         self.text = "".join(pieces) + raw[done:] if pieces else raw
@@ -1596,52 +1610,50 @@ class _View:
         return _folded_text(self.text)
 
     def raw_span(self, start: int, end: int) -> "tuple[int, int]":
-        """Return where in the raw text a piece of the view stands."""
-        first, last = (bisect.bisect_right(self._places, place) - 1 for place in (start, end - 1))
-        raw_start = self._raw_places[first] + start - self._places[first]
-        raw_last = self._raw_places[last] + end - 1 - self._places[last]
-        return raw_start, raw_last + (self._widths[last] or 1)
+        """Return (start, end) in the raw text of a piece of the view."""
+        first, last = (
+            self._marks[bisect.bisect_right(self._marks, (place, math.inf)) - 1] for place in (start, end - 1)
+        )
+        return first[1] + start - first[0], last[1] + end - 1 - last[0] + (last[2] or 1)
 
     def closing_quote(self, opening: int) -> int:
-        """Return where a text in quotes ends: at a quote that is escaped no more, or with its line."""
-        level, ends = self._width(opening), [len(self.text)]
+        """Return the end of a text in quotes: a quote no more escaped than the opening one, or a line end."""
+        level, end = self._width(opening), len(self.text)
         for sign, most in ((self.text[opening], level), ("\n", 1)):
-            at = opening
-            while (at := self.text.find(sign, at + 1, ends[0])) >= 0 and self._width(at) > most:
-                pass
-            ends[0] = at if at >= 0 else ends[0]
-        return ends[0]
+            at = self.text.find(sign, opening + 1, end)
+            while at >= 0 and self._width(at) > most:
+                at = self.text.find(sign, at + 1, end)
+            end = at if at >= 0 else end
+        return end
 
     def _width(self, at: int) -> int:
         start, end = self.raw_span(at, at + 1)
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[_RankedShape] | None" = None) -> str:
+def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes` are those that `_shapes_in` found in what `text` is part of. Once more while there was something,
-    so that what is redacted already stays as it is: what stood beside a secret may look like one only now.
+    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
+    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
     """
     for _ in range(REDACTION_ROUNDS):
-        if len(text) < SHORTEST_SECRET:
-            break
         if shapes is None:
             plain = _View(text).text if "\x1b" in text else text
             shapes = _shapes_in(plain, _folded_text(plain))
         elif "\x1b" not in text:
             folded = _folded_text(text)
-            shapes = [each for each in shapes if each[1].hint in (folded if each[1].folded else text)]
+            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
         if not shapes:
             break
         view = _View(text)
         found = set(_secrets_in(view, shapes))
-        tokens = [each for each in shapes if each[1].is_token]
-        if tokens and view.coloured:  # only a token asks for a beginning of its own
-            found.update(_secrets_in(_View(text, " "), tokens))
+        if view.coloured:  # some must begin a word
+            begin = [shape for shape in shapes if shape.is_token or "(?<!" in shape.pattern.pattern]
+            found.update(_secrets_in(_View(text, " "), begin))
         secrets: list[tuple[int, int, int]] = []
         for start, end, rank in sorted(found):
-            if secrets and start < secrets[-1][1]:  # they overlap: the shape that is described first names it
+            if secrets and start < secrets[-1][1]:  # they overlap
                 start, last_end, last_rank = secrets.pop()
                 end, rank = max(last_end, end), min(last_rank, rank)
             secrets.append((start, end, rank))
@@ -1667,72 +1679,54 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[_RankedShape]":
-    """Return the shapes of which a secret may be in `text`, or in any part of it: their hints are there."""
-    found: list[_RankedShape] = []
-    for by_part, searched in ((_SHAPES, text), (_FOLDED_SHAPES, folded)):
-        for part, shapes in by_part:
-            # The mode bypassPermissions stands in many events.
+def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
+    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
+    found: list[SecretShape] = []
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+        for part, shapes in by_part.items():
+            # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
-                found += [ranked for ranked in shapes if ranked[1].hint in searched]
-    hints: set[str] = set()
+                found += [shape for shape in shapes if shape.hint in searched]
+    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
     for pattern in _TOKEN_ENDS:
         for match in pattern.finditer(text):
             end = match.end()
-            for hint in _TOKENS_BY_END.get(text[end - 2 : end], ()):
-                if text.startswith(hint, end - len(hint)):
+            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
+                if text.endswith(hint, 0, end):
                     hints.add(hint)
-    for pattern in _TOKEN_STARTS:
-        hints.update(pattern.findall(text))
-    for hint in hints:
-        found += _TOKENS_BY_HINT[hint]
-    return found
+    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
 
 
-def _secrets_in(view: _View, shapes: "Sequence[_RankedShape]") -> "Iterator[tuple[int, int, int]]":
-    """Yield every match of some shapes as (start, end, its shape's place); they may overlap."""
-    for rank, shape in shapes:
-        spans = _tokens_in(view.text, shape) if shape.is_token else _matches_in(view, shape)
-        for start, end in spans:
-            yield (*view.raw_span(start, end), rank)
-
-
-def _tokens_in(text: str, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    start = text.find(shape.hint)
-    while start >= 0:
-        end = start + len(shape.hint)
-        before = text[start - 1 : start]
-        match = None if before.isascii() and before.isalnum() else shape.pattern.match(text, end)
-        if match is not None:
-            end = match.end()
-            yield start, end
-        start = text.find(shape.hint, end)
-
-
-def _matches_in(view: _View, shape: SecretShape) -> "Iterator[tuple[int, int]]":
-    searched = view.folded if shape.folded else view.text
-    match = shape.pattern.search(searched)
-    while match is not None:
-        if shape.is_secret is not None and not shape.is_secret(view, match):
-            next_at = match.start() + len(shape.hint)
-        else:
+def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
+    """Yield every match of some shapes as (start, end, rank of its shape); they may overlap."""
+    for shape in shapes:
+        searched, pattern = view.folded if shape.folded else view.text, shape.pattern
+        if shape.is_token:  # `re` remembers the compiled pattern
+            hint = re.escape(shape.hint)
+            pattern = re.compile(f"{hint}(?<![A-Za-z0-9]{hint}){pattern.pattern}")
+        match = pattern.search(searched)
+        while match is not None:
             group = match.lastgroup or 0
             start, end = match.span(group)
-            if group == "begin":  # of a secret whose fixed text is in its middle
-                end = match.end()
-            elif group == "quoted":
-                end = view.closing_quote(start - 1)
-            elif shape.is_secret is not None:
-                line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
-                end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
-            yield start, end
-            next_at = max(end, match.end())
-        match = shape.pattern.search(searched, next_at)
+            is_secret, value = shape.is_secret, view.text[start:end]
+            if value.startswith("[redacted:") or is_secret is not None and not is_secret(view, match, value):
+                next_at = match.start() + len(shape.hint)
+            else:
+                if group == "begin":  # of a secret whose fixed text is in its middle
+                    end = match.end()
+                elif group == "quoted":
+                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None:
+                    line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
+                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
+                yield (*view.raw_span(start, end), shape.rank)
+                next_at = max(end, match.end())
+            match = pattern.search(searched, next_at)
 
 
 class Privacy(NamedTuple):
-    """What may leave: `redact` replaces secrets, `metadata_only` drops content, longer strings are cut."""
+    """What may be stored or sent: `redact` replaces secrets, `metadata_only` omits content; texts are cut."""
 
     redact: bool = True
     metadata_only: bool = False
@@ -1750,121 +1744,117 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         return _protect_each_value(event, privacy, None)
     is_plain = text.isascii() and "\x7f" not in text
     is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[_RankedShape] = []
+    shapes: list[SecretShape] = []
     if privacy.redact:
-        # Few of the many shapes are anywhere in an event, so they are looked for once and not in each of its
-        # texts. No hint has a character that JSON must escape.
-        searched = text
-        if event.keys() <= _EVENT_FIELDS:
-            searched = text[max(0, text.find('"data":')) :]  # nothing is taken out of the other fields
+        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
+        # a character that JSON must escape.
+        is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
+        searched = text[text.find('"data":') :] if is_ours else text
         if "\\u001b[" in searched:
             searched = _COLOURS_IN_JSON.sub("", searched)
-        folded = searched.lower() if is_plain else _folded_text(searched)
-        shapes = _shapes_in(searched, folded)
+        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
         # Every name of a secret has a hint in it.
         in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (in_doubt and _may_have_secrets(event, shapes))
+        is_clean = is_clean and not (
+            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        )
     if is_clean:
         return event, text.encode() if is_plain else encode_json(event)
     return _protect_each_value(event, privacy, shapes)
 
 
-def _may_have_secrets(event: JsonObject, shapes: "list[_RankedShape]") -> bool:
-    """True if a text has one of some shapes, a name is that of a secret, or a value is too deep to look at.
+def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
+    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
 
-    All texts are searched together, as lines of one: what matches in a text matches there too.
+    All texts are searched together, as lines of one text: what matches in one of them matches there too.
     """
     texts: list[str] = []
-    level: list[Any] = [event]
+    level: list[Any] = [value]
     for _ in range(_DEPTH_LIMIT):
-        deeper = []
+        inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
-                if any(_names_a_secret(_name_of(name, value), inner) for name, inner in value.items()):
-                    return True
+                for name in value:
+                    is_doubtful = _name_class(name) != "" or name == "value"
+                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
+                        return True
                 texts += value
-                value = value.values()
-            for inner in value:
-                if isinstance(inner, str):
-                    texts.append(inner)
-                elif isinstance(inner, (dict, list)):
-                    deeper.append(inner)
-        if not deeper:
-            break
-        level = deeper
-    else:
-        return True
-    view = _View("\n".join(texts))
-    return view.coloured or next(_secrets_in(view, shapes), None) is not None
+                inner += value.values()
+            else:
+                inner += value
+        texts += [value for value in inner if isinstance(value, str)]
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            view = _View("\n".join(texts))
+            return view.coloured or any(True for _ in _secrets_in(view, shapes))
+    return True
 
 
 def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[_RankedShape] | None"
+    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
 ) -> "tuple[JsonObject, bytes]":
     data = event["data"]
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
-            data.pop("reason", None)  # of a denial it is prose
+            data.pop("reason", None)  # the reason of a denial is prose
     protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
         else:
-            event[name] = protector.value(event[name], name, name)
+            event[protector.clean(name)] = protector.value(event.pop(name), name, name)
     data = protector.value(data, "", "")
     if protector.cuts:
-        earlier = data.get("truncated")  # what the hook has cut already keeps its first size
+        earlier = data.get("truncated")  # the original sizes of fields that the hook has cut
         data["truncated"] = {**protector.cuts, **(earlier if isinstance(earlier, dict) else {})}
     event["data"] = data
     return event, encode_json(event)
 
 
 def _metadata_of(data: JsonObject) -> JsonObject:
-    """Return what `data` says besides content: single values under known names, and figures."""
-    kept = {name: _figures_of(data[name], name) for name in _METADATA_OBJECTS & data.keys()}
-    for name in _METADATA_KEYS & data.keys():
-        value = data[name]
-        if not isinstance(value, (dict, list)) and not (isinstance(value, str) and len(value) > 200):
+    """Return the metadata in `data`: single values under known names, and numbers in known objects."""
+    kept = {}
+    for name, value in data.items():
+        if name in _METADATA_OBJECTS:
+            kept[name] = _figures_of(value, name)
+        elif name in _METADATA_KEYS and not isinstance(value, (dict, list)) and len(str(value)) <= 200:
             kept[name] = value
-    return {name: kept[name] for name in data if kept.get(name) is not None}
+    return {name: value for name, value in kept.items() if value is not None}
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers in an object, and what it calls by an id; None for a value that may be content."""
+    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
-        inner_values = value.items()
-        kept = {
-            key: _figures_of(inner, key, depth + 1) for key, inner in inner_values if _ID_LIKE.fullmatch(key)
-        }
-        return {key: inner for key, inner in kept.items() if inner is not None}
+        names = filter(_ID_LIKE.fullmatch, value)
+        figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
+        return {name: figure for name, figure in figures.items() if figure is not None}
     if isinstance(value, str):
         return value if name in _METADATA_IDS and _ID_LIKE.fullmatch(value) else None
     return value if isinstance(value, (bool, int, float)) else None
 
 
 class _Protector:
-    """Redact and cut the values of one object; `cuts` maps the path of what was cut to its size in bytes.
+    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
 
-    `shapes` are those that may be anywhere in the object; None when it was not looked through.
+    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
     """
 
-    def __init__(self, privacy: Privacy, shapes: "list[_RankedShape] | None" = None) -> None:
+    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
         self.cuts: dict[str, int] = {}
         self._privacy = privacy
         self._shapes = shapes if privacy.redact else []
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
-        """Return a value that stands under `key`, and under `path` from the top, as it may be shown."""
+        """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
         if isinstance(value, str):
             return self._text(value, key, path)
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
+            path = path and path + "."
             return {
-                self._clean(name): self.value(
-                    inner, _name_of(name, value), f"{path}.{name}" if path else name, depth + 1
-                )
+                self.clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1874,52 +1864,44 @@ class _Protector:
             return _replacement("key", str(value))
         return value
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
         return text if self._shapes == [] else redact_text(text, self._shapes)
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
             return text if text.startswith("[redacted:") else _replacement("key", text)
         limit = self._privacy.field_limit_bytes
-        if len(text) <= limit // 4:  # a character is at most four bytes
-            return self._clean(text)
-        size = len(text.encode("utf-8", "surrogatepass"))
+        # a character is at most four bytes
+        size = len(text) if len(text) <= limit // 4 else len(text.encode("utf-8", "surrogatepass"))
         if size <= limit:
-            return self._clean(text)
+            return self.clean(text)
         self.cuts[path] = size
-        # What is left is no longer than the limit, with the words in its middle: it is not cut a second time.
+        # The result with the text in its middle is within the limit, so that it is not cut again.
         half = max(1, (limit - CUT_WORDS_BYTES) // 2)
-        # Redacted with a margin, so that a secret across the cut is seen whole and leaves no half behind. The
-        # margin itself never shows, however much shorter what was redacted before it has become.
-        margin = 4096
-        head = self._clean(text[: half + margin])
-        tail = self._clean(text[-half - margin :])
-        unseen = margin if half + margin < len(text) else 0
-        # No half of a character is left either.
-        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")
-        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:].lstrip(_LATER_BYTES)
-        if start[half : half + 1].strip(_LATER_BYTES) == b"" and len(start) > half:
-            start = start[:half].rstrip(_LATER_BYTES)[:-1]
-        head, tail = (part.decode("utf-8", "surrogatepass") for part in (start[:half], end))
+        # The margin is removed even if redaction has made the text before it shorter.
+        unseen = UNSEEN_MARGIN if half + UNSEEN_MARGIN < len(text) else 0
+        head, tail = self.clean(text[: half + UNSEEN_MARGIN]), self.clean(text[-half - UNSEEN_MARGIN :])
+        start = head[: max(0, len(head) - unseen)].encode("utf-8", "surrogatepass")[:half]
+        end = tail[unseen:].encode("utf-8", "surrogatepass")[-half:]
+        # Remove half a character at the cuts.
+        head = codecs.utf_8_decode(start, "surrogatepass", False)[0]
+        tail = end.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "surrogatepass")
         return f"{head}\n[… {size - 2 * half} of {size} bytes cut …]\n{tail}"
 
 
 def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
-    """Return the beginning of what is no event as a log may show it: no secrets, at `metadata` nothing."""
+    """Return the beginning of a malformed line for a log: without secrets; "" at level `metadata`."""
     if privacy.metadata_only:
         return ""
-    margin = 4096  # as where a field is cut: a secret across the end is seen whole
-    text = line[: limit + margin].decode("utf-8", "backslashreplace")
+    text = line[: limit + UNSEEN_MARGIN].decode("utf-8", "backslashreplace")
     shown = redact_text(text)
-    if len(text) > limit:
-        shown = shown[: max(0, len(shown) - (len(text) - limit))]
-    return shown
+    return shown[: max(0, len(shown) - max(0, len(text) - limit))]
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Cut the fields of one wrapped payload so that the line fits what a monitor takes.
+    """Cut the fields of one wrapped payload so that the line is within LINE_LIMIT_BYTES; raise ValueError.
 
-    Redacts before it cuts, unless the configuration says otherwise: no half of a secret may be left over.
+    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
     """
     wrapped = parse_event_line(line)
     try:
@@ -1930,7 +1912,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
     while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
         protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit))
         hook = protector.value(wrapped["hook"], "", "")
-        truncated = {}  # as the fields are called in `data`
+        truncated = {}  # by the names in `data`
         for path, size in protector.cuts.items():
             field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
             truncated[DATA_NAMES.get(_CAMEL_CASE.get(field, field), field) + rest] = size
@@ -1942,7 +1924,7 @@ def shrink_line(line: bytes, config_path: str = "") -> bytes:
 
 
 def log_failure(reason: str) -> None:
-    """Add one line to emit.log, without the secrets in it."""
+    """Add one line to emit.log, redacted."""
     write_log(redact_text(reason))
 
 
@@ -1952,9 +1934,9 @@ def log_failure(reason: str) -> None:
 # TranscriptParser: bytes in, usage of messages out, no I/O. UsageReader owns usage.db: how far each
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
-# What the client's own sums (`cost-state`) have beyond the lines, such as /compact, is added to them.
+# Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
-# AgentNoteReader: the client's notes on its subagents, which lie beside their transcripts.
+# AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
 USAGE_HOOKS = frozenset(("Stop", "StopFailure", "SubagentStop", "SessionEnd"))
@@ -1964,21 +1946,20 @@ TRANSCRIPTS_LIMIT = 10_000  # files of subagents of one session
 COUNTED_MESSAGES_LIMIT = 200_000  # about 25 MB; beyond it the sessions that were read longest ago are dropped
 AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each has been named before
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
-USAGE_QUIET_S = 30.0  # then a session is read without an end, which a killed client does not send
-USAGE_LATE_S = 2.0  # then it is read once more after an end: the last lines come after the hook
-USAGE_SCHEMA = 3
-_USAGE_FIELDS = ("sessionId", "machineId", "workingDirectory", "timestamp")  # of the event it belongs to
+USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
+USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
+USAGE_SCHEMA = 4
+_USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
-_MESSAGE_COUNTS = (  # of `usage` of a message, and of `cache_creation` in it
-    *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens"),
-    "ephemeral_1h_input_tokens",
-)
-_CLIENT_COUNTS = (
-    *("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens"),
-    "cacheCreationEphemeral1hInputTokens",
-)
+# The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
+_MESSAGE_COUNTS = (
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens ephemeral_1h_input_tokens"
+).split()
+_CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
+_CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
+AGENT_NOTE_ATTEMPTS = 10  # the note exists from the first tool call on; old clients write none
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -1986,48 +1967,34 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": is_integer,
 }
+# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
-DROP TABLE IF EXISTS sessions;
-DROP TABLE IF EXISTS files;
-DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (number INTEGER PRIMARY KEY, name TEXT UNIQUE, read_ms INTEGER, model TEXT, origin TEXT,
-                       chain TEXT);
-CREATE TABLE files (path TEXT PRIMARY KEY, session INTEGER, identity TEXT, position INTEGER, mark BLOB);
-CREATE TABLE messages (id BLOB PRIMARY KEY, session INTEGER, agent TEXT, model TEXT,
-                       {", ".join(COUNT_NAMES)});
+DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
+CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
 CREATE INDEX files_of_session ON files (session);
 PRAGMA user_version = {USAGE_SCHEMA};
 COMMIT;
 """
 # Of several lines of one message the largest numbers are true.
-_LARGEST = ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
-_COUNT_MESSAGE = (
-    f"INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET {_LARGEST}"
+_COUNT_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET " + (
+    ", ".join(f"{name} = max({name}, excluded.{name})" for name in COUNT_NAMES)
 )
 _SUMS = ", ".join(f"SUM({name})" for name in COUNT_NAMES)
-# The model is that of the main agent's last message, the origin whose messages the transcript begins with.
-_UPDATE_SESSION = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, '')) WHERE number = ?"
-# The client's sums belong to the first session of a chain; a fork begins with messages of another session.
-_FIND_FORK = "SELECT 1 FROM sessions WHERE CASE number WHEN ? THEN origin != ? ELSE chain = ? END"
 Counts = tuple[int, int, int, int, int]  # tokens, as in COUNT_NAMES; the last is part of the one before
 
 
 class MessageUsage(NamedTuple):
     """What one message of a model used; `agent_id` "" is the main agent."""
 
-    message_id: str
-    request: str  # with the id, which a gateway may give to every message, the key of the message
+    key: str  # in all transcripts: its id and its request, as a gateway may give one id to every message
     agent_id: str
     model: str
     counts: Counts
-    session_id: str = ""  # as the line says; a fork begins with lines of another session
-
-    @property
-    def key(self) -> str:
-        """Return what identifies the message in all transcripts."""
-        return f"{self.message_id} {self.request}"
+    session_id: str = ""  # the one in the line; a fork begins with lines of another session
 
 
 class CostState(NamedTuple):
@@ -2052,8 +2019,8 @@ class CostState(NamedTuple):
             left = [a - b for a, b in zip(left, more)]
             more[4] = min(more[3:])
             if any(more):
-                request = f"cost-state {model} {sums}"
-                found.append(MessageUsage(self.chain, request, "", model, tuple(more)))  # type: ignore[arg-type]
+                key = f"{self.chain} cost-state {model} {sums}"
+                found.append(MessageUsage(key, "", model, tuple(more)))  # type: ignore[arg-type]
         return found
 
 
@@ -2071,12 +2038,10 @@ class TranscriptParser:
     def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
         """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
         self._rest += data
-        if b"\n" not in data:
-            if len(self._rest) > TRANSCRIPT_LINE_LIMIT_BYTES:  # skipped; its end will be no JSON object
-                self.consumed += len(self._rest)
-                self._rest.clear()
+        if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
         *lines, rest = bytes(self._rest).split(b"\n")
+        rest = rest if lines else b""  # of too long a line; its end will be no JSON object
         self.consumed += len(self._rest) - len(rest)
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
@@ -2103,59 +2068,57 @@ class TranscriptParser:
             return
         counts = _counts_of(usage, _MESSAGE_COUNTS)
         # Without a request: lines of one message have the same input, and more and more output.
-        request = id_or(request, f"{counts[0]} {counts[2]} {counts[3]}")
+        key = f"{message_id} {id_or(request, f'{counts[0]} {counts[2]} {counts[3]}')}"
         sidechain = SIDECHAIN if entry.get("isSidechain") is True else ""
         agent_id = id_or(entry.get("agentId"), self._agent_id or sidechain)
-        parts = usage["iterations"] if isinstance(usage.get("iterations"), list) else ()
-        beside = (part for part in parts if isinstance(part, dict) and part.get("type") in _BESIDE)
+        beside = (part for part in objects_in(usage.get("iterations")) if part.get("type") in _BESIDE)
         for number, part in enumerate(beside):
-            about = (id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS), session_id)
-            yield MessageUsage(message_id, f"{request} {number}", agent_id, *about)
-        yield MessageUsage(message_id, request, agent_id, model, counts, session_id)
+            part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
+            yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
+        yield MessageUsage(key, agent_id, model, counts, session_id)
 
 
 def id_or(value: Any, otherwise: str) -> str:
-    """Return a value that can be an id, without half of a surrogate pair, else the other."""
+    """Return `value` without lone surrogates if it can be an id, else `otherwise`."""
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
 
 
-def _counts_of(usage: Any, names: "tuple[str, ...]") -> Counts:
-    """Return the tokens under these names; what is no number of tokens is 0."""
+def _counts_of(usage: Any, names: "list[str]") -> Counts:
+    """Return the numbers of tokens under these names; 0 for anything else."""
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
     tokens = (value if is_integer(value) and 0 <= value < 1 << 40 else 0 for value in values)
-    input_, output, cache_read, created, for_an_hour = tokens
-    return input_, output, cache_read, created, min(created, for_an_hour)
+    *others, created, for_an_hour = tokens
+    return (*others, created, min(created, for_an_hour))  # type: ignore[return-value]
 
 
 class UsageReader:
-    """Read transcripts; make events of their own with what the sessions of this machine have used.
+    """Reads transcripts on this machine; makes `usage` events with the tokens that their sessions have used.
 
-    The event of a session holds totals so far, so one that is lost, repeated or late does no harm. Its
+    The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
     agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
 
-    For one thread. Stops early, without a result, once `stopping` is set, and continues there the next time.
-    SQLite's own lock keeps a second process out.
+    For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
+    SQLite's lock excludes a second process.
     """
 
-    def __init__(self, home: str, machine_id: str, stopping: "threading.Event | None" = None) -> None:
+    def __init__(self, home: str, stopping: "threading.Event | None" = None) -> None:
         self._home = home
-        self._machine_id = machine_id
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
 
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None for nothing new."""
+        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
         data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS or event["machineId"] != self._machine_id:
+        if event["hookType"] not in USAGE_HOOKS:
             return None
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
-        except Exception as error:  # whatever is wrong with a transcript, it costs the usage only
+        except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
             return None
         key = hash(encode_json(usage))
@@ -2164,7 +2127,7 @@ class UsageReader:
         self._delivered[session_id] = key
         if len(self._delivered) > PENDING_USAGE_LIMIT:
             del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
 
     def close(self) -> None:
@@ -2185,47 +2148,41 @@ class UsageReader:
                     os.unlink(f"{self._home}/usage.db{suffix}")
 
     def _open(self) -> Any:
-        """Return the open database; a new one when there is none or another version wrote it."""
-        import sqlite3
+        if self._database is None:
+            import sqlite3
 
-        if self._database is not None:
-            return self._database
-        make_private_directory(self._home)
-        path = self._home + "/usage.db"
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        database = sqlite3.connect(path, timeout=2.0)
-        # Nothing waits for the disk: after a loss of power everything can be read again.
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("PRAGMA journal_mode = TRUNCATE")
-        if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
-            database.executescript(_USAGE_TABLES)
-        self._database = database
-        return database
+            make_private_directory(self._home)
+            path = self._home + "/usage.db"
+            os.close(open_own(path, os.O_RDWR | os.O_CREAT))
+            database = sqlite3.connect(path, timeout=2.0)
+            # Nothing waits for the disk: after a loss of power everything can be read again.
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute("PRAGMA journal_mode = TRUNCATE")
+            if database.execute("PRAGMA user_version").fetchone()[0] != USAGE_SCHEMA:
+                database.executescript(_USAGE_TABLES)
+            self._database = database
+        return self._database
 
-    def _read(self, session_id: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
+    def _read(self, session: str, files: "list[tuple[str, str]]") -> "JsonObject | None":
         """Read what is new in the files of one session; return its totals, None when there are none."""
-        database = self._open()
-        find = "SELECT number FROM sessions WHERE name = ?"
-        is_known = database.execute(find, (session_id,)).fetchone() is not None
-        if not is_known and not any(os.path.isfile(path) for path, _ in files):
-            return None  # a session of a file system that is not here leaves no trace
-        with database:
+        with self._open() as database:
+            is_known = database.execute("SELECT 1 FROM sessions WHERE name = ?", (session,)).fetchone()
+            if not is_known and not any(os.path.isfile(path) for path, _ in files):
+                return None  # the session's file system is not here
             database.execute(
                 "INSERT INTO sessions (name, read_ms) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET read_ms = excluded.read_ms",
-                (session_id, now_ms()),
+                (session, now_ms()),
             )
-            (session,) = database.execute(find, (session_id,)).fetchone()
             (count,) = database.execute("SELECT COUNT(*) FROM messages").fetchone()
             # A dropped session is read from its start when it has another event.
-            others = "SELECT number FROM sessions WHERE number != ? ORDER BY read_ms, number LIMIT 1"
-            while count >= COUNTED_MESSAGES_LIMIT:
-                oldest = database.execute(others, (session,)).fetchone()
-                if oldest is None:
-                    break
+            others = "SELECT name FROM sessions WHERE name != ? ORDER BY read_ms, rowid LIMIT 1"
+            while count >= COUNTED_MESSAGES_LIMIT and (
+                oldest := database.execute(others, (session,)).fetchone()
+            ):
                 count -= database.execute("DELETE FROM messages WHERE session = ?", oldest).rowcount
                 database.execute("DELETE FROM files WHERE session = ?", oldest)
-                database.execute("DELETE FROM sessions WHERE number = ?", oldest)
+                database.execute("DELETE FROM sessions WHERE name = ?", oldest)
         has_room = count < COUNTED_MESSAGES_LIMIT
         # The main transcript is the last, because the client's sums in it include those of the subagents.
         for path, agent_id in sorted(files, key=lambda file: file[1] == "") if has_room else ():
@@ -2234,10 +2191,10 @@ class UsageReader:
         usage = None if self._stopping.is_set() else _session_usage(database, session)
         return usage if has_room or usage is None else {**usage, "partial": True}
 
-    def _count(self, session: int, path: str, fd: int, parser: TranscriptParser) -> None:
+    def _count(self, session: str, path: str, fd: int, parser: TranscriptParser) -> None:
         """Count what is new in one transcript, a chunk in each transaction."""
         about = os.fstat(fd)
-        size, identity = about.st_size, f"{about.st_dev} {about.st_ino}"
+        size, identity = about.st_size, str(about.st_ino)  # a container may see another device number
         find = "SELECT position, mark FROM files WHERE path = ? AND identity = ? AND position <= ?"
         start, mark = self._database.execute(find, (path, identity, size)).fetchone() or (0, b"")
         if 0 < start < size and mark != _mark(fd, start):
@@ -2252,7 +2209,9 @@ class UsageReader:
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    database.execute(_UPDATE_SESSION, (own[-1].model, own[0].session_id, session))
+                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
+                    about_own = (own[-1].model, own[0].session_id, session)
+                    database.execute(update + " WHERE name = ?", about_own)
                 for entry in found:
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
@@ -2262,26 +2221,30 @@ class UsageReader:
                 row = (path, session, identity, position, _mark(fd, position))
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
-    def _rest_of(self, session: int, state: CostState) -> "list[MessageUsage]":
-        """Return what the client's own sums have beyond the lines so far; a fork's sums are not its own."""
-        if self._database.execute(_FIND_FORK, (session, state.session_id, state.chain)).fetchone():
+    def _rest_of(self, session: str, state: CostState) -> "list[MessageUsage]":
+        """Return what the client's own sums have beyond the lines so far.
+
+        They belong to the first session of a chain; a fork begins with messages of another session.
+        """
+        find_fork = "SELECT 1 FROM sessions WHERE CASE name WHEN ? THEN origin != ? ELSE chain = ? END"
+        if self._database.execute(find_fork, (session, state.session_id, state.chain)).fetchone():
             return []
-        self._database.execute("UPDATE sessions SET chain = ? WHERE number = ?", (state.chain, session))
+        self._database.execute("UPDATE sessions SET chain = ? WHERE name = ?", (state.chain, session))
         counted = f"SELECT model, {_SUMS} FROM messages WHERE session = ? GROUP BY model"
         return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
 
 class UsageWorker:
-    """Read transcripts in a thread of its own, so that no event waits for them, and deliver usage events.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
 
-    `put` belongs to the thread that stores events; `deliver` is called from ours and must not raise. What is
-    pending at the end is read at the next event of its session.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
+    is pending at the end is read after its next event.
     """
 
-    def __init__(self, home: str, machine_id: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
         self._deliver = deliver
         self._closing = threading.Event()
-        self._reader = UsageReader(home, machine_id, self._closing)
+        self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
         # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
         self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
@@ -2294,7 +2257,7 @@ class UsageWorker:
             return any(due == 0 for due, _ in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
-        """Have the transcripts read that an event names: at the end of something now, else once it is quiet.
+        """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
@@ -2303,17 +2266,19 @@ class UsageWorker:
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
-        kept = {**{name: event[name] for name in _USAGE_FIELDS}, "hookType": "Stop", "data": paths}
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
+        kept = {**about, "hookType": "Stop", "data": paths}
         with self._wake:
             if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
                 return  # it will be read in a moment
+            is_first = not self._pending
             self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or len(self._pending) == 1:
+            if is_end or is_first:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2398,22 +2363,20 @@ def _mark(fd: int, position: int) -> bytes:
     return hashlib.blake2b(os.pread(fd, length, position - length), digest_size=8).digest()
 
 
-def _session_usage(database: Any, session: int) -> "JsonObject | None":
+def _session_usage(database: Any, session: str) -> "JsonObject | None":
     """Return a session's totals in the form of `data.usage`, None when nothing was counted."""
     models: dict[str, JsonObject] = {}
-    agents: dict[str, dict[str, JsonObject]] = {}
-    newest: dict[str, int] = {}  # agent → its latest message's row
-    for agent, model, *counts, row in database.execute(
-        f"SELECT agent, model, {_SUMS}, MAX(rowid) FROM messages WHERE session = ? GROUP BY 1, 2", (session,)
+    agents: dict[str, dict[str, JsonObject]] = {}  # the main agent, then those that used tokens last
+    sums = f"SELECT agent, model, {_SUMS} FROM messages WHERE session = ? GROUP BY 1, 2"
+    for agent, model, *counts in database.execute(
+        sums + " ORDER BY agent != '', MAX(rowid) DESC", (session,)
     ):
-        newest[agent] = max(row, newest.get(agent, 0))
         for by_model in (models, agents.setdefault(agent, {})):
             add_counts(by_model.setdefault(model, {}), counts)
     if not models:
         return None
-    named = sorted(newest, key=lambda agent: (agent != "", -newest[agent]))[:AGENTS_IN_USAGE]
-    usage: JsonObject = {"models": models, "agents": {agent: agents[agent] for agent in named}}
-    (model,) = database.execute("SELECT model FROM sessions WHERE number = ?", (session,)).fetchone()
+    usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
+    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
     return {**usage, "model": model} if model else usage
 
 
@@ -2425,27 +2388,23 @@ def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
 
 
 class AgentNoteReader:
-    """Put `data.agentMeta` on a subagent's first event for which the client has noted where it comes from.
+    """Adds `data.agentMeta` to the first event of a subagent for which the client's note on it exists.
 
-    `agentMeta` holds the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the launching agent's name of
-    it. The note exists from the first tool call on; only it names the parent of a nested agent.
+    `agentMeta` has the fields of _AGENT_NOTE_CHECKS, `data.agentDescription` the description by the agent
+    that launched it. The note exists from the first tool call on; only it names a nested agent's parent.
     """
 
-    def __init__(self, machine_id: str) -> None:
-        self._machine_id = machine_id
-        # (session, agent) → id of the event that carried the note on the agent
-        self._noted: dict[tuple[str, str], str] = {}
+    def __init__(self) -> None:
+        # (session, agent) → id of the event that carried the note on the agent, or how often there was none
+        self._noted: dict[tuple[str, str], Any] = {}
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        if (
-            not agent_id
-            or event["machineId"] != self._machine_id
-            or self._noted.get(key, event["id"]) != event["id"]  # the same event again was not kept before
-            or not _AGENT_ID.fullmatch(agent_id)
-        ):
+        noted = self._noted.get(key, 0)  # the same event comes again if it could not be stored
+        is_noted = noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS
+        if is_noted or not _AGENT_ID.fullmatch(key[1]):
             return
         notes = (
             note
@@ -2455,18 +2414,179 @@ class AgentNoteReader:
                 f"{glob.escape(place[: -len('.jsonl')])}/subagents{below}/agent-{agent_id}.meta.json"
             )
         )
+        if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
+            del self._noted[next(iter(self._noted))]
         try:
             with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
                 note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
         except (OSError, MalformedEvent):
+            self._noted[key] = 1 if isinstance(noted, str) else noted + 1
             return  # not there, or only half written
-        if len(self._noted) >= AGENTS_REMEMBERED:
-            del self._noted[next(iter(self._noted))]
         self._noted[key] = event["id"]
         kept = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
         _keep(data, "agentMeta", kept)
         if isinstance(note.get("description"), str):
             _keep(data, "agentDescription", note["description"])
+
+
+# ---------------------------------------------------------------------------
+# Registry: what the client reports of itself
+#
+# Claude Code writes the current status of each of its processes to `sessions/<pid>.json` in its configuration
+# directory. These files also show what a person does (Esc, "No", an answer), which fires no hook. They are
+# not documented, and written in place, so a reader may see half of one.
+# ---------------------------------------------------------------------------
+
+REGISTRY_POLL_S = 0.3
+REGISTRY_REST_S = 5.0  # between two polls while no client runs
+REGISTRY_FILE_LIMIT_BYTES = 64 << 10
+REGISTRY_FILES_LIMIT = 256
+REGISTRY_DIRECTORIES_LIMIT = 32
+STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
+FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
+FILE_SETTLED_NS = 100_000_000  # a file changed later than this may change again within the same mtime
+CLIENT_EXITED = "exited"  # the status of a client whose process has ended
+
+
+class ClientRecord(NamedTuple):
+    """The content of one client's file."""
+
+    pid: int
+    started: str  # when its process started, as in /proc/<pid>/stat
+    session_id: str
+    directory: str
+    since_ms: int  # when its status began; 0: not known
+    about: "dict[str, str]"  # the event's data: status, waitingFor, name, …
+
+
+_ABOUT_CLIENT = ("status", "waitingFor", "name", "nameSource", "kind", "entrypoint", "version")
+
+
+def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
+    """Parse a client's file; None for half a file, another process's file, or an unknown form."""
+    try:
+        fields = parse_event_line(content)
+    except MalformedEvent:
+        return None
+    pid, session_id, cwd, since_ms = (fields.get(it) for it in ("pid", "sessionId", "cwd", "statusUpdatedAt"))
+    if type(pid) is not int or file_name != f"{pid}.json" or not _is_id(session_id):
+        return None
+    about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
+    since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
+    started, directory = str(fields.get("procStart", "")), cwd if isinstance(cwd, str) else ""
+    return ClientRecord(pid, started, str(session_id), directory, since, about)
+
+
+def is_running_since(pid: int, started: str) -> bool:
+    """True if the process with this id is the one that started then; outside of Linux, if there is one."""
+    with contextlib.suppress(OSError, IndexError, OverflowError):
+        if sys.platform != "linux":
+            os.kill(pid, 0)
+            return True
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read(4096).rpartition(b")")[2].split()  # from field 3 on; 22 is the start time
+        return fields[0] not in (b"Z", b"X") and fields[19].decode() == started
+    return False
+
+
+class _Client:
+    """A client that runs: its record, and the record that was reported last."""
+
+    def __init__(self, record: ClientRecord, first_ms: int, is_next: bool) -> None:
+        self.record = record
+        self.first_ms = first_ms  # when its session was first seen
+        self.not_before_ms = first_ms if is_next else 0  # its process ran another session until then
+        self.reported: dict[str, str] = {}
+
+
+class RegistryWatcher:
+    """Makes `client_status` events from the files of this user's clients on this machine.
+
+    Files of processes that do not run here are ignored. An event's id is derived from its content, so that
+    events made again after a restart, or by a second watcher, are duplicates.
+    """
+
+    def __init__(self, machine_key: str) -> None:
+        self._machine_key = machine_key
+        configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
+        self._directories: dict[str, None] = {configured: None}
+        # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
+        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
+        self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
+
+    def learn(self, event: JsonObject) -> None:
+        """Watch the client's configuration directory that an event's transcript is in, too."""
+        directory, below, _ = str(event["data"].get("transcriptPath")).partition("/projects/")
+        if below and directory.startswith("/") and len(self._directories) < REGISTRY_DIRECTORIES_LIMIT:
+            self._directories[directory] = None
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a client does something or waits for a person."""
+        return any(client.record.about.get("status", "idle") != "idle" for client in self.clients.values())
+
+    def poll(self, time_ms: int) -> "list[JsonObject]":
+        """Read the files that have changed; return the events for changes. `time_ms`: now."""
+        self._read_files()
+        for path, (_, record) in self._files.items():
+            client = self.clients.get(path)
+            if client and record and client.record.session_id == record.session_id:
+                client.record = record
+            elif record and is_running_since(record.pid, record.started):
+                self.clients[path] = _Client(record, time_ms, is_next=client is not None)
+        events = []
+        for path, client in list(self.clients.items()):
+            record, reported = client.record, client.reported
+            since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
+            if not is_running_since(record.pid, record.started):
+                del self.clients[path]
+                if reported:
+                    events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
+            elif not reported and time_ms - client.first_ms >= FIRST_STATUS_MS:
+                events.append(self._event(record, max(since_ms, client.not_before_ms), record.about))
+                client.reported = record.about
+            elif (
+                reported not in ({}, record.about) and not 0 <= time_ms - record.since_ms < STATUS_SETTLED_MS
+            ):
+                is_status = any(record.about.get(name) != reported.get(name) for name in _ABOUT_CLIENT[:2])
+                about = {**record.about, "previous": reported.get("status", "")}
+                events.append(self._event(record, since_ms if is_status else time_ms, about))
+                client.reported = record.about
+        return events
+
+    def _read_files(self) -> None:
+        """Read the files that have changed."""
+        listed: dict[str, Any] = {}
+        for directory in list(self._directories):
+            with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
+                for entry in itertools.islice(entries, REGISTRY_FILES_LIMIT):
+                    if entry.name.endswith(".json") and entry.name[:-5].isdigit():
+                        about = entry.stat(follow_symlinks=False)
+                        listed[entry.path] = (about.st_ino, about.st_size, about.st_mtime_ns)
+        for path in self._files.keys() - listed.keys():
+            del self._files[path]
+        for path, state in listed.items():
+            if self._files.get(path, (None,))[0] == state:
+                continue
+            record = None
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
+                is_small = state[1] <= REGISTRY_FILE_LIMIT_BYTES
+                record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
+            if time.time_ns() - state[2] < FILE_SETTLED_NS:
+                state = None  # it is read again
+            if record or state:
+                self._files[path] = state, record
+
+    def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
+        known = {name: value for name, value in data.items() if name != "previous"}
+        key = [self._machine_key, *record[:3], data.get("status") != CLIENT_EXITED and record.since_ms, known]
+        digest = hashlib.sha256(encode_json(key)).digest()
+        return {
+            "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
+            "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
+            "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
+            **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -2477,18 +2597,19 @@ class AgentNoteReader:
 
 SPOOL_LIMIT_BYTES = 64 << 20
 SPOOL_LIMIT_MS = 7 * 24 * 3600 * 1000
+NO_CLOCK_MS = 10**12  # a time before 2001 is that of a machine whose clock was not set yet
 QUARANTINE_LIMIT_BYTES = 4 << 20
 QUARANTINED_HEAD_BYTES = 4096
 
 
 def drop_old_segments(directory: str) -> None:
-    """Drop whole segments, oldest first, until the spool is within 64 MiB and 7 days; log their number."""
+    """Delete segments, oldest first, until the spool is within 64 MiB and 7 days; log their events."""
     segments = spool_segments(directory)
     total = sum(size for _, size in segments)
-    oldest_ms = now_ms() - SPOOL_LIMIT_MS
     for path, size in segments:
-        too_old = segment_start_ms(path) < oldest_ms
-        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and not too_old):
+        start_ms = segment_start_ms(path)
+        is_young = start_ms >= now_ms() - SPOOL_LIMIT_MS or 0 < start_ms < NO_CLOCK_MS
+        if path.endswith(".taken") or (total <= SPOOL_LIMIT_BYTES and is_young):
             continue  # what is taken is being delivered
         try:
             with open(path, "rb", opener=open_own) as file:
@@ -2497,16 +2618,14 @@ def drop_old_segments(directory: str) -> None:
         except OSError:
             continue  # another writer, or the drainer, was first
         total -= size
-        reason = "older than 7 days" if too_old else "over 64 MiB"
-        record = {"timestamp": now_ms(), "events": events, "bytes": size, "reason": reason}
         with os.fdopen(open_for_append(directory + "/dropped.log"), "wb") as log:
-            log.write(encode_json(record) + b"\n")
+            log.write(encode_json({"timestamp": now_ms(), "events": events, "bytes": size}) + b"\n")
 
 
 def spool_segments(directory: str) -> "list[tuple[str, int]]":
-    """List segments as (path, bytes), oldest first; of one name the .taken one comes first."""
+    """Return the segments as (path, bytes), oldest first; of two with one name, the .taken one first."""
     segments = []
-    with contextlib.suppress(FileNotFoundError):  # of the directory
+    with contextlib.suppress(OSError):  # of the directory; `make_spool` sets aside what is none
         names = os.listdir(directory)
         for name in sorted(names, key=lambda name: (name.rpartition(".")[0], name.endswith(".jsonl"))):
             if name.endswith((".jsonl", ".taken")):
@@ -2526,8 +2645,8 @@ def segment_start_ms(path: str) -> int:
 def take_segment(path: str) -> str:
     """Rename one segment so that no writer opens it again; return its new path.
 
-    Raises BlockingIOError, to try again later, while a writer still has it open, or while an older one of the
-    same name (of a hook of an older version) is not drained.
+    Raises BlockingIOError, to try again later, while a writer has it locked, or while an older segment with
+    the same name (by a hook of an older version) is not drained; OSError if it cannot be read.
     """
     taken = path if path.endswith(".taken") else path[: -len(".jsonl")] + ".taken"
     if taken != path:
@@ -2543,21 +2662,21 @@ def take_dropped(directory: str) -> "tuple[int, int]":
     """Return how many (events, bytes) the spool has dropped since the last call, and reset the count."""
     path, taken = directory + "/dropped.log", directory + "/dropped.taken"
     events = size = 0
-    with contextlib.suppress(FileNotFoundError, PermissionError):
+    with contextlib.suppress(OSError):
         if not os.path.exists(taken):
             os.rename(path, taken)
         with open(taken, "rb", opener=open_own) as file:
+            os.unlink(taken)  # first: on a broken disk nothing is counted twice
             for line in file:
                 with contextlib.suppress(MalformedEvent, TypeError, ValueError):  # torn by a full disk
                     record = parse_event_line(line)
                     events += int(record.get("events", 0))
                     size += int(record.get("bytes", 0))
-        os.unlink(taken)
     return events, size
 
 
 def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) -> None:
-    """Keep the beginning of a line that is not one JSON object. Raises OSError."""
+    """Append the beginning of a line that is no event to the quarantine file. Raises OSError."""
     record = {"received": now_ms(), "reason": redact_text(reason), "bytes": len(line)}
     record["head"] = shown_head(line, QUARANTINED_HEAD_BYTES, privacy)
     append_bounded(path, encode_json(record) + b"\n", QUARANTINE_LIMIT_BYTES)
@@ -2567,14 +2686,14 @@ def keep_in_quarantine(path: str, line: bytes, reason: str, privacy: Privacy) ->
 # Redis publisher: from the spool to Redis
 #
 # Owns: publisher.lock, publisher.json, and one connection. redis-py is imported when a client is made.
-# redis-py's timeouts apply to each recv and not to DNS, so that a server that drips bytes would block it for
-# ever: each exchange runs in a thread that is abandoned at its deadline.
+# redis-py's timeouts apply to each recv, and not to DNS, so a server that sends single bytes could block it.
+# Therefore each exchange runs in a thread that is abandoned at its deadline.
 # ---------------------------------------------------------------------------
 
 PUBLISHER_QUIET_S = 60.0
-PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter that a publisher has changed to
+PUBLISHER_PYTHON = "CONTEXTUATE_PUBLISHER_PYTHON"  # the interpreter in which a publisher has continued
 BUSY_S = 2.0  # after an event
-BUSY_POLL_S = 0.005  # between two looks at the spool
+BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
 SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
@@ -2596,18 +2715,18 @@ class Overrun(Exception):
 
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
     """Run `work` in a thread and return its result; abandon it at the deadline and raise Overrun."""
-    outcome: list[tuple[Any, Any]] = []
+    outcome: list[Any] = [None, Overrun(f"no whole answer within {deadline_s:.0f} s")]
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            outcome[:] = work(), None
         except BaseException as error:  # belongs to the caller
-            outcome.append((None, error))
+            outcome[:] = None, error
 
     thread = threading.Thread(target=run, name="redis exchange", daemon=True)
     thread.start()
     thread.join(deadline_s)
-    result, error = outcome[0] if outcome else (None, Overrun(f"no whole answer within {deadline_s:.0f} s"))
+    result, error = outcome
     if error is not None:
         raise error
     return result
@@ -2632,61 +2751,50 @@ def redis_client(values: "dict[str, Any]") -> Any:
     from redis.retry import Retry
 
     options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    kind: Any = redis.connection.SSLConnection if values["redis.tls"] else redis.connection.Connection
+    options["ssl"] = values["redis.tls"]
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
-        kind = options.pop("connection_class", kind)
+        options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
+        if "path" in options:
+            options["unix_socket_path"] = options.pop("path")
     options.setdefault("db", values["redis.db"])
     password = os.environ.get("CONTEXTUATE_REDIS_PASSWORD") or values["redis.password"]
-    for name, value in (("username", values["redis.username"]), ("password", password)):
-        if value:
-            options[name] = value
-    if issubclass(kind, redis.connection.SSLConnection):
-        for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
-            options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
-        options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
-        options["ssl_check_hostname"] = values["redis.verify"]
+    login = {"username": values["redis.username"], "password": password}
+    options.update((name, value) for name, value in login.items() if value)
+    for name, key in (("ca_certs", "caFile"), ("certfile", "certFile"), ("keyfile", "keyFile")):
+        options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
+    options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
+    options["ssl_check_hostname"] = values["redis.verify"]
     options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these, and for a Unix socket not every one knows the first.
+    # Not every redis-py knows these.
     silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
-    if "path" in options:
-        options.pop("socket_connect_timeout")
-
-    def client_of(**changes: Any) -> Any:
-        pool: Any = redis.ConnectionPool(connection_class=kind, **{**options, **changes})
-        return redis.Redis(connection_pool=pool)
-
+    rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
     if values["redis.sentinels"]:
-        manager: Any = redis.sentinel.Sentinel([])  # type: ignore[no-untyped-call]
-        login = {"db": 0, "username": None, "password": values["redis.sentinelPassword"]}
-        for node in values["redis.sentinels"]:
-            host, port = host_and_port(node, 26379)
-            manager.sentinels.append(client_of(host=host, port=port, **login))
+        nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
+        login = {"username": None, "password": values["redis.sentinelPassword"]}
+        manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
         try:
-            host, port = manager.discover_master(values["redis.master"])
+            options["host"], options["port"] = manager.discover_master(values["redis.master"])
         finally:
             for sentinel in manager.sentinels:
                 sentinel.connection_pool.disconnect()
-        return client_of(host=host, port=port)
-    if values["redis.cluster"]:
+    elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
         nodes = nodes or [(options.get("host", "localhost"), options.get("port", 6379))]
-        rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
         cluster: Any = redis.cluster.RedisCluster(
             startup_nodes=[redis.cluster.ClusterNode(*node) for node in nodes],  # type: ignore[no-untyped-call]
             require_full_coverage=False,
-            ssl=issubclass(kind, redis.connection.SSLConnection),
             **rest,
         )
         try:  # PUBLISH at the node that has the stream reaches subscribers of every node
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
         finally:
             cluster.close()
-        return client_of(host=node.host, port=node.port, db=0)
-    return client_of()
+        options.update(host=node.host, port=node.port, db=0)
+    return redis.Redis(**options)
 
 
 def stream_name(values: "dict[str, Any]") -> "Optional[str]":
@@ -2725,17 +2833,15 @@ def redis_py_advice(python: str) -> str:
 _REDIS_TROUBLES = (
     ("No module named 'redis'", "redis-py is missing: {advice}"),
     ("No module named 'redis.", "redis-py is too old: {advice}"),
-    ("Authentication required|NOAUTH",
-     "Redis at {place} asks for a password (NOAUTH): set redis.password, or CONTEXTUATE_REDIS_PASSWORD "
-     "for hooks and monitor"),
+    ("Authentication required|NOAUTH", "Redis at {place} asks for a password (NOAUTH): set redis.password, "
+     "or CONTEXTUATE_REDIS_PASSWORD for hooks and monitor"),
     ("invalid username-password|WRONGPASS|invalid password|without any password configured",
      "Redis at {place} refuses user name or password (WRONGPASS): check redis.username and redis.password "
      "(or CONTEXTUATE_REDIS_PASSWORD)"),
     ("NOPERM|has no permissions|No permissions to access",
      "the Redis user lacks a right (NOPERM: {text}): .docs/redis.md lists the rights"),
-    ("READONLY|read only replica|read-only replica|previous master",
-     "Redis at {place} is a read-only replica (READONLY): set redis.host to the primary, or redis.sentinels "
-     "to have it found"),
+    ("READONLY|read only replica|read-only replica|previous master", "Redis at {place} is a read-only "
+     "replica (READONLY): set redis.host to the primary, or redis.sentinels to have it found"),
     ("MOVED|MovedError", "Redis at {place} is a node of a cluster (MOVED): set redis.cluster to true"),
     ("CLUSTERDOWN|ClusterDownError|hash slot not served|is not covered by the cluster",
      "the cluster at {place} is down (CLUSTERDOWN): no node has the stream now"),
@@ -2777,23 +2883,16 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
-    tls = values["redis.tls"] or url.startswith("rediss:")
-    closed_hint = (
-        " (is a client certificate asked for?)" if tls else " (if that is a TLS port, set redis.tls)"
-    )
-    silence_hint = " (if that port is without TLS, set redis.tls to false)" if tls else ""
+    closed, silence = " (if that is a TLS port, set redis.tls)", ""
+    if values["redis.tls"] or url.startswith("rediss:"):
+        closed = " (is a client certificate asked for?)"
+        silence = " (if that port is without TLS, set redis.tls to false)"
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {
-        "text": text,
-        "place": place,
-        "host": place.rpartition(":")[0] if url else values["redis.host"],
-        "missing": ", ".join(missing) or "a file",
-        "advice": redis_py_advice(sys.executable),
-        "closed_hint": "" if connected else closed_hint,
-        "silence_hint": "" if connected else silence_hint,
-    }
+    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
+    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
+    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
             return message.format(**facts)
@@ -2801,7 +2900,7 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
 
 
 def privacy_of(values: "dict[str, Any]") -> Privacy:
-    """Return what a configuration lets out."""
+    """Return the privacy settings of a configuration."""
     metadata_only = values["privacy.level"] == "metadata"
     return Privacy(values["privacy.redact"], metadata_only, values["limits.fieldBytes"])
 
@@ -2839,10 +2938,14 @@ class Publisher:
         self._values: dict[str, Any] = {}
         self._config_key: Any = None  # what the configuration file was when `_values` was read
         self._client: Any = None
-        self._usage_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
-        self._usage = UsageWorker(home, this_machine(), self._usage_events.append)
-        self._agent_notes = AgentNoteReader(this_machine())
-        self._segment: Any = None  # the file that is being read
+        self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
+        self._machine_key = machine_key(home)
+        self._usage = UsageWorker(home, self._own_events.append)
+        self._agent_notes = AgentNoteReader()
+        self._registry = RegistryWatcher(self._machine_key)
+        self._registry_due = 0.0  # time.monotonic
+        self._segment = ""  # that is being read, and its lines
+        self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
         self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
@@ -2866,6 +2969,9 @@ class Publisher:
             self._follow_config()
             if self._values["mode"] != "redis":
                 break
+            if now >= self._registry_due:
+                self._registry_due = now + REGISTRY_POLL_S
+                self._own_events.extend(self._registry.poll(now_ms()))
             if now >= self._next_attempt and (self._batch or self._read_batch()):
                 self._publish()
                 last_event = now
@@ -2874,7 +2980,12 @@ class Publisher:
             self._write_state()
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif now - last_event < PUBLISHER_QUIET_S or self._usage.is_busy or self._usage_events:
+            elif (
+                now - last_event < PUBLISHER_QUIET_S
+                or self._usage.is_busy
+                or self._own_events
+                or self._registry.is_busy
+            ):
                 if now - last_event >= BUSY_S:
                     self._enter("idle", None)
                 time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)
@@ -2883,7 +2994,6 @@ class Publisher:
             else:
                 last_event = now
         self._enter("stopped", None)
-        self._write_state(at_once=True)
 
     def _leave(self) -> bool:
         """Release the lock; take it again and return False if the spool has an event.
@@ -2892,7 +3002,6 @@ class Publisher:
         came before our release, and is seen after it; if not, it starts the next publisher.
         """
         self._enter("stopped", None)
-        self._write_state(at_once=True)  # before the next publisher writes its own
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
         if not spool_segments(self._spool):
             return True
@@ -2904,7 +3013,7 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; while it is unusable the last one stays in force."""
+        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -2925,63 +3034,67 @@ class Publisher:
 
     def _read_batch(self) -> bool:
         """Read the next events of one segment; a segment that is read and delivered is removed."""
-        privacy = privacy_of(self._values)
-        while self._usage_events:
-            self._add(build_event(self._usage_events.popleft(), now_ms(), this_machine()), privacy)
-        if self._segment is None and not self._open_segment():
-            return bool(self._batch)
+        while self._own_events:
+            self._add(self._own_events.popleft())
+        if not self._lines and not self._batch:
+            with contextlib.suppress(FileNotFoundError):  # "" is none, too
+                os.unlink(self._segment)
+            self._segment = ""
+            self._open_segment()
         size = 0
-        while len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
-            line = self._segment.readline()
-            if not line and not self._batch:
-                self._segment.close()
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._segment.name)
-                self._segment = None
-                return self._read_batch()
-            if not line:
-                break
-            size += len(line)
-            if line.strip():
-                self._read_line(line.strip(), privacy)
+        while self._lines and len(self._batch) < BATCH_LIMIT_EVENTS and size < BATCH_LIMIT_BYTES:
+            size += len(self._lines[0])
+            self._read_line(self._lines.popleft())
         return bool(self._batch)
 
-    def _add(self, event: JsonObject, privacy: Privacy) -> None:
-        event, encoded = protect(event, privacy)
+    def _add(self, given: JsonObject) -> None:
+        event = build_event(given, now_ms(), this_machine())
+        if self._machine_key and event["machineId"] == this_machine():
+            event.setdefault("machineKey", self._machine_key)
+        self._usage.put(event)
+        self._registry.learn(event)
+        self._agent_notes.add_note(event)
+        event, encoded = protect(event, privacy_of(self._values))
         self._batch.append((event["id"], encoded))
 
-    def _open_segment(self) -> bool:
-        """Open the oldest segment that can be read now; False when there is none.
+    def _open_segment(self) -> None:
+        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
 
-        One that a writer holds is waited for, to keep the order, but not for long: it may be stopped.
+        Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
         segments = [path for path, _ in spool_segments(self._spool)]
         for path in segments:
             try:
-                self._segment = open(take_segment(path), "rb", opener=open_own)  # noqa: SIM115 - over many rounds
+                taken = take_segment(path)
+                with open(taken, "rb", opener=open_own) as file:
+                    self._lines.extend(filter(None, map(bytes.strip, file)))
             except BlockingIOError:
                 self._blocked_since = self._blocked_since or time.monotonic()
                 if time.monotonic() - self._blocked_since < WRITER_DEADLINE_S:
-                    return False
+                    return
                 continue
             except OSError:  # drained meanwhile, or not readable
                 continue
             if path == segments[0]:
                 self._blocked_since = None
-            self._report_dropped()
-            return True
-        return False
+            self._segment = taken
+            events, size = take_dropped(self._spool)
+            if events:
+                self._state["dropped"] += events
+                text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
+                self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
+            return
 
-    def _read_line(self, line: bytes, privacy: Privacy) -> None:
-        """Add the event of one line to the batch; a line that has none goes to the quarantine."""
+    def _read_line(self, line: bytes) -> None:
+        """Add the event of one line to the batch; append a line without one to the quarantine."""
+        privacy = privacy_of(self._values)
         try:
-            event = build_event(parse_event_line(line), now_ms(), this_machine())
-            self._usage.put(event)
-            self._agent_notes.add_note(event)
-            self._add(event, privacy)
+            self._add(parse_event_line(line))
             return
         except MalformedEvent as error:
             reason = str(error)
+        except MemoryError:
+            raise  # the next publisher reads it again
         except Exception as error:  # no line may stop those after it
             reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
         self._state["quarantined"] += 1
@@ -2989,20 +3102,10 @@ class Publisher:
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
 
-    def _report_dropped(self) -> None:
-        """Publish an event on what the spool of this machine has dropped."""
-        events, size = take_dropped(self._spool)
-        if events:
-            self._state["dropped"] += events
-            text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
-            report = {"eventType": "message", "data": {"message": text, "spoolDropped": events}}
-            event = build_event(report, now_ms(), this_machine())
-            self._batch.append((event["id"], encode_json(event)))
-
     # Sending
 
     def _publish(self) -> None:
-        """Send the batch once; after a failure only its first event, to see whether it is over."""
+        """Send the batch once; after a failure only its first event, as a test."""
         batch = self._batch[: 1 if self._failures else None]
         deadline_s = EXCHANGE_DEADLINE_S + sum(len(line) for _, line in batch) / SLOW_LINK_BYTES_A_S
         try:
@@ -3029,7 +3132,7 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep events that did not arrive: not in the stream or, without one, no subscriber got them.
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
 
         A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
         """
@@ -3037,25 +3140,23 @@ class Publisher:
         step = 2 if stream else 1
         kept: _Batch = []
         sent: _Batch = []
-        for event, at in zip(batch, range(0, len(replies), step)):
-            subscribers = replies[at] if isinstance(replies[at], int) else None
-            streamed = bool(stream) and not isinstance(replies[at + 1], Exception)
+        for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
+            subscribers = reached if isinstance(reached, int) else None
+            streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
-        last: Any = replies[-step]
-        added: Any = replies[-1] if stream else None
-        reasons = [
+        channel_reason, stream_reason = (
             redis_trouble(reply, self._values) if isinstance(reply, Exception) else None
-            for reply in (last, added)
-        ]
+            for reply in (reached, added if stream else None)
+        )
         self._state.update(
-            channelState="refused" if reasons[0] else "ok",
-            channelReason=reasons[0],
-            subscribers=None if reasons[0] else last,
-            stream="refused" if reasons[1] else "ok" if stream else "off",
-            streamReason=reasons[1],
+            channelState="refused" if channel_reason else "ok",
+            channelReason=channel_reason,
+            subscribers=None if channel_reason else reached,
+            stream="refused" if stream_reason else "ok" if stream else "off",
+            streamReason=stream_reason,
         )
         self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
@@ -3067,7 +3168,7 @@ class Publisher:
             self._enter("publishing", None)
             return
         no_subscriber = f"no monitor is subscribed to {self._values['redis.channel']}"
-        self._fail("; ".join(filter(None, reasons)) or no_subscriber)
+        self._fail("; ".join(filter(None, (channel_reason, stream_reason))) or no_subscriber)
         if stream:
             self._send_again()
 
@@ -3075,7 +3176,7 @@ class Publisher:
         return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
 
     def _send_again(self) -> None:
-        """Put the events of the last seconds before the batch: their server may have been replaced."""
+        """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
         self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
         self._sent.clear()
 
@@ -3091,7 +3192,7 @@ class Publisher:
             self.stopping = True
 
     def _change_interpreter(self) -> None:
-        """Continue in the interpreter that `install` has recorded meanwhile, with the same lock."""
+        """Continue in the interpreter that `install` has recorded since the start, with the same lock."""
         python = publisher_python(self._home)
         if python in (sys.executable, os.environ.get(PUBLISHER_PYTHON)) or not os.access(python, os.X_OK):
             return
@@ -3115,12 +3216,15 @@ class Publisher:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
         self._state["nextAttemptAt"] = None
+        if state == "stopped":  # before the next publisher writes its own
+            self._write_state()
 
-    def _write_state(self, at_once: bool = False) -> None:
+    def _write_state(self) -> None:
         """Write publisher.json if the state has changed, a few times a second at most."""
-        if self._state == self._written or (
-            not at_once and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        ):
+        is_early = (
+            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
+        )
+        if is_early or self._state == self._written:
             return
         self._written_at = time.monotonic()
         content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
@@ -3130,7 +3234,7 @@ class Publisher:
 
 
 def publisher_file(home: str) -> JsonObject:
-    """Return what publisher.json holds; {} when there is none."""
+    """Return the object in publisher.json; {} if it is missing or unreadable."""
     try:
         with open(home + "/publisher.json", "rb", opener=open_own) as file:
             return parse_event_line(file.read(1 << 20))
@@ -3138,18 +3242,22 @@ def publisher_file(home: str) -> JsonObject:
         return {}
 
 
-def publisher_outcome(home: str, line: bytes, deadline_s: float = 5.0) -> "list[str]":
-    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging."""
-    event_id = parse_event_line(line)["id"]
-    deadline = time.monotonic() + deadline_s
+def publisher_outcome(home: str, line: bytes) -> "list[str]":
+    """Wait for the outcome of one wrapped line in publisher.json; return it as text, for debugging.
+
+    Claude Code waits for the hook, so at most 0.6 s; 5 s with CONTEXTUATE_DEBUG=wait, for tests by hand.
+    """
+    event = parse_event_line(line)
+    wait_ms = 5000 if os.environ.get("CONTEXTUATE_DEBUG") == "wait" else 600  # since the hook's start
     while True:
         state = publisher_file(home)
-        server = f"Redis at {state.get('server')}"
+        server = f"Redis at {state['server']}" if state.get("server") else "Redis"
         for known, count, streamed in state.get("recent", []):
-            if known == event_id:
+            if known == event["id"]:
                 got = "the channel was refused" if count is None else f"{count} subscribers got it"
                 kept = "it is in the stream" if streamed else f"not in the stream ({state.get('stream')})"
                 return [f"{server}: {got}, {kept}"]
-        if time.monotonic() > deadline:
-            return [f"{server}: no outcome after {deadline_s:.0f} s: {state.get('reason')}"]
+        if now_ms() > event["timestamp"] + wait_ms:
+            known = state.get("state", "stopped").replace("stopped", "starting")
+            return [f"{server}: no outcome after {wait_ms} ms: {state.get('reason') or known}"]
         time.sleep(0.02)

@@ -29,14 +29,17 @@ import dis
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import http.client
 import inspect
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import pathlib
 import pickle
 import pwd
 import queue
@@ -62,7 +65,6 @@ import time
 import types
 import urllib.request
 import uuid
-import zlib
 import zoneinfo
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -157,6 +159,7 @@ class RunningMonitor:
         self.claude_home = self.home + "/claude"
         self.write_config({})
         self.about: dict[str, Any] = {}
+        self.clients: list[TestClient] = []
 
     def write_config(self, more: dict[str, Any]) -> None:
         """Write the configuration: free ports, a socket of its own, and what the test wants."""
@@ -169,14 +172,10 @@ class RunningMonitor:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of every process that belongs to this monitor."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            # bytecode is allowed, whatever holds here: users have it, and a start takes half the time
-            if not name.startswith(("CONTEXTUATE", "CLAUDE", "PYTHONDONTWRITEBYTECODE"))
-        }
+        # bytecode is allowed, whatever holds here: users have it, and a start takes half the time
+        others = ("CONTEXTUATE", "CLAUDE", "PYTHONDONTWRITEBYTECODE")
         return {
-            **kept,
+            **{name: value for name, value in os.environ.items() if not name.startswith(others)},
             "CONTEXTUATE_HOME": self.home,
             "CLAUDE_CONFIG_DIR": self.claude_home,
             "CONTEXTUATE_MACHINE_ID": "testbox",
@@ -211,7 +210,7 @@ class RunningMonitor:
             [sys.executable, *command], cwd=ROOT, env=self.environment, pass_fds=[writer],
             start_new_session=True, **quiet,
         )  # fmt: skip
-        threading.Thread(target=process.wait, daemon=True).start()  # nobody shall find a zombie
+        threading.Thread(target=process.wait, daemon=True).start()  # no test shall find a zombie
         os.close(writer)
         with open(reader, "rb", buffering=0) as reports:
             assert reports.read(1 << 16) == b"ready\n"
@@ -223,25 +222,10 @@ class RunningMonitor:
             self.about = json.load(file)
         return self
 
-    @property
-    def pid(self) -> int:
-        """The monitor's process id."""
-        return int(self.about["pid"])
-
-    @property
-    def port(self) -> int:
-        """The HTTP port."""
-        return int(self.about["port"])
-
-    @property
-    def ws_port(self) -> int:
-        """The WebSocket port."""
-        return int(self.about["wsPort"])
-
-    @property
-    def url(self) -> str:
-        """The page's address."""
-        return f"http://127.0.0.1:{self.port}/"
+    pid = property(lambda self: int(self.about["pid"]))
+    port = property(lambda self: int(self.about["port"]))
+    ws_port = property(lambda self: int(self.about["wsPort"]))
+    url = property(lambda self: f"http://127.0.0.1:{self.port}/")
 
     def kill(self) -> None:
         """End it with SIGKILL and wait until it is gone."""
@@ -253,20 +237,14 @@ class RunningMonitor:
         self.command("stop")
 
     def request(
-        self, path: str, method: str = "GET", body: bytes | None = None, headers: dict[str, str] | None = None
+        self, path: str, method: str = "GET", body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
         """Make one HTTP request; return status, headers in lower case, body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
             connection.request(method, path, body=body, headers=headers or {})
             response = connection.getresponse()
-            return (
-                response.status,
-                {name.lower(): value for name, value in response.getheaders()},
-                response.read(),
-            )
-        finally:
-            connection.close()
+            found = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, found, response.read()
 
     def get(self, path: str) -> Any:
         """GET JSON."""
@@ -312,10 +290,10 @@ class RunningMonitor:
             f"ws://127.0.0.1:{self.ws_port}/", max_size=None, open_timeout=10, close_timeout=2,
             compression=None, ping_interval=None,
         ))  # fmt: skip
+        self.clients.append(client)
         client.hello = client.next("hello")
         if view is not None:
-            client.send(type="subscribe", view=view, **subscription)
-            client.subscribed = client.next("subscribed")
+            client.subscribed = client.ask("subscribed", type="subscribe", view=view, **subscription)
         return client
 
     def connect(self) -> socket.socket:
@@ -329,23 +307,18 @@ class RunningMonitor:
         """Send events over the Unix socket and wait until they are stored."""
         with self.connect() as sock:
             sock.sendall(b"".join(json.dumps(event).encode() + b"\n" for event in events))
-            received = b""
-            while len(received) < len(events):
-                piece = sock.recv(4096)
-                assert piece, "the monitor closed the connection"
-                received += piece
-            assert received == ee.ACKNOWLEDGEMENT * len(events)
+            received = sock.makefile("rb").read(len(events))
+            assert received == ee.ACKNOWLEDGEMENT * len(events), "the monitor closed the connection"
 
     def installed_command(self) -> str:
         """Install the hook and return the command that Claude Code would run."""
         self.command("install")
         with open(self.claude_home + "/settings.json", encoding="utf-8") as file:
-            hooks = json.load(file)["hooks"]
-        return str(hooks["PreToolUse"][0]["hooks"][0]["command"])
+            return str(json.load(file)["hooks"]["PreToolUse"][0]["hooks"][0]["command"])
 
 
 class TestClient:
-    """A WebSocket client by another author, with the messages it has not been asked for yet."""
+    """A WebSocket client by another author, with the messages that were not asked for yet (`others`)."""
 
     __test__ = False
 
@@ -354,22 +327,24 @@ class TestClient:
         self.connection = connecting.__enter__()
         self.hello: dict[str, Any] = {}
         self.subscribed: dict[str, Any] = {}
-        self.others: collections.deque[dict[str, Any]] = collections.deque()
+        self.others: list[dict[str, Any]] = []
 
     def send(self, **message: Any) -> None:
-        """Send one message."""
         self.connection.send(json.dumps(message))
 
     def next(self, kind: str, timeout_s: float = 15.0, **fields: Any) -> dict[str, Any]:
         """Return the next message of one kind with these fields; others are kept for later."""
-        for message in list(self.others):
-            if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
-                self.others.remove(message)
-                return message
+
+        def is_wanted(message: dict[str, Any]) -> bool:
+            return message["type"] == kind and all(message.get(name) == fields[name] for name in fields)
+
+        for message in filter(is_wanted, self.others):
+            self.others.remove(message)
+            return message
         deadline = time.monotonic() + timeout_s
         while True:
             message = json.loads(self.connection.recv(timeout=max(0.001, deadline - time.monotonic())))
-            if message["type"] == kind and all(message.get(name) == value for name, value in fields.items()):
+            if is_wanted(message):
                 return dict(message)
             self.others.append(message)
 
@@ -383,12 +358,11 @@ class TestClient:
         return [self.next("event", timeout_s)["event"] for _ in range(count)]
 
     def close(self) -> None:
-        """Close the connection."""
         self._connecting.__exit__(None, None, None)
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process runs (a zombie does not)."""
+    """True if a process runs (a zombie does not)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
@@ -413,11 +387,11 @@ def new_home() -> str:
 
 def clean_up(monitor: RunningMonitor) -> None:
     """End the monitor if it runs, and remove its directory."""
-    about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
-    if about is not None:
-        os.kill(about["pid"], signal.SIGCONT)
-        os.kill(about["pid"], signal.SIGKILL)
-        eventually(lambda: not alive(about["pid"]))
+    pid = cm.lock_holder(monitor.home + "/monitor.pid")
+    if pid is not None:
+        os.kill(pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not alive(pid))
     shutil.rmtree(monitor.home, ignore_errors=True)
 
 
@@ -467,6 +441,71 @@ def payload(hook: str, session: str = "s1", **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+BWRAP, UNSHARE = shutil.which("bwrap"), shutil.which("unshare")
+needs_containers = pytest.mark.skipif(not (BWRAP or UNSHARE), reason="bubblewrap and unshare are missing")
+
+
+def contained(place: str, *command: str, flags: str = "") -> list[str]:
+    """Return the command line that runs a command in a container of its own, with `place` to write in.
+
+    `flags`: "net" for a network of its own, "user" for the user 4242 that has no entry and no home.
+    """
+    name = "3f2a9c1b77de"
+    if BWRAP:
+        options = f"--unshare-pid --unshare-uts --hostname {name} --die-with-parent --proc /proc"
+        options += " --unshare-net" * ("net" in flags)
+        options += " --unshare-user --uid 4242 --gid 4242" * ("user" in flags)
+        mounts = f"{BWRAP} --ro-bind / / --dev /dev {options} --bind {place} {place} --"
+        return [*mounts.split(), *command]
+    options = "--pid --fork --kill-child --mount-proc --uts" + " --net" * ("net" in flags)
+    options += " --user --map-user=4242" if "user" in flags else " --user" * (os.geteuid() != 0)
+    return [
+        str(UNSHARE),
+        *options.split(),
+        "sh",
+        "-c",
+        'hostname "$0" 2>/dev/null; exec "$@"',
+        name,
+        *command,
+    ]
+
+
+@contextlib.contextmanager
+def in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> Iterator[Any]:
+    """Run a command in a container while the block runs; its directory is the monitor's, mounted."""
+    environment = monitor.environment
+    del environment["CONTEXTUATE_MACHINE_ID"]
+    argv, pipe = contained(monitor.home, *command, flags=flags), subprocess.PIPE
+    process = subprocess.Popen(
+        argv,
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=pipe,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def said_in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> str:
+    """Run a command in a container; return what it has said."""
+    with in_container(monitor, *command, flags=flags) as process:
+        return str(process.communicate(timeout=60)[0])
+
+
+def client_script(*payloads: dict[str, Any], then: str = "sleep 60") -> list[str]:
+    """Return a command that stands for the client: it runs the hook on each payload, then goes on."""
+    hook = f"{shlex.quote(PYTHON)} -I -S {ROOT}/emit_event.py"
+    calls = [f"printf %s {shlex.quote(json.dumps(it))} | CLAUDE_PID=$$ {hook}" for it in payloads]
+    return ["sh", "-c", "; ".join([*calls, then])]
+
+
 # ---------------------------------------------------------------------------
 # The hook as a process: it always exits with 0 and prints nothing
 #
@@ -476,35 +515,22 @@ def payload(hook: str, session: str = "s1", **fields: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class HookInstallation:
+class HookInstallation(NamedTuple):
     """The installed hook: its command, its directory, and the socket it takes for the default one."""
 
     command: str
     directory: str
     default_socket: str
 
-    @contextlib.contextmanager
-    def started(self, environment: dict[str, str], directory: str = "") -> Iterator[Any]:
-        """Start the hook without a shell and without input; it must end with 0 and without output."""
-        argv = shlex.split(self.command)[:3] + [(directory or self.directory) + "/emit_event.py"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        with subprocess.Popen(argv, env=environment, bufsize=0, **pipes) as hook:
-            try:
-                yield hook
-                assert (hook.communicate(timeout=20)[0], hook.returncode) == (b"", 0)
-            finally:
-                hook.kill()
-
 
 @pytest.fixture(scope="module")
 def hook_installed() -> Iterator[HookInstallation]:
     made = RunningMonitor(new_home())
-    command = made.installed_command()
-    directory, default_socket = made.home + "/hooks", made.home + "/default.sock"
-    for path in (directory + "/lib/hot_path.py", directory + "/lib/emit_event.py"):
-        hook_replace(path, '"/tmp/contextuate-monitor.sock"', f'"{default_socket}"')
-    yield HookInstallation(command, directory, default_socket)
+    installed = HookInstallation(made.installed_command(), made.home + "/hooks", made.home + "/default.sock")
+    for name in ("hot_path.py", "emit_event.py"):
+        path = f"{installed.directory}/lib/{name}"
+        hook_replace(path, '"/tmp/contextuate-monitor.sock"', f'"{installed.default_socket}"')
+    yield installed
     shutil.rmtree(made.home)
 
 
@@ -527,11 +553,7 @@ def hook_call(command: str, given_payload: Any, environment: dict[str, str], **m
 
 def hook_spooled(home: str, place: str = "spool") -> list[Any]:
     """Return what lies in the spool, parsed, in the order of its segments."""
-    found = []
-    for path, _ in ee.spool_segments(f"{home}/{place}"):
-        with open(path, "rb") as file:
-            found += [json.loads(line) for line in file.read().split(b"\n") if line]
-    return found
+    return [json.loads(line) for path, _ in ee.spool_segments(f"{home}/{place}") for line in spool_read(path)]
 
 
 def hook_mode_of(path: object) -> int:
@@ -553,12 +575,28 @@ class HookAlone:
         return hook_call(command, given_payload or payload("Stop"), self.environment, **more)
 
     def spooled(self) -> list[Any]:
-        """Return what lies in the spool."""
         return hook_spooled(self.home)
 
     def socket_tried(self) -> str:
         """Run the hook; return the socket that it took from its configuration."""
         return re.search(r"socket (\S+)", self())[1]
+
+    @contextlib.contextmanager
+    def started(self, deadline_s: float) -> Iterator[Any]:
+        """Start a copy that waits so long for its input, without a shell; it must end with 0 and print nothing."""
+        copy = f"{self.home}/{deadline_s}"
+        if not os.path.exists(copy):
+            shutil.copytree(self.installed.directory, copy)
+            deadline = f"STDIN_DEADLINE_S = {ee.STDIN_DEADLINE_S}"
+            hook_replace(copy + "/lib/hot_path.py", deadline, f"STDIN_DEADLINE_S = {deadline_s}")
+        argv = [*shlex.split(self.installed.command)[:3], copy + "/emit_event.py"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(argv, env=self.environment, bufsize=0, **pipes) as hook:
+            try:
+                yield hook
+                assert (hook.communicate(timeout=20)[0], hook.returncode) == (b"", 0)
+            finally:
+                hook.kill()
 
 
 @pytest.fixture
@@ -566,29 +604,30 @@ def hook_alone(hook_installed: HookInstallation, monitor: RunningMonitor) -> Hoo
     return HookAlone(hook_installed, monitor.home, monitor.environment)
 
 
+HOOK_STOP_LINE = b'{"session_id":"hook-in","hook_event_name":"Stop","x":"%s"}'
 HOOK_INPUTS = {
-    "one line": b'{"session_id":"hook-in","hook_event_name":"Stop","cwd":"/w"}\n',
-    "no newline": b'{"session_id":"hook-in","hook_event_name":"Stop","cwd":"/w"}',
-    "many lines": b'{\n  "session_id": "hook-in",\r\n  "hook_event_name": "Stop"\n}\n\n',
+    "one line": HOOK_STOP_LINE % b"" + b"\n",
+    "no newline": HOOK_STOP_LINE % b"",
+    "many lines": HOOK_STOP_LINE.replace(b",", b",\r\n ") % b"" + b"\n\n",
     "empty": b"",
     "blank": b" \n\n ",
-    "half": b'{"session_id":"hook-in","hook_ev',
+    "half": HOOK_STOP_LINE[:30],
     "garbage": bytes(range(256)) * 40,
     "garbage that ends like an object": b"\xff\xfe{\x00}\n",
     "a list": b"[1,2]\n",
     "two objects": b"{}\n{}\n",
-    "not UTF-8": b'{"session_id":"hook-in","hook_event_name":"Stop","x":"\xff\xc0"}\n',
+    "not UTF-8": HOOK_STOP_LINE % b"\xff\xc0",
     "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}\n",
-    "20 MB": b'{"session_id":"hook-in","hook_event_name":"Stop","x":"' + b"x" * 20_000_000 + b'"}\n',
+    "17 MB": HOOK_STOP_LINE % (b"x" * 17_000_000),
     "9 MB of garbage": b"\x00\n" * 4_500_000,
 }
 
 
 @pytest.mark.parametrize("given_input", HOOK_INPUTS.values(), ids=HOOK_INPUTS.keys())
 def test_a_hook_exits_0_and_prints_nothing_on_any_input(hook_installed, monitor, shared, given_input):
-    assert hook_call(hook_installed.command, given_input, monitor.environment) == ""
-    assert hook_call(hook_installed.command, given_input, shared.environment) == ""
     session = f"hook-{uuid.uuid4()}"
+    for environment in (monitor.environment, shared.environment):
+        assert hook_call(hook_installed.command, given_input, environment) == ""
     hook_call(hook_installed.command, payload("Stop", session), shared.environment)
     assert shared.sessions()[session]["state"] == "idle", "the stream goes on"
 
@@ -604,34 +643,28 @@ def test_the_hook_adds_what_only_the_environment_knows(hook_alone):
         assert taken == ('from "outside" é', directory)
 
 
-def test_the_hook_reads_until_the_object_is_whole_not_until_eof(hook_installed, monitor):
-    # In a copy whose deadline is an hour away, only the object's own end can end the hook.
-    copy = monitor.home + "/copy"
-    shutil.copytree(hook_installed.directory, copy)
-    hook_replace(copy + "/lib/hot_path.py", "STDIN_DEADLINE_S = 2.0", "STDIN_DEADLINE_S = 3600.0")
+def test_the_hook_reads_until_the_object_is_whole_not_until_eof(hook_alone):
+    def is_read_or_over(hook: Any) -> bool:
+        return hook.poll() is not None or fcntl.ioctl(hook.stdin, termios.FIONREAD, bytes(4)) == bytes(4)
+
     inputs = (b'{"a":{"b":1}}\n', b'{"a":\n{"b":1}\r\n}\n', b'{"a": "}"}\n', b'{"a": {"b": 1}}')
     for given_input in inputs:
-        with hook_installed.started(monitor.environment, copy) as hook:
-
-            def ended_or_read(hook: Any = hook) -> bool:
-                unread = fcntl.ioctl(hook.stdin, termios.FIONREAD, bytes(4))
-                return hook.poll() is not None or unread == bytes(4)
-
+        with hook_alone.started(deadline_s=3600) as hook:
             for at in range(len(given_input)):  # byte by byte
                 with contextlib.suppress(BrokenPipeError):
                     hook.stdin.write(given_input[at : at + 1])
-                eventually(ended_or_read)
+                eventually(functools.partial(is_read_or_over, hook))
             assert hook.wait(20) == 0
-    assert [line["hook"] for line in hook_spooled(monitor.home)] == [json.loads(line) for line in inputs]
+    assert [line["hook"] for line in hook_alone.spooled()] == [json.loads(line) for line in inputs]
 
 
-def test_the_hook_waits_two_seconds_for_the_rest_of_an_object(hook_installed, monitor):
+def test_the_hook_waits_two_seconds_for_the_rest_of_an_object(hook_alone):
     assert ee.STDIN_DEADLINE_S == 2.0
     begin = time.monotonic()
-    with hook_installed.started(monitor.environment) as hook:
+    with hook_alone.started(deadline_s=0.3) as hook:
         hook.stdin.write(b'{"session_id":"s","x":{}')
         assert hook.wait(20) == 0
-        assert time.monotonic() - begin > 1.9, "it gave up too early"
+        assert time.monotonic() - begin > 0.3, "it gave up too early"
 
 
 # What the shell does first, in the home; the socket that the hook then tries, as far as it can say; events spooled.
@@ -640,30 +673,24 @@ HOOK_SURROUNDINGS = {
     "HOME is empty": ("HOME=", "own", 1),
     "environment is empty": ('exec env -i CONTEXTUATE_HOME="$PWD" /bin/sh -c "$HOOK"', "", 1),
     "home is missing": ("CONTEXTUATE_HOME=$PWD/a/b", "default", 1),
-    "home is a file": ("touch file; CONTEXTUATE_HOME=$PWD/file", "default", 0),
     "home is below a file": ("touch file; CONTEXTUATE_HOME=$PWD/file/below", "default", 0),
     "home cannot be made": ("CONTEXTUATE_HOME=/proc/none", "default", 0),
-    "home is /dev/null": ("CONTEXTUATE_HOME=/dev/null", "default", 0),
     "home is a link to itself": ("ln -s circle circle; CONTEXTUATE_HOME=$PWD/circle", "default", 0),
     "home has a long name": ("CONTEXTUATE_HOME=$PWD/" + "x" * 300, "default", 0),
     "home is read-only": ("mkdir -m 500 shut; CONTEXTUATE_HOME=$PWD/shut", "default", not os.geteuid()),
     "config is a directory": ("CONTEXTUATE_CONFIG=$PWD", "default", 1),
     "config is missing": ("CONTEXTUATE_CONFIG=$PWD/none.json", "default", 1),
-    "config is /dev/null": ("CONTEXTUATE_CONFIG=/dev/null", "default", 1),
     "config is unreadable": ("echo {} >c; chmod 0 c; CONTEXTUATE_CONFIG=$PWD/c", "default", 1),
     **{
         f"config is {text}": (f"printf '{text}' >monitor.config.json", "default", 1)
         for text in ("{", "[]", '{"mode": "none"}', '{"socketPath": 5}', r"\377\376", '{"server": 1}')
     },
     "cache is a directory": ("mkdir hook.cache", "own", 1),
-    "cache is empty": ("touch hook.cache", "own", 1),
     "cache is garbage": (r"printf '\n\n\n\377\377' >hook.cache", "own", 1),
     "cache is of another config": (r"printf '0 0 0 0\nlocal\n/x\n' >hook.cache", "own", 1),
     "cache is cut short": (
         'echo {} | eval "$HOOK" 2>/dev/null; rm -r spool; '
-        'key=$(head -n 1 hook.cache); printf "$key\\nlocal\\n" >hook.cache',
-        "own",
-        1,
+        'key=$(head -n 1 hook.cache); printf "$key\\nlocal\\n" >hook.cache', "own", 1,
     ),
     "machine has an odd name": (f"CONTEXTUATE_MACHINE_ID='a\"b\\\n\x01\udcff{'y' * 1000}'", "own", 1),
     "parent has an odd name": ("CONTEXTUATE_PARENT_SESSION='\udcff\n'", "own", 1),
@@ -676,7 +703,7 @@ HOOK_SURROUNDINGS = {
     "stderr is closed": ("exec 2>&-", "", 1),
     "stderr is full": ("exec 2>/dev/full", "", 1),
     "everything is closed": ("exec <&- >&- 2>&-", "", 0),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("shell", "tried", "kept"), HOOK_SURROUNDINGS.values(), ids=HOOK_SURROUNDINGS.keys())
@@ -718,9 +745,8 @@ def test_a_hook_writes_nothing_into_another_users_home(monitor, name):
 
 def test_a_hook_that_cannot_write_its_directory_still_delivers(hook_alone, shared):
     session, config = f"hook-{uuid.uuid4()}", shared.home + "/monitor.config.json"
-    notes = hook_alone(
-        payload("Stop", session), "touch file; CONTEXTUATE_HOME=$PWD/file", CONTEXTUATE_CONFIG=config
-    )
+    shell = f"touch file; CONTEXTUATE_HOME=$PWD/file CONTEXTUATE_CONFIG={config}"
+    notes = hook_alone(payload("Stop", session), shell)
     assert session in shared.sessions(), notes
 
 
@@ -736,8 +762,12 @@ def test_the_hooks_notes_name_config_mode_and_destination(hook_installed, hook_a
     assert hook_alone(CONTEXTUATE_DEBUG="0") == ""
 
 
-def test_the_hooks_log_is_bounded(monkeypatch, tmp_path):
+def test_the_hooks_log_is_bounded_and_shows_no_secret(monkeypatch, tmp_path):
     monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
+    secret = hook_token("", 14)
+    ee.log_failure(f"failed: token={secret} is wrong")
+    text = (tmp_path / "emit.log").read_text()
+    assert secret not in text and "is wrong" in text
     for _ in range(4):
         ee.log_failure("x" * (200 << 10))
     assert sorted(os.listdir(tmp_path)) == ["emit.log", "emit.log.1"]
@@ -749,8 +779,7 @@ def test_the_launcher_exits_0_without_its_library(hook_installed, monitor):
     copy = monitor.home + "/copy"
     shutil.copytree(hook_installed.directory, copy)
     command = hook_installed.command.replace(hook_installed.directory, copy)
-    with open(copy + "/lib/hot_path.py", "w", encoding="ascii") as file:
-        file.write("raise SystemExit(2)\n")
+    hook_replace(copy + "/lib/hot_path.py", "def run_hook", "raise SystemExit(2)\ndef run_hook")
     assert hook_call(command, payload("Stop"), monitor.environment) == ""
     shutil.rmtree(copy + "/lib")
     assert hook_call(command, payload("Stop"), monitor.environment) == ""
@@ -759,10 +788,9 @@ def test_the_launcher_exits_0_without_its_library(hook_installed, monitor):
 
 def test_the_whole_file_is_a_hook_too(monitor, shared):
     command = cm.hook_command(PYTHON, os.path.join(ROOT, "emit_event.py"))
-    hook_call(command, payload("Stop", "hook-whole"), shared.environment)
-    assert "hook-whole" in shared.sessions()
-    hook_call(command, payload("Stop"), monitor.environment)
-    assert len(hook_spooled(monitor.home)) == 1
+    for home in (shared, monitor):
+        hook_call(command, payload("Stop", "hook-whole"), home.environment)
+    assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
@@ -773,7 +801,7 @@ def test_sigterm_at_any_moment_stops_no_hook_that_has_begun(hook_installed, runn
 
     rng, delivered = random.Random(4), set()
     argv, pipe = shlex.split(hook_installed.command)[:4], subprocess.PIPE
-    for number in range(40):
+    for number in range(32):
         line = json.dumps(payload("StopFailure", f"term-{number}")).encode()
         hook = subprocess.Popen(argv, stdin=pipe, stdout=pipe, env=running.environment, bufsize=0)
         if number % 4 == 0:  # it waits for its input when the signal comes
@@ -787,7 +815,7 @@ def test_sigterm_at_any_moment_stops_no_hook_that_has_begun(hook_installed, runn
         assert hook.returncode == 0 or (not begun and hook.returncode == -signal.SIGTERM)
         delivered |= {f"term-{number}"} if hook.returncode == 0 else set()
     eventually(lambda: not hook_spooled(running.home))
-    assert delivered <= set(running.sessions()) and len(delivered) >= 10
+    assert delivered <= set(running.sessions()) and len(delivered) >= 8
 
 
 # What listens in the monitor's place does with its connection; events spooled.
@@ -828,33 +856,19 @@ def test_a_hook_spools_what_is_not_acknowledged(hook_alone, monitor, answer, spo
     assert [line["hook"] for line in hook_alone.spooled()] == [payload("Stop")] * spooled
 
 
-HOOK_FOREIGN_LISTENER = """
-import os, socket, sys
-os.setuid(65534)
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[1])
-listener.listen(1)
-print("ready", flush=True)
-connection, _ = listener.accept()
-size = 0
-while piece := connection.recv(65536):
-    size += len(piece)
-    connection.sendall(b"\\x06")
-print(size, flush=True)
-"""
-
-
 @needs_root
 def test_a_hook_sends_nothing_to_another_users_socket(hook_alone, monitor):
     os.chmod(monitor.home, 0o777)
-    command = [PYTHON, "-I", "-c", HOOK_FOREIGN_LISTENER, monitor.socket_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as listener:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        os.seteuid(65534)
         try:
-            assert listener.stdout.readline() == b"ready\n"
-            assert "another user" in hook_alone() and len(hook_alone.spooled()) == 1
-            assert listener.stdout.readline() == b"0\n"
+            listener.bind(monitor.socket_path)
+            listener.listen(1)
         finally:
-            listener.kill()
+            os.seteuid(0)
+        assert "another user" in hook_alone() and len(hook_alone.spooled()) == 1
+        with listener.accept()[0] as connection:
+            assert connection.recv(1) == b""
 
 
 HOOK_CONFIG_CHANGES = {
@@ -878,13 +892,10 @@ def test_a_hook_uses_derived_settings_while_the_config_is_the_same(hook_alone, m
 
 
 def test_a_field_cut_by_the_hook_keeps_its_original_size(hook_installed, running):
-    content = "x" * 20_000_000
-    given_input = {"content": content, "file_path": "/f"}
-    hook_call(
-        hook_installed.command, payload("PreToolUse", "cut", tool_input=given_input), running.environment
-    )
+    tool_input = {"content": "x" * 17_000_000, "file_path": "/f"}
+    hook_call(hook_installed.command, payload("PreToolUse", tool_input=tool_input), running.environment)
     (event,) = eventually(running.stored_events)  # through the spool when storing took too long
-    assert event["data"]["truncated"] == {"toolInput.content": 20_000_000}
+    assert event["data"]["truncated"] == {"toolInput.content": 17_000_000}
     assert event["data"]["toolInput"]["file_path"] == "/f"
     assert len(event["data"]["toolInput"]["content"]) <= (1 << 20) + 100
 
@@ -900,6 +911,100 @@ def test_a_secret_across_the_hooks_own_cut_leaves_no_half(monkeypatch):
         assert not hook_traces(secret, event), back
 
 
+def test_after_three_time_outs_in_a_row_hooks_do_not_wait_for_10_s(hook_alone):
+    path = hook_alone.home + "/hook.timeouts"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(hook_alone.home + "/m.sock")
+        listener.listen()
+        for tries in (1, 2, 3):
+            assert "no acknowledgement" in hook_alone() and os.path.getsize(path) == tries
+        begin = time.monotonic()
+        assert "not sent, after 3 time-outs" in hook_alone()
+        assert time.monotonic() - begin < ee.ACKNOWLEDGEMENT_DEADLINE_S
+        for age_s in (11, -3600):  # it is over, or the clock was set back
+            os.utime(path, (time.time() - age_s,) * 2)
+            assert "not sent" not in hook_alone()
+        assert os.path.getsize(path) == 5 and len(hook_alone.spooled()) == 6
+    os.utime(path, (0, 0))
+    assert "ConnectionRefused" in hook_alone() and not os.path.exists(path), "that costs no time"
+
+
+def test_a_monitor_that_answers_again_ends_the_pause_of_the_hooks(monitor):
+    path = monitor.home + "/hook.timeouts"
+    monitor.start()
+    ee.write_atomically(path, b"...")
+    os.utime(path, (0, 0))
+    hook_call(monitor.installed_command(), payload("Stop", "again"), monitor.environment)
+    assert "again" in monitor.sessions() and not os.path.exists(path)
+
+
+@pytest.mark.parametrize("views", ["devices", "configurations"])
+def test_the_hook_derives_its_settings_once_for_each_view(tmp_path, monkeypatch, views):
+    derived, paths = [], [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for number, path in enumerate(paths):
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"socketPath": f"/of/{number} {number}"}, file)
+    derive, names, about = ee.derive_hook_settings, vars(ee.posix), os.stat(paths[0])
+    monkeypatch.setattr(ee, "whole", lambda: ee)
+    monkeypatch.setattr(ee, "derive_hook_settings", lambda *given: derived.append(given) or derive(*given))
+    about = {name: getattr(about, name) for name in ("st_size", "st_mtime_ns")}
+    for turn in range(12):
+        number = turn % 2 if views == "configurations" else 0
+        if views == "devices":  # of one file, as a container sees it
+            seen = types.SimpleNamespace(st_dev=turn % 2, st_ino=turn % 2, **about)
+            view = {**names, "stat": lambda _, seen=seen: seen}
+            monkeypatch.setattr(ee, "posix", types.SimpleNamespace(**view))
+        assert ee.hook_settings(str(tmp_path), paths[number]) == ("local", f"/of/{number} {number}")
+    assert len(derived) == 2
+    monkeypatch.undo()
+    for size in range(20):
+        ee.derive_hook_settings(str(tmp_path), paths[0], f"1 2 {size} 4")
+    assert len((tmp_path / "hook.cache").read_bytes().splitlines()) == ee.HOOK_CACHE_LINES
+
+
+@needs_containers
+def test_a_user_without_home_and_entry_loses_no_event_and_sees_one_line(monitor):
+    program = monitor.home + "/p"
+    os.mkdir(program)
+    for name in ("contextuate_monitor.py", "emit_event.py"):
+        shutil.copy(os.path.join(ROOT, name), program)
+    event, bare = (
+        shlex.quote(json.dumps(payload("Stop"))),
+        f"env -i PATH=$PATH CONTEXTUATE_HOME=$0 {PYTHON} {program}",
+    )
+    for home, place in (("", program + "/.contextuate"), (monitor.home + "/own", monitor.home + "/own")):
+        hook = ("sh", "-c", f"printf %s {event} | {bare}/emit_event.py", home)
+        assert said_in_container(monitor, *hook, flags="user") == ""
+        assert [line["hook"]["hook_event_name"] for line in hook_spooled(place)] == ["Stop"]
+    for command in ("status", "doctor", "install", "stop", "sessions", "uninstall"):
+        shell = ("sh", "-c", f"{bare}/contextuate_monitor.py {command} 2>&1 >/dev/null", "")
+        first, *more = said_in_container(monitor, *shell, flags="user").splitlines()
+        assert re.search("no home directory.*; set (CONTEXTUATE_HOME|HOME)", first) and not more[1:], first
+        assert command not in ("doctor", "install") or "CLAUDE_CONFIG_DIR" in [first, *more][-1]
+    assert not os.path.exists(program + "/~") and not os.path.exists(monitor.home + "/~")
+
+
+def test_the_machine_key_is_made_once_and_kept_whatever_the_name(tmp_path, monkeypatch):
+    home = str(tmp_path / "new")
+    with concurrent.futures.ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        (key,) = set(pool.map(ee.machine_key, [home] * 12))
+    base, _, namespace = key.partition("/")
+    assert re.fullmatch("[0-9a-f]{16}", base) and int(namespace or 0) == ee.pid_namespace()
+    assert hook_mode_of(home + "/machine-key") == 0o600 and hook_mode_of(home) == 0o700
+    monkeypatch.setenv("CONTEXTUATE_MACHINE_ID", "other")
+    assert ee.machine_key(home) == key
+    for damage in (b"", b"../x\n", b"\xff\xfe"):
+        with open(home + "/machine-key", "wb") as file:
+            file.write(damage)
+        remade = ee.machine_key(home)
+        assert re.fullmatch("[0-9a-f]{16}", remade.partition("/")[0]) and ee.machine_key(home) == remade
+    assert ee.machine_key("/proc/none") == ""
+    monkeypatch.setattr(ee, "pid_namespace", lambda: 4026532999)
+    assert ee.machine_key(home) == remade.partition("/")[0] + "/4026532999"
+    assert f'"machineKey":"{ee.machine_key(home)}"'.encode() in ee.wrap(b"{}", {}, ee.machine_key(home))
+    assert b"machineKey" not in ee.wrap(b"{}", {})
+
+
 # ---------------------------------------------------------------------------
 # Config: relaxed JSON, one table of keys
 # ---------------------------------------------------------------------------
@@ -913,8 +1018,10 @@ hook_json = st.recursive(
     | st.sampled_from(["http://a/b", "# no comment", "/* no */ // comment", ",]", ",}", '"', "\\", '\\",]//'])
     | st.integers(0xD800, 0xDFFF).map(chr),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=12,
+    max_leaves=8,
 )
+
+
 HOOK_COMMENTS = ["", *'// line\n~# "hash" ,]\n~/* block\n , } */~/* " */~//\n~/**/~// */\n~ ~\n'.split("~")]
 
 
@@ -930,8 +1037,7 @@ def hook_relaxed(value: Any, rng: random.Random) -> str:
         parts = [hook_relaxed(inner, rng) for inner in value]
     else:
         return gap() + json.dumps(value, ensure_ascii=rng.random() < 0.5) + gap()
-    comma = gap() + "," if parts and rng.random() < 0.5 else ""
-    inside = ",".join(parts) + comma + gap()
+    inside = ",".join(parts) + (gap() + "," if parts and rng.random() < 0.5 else "") + gap()
     return gap() + ("{%s}" if isinstance(value, dict) else "[%s]") % inside + gap()
 
 
@@ -941,23 +1047,13 @@ def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [('{"a": 1 "b"}', "line 1"), ("{\n// c\n/* d\n*/ x}", "line 4"), ('{"a": /* 1}', "line 1")],
-)
-def test_a_syntax_error_is_refused_with_its_line(text, place):
-    with pytest.raises(ValueError, match=place):
-        ee.parse_relaxed_json(text)
-
-
 HOOK_WRONG_URLS = "http://u:12345678@h redis://:a/b@h:1/0 redis://:a#b@h:1 redis://h:0 unix:x h:6379".split()
 HOOK_PRICE = {"input": 1, "output": 1}
 HOOK_ODD_PRICES = [
     7,
     {"input": 1},
-    *({**HOOK_PRICE, **odd} for odd in ({"input": -1}, {"output": True}, {"x": 1})),
+    *(HOOK_PRICE | odd for odd in ({"input": -1}, {"output": True}, {"x": 1})),
 ]
-HOOK_WRONG_PRICES = [7, None, {"": HOOK_PRICE}, *({"opus": odd} for odd in HOOK_ODD_PRICES)]
 # For every key and section: values that must be refused, and one that is taken.
 HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     **dict.fromkeys({key.partition(".")[0] for key in ee.KEYS if "." in key}, ([1, "x", [], None], {})),
@@ -977,9 +1073,7 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "redis.channel": (["", None, 5, "x" * 201], "team:events"),
     "redis.tls": ([1, "true", None], True),
     "redis.verify": ([0, "false", None], False),
-    "redis.caFile": (["", 1, False], None),
-    "redis.certFile": (["", 1, False], None),
-    "redis.keyFile": (["", 1, False], None),
+    **dict.fromkeys(("redis.caFile", "redis.certFile", "redis.keyFile"), (["", 1, False], None)),
     "redis.sentinels": (["a:1", [""], ["a:0"], ["a:b"], [1], ["a/b"], None], ["a", "b:26380", "[::1]:1"]),
     "redis.master": (["", None, 1], "team"),
     "redis.sentinelPassword": (["", 1], None),
@@ -997,8 +1091,11 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "retention.maxMegabytes": ([15, "2048", 1.5, True, 10**9 + 1], None),
     "privacy.redact": (["false", 0, 1, None], False),
     "privacy.level": (["none", True, None, "FULL"], "metadata"),
-    "prices": (HOOK_WRONG_PRICES, {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}}),
-}
+    "prices": (
+        [7, None, {"": HOOK_PRICE}, *({"opus": odd} for odd in HOOK_ODD_PRICES)],
+        {"opus": {"input": 1, "output": 5.5, "cacheRead": 0}},
+    ),
+}  # fmt: skip
 
 
 def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[str, Any], list[str]]:
@@ -1009,11 +1106,7 @@ def hook_load(path: Any, key: str, value: Any, mode: int = 0o600) -> tuple[dict[
     return ee.load_config(str(path))
 
 
-def test_the_table_of_wrong_values_has_every_key():
-    assert set(HOOK_WRONG_VALUES) == {part for key in ee.KEYS for part in (key, key.partition(".")[0])}
-
-
-@pytest.mark.parametrize("key", sorted(HOOK_WRONG_VALUES))
+@pytest.mark.parametrize("key", sorted({part for key in ee.KEYS for part in (key, key.partition(".")[0])}))
 def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
     wrong, right = HOOK_WRONG_VALUES[key]
     path = tmp_path / "c.json"
@@ -1033,15 +1126,14 @@ def test_a_wrong_value_is_refused_with_file_key_and_expectation(tmp_path, key):
 HOOK_CONFIG_WARNINGS = [
     ("server.prot", 1, 0o600, "server.prot: unknown key, ignored; did you mean server.port?"),
     ("sockeTpath", 1, 0o600, "sockeTpath: unknown key, ignored; did you mean socketPath?"),
-    ("privacy.redakt", 1, 0o600, "privacy.redakt: unknown key, ignored; did you mean privacy.redact?"),
     ("zzzzzzzz", 1, 0o600, "zzzzzzzz: unknown key, ignored"),
-    ("redis.caFile", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used"),
-    ("redis.certFile", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used"),
-    ("redis.keyFile", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used"),
+    *(
+        (f"redis.{key}", "/some.pem", 0o600, "redis.tls: is false, so the certificate files are not used")
+        for key in ("caFile", "certFile", "keyFile")
+    ),
     ("redis.password", "p", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
     ("redis.url", "redis://u:p@h", 0o644, "holds a password that others can read; run: chmod 600 {path}"),
     ("redis.password", "p", 0o600, None),
-    ("redis.url", "redis://u:p@h", 0o600, None),
     ("server.port", 1, 0o644, None),
 ]
 
@@ -1055,22 +1147,18 @@ def test_a_doubtful_key_is_warned_about(tmp_path, key, value, mode, warning):
     assert values == {**ee.default_values(), **known}
 
 
-def test_fields_are_cut_shorter_in_redis_mode(tmp_path):
-    path = tmp_path / "c.json"
-    values, warnings = hook_load(path, "mode", "redis")
-    assert (values["limits.fieldBytes"], warnings) == (64 << 10, [])
-    path.write_text('{"mode": "redis", "limits": {"fieldBytes": 2048}}')
-    assert ee.load_config(str(path))[0]["limits.fieldBytes"] == 2048
-
-
-@pytest.mark.parametrize("content", [None, b"", b" \n", b"{}", b"// nothing\n{}", b"\xef\xbb\xbf{}"])
-def test_no_config_means_defaults(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "others"),
+    [
+        *((content, {}) for content in (None, b"", b" \n", b"{}", b"// nothing\n{}", b"\xef\xbb\xbf{}")),
+        (b'{"mode": "redis"}', {"mode": "redis", "limits.fieldBytes": 64 << 10}),
+        (b'{"mode": "redis", "limits": {"fieldBytes": 2048}}', {"mode": "redis", "limits.fieldBytes": 2048}),
+    ],
+)
+def test_what_the_config_does_not_say_has_its_default(tmp_path, content, others):
     if content is not None:
         (tmp_path / "c.json").write_bytes(content)
-    values, warnings = ee.load_config(str(tmp_path / "c.json"))
-    assert warnings == [] and (values["server.port"], values["server.wsPort"]) == (3847, 3848)
-    assert values["socketPath"] == "/tmp/contextuate-monitor.sock" and values["server.host"] == "127.0.0.1"
-    assert values["privacy.redact"] is True and values["persistence.enabled"] is True
+    assert ee.load_config(str(tmp_path / "c.json")) == ({**ee.default_values(), **others}, [])
 
 
 @pytest.mark.parametrize(
@@ -1078,14 +1166,17 @@ def test_no_config_means_defaults(tmp_path, content):
     [
         (b'{"server": {"port": "x"}}', "server.port: expected an integer"),
         (b'{"persistence": {"type": "sqlite"}}', "persistence.type: expected"),
+        (b'{"a": 1 "b"}', "line 1 column"),
+        (b"{\n// c\n/* d\n*/ x}", "line 4 column"),
+        (b'{"a": /* 1}', "line 1 column"),
         (b'{"a": 1,, }', "not valid JSON"),
         (b"[1]", "one JSON object"),
         (b"\xff\xfe", "cannot be read"),
         (b'{"a":' + b"[" * 100_000, "not valid JSON"),
         (b'{"server": {"port": 5000, "wsPort": 5000}}', "server.wsPort: expected a port other than"),
-        (b'{"server": {"host": "0.0.0.0", "auth": "off"}}', "server.auth"),
+        *((b'{"server": {"host": "%s", "auth": "off"}}' % host, "server.auth") for host in (b"0.0.0.0", b"::", b"192.0.2.1")),
     ],
-)
+)  # fmt: skip
 def test_start_refuses_a_config_that_cannot_be_used(tmp_path, monkeypatch, capsys, config, message):
     path = tmp_path / "monitor.config.json"
     path.write_bytes(config)
@@ -1098,10 +1189,9 @@ def test_start_refuses_a_config_that_cannot_be_used(tmp_path, monkeypatch, capsy
 
 
 def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
-    with open(monitor.home + "/monitor.config.json", encoding="utf-8") as file:
-        text = file.read()
-    with open(monitor.home + "/monitor.config.json", "w", encoding="utf-8") as file:
-        file.write(f'// mine\n{text[:-1]}, # more\n "socketPaht": 1, /* \n */ }}\n')
+    path = monitor.home + "/monitor.config.json"
+    text = install_text(path)
+    ee.write_atomically(path, f'// mine\n{text[:-1]}, # more\n "socketPaht": 1, /* \n */ }}\n'.encode())
     done = monitor.command("start", "--no-open")
     assert "unknown key" in done.stderr and "did you mean socketPath?" in done.stderr
 
@@ -1110,13 +1200,9 @@ def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
 # Event model: from anything that is one JSON object to one event
 # ---------------------------------------------------------------------------
 
+# What the documents say of them is compared with the program's in the room of the documents.
 HOOK_EVENT_TYPES = {
-    "SessionStart": "session_start", "SessionEnd": "session_end", "UserPromptSubmit": "user_prompt",
-    "PreToolUse": "tool_call", "PostToolUse": "tool_result", "PostToolUseFailure": "tool_error", "Stop": "turn_end",
-    "StopFailure": "turn_error", "SubagentStart": "subagent_start", "SubagentStop": "subagent_stop",
-    "Notification": "notification", "PermissionRequest": "permission_request", "PreCompact": "pre_compact",
-    "PermissionDenied": "permission_denied", "Elicitation": "elicitation", "PostCompact": "post_compact",
-    "ElicitationResult": "elicitation_result", "TaskCreated": "task_created", "TaskCompleted": "task_completed",
+    **ee.EVENT_TYPES,
     **dict.fromkeys(("PostToolBatch", "InstructionsLoaded", "Setup", "ConfigChange", "OfTomorrow", ""), "message"),
 }  # fmt: skip
 HOOK_DATA_NAMES = {
@@ -1165,7 +1251,7 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
             for field, ours in moved.items():
                 assert event.get(ours) == given_payload.pop(field, None)
             assert event["data"] == {
-                HOOK_DATA_NAMES.get(field, field): it for field, it in given_payload.items()
+                HOOK_DATA_NAMES.get(name, name): it for name, it in given_payload.items()
             }
             assert event["eventType"] == HOOK_EVENT_TYPES.get(event["hookType"], "message")
             assert uuid.UUID(event["id"]).version == 4 and (event["timestamp"] == 5) == (sent is line)
@@ -1175,17 +1261,14 @@ def test_an_event_keeps_every_field_of_a_recorded_payload(name):
 HOOK_NODE_EVENT = {
     "id": "0198c7a1-0000-7000-8000-000000000001", "timestamp": 1_795_500_000_123, "sessionId": "00ff00ff00ff00ff",
     "machineId": "laptop", "workingDirectory": "/w", "hookType": "PostToolUse", "eventType": "tool_result",
-    "parentSessionId": "aa00aa00aa00aa00",
-    "data": {"toolName": "Bash", "toolInput": {"x": 1}, "tool_output": {"stdout": "a"}, "agentId": "x1"},
+    "parentSessionId": "aa00aa00aa00aa00", "data": {"toolName": "Bash", "tool_output": {"stdout": "a"}, "agentId": "x1"},
 }  # fmt: skip
-HOOK_NODE_DATA = {"toolName": "Bash", "toolInput": {"x": 1}, "toolOutput": {"stdout": "a"}, "agentId": "x1"}
 HOOK_STOP = {
     "hookType": "Stop", "eventType": "turn_end", "sessionId": "s1", "workingDirectory": "/home/dev/shop"
 }  # fmt: skip
 # What comes, and fields of the event; None: it is not there.
 HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{f"hook {hook}": (payload(hook), {"hookType": hook, "eventType": HOOK_EVENT_TYPES[hook]})
-       for hook in HOOK_EVENT_TYPES},
+    **{f"hook {hook}": (payload(hook), {"hookType": hook, "eventType": kind}) for hook, kind in HOOK_EVENT_TYPES.items()},
     **{
         rule: ({"hook_event_name": "Elicitation", **given_payload}, {"agentType": None, "data": data})
         for rule, given_payload, data in (
@@ -1196,14 +1279,17 @@ HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             ("the main thread's type is no subagent's", {"agent_type": "x"}, {"agent_type": "x"}),
         )
     },
-    "an event of the Node emitter": (HOOK_NODE_EVENT, {**HOOK_NODE_EVENT, "data": HOOK_NODE_DATA}),
+    "an event of the Node emitter": (
+        HOOK_NODE_EVENT,
+        {**HOOK_NODE_EVENT, "data": {"toolName": "Bash", "toolOutput": {"stdout": "a"}, "agentId": "x1"}},
+    ),
     "the numbers of a store go, the rest stays": (
         {"eventType": "x", "seq": 9, "received": 9, "future": [1]}, {"seq": None, "received": None, "future": [1]}
     ),
     **{
         f"beside a payload: {name} {value}": (hook_wrapped(payload("Stop"), **{name: value}), HOOK_STOP)
         for name in ("seq", "received", "hookType", "data", "sessionId", "workingDirectory", "agentId")
-        for value in (5, "x", [1], {"a": 1})
+        for value in (5, "x", {"a": 1})
     },
     **{
         f"in either spelling: {rule}": (
@@ -1234,12 +1320,8 @@ HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "a timestamp beyond floats": ({"eventType": "x", "timestamp": float("inf")}, {"timestamp": 5}),
     **{
-        f"any object: {given_object}": (
-            given_object, {"sessionId": "unknown", "eventType": "message", "timestamp": 5, "data": given_object}
-        )
-        for given_object in (
-            {"test": "message"}, {}, {"id": "x", "timestamp": 1, "data": {"a": 1}}, {"eventType": 5}, {"hook": 1}
-        )
+        f"any object: {given}": (given, {"sessionId": "unknown", "eventType": "message", "timestamp": 5, "data": given})
+        for given in ({"test": "message"}, {}, {"id": "x", "timestamp": 1, "data": {"a": 1}}, {"eventType": 5}, {"hook": 1})
     },
 }  # fmt: skip
 
@@ -1269,32 +1351,17 @@ HOOK_FIELDS = (
     *HOOK_DATA_NAMES, *HOOK_DATA_NAMES.values(), *HOOK_REQUIRED, *HOOK_OPTIONAL, "hook_event_name", "session_id",
     "cwd", "agent_id", "agent_type", "truncated", "usage", "seq", "received",
 )  # fmt: skip
-hook_fields = st.dictionaries(st.sampled_from(HOOK_FIELDS) | st.text(max_size=4), hook_json, max_size=12)
+hook_fields = st.dictionaries(st.sampled_from(HOOK_FIELDS) | st.text(max_size=4), hook_json, max_size=8)
 hook_texts = st.text(min_size=1, max_size=9)
 hook_anything = st.one_of(
     hook_fields,
     st.builds(lambda fields, name: {**fields, "hook_event_name": name}, hook_fields, hook_texts),
     st.builds(lambda fields, name: {**fields, "eventType": name}, hook_fields, hook_texts),
     st.builds(
-        lambda fields, hook, name: {**{k: v for k, v in fields.items() if k != "eventType"},
-        "hook": hook, "id": name},
-        hook_fields, hook_fields, hook_texts,
+        lambda fields, hook, name: {**fields, "hook": hook, "id": name},
+        hook_fields.filter(lambda fields: "eventType" not in fields), hook_fields, hook_texts,
     ),
 )  # fmt: skip
-
-
-@settings(deadline=None, max_examples=120)
-@given(hook_anything)
-def test_no_object_is_too_odd_for_an_event(given_object):
-    event = ee.build_event(json.loads(json.dumps(given_object)), 1_795_500_000_000, "m")
-    hook_check_form(event)
-    event = protected(event, ee.Privacy())
-    hook_check_form(event)
-    book = cm.Sessions(120_000, 43_200_000, "m")
-    for seq in (1, 2):  # what is stored must not stop its readers
-        session = book.apply({"seq": seq, "received": 1_795_500_000_000 + seq, **event})
-        ee.encode_json(book.to_json(session))
-    ee.encode_json(cm.event_row({"seq": 1, "received": 1_795_500_000_000, **event}))
 
 
 def hook_all_values(value: Any) -> list[str]:
@@ -1303,25 +1370,33 @@ def hook_all_values(value: Any) -> list[str]:
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 @given(hook_anything)
-def test_every_value_that_came_is_somewhere_in_the_event(given_object):
-    event = ee.build_event(json.loads(json.dumps(given_object)), 1_795_500_000_000, "m")
+def test_any_object_becomes_an_event_with_every_value(given_object):
+    event = ee.build_event(json.loads(json.dumps(given_object)), NOW_MS, "m")
+    hook_check_form(event)
     there = collections.Counter(hook_all_values(event))
     fields = dict(given_object)
     is_wrapped = isinstance(fields.get("hook"), dict) and isinstance(fields.get("id"), str)
     is_event = isinstance(fields.get("eventType"), str) and not isinstance(fields.get("hook_event_name"), str)
-    opened = "hook" if is_wrapped and "eventType" not in fields else "data" if is_event else None
+    opened = "data" if is_event else "hook" if is_wrapped and "eventType" not in fields else None
     if isinstance(fields.get(opened), dict):
         fields.update({(opened, inner): value for inner, value in fields.pop(opened).items()})
     for name, value in fields.items():
         if value is None or name in ("seq", "received"):
             continue  # nothing was said; the store gives its own numbers
+        if opened == "hook" and name in ("cwd", "sessionId") and value in given_object["hook"].values():
+            continue  # said twice
         if name == "timestamp" and isinstance(value, float):
             continue  # whole milliseconds
         text = json.dumps(value)
         assert there[text] > 0, (name, value, event)
         there[text] -= 1
+    book = cm.Sessions(120_000, 43_200_000, "m")
+    for seq in (1, 2):  # what is stored must not stop its readers
+        stored = {"seq": seq, "received": NOW_MS + seq, **event}
+        ee.encode_json(book.to_json(book.apply(stored)))
+        ee.encode_json(cm.event_row(stored))
 
 
 def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypatch):
@@ -1332,21 +1407,14 @@ def test_a_host_that_gets_another_name_stays_the_same_machine(tmp_path, monkeypa
     for number, name in enumerate(("box", "box.example.org", "elsewhere")):
         wrapped = hook_wrapped(payload("Stop"), id=f"e{number}", machineId=name)
         stored += ingest.take([json.dumps(wrapped).encode()])[1]
-    assert [entry.event["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
-    assert [json.loads(entry.line)["machineId"] for entry in stored] == ["box", "box", "elsewhere"]
-
-
-def test_a_restart_goes_on_after_any_event_with_the_next_number(running):
-    beside = [{"seq": "x"}, {"received": None}, {"seq": 10**9}, {"hookType": 5}, {"data": 3}]
-    odd = [hook_wrapped(payload("Stop", "odd"), id=f"odd-{n}", **more) for n, more in enumerate(beside)]
-    odd += [{"eventType": "message", "seq": "y", "id": "odd-e", "sessionId": 5}, {"seq": [1], "id": 7}]
-    running.emit(*odd)
-    assert running.get("/api/status")["events"]["stored"] == len(odd)
-    running.kill()
-    running.serve()
-    assert running.get("/api/status")["seq"] == len(odd)
-    running.emit(payload("Stop"))
-    assert [event["seq"] for event in running.stored_events()] == list(range(1, len(odd) + 2))
+    assert [entry.event["machineId"] for entry in stored] == ["box", "box.example.org", "elsewhere"]
+    keys = [entry.event.get("machineKey") for entry in stored]
+    assert keys == [here.machine_key, here.machine_key, None]
+    assert [json.loads(entry.line)["machineId"] for entry in stored] == [
+        "box",
+        "box.example.org",
+        "elsewhere",
+    ]
 
 
 HOOK_ODD_JSON = {
@@ -1395,37 +1463,126 @@ def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
 
 
+# Where it came from, what it says → its key ("own": this machine's)
+MACHINE_KEYS = {
+    "local, of this name": (False, {"machineId": "box"}, "own"),
+    "local, without a name": (False, {}, "own"),
+    "local, host renamed since the start": (False, {"machineId": "box.new"}, "own"),
+    "local, of another name": (False, {"machineId": "other"}, None),
+    "local, with a key": (False, {"machineId": "box", "machineKey": "k/5"}, "k/5"),
+    "remote, of this name": (True, {"machineId": "box"}, None),
+    "remote, with a key": (True, {"machineId": "box", "machineKey": "k"}, "k"),
+    "a key of a wrong type": (False, {"machineId": "other", "machineKey": 5}, None),
+}
+
+
+@pytest.mark.parametrize(("remote", "fields", "key"), MACHINE_KEYS.values(), ids=MACHINE_KEYS)
+def test_an_event_without_a_key_has_ours_only_if_it_is_of_this_machine(
+    tmp_path, monkeypatch, remote, fields, key
+):
+    monkeypatch.setattr(ee, "this_machine", lambda: "box.new")
+    here = cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    line = json.dumps({"hook": payload("Stop"), "id": "e1", **fields}).encode()
+    (stored,) = cm.Ingest(here, cm.MemoryJournal(), lambda usage: None).take([line], remote)[1]
+    assert stored.event.get("machineKey") == (here.machine_key if key == "own" else key)
+    assert stored.event["machineId"] == fields.get("machineId", "unknown" if remote else "box")
+
+
+NODE = {"timestamp": NOW_MS, "machineId": "mac", "workingDirectory": "/w"}
+NODE_STOP = {"eventType": "session_end", "hookType": "Stop", "sessionId": "0123456789abcdef"}
+NODE_START = {
+    "eventType": "subagent_start", "hookType": "SubagentStart", "sessionId": "a1b2c3d4", "parentSessionId": "p1",
+}  # fmt: skip
+NODE_SUMS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation5m": 7, "cacheCreation1h": 2}
+NODE_COUNTS = {"input": 30, "output": 60, "cacheRead": 15, "cacheCreation": 9, "cacheCreation1h": 2}
+# What the Node.js emitter sends → fields of our event; None: it is not there.
+NODE_EVENTS = {
+    "its sums are tokens of the session": (
+        {**NODE_STOP, "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
+        {"usage": {"models": {"claude-opus-4-5": NODE_COUNTS}, "agents": {}}},
+    ),
+    "sums of odd types cost nothing": (
+        {**NODE_STOP, "data": {"model": 5, "sessionTokenUsage": {"input": "many", "cacheCreation5m": None}}},
+        {"usage": {"models": {"unknown": {**dict.fromkeys(ee.COUNT_NAMES), "input": "many", "cacheCreation": 0}},
+                   "agents": {}}},
+    ),
+    "a subagent is an agent of its session": (
+        {**NODE_START, "data": {"subagent": {"type": "explore"}}},
+        {"sessionId": "p1", "agentId": "a1b2c3d4", "agentType": "explore", "parentSessionId": None},
+    ),
+    "a session below another stays a session": (
+        {**NODE_START, "hookType": "Stop", "data": {"subagent": {"type": "explore"}}},
+        {"sessionId": "a1b2c3d4", "agentId": None, "parentSessionId": "p1"},
+    ),
+    "an odd parent is content": (
+        {**NODE_START, "parentSessionId": 5, "data": {"subagent": {"type": 7}}},
+        {"sessionId": "unknown", "agentId": "a1b2c3d4", "agentType": None},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", NODE_EVENTS)
+def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
+    given, wanted = NODE_EVENTS[rule]
+    event = ee.build_event({**NODE, **given}, NOW_MS, "box")
+    shown = {name: event.get(name, event["data"].get(name)) for name in wanted}
+    assert shown == {**wanted, **({"agentType": 7} if "odd parent" in rule else {})}
+    cm.Sessions().apply(event)
+
+
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut
 # ---------------------------------------------------------------------------
 
 HOOK_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-HOOK_ALPHABETS = {
-    "aws": "ABCDEFGHIJ234567",
-    "digitalocean": "0123456789abcdef",
-    "shopify": "0123456789abcdef",
-}
+HOOK_HEX, HOOK_BASE32 = "0123456789abcdef", "ABCDEFGHIJ234567"
+HOOK_ALPHABETS = {"aws": HOOK_BASE32, "digitalocean": HOOK_HEX, "shopify": HOOK_HEX}
 # Kind, then head:letters of each shape; "~" goes, so that nothing in this file looks like a secret.
 HOOK_SHAPES = """
-anthropic     sk-~ant-api03-:90
-openai        sk-~proj-:48  sk-~:48
-github        gh~p_:36  gh~o_:36  gh~u_:36  gh~s_:36  gh~r_:36  github~_pat_:82
-gitlab        gl~pat-:20
-aws           AK~IA:16  AS~IA:16
-google        AI~za:35  ya~29.:60
-slack         xox~b-:40
-stripe        sk~_live_:24  sk~_test_:24  rk~_live_:24  rk~_test_:24  wh~sec_:32
-bitbucket     ATA~TT3:180
-digitalocean  do~p_v1_:64
-vault         hv~s.:90
-docker        dckr~_pat_:27
-shopify       shp~at_:32
-groq          gs~k_:52
-xai           xa~i-:80
-npm           np~m_:36
-pypi          py~pi-:90
-huggingface   h~f_:34
+anthropic sk-~ant-api03-:90 | openai sk-~proj-:48 sk-~:48 | gitlab gl~pat-:20 | google AI~za:35 ya~29.:60
+github gh~p_:36 gh~o_:36 gh~u_:36 gh~s_:36 gh~r_:36 github~_pat_:82 | aws AK~IA:16 AS~IA:16 | slack xox~b-:40
+stripe sk~_live_:24 sk~_test_:24 rk~_live_:24 rk~_test_:24 wh~sec_:32 | bitbucket ATA~TT3:180 | groq gs~k_:52
+digitalocean do~p_v1_:64 | vault hv~s.:90 | docker dckr~_pat_:27 | shopify shp~at_:32 | xai xa~i-:80
+npm np~m_:36 | pypi py~pi-:90 | huggingface h~f_:34
 """
+# Kind of the replacement → texts; {} is the secret, and all that is replaced.
+HOOK_SECRETS_IN = {
+    "authorization": ["curl -H 'Authorization: Bearer {}' x", "Authorization: Basic {}\r\n", '"authorization": "{}"',
+        "AUTHORIZATION=token {}", "with bearer {} in it"],
+    "url-password": ["postgres://me:{}@db.example/x", "redis://:{}@host:6379/0", "postgres:\\/\\/me:{}@h\\/db",
+        "git clone HTTPS://x-access-token:{}@host/r.git"],
+    "command-line": ["curl -u me:{} https://h", "sshpass -p {} ssh h",
+        "mysql -uroot -p{} db", "redis-cli -h h -a {} ping", "docker login -u me -p {} h"],
+    "assignment": [
+        # environment
+        "export DB_PASSWORD={} && run", "API_KEY='{}'", "MY_TOKEN={}\nOTHER=1", "DB_PASS={}", "SECRET_KEY_BASE={}",
+        "PGPASSWORD={} psql", "MYSQL_PWD={}", "REDIS_PASSWORD_PROD={}", "POSTGRES_PASSWORD: {}", "LDAP_BIND_PW={}",
+        # headers
+        "X-Api-Key:{}", "X-Auth-Token: {}\r\nHost: a", "-H 'PRIVATE-TOKEN: {}'", "X-Vault-Token: {}",
+        # commands
+        "docker login --password {} registry", "gh auth --access-token='{}'", "openssl rsa -passin pass:{}",
+        "x --db-password {} y", "docker run -e API_TOKEN={} x", "java -Da.keyStorePassword={} x",
+        "aws configure set aws_secret_access_key {}", "set -gx GITHUB_TOKEN {}", "npm config set //r.example/:_authToken {}",
+        # netrc, YAML, XML, SQL
+        "machine h login me password {}", "machine h\n  login me\n  password {}\n", "password: {}", "  db_password: '{}'",
+        "- name: DB_PASSWORD\n  value: {}", "<password>{}</password>",
+        '<add key="Password" value="{}"/>', '<string name="api_key">{}</string>',
+        '<property name="password"><value>{}</value></property>', "<key>Password</key>\n<string>{}</string>",
+        "ALTER ROLE a PASSWORD '{}'", "SET PASSWORD FOR 'a'@'b' = '{}'", "CREATE LOGIN a WITH PASSWORD = N'{}'",
+        # code
+        'const githubToken = "{}";', "api_key = '{}'", "aws_secret_access_key = {}\n", "connect(host=h, password='{}')",
+        "'password' => '{}',", "define('DB_PASSWORD', '{}');", "$config['db_pass'] = '{}';", 'os.environ["X_TOKEN"] = "{}"',
+        'const token: string = "{}";', '#define API_SECRET "{}"', 'headers.set("X-Api-Key", "{}")',
+        "auth: {{user: 'a', pass: '{}'}}", 'builder.password("{}")',
+        # JSON, connections
+        '{{"clientSecret": 1, "client_secret": "{}"}}', '{{\\"api_key\\": \\"{}\\"}}', '"client_secret":\n  "{}"',
+        '{{"name": "DB_PASSWORD", "value": "{}"}}', '{{\\n  \\"apiKey\\": \\"{}\\"\\n}}', "?access_token={}&x=1",
+        "Server=h;User Id=sa;Password={};",
+        # colours and escapes
+        "password: \x1b[32m{}\x1b[0m", '\x1b[34;1m"token"\x1b[0m\x1b[1;39m:\x1b[0m \x1b[0;32m"{}"\x1b[0m',
+        "\\033[1mTOKEN\\033[0m={}", "password\\u003d{}", "a%26password%3D{}%26b", "&quot;token&quot;:&quot;{}&quot;",
+    ],
+}  # fmt: skip
 
 
 def hook_token(head: str, length: int, alphabet: str = HOOK_LETTERS) -> str:
@@ -1440,51 +1597,70 @@ def hook_key_block(length: int = 1600, kind: str = "RSA ") -> str:
     return f"-----BEGIN {kind}PRIVATE " + f"KEY-----\n{lines}\n-----END {kind}PRIVATE " + "KEY-----"
 
 
+def hook_tokens() -> Iterator[tuple[str, str]]:
+    """Make up (kind, token): of the shapes above, and one for each beginning that redaction knows."""
+    for kind, *shapes in map(str.split, re.split(r"[|\n]", HOOK_SHAPES.strip())):
+        for head, length in (shape.replace("~", "").split(":") for shape in shapes):
+            yield kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))
+    long = hook_token("", 40)
+    hex8, hex24, hex32, hex34, hex40, hex64 = (
+        hook_token("", size, HOOK_HEX) for size in (8, 24, 32, 34, 40, 64)
+    )
+    base16, base24, base64_ = (hook_token("", size, HOOK_BASE32) for size in (16, 24, 64))
+    bodies = [
+        long * 4, hook_token("1", 60, HOOK_BASE32), base16, hex32, hex40, "eyJ" + long * 2, f"{hex64}-{long[:16]}",
+        "0a1b2c3d-4e5f-4a6b-8c9d-0e1f2a3b4c5d", "A1B2C3-D4E5F6-G7H8I-J9K0L-M1N2P-Q3R4S", f"{long[:22]}.{long}{long[:3]}",
+        f"{long[:8]}_{long[:24]}", f"{hex24}-{hex34}", f"{base24}.{base64_}", f"{long[:32]}_{hex8}",
+        f"{long[:14]}.{hex64}", f"{long[:22]}.{long[:24]}.{long[:20]}",
+    ]  # fmt: skip
+    for shape in ee.SECRET_SHAPES:
+        if shape.is_token:
+            yield shape.kind, shape.hint + next(filter(shape.pattern.fullmatch, bodies))
+
+
 def hook_secrets() -> list[tuple[str, str, str]]:
     """List (kind, secret, text around it with {} in its place)."""
-    plain = [("private-key", hook_key_block(kind=kind)) for kind in ("RSA ", "", "OPENSSH ")]
-    for kind, *shapes in map(str.split, HOOK_SHAPES.split("\n")[1:-1]):
-        for head, length in (shape.replace("~", "").split(":") for shape in shapes):
-            plain.append((kind, hook_token(head, int(length), HOOK_ALPHABETS.get(kind, HOOK_LETTERS))))
-    plain.append(("sendgrid", hook_token("S" + "G.", 22) + "." + hook_token("", 43)))
+    plain = [
+        *hook_tokens(),
+        *(("private-key", hook_key_block(kind=kind)) for kind in ("", "RSA ", "OPENSSH ")),
+    ]
     plain.append(("jwt", f"{hook_token('ey' + 'J', 30)}.{hook_token('ey' + 'J', 60)}.{hook_token('', 43)}"))
     word = hook_token("", 24)
+    login = base64.b64encode(b"user:" + word.encode()).decode()
     around = [
         ("azure", hook_token("", 86) + "==", "AccountName=a;Account" + "Key={};x"),
         ("slack", hook_token("T0/B0/", 24), "https://hooks.slack.com/" + "services/{} "),
         ("telegram", hook_token("", 33), "https://api.telegram.org/bot123456789:" + "AA{}/getMe"),
         ("telegram", hook_token("", 33), "TELEGRAM=123456789:" + "AA{}"),
         ("teams", hook_token("", 50), "https://a.webhook.office.com/" + "webhookb2/{} "),
-        ("mailchimp", hook_token("", 32, "0123456789abcdef") + "-us12", "key {} "),
+        ("mailchimp", hook_token("", 32, HOOK_HEX) + "-us12", "key {} "),
         ("terraform", hook_token("", 14) + ".atlas" + "v1." + hook_token("", 67), "key {} "),
         ("discord", "12345678/" + hook_token("", 68), "https://discord.com/" + "api/webhooks/{} "),
         ("url-password", "p@ss" + word, "mysql://root:{}@db:3306/shop"),
         ("cookie", f"sid={word}; theme=dark", "Cookie: {}\r\nHost: a"),
         ("cookie", f"sid={word}", '"Set-Cookie": "{}"'),
+        ("cookie", f"sid={word}", "Cookie:{}"),
+        ("assignment", word, '{{"Set-Cookie": "{}", "bearer": ""}}'),
+        ("assignment", word, '{{"bearer":"{}"}}'),
+        ("assignment", word, "alter user a identified by '{}';"),
+        ("command-line", word, "None\x1b[0mcurl -u me:{} h"),
+        ("jwt", plain[-1][1], "None\x1b[0m{}\x1b[1mx"),
         ("assignment", "12345678", "password: {}\n"),
         ("assignment", "12345678", '"password": {},'),
         ("assignment", "12345678", "PASSWORD={} "),
         ("assignment", "correct horse; battery", 'DB_PASSWORD="{}"'),
+        ("assignment", 'a\\"' + word, '{{"password": "{}"}}'),
+        ("assignment", login, '{{"auths": {{"h": {{"auth": "{}"}}}}}}'),
+        ("assignment", login, "_auth={}"),
     ]
-    around_word = {
-        "authorization": [
-            "curl -H 'Authorization: Bearer {}' x", "Authorization: Basic {}\r\n", '"authorization": "{}"',
-            "AUTHORIZATION=token {}", "with bearer {} in it",
-        ],
-        "url-password": [
-            "postgres://me:{}@db.example/x", "redis://:{}@host:6379/0",
-            "git clone HTTPS://x-access-token:{}@host/r.git",
-        ],
-        "assignment": [
-            "export DB_PASSWORD={} && run", "API_KEY='{}'", '{{"clientSecret": 1, "client_secret": "{}"}}',
-            "?access_token={}&x=1", "MY_TOKEN={}\nOTHER=1", 'const githubToken = "{}";', "api_key = '{}'",
-            "aws_secret_access_key = {}\n", "X-Api-Key: {}\r\n", "  clientSecret: {}\n",
-            "docker login --password {} registry", "gh auth --access-token='{}'", "PGPASSWORD={} psql",
-            '{{\\"api_key\\": \\"{}\\"}}', "connect(host=h, password='{}')",
-        ],
-    }  # fmt: skip
-    around += [(kind, word, text) for kind, texts in around_word.items() for text in texts]
+    # a value that begins like a type
+    around += [("assignment", head + word, "api_key: {}\n") for head in ("f29d", "u8x", "sha256x", "x25519a")]
+    around += [(kind, word, text) for kind, texts in HOOK_SECRETS_IN.items() for text in texts]
     return [(kind, secret, "see {} there") for kind, secret in plain] + around
+
+
+HOOK_SECRETS = hook_secrets()
+HOOK_SECRET_KINDS = sorted({kind for kind, _, _ in HOOK_SECRETS})
 
 
 def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
@@ -1494,29 +1670,25 @@ def hook_traces(secret: str, event: Any, length: int = 8) -> list[str]:
     return sorted(piece for piece in pieces if json.dumps(piece)[1:-1] in text)
 
 
-def hook_surroundings(secret: str) -> dict[str, str]:
-    """Return texts that a secret may stand in: what tools read, write and print."""
-    return {
-        "shell output": f"$ cat x\n{secret}\n$ ",
-        "JSON": json.dumps({"a": [1, {"value": secret}]}),
-        "JSON in JSON": json.dumps({"stdout": json.dumps({"value": secret})}),
-        "environment file": f"A=1\nTHING={secret}\nexport OTHER='{secret}'\n",
-        "URL": f"GET https://api.example/v1?x=1&thing={secret}&y=2",
-        "header": f"> POST / HTTP/1.1\r\n> X-Thing: {secret}\r\n",
-        "code": f'client = Client("{secret}", timeout=5)  # {secret}',
-        "diff": f"@@ -1 +1 @@\n-thing: {secret}\n+thing: none",
-        "other languages": f"Schlüssel: «{secret}» İstanbul ẞ {secret}",
-    }
+# What tools read, write and print; {} is the secret.
+HOOK_TEXTS = (
+    "$ cat x\n{}\n$ ", '{{"a": [1, {{"value": "{}"}}]}}', '{{"stdout": "{{\\"value\\": \\"{}\\"}}"}}',
+    "A=1\nTHING={}\nexport OTHER='{}'\n", "GET https://api.example/v1?x=1&thing={}&y=2",
+    "> POST / HTTP/1.1\r\n> X-Thing: {}\r\n", 'client = Client("{}", timeout=5)  # {}', '"line\\n{}\\nnext"',
+    "@@ -1 +1 @@\n-thing: {}\n+thing: none", "Schlüssel: «{}» İstanbul ẞ {}", "?t%3D{}&x", "\x1b[32m{}\x1b[0m", "a\\u003d{}",
+)  # fmt: skip
 
 
 def hook_corpus() -> list[tuple[str, str, str]]:
     """List (kind, secret, text) for every secret in every surrounding that it can stand in."""
     corpus = []
-    for kind, secret, around in hook_secrets():
+    for kind, secret, around in HOOK_SECRETS:
         text = around.format(secret)
-        if around == "see {} there":
-            corpus += [(kind, secret, inside) for inside in hook_surroundings(secret).values()]
         corpus += [(kind, secret, text), (kind, secret, json.dumps(text)), (kind, secret, f"ünd İ {text}")]
+        if around == "see {} there":
+            quoted = json.dumps(secret)[1:-1] if "\n" in secret else secret
+            for other in HOOK_TEXTS:
+                corpus.append((kind, secret, other.format(*[quoted if '"{}' in other else secret] * 2)))
     return corpus
 
 
@@ -1527,37 +1699,60 @@ def hook_missed() -> list[tuple[str, str]]:
 
 def test_a_secret_is_found_in_whatever_surrounds_it():
     assert hook_missed() == [] and len(hook_corpus()) > 300
-    kinds = {shape.kind for shape in ee.SECRET_SHAPES if not shape.is_token}
-    assert kinds <= {kind for kind, _, _ in hook_secrets()} | {"command-line"}  # SECRETS_IN has these
+    assert {shape.kind for shape in ee.SECRET_SHAPES} <= set(HOOK_SECRET_KINDS)
 
 
-@pytest.mark.parametrize(("kind", "secret", "around"), hook_secrets(), ids=[row[0] for row in hook_secrets()])
-def test_a_secret_is_replaced_wherever_it_stands(kind, secret, around):
-    digest = hashlib.sha256(secret.encode()).hexdigest()[:8]
-    text, expected = around.format(secret), around.format(f"[redacted:{kind}:{digest}]")
-    assert ee.redact_text(text) == ee.redact_text(expected) == expected
-    assert ee.redact_text(f"{text}\n{text}") == f"{expected}\n{expected}"
-    response, tool_input = [{"stdout": ["a", text]}], {"command": text, text: "as a name"}
-    given_payload = payload("PostToolUse", tool_input=tool_input, tool_response=response, future=text)
-    event = protected(ee.build_event(given_payload, 5, "m"), ee.Privacy())
-    assert not hook_traces(secret, event)
-    assert event["data"]["toolOutput"] == [{"stdout": ["a", expected]}]
-    assert event["data"]["future"] == expected
-    assert protected(json.loads(json.dumps(event)), ee.Privacy()) == event
-    other = protected({**ee.build_event({"eventType": "x"}, 5, "m"), "beside": [text]}, ee.Privacy())
-    assert other["beside"] == [expected]
-    kept = protected(ee.build_event(given_payload, 5, "m"), ee.Privacy(redact=False))
-    assert kept["data"]["future"] == text
+def hook_protected(given_payload: dict[str, Any], privacy: ee.Privacy | None = None) -> dict[str, Any]:
+    """Return the protected event of a payload."""
+    return protected(ee.build_event(json.loads(json.dumps(given_payload)), 5, "m"), privacy or ee.Privacy())
+
+
+@pytest.mark.parametrize("kind", HOOK_SECRET_KINDS)
+def test_a_secret_is_replaced_wherever_it_stands(kind):
+    for _, secret, around in (row for row in HOOK_SECRETS if row[0] == kind):
+        digest = hashlib.sha256(secret.encode()).hexdigest()[:8]
+        text, expected = around.format(secret), around.format(f"[redacted:{kind}:{digest}]")
+        assert ee.redact_text(text) == ee.redact_text(expected) == expected
+        assert ee.redact_text(f"{text}\n{text}") == f"{expected}\n{expected}"
+        response, tool_input = [{"stdout": ["a", text]}], {"command": text, text: "as a name"}
+        given_payload = payload("PostToolUse", tool_input=tool_input, tool_response=response, future=text)
+        event = hook_protected(given_payload)
+        assert not hook_traces(secret, event)
+        assert event["data"]["toolOutput"] == [{"stdout": ["a", expected]}]
+        assert event["data"]["future"] == expected
+        assert protected(json.loads(json.dumps(event)), ee.Privacy()) == event
+        other = protected({**ee.build_event({"eventType": "x"}, 5, "m"), "beside": [text]}, ee.Privacy())
+        assert other["beside"] == [expected]
+        assert hook_protected(given_payload, ee.Privacy(redact=False))["data"]["future"] == text
+
+
+HOOK_SECRETS_ALONE = (
+    *("CREATE USER a IDENTIFIED BY '{}';", "ALTER USER a IDENTIFIED WITH sha2 BY '{}'"),
+    *("ADMIN_PASSWORD=p@ss&word#{}", "-H 'Authorization:Basic {}'", "curl -X POST h \\\n  --user 'me:{}'"),
+    *("password: >-\n  {}", "secret:\n    {}\n"),
+)
+
+
+@pytest.mark.parametrize("text", HOOK_SECRETS_ALONE)
+def test_a_secret_in_a_text_of_its_own_is_replaced(text):
+    secret = hook_token("", 24)
+    for _ in range(1 if "&" in text else 3):  # in JSON, too, and in JSON in JSON
+        shown = ee.redact_text(text.format(secret))
+        assert not hook_traces("p@ss&word#" + secret, shown, 6) and "[redacted:" in shown
+        text = json.dumps({"a": text.format(secret)}).replace("{", "{{").replace("}", "}}")
 
 
 HOOK_SECRET_NAMES = """
     password PASSWORD dbPassword db-password apiKey API_KEY api-key x-api-key apikey ACCESS_TOKEN accessToken
     githubToken token secret client_secret clientSecret AWS_SECRET_ACCESS_KEY privateKey Authorization passphrase
-    credentials Cookie Set-Cookie passwd my.api.key pwd dbPwd auth-key secretKey bearer to\u212aen
+    credentials Cookie Set-Cookie passwd my.api.key pwd dbPwd auth-key secretKey bearer to\u212aen SECRET_KEY_BASE
+    DB_PASS dbPass PGPASSWORD _authToken client-key-data jwtSecret smtp.pass RAILS_MASTER_KEY SSHPASS
+    sharedAccessKey PASSWORD2 db_pw
 """
 HOOK_OTHER_NAMES = """
     tokens tokenCount input_tokens max_tokens tool_use_id key keyboard secretary passwordless session_id token_type
-    author cookies_accepted compass old_string file_path
+    author cookies_accepted compass bos_token sep_token old_string file_path primaryKey publicKey eos_token passwordHint secretName
+    secrets bypass Authorization:[redacted:authorization:51106613]
 """
 HOOK_PASSWORDS = ["short", "short é", 12345678, 1234, -99999, 1234.5]
 HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
@@ -1575,55 +1770,74 @@ HOOK_NO_PASSWORDS = [None, True, False, 0, 7, 999]
 def test_a_value_is_replaced_when_its_name_says_secret(names, values, are_secret):
     for name in names.split():
         for value in values:
-            given_input = {"env": {name: value}, "list": {name: [value]}}
-            event = ee.build_event(payload("PreToolUse", tool_input=given_input), 5, "m")
             digest = hashlib.sha256(str(value).encode()).hexdigest()[:8]
             expected = f"[redacted:key:{digest}]" if are_secret else value
-            redacted = protected(event, ee.Privacy())["data"]["toolInput"]
-            assert redacted == {"env": {name: expected}, "list": {name: [expected]}}
+            pair = {"name": name, "value": value}
+            given_input = {"env": {name: value}, "list": {name: [value]}, "pair": pair}
+            redacted = hook_protected(payload("PreToolUse", tool_input=given_input))["data"]["toolInput"]
+            assert redacted["env"] == {name: expected} and redacted["list"] == {name: [expected]}
+            assert redacted["pair"] == {"name": name, "value": expected}
+        if values is HOOK_PASSWORDS and name.lower() not in ("cookie", "set-cookie", "bearer", "to\u212aen"):
+            word = hook_token("", 12) + "7Q"
+            assert (word not in ee.redact_text(f'{{"{name}": "{word}"}}')) == are_secret, name
+
+
+# With " ¦ " between them.
+HOOK_HARMLESS = """proxy_pass http://backend:8080; ¦ password: str = Field(...) ¦ token: Optional[str] = None
+docker run -u 1000:1000 img ¦ curl -u $USER:$PASS https://x ¦ git push -u origin main
+"auth": "oauth2", "auth": true ¦ PWD=/home/me/project1 ¦ 12 passed, "pass": 12, pass: 100%
+TOKEN_LIMIT=100000 max_tokens=4096 ¦ secretName: my-secret-1 ¦ secretKeyRef: {name: db1, key: password}
+password: "{{ vault_db_password }}" ¦ password: !vault | ¦ token: ${{ secrets.GITHUB_TOKEN }}
+<label for="password">Password</label> ¦ cache-key: v1-deps-12345 ¦ primary_key=True, sort_key: created_at2
+SSH_KEY=~/.ssh/id_ed25519 ¦ GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json ¦ "token_type": "Bearer"
+secrets: inherit ¦ re_compile_pattern_2_of_the_book ¦ sk-container-id-12345678
+toolu_01XFDUDYJgAACzvnptvVoYEL msg_01XFDUDYJgAACzvnptvVoYEL
+fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000 ¦ git@github.com:org/repo.git
+https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2 ¦ rows are identified by 'name' ¦ pad_token: "<pad1>"
+passport: 12345, bypass=true1, compass: n123 ¦ --key-file /etc/k1.pem --token-file t1
+API_KEY=your-api-key-here ¦ PASSWORD=******** password: '****' TOKEN=<token>
+headers["Authorization"] = "Basic %s" % auth
+token = get_token()~password = input('password: ')~secret: str~if token == other_token: pass
+const { token, secret } = useAuth(); headers.authorization = auth
+the password is wrong; enter a token, then the key ¦ input_tokens: 1200, output_tokens: 87
+https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com
+export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}
+task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month
+ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box
+login(token=get_token(), password=self.password, secret=name, api_key=keys[0])
+const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}
+interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string; password: u64, }
+fetch(u, { credentials: 'include', token: null, headers: { authorization: getAuthorization() } })
+credentials: true~secret: optional~token: required~password: none~authorization: required
+{"password": null, "token": true, "secret": {"a": 1}, "token": [1, 2], "token": 50256}
+labels = {"password": "Enter your password", "token": "The token to use"}
+if path == '/' and \"token=\" in query_text: pass
+for token in tokens: print(token); token = tokens[3]; secret = sha256(x); token = error62 ?? t
+usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token
+MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123
+password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}
+3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890
+the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task""".replace(
+    "\n", " ¦ "
+).split(" ¦ ")
 
 
 def hook_harmless_texts() -> list[str]:
+    """List texts that name secrets or look like some, and hold none."""
     rng = random.Random(9)
-    image = base64.b64encode(rng.randbytes(60_000)).decode()
+    image, check, digest = (base64.b64encode(rng.randbytes(size)).decode() for size in (60_000, 64, 32))
     return [
-        str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-        hashlib.sha256(b"x").hexdigest(),
+        *(text.replace("~", "\n") if "~/" not in text else text for text in HOOK_HARMLESS),
+        "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
+        image,
+        "data:image/png;base64," + image[:4000],
         "commit " + hashlib.sha1(b"x").hexdigest() + "\nAuthor: A <a@b.example>",
         "diff --git a/x.py b/x.py\nindex 83db48f..bf2a9d1 100644\n--- a/x.py\n+++ b/x.py\n"
         "@@ -1,3 +1,3 @@\n-token = old()\n+token = new()",
-        image,
-        "data:image/png;base64," + image[:4000],
-        "token = get_token()\npassword = input('password: ')\nsecret: str\nif token == other_token: pass",
-        "const { token, secret } = useAuth(); headers.authorization = auth",
-        "the password is wrong; enter a token, then the key",
-        "input_tokens: 1200, output_tokens: 87",
-        "toolu_01" + "A" * 22,
-        "msg_01XFDUDYJgAACzvnptvVoYEL",
-        "https://example.com:8443/path?x=1#y and ssh://git@host/repo and user@example.com",
-        "export TOKEN=$TOKEN; curl -H \"x: $API_KEY\" password=${PASSWORD}",
-        "task-list risk-free desk-lamp-with-many-parts disk-usage-report-of-the-month",
-        "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
-        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI me@box",
-        "login(token=get_token(), password=self.password, secret=name, api_key=keys[0])",
-        "f(token=get_token()) or f(password=other.field); token=x.y;",
-        "const t=e=>{var n=t.token,r=e.password;n.secret=r.token,i.accessToken=n.accessToken;return token===r}",
-        "interface A { password: string; token: Uint8Array; secret: bytes32; apiKey?: string }",
-        "fetch(u, { credentials: 'include', token: null, headers: { authorization: getAuthorization() } })",
-        "credentials: true\nsecret: optional\ntoken: required\npassword: none\nauthorization: required",
-        '{"password": null, "token": true, "secret": {"a": 1}, "token": [1, 2], "token": 50256}',
-        'labels = {"password": "Enter your password", "token": "The token to use"}',
-        "if path == '/' and \"token=\" in query_text: pass",
-        "for token in tokens: print(token); token = tokens[3]; secret = sha256(x); token = error62 ?? t",
-        "usage: x [--token TOKEN] [--password PASSWORD] --api-key KEY; see --token",
-        "MAX_TOKEN=4096 key=value primary_key: id12345 keyboard=qwertyuiop1 monkey: banana123",
-        "password = os.environ['DB_PASSWORD']; token=process.env.TOKEN1; secret={{ vault.secret1 }}",
-        '"integrity": "sha512-' + base64.b64encode(rng.randbytes(64)).decode() + '",\n"resolved": "https://r.example/a.tgz"',
-        'name = "serde"\nchecksum = "' + hashlib.sha256(b"y").hexdigest() + '"',
-        "golang.org/x/net v0.1.0 h1:" + base64.b64encode(rng.randbytes(32)).decode() + "=\n",
-        "3.14159265358979 1700000000000 0xdeadbeefcafebabe 550e8400e29b41d4a716446655440000 12345678901234567890",
-        "the cookie: a small biscuit; cookies: 2; bearer of news; ask-me-anything-about-this-long-task",
-    ]  # fmt: skip
+        f'"integrity": "sha512-{check}",\n"resolved": "https://r.example/a.tgz"',
+        f'name = "serde"\nchecksum = "{hashlib.sha256(b"y").hexdigest()}"',
+        f"golang.org/x/net v0.1.0 h1:{digest}=\n",
+    ]
 
 
 @pytest.mark.parametrize("text", hook_harmless_texts(), ids=lambda text: text[:20])
@@ -1635,9 +1849,9 @@ def test_what_is_no_secret_stays_as_it_is(text):
 def test_source_code_stays_as_it_is(module):
     with open(module.__file__, encoding="utf-8") as file:
         text = file.read()
-    redacted = ee.redact_text(text)
     # the one thing like a secret in them: an example in urllib's documentation
-    assert redacted.count("[redacted:") - text.count("[redacted:") == (module is urllib.request)
+    found = ee.redact_text(text).count("[redacted:") - text.count("[redacted:")
+    assert found == (module is urllib.request)
 
 
 def hook_hints() -> list[str]:
@@ -1652,24 +1866,18 @@ HOOK_REPEATED = (
 )
 
 
-def redaction_seconds(unit: str, size: int, times: int = 1) -> float:
-    """Return the processor's time for a text of a unit over and over, the shortest of some tries."""
-    text, tries = (unit * (size // len(unit) + 1))[:size], []
-    for _ in range(times):
-        begin = time.process_time()
-        ee.redact_text(text)
-        tries.append(time.process_time() - begin)
-    return min(tries)
+def redaction_seconds(unit: str, size: int) -> float:
+    """Return the processor's time for a text of a unit over and over."""
+    begin = time.process_time()
+    ee.redact_text((unit * (size // len(unit) + 1))[:size])
+    return time.process_time() - begin
 
 
 @pytest.mark.parametrize("pattern", HOOK_REPEATED)
-def test_the_time_for_redaction_grows_no_faster_than_the_length(pattern):
+def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
     for hint in ("", "token", "eyJ", "://", "authorization"):
         unit = pattern.replace("{}", hint)
-        if unit:
-            limit = 60 * max(redaction_seconds(unit, 10_000, 3), 0.001)
-            # sixteen times as long; a square would be 256 times as slow
-            assert any(redaction_seconds(unit, 160_000) < limit for _ in range(3)), unit
+        assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
 
 
 @settings(deadline=None, max_examples=100)
@@ -1683,14 +1891,36 @@ def test_redaction_of_any_mixture_is_quick_and_the_same_twice(parts, hint):
     unit = "".join(parts).replace("{}", hint)
     once = ee.redact_text(unit)
     assert ee.redact_text(once) == once, "what is gone gives nothing beside it another meaning"
-    assert redaction_seconds(unit, 40_000) < 2.0  # the square would take minutes
+    assert redaction_seconds(unit, 20_000) < 1.0
 
 
-@settings(deadline=None, max_examples=150)
+def test_a_token_that_grep_has_coloured_is_redacted_whole():
+    token = hook_token("gh" + "p_", 36)
+    shown = ee.redact_text(f"\x1b[01;31m\x1b[K{token[:4]}\x1b[m\x1b[K{token[4:]} and text")
+    assert "[redacted:github:" in shown and token[4:12] not in shown and shown.endswith(" and text")
+
+
+HOOK_ESCAPES = st.sampled_from(
+    ["\n", " ", *r'\n|\t|\\n|%3D|%20|\u003d|\x1b[0m|&amp;|"|=|: '.split("|"), "\x1b[0m", "\x1b[01;31m\x1b[K"]
+)
+hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, max_size=4).map("".join)
+hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
+
+
+@settings(deadline=None, max_examples=300)
+@given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
+def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
+    shown = ee.redact_text(before + left + token + right + after)
+    assert set(hook_traces(token, shown)) <= {*hook_traces(token, [before, after])}, shown
+    assert ee.redact_text(shown) == shown
+
+
+@settings(deadline=None, max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
     privacy = ee.Privacy(redact, metadata_only, 1024)
-    once = protected(ee.build_event(json.loads(json.dumps(given_object)), 5, "m"), privacy)
+    once = hook_protected(given_object, privacy)
+    hook_check_form(once)
     assert protected(json.loads(json.dumps(once)), privacy) == once
 
 
@@ -1702,8 +1932,8 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
     text = "head" + letter * ((limit - 8) // width + over) + "tail"
     size = len(text.encode("utf-8", "surrogatepass"))
     response = {"stdout": text, "lines": ["x", text]}
-    event = ee.build_event(payload("PostToolUse", tool_response=response, tool_input={"a": "b"}), 5, "m")
-    data = protected(event, ee.Privacy(field_limit_bytes=limit))["data"]
+    given_payload = payload("PostToolUse", tool_response=response, tool_input={"a": "b"})
+    data = hook_protected(given_payload, ee.Privacy(field_limit_bytes=limit))["data"]
     cut = data["toolOutput"]["stdout"]
     if size <= limit:
         assert cut == text and "truncated" not in data
@@ -1716,44 +1946,42 @@ def test_a_long_field_is_cut_in_the_middle_with_its_size(letter, over):
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "€", "😀"])
-@pytest.mark.parametrize("limit", [1024, 4096, 16_384])
+@pytest.mark.parametrize("limit", [1024, 4096])
 def test_what_was_cut_once_is_not_cut_again(letter, limit):
     privacy = ee.Privacy(field_limit_bytes=limit)
     for size in range(limit - 50, limit + 300, 7):
-        for fields in (
-            {"x": letter * size},
-            {"x": letter * size + "a" * size, "y": ["b" * size + letter * size]},
-        ):
-            once = protected(ee.build_event(payload("Stop", **fields), 5, "m"), privacy)
+        longer = {"x": letter * size + "a" * size, "y": ["b" * size + letter * size]}
+        for fields in ({"x": letter * size}, longer):
+            once = hook_protected(payload("Stop", **fields), privacy)
             assert protected(json.loads(json.dumps(once)), privacy) == once
             assert len(once["data"]["x"].encode()) <= limit
 
 
 def test_a_field_cut_before_keeps_its_first_size():
-    event = ee.build_event(payload("Stop", last_assistant_message="x" * 50_000), 5, "m")
-    once = protected(event, ee.Privacy(field_limit_bytes=8192))
+    given_payload = payload("Stop", last_assistant_message="x" * 50_000)
+    once = hook_protected(given_payload, ee.Privacy(field_limit_bytes=8192))
     twice = protected(once, ee.Privacy(field_limit_bytes=1024))
     assert twice["data"]["truncated"] == {"assistantResponse": 50_000}
 
 
-@pytest.mark.parametrize(("kind", "secret", "around"), hook_secrets(), ids=[row[0] for row in hook_secrets()])
-def test_a_secret_across_the_cut_leaves_no_half(kind, secret, around):
-    privacy = ee.Privacy(field_limit_bytes=16_384)
-    text, total = around.format(secret), 40_000
-    for edge in (8192, total - 8192):
+@pytest.mark.parametrize("kind", HOOK_SECRET_KINDS)
+def test_a_secret_across_the_cut_leaves_no_half(kind):
+    secret, around = next((secret, around) for its_kind, secret, around in HOOK_SECRETS if its_kind == kind)
+    text, total, privacy = around.format(secret), 24_000, ee.Privacy(field_limit_bytes=8192)
+    for edge in (4096, total - 4096):
         for back in range(0, len(text), max(1, len(text) // 12)):
             rest = (edge - back) % 5
             before = "word " * ((edge - back) // 5) + "." * (rest - 1) + " " * (rest > 0)
             long_text = before + text
             long_text += " word" * ((total - len(long_text)) // 5)
-            event = protected(ee.build_event(payload("Stop", x=long_text), 5, "m"), privacy)
+            event = hook_protected(payload("Stop", x=long_text), privacy)
             assert "truncated" in event["data"] and not hook_traces(secret, event), (edge, back)
 
 
 def test_secrets_before_the_cut_pull_no_half_secret_into_view():
     # What is replaced becomes shorter, so that the head reaches further into the text than its length says.
     limit, margin = 32_768, 4096
-    secret = hook_token("AK" + "IA", 16, "ABCDEFGHIJ234567")
+    secret = hook_token("AK" + "IA", 16, HOOK_BASE32)
     blocks = "\n\n".join(hook_key_block(1600) for _ in range(5)) + "\n"
     for edge in (limit // 2, limit // 2 + margin):
         for back in (2, 8, 12, 18):
@@ -1762,38 +1990,51 @@ def test_secrets_before_the_cut_pull_no_half_secret_into_view():
             text = start + secret + " y" * 60_000
             mirrored = "y " * 60_000 + secret + start[::-1].replace(blocks[::-1], blocks)
             for tried in (text, mirrored):
-                event = ee.build_event(payload("Stop", x=tried), 5, "m")
-                event = protected(event, ee.Privacy(field_limit_bytes=limit))
+                event = hook_protected(payload("Stop", x=tried), ee.Privacy(field_limit_bytes=limit))
                 assert not hook_traces(secret, event), (edge, back, tried is text)
 
 
-HOOK_PROSE = "content-of-a-person"
+HOOK_PROSE, HOOK_WORDS = "content-of-a-person", "words of a person"
 # What comes, and what of its `data` leaves.
 HOOK_METADATA: dict[str, tuple[dict[str, Any], Any]] = {
     "a call": (
         payload(
             "PostToolUse", tool_name="Bash", tool_use_id="t1", duration_ms=5, tool_input={"command": HOOK_PROSE},
-            tool_response=HOOK_PROSE, message=HOOK_PROSE, prompt=HOOK_PROSE, error=HOOK_PROSE,
-            last_assistant_message=HOOK_PROSE, future=HOOK_PROSE, tool_calls=[HOOK_PROSE], title=HOOK_PROSE,
-            session_title=HOOK_PROSE, model="claude-x", permission_mode="default",
+            model="claude-x", permission_mode="default", tool_calls=[HOOK_PROSE], tool_response=HOOK_PROSE,
+            **dict.fromkeys("message prompt error last_assistant_message future title session_title".split(), HOOK_PROSE),
         ),
         {"toolName": "Bash", "toolUseId": "t1", "durationMs": 5, "model": "claude-x", "permissionMode": "default"},
     ),
     "the reason of an end": (payload("SessionEnd", reason="other"), {"reason": "other"}),
     "the prose of a refusal": (payload("PermissionDenied", reason=HOOK_PROSE), {}),
     "a field of another program": ({"eventType": "message", "text": HOOK_PROSE}, {}),
-    "data of another program": ({"eventType": "message", "data": {"text": HOOK_PROSE}}, {}),
-    "data that is no object": ({"eventType": "message", "data": HOOK_PROSE}, {}),
     "any object": ({"test": HOOK_PROSE}, {}),
     "a field beside a payload": (hook_wrapped({"hook_event_name": "Stop"}, beside={"text": HOOK_PROSE}), {}),
+    **{
+        f"data of another program: {data}": ({"eventType": "message", "data": data}, left)
+        for data, left in (
+            (HOOK_PROSE, {}),
+            ({"text": HOOK_PROSE}, {}),
+            ({"usage": {"models": {"m-1": {"input": 5, "note": "a-word"}}, "model": "m-1", HOOK_WORDS: 1}},
+             {"usage": {"models": {"m-1": {"input": 5}}, "model": "m-1"}}),
+            ({"usage": HOOK_WORDS}, {}),
+            ({"agentMeta": {"agentType": "Explore", "spawnDepth": 1, "description": HOOK_WORDS}},
+             {"agentMeta": {"agentType": "Explore", "spawnDepth": 1}}),
+            ({"truncated": {"toolOutput.stdout": 5, HOOK_WORDS: 7, "x": HOOK_WORDS}}, {"truncated": {"toolOutput.stdout": 5}}),
+            ({"model": {"name": HOOK_WORDS}}, {}),
+            ({"source": [HOOK_WORDS]}, {}),
+            ({"trigger": "manual"}, {"trigger": "manual"}),
+            ({"trigger": HOOK_WORDS * 20}, {}),
+        )
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("given_object", "data"), HOOK_METADATA.values(), ids=HOOK_METADATA.keys())
 def test_at_the_level_of_metadata_no_content_leaves(given_object, data):
-    built = ee.build_event(given_object, 5, "m")
-    event = protected(dict(built), ee.Privacy(metadata_only=True))
-    assert HOOK_PROSE not in json.dumps(event) and event["data"] == data
+    event = hook_protected(given_object, ee.Privacy(metadata_only=True))
+    built, text = ee.build_event(given_object, 5, "m"), json.dumps(event)
+    assert HOOK_PROSE not in text and HOOK_WORDS not in text and event["data"] == data
     assert (event["sessionId"], event["hookType"]) == (built["sessionId"], built["hookType"])
 
 
@@ -1815,267 +2056,44 @@ def test_the_config_decides_what_is_stored(tmp_path, key, value, beginning, is_w
     assert message.startswith(beginning) and (len(message) > 1024) == is_whole
 
 
-WORD = hook_token("", 12)
-LONG = hook_token("", 40)
-LOGIN = base64.b64encode(b"user:" + WORD.encode()).decode()
-
-# What must be gone ({}), in what it may stand in. The text around it stays.
-SECRETS_IN = {
-    "environment file": ["DB_PASS={}", "export API_KEY='{}'", "SECRET_KEY_BASE={}", "PGPASSWORD={} psql", "MYSQL_PWD={}",
-        "REDIS_PASSWORD_PROD={}", "POSTGRES_PASSWORD: {}", "LDAP_BIND_PW={}", "ADMIN_PASSWORD=p@ss&word#{}"],
-    "header": ["X-Api-Key:{}", "X-Auth-Token: {}\r\nHost: a", "-H 'PRIVATE-TOKEN: {}'", "X-Vault-Token: {}", "Cookie:sid={}"],
-    "command": ["curl -u me:{} https://h", "curl -X POST h \\\n  --user 'me:{}'", "sshpass -p {} ssh h", "mysql -uroot -p{} db",
-        "redis-cli -h h -a {} ping", "docker login -u me -p {} h", "openssl rsa -passin pass:{}", "x --db-password {} y",
-        "docker run -e API_TOKEN={} x", "java -Da.keyStorePassword={} x", "aws configure set aws_secret_access_key {}",
-        "set -gx GITHUB_TOKEN {}", "npm config set //r.example/:_authToken {}"],
-    "netrc": ["machine h login me password {}", "machine h\n  login me\n  password {}\n"],
-    "YAML": ["password: {}", "  db_password: '{}'", "password: >-\n  {}", "secret:\n    {}\n", "- name: DB_PASSWORD\n  value: {}"],
-    "XML": ["<password>{}</password>", '<add key="Password" value="{}"/>', '<string name="api_key">{}</string>',
-        '<property name="password"><value>{}</value></property>', "<key>Password</key>\n<string>{}</string>"],
-    "SQL": ["CREATE USER a IDENTIFIED BY '{}';", "ALTER USER a IDENTIFIED WITH sha2 BY '{}'", "ALTER ROLE a PASSWORD '{}'",
-        "SET PASSWORD FOR 'a'@'b' = '{}'", "CREATE LOGIN a WITH PASSWORD = N'{}'"],
-    "code": ["'password' => '{}',", "define('DB_PASSWORD', '{}');", "$config['db_pass'] = '{}';", 'os.environ["X_TOKEN"] = "{}"',
-        'const token: string = "{}";', '#define API_SECRET "{}"', 'headers.set("X-Api-Key", "{}")', "auth: {{user: 'a', pass: '{}'}}",
-        'builder.password("{}")'],
-    "JSON in text": ['{{"password": "{}"}}', '{{\\"token\\": \\"{}\\"}}', '{{"password": "a\\"{}"}}', '"client_secret":\n  "{}"',
-        '{{"name": "DB_PASSWORD", "value": "{}"}}', '{{\\n  \\"apiKey\\": \\"{}\\"\\n}}'],
-    "connection": ["Server=h;User Id=sa;Password={};", "postgres:\\/\\/me:{}@h\\/db", "amqp://me:{}@h", "?a=b&access_token={}&c=d"],
-    "colours": ["password: \x1b[32m{}\x1b[0m", '\x1b[34;1m"token"\x1b[0m\x1b[1;39m:\x1b[0m \x1b[0;32m"{}"\x1b[0m', "\\033[1mTOKEN\\033[0m={}"],
-    "escapes": ["password\\u003d{}", "a%26password%3D{}%26b", "&quot;token&quot;:&quot;{}&quot;", "TOKEN\\x3d{}"],
-}  # fmt: skip
-LOGINS_IN = [
-    "Authorization: Basic {}",
-    "-H 'Authorization:Basic {}'",
-    '{{"auths": {{"h": {{"auth": "{}"}}}}}}',
-    "_auth={}",
-]
-
-
-def secret_rows() -> list[Any]:
-    rows = [(kind, WORD + "7Q", text) for kind, texts in SECRETS_IN.items() for text in texts]
-    return [pytest.param(*row[1:], id=f"{row[0]} {at}") for at, row in enumerate(rows)] + [
-        pytest.param(LOGIN, text, id=f"login {text[:20]}") for text in LOGINS_IN
-    ]
-
-
-@pytest.mark.parametrize(("secret", "text"), secret_rows())
-def test_a_secret_is_redacted_in_each_notation(secret, text):
-    shown = ee.redact_text(text.format(secret))
-    assert not hook_traces(secret, shown, 6) and "[redacted:" in shown, shown
-    event = ee.build_event(payload("PostToolUse", tool_response={"stdout": text.format(secret)}), 5, "m")
-    assert not hook_traces(secret, protected(event, ee.Privacy()), 6)
-
-
-# Texts that name secrets and hold none.
-HARMLESS = """proxy_pass http://backend:8080;
-password: str = Field(...)
-token: Optional[str] = None
-docker run -u 1000:1000 img
-curl -u $USER:$PASS https://x
-git push -u origin main
-"auth": "oauth2", "auth": true
-PWD=/home/me/project1
-12 passed, "pass": 12, pass: 100%
-TOKEN_LIMIT=100000 max_tokens=4096
-secretName: my-secret-1
-secretKeyRef: {name: db1, key: password}
-password: "{{ vault_db_password }}"
-password: !vault |
-token: ${{ secrets.GITHUB_TOKEN }}
-<label for="password">Password</label>
-cache-key: v1-deps-12345
-primary_key=True, sort_key: created_at2
-SSH_KEY=~/.ssh/id_ed25519
-GOOGLE_APPLICATION_CREDENTIALS=/home/u/key1.json
-"token_type": "Bearer"
-secrets: inherit
-re_compile_pattern_2_of_the_book
-sk-container-id-12345678
-toolu_01XFDUDYJgAACzvnptvVoYEL
-fc-1d2c-4b3a8e550e8400 550e8400-e29b-41d4-a716-446655440000
-git@github.com:org/repo.git
-https://user@host/path and https://cdn.x/npm/@vue/a@1:b@2
-rows are identified by 'name'
-pad_token: "<pad1>"
-passport: 12345, bypass=true1, compass: n123
---key-file /etc/k1.pem --token-file t1
-API_KEY=your-api-key-here
-PASSWORD=******** password: '****' TOKEN=<token>
-headers["Authorization"] = "Basic %s" % auth"""
-
-
-@pytest.mark.parametrize("text", HARMLESS.split("\n"))
-def test_a_text_that_only_names_secrets_stays(text):
-    assert ee.redact_text(text) == text
-
-
-def token_examples() -> dict[str, str]:
-    """Make up a token for each beginning, by what its pattern asks for."""
-    examples = {}
-    for shape in ee.SECRET_SHAPES:
-        if shape.is_token:
-            for body in (LONG * 4, hook_token("1", 60, "ABCDEFGHIJ234567"), hook_token("", 16, "ABCDEFG234567"),
-                         *(hook_token("", size, "0123456789abcdef") for size in (32, 40)),
-                         "0a1b2c3d-4e5f-4a6b-8c9d-0e1f2a3b4c5d", "eyJ" + LONG * 2, "A1B2C3-D4E5F6-G7H8I-J9K0L-M1N2P-Q3R4S",
-                         f"{LONG[:22]}.{LONG}{LONG[:3]}", f"{hook_token('', 64, '0123456789abcdef')}-{LONG[:16]}",
-                         f"{LONG[:8]}_{LONG[:24]}", f"{hook_token('', 24, '0123456789abcdef')}-{hook_token('', 34, '0123456789abcdef')}",
-                         f"{hook_token('', 24, 'ABCDEF234567')}.{hook_token('', 64, 'ABCDEF234567')}",
-                         f"{LONG[:32]}_{hook_token('', 8, '0123456789abcdef')}", f"{LONG[:14]}.{hook_token('', 64, '0123456789abcdef')}",
-                         f"{LONG[:22]}.{LONG[:24]}.{LONG[:20]}"):  # fmt: skip
-                if shape.pattern.fullmatch(body):
-                    examples[f"{shape.kind} {shape.hint}"] = shape.hint + body
-                    break
-            else:
-                raise AssertionError(f"no example for {shape.kind} {shape.hint}")
-    return examples
-
-
-TOKENS = token_examples()
-
-
-@pytest.mark.parametrize("token", TOKENS.values(), ids=TOKENS.keys())
-def test_a_token_is_redacted_after_a_word_an_escape_or_a_colour(token):
-    for text in (
-        f"see {token} there",
-        f'"line\\n{token}\\nnext"',
-        f"?t%3D{token}&x",
-        f"\x1b[32m{token}\x1b[0m",
-        f"a\\u003d{token}",
-    ):
-        event = ee.build_event(payload("PostToolUse", tool_response={"stdout": text}), 5, "m")
-        assert not hook_traces(token, protected(event, ee.Privacy())), text
-
-
-@pytest.mark.parametrize("head", ["f29d", "u8x", "Xrv7K", "sha256x", "x25519a"])
-def test_a_value_that_begins_like_a_type_is_redacted(head):
-    for text in ("aws_secret_access_key = {}\n", "api_key: {}\n", "X-Auth-Token: {}\r\n"):
-        assert not hook_traces(head + LONG[:28], ee.redact_text(text.format(head + LONG[:28])))
-    for text in ("secret: bytes32", "token: Uint8Array", "password: u64,"):
-        assert ee.redact_text(text) == text
-
-
-def test_a_token_that_grep_has_coloured_is_redacted_whole():
-    token = hook_token("gh" + "p_", 36)
-    shown = ee.redact_text(f"\x1b[01;31m\x1b[K{token[:4]}\x1b[m\x1b[K{token[4:]} and text")
-    assert "[redacted:github:" in shown and token[4:12] not in shown and shown.endswith(" and text")
-
-
-ESCAPES = st.sampled_from(
-    [
-        "\x1b[0m",
-        "\x1b[01;31m\x1b[K",
-        "\\n",
-        "\\t",
-        "\\\\n",
-        "%3D",
-        "%20",
-        "\\u003d",
-        "\\x1b[0m",
-        "&amp;",
-        " ",
-        "\n",
-        '"',
-        "=",
-        ": ",
-    ]
-)
-HARMLESS_PARTS = st.lists(st.sampled_from(HARMLESS.split("\n")) | ESCAPES, max_size=4).map("".join)
-
-
-@settings(deadline=None, max_examples=300)
-@given(HARMLESS_PARTS, ESCAPES, st.sampled_from(sorted(TOKENS.values()) + [s for _, s, around in hook_secrets() if around == "see {} there"]),
-       ESCAPES, HARMLESS_PARTS)  # fmt: skip
-def test_no_text_and_no_escape_around_a_token_hides_it(before, left, secret, right, after):
-    text = before + left + secret + right + after
-    shown = ee.redact_text(text)
-    assert not hook_traces(secret, shown), shown
-    assert ee.redact_text(shown) == shown
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.text(alphabet='\\n"%3D=x0b\x1b[m;u&quot0', max_size=40), st.text(max_size=20))
-def test_each_place_in_a_view_leads_back_to_its_text(escapes, text):
-    raw = text + escapes + text
-    view = ee._View(raw)
-    spans = [view.raw_span(at, at + 1) for at in range(len(view.text))]
-    assert all(start < end for start, end in spans) and all(
-        a[1] <= b[0] for a, b in itertools.pairwise(spans)
-    )
-    assert all(raw[start:end] == letter for (start, end), letter in zip(spans, view.text) if end - start == 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "is_secret"),
-    [(name, True) for name in ("SECRET_KEY_BASE", "DB_PASS", "dbPass", "PGPASSWORD", "_authToken", "client-key-data", "jwtSecret",
-                               "smtp.pass", "RAILS_MASTER_KEY", "SSHPASS", "sharedAccessKey", "PASSWORD2", "db_pw")]
-    + [(name, False) for name in ("compass", "primaryKey", "publicKey", "tokenCount", "eos_token", "keyboard", "author",
-                                  "passwordHint", "secretName", "secrets", "bypass")],
-)  # fmt: skip
-def test_a_name_means_the_same_in_json_and_in_text(name, is_secret):
-    event = ee.build_event(payload("PreToolUse", tool_input={name: WORD + "7Q"}), 5, "m")
-    assert (WORD not in json.dumps(protected(event, ee.Privacy()))) == is_secret
-    assert (WORD not in ee.redact_text(f'{{"{name}": "{WORD}7Q"}}')) == is_secret
-
-
-def test_a_value_beside_the_name_of_a_secret_is_replaced():
-    variables = [{"name": "DB_PASSWORD", "value": "short"}, {"name": "HOME", "value": "short"}]
-    event = protected(
-        ee.build_event(payload("PreToolUse", tool_input={"env": variables}), 5, "m"), ee.Privacy()
-    )
-    first, second = event["data"]["toolInput"]["env"]
-    assert first["value"].startswith("[redacted:key:") and second["value"] == "short"
-
-
-CONTENT = "words of a person"
-
-
-@pytest.mark.parametrize(
-    ("name", "given_value", "kept"),
-    [
-        ("usage", {"models": {"m-1": {"input": 5, "note": "a-word"}}, "model": "m-1", CONTENT: 1}, {"models": {"m-1": {"input": 5}}, "model": "m-1"}),
-        ("usage", CONTENT, None),
-        ("agentMeta", {"agentType": "Explore", "spawnDepth": 1, "description": CONTENT}, {"agentType": "Explore", "spawnDepth": 1}),
-        ("truncated", {"toolOutput.stdout": 5, CONTENT: 7, "x": CONTENT}, {"toolOutput.stdout": 5}),
-        ("model", {"name": CONTENT}, None),
-        ("source", [CONTENT], None),
-        ("trigger", CONTENT * 20, None),
-        ("trigger", "manual", "manual"),
-    ],
-)  # fmt: skip
-def test_at_the_level_of_metadata_an_object_keeps_its_figures(name, given_value, kept):
-    event = ee.build_event({"eventType": "message", "data": {name: given_value}}, 5, "m")
-    event = protected(event, ee.Privacy(metadata_only=True))
-    assert event["data"].get(name) == kept and CONTENT not in json.dumps(event)
-
-
-# room: Ingest (quarantine and logs)
-
-
 @pytest.mark.parametrize("level", ["full", "metadata"])
 def test_what_is_no_event_leaves_no_secret_in_a_log(monitor, level):
     token = hook_token("gh" + "p_", 36)
-    lines = [f'{{"hook_event_name": "Stop", "prompt": "{CONTENT} {token}'.encode(), b'{"a": "' + b"x" * 4080 + b" " + token.encode(),
-             f'{{"x": "{CONTENT} ' .encode() + b"y" * 170 + b" " + token.encode() + b"z" * (17 << 20)]  # fmt: skip
+    lines = [f'{{"hook_event_name": "Stop", "prompt": "{HOOK_PROSE} {token}', '{"a": "' + "x" * 4080 + " " + token,
+             f'{{"x": "{HOOK_PROSE} {"y" * 170} {token}' + "z" * (17 << 20)]  # fmt: skip
     monitor.write_config({"privacy": {"level": level}})
     monitor.start()
     for line in lines:
         with monitor.connect() as sock:
-            sock.sendall(line + b"\n")
+            sock.sendall(line.encode() + b"\n")
             assert sock.recv(10) == ee.ACKNOWLEDGEMENT
     eventually(lambda: monitor.get("/api/status")["events"]["quarantined"] == len(lines))
-    monitor.stop()
+    monitor.kill()
     for name in ("quarantine.log", "monitor.log"):
-        with open(f"{monitor.home}/{name}", encoding="utf-8") as file:
-            text = file.read()
+        text = install_text(f"{monitor.home}/{name}")
         assert not hook_traces(token, text), name
-        assert (CONTENT in text) == (level == "full"), name
+        assert (HOOK_PROSE in text) == (level == "full"), name
 
 
-def test_a_reason_in_the_log_of_the_hook_shows_no_secret(tmp_path, monkeypatch):
-    monkeypatch.setenv("CONTEXTUATE_HOME", str(tmp_path))
-    ee.log_failure(f"failed: token={WORD}7Q is wrong")
-    text = (tmp_path / "emit.log").read_text()
-    assert WORD not in text and "is wrong" in text
+SECRET_PARTS = st.lists(
+    st.sampled_from(["password", "name", "value", "key: ", "\x1b[0m", "\\n", *hook_hints()])
+    | st.sampled_from([secret for _, secret, _ in HOOK_SECRETS] + HOOK_HARMLESS),
+    max_size=5,
+).map("".join)
+NESTED = st.recursive(
+    SECRET_PARTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SECRET_PARTS, inner, max_size=3)
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(NESTED)
+def test_an_event_passes_at_once_only_if_each_value_passes_alone(content):
+    event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
+    shown, alone = (
+        ee.protect(dict(event), ee.Privacy()),
+        ee._protect_each_value(dict(event), ee.Privacy(), None),
+    )
+    assert (shown[0] == event) == (alone[0] == event)
 
 
 # ---------------------------------------------------------------------------
@@ -2107,35 +2125,25 @@ def spool_read(path: str) -> list[bytes]:
 
 
 def test_many_writers_and_a_drainer_lose_double_and_tear_nothing(tmp_path):
-    directory, writers, each = str(tmp_path / "spool"), 8, 250
-    processes = [
-        subprocess.Popen([PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory, str(writer), str(each)])
-        for writer in range(writers)
-    ]
-    drained: list[bytes] = []
-    segments = 0
+    directory, writers, each, segments = str(tmp_path / "spool"), 8, 250, []
+    command = [PYTHON, "-I", "-S", "-c", SPOOL_WRITER, ROOT, directory]
 
     def drain() -> bool:
-        nonlocal segments
         for path, _ in ee.spool_segments(directory):
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
                 taken = ee.take_segment(path)
-                drained.extend(spool_read(taken))
+                segments.append(spool_read(taken))
                 os.unlink(taken)
-                segments += 1
-        return all(process.poll() is not None for process in processes)
+        return all(process.poll() == 0 for process in processes)
 
-    try:
+    with contextlib.ExitStack() as stack:
+        commands = [[*command, str(writer), str(each)] for writer in range(writers)]
+        processes = [stack.enter_context(subprocess.Popen(each_command)) for each_command in commands]
         eventually(drain, timeout_s=60)
-        drain()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * writers
-    found = collections.Counter(json.loads(line)["id"] for line in drained)
+    drain()
+    found = collections.Counter(json.loads(line)["id"] for lines in segments for line in lines)
     assert found == {f"{writer}-{number}": 1 for writer in range(writers) for number in range(each)}
-    assert segments > 10 and ee.spool_segments(directory) == []
+    assert len(segments) > 10 and ee.spool_segments(directory) == []
 
 
 # Appends as time:segment ("!": 4 MiB), `take` for the drainer; the segments left; the events dropped.
@@ -2250,7 +2258,7 @@ def test_a_file_that_cannot_be_written_holds_up_no_other_session(monitor):
     eventually(lambda: {"good", "better"} <= monitor.sessions().keys() and not ee.spool_segments(spool))
     assert len(hook_spooled(monitor.home, "unsaved")) == 2
     assert levels(examine(monitor)[1], "unsaved") == ["warn"]
-    monitor.stop()
+    monitor.kill()
     os.rmdir(in_the_way)
     monitor.serve()
     eventually(lambda: "bad" in monitor.sessions() and monitor.sessions()["bad"]["counts"]["prompts"] == 2)
@@ -2291,21 +2299,19 @@ def test_the_monitor_drains_the_spool_at_its_start_and_while_it_runs(hook_alone,
     eventually(lambda: ee.spool_segments(directory) == [])
 
 
-def test_what_is_stored_already_is_not_stored_again_from_the_spool(monitor):
-    def spool_until_stored(sent: str, stored: list[str], duplicates: int) -> None:
-        for event_id in sent:
-            ee.append_to_spool(monitor.home + "/spool", spool_line(event_id))
-        if not monitor.about or not alive(monitor.pid):
-            monitor.start()
-        eventually(lambda: stored[-1] in [event["id"] for event in monitor.stored_events()])
-        assert [event["id"] for event in monitor.stored_events()] == stored
-        assert monitor.get("/api/status")["events"]["duplicates"] == duplicates
+def test_what_is_stored_already_is_not_stored_again_from_the_spool(running):
+    def has(stored: str, duplicates: int) -> bool:
+        ids = [event["id"] for event in running.stored_events()]
+        return ids == list(stored) and running.get("/api/status")["events"]["duplicates"] == duplicates
 
-    monitor.serve()
-    monitor.emit(json.loads(spool_line("a")), json.loads(spool_line("b")))
-    spool_until_stored("abcc", ["a", "b", "c"], 3)
-    monitor.kill()
-    spool_until_stored("acd", ["a", "b", "c", "d"], 2)
+    running.emit(json.loads(spool_line("a")), json.loads(spool_line("b")))
+    for sent, stored, duplicates in (("abcc", "abc", 3), ("acd", "abcd", 2)):
+        for event_id in sent:
+            ee.append_to_spool(running.home + "/spool", spool_line(event_id))
+        if not alive(running.pid):
+            running.serve()
+        eventually(functools.partial(has, stored, duplicates))
+        running.kill()
 
 
 # ---------------------------------------------------------------------------
@@ -2380,9 +2386,8 @@ class JournalModel:
         freed = self.journal.delete_session(session)
         gone = {path: size for path, size in before.items() if not os.path.exists(path)}
         assert not self.root or freed == sum(gone.values())
-        assert all(os.listdir(day) for day in map(os.path.dirname, gone) if os.path.exists(day)), (
-            "no empty day"
-        )
+        days = {os.path.dirname(path) for path in gone}
+        assert all(os.listdir(day) for day in days if os.path.exists(day)), "no empty day"
         self.kept = [entry for entry in self.kept if entry.session != session]
 
     def path(self, number: int) -> str:
@@ -2404,8 +2409,7 @@ class JournalModel:
         """Put a file there that holds no whole event."""
         if self.root:
             os.makedirs(self.root + "/2026-01-20", exist_ok=True)
-            with open(self.root + "/2026-01-20/f.jsonl", "wb") as file:
-                file.write(content)
+            ee.write_atomically(self.root + "/2026-01-20/f.jsonl", content)
 
     def tear(self, number: int, size: int) -> None:
         """Cut the last line of a file, as a loss of power does."""
@@ -2426,19 +2430,19 @@ class JournalModel:
             assert self.journal.seq >= max((entry.seq for entry in self.kept), default=0)
             self.journal.seq = max(self.journal.seq, self.highest)  # as `last-seq` does
 
-    def check(self, session: str | None = None, after: int = 0, before: int | None = None) -> None:
+    def check(
+        self, journal: Any, session: str | None = None, after: int = 0, before: int | None = None
+    ) -> None:
         expected = [
             entry.line for entry in sorted(self.kept)
             if session in (None, entry.session) and after < entry.seq < (before or 1 << 62)
         ]  # fmt: skip
-        for journal in [self.journal] + ([cm.Journal(self.root)] if self.root else []):
-            assert list(journal.lines(session, after, before)) == expected
-            assert list(journal.lines(session, after, before, backwards=True)) == expected[::-1]
+        assert list(journal.lines(session, after, before)) == expected
+        assert list(journal.lines(session, after, before, backwards=True)) == expected[::-1]
 
 
-journal_sizes = st.sampled_from([0, 0, 0, 40, 700, 20_000, 200_000])
+journal_sizes = st.sampled_from([0, 0, 0, 40, 700, 20_000])
 journal_batches = st.lists(st.tuples(st.sampled_from(STORE_SESSIONS), journal_sizes), max_size=6)
-journal_foreign = [b"", b"\n\n\n", b'{"seq":1,', b"no event\n", b"no event\n\n{}\n", b"x" * 10_000]
 journal_operations = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([0, 0, 0, 1, 3, -1, -2, -5]), journal_batches),
     st.tuples(st.just("append"), st.sampled_from([0, 1]), journal_batches),
@@ -2446,14 +2450,14 @@ journal_operations = st.one_of(
     st.tuples(st.just("remove"), st.integers(0, 9), st.booleans()),
     st.tuples(st.just("tear"), st.integers(0, 9), st.sampled_from([2, 30, 10_000_000])),
     st.tuples(st.just("edit"), st.integers(0, 9), st.sampled_from([b"\n", b"none\n", b'{"seq":x}\n\n'])),
-    st.tuples(st.just("put_foreign"), st.sampled_from(journal_foreign)),
+    st.tuples(st.just("put_foreign"), st.sampled_from([b"", b"\n\n\n", b'{"seq":1,', b"no\n\n{}\n", b"x" * 10_000])),
     st.tuples(st.just("restart")),
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from([(7, 7), (64, 50), (4 << 10, 64 << 10)]), st.lists(journal_operations, max_size=20))
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(cm, "_TAIL_BYTES", sizes[0])
@@ -2461,29 +2465,28 @@ def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
         model = JournalModel(root if kind == "files" else "")
         for name, *arguments in operations:
             getattr(model, name)(*arguments)
-            model.check()
-        for session in STORE_SESSIONS:
-            model.check(session)
-        for seq, owner, line, _ in model.kept[:: max(1, len(model.kept) // 3)]:
-            model.check(owner, max(0, seq - 2), seq + 1)
-            model.check(None, seq)
-            for about in ((), (owner,), (owner, seq), (None, seq), (owner, seq + 1)):
-                assert model.journal.find(cm.line_id(line), *about) == line, "a wrong seq costs time only"
-        assert model.journal.find("nothing") is None and list(model.journal.lines("none")) == []
+            model.check(model.journal)
+        for journal in [model.journal] + ([cm.Journal(root)] if model.root else []):
+            for session in (None, *STORE_SESSIONS):
+                model.check(journal, session)
+            for seq, owner, line, _ in model.kept[:: max(1, len(model.kept) // 3)]:
+                model.check(journal, owner, max(0, seq - 2), seq + 1)
+                model.check(journal, None, seq)
+                for about in ((), (owner,), (owner, seq), (None, seq), (owner, seq + 1)):
+                    assert journal.find(cm.line_id(line), *about) == line, "a wrong seq costs time only"
+            assert journal.find("nothing") is None and list(journal.lines("none")) == []
         for session in STORE_SESSIONS:
             model.delete(session)
-            model.check()
+            model.check(model.journal)
         assert model.journal.is_writable()
         model.journal.close()
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000, 66_000, 200_000])
-@pytest.mark.parametrize(
-    ("torn", "last_seq", "repaired"),
-    [(b"", 2, 0), (b'{"seq":4', 2, 1), (b'{"seq":4,"re', 4, 1), (b'{"seq":4,"received":1}', 4, 1)],
-)
-def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn, last_seq, repaired):
-    path = tmp_path / cm.day_of(NOW_MS) / "s.jsonl"
+@pytest.mark.parametrize("torn", [b"", b'{"seq":4', b'{"seq":4,"re', b'{"seq":4,"received":1}'])
+def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn):
+
+    path, last_seq = tmp_path / cm.day_of(NOW_MS) / "s.jsonl", 4 if b"," in torn else 2
     path.parent.mkdir()
     lines = [cm.numbered_line(seq, NOW_MS, ee.encode_json(store_event(seq, "s", size))) for seq in (1, 2)]
     for whole in (lines, []):  # or the file is nothing but a torn line
@@ -2492,7 +2495,7 @@ def test_a_torn_last_line_is_cut_off_or_completed_once(tmp_path, size, torn, las
         assert journal.seq == (last_seq if whole or last_seq == 4 else 0)
         stored = [journal.append([store_event(number, "s")], NOW_MS)[0].line for number in (3, 4)]
         completed = [torn] if torn.endswith(b"}") else []
-        assert list(journal.lines("s")) == whole + completed + stored and journal.repaired == repaired
+        assert list(journal.lines("s")) == whole + completed + stored and journal.repaired == bool(torn)
         assert path.read_bytes() == b"".join(line + b"\n" for line in whole + completed + stored)
         journal.close()
 
@@ -2550,31 +2553,6 @@ def test_a_day_may_have_more_files_than_may_be_open(journal):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_the_journal_opens_only_the_files_that_a_reader_needs(journal, monkeypatch):
-    for day in range(10):
-        events = [store_event(day * 20 + number, f"s{number}") for number in range(20)]
-        journal.append(events, NOW_MS + day * DAY_MS)
-    read: set[int] = set()  # days since the first
-    do_read = cm.JournalFile._read
-
-    def noted(file: Any, *about: Any) -> Any:
-        read.add(journal.days().index(file.day))
-        return do_read(file, *about)
-
-    monkeypatch.setattr(cm.JournalFile, "_read", noted)
-    monkeypatch.setattr(cm.JournalFile, "_offset_of", pytest.fail)  # no bisection where a file's ends do
-    for about, limit, seqs, days in (
-        ({"after": 197}, 9, [198, 199, 200], {8, 9}),
-        ({"after": 180}, 1, [181], {8, 9}),
-        ({"backwards": True}, 2, [200, 199], {9}),
-        ({"before": 101, "backwards": True}, 2, [100, 99], {4, 5, 6, 7, 8, 9}),
-        ({"session": "s1", "after": 1, "before": 3}, 9, [2], set(range(10))),
-    ):
-        read.clear()
-        assert journal_seqs(itertools.islice(journal.lines(**about), limit)) == seqs
-        assert read == days, about
-
-
 def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal):
     mark, midnight = tmp_path / ".in-order", NOW_MS // DAY_MS * DAY_MS
     for at in (midnight + 1000, midnight - 5000, midnight + 2000, midnight - 23 * 3_600_000):
@@ -2592,20 +2570,14 @@ def test_days_are_in_order_until_a_clock_is_set_back_by_a_day(tmp_path, journal)
 
 
 def pack_as_before(path: str, block_bytes: int = 2000) -> None:
-    """Put a packed file in the place of a plain one, as versions did that packed closed days."""
-
-    def member(kind: bytes, content: bytes, size: int) -> bytes:
-        packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
-        body = packer.compress(content) + packer.flush()
-        head = b"\x1f\x8b\x08\x04" + struct.pack("<IBBH2sHQQ", 0, 0, 255, 20, kind, 16, 40 + len(body), size)
-        return head + body + struct.pack("<II", zlib.crc32(content), len(content))
-
+    """Put a packed file in the place of a plain one: gzip in parts, as versions did that packed closed days."""
     with open(path, "rb") as file:
         content = file.read()
-    blocks = [content[start : start + block_bytes] for start in range(0, len(content), block_bytes)]
     with open(path + ".gz", "wb") as file:
-        file.write(member(b"CT", b"", len(content)))
-        file.writelines(member(b"CB", block, len(block)) for block in blocks)
+        for start in range(0, len(content), block_bytes):
+            part = gzip.compress(content[start : start + block_bytes])
+            extra = struct.pack("<H2sHQQ", 20, b"CB", 16, 0, 0)
+            file.write(part[:3] + b"\x04" + part[4:8] + b"\0\xff" + extra + part[10:])
     os.unlink(path)
 
 
@@ -2618,14 +2590,13 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     subprocess.run(["gzip", by_hand], check=True)
     for path in (whole, half, *others):
         pack_as_before(path)
-        packed = subprocess.run(["gzip", "-dc", path + ".gz"], capture_output=True, check=True).stdout
-        assert packed == before[path], "packed as before"
-    with open(whole + ".gz", "wb") as file:  # killed before the packed one went: the plain one counts
-        file.write(b"not looked at")
-    with open(whole, "wb", opener=ee.open_for_append) as file:
-        file.write(before[whole])
-    with open(half + ".tmp", "wb") as file:  # killed while it was written
-        file.write(before[half][:999] * 99)
+    # killed before the packed one went: the plain one counts; and killed while it was written
+    for path, content in (
+        (whole + ".gz", b"x"),
+        (whole, before[whole]),
+        (half + ".tmp", before[half][:999] * 99),
+    ):
+        ee.write_atomically(path, content)
     os.unlink(tmp_path / ".in-order")
     opened = journal_opened(tmp_path)
     assert not [*tmp_path.glob("*/*.gz"), *tmp_path.glob("*/*.tmp")]
@@ -2634,19 +2605,13 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     assert list(opened.lines()) == lines and opened.seq == 120 and opened.in_order
 
 
-PACK_DAMAGES = {
-    "cut short": (slice(-5000, None), b""),
-    "a wrong byte in its middle": (slice(100_000, 100_001), b"!"),
-    "a wrong byte at its end": (slice(-3000, -2999), b"!"),
-    "garbage behind its first part": (slice(190_000, None), bytes(5000)),
-}
-
-
-@pytest.mark.parametrize(("where", "damage"), PACK_DAMAGES.values(), ids=PACK_DAMAGES.keys())
+@pytest.mark.parametrize(
+    ("where", "damage"),
+    [(slice(-5000, None), b""), (slice(100_000, 100_001), b"!"), (slice(190_000, None), bytes(5000))],
+    ids=["cut short", "a wrong byte in its middle", "garbage behind its first part"],
+)
 def test_a_damaged_packed_file_costs_only_what_is_damaged(tmp_path, journal, caplog, where, damage):
-    events = [
-        {**store_event(number, "broken"), "data": {"x": os.urandom(500).hex()}} for number in range(600)
-    ]
+    events = [{**store_event(at, "broken"), "data": {"x": os.urandom(500).hex()}} for at in range(600)]
     lines = [entry.line for entry in journal.append(events, NOW_MS)]
     path = tmp_path / cm.day_of(NOW_MS) / "broken.jsonl.gz"
     pack_as_before(str(path)[: -len(".gz")], 20_000)
@@ -2712,13 +2677,11 @@ def test_no_session_id_leads_out_of_its_folder(tmp_path, session):
 
 def test_no_two_sessions_share_a_file_even_where_case_is_ignored():
     ids = {*STORE_ODD_IDS, "s1", "Ab", "aB", "ab"}
-    ids |= {
-        cm.session_file_name(session)[: -len(".jsonl")] for session in ids
-    }  # what others' files are called
+    ids |= {cm.session_file_name(session)[:-6] for session in ids}  # which is the name of another's file
     assert len({cm.session_file_name(session).lower() for session in ids}) == len(ids)
 
 
-def test_a_file_that_an_older_version_named_with_capitals_is_renamed_and_read(tmp_path):
+def test_a_file_with_capitals_of_an_older_version_is_renamed_and_read(tmp_path):
     store = journal_opened(tmp_path)
     (entry,) = store.append([{**store_event(1, "s"), "sessionId": "Old"}], NOW_MS)
     store.close()
@@ -2761,21 +2724,93 @@ def test_memory_forgets_the_oldest_events_beyond_its_limit(monkeypatch):
     assert seqs == list(range(51 - len(seqs), 51)) and len(seqs) > 10
 
 
-def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
-    path = f"{monitor.home}/events/{cm.day_of(NOW_MS)}/s.jsonl"
-    good = {"seq": 1, "received": NOW_MS, **store_event(1, "s")}
-    gone = ("id", "sessionId", "data", "received")
+def test_a_monitor_starts_and_counts_on_after_odd_events_and_edited_lines(running):
+    odd = [{"seq": "x"}, {"received": None}, {"seq": 10**9}, {"hookType": 5}, {"data": 3}]
+    running.emit(*(hook_wrapped(payload("Stop", "s"), id=f"odd-{at}", **more) for at, more in enumerate(odd)),
+                 {"eventType": "message", "seq": "y", "id": "e", "sessionId": 5}, {"seq": [1], "id": 7})  # fmt: skip
+    running.kill()
+    good, gone = running.stored_events()[0], ("id", "sessionId", "data", "received")
     edited = [{key: value for key, value in good.items() if key != name} for name in gone]
     edited += [{**good, "data": 5}, {**good, "timestamp": "x"}, {**good, "id": 7}]
-    os.makedirs(os.path.dirname(path))
-    with open(path, "w", encoding="ascii") as file:
-        for number, event in enumerate([good, *edited]):
-            file.write(json.dumps({**event, "seq": number + 1}, separators=(",", ":")) + "\n")
+    (path,) = glob.glob(running.home + "/events/*/s.jsonl")
+    with open(path, "a", encoding="ascii") as file:
+        for number, event in enumerate(edited):
+            file.write(json.dumps({**event, "seq": number + 8}, separators=(",", ":")) + "\n")
         file.write('{"seq":99,"received":1,"id":"half"\nnot json\n\n')
+    running.serve().emit(json.loads(spool_line("b", "s2")))
+    assert {"s", "s2"} <= set(running.sessions())
+    (event,) = running.get("/api/sessions/s2/events")["events"]
+    assert event["seq"] == running.get("/api/status")["seq"] > 14
+
+
+def test_the_status_names_a_slow_write(running: RunningMonitor, tmp_path: Any, monkeypatch: Any) -> None:
+    store, write = cm.Journal(str(tmp_path)), os.write
+    for pause_s in (0.0, 0.12):
+        assert store.slow_write[1] == 0
+        monkeypatch.setattr(os, "write", lambda *given, pause_s=pause_s: time.sleep(pause_s) or write(*given))
+        store.append([ee.build_event(payload("Stop"), NOW_MS, "box")], NOW_MS)
+    assert store.slow_write[1] >= 120
+    status = running.get("/api/status")
+    assert status["store"]["slowWriteMs"] is None
+    status["store"]["slowWriteMs"] = 340
+    (problem,) = cm.status_problems(status, 0)
+    assert (
+        problem["kind"] == "store"
+        and "took 340 ms" in problem["words"]
+        and "faster disk" in problem["advice"]
+    )
+
+
+def test_older_events_of_all_sessions_come_through_the_index(monitor: RunningMonitor) -> None:
+    now = cm.now_ms()
+    for number in range(60):  # three days of twenty files, two events and a usage in each
+        received = now - (number // 20) * 86_400_000
+        folder = f"{monitor.home}/events/{cm.day_of(received)}"
+        os.makedirs(folder, exist_ok=True)
+        lines = []
+        for at, kind in enumerate(("turn_end", "usage", "turn_end")):
+            event = {
+                "id": f"{number}-{at}",
+                "timestamp": received,
+                "sessionId": f"s{number}",
+                "eventType": kind,
+            }
+            event.update(machineId="m", workingDirectory="/w", hookType="", data={})
+            lines.append(
+                cm.numbered_line(3 * (59 - number) + at + 1, received, ee.encode_json(event)) + b"\n"
+            )
+        with open(f"{folder}/s{number}.jsonl", "wb") as file:
+            file.writelines(lines)
     monitor.serve()
-    monitor.emit(json.loads(spool_line("b", "s2")))
-    assert {"s", "s2"} <= set(monitor.sessions())
-    assert monitor.get("/api/sessions/s2/events")["events"][0]["seq"] > 1
+    eventually(lambda: monitor.get("/api/status")["index"]["state"] == "ready")
+    client = monitor.websocket("full")
+    for before, limit in ((181, 7), (100, 50), (61, 100), (2, 5), (1, 5)):
+        expected = list(range(max(1, before - limit), before))
+        page = monitor.get(f"/api/events?limit={limit}&before={before}")
+        answer = client.ask("all_events", type="get_all_recent_events", limit=limit, before=before)
+        for found in (page, answer):
+            assert [event["seq"] for event in found["events"]] == expected
+            assert found["more"] is (before - limit > 1)
+    client.close()
+
+
+def test_the_index_reads_a_page_of_older_events_without_other_files(tmp_path: Any, monkeypatch: Any) -> None:
+    journal = cm.Journal(str(tmp_path / "events"))
+    journal.open()
+    history = cm.History(journal, str(tmp_path / "index.db"))
+    history.start()
+    for number in range(40):
+        event = ee.build_event({"hook_event_name": "Stop", "session_id": f"s{number}"}, cm.now_ms(), "m")
+        history.add([entry for entry in journal.append([event], cm.now_ms()) if entry])
+    eventually(lambda: history.status()["lagEvents"] == 0 and history.status()["state"] == "ready")
+    opened: list[str] = []
+    read = cm.JournalFile.__init__
+    monkeypatch.setattr(
+        cm.JournalFile, "__init__", lambda it, path, about: (opened.append(path), read(it, path, about))[1]
+    )
+    assert [cm.line_seq(line) for line in history.newest(3, None, 20)] == [19, 18, 17]
+    assert len(opened) == 3
+    history.stop()
 
 
 # ---------------------------------------------------------------------------
@@ -2785,30 +2820,27 @@ def test_lines_edited_by_hand_do_not_keep_the_monitor_from_starting(monitor):
 INSTALL_COMMAND = cm.hook_command("/usr/bin/python3", "/home/me/.contextuate/hooks/emit_event.py")
 INSTALL_HANDLER = {"type": "command", "command": INSTALL_COMMAND, "timeout": 10}
 INSTALL_ALL_NAMES = cm.event_names((99, 0, 0))
-INSTALL_ODD_NAMES = [
-    "a b", 'a"b', "a$HOME b", "a`id`b", "a\\b", "a\\", "a'b", "$(exit 3)", "é\u2028", "a;b", "!x", "a\nb",
-]  # fmt: skip
-INSTALL_OTHERS_COMMANDS = [
-    "node /opt/x/emit-event.js",
-    "python3 /home/me/project/hooks/emit_event.py",
-    "python3 -I /home/me/.contextuate/hooks/emit_event.py",
-    "python3 -S -I /srv/hooks/emit_event.py",
-    "python3 -I -S /srv/other/emit_event.py",
-    "python3 -I -S /srv/hooks/emit_event.py.bak",
-    "python3 -I -S /srv/hooks/my_emit_event.py || :",
-    "python3 -I -S /srv/hooks/emit_event.py && make",
-    "make; python3 -I -S /srv/hooks/emit_event.py || :",
-    "echo 'python3 -I -S /srv/hooks/emit_event.py || :'",
-    'echo "open',
-    "",
-    "|| :",
-    ":",
-    "python3 -I -S /srv/hooks/emit_event.py || make",
-    "python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /x/other.py || :",
-    "make || python3 -I -S /srv/hooks/emit_event.py || :",
-    "python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /srv/hooks/emit_event.py && make",
-]
-
+INSTALL_ODD_NAMES = r"""a b|a"b|a$HOME b|a`id`b|a\b|a\|a'b|$(exit 3)|é|a;b|!x|*?[x]{a,b} ~#&()<>""".split(
+    "|"
+) + ["\u2028", "a\nb"]
+INSTALL_OTHERS_COMMANDS = """node /opt/x/emit-event.js
+python3 /home/me/project/hooks/emit_event.py
+python3 -I /home/me/.contextuate/hooks/emit_event.py
+python3 -S -I /srv/hooks/emit_event.py
+python3 -I -S /srv/other/emit_event.py
+python3 -I -S /srv/hooks/emit_event.py.bak
+python3 -I -S /srv/hooks/my_emit_event.py || :
+python3 -I -S /srv/hooks/emit_event.py && make
+make; python3 -I -S /srv/hooks/emit_event.py || :
+echo 'python3 -I -S /srv/hooks/emit_event.py || :'
+echo "open
+|| :
+:
+python3 -I -S /srv/hooks/emit_event.py || make
+python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /x/other.py || :
+make || python3 -I -S /srv/hooks/emit_event.py || :
+python3 -I -S /srv/hooks/emit_event.py || python3 -I -S /srv/hooks/emit_event.py && make
+""".split("\n")
 INSTALL_OUR_COMMANDS = [
     INSTALL_COMMAND,
     "python3 -I -S /x/hooks/emit_event.py",
@@ -2817,45 +2849,32 @@ INSTALL_OUR_COMMANDS = [
     *(cm.hook_command(f"/{odd}/python", f"/{odd}/hooks/emit_event.py") for odd in INSTALL_ODD_NAMES),
 ]
 
-install_handlers = st.one_of(
-    st.fixed_dictionaries(
-        {"type": st.just("command"), "command": st.sampled_from(INSTALL_OTHERS_COMMANDS)},
-        optional={"timeout": st.integers(1, 60), "async": st.booleans(), "args": st.just(["x"])},
-    ),
-    st.fixed_dictionaries(
-        {"type": st.sampled_from(["http", "prompt", "agent"]), "url": st.just(INSTALL_COMMAND)}
-    ),
-    st.dictionaries(st.text(max_size=6), hook_json, max_size=3).filter(lambda value: "command" not in value),
-)
+
+INSTALL_OTHERS = [
+    *({"type": "command", "command": command, "timeout": 5} for command in INSTALL_OTHERS_COMMANDS),
+    {"type": "http", "url": INSTALL_COMMAND}, {"type": "command", "command": "make", "args": ["x"]}, {}, {"x": [None]},
+]  # fmt: skip
 install_groups = st.fixed_dictionaries(
-    {"hooks": st.lists(install_handlers, max_size=3)},
+    {"hooks": st.lists(st.sampled_from(INSTALL_OTHERS), max_size=3)},
     optional={"matcher": st.sampled_from(["", "*", "Bash", "Edit|Write"]), "future": hook_json},
 )
 install_hooks = st.dictionaries(
-    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate"]) | st.text(max_size=6),
-    st.lists(install_groups, min_size=1, max_size=3),
-    min_size=1,
-    max_size=5,
-)
+    st.sampled_from([*INSTALL_ALL_NAMES, "WorktreeCreate", "é"]), st.lists(install_groups, min_size=1, max_size=3),
+    min_size=1, max_size=4,
+)  # fmt: skip
 install_settings = st.builds(
-    lambda others, hooks, at: dict([*list(others.items())[:at], *hooks, *list(others.items())[at:]]),
-    st.dictionaries(st.text(max_size=6).filter(lambda key: key != "hooks"), hook_json, max_size=4),
-    st.lists(install_hooks.map(lambda hooks: ("hooks", hooks)), max_size=1),
-    st.integers(0, 4),
+    lambda before, hooks, after: {**before, **hooks, **after},
+    st.dictionaries(st.sampled_from(["a", "é\u2028"]), hook_json),
+    st.none().map(lambda _: {}) | install_hooks.map(lambda hooks: {"hooks": hooks}),
+    st.dictionaries(st.sampled_from(["b", "model"]), hook_json),
 )
 install_versions = st.none() | st.tuples(st.integers(1, 2), st.integers(0, 2), st.integers(0, 400))
-install_examples = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
 def install_handlers_in(value: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """Name the event of every handler that equals `entry`."""
-    return [
-        name
-        for name, groups in value.get("hooks", {}).items()
-        for group in groups
-        for handler in group["hooks"]
-        if handler == entry
-    ]
+    hooks = value.get("hooks", {}).items()
+    return [name for name, groups in hooks for group in groups for it in group["hooks"] if it == entry]
 
 
 def install_of(command: str, **group: Any) -> dict[str, Any]:
@@ -2863,10 +2882,12 @@ def install_of(command: str, **group: Any) -> dict[str, Any]:
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
-@install_examples
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(install_settings, install_versions, install_versions)
 def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, version, later):
     names, before = cm.event_names(version), json.dumps(given_settings)
+    assert json.dumps(cm.merge_hooks(given_settings, "", [])) == before, "nothing of ours is in it yet"
+    assert json.dumps(json.loads(cm.render_settings(given_settings, "").encode())) == before
     installed = cm.merge_hooks(given_settings, INSTALL_COMMAND, names)
     assert sorted(install_handlers_in(installed, INSTALL_HANDLER)) == sorted(names)
     assert json.dumps(cm.merge_hooks(installed, "", [])) == before
@@ -2880,14 +2901,6 @@ def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, v
     assert sorted(install_handlers_in(updated, INSTALL_HANDLER)) == sorted(cm.event_names(later))
 
 
-@install_examples
-@given(install_settings)
-def test_settings_without_our_hook_stay_as_they_are(given_settings):
-    assert json.dumps(cm.merge_hooks(given_settings, "", [])) == json.dumps(given_settings)
-    text = cm.render_settings(given_settings, "")
-    assert json.dumps(json.loads(text.encode())) == json.dumps(given_settings)
-
-
 @pytest.mark.parametrize("empty", [{}, {"hooks": {}}, {"hooks": {"Stop": []}}])
 def test_the_installed_entry_has_the_documented_form(empty):
     installed = cm.merge_hooks(empty, INSTALL_COMMAND, ["Stop"])
@@ -2895,28 +2908,23 @@ def test_the_installed_entry_has_the_documented_form(empty):
     assert cm.merge_hooks(installed, "", []) == {}
 
 
-@pytest.mark.parametrize(
-    ("script", "second"),
-    [
+def test_the_installed_command_has_a_second_choice_and_exits_0(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for script, second in (
         ("/home/me/.contextuate/hooks/emit_event.py", "$HOME/.contextuate/hooks/emit_event.py"),
         ("/home/me/x/../.contextuate/hooks/emit_event.py", "$HOME/.contextuate/hooks/emit_event.py"),
         ("/srv/contextuate/hooks/emit_event.py", "/srv/contextuate/hooks/emit_event.py"),
-    ],
+    ):
+        command, first = cm.hook_command("/usr/bin/python3", script), os.path.abspath(script)
+        assert command == f'"/usr/bin/python3" -I -S "{first}" || python3 -I -S "{second}" || :'
+
+
+@pytest.mark.parametrize(
+    ("command", "is_ours"),
+    [*((it, False) for it in INSTALL_OTHERS_COMMANDS), *((it, True) for it in INSTALL_OUR_COMMANDS)],
 )
-def test_the_installed_command_has_a_second_choice_and_exits_0(monkeypatch, script, second):
-    monkeypatch.setenv("HOME", "/home/me")
-    command, first = cm.hook_command("/usr/bin/python3", script), os.path.abspath(script)
-    assert command == f'"/usr/bin/python3" -I -S "{first}" || python3 -I -S "{second}" || :'
-
-
-@pytest.mark.parametrize("command", INSTALL_OTHERS_COMMANDS)
-def test_uninstall_keeps_commands_of_others(command):
-    assert cm.merge_hooks(install_of(command), "", []) == install_of(command)
-
-
-@pytest.mark.parametrize("command", INSTALL_OUR_COMMANDS)
-def test_our_command_is_recognised_with_any_interpreter_and_home(command):
-    assert cm.merge_hooks(install_of(command), "", []) == {}
+def test_uninstall_removes_our_commands_and_keeps_those_of_others(command, is_ours):
+    assert cm.merge_hooks(install_of(command), "", []) == ({} if is_ours else install_of(command))
     with_arguments = install_of(command)
     with_arguments["hooks"]["Stop"][0]["hooks"][0]["args"] = []  # no shell runs it then: another's hook
     assert cm.merge_hooks(with_arguments, "", []) == with_arguments
@@ -2925,9 +2933,7 @@ def test_our_command_is_recognised_with_any_interpreter_and_home(command):
 @pytest.mark.parametrize("matcher", ["", "*", ".*", "Bash"])
 def test_install_keeps_a_matcher_only_where_it_takes_every_event(matcher):
     before = install_of("python3 -I -S /old/hooks/emit_event.py", matcher=matcher)
-    group = {"matcher": matcher, "hooks": [INSTALL_HANDLER]}
-    if matcher == "Bash":
-        del group["matcher"]
+    group = {"hooks": [INSTALL_HANDLER], **({} if matcher == "Bash" else {"matcher": matcher})}
     assert cm.merge_hooks(before, INSTALL_COMMAND, ["Stop"]) == {"hooks": {"Stop": [group]}}
 
 
@@ -2946,49 +2952,28 @@ def test_install_updates_an_old_entry_and_removes_doubles_and_old_names():
     }
 
 
-@pytest.mark.parametrize(
-    ("value", "place"),
-    [
-        ({"hooks": []}, "hooks:"),
-        ({"hooks": None}, "hooks:"),
-        ({"hooks": {"Stop": {}}}, "hooks.Stop:"),
-        ({"hooks": {"odd name": 1}}, 'hooks."odd name":'),
-        ({"hooks": {"Stop": [{"hooks": []}, "x"]}}, "hooks.Stop[1]:"),
-        ({"hooks": {"Stop": [{"matcher": "x"}]}}, "hooks.Stop[0].hooks:"),
-        ({"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}, "hooks.Stop[0].hooks[1]:"),
-    ],
-)
-def test_hooks_of_another_shape_are_refused_with_their_place(value, place):
-    for command, names in ((INSTALL_COMMAND, ["Stop"]), ("", [])):
-        with pytest.raises(cm.InstallError, match="^" + re.escape(place)):
-            cm.merge_hooks(value, command, names)
+INSTALL_NINE = {"PreToolUse", "PostToolUse", "Notification", "UserPromptSubmit", "Stop", "SubagentStop"}
+INSTALL_NINE |= {"PreCompact", "SessionStart", "SessionEnd"}
 
 
-INSTALL_NINE = set(
-    "PreToolUse PostToolUse Notification UserPromptSubmit Stop SubagentStop PreCompact SessionStart SessionEnd".split()
-)
-
-
-@pytest.mark.parametrize(
-    ("version", "added"),
-    [
-        ("1.0.0", ""),
-        ("2.0.42", ""),
-        ("2.0.43", "SubagentStart"),
-        ("2.0.44", "SubagentStart"),
-        ("2.0.45", "SubagentStart PermissionRequest"),
-        ("2.1.69", "SubagentStart PermissionRequest InstructionsLoaded"),
-        ("2.1.77", "SubagentStart PermissionRequest InstructionsLoaded PostCompact Elicitation"),
-        ("2.1.78", "SubagentStart PermissionRequest InstructionsLoaded PostCompact Elicitation StopFailure"),
-    ],
-)
-def test_a_client_gets_only_event_names_it_knows(version, added):
-    assert set(cm.event_names(tuple(map(int, version.split("."))))) == INSTALL_NINE | set(added.split())
+def test_a_client_gets_only_event_names_it_knows():
+    known = set(INSTALL_NINE)
+    for version, added in (
+        ((1, 0, 0), ""),
+        ((2, 0, 42), ""),
+        ((2, 0, 43), "SubagentStart"),
+        ((2, 0, 44), ""),
+        ((2, 0, 45), "PermissionRequest"),
+        ((2, 1, 69), "InstructionsLoaded"),
+        ((2, 1, 77), "PostCompact Elicitation"),
+        ((2, 1, 78), "StopFailure"),
+    ):
+        known |= set(added.split())
+        assert set(cm.event_names(version)) == known, version
     assert set(cm.event_names(None)) == INSTALL_NINE and cm.event_names((0, 9, 9)) == []
-    names = cm.event_names((2, 1, 101))
-    assert len(names) == len(set(names)) == 30 and cm.event_names((2, 1, 330)) == names
-    assert not {"MessageDisplay", "WorktreeCreate", "FileChanged"} & set(names)
-    assert len(cm.event_names((2, 1, 100))) == 15
+    counts = {100: 15, 101: 27, 150: 27, 250: 28, 330: 30, 332: 31}
+    assert {patch: len(set(cm.event_names((2, 1, patch)))) for patch in counts} == counts
+    assert not {"MessageDisplay", "WorktreeCreate", "FileChanged"} & set(cm.event_names((9, 0, 0)))
 
 
 @pytest.mark.parametrize(
@@ -3062,20 +3047,18 @@ def test_the_shell_runs_exactly_the_named_files(tmp_path, odd):
 def test_the_command_finds_another_python_and_never_blocks(tmp_path, monkeypatch, gone, python, home):
     places = {name: tmp_path / name for name in ("home", "elsewhere")}
     programs = {name: tmp_path / folder / name for folder, name in (("old", "python"), ("bin", "python3"))}
-    for program in programs.values():
-        program.parent.mkdir()
-        program.symlink_to(PYTHON)
     script = places["home"] / ".contextuate/hooks/emit_event.py"
-    script.parent.mkdir(parents=True)
-    words = "print(sys.executable, __file__, sys.stdin.read())"
-    script.write_text("import sys; " + ("sys.exit(2)" if "script" in gone else words))
-    monkeypatch.setenv("HOME", str(places["home"]))
-    command = cm.hook_command(str(programs["python"]), str(script))
-    for name in re.findall(r"\bpython3?\b", gone):
-        programs[name].unlink()
+    words = "sys.exit(2)" if "script" in gone else "print(sys.executable, __file__, sys.stdin.read())"
+    write_files(tmp_path, {"home/.contextuate/hooks/emit_event.py": "import sys; " + words})
+    for name, program in programs.items():
+        program.parent.mkdir()
+        if name not in re.findall(r"\w+", gone):
+            program.symlink_to(PYTHON)
     if "program" in gone or "reads" in gone:
         programs["python"].write_text("\0\1" if "program" in gone else "#!/bin/sh\nexit 1\n")
         programs["python"].chmod(0o755 if "reads" in gone else 0o644)
+    monkeypatch.setenv("HOME", str(places["home"]))
+    command = cm.hook_command(str(programs["python"]), str(script))
     if "home" in gone:
         places["home"].rename(places["elsewhere"] if "elsewhere" in gone else tmp_path / "x")
     there = {"HOME": str(places["elsewhere" if "elsewhere" in gone else "home"]), "PATH": f"{tmp_path}/bin"}
@@ -3150,43 +3133,35 @@ def test_every_settings_file_that_counts_is_known(client_files, files, runs, wor
     assert words in off if words else off == ""
 
 
+INSTALL_OTHER_PYTHON = {"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}
+
+
 @pytest.mark.parametrize(
-    ("handler", "is_twice"),
+    ("event", "handler", "is_twice"),
     [
-        (INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0], False),  # the client runs the same command once
-        ({"command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :"}, True),
         (
-            {
-                "command": "/opt/python3 -I -S /home/me/.contextuate/hooks/emit_event.py || :",
-                "event": "SessionEnd",
-            },
+            "Stop",
+            INSTALL_OURS["hooks"]["Stop"][0]["hooks"][0],
             False,
-        ),
-        ({"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
-        ({"command": "python3", "args": ["/x/emit_event.py"]}, True),
-        ({"command": "node /x/emit-event.js"}, True),
-        ({"type": "http", "url": "http://localhost:3847/api/hooks"}, True),
-        ({"command": "make"}, False),
-        ({"type": "prompt", "prompt": "see emit_event.py"}, False),
+        ),  # the client runs the same command once
+        ("Stop", INSTALL_OTHER_PYTHON, True),
+        ("SessionEnd", INSTALL_OTHER_PYTHON, False),
+        ("Stop", {"command": "python3 ~/.contextuate/hooks/emit_event.py"}, True),
+        ("Stop", {"command": "python3", "args": ["/x/emit_event.py"]}, True),
+        ("Stop", {"command": "node /x/emit-event.js"}, True),
+        ("Stop", {"type": "http", "url": "http://localhost:3847/api/hooks"}, True),
+        ("Stop", {"command": "make"}, False),
+        ("Stop", {"type": "prompt", "prompt": "see emit_event.py"}, False),
     ],
 )
 @pytest.mark.parametrize("place", [INSTALL_LOCAL, INSTALL_PLUGIN])
-def test_a_second_registration_is_found(client_files, place, handler, is_twice):
-    second = {"hooks": {handler.get("event", "Stop"): [{"hooks": [{"type": "command", **handler}]}]}}
+def test_a_second_registration_is_found(client_files, place, event, handler, is_twice):
+    second = {"hooks": {event: [{"hooks": [{"type": "command", **handler}]}]}}
     user = {**INSTALL_OURS, "enabledPlugins": {"x@y": True}}
     names, paths = cm.registered_twice(client_files({"user/settings.json": user, place: second}))
     assert names == ["Stop"] * is_twice
-    assert sorted(map(os.path.basename, paths)) == sorted(
-        ["settings.json", os.path.basename(place)] * is_twice
-    )
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20))
-def test_the_shell_keeps_any_path_as_it_is(name):
-    path = os.path.abspath("/" + name)
-    command = cm.hook_command("/usr/bin/printf", path).replace(" -I -S ", " %s ", 1)
-    assert run_hook(command, b"", dict(os.environ)).stdout == path.encode()
+    expected = ["settings.json", os.path.basename(place)] if is_twice else []
+    assert sorted(map(os.path.basename, paths)) == sorted(expected)
 
 
 def install_text(path: object) -> str:
@@ -3199,20 +3174,19 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
     library = home / "hooks/lib"
-    whole_text, hot_path = install_text(ee.__file__), install_text(library / "hot_path.py")
-    assert install_text(script) == ee.LAUNCHER and install_text(library / "emit_event.py") == whole_text
-    assert whole_text.startswith(hot_path + ee.HOT_PATH_END)
+    files = [script, library / "emit_event.py", library / "hot_path.py"]
+    launcher, whole, hot_path = map(install_text, files)
+    assert launcher == ee.LAUNCHER and whole == install_text(ee.__file__)
+    assert whole.startswith(hot_path + ee.HOT_PATH_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
     assert compiled == {"emit_event", "hot_path"}
-    for directory in (home, home / "hooks", library):
-        assert hook_mode_of(directory) == 0o700
-    for path in (script, library / "emit_event.py", library / "hot_path.py"):
-        assert hook_mode_of(path) == 0o600
+    assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
+    assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
     command = cm.hook_command(PYTHON, script)
-    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
-    shutil.rmtree(library / "__pycache__")  # it works without, too
-    assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+    for _ in range(2):
+        assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
+        shutil.rmtree(library / "__pycache__", ignore_errors=True)  # it works without, too
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
 
 
@@ -3241,6 +3215,10 @@ def install_plan(settings_file: Any, version: tuple[int, int, int] | None = None
     return cm.plan_install("/h", str(settings_file.parent.parent), version)
 
 
+def uninstall_plan(settings_file: Any) -> Any:
+    return cm.plan_uninstall(str(settings_file.parent.parent))
+
+
 def install_write(plan: Any) -> str | None:
     return cm.write_settings(plan.path, plan.new_text, plan.old_text)
 
@@ -3256,14 +3234,19 @@ def install_write(plan: Any) -> str | None:
         (b'{"a": NaN}', "NaN"),
         (b'{"a": 1e999}', "too large"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
-        (b'{"hooks": {"Stop": [1]}}', r"hooks\.Stop\[0\]"),
+        (b'{"hooks": []}', "hooks:"),
+        (b'{"hooks": null}', "hooks:"),
+        (b'{"hooks": {"Stop": {}}}', "hooks.Stop:"),
+        (b'{"hooks": {"odd name": 1}}', 'hooks."odd name":'),
+        (b'{"hooks": {"Stop": [{"hooks": []}, "x"]}}', "hooks.Stop[1]:"),
+        (b'{"hooks": {"Stop": [{"matcher": "x"}]}}', "hooks.Stop[0].hooks:"),
+        (b'{"hooks": {"Stop": [{"hooks": [{}, "x"]}]}}', "hooks.Stop[0].hooks[1]:"),
     ],
-    ids="no-json comment list twice no-utf-8 nan huge deep hooks".split(),
 )
 def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, content, words):
     settings_file.write_bytes(content)
-    for plan in (install_plan, lambda path: cm.plan_uninstall(str(path.parent.parent))):
-        with pytest.raises(cm.InstallError, match=words) as caught:
+    for plan in (install_plan, uninstall_plan):
+        with pytest.raises(cm.InstallError, match=re.escape(words)) as caught:
             plan(settings_file)
         assert str(settings_file) in str(caught.value) and "nothing was changed" in str(caught.value)
         assert "\n" not in str(caught.value)
@@ -3283,7 +3266,6 @@ def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, 
         (lambda place: cm.read_settings(place), "not a regular file"),
         (lambda place: cm.read_settings(f"{place}/file/settings.json"), "file/settings"),
     ],
-    ids="path home project project-uninstall client pipe loop directory below-a-file".split(),
 )
 def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     os.mkfifo(tmp_path / "pipe")
@@ -3294,9 +3276,15 @@ def test_what_cannot_be_installed_is_refused_in_one_line(tmp_path, act, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n"], ids=["lf", "crlf"])
-@pytest.mark.parametrize("indent", ["\t", "  ", "    ", ""], ids=["tab", "two", "four", "none"])
-@pytest.mark.parametrize(("mark", "final"), [("", True), ("\ufeff", False)], ids=["plain", "bom"])
+INSTALL_LAYOUTS = [
+    ("\n", "\t", "", 1),
+    ("\r\n", "  ", "\ufeff", 0),
+    ("\n", "    ", "\ufeff", 1),
+    ("\r\n", *("", "", 0)),
+]
+
+
+@pytest.mark.parametrize(("line_end", "indent", "mark", "final"), INSTALL_LAYOUTS)
 def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_end, indent, mark, final):
     settings = {"model": "é\u2028", **install_of("make"), "n": {}}
     text = json.dumps(settings, indent=indent, ensure_ascii=False)
@@ -3306,10 +3294,10 @@ def test_install_keeps_the_layout_and_uninstall_restores_it(settings_file, line_
     assert install_text(install_write(plan)).encode() == content.replace(b"\r\n", b"\n"), "the backup"
     changed = settings_file.read_bytes().decode()
     assert changed.startswith(mark + "{" + line_end + indent + '"model": "é\u2028"')
-    assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == final
+    assert changed.count("\n") == changed.count(line_end) and changed.endswith("\n") == bool(final)
     again = install_plan(settings_file)
     assert again.new_text == again.old_text == plan.new_text
-    back = cm.plan_uninstall(str(settings_file.parent.parent))
+    back = uninstall_plan(settings_file)
     assert set(back.names) == INSTALL_NINE
     install_write(back)
     assert settings_file.read_bytes() == content
@@ -3322,7 +3310,7 @@ def test_only_lone_surrogates_stay_escaped_in_the_settings():
 
 def test_settings_that_need_no_change_keep_their_layout(settings_file):
     settings_file.write_text('{ "a":[1,2] , "b": 1.50}')
-    plan = cm.plan_uninstall(str(settings_file.parent.parent))
+    plan = uninstall_plan(settings_file)
     assert plan.new_text == plan.old_text and plan.names == () and install_write(plan) is None
     assert os.listdir(settings_file.parent) == ["settings.json"]
     compact = json.dumps(json.loads(install_plan(settings_file).new_text))
@@ -3381,9 +3369,8 @@ def test_settings_changed_meanwhile_are_left_alone(tmp_path, now):
 
 
 def test_settings_that_cannot_be_replaced_leave_no_backup(tmp_path, monkeypatch):
-    path = tmp_path / "settings.json"
+    path, write = tmp_path / "settings.json", ee.write_atomically
     path.write_text("{}")
-    write = ee.write_atomically
 
     def full_disk(target: str, content: bytes, mode: int = 0o600) -> None:
         if target == str(path):
@@ -3484,15 +3471,13 @@ def protocol_frame(opcode: int, payload: bytes = b"", fin: bool = True, mask: bo
 
 
 def protocol_raw_frame(
-    first: int, payload: bytes = b"", length_bytes: int = 0, mask: bytes | None = PROTOCOL_MASK
+    first: int, payload: bytes = b"", length_bytes: int = 0, mask: bytes = PROTOCOL_MASK
 ) -> bytes:
-    """Build a frame by hand, valid or not: any first byte, the length in 0, 2 or 8 extra bytes."""
-    flag = 0x80 if mask else 0
-    code, form = {0: (len(payload), ""), 2: (126, "!H"), 8: (127, "!Q")}[length_bytes]
-    head = bytes([first, flag | code]) + (struct.pack(form, len(payload)) if form else b"")
-    if mask is None:
-        return head + payload
-    return head + mask + bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+    """Build a frame by hand, valid or not: any first byte, the length in 0, 2 or 8 extra bytes, perhaps no mask."""
+    code = {0: len(payload), 2: 126, 8: 127}[length_bytes]
+    length = len(payload).to_bytes(length_bytes, "big") if length_bytes else b""
+    masked = bytes(byte ^ key for byte, key in zip(payload, itertools.cycle(mask))) if mask else payload
+    return bytes([first, code | 0x80 * bool(mask)]) + length + mask + masked
 
 
 def protocol_feed(data: bytes, sizes: list[int], new_parsers: bool = False) -> list[Any]:
@@ -3509,7 +3494,7 @@ def protocol_feed(data: bytes, sizes: list[int], new_parsers: bool = False) -> l
 
 
 @pytest.fixture(scope="module")
-def spoken() -> Iterator[RunningMonitor]:
+def speaking() -> Iterator[RunningMonitor]:
     """A running monitor for this section; every test uses sessions of its own."""
     allowed = {"server": {"allowedHosts": ["Monitor.example", "proxy.example:8443"]}}
     made = RunningMonitor(new_home(), allowed).start()
@@ -3517,36 +3502,39 @@ def spoken() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-protocol_controls = st.lists(st.tuples(st.sampled_from([9, 10]), st.binary(max_size=125)), max_size=2)
-protocol_conversations = st.lists(
-    st.tuples(
-        st.one_of(
-            st.text(max_size=200), st.binary(max_size=400), st.builds(bytes, st.integers(65530, 65540))
-        ),
-        st.lists(st.integers(0, 1 << 20), max_size=4),
-        st.lists(protocol_controls, min_size=6, max_size=6),
-    ),
-    max_size=5,
+@pytest.fixture
+def spoken(speaking: RunningMonitor) -> Iterator[RunningMonitor]:
+    """The monitor of this section, whose clients are closed after each test."""
+    yield speaking
+    while speaking.clients:
+        speaking.clients.pop().close()
+
+
+protocol_messages = st.one_of(
+    st.text(max_size=200), st.binary(max_size=400), st.builds(bytes, st.integers(65530, 65540))
 )
+protocol_controls = st.lists(st.tuples(st.sampled_from([9, 10]), st.binary(max_size=125)), max_size=2)
+protocol_cuts = st.lists(st.tuples(st.integers(0, 1 << 20), protocol_controls), max_size=4)
 
 
-@given(protocol_conversations, st.lists(st.integers(1, 70000), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(protocol_messages, protocol_cuts), max_size=5),
+    st.lists(st.integers(1, 70000), min_size=1),
+)
 @settings(deadline=None, max_examples=100)
-def test_fragments_and_chunks_of_any_size_give_the_same_messages(
-    conversation: list[Any], sizes: list[int]
-) -> None:
+def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, sizes):
     wire, expected = b"", []
-    for message, cuts, controls in conversation:
+    for message, cuts in conversation:
         data, opcode = (message.encode(), 1) if isinstance(message, str) else (message, 2)
-        places = sorted(cut % (len(data) + 1) for cut in cuts)
-        for index, (start, end) in enumerate(zip([0, *places], [*places, len(data)])):
-            is_last = index == len(places)
-            wire += protocol_frame(0 if index else opcode, data[start:end], fin=is_last)
-            if is_last:
-                expected.append(cm.Message(cm.Opcode(opcode), message))
-            for control, content in controls[index]:
+        start = 0
+        for place, controls in sorted((cut % (len(data) + 1), controls) for cut, controls in cuts):
+            wire += protocol_frame(opcode, data[start:place], fin=False)
+            start, opcode = place, 0
+            for control, content in controls:
                 wire += protocol_frame(control, content)
                 expected.append(cm.Message(cm.Opcode(control), content))
+        wire += protocol_frame(opcode, data[start:])
+        expected.append(cm.Message(cm.Opcode(1 if isinstance(message, str) else 2), message))
     assert protocol_feed(wire, sizes) == expected
     assert protocol_feed(wire, sizes, new_parsers=True) == expected
 
@@ -3562,24 +3550,19 @@ def test_fragments_and_chunks_of_any_size_give_the_same_messages(
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
 @settings(deadline=None, max_examples=400)
-def test_no_bytes_raise_and_nothing_follows_a_close(data: bytes, sizes: list[int]) -> None:
+def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     whole = cm.FrameParser().feed(data)
     assert protocol_feed(data, sizes) == whole
     assert protocol_feed(data, sizes, new_parsers=True)[: len(whole)] == whole
     assert not [item for item in whole[:-1] if isinstance(item, cm.Close)]
 
 
+# The public case list has bad opcodes, fragments, close frames and UTF-8; here is what it cannot send.
 PROTOCOL_VIOLATIONS = {
-    "a reserved bit": (1002, protocol_raw_frame(0xC1, b"x")),
-    "an unknown data opcode": (1002, protocol_raw_frame(0x83, b"x")),
-    "an unknown control opcode": (1002, protocol_raw_frame(0x8B, b"x")),
-    "unmasked": (1002, protocol_raw_frame(0x81, b"x", mask=None)),
-    "unmasked and empty": (1002, protocol_raw_frame(0x81, mask=None)),
-    "an unmasked ping": (1002, protocol_raw_frame(0x89, b"x", mask=None)),
-    "a fragmented close": (1002, protocol_raw_frame(0x08)),
-    "a long close": (1002, protocol_raw_frame(0x88, b"\x03\xe8" + b"x" * 124, 2)),
+    "unmasked": (1002, protocol_raw_frame(0x81, b"x", mask=b"")),
+    "unmasked and empty": (1002, protocol_raw_frame(0x81, mask=b"")),
+    "an unmasked ping": (1002, protocol_raw_frame(0x89, b"x", mask=b"")),
     "a ping with a needlessly long length": (1002, protocol_raw_frame(0x89, b"x", 2)),
-    "a continuation of nothing": (1002, protocol_raw_frame(0x80, b"x")),
     "binary within text that is empty so far": (1002, protocol_raw_frame(0x01) + protocol_raw_frame(0x82)),
     "125 bytes in the 16-bit form": (1002, protocol_raw_frame(0x81, b"x" * 125, 2)),
     "65535 bytes in the 64-bit form": (1002, protocol_raw_frame(0x82, b"x" * 65535, 8)),
@@ -3588,19 +3571,15 @@ PROTOCOL_VIOLATIONS = {
     "much too big": (1009, b"\x81\xff" + struct.pack("!Q", (1 << 63) - 1)),
     "no UTF-8, at its first byte": (1007, protocol_raw_frame(0x81, b"\xff" + b"x" * 90)[:7]),
     "a surrogate in UTF-8": (1007, protocol_raw_frame(0x81, b"\xed\xa0\x80" + b"x" * 90)[:8]),
-    "UTF-8 that is not finished": (1007, protocol_raw_frame(0x01, b"\xf0\x9f") + protocol_raw_frame(0x80, b"\x98")),
-    "a close of one byte": (1002, protocol_raw_frame(0x88, b"\x03")),
-    "a close reason that is no UTF-8": (1007, protocol_raw_frame(0x88, b"\x03\xe8\xff")),
     **{
         f"close code {code}": (1002, protocol_raw_frame(0x88, struct.pack("!H", code)))
         for code in (0, 999, 1004, 1005, 1006, 1015, 2999, 5000)
     },
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize("name", PROTOCOL_VIOLATIONS)
-def test_each_violation_fails_with_its_code_and_nothing_follows(name: str) -> None:
-    code, wire = PROTOCOL_VIOLATIONS[name]
+@pytest.mark.parametrize(("code", "wire"), PROTOCOL_VIOLATIONS.values(), ids=PROTOCOL_VIOLATIONS.keys())
+def test_each_violation_fails_with_its_code_and_nothing_follows(code, wire):
     parser = cm.FrameParser()
     before, failure = parser.feed(protocol_frame(1, b"before") + wire)
     assert before == cm.Message(cm.Opcode.TEXT, "before")
@@ -3609,7 +3588,7 @@ def test_each_violation_fails_with_its_code_and_nothing_follows(name: str) -> No
 
 
 @given(st.integers(1000, 4999), st.text(max_size=200))
-def test_our_close_frames_fit_and_can_be_read_back(code: int, reason: str) -> None:
+def test_our_close_frames_fit_and_can_be_read_back(code, reason):
     frame = cm.encode_close(code, reason)
     assert len(frame) <= 127
     assert frame[:2] == bytes((0x88, len(frame) - 2)) and struct.unpack("!H", frame[2:4]) == (code,)
@@ -3618,7 +3597,7 @@ def test_our_close_frames_fit_and_can_be_read_back(code: int, reason: str) -> No
     assert len(sent.encode()) > 119 or sent == reason
 
 
-def test_the_limit_counts_the_fragments_of_one_message_only() -> None:
+def test_the_limit_counts_the_fragments_of_one_message_only():
     parser = cm.FrameParser(limit_bytes=300)
     third = protocol_frame(0, b"x" * 100, fin=False)
     for _ in range(3):
@@ -3633,83 +3612,68 @@ def test_the_limit_counts_the_fragments_of_one_message_only() -> None:
 # -- the opening handshake -----------------------------------------------------
 
 
-def protocol_head(
-    *changes: tuple[str, str | None], line: str = "GET / HTTP/1.1", more: tuple[str, ...] = ()
-) -> bytes:
-    """Return a request head for a WebSocket without its blank line; changes replace headers, None removes one."""
-    headers: dict[str, str | None] = {
-        "Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": PROTOCOL_KEY,
-        "Sec-WebSocket-Version": "13",
-    }  # fmt: skip
-    headers.update(changes)
-    lines = [line, *(f"{name}: {value}" for name, value in headers.items() if value is not None), *more]
-    return "\r\n".join(lines).encode("latin-1")
+def protocol_rows(table: dict[int, list[str]]) -> Any:
+    """Give a test each row of a table with its status."""
+    return pytest.mark.parametrize(
+        ("status", "row"), [(it, row) for it, rows in table.items() for row in rows]
+    )
 
 
-def protocol_changed_head(*changes: str) -> bytes:
-    """Return a head like `protocol_head`: "Name: x" replaces, "-Name" removes, "+x" adds; else the first line."""
-    line, headers, more = "GET / HTTP/1.1", [], []
+def protocol_head(*changes: Any, line: str = "GET / HTTP/1.1") -> bytes:
+    """Return a request head for a WebSocket without its blank line.
+
+    Of the changes "Name: x" (or a pair) replaces a header, "-Name" removes one, "+x" adds a line; else it is the
+    first line.
+    """
+    headers = {"Host": "localhost", "Upgrade": "websocket", "Connection": "Upgrade",
+               "Sec-WebSocket-Key": PROTOCOL_KEY, "Sec-WebSocket-Version": "13"}  # fmt: skip
+    more = []
     for change in changes:
-        name, colon, value = change.partition(": ")
-        if change.startswith("+"):
+        name, colon, value = (
+            change.partition(": ") if isinstance(change, str) else (change[0], ":", change[1])
+        )
+        if name[:1] == "+":
             more.append(change[1:])
-        elif change.startswith("-"):
-            headers.append((change[1:], None))
+        elif name[:1] == "-":
+            del headers[change[1:]]
         elif colon:
-            headers.append((name, value))
+            headers[name] = value
         else:
             line = change
-    return protocol_head(*headers, line=line, more=tuple(more))
+    return "\r\n".join([line, *map(": ".join, headers.items()), *more]).encode("latin-1")
 
 
-PROTOCOL_HANDSHAKES = [
-    (101, "Upgrade: WebSocket", "Connection: UPGRADE"),
-    (101, "Connection: keep-alive, Upgrade"),
-    (101, "Connection: keep-alive", "+connection:upgrade"),
-    (101, "Upgrade: h2c, websocket"),
-    (101, "-Sec-WebSocket-Version", "+SEC-WEBSOCKET-VERSION:\t13 "),
-    (101, "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other"),
-    (101, "Sec-WebSocket-Protocol: chat, superchat"),
-    (101, "GET /any/where?x=%20y HTTP/1.1"),
-    (101, "X-Latin: \xe9"),
-    (405, "POST / HTTP/1.1"),
-    (505, "GET / HTTP/1.0"),
-    (400, "GET /"),
-    (400, "GET  / HTTP/1.1"),
-    (400, "GET / http/1.1"),
-    (400, ""),
-    (426, "-Upgrade"),
-    (426, "Upgrade: websockets"),
-    (426, "-Connection"),
-    (426, "Connection: keep-alive"),
-    (426, "-Sec-WebSocket-Version"),
-    (426, "Sec-WebSocket-Version: 013"),
-    (400, "+Sec-WebSocket-Version: 13"),
-    (400, "-Sec-WebSocket-Key"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\xe9"),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q=="),
-    (400, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw=="),
-    (400, f"+Sec-WebSocket-Key: {PROTOCOL_KEY}"),
-    (400, "+no colon here"),
-    (400, "+X-Folded: a", "+ b"),
-    (400, "+Bad Name: x"),
-    (400, "+Before-Colon : x"),
-    (400, "+: x"),
-    (400, "X-Null: a\0b"),
-    (400, "X-Newline: a\nOrigin: b"),
-    (400, "X-Return: a\rb"),
-]
+# Status → changes of the head (see above), with ` | ` between them
+PROTOCOL_HANDSHAKES = {
+    101: [
+        "Upgrade: WebSocket | Connection: UPGRADE", "Connection: keep-alive, Upgrade", "Upgrade: h2c, websocket",
+        "Connection: keep-alive | +connection:upgrade", "-Sec-WebSocket-Version | +SEC-WEBSOCKET-VERSION:\t13 ",
+        "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits, x-other", "X-Latin: \xe9",
+        "Sec-WebSocket-Protocol: chat, superchat", "GET /any/where?x=%20y HTTP/1.1",
+    ],
+    405: ["POST / HTTP/1.1"],
+    505: ["GET / HTTP/1.0"],
+    426: [
+        "-Upgrade", "Upgrade: websockets", "-Connection", "Connection: keep-alive", "-Sec-WebSocket-Version",
+        "Sec-WebSocket-Version: 013",
+    ],
+    400: [
+        "GET /", "GET  / HTTP/1.1", "GET / http/1.1", "", "+Sec-WebSocket-Version: 13", "-Sec-WebSocket-Key",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\xe9",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j!Q==", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZTEyMw==",
+        f"+Sec-WebSocket-Key: {PROTOCOL_KEY}", "+no colon here", "+X-Folded: a | + b", "+Bad Name: x",
+        "+Before-Colon : x", "+: x", "X-Null: a\0b", "X-Newline: a\nOrigin: b", "X-Return: a\rb",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("row", PROTOCOL_HANDSHAKES, ids=str)
-def test_a_handshake_is_answered_with_101_or_its_error(row: tuple[Any, ...]) -> None:
-    status, *changes = row
+@protocol_rows(PROTOCOL_HANDSHAKES)
+def test_a_handshake_is_answered_with_101_or_its_error(status, row):
     try:
-        response = cm.handshake_response(cm.parse_request_head(protocol_changed_head(*changes)))
+        response = cm.handshake_response(cm.parse_request_head(protocol_head(*row.split(" | "))))
     except cm.RequestError as error:
         assert error.status == status
-        needed = ("Sec-WebSocket-Version", "13") if "Version" in changes[0] else ("Upgrade", "websocket")
+        needed = ("Sec-WebSocket-Version", "13") if "Version" in row else ("Upgrade", "websocket")
         header = {405: ("Allow", "GET"), 426: needed}.get(status)
         assert header is None or header in error.headers
     else:
@@ -3719,15 +3683,15 @@ def test_a_handshake_is_answered_with_101_or_its_error(row: tuple[Any, ...]) -> 
         assert lines == [*expected, "", ""]
 
 
-def test_a_refused_handshake_is_answered_in_json_and_ends(spoken: RunningMonitor) -> None:
-    rows = {row[0]: row for row in PROTOCOL_HANDSHAKES if row[0] != 101}
-    for status, *changes in (*rows.values(), (431, "X-Long: " + "x" * cm.HEAD_LIMIT_BYTES)):
-        for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
-            head = protocol_changed_head(f"Host: 127.0.0.1:{port}", *changes).replace(b" / ", path, 1)
-            got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
-            assert got == (403 if "POST" in changes[0] and port == spoken.port else status), changes
-            assert ("x-content-type-options", "nosniff") in headers
-            assert json.loads(body)["error"]
+@pytest.mark.parametrize("status", [400, 405, 426, 431, 505])
+def test_a_refused_handshake_is_answered_in_json_and_ends(spoken, status):
+    change = PROTOCOL_HANDSHAKES.get(status, ["X-Long: " + "x" * cm.HEAD_LIMIT_BYTES])[0]
+    for port, path in ((spoken.ws_port, b" / "), (spoken.port, b" /ws ")):
+        head = protocol_head(f"Host: 127.0.0.1:{port}", change).replace(b" / ", path, 1)
+        got, headers, body = protocol_exchange(port, head + b"\r\n\r\n")
+        assert got == (403 if status == 405 and port == spoken.port else status)
+        assert ("x-content-type-options", "nosniff") in headers
+        assert json.loads(body)["error"]
 
 
 # -- a running monitor's WebSocket port ----------------------------------------
@@ -3736,56 +3700,36 @@ def test_a_refused_handshake_is_answered_in_json_and_ends(spoken: RunningMonitor
 class ProtocolPeer:
     """A WebSocket client that sends any bytes, and reads frames by hand."""
 
-    def __init__(
-        self,
-        port: int,
-        receive_bytes: int = 0,
-        host: str = "127.0.0.1",
-        more: tuple[str, ...] = (),
-        path: str = "/",
-    ) -> None:
+    def __init__(self, port: int, receive_bytes: int = 0, path: str = "/") -> None:
         self.sock = socket.socket()
         if receive_bytes:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.sock.settimeout(15)
-        self.sock.connect((host, port))
-        self.sock.sendall(protocol_upgrade(f"{host}:{port}", *more, path=path))
-        self.buffer = b""
-        while b"\r\n\r\n" not in self.buffer:
-            self.buffer += self.sock.recv(4096)
-        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        self.sock.connect(("127.0.0.1", port))
+        self.send = self.sock.sendall  # bytes as they are
+        self.send(protocol_upgrade(f"127.0.0.1:{port}", path=path))
+        self.received = self.sock.makefile("rb")
+        head = b"".join(iter(self.received.readline, b"\r\n"))
         assert b" 101 " in head and PROTOCOL_ACCEPT.encode() in head, head
-
-    def _take(self, size: int) -> bytes:
-        while len(self.buffer) < size:
-            piece = self.sock.recv(1 << 18)
-            if not piece:
-                raise EOFError
-            self.buffer += piece
-        data, self.buffer = self.buffer[:size], self.buffer[size:]
-        return data
 
     def frame(self) -> tuple[int, bytes] | None:
         """Return the next frame's opcode and payload; None when the connection has ended."""
-        try:
-            first, second = self._take(2)
-            assert first & 0xF0 == 0x80 and second < 0x80, "a server's frames are whole and unmasked"
-            size = second
-            if size == 126:
-                (size,) = struct.unpack("!H", self._take(2))
-            elif size == 127:
-                (size,) = struct.unpack("!Q", self._take(8))
-            return first & 0x0F, self._take(size)
-        except (EOFError, ConnectionError):
-            return None
+        with contextlib.suppress(ConnectionError):
+            head = self.received.read(2)
+            if len(head) == 2:
+                assert head[0] & 0xF0 == 0x80 and head[1] < 0x80, "a server's frames are whole and unmasked"
+                more = {126: 2, 127: 8}.get(head[1], 0)
+                size = int.from_bytes(self.received.read(more), "big") if more else head[1]
+                content = self.received.read(size)
+                return (head[0] & 0x0F, content) if len(content) == size else None
+        return None
 
     def rest(self) -> list[tuple[int, bytes]]:
-        """Return every frame until the connection ends."""
-        return list(iter(self.frame, None))
-
-    def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
-        self.sock.sendall(data)
+        """Return every frame until a close frame or the end of the connection."""
+        frames: list[tuple[int, bytes]] = []
+        while (not frames or frames[-1][0] != 8) and (frame := self.frame()):
+            frames.append(frame)
+        return frames
 
     def say(self, **message: Any) -> None:
         """Send one message in one frame."""
@@ -3793,14 +3737,14 @@ class ProtocolPeer:
 
     def next(self, kind: str) -> bytes:
         """Return the text of the next message of one kind."""
-        while True:
-            frame = self.frame()
-            assert frame is not None, f"the connection ended before {kind}"
-            if frame[0] == 1 and json.loads(frame[1])["type"] == kind:
-                return frame[1]
+        for opcode, content in iter(self.frame, None):
+            if opcode == 1 and json.loads(content)["type"] == kind:
+                return content
+        raise AssertionError(f"the connection ended before {kind}")
 
     def close(self) -> None:
         """Close the connection without a close frame."""
+        self.received.close()
         self.sock.close()
 
 
@@ -3827,9 +3771,7 @@ def protocol_exchange(
 
 def protocol_events(session: str, count: int, **fields: Any) -> list[dict[str, Any]]:
     """Make some events of a session, told apart by their prompt."""
-    return [
-        payload("UserPromptSubmit", session, prompt=f"{session} {index}", **fields) for index in range(count)
-    ]
+    return [payload("UserPromptSubmit", session, prompt=f"{session} {at}", **fields) for at in range(count)]
 
 
 def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[bytes]:
@@ -3841,18 +3783,17 @@ def protocol_lines(monitor: RunningMonitor, session: str | None = None) -> list[
     return sorted(lines, key=lambda line: json.loads(line)["seq"])
 
 
-def test_hello_comes_first_and_says_what_the_monitor_is(spoken: RunningMonitor) -> None:
+def test_hello_comes_first_and_says_what_the_monitor_is(spoken):
     client = spoken.websocket(None)
     assert not client.others
     about = {"mode": "local", "machineId": "testbox", "version": cm.__version__, "wsProtocol": 1}
     assert client.hello == {"type": "hello", "seq": spoken.get("/api/status")["seq"], **about}
-    client.close()
 
 
-def test_replies_come_in_order_with_request_ids_of_any_kind(spoken: RunningMonitor) -> None:
+def test_replies_come_in_order_with_request_ids_of_any_kind(spoken):
     spoken.emit(*protocol_events("order", 3))
     client = spoken.websocket()
-    ids = [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, [1, {"a": None}], *range(30)]
+    ids = [0, -1.5, "", "x" * 1000, "\ud800", 1 << 60, None, *range(30)]
     for number in ids:
         client.send(type="get_sessions", requestId=number)
         client.send(type="get_events", sessionId="order", limit=2, requestId=number)
@@ -3860,26 +3801,21 @@ def test_replies_come_in_order_with_request_ids_of_any_kind(spoken: RunningMonit
     for kind in ("sessions", "events", "error"):
         assert [client.next(kind)["requestId"] for _ in ids] == ids
     assert "requestId" not in client.ask("sessions", type="get_sessions")
-    client.close()
 
 
-@pytest.mark.parametrize(
-    "name", ["binary", "unmasked", "a ping with a needlessly long length", "much too big"]
-)
-def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(spoken: RunningMonitor, name: str) -> None:
+@pytest.mark.parametrize("name", ["binary", "unmasked", "much too big"])
+def test_a_client_that_breaks_the_protocol_is_closed_with_the_code(spoken, name):
     code, wire = {**PROTOCOL_VIOLATIONS, "binary": (1003, protocol_raw_frame(0x82, b"\0\1"))}[name]
-    peer = ProtocolPeer(spoken.ws_port)
-    peer.next("hello")
-    peer.send(wire + protocol_frame(1, b'{"type":"get_sessions"}'))  # which is not carried out
-    frame = peer.frame()
-    assert frame is not None and protocol_close_code([frame]) == code
-    peer.send(protocol_frame(8, struct.pack("!H", code)))
-    assert peer.frame() is None
-    peer.close()
+    with contextlib.closing(ProtocolPeer(spoken.ws_port)) as peer:
+        peer.next("hello")
+        peer.send(wire + protocol_frame(1, b'{"type":"get_sessions"}'))  # which is not carried out
+        assert protocol_close_code([peer.frame()]) == code
+        peer.send(protocol_frame(8, struct.pack("!H", code)))
+        assert peer.frame() is None
 
 
 PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
-    # type, fields that are right, the field at fault (or words of the error), values (None: the field is missing)
+    # types, fields that are right, the field at fault (or words of the error), values (None: the field is missing)
     ("search", {"query": 7}, "q", [None]),
     ("search", {}, "limit", [-1]),
     ("subscribe", {}, "view", ["half", 1]),
@@ -3895,9 +3831,8 @@ PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
     ("rename_session", {"sessionId": "bad"}, "label", [None, 5]),
     *(
         (kind, {}, "sessionId", ["unknown-id", None])
-        for kind in ("toggle_pin", "hide_session", "unhide_session")
+        for kind in ("toggle_pin", "hide_session", "unhide_session", "delete_session", "set_parent")
     ),
-    *((kind, {}, "sessionId", ["unknown-id", None]) for kind in ("delete_session", "set_parent")),
     ("set_parent", {"sessionId": "bad"}, "parentSessionId", ["unknown-id", ["bad"]]),
     *(
         ("set_parent", {"sessionId": "bad", "parentSessionId": child}, "below itself", [None])
@@ -3907,55 +3842,38 @@ PROTOCOL_BAD_FIELDS: list[tuple[str, dict[str, Any], str, list[Any]]] = [
     ("no such thing", {}, "no such thing", [None]),
     ("", {}, "type", [None, 5, ["subscribe"]]),
 ]
-PROTOCOL_NO_MESSAGES = [
-    "not json",
-    "",
-    "[1]",
-    "null",
-    '"text"',
-    "{}{}",
-    '{"type": "',
-    '{"type": ' + "[" * 99999,
-]
 
 
 @pytest.fixture(scope="module")
-def bad_family(spoken: RunningMonitor) -> RunningMonitor:
+def bad_family(speaking: RunningMonitor) -> None:
     """Three sessions, each the parent of the next."""
-    spoken.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
+    speaking.emit(*(protocol_events(name, 1)[0] for name in ("bad", "bad-child", "bad-grandchild")))
     for child, parent in (("bad-child", "bad"), ("bad-grandchild", "bad-child")):
-        assert protocol_post(spoken, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
-    return spoken
+        assert protocol_post(speaking, type="set_parent", sessionId=child, parentSessionId=parent)[0] == 200
 
 
 @pytest.mark.parametrize(("kind", "fields", "word", "values"), PROTOCOL_BAD_FIELDS)
-def test_a_bad_message_gets_an_error_that_names_the_fault(
-    bad_family: RunningMonitor, kind: str, fields: dict[str, Any], word: str, values: list[Any]
-) -> None:
-    seq = bad_family.get("/api/status")["seq"]
-    client = bad_family.websocket(None)
+def test_a_bad_message_gets_an_error_that_names_the_fault(spoken, bad_family, kind, fields, word, values):
+    seq, client = spoken.get("/api/status")["seq"], spoken.websocket(None)
     for value in values:
         message = {**({"type": kind} if kind else {}), **fields, "requestId": 7}
         message.update({} if value is None else {word: value})
         error = client.ask("error", **message)
         assert (error["request"], error["requestId"]) == (kind or None, 7)
         assert word in error["message"]
-        status, reply = protocol_post(bad_family, **message)
+        status, reply = protocol_post(spoken, **message)
         assert status == 400 and (word in reply["error"] or "for a WebSocket" in reply["error"])
-    client.close()
-    assert bad_family.get("/api/status")["seq"] == seq
+    assert spoken.get("/api/status")["seq"] == seq
 
 
-@pytest.mark.parametrize("text", PROTOCOL_NO_MESSAGES)
-def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(
-    spoken: RunningMonitor, text: str
-) -> None:
+def test_what_is_no_json_object_gets_an_error_and_the_next_its_answer(spoken):
     client = spoken.websocket(None)
-    client.connection.send(text)
-    error = client.next("error")
-    assert error["request"] is None and "requestId" not in error and error["message"]
-    assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
-    client.close()
+    for text in ("not json", "", "[1]", "null", '"text"', "{}{}", '{"type": "', '{"type": ' + "[" * 99999):
+        client.connection.send(text)
+        error = client.next("error")
+        assert error["request"] is None and "requestId" not in error and error["message"]
+        assert client.ask("sessions", type="get_sessions", requestId="after")["requestId"] == "after"
+    assert "requestId" not in client.ask("sessions", type="get_sessions", requestId=[[7]])
 
 
 def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[str, Any]]:
@@ -3965,93 +3883,76 @@ def protocol_post(monitor: RunningMonitor, **message: Any) -> tuple[int, dict[st
     return status, json.loads(answer)
 
 
-protocol_kinds = st.sampled_from(sorted(cm.MessageHandlers.QUESTIONS | set(cm.MessageHandlers.META)))
-protocol_values = st.one_of(
-    st.none(), st.booleans(), st.integers(-5, 1 << 70), st.floats(), st.text(max_size=5),
-    st.lists(st.text(max_size=3), max_size=2), st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
-)  # fmt: skip
-protocol_names = st.sampled_from([*cm.MessageHandlers.FIELDS, "showHidden", "requestId", "query"])
-
-
-@given(st.lists(st.tuples(protocol_kinds, st.dictionaries(protocol_names, protocol_values)), max_size=12))
-@settings(deadline=None, max_examples=60)
-def test_no_fields_of_any_type_end_a_connection(spoken: RunningMonitor, messages: list[Any]) -> None:
+def test_no_fields_of_any_type_end_a_connection(spoken):
     client = spoken.websocket(None)
-    for kind, fields in messages:
-        client.send(**{**fields, "type": kind})
-    assert client.ask("sessions", type="get_sessions", requestId="the last")
-    client.close()
+    odd = (None, False, -5, 1 << 70, float("nan"), "x", ["x"], [1], {"x": None})
+    for kind in sorted(cm.MessageHandlers.QUESTIONS | set(cm.MessageHandlers.META)):
+        for name in (*cm.MessageHandlers.FIELDS, "showHidden", "requestId", "query"):
+            for value in odd:
+                client.send(**{"sessionId": "odd", "eventId": "x", "query": "x", name: value, "type": kind})
+        client.send(type="get_sessions", requestId="all of " + kind)
+        client.next("sessions", requestId="all of " + kind)
+        client.others.clear()
 
 
-def test_the_full_view_carries_the_very_bytes_that_are_stored(spoken: RunningMonitor) -> None:
-    peer = ProtocolPeer(spoken.ws_port)
-    peer.say(type="subscribe", view="full", requestId="r")
-    assert json.loads(peer.next("subscribed"))["requestId"] == "r"
-    command = {"command": "a\n\u2028é\ud800" * 300}
-    spoken.emit(
-        payload("PreToolUse", "bytes", tool_name="Bash", tool_use_id="t1", tool_input=command),
-        payload("Notification", "bytes", message="x", odd={"null": None, "float": 1e300, "big": 1 << 70}),
-    )
-    texts, lines = [peer.next("event"), peer.next("event")], protocol_lines(spoken, "bytes")
-    for text, line in zip(texts, lines):
-        message = json.loads(text)
-        assert set(message) == {"type", "seq", "event"} and message["seq"] == json.loads(line)["seq"]
-        assert line in text
-    assert len(lines) == 2
-    peer.close()
+def test_the_full_view_carries_the_very_bytes_that_are_stored(spoken):
+    with contextlib.closing(ProtocolPeer(spoken.ws_port)) as peer:
+        peer.say(type="subscribe", view="full", requestId="r")
+        assert json.loads(peer.next("subscribed"))["requestId"] == "r"
+        command = {"command": "a\n\u2028é\ud800" * 300}
+        spoken.emit(
+            payload("PreToolUse", "bytes", tool_name="Bash", tool_use_id="t1", tool_input=command),
+            payload("Notification", "bytes", message="x", odd={"null": None, "float": 1e300, "big": 1 << 70}),
+        )
+        lines = protocol_lines(spoken, "bytes")
+        assert len(lines) == 2
+        for line in lines:
+            text = peer.next("event")
+            message = json.loads(text)
+            assert set(message) == {"type", "seq", "event"} and message["seq"] == json.loads(line)["seq"]
+            assert line in text
 
 
-PROTOCOL_ROW_FIELDS = set(
+PROTOCOL_ROW = set(
     "seq received id timestamp sessionId machineId hookType eventType agentId agentType demo".split()
 )
-PROTOCOL_ROW_DATA = set(
-    "toolName toolUseId durationMs target text notificationType source reason isInterrupt".split()
-)
+PROTOCOL_ROW_DATA = set("toolName toolUseId durationMs target text notificationType source reason".split())
+PROTOCOL_ROW_DATA.add("isInterrupt")
 PROTOCOL_LONG = "first line\n" + "word " * 50_000
 PROTOCOL_CALL = {"tool_name": "Bash", "tool_use_id": "t1", "tool_input": {"command": PROTOCOL_LONG}}
+PROTOCOL_FAILED = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.py"}}
 PROTOCOL_ROWS = [  # event, what its row says among others; a text is how a long one begins
-    (
-        payload("PreToolUse", "row", **PROTOCOL_CALL, agent_id="a1", agent_type="Explore"),
-        {"toolName": "Bash", "toolUseId": "t1", "target": "first line word"},
-    ),
-    (
-        payload("PostToolUse", "row", **PROTOCOL_CALL, duration_ms=12, tool_response={"stdout": PROTOCOL_LONG}),
-        {"toolUseId": "t1", "durationMs": 12, "target": "first line word"},
-    ),
-    (
-        payload("PostToolUseFailure", "row", tool_name="Read", tool_input={"file_path": "/home/dev/shop/a.py"},
-                error=PROTOCOL_LONG, is_interrupt=True),
-        {"target": "a.py", "isInterrupt": True, "text": "first line"},
-    ),
+    (payload("PreToolUse", "row", **PROTOCOL_CALL, agent_id="a1", agent_type="Explore"),
+     {"toolName": "Bash", "toolUseId": "t1", "target": "first line word"}),
+    (payload("PostToolUse", "row", **PROTOCOL_CALL, duration_ms=12, tool_response={"stdout": PROTOCOL_LONG}),
+     {"toolUseId": "t1", "durationMs": 12, "target": "first line word"}),
+    (payload("PostToolUseFailure", "row", **PROTOCOL_FAILED, error=PROTOCOL_LONG, is_interrupt=True),
+     {"target": "a.py", "isInterrupt": True, "text": "first line"}),
     (payload("UserPromptSubmit", "row", prompt=PROTOCOL_LONG), {"text": "first line word"}),
-    (
-        payload("Notification", "row", message={"odd": [PROTOCOL_LONG]}, notification_type="idle_prompt"),
-        {"notificationType": "idle_prompt"},
-    ),
+    (payload("Notification", "row", message={"odd": [PROTOCOL_LONG]}, notification_type="idle_prompt"),
+     {"notificationType": "idle_prompt"}),
     (payload("SessionStart", "row", source="startup", model=PROTOCOL_LONG), {"source": "startup"}),
     ({"eventType": "message", "sessionId": "row", "data": {"toolName": PROTOCOL_LONG, "reason": ["x"]}}, {}),
 ]  # fmt: skip
 
 
-def test_a_row_is_small_and_has_the_fields_of_the_contract(spoken: RunningMonitor) -> None:
+def test_a_row_is_small_and_has_the_fields_of_the_contract(spoken):
     client = spoken.websocket("rows")
     spoken.emit(*(event for event, _ in PROTOCOL_ROWS))
     stored = [json.loads(line) for line in protocol_lines(spoken, "row")]
     for row, event, (_, expected) in zip(client.events(7), stored, PROTOCOL_ROWS):
         data = row.pop("data")
         assert row.pop("partial") is True
-        assert set(row) <= PROTOCOL_ROW_FIELDS and set(data) <= PROTOCOL_ROW_DATA
+        assert set(row) <= PROTOCOL_ROW and set(data) <= PROTOCOL_ROW_DATA
         assert row == {name: event[name] for name in row}
-        for name, value in expected.items():
-            assert str(data[name]).startswith(str(value)), name
+        assert all(str(data[name]).startswith(str(value)) for name, value in expected.items()), data
         for name in ("target", "text"):
             assert len(data.get(name, "")) <= 160 and "\n" not in data.get(name, "")
         assert len(json.dumps([row, data])) < 1000
         assert row.get("agentId") == event.get("agentId") and row.get("agentType") == event.get("agentType")
-    client.close()
 
 
-def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken: RunningMonitor) -> None:
+def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken):
     some, everything = spoken.websocket(sessionIds=["filter-a", "filter-c"]), spoken.websocket()
     silent = spoken.websocket(None)
     for unsubscribed, expected in (([], "aca"), (["filter-a", "unknown-id"], "c"), (["filter-c"], "")):
@@ -4065,50 +3966,40 @@ def test_a_client_gets_the_events_of_the_sessions_it_asked_for(spoken: RunningMo
     for client in (some, silent):
         client.ask("sessions", type="get_sessions")
         assert not [message for message in client.others if message["type"] == "event"]
-    some.close(), everything.close(), silent.close()
 
 
-def test_what_was_missed_comes_in_order_before_what_is_live(running: RunningMonitor) -> None:
+def test_what_was_missed_comes_in_order_before_what_is_live(running):
     last = cm.CATCH_UP_EVENTS + 13
     running.emit(*protocol_events("long", last - 12), *protocol_events("a", 5), *protocol_events("b", 7))
-    nothing = range(0)
-    rows = (  # since, sessions, the missed events that follow, whether the client must start over
-        (None, None, nothing, False),
-        (last, None, nothing, False),
-        (last + 1, None, nothing, True),
-        (0, None, nothing, True),
-        (last - cm.CATCH_UP_EVENTS - 1, None, nothing, True),
-        (last - cm.CATCH_UP_EVENTS, None, range(last - cm.CATCH_UP_EVENTS + 1, last + 1), False),
-        (last - 12, None, range(last - 11, last + 1), False),
-        (last - 12, ["a", "live"], range(last - 11, last - 6), False),
-        (last - 12, ["b", "live"], range(last - 6, last + 1), False),
+    rows = (  # since, sessions, the missed events that follow; None: the client must start over
+        (None, None, range(0)),
+        (last, None, range(0)),
+        (last + 1, None, None),
+        (0, None, None),
+        (last - cm.CATCH_UP_EVENTS - 1, None, None),
+        (last - cm.CATCH_UP_EVENTS, None, range(last - cm.CATCH_UP_EVENTS + 1, last + 1)),
+        (last - 12, None, range(last - 11, last + 1)),
+        (last - 12, ["a", "live"], range(last - 11, last - 6)),
+        (last - 12, ["b", "live"], range(last - 6, last + 1)),
     )
     opened = [
-        (running.websocket(view, since=row[0], sessionIds=row[1]), view, *row)
+        (running.websocket(view, since=since, sessionIds=sessions), view, since, missed)
         for view in ("full", "rows")
-        for row in rows
+        for since, sessions, missed in rows
     ]
     running.emit(*protocol_events("live", 1))
-    for client, view, since, _, missed, resync in opened:
+    for client, view, since, missed in opened:
         answer = {name: client.subscribed[name] for name in ("seq", "missed", "resync")}
-        assert answer == {"seq": last, "missed": len(missed), "resync": resync}, since
-        events = client.events(len(missed) + 1)
-        assert [event["seq"] for event in events] == [*missed, last + 1], since
+        assert answer == {"seq": last, "missed": len(missed or ()), "resync": missed is None}, since
+        events = client.events(len(missed or ()) + 1)
+        assert [event["seq"] for event in events] == [*(missed or ()), last + 1], since
         assert {event.get("partial", False) for event in events} == {view == "rows"}
-        client.close()
 
 
-def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running: RunningMonitor) -> None:
-    count = 200
-
-    def emit_all() -> None:
-        for event in protocol_events("flow", count):
-            running.emit(event)
-
-    sender = threading.Thread(target=emit_all)
+def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running):
+    count, seen, dice = 150, [], random.Random(5)
+    sender = threading.Thread(target=lambda: [*map(running.emit, protocol_events("flow", count))])
     sender.start()
-    seen: list[int] = []
-    dice = random.Random(5)
     while len(seen) < count:
         client = running.websocket("rows", since=seen[-1] if seen else 0)
         seen += [event["seq"] for event in client.events(min(dice.randint(1, 30), count - len(seen)))]
@@ -4117,32 +4008,23 @@ def test_a_client_that_comes_and_goes_misses_and_doubles_no_event(running: Runni
     assert seen == list(range(1, count + 1))
 
 
-def test_a_page_of_events_holds_what_its_parameters_say(running: RunningMonitor) -> None:
-    for number in range(1, 12):
-        running.emit(payload("UserPromptSubmit", f"s{number % 2}", prompt=f"n {number}"))
-    stored = running.stored_events()
+def test_a_page_of_events_holds_what_its_parameters_say(running):
+    running.emit(*(payload("UserPromptSubmit", f"s{at % 2}", prompt=f"n {at}") for at in range(1, 12)))
+    stored, edges = running.stored_events(), ((None, 0, 1, 5, 12), (None, 0, 4, 11))
     clients = {"rows": running.websocket("rows"), "full": running.websocket(None)}
-    for session, limit, before, after in itertools.product(
-        ("s1", None), (1, 6, None), (None, 0, 1, 5, 12), (None, 0, 4, 11)
-    ):
+    for session, limit, before, after in itertools.product(("s1", None), (1, 6, None), *edges):
         query = {"limit": limit, "before": before, "after": after}
         query = {name: value for name, value in query.items() if value is not None}
-        found = [
-            event
-            for event in stored
-            if session in (None, event["sessionId"])
-            and (after or 0) < event["seq"] < (99 if before is None else before)
-        ]
+        found = [event for event in stored if session in (None, event["sessionId"])
+                 and (after or 0) < event["seq"] < (99 if before is None else before)]  # fmt: skip
         page = found[-(limit or 100) :] if after is None else found[: limit or 100]
         expected = {"events": page, "more": len(page) < len(found)}
         path = f"/api/sessions/{session}/events" if session else "/api/events"
         assert running.get(path + "?" + urllib.parse.urlencode(query)) == expected, (path, query)
-        if after is not None:
-            continue
-        for view, client in clients.items():
+        for view, client in clients.items() if after is None else ():
             if session:
                 answer = client.ask("events", type="get_events", sessionId=session, **query)
-                assert answer.pop("sessionId") == session
+                assert answer["sessionId"] == session
             else:
                 answer = client.ask("all_events", type="get_all_recent_events", **query)
             if view == "rows":
@@ -4152,40 +4034,32 @@ def test_a_page_of_events_holds_what_its_parameters_say(running: RunningMonitor)
     unknown = clients["rows"].ask("events", type="get_events", sessionId="../../token")
     assert (unknown["events"], unknown["more"]) == ([], False)
     assert running.request("/api/sessions/unknown-id/events")[0] == 404
-    for client in clients.values():
-        client.close()
 
 
-def test_a_whole_event_comes_with_and_without_its_number(spoken: RunningMonitor) -> None:
+def test_a_whole_event_comes_with_and_without_its_number(spoken):
     spoken.emit(*protocol_events("detail", 6))
     stored = [json.loads(line) for line in protocol_lines(spoken, "detail")]
     client = spoken.websocket("rows")
     ask = functools.partial(client.ask, "event_detail", type="get_event_detail", sessionId="detail")
     for event in stored:
-        assert spoken.get(f"/api/events/{event['id']}") == event
-        assert spoken.get(f"/api/events/{event['id']}?session=detail&seq={event['seq']}") == event
+        for query in ("", f"?session=detail&seq={event['seq']}"):
+            assert spoken.get(f"/api/events/{event['id']}{query}") == event
         for more in ({}, {"seq": event["seq"]}, {"seq": stored[0]["seq"]}, {"seq": 1 << 50}):
             detail = ask(eventId=event["id"], **more)
             assert (detail["sessionId"], detail["eventId"], detail["event"]) == ("detail", event["id"], event)
     missing = ask(eventId="no", requestId=1)
     assert (missing["event"], missing["requestId"], missing["eventId"]) == (None, 1, "no")
-    client.close()
 
 
-def test_sessions_come_with_every_field_of_the_contract(spoken: RunningMonitor) -> None:
-    call = payload("PreToolUse", "fields", tool_name="Bash", tool_use_id="t", tool_input={"command": "ls"})
-    spoken.emit(call)
-    client = spoken.websocket("rows")
-    sessions = client.ask("sessions", type="get_sessions")["sessions"]
-    (session,) = [session for session in sessions if session["sessionId"] == "fields"]
-    assert set(session) >= set(
-        "sessionId machineId workingDirectory label labelSource model startTime lastEventTime endTime state reason "
-        "stateSince activity parentSessionId childSessionIds continuedFrom agents openCalls counts tokenUsage "
-        "estimatedCostUsd stuck isPinned hidden isImported demo pid".split()
+def test_a_session_is_the_same_over_websocket_and_http(spoken):
+    spoken.emit(
+        payload("PreToolUse", "fields", tool_name="Bash", tool_use_id="t", tool_input={"command": "ls"})
     )
-    assert set(session["counts"]) == {"events", "toolCalls", "toolErrors", "interrupted", "prompts"}
-    assert session == spoken.sessions()["fields"] == spoken.get("/api/sessions/fields")
-    client.close()
+    sessions = spoken.websocket("rows").ask("sessions", type="get_sessions")["sessions"]
+    (session,) = [session for session in sessions if session["sessionId"] == "fields"]
+    assert session["openCalls"] and session == spoken.sessions()["fields"] == spoken.get(
+        "/api/sessions/fields"
+    )
 
 
 # -- what the user does --------------------------------------------------------
@@ -4200,16 +4074,14 @@ def protocol_updates(client: TestClient, **expected: dict[str, Any]) -> None:
             del expected[session["sessionId"]]
 
 
-# Rule → the messages of one client, and what every client is sent of which session then.
+# Rule → what one client sends, and what every client is sent then of which sessions.
 PROTOCOL_ACTIONS: dict[str, list[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]]] = {
     "a name is given, and taken back by an empty one": [
         ("rename_session named", {"label": "Mine é"}, {"named": {"label": "Mine é", "labelSource": "user"}}),
         ("rename_session named", {"label": ""}, {"named": {"label": "named 0", "labelSource": "prompt"}}),
     ],
     "a pin is set and taken away": [
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": True}}),
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": False}}),
-        ("toggle_pin pinned", {}, {"pinned": {"isPinned": True}}),
+        ("toggle_pin pinned", {}, {"pinned": {"isPinned": is_pinned}}) for is_pinned in (True, False, True)
     ],
     "a session is hidden and shown": [
         ("hide_session hidden", {}, {"hidden": {"hidden": True}}),
@@ -4226,7 +4098,7 @@ PROTOCOL_ACTIONS: dict[str, list[tuple[str, dict[str, Any], dict[str, dict[str, 
 
 
 @pytest.mark.parametrize("rule", PROTOCOL_ACTIONS)
-def test_what_a_user_does_reaches_every_client(spoken: RunningMonitor, rule: str) -> None:
+def test_what_a_user_does_reaches_every_client(spoken, rule):
     spoken.emit(*(protocol_events(name, 1)[0] for name in ("named", "pinned", "hidden", "x", "y", "z")))
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     for action, message, updates in PROTOCOL_ACTIONS[rule]:
@@ -4234,78 +4106,70 @@ def test_what_a_user_does_reaches_every_client(spoken: RunningMonitor, rule: str
         mine.send(type=kind, sessionId=session, **message)
         for client in (other, mine):
             protocol_updates(client, **updates)
-    mine.close(), other.close()
 
 
-def test_a_hidden_session_is_listed_only_for_who_shows_hidden_ones(spoken: RunningMonitor) -> None:
+def test_a_hidden_session_is_listed_only_for_who_shows_hidden_ones(spoken):
     spoken.emit(*protocol_events("secret", 1))
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
 
-    def listed(client: TestClient) -> bool:
-        sessions = client.ask("sessions", type="get_sessions")["sessions"]
-        return "secret" in [session["sessionId"] for session in sessions]
+    def is_in(answer: dict[str, Any]) -> bool:
+        return "secret" in {session["sessionId"] for session in answer["sessions"]}
 
     assert other.ask("sessions", type="set_show_hidden", showHidden=True, requestId="s")["requestId"] == "s"
     mine.send(type="hide_session", sessionId="secret")
     protocol_updates(other, secret={"hidden": True})
     spoken.emit(*protocol_events("secret", 1))  # goes on unseen
-    assert (listed(mine), listed(other)) == (False, True)
+    for client, expected in ((mine, False), (other, True)):
+        assert is_in(client.ask("sessions", type="get_sessions")) is expected
     for path, expected in (("/api/sessions", False), ("/api/sessions?hidden=1", True)):
-        assert ("secret" in {it["sessionId"] for it in spoken.get(path)["sessions"]}) is expected
+        assert is_in(spoken.get(path)) is expected
     off = other.ask("sessions", type="set_show_hidden", showHidden=False)
     assert all(not session["hidden"] for session in off["sessions"])
     mine.send(type="unhide_session", sessionId="secret")
     protocol_updates(mine, secret={"hidden": False})
-    assert listed(mine)
-    mine.close(), other.close()
+    assert is_in(mine.ask("sessions", type="get_sessions"))
 
 
-def test_a_session_that_is_linked_later_is_updated_for_the_clients(running: RunningMonitor) -> None:
-    client = running.websocket("rows")
-    running.emit(payload("UserPromptSubmit", "old", prompt="go"))
-    running.emit(payload("SessionStart", "new", source="clear"))
+def test_a_session_that_is_linked_later_is_updated_for_the_clients(spoken):
+    client = spoken.websocket("rows")
+    spoken.emit(*protocol_events("old", 1), payload("SessionStart", "new", source="clear"))
     protocol_updates(client, new={"continuedFrom": None})
-    running.emit(payload("SessionEnd", "old", reason="clear"))
+    spoken.emit(payload("SessionEnd", "old", reason="clear"))
     protocol_updates(client, new={"continuedFrom": "old"})
-    client.close()
 
 
-def test_a_deleted_session_goes_from_list_and_disk_and_others_stay(spoken: RunningMonitor) -> None:
+def test_a_deleted_session_goes_from_list_and_disk_and_others_stay(spoken):
     spoken.emit(*protocol_events("delete", 3), *protocol_events("delete-not", 1))
     mine, other = spoken.websocket("rows"), spoken.websocket("rows")
     mine.send(type="delete_session", sessionId="delete")
     for client in (other, mine):
         assert client.next("session_deleted")["sessionId"] == "delete"
     assert [len(protocol_lines(spoken, name)) for name in ("delete", "delete-not")] == [0, 1]
-    assert "delete" not in spoken.sessions()
-    assert spoken.request("/api/sessions/delete")[0] == 404
+    assert "delete" not in spoken.sessions() and spoken.request("/api/sessions/delete")[0] == 404
     spoken.emit(*protocol_events("delete", 1))  # a session may come back
     assert spoken.sessions()["delete"]["counts"]["events"] == 1
-    mine.close(), other.close()
 
 
-def test_all_sessions_are_hidden_and_deleted_at_once(running: RunningMonitor) -> None:
+def test_all_sessions_are_hidden_and_deleted_at_once(running):
     names = [f"many-{index}" for index in range(5)]
     running.emit(*(protocol_events(name, 1)[0] for name in names))
     mine, other, showing = (running.websocket("rows") for _ in range(3))
     showing.ask("sessions", type="set_show_hidden", showHidden=True)
     mine.send(type="hide_all_sessions")
-    for client in (mine, other):
-        assert client.next("sessions_updated")["sessions"] == []
     hidden = showing.next("sessions_updated")["sessions"]
     assert sorted(session["sessionId"] for session in hidden if session["hidden"]) == names
+    assert [client.next("sessions_updated")["sessions"] for client in (mine, other)] == [[], []]
     mine.send(type="delete_all_sessions")
     for client in (mine, other, showing):
         assert client.next("sessions_updated")["sessions"] == []
     assert running.sessions() == {} and running.stored_events() == []
-    running.stop()
+    running.kill()
     assert running.serve().sessions() == {}
 
 
-def test_what_a_user_did_survives_a_restart_from_the_files_alone(running: RunningMonitor) -> None:
+def test_what_a_user_did_survives_a_restart_from_the_files_alone(running):
     running.emit(*(protocol_events(f"keep-{index}", 2)[0] for index in range(5)))
     client = running.websocket("rows")
-    client.ask("sessions", type="set_show_hidden", showHidden=True)
     client.send(type="rename_session", sessionId="keep-0", label="By hand é")
     client.send(type="toggle_pin", sessionId="keep-1")
     client.send(type="hide_session", sessionId="keep-2")
@@ -4315,36 +4179,32 @@ def test_what_a_user_did_survives_a_restart_from_the_files_alone(running: Runnin
     before = running.sessions()
     assert (before["keep-0"]["label"], before["keep-0"]["labelSource"]) == ("By hand é", "user")
     assert before["keep-1"]["isPinned"] and before["keep-2"]["hidden"]
-    assert before["keep-3"]["parentSessionId"] == "keep-0"
-    assert "keep-4" not in before
+    assert before["keep-3"]["parentSessionId"] == "keep-0" and "keep-4" not in before
     running.stop()
     for name in set(os.listdir(running.home)) - {"events", "monitor.config.json"}:
         path = os.path.join(running.home, name)
         shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-    running.serve()
-    assert running.sessions() == before
+    assert running.serve().sessions() == before
     actions = [event for event in running.stored_events() if event["hookType"] == "Monitor"]
     assert [event["eventType"] for event in actions] == ["session_meta"] * 4
 
 
-def test_no_number_is_given_twice_after_the_newest_session_was_deleted(running: RunningMonitor) -> None:
+def test_no_number_is_given_twice_after_the_newest_session_was_deleted(running):
     running.emit(*protocol_events("first", 1), *protocol_events("newest", 9))
     client = running.websocket("rows")
     client.send(type="delete_session", sessionId="newest")
     client.next("session_deleted")
-    client.close()
     running.stop()
     running.serve()
     running.emit(*protocol_events("later", 12))
     back = running.websocket("rows", since=10)  # it was away since before the restart
-    if not back.subscribed["resync"]:
-        assert back.subscribed["missed"] == 12
-        texts = [event["data"]["text"] for event in back.events(12)]
-        assert texts == [f"later {index}" for index in range(12)]
-    back.close()
+    assert back.subscribed["missed"] == 12 or back.subscribed["resync"]
+    for at in range(back.subscribed["missed"]):
+        assert back.events(1)[0]["data"]["text"] == f"later {at}"
+    assert min(event["seq"] for event in running.stored_events() if event["sessionId"] == "later") > 10
 
 
-def test_the_status_is_sent_on_subscribing_and_when_it_changes(running: RunningMonitor) -> None:
+def test_the_status_is_sent_on_subscribing_and_when_it_changes(running):
     running.emit(*protocol_events("status", 2))
     client = running.websocket("rows")
     status = client.next("status")
@@ -4354,44 +4214,42 @@ def test_the_status_is_sent_on_subscribing_and_when_it_changes(running: RunningM
         "version": cm.__version__, "loading": None, "redis": None, "publisher": None,
         "store": {"path": running.home + "/events", "persistent": True, "ok": True, "error": None, "repaired": 0},
     }  # fmt: skip
+    status["store"].pop("slowWriteMs")
     assert {name: status[name] for name in expected} == expected
     assert set(status["spool"]) >= {"bytes", "segments", "dropped"}
     assert abs(status["startedAt"] - time.time() * 1000) < 600_000
     running.emit({"eventType": "message", "sessionId": "status-demo", "demo": True})
     assert client.next("status", demo=True)["sessions"] == 2
     assert running.get("/api/status")["demo"] is True
-    client.close()
 
 
-def test_a_test_event_is_stored_and_reaches_every_client(spoken: RunningMonitor) -> None:
+def test_a_test_event_is_stored_and_reaches_every_client(spoken):
     mine, other = spoken.websocket("rows"), spoken.websocket("full")
     mine.send(type="send_test_event")
     row, event = mine.events(1)[0], other.events(1)[0]
     assert (row["id"], event["eventType"]) == (event["id"], "notification")
     assert spoken.get(f"/api/events/{event['id']}") == event
-    mine.close(), other.close()
 
 
 # -- clients that are slow or silent -------------------------------------------
 
 
-def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor: RunningMonitor) -> None:
+def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor):
     """It gets 8 MB of answers then though a queue holds 64 KB: a client that reads is not closed for that."""
-    monitor.write_config({"limits": {"clientQueueBytes": 65536}})
+    monitor.write_config({"limits": {"clientQueueBytes": 65536}, "privacy": {"redact": False}})
     monitor.serve()
     slow = ProtocolPeer(monitor.ws_port, receive_bytes=4096)
     slow.say(type="subscribe", view="full")
     slow.next("subscribed")
     reading = monitor.websocket()
-    text, batch, rounds = "no secrets here " * 2000, 10, 26  # more than the kernel holds for one connection
+    text, batch, rounds = "plain words only " * 20_000, 2, 13  # more than the kernel holds for one connection
     for _ in range(rounds):
         monitor.emit(*protocol_events("slow", batch, text=text))
         reading.events(batch)
     frames, total = slow.rest(), batch * rounds
     events = [content for opcode, content in frames if opcode == 1 and b'"event"' in content[:20]]
     got = [json.loads(content)["seq"] for content in events]
-    assert got == list(range(1, len(got) + 1))
-    assert len(got) < total, "it was never closed"
+    assert got == list(range(1, len(got) + 1)) and len(got) < total, "it was never closed"
     assert frames[-1][0] != 8 or protocol_close_code(frames) == 1013
     assert metrics_of(monitor)["contextuate_clients_closed_slow_total"][()] == 1
     back = monitor.websocket(since=1)
@@ -4400,7 +4258,6 @@ def test_a_client_that_never_reads_is_closed_and_may_catch_up(monitor: RunningMo
     monitor.emit(*protocol_events("slow", 1))
     for client, first in ((back, 2), (reading, total + 1)):
         assert [event["seq"] for event in client.events(total + 2 - first)] == list(range(first, total + 2))
-        client.close()
     slow.close()
 
 
@@ -4424,22 +4281,20 @@ def protocol_inside(**config: Any) -> Iterator[cm.Monitor]:
 
 def protocol_drip(port: int, data: bytes) -> bytes:
     """Send a head byte by byte, without an end; return what came back before the connection was cut."""
-    with socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock:
-        received = b""
-        deadline = time.monotonic() + 15
+    received, deadline = b"", time.monotonic() + 15
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=0.03) as sock,
+        contextlib.suppress(ConnectionError),
+    ):
         for byte in itertools.chain(data, itertools.repeat(ord("x"))):
             assert time.monotonic() < deadline, "the connection was not cut"
-            try:
+            with contextlib.suppress(socket.timeout):
                 sock.sendall(bytes([byte]))
                 piece = sock.recv(4096)
                 if not piece:
-                    return received
+                    break
                 received += piece
-            except socket.timeout:
-                pass
-            except OSError:
-                return received
-    raise AssertionError
+    return received
 
 
 def protocol_stop(port: int, data: bytes) -> bytes:
@@ -4450,29 +4305,26 @@ def protocol_stop(port: int, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("send", [protocol_drip, protocol_stop])
-def test_a_request_that_is_never_finished_is_cut_off_on_both_ports(monkeypatch: Any, send: Any) -> None:
+def test_a_request_that_is_never_finished_is_cut_off_on_both_ports(monkeypatch, send):
     monkeypatch.setattr(cm, "HEAD_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm, "REQUEST_DEADLINE_S", 0.3)
     monkeypatch.setattr(cm.RequestHandler, "timeout", 0.3 if send is protocol_stop else 10.0)
-    with protocol_inside() as inside:
-        good = ProtocolPeer(inside.ws_port)
+    with protocol_inside() as inside, contextlib.closing(ProtocolPeer(inside.ws_port)) as good:
         good.next("hello")
         head, host = b"GET / HTTP/1.1\r\nX: ", f"127.0.0.1:{inside.port}"
-        origin = (f"Origin: http://{host}", "Content-Length: 100")
         requests = [(inside.ws_port, head), (inside.ws_port, b""), (inside.port, head), (inside.port, b"")]
         if send is protocol_stop:
-            requests.append(
-                (inside.port, protocol_get(host, *origin, path="/api/hooks", method="POST") + b'{"half')
-            )
+            origin = (f"Origin: http://{host}", "Content-Length: 100")
+            half = protocol_get(host, *origin, path="/api/hooks", method="POST") + b'{"half'
+            requests.append((inside.port, half))
         for answer in at_once(*(functools.partial(send, *request) for request in requests)):
             assert b" 101 " not in answer and b" 200 " not in answer
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
         good.say(type="get_sessions")  # a client whose handshake is done stays connected
         assert good.next("sessions")
-        good.close()
 
 
-def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkeypatch: Any) -> None:
+def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkeypatch):
     monkeypatch.setattr(cm, "PING_INTERVAL_S", 0.15)
     with protocol_inside() as inside:
         answering, silent = ProtocolPeer(inside.ws_port), ProtocolPeer(inside.ws_port)
@@ -4487,25 +4339,22 @@ def test_a_client_that_answers_no_ping_is_dropped_and_one_that_does_stays(monkey
         answering.close(), silent.close()
 
 
-def test_a_connection_too_many_gets_503_on_both_ports(monitor: RunningMonitor) -> None:
+def test_a_connection_too_many_gets_503_on_both_ports(monitor):
     monitor.write_config({"limits": {"connections": 3}})
     monitor.serve()
     for port, path in ((monitor.port, "/ws"), (monitor.port, ""), (monitor.ws_port, "")):
-        if path:
-            held: list[Any] = [ProtocolPeer(port, path=path) for _ in range(3)]
-        else:
-            held = [socket.create_connection(("127.0.0.1", port), timeout=15) for _ in range(3)]
-        request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
-        status, headers, body = protocol_exchange(port, request)
-        assert status == 503 and ("content-type", "application/json") in headers
-        assert "error" in json.loads(body)
-        for sock in held:
-            sock.close()
-    eventually(lambda: protocol_open(monitor), what="a place for a new connection")
-    assert monitor.get("/health")["status"] == "ok"
+        with contextlib.ExitStack() as held:
+            for _ in range(3):
+                plain = functools.partial(socket.create_connection, ("127.0.0.1", port), 15)
+                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path) if path else plain()))
+            request = protocol_upgrade(f"127.0.0.1:{port}", path=path) if path else b""
+            status, headers, body = protocol_exchange(port, request)
+            assert status == 503 and ("content-type", "application/json") in headers
+            assert json.loads(body)["error"]
+    eventually(lambda: protocol_has_room(monitor), what="a place for a new connection")
 
 
-def protocol_open(monitor: RunningMonitor) -> bool:
+def protocol_has_room(monitor: RunningMonitor) -> bool:
     """True if both ports have room for one more connection."""
     try:
         monitor.websocket(None).close()
@@ -4530,7 +4379,8 @@ def protocol_get(host: str | None, *more: str, path: str = "/health", method: st
 
 def protocol_upgrade(host: str | None, *more: str, path: str = "/") -> bytes:
     """Return the bytes of a handshake with this Host."""
-    return protocol_head(("Host", host), line=f"GET {path} HTTP/1.1", more=more) + b"\r\n\r\n"
+    host_line = "-Host" if host is None else f"Host: {host}"
+    return protocol_head(host_line, *("+" + line for line in more), line=f"GET {path} HTTP/1.1") + b"\r\n\r\n"
 
 
 def protocol_check_headers(headers: Any) -> None:
@@ -4562,15 +4412,13 @@ PROTOCOL_ROUTES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("path", PROTOCOL_ROUTES)
-def test_every_route_answers_json_and_gives_no_secret(spoken: RunningMonitor, path: str) -> None:
+def test_every_route_answers_json_and_gives_no_secret(spoken, path):
     spoken.emit(*protocol_events("routes", 2))
     status, headers, body = spoken.request(path)
     answer = json.loads(body)
-    assert status == 200
-    assert {name: answer[name] for name in PROTOCOL_ROUTES[path]} == PROTOCOL_ROUTES[path]
+    assert status == 200 and answer.items() >= PROTOCOL_ROUTES[path].items()
     protocol_check_headers(headers)
-    with open(spoken.home + "/token", encoding="ascii") as file:
-        assert file.read().strip().encode() not in body
+    assert cm.read_token(spoken.home + "/token").encode() not in body
     head_status, head_headers, head_body = spoken.request(path, "HEAD")
     assert (head_status, head_body) == (200, b"")
     assert head_headers["content-type"] == headers["content-type"]
@@ -4583,13 +4431,13 @@ def test_every_route_answers_json_and_gives_no_secret(spoken: RunningMonitor, pa
 # body; bytes are sent as they are). PORT is the monitor's.
 PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
     "no path leads out of the API": (404, {}, [
-        "GET /api/nothing", "GET /api/events/none?session=routes", "GET /../token", "GET /../../etc/passwd",
-        "GET /%2e%2e/token", "GET /..%2ftoken", "GET /token", "GET /monitor.run.json", "GET /index.html/../token",
-        "GET /api/sessions/..%2f..%2ftoken", "GET /api/sessions/..%2ftoken/events", "GET /api/events/..%2f..%2ftoken",
-        "GET /api/events/x?session=..%2f..%2ftoken", "GET /api/events/x?session=%2Fetc%2Fpasswd&seq=1",
-        "GET /api/sessions/%00/events", "GET /api/sessions/*/events", "GET /api/sessions/..", "GET /api/sessions/%ff%fe",
-        "GET /%00", "GET //etc/passwd", "GET /./", "GET /api//status", "GET /api/status/", "GET /emit_event.py",
-        "GET /contextuate_monitor.py", "POST /nowhere", "GET /api/sessions/unknown-id",
+        *("GET " + path for path in (
+            "/api/nothing /api/events/none?session=routes /../token /../../etc/passwd /%2e%2e/token /..%2ftoken /token "
+            "/monitor.run.json /index.html/../token /api/sessions/..%2f..%2ftoken /api/sessions/..%2ftoken/events "
+            "/api/events/..%2f..%2ftoken /api/events/x?session=..%2f..%2ftoken /api/events/x?session=%2Fetc%2Fpasswd&seq=1 "
+            "/api/sessions/%00/events /api/sessions/*/events /api/sessions/.. /api/sessions/%ff%fe /%00 //etc/passwd /./ "
+            "/api//status /api/status/ /emit_event.py /contextuate_monitor.py /api/sessions/unknown-id").split()),
+        "POST /nowhere",
     ]),
     "the target must be a path": (400, {}, [
         "GET http://127.0.0.1:PORT/health", "GET http://evil.example/", "GET *", "GET health", "GET ?x",
@@ -4604,23 +4452,21 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
         for path in ("/api/events", "/api/sessions/routes/events")
         for value in ("0", "1001", "-1", "ten", "", "1.5", "1e2", "+5", "%D9%A3")
     ]),
-    "before is an integer": (400, {"field": "before"}, [
-        f"GET /api/events?before={value}" for value in ("x", "-1", "99999999999999999999")
-    ]),
-    "after is an integer": (400, {"field": "after"}, [f"GET /api/events?after={value}" for value in ("x", "-1", "")]),
-    "from is a time": (400, {"field": "from"}, ["GET /api/export?from=x", "GET /api/export?from=99999999999999999"]),
-    "to is a time": (400, {"field": "to"}, ["GET /api/export?to=-1", "GET /api/export?to="]),
+    **{
+        f"{field} is checked": (400, {"field": field}, [f"GET {path}?{field}={value}" for value in values.split(" ")])
+        for path, field, values in (
+            ("/api/events", "before", "x -1 99999999999999999999"), ("/api/events", "after", "x -1 "),
+            ("/api/export", "from", "x 99999999999999999"), ("/api/export", "to", "-1 "),
+        )
+    },
     "search and statistics check theirs": (400, {}, ["GET /api/search?limit=0", "GET /api/stats?utcOffset=x"]),
     "a body is one JSON object": (400, {}, [
         f"POST {path}\n\n{body}"
         for path in ("/api/hooks", "/api/message")
         for body in ("", "garbage", "[1]", '"text"', "null", '{"a":1', "{}{}", "\xff\xfe", "[" * 99999)
     ]),
-    "a body has a length": (400, {}, [
-        "POST /api/hooks\nContent-Length: -1", "POST /api/hooks\nContent-Length: 1e3",
-        "POST /api/hooks\nContent-Length: +5", "POST /api/hooks\nContent-Length: 2\nContent-Length: 3",
-    ]),
     "a body has one length": (400, {}, [
+        *(f"POST /api/hooks\nContent-Length: {length}" for length in ("-1", "1e3", "+5", "2\nContent-Length: 3")),
         "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
     ]),
     "a chunk is well-formed": (400, {}, [
@@ -4654,7 +4500,7 @@ def protocol_request(request: str, port: int) -> bytes:
 
 
 @pytest.mark.parametrize("rule", PROTOCOL_REFUSED)
-def test_a_bad_request_is_refused_in_json_and_nothing_is_stored(spoken: RunningMonitor, rule: str) -> None:
+def test_a_bad_request_is_refused_in_json_and_nothing_is_stored(spoken, rule):
     spoken.emit(*protocol_events("routes", 2))
     seq = spoken.get("/api/status")["seq"]
     status, expected, requests = PROTOCOL_REFUSED[rule]
@@ -4669,19 +4515,17 @@ def test_a_bad_request_is_refused_in_json_and_nothing_is_stored(spoken: RunningM
     assert spoken.get("/api/status")["seq"] == seq
 
 
-def test_one_connection_serves_many_requests(spoken: RunningMonitor) -> None:
+def test_one_connection_serves_many_requests(spoken):
     connection = http.client.HTTPConnection("127.0.0.1", spoken.port, timeout=15)
-    sockets = set()
-    for path in ("/health", "/", "/api/status", "/api/events?limit=0", "/api/export?session=x", "/health"):
+    sockets, took = set(), []
+    for path in ("/", "/api/status", "/api/events?limit=0", "/api/export?session=x", *["/health"] * 50):
+        began = time.monotonic()
         connection.request("GET", path)
         connection.getresponse().read()
+        took.append(time.monotonic() - began)
         sockets.add(id(connection.sock))
     assert len(sockets) == 1
-    began = time.monotonic()
-    for _ in range(50):
-        connection.request("GET", "/health")
-        connection.getresponse().read()
-    assert time.monotonic() - began < 1.0, "no answer waits for the acknowledgement of a part of it (40 ms)"
+    assert min(took) < 0.03, "no answer waits for the acknowledgement of a part of it (40 ms)"
     connection.close()
 
 
@@ -4692,26 +4536,25 @@ def protocol_check_page(monitor: RunningMonitor) -> str:
     protocol_check_headers({**headers, "content-type": "application/json"})
     parts = [part.split() for part in headers["content-security-policy"].split(";")]
     policy = {name: values for name, *values in parts}
-    assert len(policy) == len(parts)
-    for name in ("default-src", "form-action", "base-uri", "frame-ancestors", "trusted-types"):
-        assert policy[name] == ["'none'"], name
-    assert policy["require-trusted-types-for"] == ["'script'"]
-    assert policy["img-src"] == ["'self'", "data:"]
-    assert policy["connect-src"][0] == "'self'"
-    assert f"ws://127.0.0.1:{monitor.ws_port}" in policy["connect-src"]
-    assert not [source for source in policy["connect-src"][1:] if "127.0.0.1" not in source]
+    itself, *others = policy["connect-src"]
+    assert itself == "'self'" and f"ws://127.0.0.1:{monitor.ws_port}" in others
+    assert all("127.0.0.1" in source for source in others) and len(policy) == len(parts)
     page = body.decode("utf-8")
+    closed = "default-src form-action base-uri frame-ancestors trusted-types".split()
+    expected = dict.fromkeys(closed, ["'none'"])
+    expected.update({"require-trusted-types-for": ["'script'"], "img-src": ["'self'", "data:"]})
     for kind in ("script", "style"):
         [(attributes, content)] = re.findall(rf"<{kind}\b([^>]*)>(.*?)</{kind}\s*>", page, re.S | re.I)
         assert not attributes.strip()
         digest = base64.b64encode(hashlib.sha256(content.encode("utf-8")).digest()).decode()
-        assert policy[f"{kind}-src"] == [f"'sha256-{digest}'"], kind
+        expected[f"{kind}-src"] = [f"'sha256-{digest}'"]
+    assert policy.items() >= expected.items()
     outside = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.S)
     assert not re.search(r"\s(on\w+|style)\s*=", outside)
     return page
 
 
-def test_the_page_comes_with_a_policy_that_fits_it(spoken: RunningMonitor) -> None:
+def test_the_page_comes_with_a_policy_that_fits_it(spoken):
     page = protocol_check_page(spoken)
     with open(os.path.join(ROOT, "index.html"), encoding="utf-8", newline="") as file:
         assert page == file.read()
@@ -4720,7 +4563,7 @@ def test_the_page_comes_with_a_policy_that_fits_it(spoken: RunningMonitor) -> No
     assert (status, body) == (200, b"") and "content-security-policy" in headers
 
 
-def test_a_built_in_page_stands_in_for_a_missing_one(monitor: RunningMonitor) -> None:
+def test_a_built_in_page_stands_in_for_a_missing_one(monitor):
     folder = monitor.home + '/a <b> "quoted" folder'
     os.mkdir(folder)
     for name in ("contextuate_monitor.py", "emit_event.py"):
@@ -4735,83 +4578,59 @@ def test_a_built_in_page_stands_in_for_a_missing_one(monitor: RunningMonitor) ->
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
 
 
-# Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request. PORT is the port it
-# is sent to, PAGE the page's, OTHER the other of the two; monitor.example and proxy.example:8443 are configured.
+# Status on both ports (200 is 101 for a WebSocket) → Host and Origin lines of a request, in groups. PORT is the port
+# it is sent to, PAGE the page's, OTHER the other of the two; monitor.example and proxy.example:8443 are configured.
+PROTOCOL_FOREIGN = (
+    "null http://127.0.0.1 http://127.0.0.1:WS http://127.0.0.1:1 http://evil.example http://evil.example:PAGE "
+    "http://sub.127.0.0.1:PAGE http://127.0.0.1:PAGE.evil.example http://127.0.0.1:PAGE/ file:// http://[::1]:PAGE "
+    "http://evil.example#http://127.0.0.1:PAGE chrome-extension://abcdef http://localhost:PAGE"
+).split() + ["http://127.0.0.1:PAGE http://evil.example"]
 PROTOCOL_ACCESS = {
     200: [
-        "Host: 127.0.0.1:PORT",
-        "Host: localhost:PORT",
-        "Host: LocalHost:PORT",
-        "Host: [::1]:PORT",
-        "Host: monitor.example:PORT",
-        "Host: localhost",  # a tunnel ends at any port
-        "Host: 127.0.0.1:1",
-        "Host: 127.0.0.1:OTHER",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE",
-        "Host: localhost:PORT | Origin: http://localhost:PAGE",
-        "Host: monitor.example:PORT | Origin: http://monitor.example:PAGE",
-        "Host: monitor.example | Origin: https://monitor.example",
-        "Host: proxy.example:8443 | Origin: https://proxy.example:8443",
+        # a tunnel ends at any port
+        *"127.0.0.1:PORT localhost:PORT LocalHost:PORT [::1]:PORT monitor.example:PORT localhost 127.0.0.1:1".split(),
+        "127.0.0.1:OTHER", "127.0.0.1:PORT | http://127.0.0.1:PAGE", "localhost:PORT | http://localhost:PAGE",
+        "monitor.example:PORT | http://monitor.example:PAGE", "monitor.example | https://monitor.example",
+        "proxy.example:8443 | https://proxy.example:8443",
     ],
     400: [
-        "Host: 127.0.0.1:PORT | Host: 127.0.0.1:PORT",
-        "Host: 127.0.0.1:PORT | Host: evil.example",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE | Origin: http://127.0.0.1:PAGE",
-        "Host: 127.0.0.1:PORT | Origin: http://127.0.0.1:PAGE | Origin: null",
+        "127.0.0.1:PORT | Host: 127.0.0.1:PORT", "127.0.0.1:PORT | Host: evil.example",
+        "127.0.0.1:PORT | http://127.0.0.1:PAGE | http://127.0.0.1:PAGE",
+        "127.0.0.1:PORT | http://127.0.0.1:PAGE | null",
     ],
     403: [
-        *(
-            f"Host: 127.0.0.1:PORT | Origin: {origin}"
-            for origin in (
-                "null", "http://127.0.0.1", "http://127.0.0.1:WS", "http://127.0.0.1:1",
-                "http://evil.example", "http://evil.example:PAGE", "http://sub.127.0.0.1:PAGE",
-                "http://127.0.0.1:PAGE.evil.example", "http://127.0.0.1:PAGE/", "file://", "http://[::1]:PAGE",
-                "http://evil.example#http://127.0.0.1:PAGE", "chrome-extension://abcdef",
-                "http://127.0.0.1:PAGE http://evil.example", "http://localhost:PAGE",
-            )
-        ),
-        "Host: localhost:8000 | Origin: http://localhost:8001",
-        "Host: localhost:PORT | Origin: http://evil.localhost:PAGE",
-        "Host: localhost:PORT | Origin: http://evillocalhost:PAGE",
-        "Host: monitor.example:PORT | Origin: http://127.0.0.1:PAGE",
-        "Host: monitor.example:PORT | Origin: http://proxy.example:8443",
-        "Host: monitor.example:PORT | Origin: http://sub.monitor.example",
+        *(f"127.0.0.1:PORT | {origin}" for origin in PROTOCOL_FOREIGN),
+        "localhost:8000 | http://localhost:8001", "localhost:PORT | http://evil.localhost:PAGE",
+        "localhost:PORT | http://evillocalhost:PAGE", "monitor.example:PORT | http://127.0.0.1:PAGE",
+        "monitor.example:PORT | http://proxy.example:8443", "monitor.example:PORT | http://sub.monitor.example",
     ],
     421: [
-        "",
-        *(
-            f"Host: {host}"
-            for host in (
-                "", "evil.example:PORT",
-                "127.0.0.1.evil.example:PORT", "localhost.evil.example:PORT", "evil@127.0.0.1:PORT",
-                "127.0.0.1:PORT:PORT", "0.0.0.0:PORT", "192.168.1.1:PORT", "[::2]:PORT", "localhost:PORT/x",
-                "2130706433:PORT", "sub.monitor.example:PORT", "proxy.example:8444",
-            )
-        ),
+        "no host", "",
+        *"evil.example:PORT 127.0.0.1.evil.example:PORT localhost.evil.example:PORT evil@127.0.0.1:PORT".split(),
+        *"127.0.0.1:PORT:PORT 0.0.0.0:PORT 192.168.1.1:PORT [::2]:PORT localhost:PORT/x 2130706433:PORT".split(),
+        *"sub.monitor.example:PORT proxy.example:8444".split(),
     ],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("status", "row"), [(it, row) for it, rows in PROTOCOL_ACCESS.items() for row in rows]
-)
-def test_only_our_hosts_and_origins_are_served_on_both_ports(
-    spoken: RunningMonitor, status: int, row: str
-) -> None:
-    page, socket_port = spoken.port, spoken.ws_port
-    for port, other, path in ((page, socket_port, ""), (socket_port, page, "/"), (page, socket_port, "/ws")):
-        lines = row
-        for word, number in (("PORT", port), ("PAGE", spoken.port), ("OTHER", other), ("WS", spoken.ws_port)):
-            lines = lines.replace(word, str(number))
-        more = lines.split(" | ") if lines else []
-        request = protocol_upgrade(None, *more, path=path) if path else protocol_get(None, *more)
+@protocol_rows(PROTOCOL_ACCESS)
+def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row):
+    page, ws = spoken.port, spoken.ws_port
+    for port, other, path in ((page, ws, ""), (ws, page, "/"), (page, ws, "/ws")):
+        line = row
+        for word, number in (("PORT", port), ("PAGE", page), ("OTHER", other), ("WS", ws)):
+            line = line.replace(word, str(number))
+        host, *others = line.split(" | ")
+        more = [other if other.startswith("Host") else f"Origin: {other}" for other in others]
+        given_host = None if host == "no host" else host
+        request = protocol_upgrade(given_host, *more, path=path) if path else protocol_get(given_host, *more)
         got, headers, body = protocol_exchange(port, request)
         assert got == (101 if status == 200 and path else status)
         assert not [name for name, _ in headers if name.startswith("access-control")]
         assert status == 200 or json.loads(body)["error"]
 
 
-def test_a_posted_hook_is_stored_before_it_is_answered(spoken: RunningMonitor) -> None:
+def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     client = spoken.websocket(sessionIds=["posted"])
     body = json.dumps(payload("UserPromptSubmit", "posted", prompt="over HTTP"), indent=2).encode()
     status, headers, answer = spoken.request("/api/hooks", "POST", body, protocol_origin(spoken))
@@ -4820,10 +4639,9 @@ def test_a_posted_hook_is_stored_before_it_is_answered(spoken: RunningMonitor) -
     event = json.loads(line)
     assert (event["hookType"], event["data"]["message"]) == ("UserPromptSubmit", "over HTTP")
     assert client.events(1) == [event]
-    client.close()
 
 
-def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken: RunningMonitor) -> None:
+def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken):
     given = [json.dumps(payload("Stop", session)).encode() for session in ("in-chunks", "expecting")]
     pieces: Any = iter([given[0][:9], given[0][9:]])
     assert spoken.request("/api/hooks", "POST", pieces, protocol_origin(spoken))[0] == 200
@@ -4837,7 +4655,7 @@ def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken: RunningM
     assert [len(protocol_lines(spoken, session)) for session in ("in-chunks", "expecting")] == [1, 1]
 
 
-def test_a_posted_message_is_carried_out_and_answered(spoken: RunningMonitor) -> None:
+def test_a_posted_message_is_carried_out_and_answered(spoken):
     spoken.emit(*protocol_events("by-post", 3))
     status, reply = protocol_post(spoken, type="get_events", sessionId="by-post", limit=2, requestId=7)
     assert (status, reply["type"], reply["requestId"], reply["more"]) == (200, "events", 7, True)
@@ -4849,31 +4667,31 @@ def test_a_posted_message_is_carried_out_and_answered(spoken: RunningMonitor) ->
     assert spoken.request("/api/sessions/by-post")[0] == 404
 
 
-def test_a_post_needs_the_pages_origin_or_the_token(spoken: RunningMonitor) -> None:
+def test_a_post_needs_the_pages_origin_or_the_token(spoken):
     token = cm.read_token(spoken.home + "/token")
-    for headers, expected in (
-        ({}, 403),
-        ({"Origin": "null"}, 403),
-        ({"Origin": f"http://127.0.0.1:{spoken.ws_port}"}, 403),
-        ({"Origin": f"http://localhost:{spoken.port}"}, 403),
-        ({"Authorization": "Bearer wrong"}, 403),
-        ({"Authorization": f"Basic {token}"}, 403),
-        ({"Origin": "https://evil.example", "Authorization": f"Bearer {token}"}, 403),
-        ({"Cookie": f"contextuate_token_{spoken.port}={token}"}, 403),
-        ({**protocol_origin(spoken), "Sec-Fetch-Site": "cross-site"}, 403),
-        ({"Authorization": f"Bearer {token}"}, 200),
-        (protocol_origin(spoken), 200),
-        ({"Origin": f"https://127.0.0.1:{spoken.port}"}, 200),  # behind a proxy with TLS
-        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, 200),  # through a tunnel
+    bearer = {"Authorization": f"Bearer {token}"}
+    body = json.dumps(payload("Stop", "post-origin")).encode()
+    for expected, headers in (
+        (403, {}),
+        (403, {"Origin": "null"}),
+        (403, {"Origin": f"http://127.0.0.1:{spoken.ws_port}"}),
+        (403, {"Origin": f"http://localhost:{spoken.port}"}),
+        (403, {"Authorization": "Bearer wrong"}),
+        (403, {"Authorization": f"Basic {token}"}),
+        (403, {"Origin": "https://evil.example", **bearer}),
+        (403, {"Cookie": f"contextuate_token_{spoken.port}={token}"}),
+        (403, {**protocol_origin(spoken), "Sec-Fetch-Site": "cross-site"}),
+        (200, bearer),
+        (200, protocol_origin(spoken)),
+        (200, {"Origin": f"https://127.0.0.1:{spoken.port}"}),  # behind a proxy with TLS
+        (200, {"Host": "localhost:8000", "Origin": "http://localhost:8000"}),  # through a tunnel
     ):
-        body = json.dumps(payload("Stop", "post-origin")).encode()
-        assert (headers, spoken.request("/api/hooks", "POST", body, headers)[0]) == (headers, expected)
-        status, _, answer = spoken.request("/api/message", "POST", b'{"type":"send_test_event"}', headers)
-        assert (headers, status) == (headers, expected), answer
+        for path, content in (("/api/hooks", body), ("/api/message", b'{"type":"send_test_event"}')):
+            assert spoken.request(path, "POST", content, headers)[0] == expected, (path, headers)
     assert len(protocol_lines(spoken, "post-origin")) == 4
 
 
-def test_a_body_that_no_route_wants_is_not_taken_for_the_next_request(spoken: RunningMonitor) -> None:
+def test_a_body_that_no_route_wants_is_not_taken_for_the_next_request(spoken):
     host = f"127.0.0.1:{spoken.port}"
     for path in ("/", "/index.html", "/health"):
         inner = protocol_get(host, path="/api/nothing")
@@ -4893,14 +4711,14 @@ def guarded() -> Iterator[tuple[RunningMonitor, str]]:
     clean_up(made)
 
 
-def test_with_auth_token_every_request_needs_it(guarded: tuple[RunningMonitor, str]) -> None:
+def test_with_auth_token_every_request_needs_it(guarded):
     monitor, token = guarded
-    with open(monitor.home + "/token", encoding="ascii") as file:
-        assert file.read().strip() == token and len(token) >= 32  # 192 bits in base64
-    assert stat.S_IMODE(os.stat(monitor.home + "/token").st_mode) == 0o600
+    assert install_text(monitor.home + "/token").strip() == token and len(token) >= 32  # 192 bits in base64
+    assert hook_mode_of(monitor.home + "/token") == 0o600
     wrong, cookie = token[:-1] + ("y" if token[-1] == "x" else "x"), f"contextuate_token_{monitor.port}"
     origin, evil = f"Origin: http://127.0.0.1:{monitor.port}", f"Origin: http://evil.example:{monitor.port}"
-    for status, *headers in (  # 200 is 101 on the WebSocket port
+    paths = "/ /index.html /health /api/status /api/config /api/events /api/export".split()
+    for status, *headers in (  # 200 is 101 for a WebSocket
         (401,),
         (401, origin),
         (401, "Authorization: Bearer nonsense"),
@@ -4911,15 +4729,7 @@ def test_with_auth_token_every_request_needs_it(guarded: tuple[RunningMonitor, s
         (200, origin, f"Cookie: a=b; {cookie}={token}"),
         (403, evil, f"Cookie: {cookie}={token}"),
     ):
-        for path in (
-            "/",
-            "/index.html",
-            "/health",
-            "/api/status",
-            "/api/config",
-            "/api/events",
-            "/api/export",
-        ):
+        for path in paths:
             request = protocol_get(f"127.0.0.1:{monitor.port}", *headers, path=path)
             got, _, body = protocol_exchange(monitor.port, request)
             assert (got, path, headers) == (status, path, headers)
@@ -4929,7 +4739,7 @@ def test_with_auth_token_every_request_needs_it(guarded: tuple[RunningMonitor, s
             assert protocol_exchange(port, upgrade)[0] == (101 if status == 200 else status), headers
 
 
-def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded: tuple[RunningMonitor, str]) -> None:
+def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
     monitor, token = guarded
     status, headers, body = monitor.request(f"/?token={token}")
     assert (status, headers["location"], token.encode() in body) == (303, "/", False)
@@ -4951,46 +4761,210 @@ def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded: tuple[RunningM
                     assert token.encode() not in file.read(), file_name
 
 
-def test_open_to_the_network_without_a_token_is_refused_at_start(monitor: RunningMonitor) -> None:
-    for host in ("0.0.0.0", "::", "192.0.2.1"):
-        monitor.write_config({"server": {"auth": "off", "host": host}})
-        done = monitor.command("start", "--no-open", check=False)
-        assert done.returncode != 0 and "server.auth" in done.stderr
-        assert not os.path.exists(monitor.home + "/monitor.run.json")
+def test_open_to_the_network_without_a_token_is_refused_at_start(monitor):
     monitor.write_config({"server": {"auth": "off"}})
-    assert monitor.command("start", "--no-open", "--host", "0.0.0.0", check=False).returncode != 0
-    monitor.start()  # on loopback it is allowed
-    assert monitor.get("/health")["status"] == "ok"
+    done = in_process(monitor, "start", "--no-open", "--host", "0.0.0.0")
+    assert done.returncode == 2 and "server.auth" in done.stderr
+    assert monitor.serve().get("/health")["status"] == "ok", "on loopback it is allowed"
 
 
-def test_an_export_is_the_stored_lines_with_its_filters(running: RunningMonitor) -> None:
-    running.emit(*(
-        {"eventType": "message", "sessionId": f"s{number % 3 if number < 60 else 0}", "timestamp": 1_000_000 + number}
-        for number in range(1200)
-    ))  # fmt: skip
+def test_an_export_is_the_stored_lines_with_its_filters(running):
+    about = {"eventType": "message", "data": {}}
+    numbers = range(1200)
+    running.emit(
+        *({**about, "sessionId": f"s{at % 3 if at < 60 else 0}", "timestamp": at + 1} for at in numbers)
+    )
     stored = protocol_lines(running)
-    for query, numbers in (
-        ("", range(1200)),
-        ("?session=s1", range(1, 60, 3)),
-        ("?session=unknown-id", ()),
-        ("?from=1000010", range(10, 1200)),
-        ("?to=1000020", range(20)),
-        ("?from=1000020&to=1000020", ()),
-        ("?session=s1&from=1000010&to=1000020", (10, 13, 16, 19)),
+    for query, expected in (
+        ("", stored),
+        ("?session=s1", stored[1:60:3]),
+        ("?session=unknown-id", []),
+        ("?from=21&to=21", []),
+        ("?session=s1&from=11&to=21", stored[10:20:3]),
     ):
         status, headers, body = running.request(f"/api/export{query}")
         assert (status, headers["content-type"]) == (200, "application/x-ndjson")
         assert "attachment" in headers["content-disposition"]
-        lines, expected = body.splitlines(True), [stored[number] + b"\n" for number in numbers]
-        assert sorted(lines) == sorted(expected), query
-        assert lines == expected or "session=" not in query
-    head_status, head_headers, head_body = running.request("/api/export", "HEAD")
-    assert (head_status, head_headers["transfer-encoding"], head_body) == (200, "chunked", b"")
-    old = (
-        f"GET /api/export?session=s1 HTTP/1.0\r\nHost: 127.0.0.1:{running.port}\r\n\r\n"  # it knows no chunks
-    )
-    head, _, body = protocol_stop(running.port, old.encode()).partition(b"\r\n\r\n")
-    assert b"transfer-encoding" not in head.lower() and body.splitlines() == stored[1:60:3]
+        lines = body.splitlines()
+        assert sorted(lines) == sorted(expected) and (lines == expected or "session=" not in query), query
+    status, headers, body = running.request("/api/export", "HEAD")
+    assert (status, headers["transfer-encoding"], body) == (200, "chunked", b"")
+    old = protocol_get(f"127.0.0.1:{running.port}", path="/api/export?session=s1").replace(b"1.1\r", b"1.0\r")
+    head, _, body = protocol_stop(running.port, old).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower(), "HTTP 1.0 knows no chunks"
+    assert body.splitlines() == stored[1:60:3]
+
+
+STOP = json.dumps(payload("Stop")).encode()
+CHANGES = {  # what happens → its figure in the status, and the figure afterwards
+    "a hook": (lambda it: it.emit(payload("UserPromptSubmit", "s1", prompt="x")), "sessions", 1),
+    "a request": (lambda it: it.request("/api/hooks", "POST", STOP, protocol_origin(it)), "seq", 1),
+    "what is no event": (lambda it: it.emit([]), "events.quarantined", 1),
+    "a page": (lambda it: it.websocket(), "clients", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_status_has_what_has_just_happened(running: RunningMonitor, change: str) -> None:
+    act, figure, expected = CHANGES[change]
+    section, _, name = figure.rpartition(".")
+
+    def shown() -> Any:
+        status = running.get("/api/status")
+        return status[section][name] if section else status[name]
+
+    assert (shown(), shown()) == (0, 0)
+    kept = act(running)
+    assert shown() == expected
+    del kept
+
+
+def test_a_status_made_before_events_of_its_turn_are_stored_is_not_sent_again() -> None:
+    ours, theirs = socket.socketpair()
+    with protocol_inside() as inside, ours, theirs:
+
+        def in_one_turn() -> None:
+            inside._hooks.connections[ours], inside._hooks.waiting[ours] = cm.LineSplitter(), 1
+            inside._arrivals.add((STOP, ours))
+            inside.status.encoded()
+
+        inside.loop.call(in_one_turn)
+        assert theirs.recv(1) == ee.ACKNOWLEDGEMENT
+        assert json.loads(inside.status.encoded())["events"]["stored"] == 1
+
+
+def test_an_unchanged_status_is_sent_again_for_a_tenth_of_a_second(monkeypatch: Any) -> None:
+    loop, made = cm.EventLoop(), []
+    monitor: Any = type("Monitor", (), {"loop": loop})
+    status = cm.Status(monitor)
+    monkeypatch.setattr(status, "to_json", lambda: made.append(1) or {"made": len(made)})
+    monkeypatch.setattr(loop, "call", lambda function: function())
+    clock_s = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock_s)
+    answers = []
+    for clock_s, loop.steps in ((100.0, 1), (100.09, 1), (100.11, 1), (100.12, 1), (100.13, 2)):  # noqa: B007
+        answers.append(json.loads(status.encoded())["made"])
+    loop.close()
+    assert answers == [1, 1, 2, 2, 3]
+
+
+def lines_of(machine: str, count: int) -> list[tuple[bytes, str]]:
+    """Return arrivals of one machine as the hook writes them, and of which number each is."""
+    return [
+        (
+            b'{"hook":{"tool_input":"%s"},"id":"1","machineId":"%s","pid":1}'
+            % (rb"\"machineId\":\"x\"", machine.encode()),
+            f"{machine}{number}",
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken"),
+    [
+        ({"a": 3}, [["a0", "a1", "a2"]]),
+        ({"a": 7, "b": 1}, [["a0", "a1", "b0"], ["a2", "a3", "a4", "a5"], ["a6"]]),
+        ({"a": 3, "b": 3, "c": 3}, [["a0", "b0", "c0"], ["a1", "b1", "c1"], ["a2", "b2", "c2"]]),
+        ({"a": 2, "b": 1, "c": 1, "d": 1, "e": 1}, [["a0", "b0", "c0", "d0"], ["e0", "a1"]]),
+    ],
+)  # fmt: skip
+def test_machines_take_turns(waiting: dict[str, int], taken: list[list[str]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(cm, "TURN_LINES", 4)
+    turns = cm.Turns()
+    for machine, count in waiting.items():
+        turns.add(*lines_of(machine, count))
+    rounds = []
+    while turns.waiting:
+        rounds.append([number for _, number in turns.take()])
+    assert (rounds, turns.size, turns.take()) == (taken, 0, [])
+
+
+def test_a_flood_of_one_machine_does_not_delay_another(running: RunningMonitor) -> None:
+    client, stopping = running.websocket("rows", changes=True), threading.Event()
+    line = {
+        "id": "",
+        "timestamp": cm.now_ms(),
+        "machineId": "flood",
+        "hook": payload("PreToolUse", "flood", tool_name="Bash"),
+    }
+
+    def flood(worker: int) -> None:
+        with running.connect() as sock:
+            for number in itertools.count():
+                if stopping.is_set():
+                    return
+                batch = [{**line, "id": f"{worker}-{number}-{at}"} for at in range(200)]
+                sock.sendall(b"".join(ee.encode_json(each) + b"\n" for each in batch))
+                with contextlib.suppress(BlockingIOError):
+                    sock.recv(1 << 16, socket.MSG_DONTWAIT)
+
+    senders = [threading.Thread(target=flood, args=(worker,)) for worker in range(8)]
+    for sender in senders:
+        sender.start()
+    eventually(lambda: running.get("/api/status")["events"]["stored"] > 1000)
+    delays = []
+    for number in range(5):
+        session, begun = f"asks-{number}", time.monotonic()
+        request = payload("PermissionRequest", session, tool_name="Bash", tool_input={"command": "ls"})
+        running.emit({"id": session, "timestamp": cm.now_ms(), "machineId": "calm", "hook": request})
+        while client.next("session_update")["session"]["sessionId"] != session:
+            pass
+        delays.append(time.monotonic() - begun)
+    stopping.set()
+    client.close()
+    for sender in senders:
+        sender.join(30)
+    assert statistics.median(delays) < 1, delays
+
+
+def test_a_page_that_reads_too_slowly_misses_rows_and_no_state(running: RunningMonitor) -> None:
+    running.write_config({"limits": {"clientQueueBytes": 200_000}})
+    running.stop()
+    client = running.serve().websocket("rows", changes=True)
+    command = {"command": "make " + "x" * 150}
+    for number in range(60):  # more than sockets and queue take: nothing is read meanwhile
+        running.emit(
+            *(
+                payload("PreToolUse", tool_name="Bash", tool_use_id=f"{number}-{at}", tool_input=command)
+                for at in range(200)
+            )
+        )
+    running.emit(payload("PermissionRequest", "asks", tool_name="Bash"))
+    rows, sent = 0, {}
+    while not (sent.get("type") == "skipped" and rows):
+        sent = json.loads(client.connection.recv(timeout=30))
+        rows += sent["type"] == "event"
+        if sent["type"] == "session_update" and sent["session"]["sessionId"] == "asks":
+            assert sent["session"]["state"] == "waiting"
+    assert 0 < rows < rows + sent["events"] == 12_001
+    client.close()
+
+
+def test_an_update_has_only_what_changed(running: RunningMonitor) -> None:
+    page, other = running.websocket("rows", changes=True), running.websocket("rows")
+
+    def updates(*hooks: dict[str, Any]) -> list[dict[str, Any]]:
+        running.emit(*hooks)
+        last = running.sessions()["s1"]["lastEventTime"]
+        found = []
+        for client in (page, other):
+            update = {}
+            while update.get("lastEventTime") != last:
+                update = client.next("session_update")["session"]
+            found.append(update)
+        return found
+
+    first, whole = updates(payload("UserPromptSubmit", prompt="work"))
+    assert first == whole
+    call = payload("PreToolUse", tool_name="Bash", tool_use_id="t1")
+    changes, whole = updates(call)
+    assert set(changes) == {"sessionId", "lastEventTime", "counts", "activity", "openCalls", "openCallCount"}
+    assert {**first, **changes} == whole
+    page.ask("sessions", type="get_sessions")  # may be newer than the last update
+    changes, whole = updates(payload("Stop"))
+    assert changes == whole
+    page.close(), other.close()
 
 
 # ---------------------------------------------------------------------------
@@ -5216,7 +5190,6 @@ class SessionStory:
         return event
 
     def now(self, session: str = "") -> dict[str, Any]:
-        """Return a session as it is now."""
         book = self.book
         if self.is_replayed:
             book = cm.Sessions(own_machine=SESSION_MACHINE)
@@ -5230,7 +5203,6 @@ class SessionStory:
         return book.to_json(found) if found else {}
 
     def wait(self, milliseconds: int) -> dict[str, Any]:
-        """Let time pass."""
         self.time += milliseconds
         self.tick()
         return self.now()
@@ -5242,7 +5214,6 @@ class SessionStory:
 
 
 def session_look(book: cm.Sessions, event: dict[str, Any]) -> None:
-    """Let the monitor look at the processes of its own pid namespace."""
     book.check_processes(0, lambda pid, _: pid in event["running"], event["timestamp"], event["is_sure"])
 
 
@@ -5254,7 +5225,6 @@ def session_value(text: str) -> Any:
 
 
 def session_story(**fields: Any) -> SessionStory:
-    """Begin a session with a prompt."""
     story = SessionStory(**fields)
     story.say("SessionStart", source="startup", model="claude-opus-5-5")
     story.say("UserPromptSubmit", prompt="make the cart work")
@@ -5275,7 +5245,6 @@ def session_check(facts: str, shown: dict[str, Any], now_ms: int, about: Any, be
 
 
 def session_levels(shown: dict[str, Any]) -> list[str]:
-    """Return the ways to state a session's state."""
     state, reason = shown["state"], shown["reason"]
     if reason is None:
         return [state]
@@ -5293,6 +5262,10 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
     def words(values: Iterable[Any]) -> str:
         return " ".join(map(str, values)) or "-"
 
+    def job(agent: dict[str, Any]) -> str:
+        parents = [parent["label"] for parent in agents if parent["agentId"] == agent["parentAgentId"]]
+        return " ".join([" of ".join([agent["label"], *parents]), words(agent["counts"].values())])
+
     counts, calls, agents = shown["counts"], shown["openCalls"], shown["agents"]
     facts = {
         "open": words(call["toolUseId"] for call in calls),
@@ -5305,9 +5278,10 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
         "heard": ago(shown["lastEventTime"]),
         "over": ago(shown["endTime"]),
         "events": counts["events"], "calls": counts["toolCalls"], "errors": counts["toolErrors"],
-        "interrupted": counts["interrupted"], "prompts": counts["prompts"],
+        "interrupted": counts["interrupted"], "prompts": counts["prompts"], "counts": words(counts.values()),
         "agents": words(agent["agentId"] for agent in agents),
         "agent_states": words(agent["state"] for agent in agents),
+        "jobs": " + ".join(map(job, agents)) or "-",
         "stuck": words(signal["kind"] for signal in shown["stuck"]),  # details are facts by the kind's name
         "label": shown["label"], "from": shown["labelSource"], "model": shown["model"] or "-",
         "machine": shown["machineId"], "pid": shown["pid"] or "-",
@@ -5353,17 +5327,11 @@ a call of the round that begins after the request does not end its wait
     call t2 Read /w/a → waiting; result t2 → waiting; result t1 → working
 a request that overtook its call ends with it
     ask Bash make; call t1 Bash make; result t1 → working
-of two requests the first is shown, then the second
+of two requests the first is shown, and the answer to one leaves the other
     call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
     ask WebFetch https://one.example; ask WebFetch https://two.example → same
-    result t1 → waiting permission WebFetch: https://two.example; result t2 → working
-of two requests the second answered leaves the first
-    call t1 WebFetch https://one.example; call t2 WebFetch https://two.example
-    ask WebFetch https://one.example; ask WebFetch https://two.example
-    result t2 → waiting permission WebFetch: https://one.example
-a request that is denied leaves the other one
-    call t1 Bash make; call t2 Bash rm -rf build; ask Bash make; ask Bash rm -rf build
-    deny t1 → waiting permission Bash: rm -rf build; deny t2 → working, open -
+    (result t1|deny t1|result t2) → waiting permission WebFetch: https://(two|two|one).example
+    (result t2|deny t2|result t1) → working, open -
 a denied call is closed as failed, and its round counts it no second time
     call t1 Bash rm -rf /; deny t1 → working, open -, errors 1; round t1 → errors 1
 another agent's events do not end an agent's permission wait
@@ -5427,10 +5395,9 @@ Esc is seen at the idle prompt
     call t1 Bash sleep 25; idle → waiting input, open -, interrupted 1, doing -
 a rejected permission is seen at the idle prompt or the next prompt
     call t1 Write x; ask Write x; (idle|prompt) → (waiting input|working), open -, interrupted 1
-Esc during a foreground agent ends the agent and its calls
-    run a1 t1; a1: call t2 Bash sleep 25; (idle|prompt) → open -, interrupted 2, a1 ended; prompt; stop → idle
-Esc in a foreground agent's permission dialog leaves no permission behind
-    run a1 t1; a1: call t2 Bash make; a1: ask Bash make; idle → waiting input
+Esc during a foreground agent, or its permission dialog, ends the agent and its calls
+    run a1 t1; a1: call t2 Bash make; (look|look|a1: ask Bash make); (idle|prompt|idle) → (waiting input|working|waiting input)
+    look → open -, interrupted 2, a1 ended; prompt; stop → idle
 a prompt does not end background agents
     launch a1 t1; a1: call t2 Bash make; stop a1; prompt meanwhile → a1 working, tools Bash; stop a1 → working
     idle → a1 working, interrupted 0
@@ -5446,8 +5413,6 @@ a result closes its own call
     call t1 Bash a; call t2 Bash b → open t1 t2, targets a b, by main main; result t1 → open t2, doing Bash: b
 a subagent's bad input counts for the agent too
     launch a1 t1; a1: round t2=Read → a1.counts 2 1 1, errors 1
-a result before its call opens nothing
-    mark; result t1 Bash make; late call t1 Bash make → open -, doing -, calls 1
 the end of a turn or session interrupts what runs
     call t1 Bash make; (stop|error server_error|end other) → open -, interrupted 1, doing -
 the end of an agent interrupts its calls only
@@ -5555,10 +5520,13 @@ what a spool or an import brings long after is late, and shows no clock that was
 what waited in a spool has waited since then
     new; machine far; clock -1h; prompt; call t1 Bash make; mark; wait 10m
     spooled late ask Bash make → waiting, since 600.5s, asked 600.5s; wait 100s → waiting
-the same words again are a prompt of their own unless they come at once
-    new; prompt yes; mark; late prompt yes → prompts 1; prompt yes → prompts 2
-    hook UserPromptSubmit prompt=yes prompt_id=p1 → prompts 3; hook UserPromptSubmit prompt=yes prompt_id=p1 → prompts 3
-    hook UserPromptSubmit prompt=yes prompt_id=p2 → prompts 4
+a prompt of the running turn was typed while it runs and ends nothing
+    new; hook UserPromptSubmit prompt=one prompt_id=p1; call t1 Bash make
+    hook UserPromptSubmit prompt=two prompt_id=p1 → prompts 2, open t1, working
+    hook UserPromptSubmit prompt=three prompt_id=p2 → prompts 3, interrupted 1, working
+a compaction that a person asks for is work
+    prompt; stop → idle; hook PreCompact trigger=manual → working; hook PostCompact trigger=manual → idle
+    prompt; hook PreCompact trigger=auto → working; hook PostCompact trigger=auto → working
 
 # Ends, /clear, resume, fork, machines
 a session's end says why
@@ -5571,8 +5539,9 @@ what the end of the session overtook does not bring it back
     call t1 Bash make; end other; (stop|error rate_limit|fail t1 no) → ended, open -; start resume → idle
 a resumed session is alive again
     end other; start resume → idle, over -; prompt → prompts 2
-a failed turn is over with the next prompt or stop
-    error rate_limit → failed: rate_limit; prompt again → working; error rate_limit; stop → idle
+a failed turn says why and is over with the next prompt or stop
+    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → idle
+    hook StopFailure error=server_error last_assistant_message='API Error: 529' → failed: server_error: API Error: 529
 after /clear the user's label, pin and parent stay, and the model's name too
     pid 7; s9: start startup; rename Frontend; pin; parent s9; end clear
     s2: start clear → continues s1, label Frontend, from user, model claude-opus-5-5, pinned True, parent s9
@@ -5626,13 +5595,11 @@ no session is below itself
     s3: look → parent s4; s4: look → parent s5
 
 # Quiet and silent
-a working session is quiet after two minutes and back with the next event
+a working session is quiet after two minutes and back with the next event, a background agent's likewise
     call t1 Bash make; wait 119999ms → working; wait 1ms → quiet, since 0s, open t1
-    result t1 → working, since 0s; wait 2m → quiet
+    result t1 → working, since 0s; wait 2m → quiet; launch a1 t1; stop a1; wait 2m → quiet
 only a working session becomes quiet
     (stop|ask Bash make|error rate_limit); wait 1h → (idle|waiting|failed); prompt → working
-a background agent's silence is quiet too
-    launch a1 t1; stop a1; wait 2m → quiet
 quiet is measured on the other machine's clock
     new; machine far; clock (-1h|1h); start startup; prompt → working; wait 119s → working; wait 1s → quiet
 what a machine says after its clock was set back is not late
@@ -5745,16 +5712,12 @@ def test_a_session_story_holds_in_each_way(steps, way):
 
 def session_events(name: str) -> list[dict[str, Any]]:
     """Build the events of a recording, a second apart."""
-    return [
-        {
-            "seq": number,
-            "received": NOW_MS + number * 1000,
-            **ee.build_event(
-                {"hook": shown, "id": f"{name}-{number}", "timestamp": NOW_MS + number * 1000}, NOW_MS, SESSION_MACHINE
-            ),
-        }
-        for number, shown in enumerate(recorded(name), 1)
-    ]  # fmt: skip
+    events = []
+    for seq, shown in enumerate(recorded(name), 1):
+        at = NOW_MS + seq * 1000
+        wrapped = {"hook": shown, "id": f"{name}-{seq}", "timestamp": at}
+        events.append({"seq": seq, "received": at, **ee.build_event(wrapped, NOW_MS, SESSION_MACHINE)})
+    return events
 
 
 def session_replay(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -5774,97 +5737,63 @@ def session_steps(name: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 # Recordings ----------------------------------------------------------------
 
-# Recording → for each session: state, why it ended, open calls, agents (label, parent's label), human prompts,
-# calls shown as interrupted, failed calls.
-SESSION_ENDS = {
-    "apierror529": [("ended", "other", [], [], 1, 0, 0)],
-    "bgbash": [("ended", "other", [], [], 1, 0, 0)],
-    "failing": [("ended", "other", [], [], 1, 0, 6)],
-    "i-clear": [("ended", "clear", [], [], 1, 0, 0), ("ended", "prompt_input_exit", [], [], 2, 0, 0)],
-    "i-interrupt": [("ended", "prompt_input_exit", [], [], 2, 1, 0)],
-    "i-misc": [("ended", "prompt_input_exit", [], [("inner job", None)], 2, 0, 1)],
-    "i-perm": [("ended", "prompt_input_exit", [], [], 1, 1, 0)],
-    "i-sigKILL": [("working", None, ["Bash"], [], 1, 0, 0)],
-    "large": [("ended", "other", [], [], 1, 0, 0)],
-    "mcp": [("ended", "other", [], [], 1, 0, 1)],
-    "nested": [("ended", "other", [], [("outer job", None), ("inner job", "outer job")], 1, 0, 1)],
-    "p-perm": [("ended", "other", [], [], 1, 0, 2)],
-    "parallel": [("ended", "other", [], [("left job", None), ("right job", None)], 1, 0, 0)],
-    "paralleltools": [("ended", "other", [], [], 1, 0, 0)],
-    "simple": [("ended", "other", [], [], 1, 0, 0)],
-    "subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
-    "subagent-default": [("ended", "other", [], [("inner job", None)], 1, 0, 1)],
-    "surrogate": [("ended", "other", [], [], 1, 0, 0)],
-    "tasks": [("ended", "other", [], [], 1, 0, 0)],
-    "thinking": [("ended", "other", [], [], 1, 0, 0)],
-    "unicode": [("ended", "other", [], [], 1, 0, 0)],
-    "v1.0.128-subagent": [("ended", "other", [], [], 1, 1, 0)],
-    "v2.0.77-subagent": [("ended", "other", [], [], 1, 1, 0)],
-    "v2.1.112-subagent": [("ended", "other", [], [("inner job", None)], 1, 0, 2)],
-    "worktree": [("ended", "other", [], [("wt job", None)], 1, 0, 1)],
-}
-
-
-def test_the_table_of_session_ends_has_every_recording():
-    assert sorted(SESSION_ENDS) == recording_names()
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_every_recording_ends_as_it_should(name):
-    ends = []
-    for shown in session_replay(session_events(name)):
-        labels = {agent["agentId"]: agent["label"] for agent in shown["agents"]}
-        tree = [(agent["label"], labels.get(agent["parentAgentId"])) for agent in shown["agents"]]
-        tools, counts = [call["toolName"] for call in shown["openCalls"]], shown["counts"]
-        why = shown["reason"] and shown["reason"]["detail"]
-        numbers = counts["prompts"], counts["interrupted"], counts["toolErrors"]
-        ends.append((shown["state"], why, tools, tree, *numbers))
-        assert shown["stuck"] == []
-    assert ends == SESSION_ENDS[name]
-
-
-# Recording, hook, which of them → facts right after it.
+# Recording, hook, which of them → facts right after it. `counts`: events, calls, failed ones, calls shown as
+# interrupted, human prompts; `jobs`: agents with their parent, events, calls and failed ones.
 SESSION_MOMENTS = """
-i-perm PermissionRequest 1 → waiting permission, since 0s, asked 0s, tools Bash
-i-perm PermissionRequest 2 → waiting permission Write: perm.txt
-i-perm Notification 1 → waiting permission, since 1s, asked 1s
-i-perm PostToolUse 1 → working, open -
-i-perm SessionEnd 1 → ended, open -, interrupted 1
-p-perm PermissionRequest 1 → waiting permission
-p-perm PostToolBatch 1 → working, open -, errors 1
-p-perm PermissionRequest 2 → waiting permission
-p-perm PostToolBatch 2 → working, open -, errors 2
-i-misc PreToolUse 1 → waiting question AskUserQuestion: Red or blue?
-i-misc PermissionRequest 1 → waiting question AskUserQuestion: Red or blue?
-i-misc Notification 1 → waiting question AskUserQuestion: Red or blue?
-i-misc PostToolUse 1 → working
-i-misc Notification 2 → waiting input: Claude is waiting for your input, asked 0s
-mcp Elicitation 1 → waiting question demo: Your name?, asked 0s
-mcp ElicitationResult 1 → working
-mcp Notification 1 → working
-i-interrupt UserPromptSubmit 2 → working, open -, interrupted 1, doing -
-paralleltools PreToolUse 3 → tools Read Bash Bash
-paralleltools PostToolUse 1 → tools Bash Bash
-paralleltools PostToolUse 2 → tools Bash
-paralleltools PostToolUse 3 → tools -
-failing PostToolBatch 1 → calls 1, errors 1
-failing PostToolBatch 3 → calls 3, errors 3
-failing PostToolBatch 6 → calls 6, errors 6
+apierror529 SessionEnd 1 → failed error, counts 6 0 0 0 1
 bgbash Stop 1 → working, doing background: bg, open -
 bgbash UserPromptSubmit 2 → working, prompts 1
 bgbash Stop 2 → idle, doing -
-subagent SubagentStart 1 → agent_states working, afa417a3719bb60f4.label inner job
-subagent-default Stop 1 → working, tools Bash, by a90ac29d89daa9ad4, interrupted 0
-subagent-default SubagentStop 1 → working
-subagent-default Stop 2 → idle
-nested SessionEnd 1 → a8bdf82a3b7eac1f1.type general-purpose, a8bdf82a3b7eac1f1.label outer job, a10958c072d3ed1c1.below a8bdf82a3b7eac1f1
-parallel SessionEnd 1 → adfb2ac51d9db8a29.label left job, a28ca423d9ac9ab88.label right job
-v1.0.128-subagent SubagentStop 1 → tools Task Bash
-v1.0.128-subagent Stop 1 → open -, interrupted 1
-i-clear SessionEnd 1 → ended: clear, continues -, asked 0s
+bgbash SessionEnd 1 → ended: other, counts 12 1 0 0 1
+failing PostToolBatch 3 → calls 3, errors 3
+failing SessionEnd 1 → ended: other, counts 18 6 6 0 1
+i-clear SessionEnd 1 → ended: clear, counts 11 0 0 0 1, continues -, asked 0s
 i-clear SessionStart 3 → idle, continues bf477810-8a30-441d-bbac-d03768d004b7
 i-clear PreModelSwitch 1 → model claude-opus-5-5
 i-clear PostModelSwitch 1 → model claude-sonnet-5-5
+i-clear SessionEnd 2 → ended: prompt_input_exit, counts 11 0 0 0 2
+i-interrupt UserPromptSubmit 2 → working, open -, interrupted 1, doing -
+i-interrupt SessionEnd 1 → ended: prompt_input_exit, counts 8 1 0 1 2
+i-misc PreToolUse 1 → waiting question AskUserQuestion: Red or blue?
+i-misc Notification 1 → waiting question AskUserQuestion: Red or blue?
+i-misc PostToolUse 1 → working
+i-misc Notification 2 → waiting input: Claude is waiting for your input, asked 0s
+i-misc SessionEnd 1 → ended: prompt_input_exit, counts 32 4 1 0 2, jobs inner job 8 2 1
+i-perm PermissionRequest 1 → waiting permission, since 0s, asked 0s, tools Bash
+i-perm Notification 1 → waiting permission, since 1s, asked 1s
+i-perm PostToolUse 1 → working, open -
+i-perm PermissionRequest 2 → waiting permission Write: perm.txt
+i-perm SessionEnd 1 → ended: prompt_input_exit, counts 11 2 0 1 1, open -
+i-sigKILL PreToolUse 1 → working, tools Bash, counts 4 1 0 0 1
+large SessionEnd 1 → ended: other, counts 15 3 0 0 1
+mcp Elicitation 1 → waiting question demo: Your name?, asked 0s
+mcp Notification 1 → working
+mcp SessionEnd 1 → ended: other, counts 17 3 1 0 1
+nested SessionEnd 1 → ended: other, counts 22 4 1 0 1, jobs outer job 5 1 0 + inner job of outer job 8 2 1
+p-perm PermissionRequest 1 → waiting permission
+p-perm PostToolBatch 1 → working, open -, errors 1
+p-perm SessionEnd 1 → ended: other, counts 12 2 2 0 1
+parallel SessionEnd 1 → ended: other, counts 30 7 0 0 1, jobs left job 8 2 0 + right job 11 3 0
+paralleltools PreToolUse 3 → tools Read Bash Bash
+paralleltools PostToolUse 2 → tools Bash
+paralleltools SessionEnd 1 → ended: other, counts 13 3 0 0 1, tools -
+simple SessionEnd 1 → ended: other, counts 19 4 0 0 1
+subagent SubagentStart 1 → jobs inner job 1 0 0, agent_states working, afa417a3719bb60f4.type general-purpose
+subagent SessionEnd 1 → ended: other, counts 26 6 2 0 1, jobs inner job 8 2 1
+subagent-default Stop 1 → working, tools Bash, by a90ac29d89daa9ad4, interrupted 0
+subagent-default SubagentStop 1 → working
+subagent-default Stop 2 → idle
+subagent-default SessionEnd 1 → ended: other, counts 20 3 1 0 1, jobs inner job 8 2 1
+surrogate SessionEnd 1 → ended: other, counts 10 1 0 0 1
+tasks SessionEnd 1 → ended: other, counts 17 3 0 0 1
+thinking SessionEnd 1 → ended: other, counts 10 1 0 0 1
+unicode SessionEnd 1 → ended: other, counts 13 2 0 0 1
+v1.0.128-subagent SubagentStop 1 → tools Task Bash
+v1.0.128-subagent Stop 1 → open -, interrupted 1
+v1.0.128-subagent SessionEnd 1 → ended: other, counts 10 3 0 1 1, jobs -
+v2.0.77-subagent SessionEnd 1 → ended: other, counts 13 3 0 1 1, jobs -
+v2.1.112-subagent SessionEnd 1 → ended: other, counts 17 5 2 0 1, jobs inner job 6 2 1
+worktree SessionEnd 1 → ended: other, counts 17 3 1 0 1, jobs wt job 8 2 1
 """
 
 
@@ -5877,74 +5806,30 @@ def test_a_recorded_event_leaves_its_session_as_the_table_says(moment):
     session_check(facts, shown, event["timestamp"], moment)
 
 
-def test_a_failed_turn_says_which_error():
-    (shown,) = [shown for event, shown in session_steps("apierror529") if event["hookType"] == "StopFailure"]
-    reason = shown["reason"]
-    assert (shown["state"], reason["kind"], reason["since"]) == ("failed", "error", shown["stateSince"])
-    assert reason["detail"].startswith("server_error: API Error: 529")
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_a_recorded_sessions_counts_are_those_of_its_payloads(name):
-    expected = []
-    payloads = recorded(name)
-    for session_id in dict.fromkeys(shown["session_id"] for shown in payloads):
-        mine = [shown for shown in payloads if shown["session_id"] == session_id]
-        hooks = collections.Counter(shown["hook_event_name"] for shown in mine)
-        named, ended_well, failed, batched = set(), set(), set(), set()
-        for shown in mine:
-            kinds = {"PostToolUse": ended_well, "PostToolUseFailure": failed}
-            if "tool_use_id" in shown:
-                named.add(shown["tool_use_id"])
-                kinds.get(shown["hook_event_name"], set()).add(shown["tool_use_id"])
-            batched.update(call["tool_use_id"] for call in shown.get("tool_calls", ()))
-        unnamed = sum(it["hook_event_name"] == "PreToolUse" and "tool_use_id" not in it for it in mine)
-        prompts = [shown["prompt"] for shown in mine if shown["hook_event_name"] == "UserPromptSubmit"]
-        expected.append(
-            {
-                "events": sum(hooks.values()),
-                "toolCalls": len(named | batched) + unnamed,
-                # What only its round ended never ran: unknown tool, bad input, a denial.
-                "toolErrors": len(failed | (batched - ended_well)),
-                "prompts": sum("task-notification" not in words for words in prompts),
-            }
-        )
-    shown = session_replay(session_events(name))
-    assert [{key: each["counts"][key] for key in expected[0]} for each in shown] == expected
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
-def test_a_recorded_agents_counts_add_up(name):
-    payloads = recorded(name)
-    for shown in session_replay(session_events(name)):
-        for agent in shown["agents"]:
-            mine = [each for each in payloads if each.get("agent_id") == agent["agentId"]]
-            hooks = collections.Counter(each["hook_event_name"] for each in mine)
-            assert agent["counts"] == {
-                "events": len(mine), "toolCalls": hooks["PreToolUse"], "toolErrors": hooks["PostToolUseFailure"]
-            }  # fmt: skip
-            assert agent["state"] == "ended" and agent["endTime"] >= agent["startTime"]
-
-
-@pytest.mark.parametrize("name", sorted(SESSION_ENDS))
+@pytest.mark.parametrize("name", recording_names())
 def test_at_every_step_of_a_recording_the_session_makes_sense(name):
+    assert re.search(f"^{name} ", SESSION_MOMENTS, re.M), "how it ends is in the table"
     for event, shown in session_steps(name):
         agents = {agent["agentId"]: agent for agent in shown["agents"]}
         assert shown["state"] in ("waiting", "working", "idle", "failed", "ended"), event
         assert (shown["reason"] is not None) == (shown["state"] in ("waiting", "failed", "ended")), event
-        assert (shown["endTime"] is not None) == (shown["state"] == "ended"), event
+        assert (shown["endTime"] is not None) == (
+            shown["state"] == "ended" or event["hookType"] == "SessionEnd"
+        ), event
         assert shown["lastEventTime"] == event["timestamp"], event
         assert shown["startTime"] <= shown["stateSince"], event
+        assert shown["workingDirectory"] == "/home/dev/acme-shop", "also while an agent is in a worktree"
         assert all(call["agentId"] is None or call["agentId"] in agents for call in shown["openCalls"]), event
         if shown["openCalls"]:
             assert shown["state"] in ("working", "waiting") and shown["activity"], event
         elif not event["data"].get("background_tasks"):
             assert shown["activity"] in ("", "background: bg", "background: inner job"), event
-        if any(agent["state"] != "ended" for agent in agents.values()):
-            assert shown["state"] in ("working", "waiting"), event
         for agent in agents.values():
             assert agent["parentAgentId"] is None or agent["parentAgentId"] in agents, event
+            assert agent["state"] != "ended" or agent["endTime"] >= agent["startTime"], event
+            assert agent["state"] == "ended" or shown["state"] in ("working", "waiting"), event
         json.dumps(shown)
+    assert shown["stuck"] == []
 
 
 def test_all_recordings_in_one_book_do_not_disturb_each_other():
@@ -5971,23 +5856,6 @@ def test_every_state_is_reached():
         session_story().play(f"{step} → {state}")
 
 
-def test_an_agent_in_a_worktree_does_not_move_its_session_there():
-    assert len({event["cwd"] for event in recorded("worktree")}) == 2
-    for event, shown in session_steps("worktree"):
-        assert shown["workingDirectory"] == "/home/dev/acme-shop", event
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(("call t1 Bash make", "{end}", "round t1"))))
-@pytest.mark.parametrize(("end", "errors"), [("result t1 Bash make", 0), ("fail t1 Exit code 1", 1)])
-def test_call_result_and_round_count_once_in_any_order(order, end, errors):
-    story = session_story()
-    story.calls["t1"] = {"tool_name": "Bash", "tool_input": {"command": "make"}}
-    for step in order:
-        story.marked = NOW_MS + 2000 + ["call t1 Bash make", "{end}", "round t1"].index(step)
-        shown = story.play("late " + step.format(end=end))
-    session_check(f"working, calls 1, errors {errors}, interrupted 0, open -", shown, story.time, order)
-
-
 def test_a_burst_in_disorder_applies_no_event_again_for_each_other(monkeypatch):
     applied, real = itertools.count(), cm.apply_event
     monkeypatch.setattr(cm, "apply_event", lambda *given, **named: (next(applied), real(*given, **named)))
@@ -6005,19 +5873,6 @@ def test_a_burst_in_disorder_applies_no_event_again_for_each_other(monkeypatch):
     assert next(applied) <= 300 * len(arrivals)
 
 
-def test_sessions_that_end_are_not_compared_with_every_other_one(monkeypatch):
-    compared, real = itertools.count(), cm.Sessions._is_continued_by
-    monkeypatch.setattr(cm.Sessions, "_is_continued_by", lambda *given: (next(compared), real(*given))[1])
-    story = SessionStory()
-    for number in range(150):
-        story.time += 120_000
-        story.play(f"s{number}a: start startup; s{number}a: end other")
-        story.time += 120_000
-        story.play(f"s{number}b: start startup; s{number}b: end clear")
-        story.play(f"s{number}c: start clear → continues s{number}b")
-    assert next(compared) <= 600
-
-
 @pytest.mark.parametrize("machine", [SESSION_MACHINE, "far"])
 @pytest.mark.parametrize("step_ms", [3_600_000, 14 * 3_600_000, -3_600_000, -14 * 3_600_000])
 def test_no_session_is_silent_for_the_time_that_our_clock_was_set_by(machine, step_ms):
@@ -6033,55 +5888,31 @@ def test_no_session_is_silent_for_the_time_that_our_clock_was_set_by(machine, st
     story.play("wait 12h; s2: look → ended")
 
 
-def test_a_clock_set_forward_makes_nothing_older_for_retention(tmp_path, monkeypatch):
-    wall_ms, steady_ms = NOW_MS, 5_000.0
-    monkeypatch.setattr(cm, "now_ms", lambda: wall_ms)
-    monkeypatch.setattr(cm, "steady_ms", lambda: steady_ms)
-    place = cm.Settings(str(tmp_path), "", "box", ee.default_values())
-    retention = cm.Retention(place, cm.EventLoop(), frozenset, lambda names: None)
-    wall_ms, steady_ms = wall_ms + 90_000, steady_ms + 90_000
-    assert retention.now_without_jumps_ms() == wall_ms
-    wall_ms += 3_600_000
-    assert retention.now_without_jumps_ms() == wall_ms - 3_600_000
-    wall_ms -= 2 * 3_600_000
-    assert retention.now_without_jumps_ms() == wall_ms
-
-
 SESSION_PATCH = "*** Begin Patch\n*** Update File: /home/dev/shop/src/a.py\n@@\n-x\n+y\n*** Add File: b.py\n+z\n*** End Patch\n"
 
 
-@pytest.mark.parametrize(
-    ("changes", "tool", "target"),
-    [
-        (True, "Write", "a"),
-        (True, "NotebookEdit", "a"),
-        (False, "Read", "a"),
-        (False, "Bash", "npm test 2>&1 | tail"),
-        (False, "Bash", "grep -rn 'a -> b' src 2>/dev/null; echo done >&2"),
-        (False, "Bash", "git status && git diff && git log"),
-        (True, "Bash", "echo x > a.txt"),
-        (True, "Bash", "cat <<E >> a.txt\nx\nE"),
-        (True, "Bash", "sed -i s/a/b/ a.txt"),
-        (True, "Bash", "cd x && mv a b"),
-        (True, "Bash", "git commit -am x"),
-        (True, "mcp__files__write_file", "a"),
-        (False, "mcp__files__list", "a"),
-        (True, "apply_patch", SESSION_PATCH),
-        (True, "Bash", f"apply_patch <<'EOF'\n{SESSION_PATCH}EOF"),
-        (True, "bash", "rm a.py"),
-        (True, "run_in_terminal", "sed -i s/x/y/ a.py"),
-        (False, "run_in_terminal", "npm test"),
-        *((True, tool, "a") for tool in ("replace_string_in_file", "write_file")),
-        *((False, tool, "a") for tool in "read_file update_plan todo_write TodoWrite TaskCreate".split()),
-    ],
-)
-def test_what_counts_as_a_change_in_files(changes, tool, target):
+SESSION_CHANGES = [
+    "Write a", "NotebookEdit a", "mcp__files__write_file a", "replace_string_in_file a", "write_file a",
+    "Bash echo x > a.txt", "Bash cat <<E >> a.txt\nx\nE", "Bash sed -i s/a/b/ a.txt", "Bash cd x && mv a b",
+    "Bash git commit -am x", "bash rm a.py", "run_in_terminal sed -i s/x/y/ a.py",
+    f"apply_patch {SESSION_PATCH}", f"Bash apply_patch <<'EOF'\n{SESSION_PATCH}EOF",
+]  # fmt: skip
+SESSION_LOOKS = [
+    "Bash npm test 2>&1 | tail", "Bash grep -rn 'a -> b' src 2>/dev/null; echo done >&2", "run_in_terminal npm test",
+    "Bash git status && git diff && git log", "mcp__files__list a", "Read a", "read_file a", "update_plan a",
+    "todo_write a", "TodoWrite a", "TaskCreate a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", SESSION_CHANGES + SESSION_LOOKS)
+def test_what_counts_as_a_change_in_files(call):
     story = SessionStory()
     for _ in range(3):
         story.do("prompt")
-        story.say(*story.fields("result", f"n{story.count} {tool} {target}"))
+        story.say(*story.fields("result", f"n{story.count} {call}"))
         story.do("stop")
-    assert session_facts(story.now(), story.time)["stuck"] == ("-" if changes else "unchanged")
+    stuck = session_facts(story.now(), story.time)["stuck"]
+    assert stuck == ("-" if call in SESSION_CHANGES else "unchanged")
 
 
 def test_time_alone_makes_a_session_stuck_and_reports_the_change_once():
@@ -6113,15 +5944,11 @@ def test_time_alone_makes_a_session_stuck_and_reports_the_change_once():
         ("mcp__git__issue", {"repo": "shop", "n": 7, "e": ""}, "mcp__git__issue: repo: shop, n: 7"),
         ("mcp__db__rows", {"tables": ["a", "b"]}, 'mcp__db__rows: ["a", "b"]'),
         ("apply_patch", {"command": SESSION_PATCH}, "apply_patch: src/a.py, b.py"),  # Codex
-        (
-            "apply_patch",
-            {"input": SESSION_PATCH, "explanation": "x"},
-            "apply_patch: src/a.py, b.py",
-        ),  # VS Code
+        ("apply_patch", {"input": SESSION_PATCH, "explanation": "x"}, "apply_patch: src/a.py, b.py"),  # VS Code
         ("apply_patch", {"command": "*** Begin Patch\n*** Delete File: a\n*** End Patch"}, "apply_patch: a"),
         ("apply_patch", {"command": "*** Begin Patch\nnothing"}, "apply_patch: *** Begin Patch nothing"),
     ],
-)
+)  # fmt: skip
 def test_the_activity_is_tool_and_target_in_one_line(tool, tool_input, activity):
     story = session_story()
     story.do("call t0 Bash sleep 1")
@@ -6150,22 +5977,19 @@ def test_a_deleted_session_is_forgotten_and_token_totals_bring_it_not_back():
 
 
 def test_events_of_other_programs_go_by_their_hook_else_by_their_type():
-    story = SessionStory()
+    story, call = SessionStory(), {"toolName": "Bash", "toolInput": {"command": "ls"}}
     node = {"sessionId": "s1", "machineId": "node", "workingDirectory": "/w", "timestamp": NOW_MS}
-    for hook, event_type, data, facts in (
-        ("UserPromptSubmit", "message", {"message": "hi"}, "working, prompts 1"),
-        ("Stop", "session_end", {}, "idle, over -"),
-        ("SessionEnd", "session_end", {}, "ended"),
-    ):
-        story.apply({**node, "id": hook, "hookType": hook, "eventType": event_type, "data": data})
-        story.play("look → " + facts)
-    call = {"toolName": "Bash", "toolInput": {"command": "ls"}}
-    story.apply({"eventType": "tool_call", "sessionId": "s2", "data": call})
-    story.play("s2: look → working, doing Bash: ls")
-    story.apply({"eventType": "session_end", "sessionId": "s2"})
-    story.play("s2: look → ended")
-    shown = story.apply({"test": "message"})
-    assert (shown["sessionId"], shown["state"], shown["counts"]["events"]) == ("unknown", "idle", 1)
+    for event, facts in (
+        ({**node, "hookType": "UserPromptSubmit", "eventType": "message", "data": {"message": "hi"}}, "working, prompts 1"),
+        ({**node, "hookType": "Stop", "eventType": "session_end", "data": {}}, "idle, over -"),
+        ({**node, "hookType": "SessionEnd", "eventType": "session_end", "data": {}}, "ended"),
+        ({"eventType": "tool_call", "sessionId": "s2", "data": call}, "working, doing Bash: ls"),
+        ({"eventType": "session_end", "sessionId": "s2"}, "ended"),
+        ({"test": "message"}, "idle, events 1"),
+    ):  # fmt: skip
+        shown = story.apply(event)
+        session_check(facts, shown, story.time, event)
+        assert shown["sessionId"] == event.get("sessionId", "unknown")
 
 
 SESSION_ANY_JSON = st.recursive(
@@ -6177,6 +6001,7 @@ SESSION_FIELDS = (
     "tool_name", "tool_input", "tool_use_id", "tool_response", "message", "prompt", "error", "model", "source", "reason",
     "notification_type", "last_assistant_message", "background_tasks", "tool_calls", "session_title", "to_model",
     "agent_id", "agent_type", "mcp_server_name", "error_details", "action", "label", "cwd", "parentSessionId", "pid",
+    "toolName", "toolInput", "toolUseId", "toolOutput", "data", "durationMs",
 )  # fmt: skip
 SESSION_LIKELY = st.sampled_from(
     ["Bash", "Agent", "AskUserQuestion", "a1", "t1", "running", "idle_prompt", "permission_prompt", "clear", "compact",
@@ -6185,45 +6010,29 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", "PostModelSwitch", "New", ""]),
             st.dictionaries(st.sampled_from(SESSION_FIELDS), SESSION_LIKELY | SESSION_ANY_JSON, max_size=8),
+            st.booleans(),
         ),
         max_size=8,
     )
 )
-@example([("PermissionRequest", {"tool_name": "Bash"}), ("PreToolUse", {"tool_use_id": ["t1"]})])
+@example([("PermissionRequest", {"tool_name": "Bash"}, False), ("PreToolUse", {"tool_use_id": [1]}, False)])
 def test_fields_of_wrong_types_never_raise(said):
-    story = SessionStory()
-    for hook, fields in said:
-        story.deliver({"session_id": "s1", "hook_event_name": hook, **fields})
-        story.book.tick(story.time + 50_000)
-        story.time += 50_000
+    story = session_story()
+    for hook, fields, is_anothers in said:
+        if is_anothers:
+            story.apply({"eventType": "tool_call", "hookType": hook, "sessionId": "s1", "data": fields})
+        else:
+            story.deliver({"session_id": "s1", "hook_event_name": hook, **fields})
+        assert len(ee.encode_json(cm.event_row(story.heard[-1]))) < 6000
+        story.wait(50_000)
     for session in story.book.each_json(True):
         json.loads(ee.encode_json(session))
-
-
-SESSION_DATA_FIELDS = tuple(
-    "toolName toolInput toolUseId toolOutput message error data action durationMs".split()
-)
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    st.sampled_from([*ee.EVENT_TYPES, "PostToolBatch", ""]),
-    st.dictionaries(st.sampled_from(SESSION_DATA_FIELDS), SESSION_ANY_JSON),
-)
-def test_other_programs_events_of_wrong_types_never_raise(hook, data):
-    story = session_story()
-    story.do("ask Bash make")
-    said = {"eventType": "tool_call", "hookType": hook, "sessionId": "s1", "data": data}
-    event = ee.build_event(said, story.time, "m")
-    story.book.apply({"seq": 1, "received": story.time, **event})
-    json.loads(ee.encode_json(story.now()))
-    assert len(ee.encode_json(cm.event_row({"seq": 1, "received": 1, **event}))) < 6000
 
 
 # Order ---------------------------------------------------------------------
@@ -6242,16 +6051,12 @@ def session_essence(shown: list[dict[str, Any]]) -> list[Any]:
     ]  # fmt: skip
 
 
-def session_arrivals(
-    events: list[dict[str, Any]], gaps: list[int], delays: list[int]
-) -> list[dict[str, Any]]:
+def session_arrivals(events: Any, gaps: list[int], delays: list[int]) -> list[dict[str, Any]]:
     """Return the events as they arrive: happened `gaps` apart, each on its way for one of `delays`."""
-    happened = itertools.accumulate(gaps[: len(events)], initial=NOW_MS)
-    moved = [
-        {**event, "timestamp": time_ms, "received": time_ms + delay}
-        for event, time_ms, delay in zip(events, happened, delays)
-    ]
-    return session_numbered(moved)
+    arrived = []
+    for event, at, delay in zip(events, itertools.accumulate(gaps, initial=NOW_MS), delays):
+        arrived.append({**event, "timestamp": at, "received": at + delay})
+    return session_numbered(arrived)
 
 
 def session_numbered(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -6265,7 +6070,7 @@ def session_in_order(arrived: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return session_numbered([{**event, "received": event["timestamp"]} for event in arrived])
 
 
-SESSION_NAMED = [name for name in sorted(SESSION_ENDS) if name[:3] != "v1."]  # pairing by name only guesses
+SESSION_NAMED = [name for name in recording_names() if name[:3] != "v1."]  # pairing by name only guesses
 SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
 SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
 
@@ -6295,7 +6100,7 @@ def test_an_event_that_a_plugin_delivers_too_changes_nothing_in_any_order(name, 
             doubled.append({**event, **times, "id": event["id"] + "b"})
     ends = session_replay(once), session_replay(session_numbered(doubled))
     for shown in itertools.chain(*ends):
-        del shown["counts"]["events"]
+        del shown["counts"]["events"], shown["counts"]["prompts"]
     assert session_essence(ends[0]) == session_essence(ends[1])
 
 
@@ -6314,7 +6119,7 @@ def session_restored(book: cm.Sessions) -> cm.Sessions:
 def session_stream(rng: random.Random) -> list[dict[str, Any]]:
     """Return what happens to several sessions at once: recordings in disorder, spooled ones, /clear, user actions."""
     events: list[dict[str, Any]] = []
-    for number, name in enumerate(rng.sample(sorted(SESSION_ENDS), 4) + ["i-clear"]):
+    for number, name in enumerate(rng.sample(recording_names(), 4) + ["i-clear"]):
         at = NOW_MS + rng.randrange(60_000)
         machine = rng.choice((SESSION_MACHINE, "far"))
         clock_ms = 0 if machine == SESSION_MACHINE else -3_600_000
@@ -6340,16 +6145,22 @@ def session_stream(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def session_overtakes(events: list[dict[str, Any]], cut: int) -> bool:
-    """Return whether events of one session overtake each other across a place in the stream."""
-    last: dict[str, int] = {}
-    for event in events[:cut]:
-        if event["eventType"] not in ("session_meta", "usage", "processes"):
-            last[event["sessionId"]] = max(event["timestamp"], last.get(event["sessionId"], 0))
-    return any(event["timestamp"] < last.get(event.get("sessionId", ""), 0) for event in events[cut:])
+    """True if events of one session, or of one process (a start ends its last session), overtake each other there."""
+    last: dict[Any, int] = {}
+    for place, event in enumerate(events):
+        if event["eventType"] in ("session_meta", "usage", "processes"):
+            continue
+        for whose in (event["sessionId"], (event["machineId"], event.get("pid", event["sessionId"]))):
+            if place < cut:
+                last[whose] = max(event["timestamp"], last.get(whose, 0))
+            elif event["timestamp"] < last.get(whose, 0):
+                return True
+    return False
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.integers(0, 1 << 32), st.floats(0, 1))
+@example(658860103, 0.40625)  # a start overtakes, across the cut, the end of the session before it
 def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
     """Snapshots of all sessions, then the rest of the events: but for events that overtake each other across the
     moment of the snapshot, which then count in the order of their arrival."""
@@ -6377,9 +6188,7 @@ def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
             elif place - 1 in gone and event["sessionId"] in book.sessions:
                 book.end_exited(event["sessionId"], event["received"])
     assert restored.sessions == live.sessions
-    assert {name: restored.skew_ms(name) for name in (SESSION_MACHINE, "far")} == {
-        name: live.skew_ms(name) for name in (SESSION_MACHINE, "far")
-    }
+    assert all(restored.skew_ms(machine) == live.skew_ms(machine) for machine in (SESSION_MACHINE, "far"))
 
 
 def test_a_snapshot_is_small_and_holds_no_heard_event():
@@ -6467,6 +6276,123 @@ def test_a_row_says_what_the_event_was_about():
     assert cm.event_row(other)["data"]["text"] == '{"test": "message"}'
 
 
+# Our namespace, events as NAME KEY PID/NAMESPACE, what runs (and our pid of it in a container) → the state
+MACHINE_STORIES = {
+    "a renamed host's client is gone": (0, "a own 7/0, b own 7/0", {}, "ended"),
+    "a renamed host's client runs": (0, "a own 7/0, b own 7/0", {7: 7}, "working"),
+    "another machine has our name": (0, "box other 7/0", {}, "working"),
+    "another machine has our name and no key": (0, "box - 7/0", {}, "working"),
+    "an older event of ours has no key": (0, "old - 7/0", {}, "ended"),
+    "a container's client that was never seen": (0, "c own/9 7/9", {}, "working"),
+    "a container's client that runs": (0, "c own/9 7/9", {(7, 9): 70, 70: 70}, "working"),
+    "a container's client that was found and is gone": (0, "c own/9 7/9", {(7, 9): 70}, "ended"),
+    "one that was seen before a restart and is gone": (0, "c own/9 7/9 seen", {}, "ended"),
+    "one that is not to be seen from another container": (8, "c own/9 7/9 seen", {}, "working"),
+    "another host's container, a namespace of that number": (0, "c k/9 7/9", {(7, 9): 70}, "working"),
+}
+
+
+@pytest.mark.parametrize("story", MACHINE_STORIES.values(), ids=MACHINE_STORIES)
+def test_only_a_process_that_this_machine_may_look_at_is_believed_to_be_gone(story):
+    namespace, events, here, state = story
+    book = cm.Sessions(own_machine=f"own/{namespace}" if namespace else "own", own_name="old")
+    for number, words in enumerate(events.split(", ")):
+        name, key, process, *seen = words.split()
+        pid, its_namespace = map(int, process.split("/"))
+        about = {"machineId": name, "pid": pid, **({} if key == "-" else {"machineKey": key})}
+        about.update({"pidNamespace": its_namespace} if its_namespace else {})
+        event = hook_wrapped(payload("UserPromptSubmit", prompt="x"), **about, id=f"e{number}")
+        session = book.apply(ee.build_event(event, NOW_MS, "box"))
+        session.processes[pid, its_namespace] = NOW_MS if seen else 0  # by a monitor before a restart
+    book.check_processes(namespace, lambda pid, _: pid in here, NOW_MS + 1, True, lambda it: here.get(it, 0))
+    assert (session.state, session.machine_id) == (state, name)
+
+
+def calls_of(count: int, **fields: Any) -> list[dict[str, Any]]:
+    """Return events of so many calls without a result."""
+    call = {"tool_name": "Bash", "tool_input": {"command": "make"}, **fields}
+    hooks = [payload("PreToolUse", tool_use_id=f"t{number}", **call) for number in range(count)]
+    return [ee.build_event(hook, 1000 + number, "m") for number, hook in enumerate(hooks)]
+
+
+@pytest.mark.parametrize(("count", "limit"), [(3, 5000), (20, 5000), (50, 5000), (50, 30)])
+def test_a_session_is_sent_with_its_newest_calls_and_their_number(
+    count: int, limit: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cm, "CALLS_LIMIT", limit)
+    book = cm.Sessions()
+    for event in calls_of(count):
+        book.apply(event)
+    sent = book.to_json(book.sessions["s1"])
+    assert [call["toolUseId"] for call in sent["openCalls"]] == [f"t{it}" for it in range(count)[-20:]]
+    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
+        min(count, limit),
+        max(0, count - limit),
+    )
+    end = payload("PostToolUse", tool_name="Bash", tool_use_id="t0", tool_input={"command": "make"})
+    sent = book.to_json(book.apply(ee.build_event(end, 9000, "m")))
+    assert sent["counts"]["toolCalls"] == count
+    assert (sent["openCallCount"], sent["counts"]["interrupted"]) == (
+        min(count - 1, limit),
+        max(0, count - limit - 1),
+    )
+
+
+def test_running_agents_are_sent_before_those_that_ended() -> None:
+    book, agents = cm.Sessions(), [f"a{number}" for number in range(60)]
+    events = [(agent, "SubagentStart") for agent in agents] + [
+        (agent, "SubagentStop") for agent in agents[5:]
+    ]
+    for number, (agent, hook) in enumerate(events):
+        book.apply(ee.build_event(payload(hook, agent_id=agent, agent_type="Explore"), 1000 + number, "m"))
+    sent = book.to_json(book.sessions["s1"])
+    assert [agent["agentId"] for agent in sent["agents"]] == agents[:5] + agents[45:]
+    assert sent["agentCount"] == 60
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 4),
+            st.sampled_from(("UserPromptSubmit", "Stop", "SubagentStart", "SessionEnd", "wait")),
+            st.integers(1, 9000),
+        ),
+        max_size=30,
+    )
+)
+def test_looking_when_something_is_due_gives_what_looking_always_gives(
+    steps: list[tuple[int, str, int]],
+) -> None:
+    books = [cm.Sessions(quiet_ms=120_000, ended_ms=3_600_000) for _ in range(2)]
+    now = 1_000_000
+    for number, (session, hook, seconds) in enumerate(steps):
+        now += seconds * 1000
+        event = payload(hook, f"s{session}", **({"agent_id": "a"} if hook == "SubagentStart" else {}))
+        for always, book in enumerate(books):
+            if hook != "wait":
+                book.apply(ee.build_event(event, now, f"m{session % 3}") | {"id": str(number)})
+            if always:  # every session is due
+                book._due = sorted((0, each) for each in book.sessions)
+                book._due_at = dict.fromkeys(book.sessions, 0)
+            book.tick(now, now)
+        assert books[0].sessions == books[1].sessions
+
+
+@pytest.mark.parametrize("state", ["idle", "ended"])
+def test_sessions_to_which_nothing_is_due_are_not_looked_at(state: str, monkeypatch: Any) -> None:
+    book = cm.Sessions(own_machine="m0")
+    for number in range(500):
+        hook = payload("Stop" if state == "idle" else "SessionEnd", f"s{number}")
+        book.apply(ee.build_event(hook, 1_000_000, f"m{number}"))
+    book.tick(1_200_000, 1_200_000)
+    looked = []
+    monkeypatch.setattr(cm, "_busy_since", lambda session: looked.append(session) or cm._NEVER)
+    for second in range(100):
+        book.tick(1_201_000 + second * 1000, 1_201_000 + second * 1000)
+        book.check_processes(0, lambda *about: looked.append(about) or True, 1_201_000, True)
+    assert not looked
+
+
 # ---------------------------------------------------------------------------
 # Token usage: what transcripts say, read once, and what it costs
 #
@@ -6480,21 +6406,19 @@ USAGE_WITH_AGENTS = ("subagent", "subagent-default", "nested", "parallel")
 
 
 def usage_transcript(name: str) -> str:
-    """Return the path of a recording's transcript."""
     (path,) = glob.glob(f"{RECORDED}/transcripts/{name}/*.jsonl")
     return path
 
 
 def usage_event(path: str, session: str = "s1", hook: str = "Stop", **fields: Any) -> dict[str, Any]:
     """Return the event of one hook that names a transcript."""
-    return ee.build_event(
-        {**payload(hook, session, **fields), "transcript_path": path}, NOW_MS, USAGE_MACHINE
-    )
+    given_payload = {**payload(hook, session, **fields), "transcript_path": path}
+    return ee.build_event(given_payload, NOW_MS, USAGE_MACHINE)
 
 
 def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> Any:
     """Return what a reader (or a new one with this home) makes of an event; None when there is nothing new."""
-    reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home), USAGE_MACHINE)
+    reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home))
     event = usage_event(path, session, **fields)
     before = json.dumps(event)
     made = reader.usage_event(event)
@@ -6508,19 +6432,16 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
 
 
 def usage_line(message_id: str, output: Any, model: str = USAGE_MODEL, **more: Any) -> bytes:
-    """Return one assistant line of a transcript."""
     usage = {"input_tokens": 1, "output_tokens": output, **more}
     message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "usage": usage}
     return json.dumps({"type": "assistant", "isSidechain": False, "message": message}).encode() + b"\n"
 
 
 def usage_lines(messages: Iterable[Any]) -> bytes:
-    """Return a line of one token for each message."""
     return b"".join(usage_line(str(each), 1) for each in messages)
 
 
 def usage_output(usage: Any) -> Any:
-    """Return the output tokens of all models; None when there is nothing new."""
     return usage and sum(counts["output"] for counts in usage["models"].values())
 
 
@@ -6533,19 +6454,16 @@ class Transcript:
 
     def __post_init__(self) -> None:
         self.path = f"{self.home}/{self.session}.jsonl"
-        self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
+        self.reader = ee.UsageReader(self.home)
 
     def add(self, lines: bytes) -> None:
-        """Append to it."""
         with open(self.path, "ab") as file:
             file.write(lines)
 
     def total(self, **fields: Any) -> int | None:
-        """Return the output tokens, None when there is nothing new."""
         return usage_output(usage_read(self.reader, self.path, self.session, **fields))
 
     def do(self, step: str) -> None:
-        """Do one step of USAGE_STORIES."""
         verb, *words = step.split()
         lines = b""
         for word in words:
@@ -6560,7 +6478,7 @@ class Transcript:
             os.truncate(self.path, 0)
         elif verb == "restart":
             self.reader.close()
-            self.reader = ee.UsageReader(self.home, USAGE_MACHINE)
+            self.reader = ee.UsageReader(self.home)
         else:
             assert verb in ("add", "read")
         if lines:
@@ -6569,7 +6487,6 @@ class Transcript:
 
 @pytest.fixture
 def transcript(tmp_path: Any) -> Transcript:
-    """An empty transcript of session s1."""
     return Transcript(str(tmp_path))
 
 
@@ -6715,7 +6632,7 @@ USAGE_LAYOUTS = {
 
 @pytest.mark.parametrize("rule", USAGE_LAYOUTS)
 def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
-    reader = ee.UsageReader(f"{tmp_path}/home", USAGE_MACHINE)
+    reader = ee.UsageReader(f"{tmp_path}/home")
     steps = USAGE_LAYOUTS[rule].replace("ADVISED", USAGE_ADVISED).split(" || ")
     for files, used in (step.split(" → ") for step in steps):
         path, session = usage_written(tmp_path, files)
@@ -6736,20 +6653,15 @@ def test_tokens_and_cost_are_those_that_the_client_itself_counted(tmp_path, name
     usage = usage_read(tmp_path, usage_transcript(name))
     with open(usage_transcript(name), encoding="utf-8") as file:
         own = [json.loads(line) for line in file if '"cost-state"' in line][-1]
-    names = (
+    ours = (
         "inputTokens", "outputTokens", "cacheReadInputTokens", "cacheCreationInputTokens",
         "cacheCreationEphemeral1hInputTokens",
     )  # fmt: skip
-    assert {
-        model: [counts[name] for name in ee.COUNT_NAMES] for model, counts in usage["models"].items()
-    } == {model: [counts[name] for name in names] for model, counts in own["modelUsage"].items()}
+    for model, counts in own["modelUsage"].items():
+        assert [usage["models"][model][each] for each in ee.COUNT_NAMES] == [counts[each] for each in ours]
+    assert usage["models"].keys() == own["modelUsage"].keys()
     shown = session_story().say("SessionEnd", reason="other", usage=usage)
     assert shown["estimatedCostUsd"] == pytest.approx(own["totalCostUSD"], abs=1e-6)
-
-
-@pytest.mark.parametrize("name", USAGE_WITH_AGENTS)
-def test_the_tokens_of_agents_add_up_to_those_of_the_session(tmp_path, name):
-    usage = usage_read(tmp_path, usage_transcript(name))
     agents = {event["agent_id"] for event in recorded(name) if event["hook_event_name"] == "SubagentStart"}
     assert set(usage["agents"]) == {"", *agents}
     by_agent = [counts for by_model in usage["agents"].values() for counts in by_model.values()]
@@ -6762,22 +6674,27 @@ def test_an_old_clients_agent_transcript_counts_for_its_agent(transcript):
     agent = Transcript(transcript.home, "agent-a94648d")
     transcript.add(usage_entries("m1 1/5").encode())
     agent.add(usage_entries("m2 1/7").encode())
-    about = {"hook": "SubagentStop", "agent_transcript_path": agent.path}
-    assert (
-        usage_words(usage_read(transcript.reader, transcript.path, **about)) == "opus 1/5 | a94648d: opus 1/7"
-    )
+    named = {"hook": "SubagentStop", "agent_transcript_path": agent.path}
+    usage = usage_read(transcript.reader, transcript.path, **named)
+    assert usage_words(usage) == "opus 1/5 | a94648d: opus 1/7"
 
 
-def test_what_was_read_is_not_read_again(transcript, monkeypatch):
-    read: list[int] = []
+@pytest.fixture
+def preads(monkeypatch: Any) -> list[int]:
+    """The sizes of what was read of transcripts."""
+    sizes, real = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: (sizes.append(size), real(fd, size, at))[1])
+    return sizes
+
+
+def test_what_was_read_is_not_read_again(transcript, preads):
     transcript.add(usage_lines(range(5000)))
-    real = os.pread
     assert transcript.total() == 5000
-    monkeypatch.setattr(os, "pread", lambda fd, length, at: (read.append(length), real(fd, length, at))[1])
-    assert transcript.total() is None and read == []
+    preads.clear()
+    assert transcript.total() is None and preads == []
     transcript.add(usage_line("more", 1))
     assert Transcript(transcript.home).total() == 5001  # also by another process
-    assert sum(read) < 2000
+    assert sum(preads) < 2000
 
 
 @given(
@@ -6818,29 +6735,30 @@ def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, si
         if place >= len(data):
             break
     assert found == whole.feed(data) and pieces.consumed == whole.consumed == len(data)
-    assert found[-1].message_id == "m2"
+    assert found[-1].key.startswith("m2 ")
 
 
 @pytest.mark.parametrize("value", [None, -1, 1.5, "7", True, 1 << 70, [], {}])
 def test_odd_numbers_of_tokens_count_as_none(transcript, value):
-    transcript.add(
-        usage_line("m1", value, cache_creation=value) + usage_line("m2", 4, cache_creation_input_tokens=9)
-    )
+    transcript.add(usage_line("m1", value, cache_creation=value))
+    transcript.add(usage_line("m2", 4, cache_creation_input_tokens=9))
     transcript.add(usage_line("m3", 8, "<synthetic>"))  # what the client wrote itself is no model
-    assert usage_read(transcript.reader, transcript.path)["models"] == {
-        USAGE_MODEL: {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
-    }
+    counts = {"input": 2, "output": 4, "cacheRead": 0, "cacheCreation": 9}
+    assert usage_read(transcript.reader, transcript.path)["models"] == {USAGE_MODEL: counts}
+
+
+def usage_given_away(path: str) -> None:
+    """Copy a transcript to a path, as another user's file."""
+    shutil.copy(usage_transcript("simple"), path)
+    os.chown(path, 12345, -1)
 
 
 USAGE_UNREADABLE: dict[str, Any] = {
     "a fifo": os.mkfifo,
     "a directory": os.mkdir,
     "a link to itself": lambda path: os.symlink(path, path),
-    "another user's": lambda path: (shutil.copy(usage_transcript("simple"), path), os.chown(path, 12345, -1)),
-    "a link to another user's": lambda path: (
-        USAGE_UNREADABLE["another user's"](path + "x"),
-        os.symlink(path + "x", path),
-    ),
+    "another user's": usage_given_away,
+    "a link to another user's": lambda path: (usage_given_away(path + "x"), os.symlink(path + "x", path)),
     "missing": lambda path: None,
 }
 
@@ -6854,44 +6772,33 @@ def test_only_a_regular_file_of_this_user_is_read(transcript, what):
     assert transcript.total() is None and time.monotonic() - before < 5
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/dev/zero", os.path.relpath(usage_transcript("simple")), __file__, None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl",
-        "/" + "x" * 9000 + ".jsonl",
-    ],
-    ids=range(10),
-)  # fmt: skip
+USAGE_ODD_PATHS = [
+    "/dev/zero", os.path.relpath(usage_transcript("simple")), __file__, None, 7, "", [], "/x\0y.jsonl", "/\ud800.jsonl",
+    "/" + "x" * 9000 + ".jsonl",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", USAGE_ODD_PATHS, ids=range(10))
 def test_an_odd_transcript_path_is_not_read_and_no_failure(tmp_path, path):
     assert usage_read(tmp_path, path) is None
     usage = usage_read(tmp_path, usage_transcript("simple"), hook="SubagentStop", agent_transcript_path=path)
     assert usage_output(usage) == 210 and not (tmp_path / "emit.log").exists()
 
 
-def test_only_events_that_end_something_on_this_machine_get_usage(tmp_path):
+def test_only_events_that_end_something_get_usage(tmp_path):
     path = usage_transcript("simple")
     found = {hook for hook in ee.EVENT_TYPES if usage_read(tmp_path / hook, path, hook=hook)}
     assert found == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
-    foreign = {**usage_event(path), "machineId": "elsewhere"}
-    assert ee.UsageReader(str(tmp_path), USAGE_MACHINE).usage_event(foreign) is None
 
 
-def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch):
+def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch, preads):
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
-    stopping, read, real = threading.Event(), [], os.pread
     transcript.add(usage_lines(range(500)))
-
-    def pread(fd: int, length: int, at: int) -> bytes:
-        read.append(length)
-        if len(read) == 9:
-            stopping.set()
-        return real(fd, length, at)
-
-    monkeypatch.setattr(os, "pread", pread)
-    assert usage_read(ee.UsageReader(transcript.home, USAGE_MACHINE, stopping), transcript.path) is None
-    stopped = sum(read)
+    stopping = types.SimpleNamespace(is_set=lambda: len(preads) >= 9)
+    assert usage_read(ee.UsageReader(transcript.home, stopping), transcript.path) is None
+    stopped = sum(preads)
     assert transcript.total() == 500
-    assert 20_000 < stopped < 60_000 < sum(read) < os.path.getsize(transcript.path) * 1.3
+    assert 20_000 < stopped < 60_000 < sum(preads) < os.path.getsize(transcript.path) * 1.3
 
 
 def test_a_session_of_too_many_messages_says_that_its_totals_are_partial(transcript, monkeypatch):
@@ -6916,7 +6823,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(ee, "_session_usage", slow)
-    worker = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, made.append)
+    worker = ee.UsageWorker(str(tmp_path), made.append)
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert not worker.is_busy
     worker.put(usage_event(first.path, "s1"))
@@ -6937,7 +6844,7 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     monkeypatch.setattr(ee, "USAGE_QUIET_S", 0.2)
     monkeypatch.setattr(ee, "USAGE_LATE_S", 0.3)
     made: list[Any] = []
-    worker = ee.UsageWorker(transcript.home, USAGE_MACHINE, made.append)
+    worker = ee.UsageWorker(transcript.home, made.append)
     for number, hook in enumerate(("PreToolUse", "Stop", "")):
         transcript.add(usage_line(f"m{number}", 2))  # the last one comes behind the hook
         if hook:
@@ -6948,20 +6855,9 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     worker.close()
 
 
-def test_what_is_pending_is_bounded_and_a_worker_that_never_worked_closes(tmp_path, monkeypatch):
-    monkeypatch.setattr(ee, "PENDING_USAGE_LIMIT", 3)
-    monkeypatch.setattr(ee.UsageReader, "usage_event", lambda self, event: self._stopping.wait(10) and None)
-    ee.UsageWorker(str(tmp_path), USAGE_MACHINE, pytest.fail).close()
-    worker = ee.UsageWorker(str(tmp_path), USAGE_MACHINE, pytest.fail)
-    for number in range(9):
-        worker.put(usage_event("/t.jsonl", f"s{number}"))
-    assert {session for session, _ in worker._pending} == {"s6", "s7", "s8"}
-    worker.close()
-
-
 def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(ee, "COUNTED_MESSAGES_LIMIT", 100)
-    reader = ee.UsageReader(str(tmp_path), USAGE_MACHINE)
+    reader = ee.UsageReader(str(tmp_path))
     assert usage_read(reader, str(tmp_path / "none.jsonl")) is None
     for number in range(10):
         path = tmp_path / f"s{number}.jsonl"
@@ -6982,7 +6878,7 @@ def test_the_database_of_counted_messages_is_private_and_bounded(tmp_path, monke
 @pytest.mark.parametrize("damage", [b"no database at all" * 100, b"", None])
 def test_a_damaged_database_of_counted_messages_is_rebuilt(tmp_path, damage):
     path, database = usage_transcript("simple"), tmp_path / "usage.db"
-    reader = ee.UsageReader(str(tmp_path), USAGE_MACHINE)
+    reader = ee.UsageReader(str(tmp_path))
     assert usage_output(usage_read(reader, path)) == 210
     reader.close()
     content = database.read_bytes()
@@ -6996,27 +6892,18 @@ def test_a_directory_that_cannot_be_written_costs_the_usage_only(tmp_path):
 
 
 def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
-    script = (
-        f"import sys; sys.path.insert(0, {ROOT!r}); import emit_event as ee\n"
-        f"reader = ee.UsageReader({transcript.home!r}, {USAGE_MACHINE!r})\n"
-        f"event = {usage_event(transcript.path)!r}\n"
-        "print(flush=True)\n"
-        "while True:\n"
-        "    reader.usage_event(event)\n"
-    )
-    chance, count = random.Random(7), 0
+    def read_forever() -> None:
+        reader = ee.UsageReader(transcript.home)
+        while True:
+            reader.usage_event(usage_event(transcript.path))
+
+    chance, parts = random.Random(7), iter(range(0, 6000, 50))
     for _ in range(6):
-        reading = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-        assert reading.stdout is not None
-        reading.stdout.read(1)
-        for _ in range(20):
-            transcript.add(usage_lines(range(count, count + 50)))
-            count += 50
-            time.sleep(chance.random() * 0.01)
-        reading.kill()
-        reading.wait()
-        reading.stdout.close()
-    assert transcript.total() == count
+        with serving(read_forever):  # and killed
+            for first in itertools.islice(parts, 20):
+                transcript.add(usage_lines(range(first, first + 50)))
+                time.sleep(chance.random() * 0.01)
+    assert transcript.total() == 6000
 
 
 # Where subagents come from ---------------------------------------------------
@@ -7032,7 +6919,7 @@ def usage_copied(name: str, directory: object) -> list[dict[str, Any]]:
 
 def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the events of these payloads with the client's notes on them."""
-    reader, events = ee.AgentNoteReader(USAGE_MACHINE), []
+    reader, events = ee.AgentNoteReader(), []
     for number, each in enumerate(payloads):
         given_object = {"hook": each, "id": f"n{number}", "timestamp": NOW_MS + number}
         events.append(ee.build_event(given_object, 1, USAGE_MACHINE))
@@ -7043,42 +6930,28 @@ def usage_noted(payloads: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_each_agents_first_event_carries_the_note_on_it_once(tmp_path):
     noted = [event for event in usage_noted(usage_copied("nested", tmp_path)) if "agentMeta" in event["data"]]
     outer, inner = "a8bdf82a3b7eac1f1", "a10958c072d3ed1c1"
-    assert [
-        (event["agentId"], event["data"]["agentMeta"].get("parentAgentId"), event["data"]["agentDescription"])
-        for event in noted
-    ] == [(outer, None, "outer job"), (inner, outer, "inner job")]
+    assert [(event["agentId"], event["data"]["agentDescription"]) for event in noted] == [
+        (outer, "outer job"), (inner, "inner job")
+    ]  # fmt: skip
+    assert "parentAgentId" not in noted[0]["data"]["agentMeta"]
     assert noted[1]["data"]["agentMeta"] == {
         "agentType": "general-purpose", "toolUseId": "toolu_fake_83f675246c204e179b",
         "parentAgentId": outer, "requestShape": "foreground", "spawnDepth": 2,
     }  # fmt: skip
 
 
-def test_a_note_that_is_written_later_comes_with_the_next_event(tmp_path):
-    mine = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
-    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
-    os.rename(note, note + ".later")
-    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
-    for number, each in enumerate(mine[:4]):
-        if number == 1:
-            with open(note, "w") as file:
-                file.write('{"half": ')
-        elif number == 2:
-            os.replace(note + ".later", note)
-        event = ee.build_event(each, NOW_MS, USAGE_MACHINE)
-        reader.add_note(event)
-        noted.append("agentMeta" in event["data"])
-    assert noted == [False, False, True, False]
-
-
-def test_an_event_that_could_not_be_kept_has_its_note_when_it_comes_again(tmp_path):
+def test_a_note_comes_once_it_is_whole_and_again_with_its_event(tmp_path):
     copied = [each for each in usage_copied("subagent", tmp_path) if "agent_id" in each]
-    reader, noted = ee.AgentNoteReader(USAGE_MACHINE), []
-    for number in (0, 0, 1):
+    (note,) = glob.glob(f"{tmp_path}/subagent/*/subagents/*.meta.json")
+    whole = install_text(note)
+    reader, noted = ee.AgentNoteReader(), []
+    for number, written in ((0, None), (1, '{"half": '), (2, whole), (2, whole), (3, whole)):
+        os.unlink(note) if written is None else ee.write_atomically(note, written.encode())
         given_object = {"hook": copied[number], "id": f"e{number}", "timestamp": NOW_MS}
         event = ee.build_event(given_object, NOW_MS, USAGE_MACHINE)
         reader.add_note(event)
         noted.append("agentMeta" in event["data"])
-    assert noted == [True, True, False]
+    assert noted == [False, False, True, True, False]
 
 
 def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path):
@@ -7091,9 +6964,7 @@ def test_the_note_says_which_agent_is_whose_while_nothing_else_does_yet(tmp_path
     assert sorted(labels) == ["left job", "right job"]
 
 
-@pytest.mark.parametrize(
-    "note", [None, 7, [], "x", {}, {"parentAgentId": 7}, {"parentAgentId": "gone"}, {"parentAgentId": "a1"}]
-)
+@pytest.mark.parametrize("note", [None, 7, [], "x", {}, *({"parentAgentId": it} for it in (7, "gone", "a1"))])
 def test_an_odd_note_makes_no_odd_agent(note):
     story = session_story()
     story.say("SubagentStart", agent="a1", agentMeta=note, agentDescription=[note])
@@ -7106,7 +6977,7 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
     write_files(tmp_path / "projects/-app", {f"{place}/agent-a1.meta.json": note, "s1.jsonl": ""})
     path, agent = f"{tmp_path}/projects/-worktree/s1.jsonl", {"agent_id": "a1", "agent_type": "x"}
     event = usage_event(path, hook="PreToolUse", tool_name="Bash", **agent)
-    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    ee.AgentNoteReader().add_note(event)
     assert event["data"]["agentDescription"] == "look"
 
 
@@ -7114,37 +6985,22 @@ def test_the_note_on_an_agent_is_found_where_its_transcript_is(tmp_path, place):
 def test_no_agent_id_leads_to_another_file(tmp_path, agent):
     copied = usage_copied("subagent", tmp_path)[0]
     event = ee.build_event({**copied, "agent_id": agent}, NOW_MS, USAGE_MACHINE)
-    ee.AgentNoteReader(USAGE_MACHINE).add_note(event)
+    ee.AgentNoteReader().add_note(event)
     assert "agentMeta" not in event["data"]
 
 
 def test_at_the_level_of_metadata_a_note_keeps_its_ids_and_loses_its_words(tmp_path):
-    privacy = ee.Privacy(metadata_only=True)
-    events = [protected(event, privacy) for event in usage_noted(usage_copied("nested", tmp_path))]
-    noted = [event["data"] for event in events if "agentMeta" in event["data"]]
-    assert len(noted) == 2 and not any("agentDescription" in data for data in noted)
+    noted = usage_noted(usage_copied("nested", tmp_path))
+    events = [protected(event, ee.Privacy(metadata_only=True)) for event in noted]
+    assert sum("agentMeta" in event["data"] for event in events) == 2
+    assert not any("agentDescription" in event["data"] for event in events)
     assert "inner job" not in json.dumps(events)
-
-
-def test_nested_agents_know_their_parents_through_real_hooks_and_a_restart(hook_installed, running):
-    for each in usage_copied("nested", running.home):
-        if each["hook_event_name"] == "PostToolUse" and each.get("tool_name") == "Agent":
-            break
-        hook_call(hook_installed.command, each, running.environment)
-    (session,) = running.sessions().values()
-    tree = {agent["label"]: agent["parentAgentId"] for agent in session["agents"]}
-    assert tree == {"outer job": None, "inner job": session["agents"][0]["agentId"]}
-    running.stop()
-    running.start()
-    (again,) = running.sessions().values()
-    assert again["agents"] == session["agents"]
 
 
 # In sessions ----------------------------------------------------------------
 
 
 def usage_data(output: int, model: str = "claude-opus-4-5", **more: Any) -> dict[str, Any]:
-    """Return `data.usage` with one model."""
     counts = {"input": 10, "output": output, "cacheRead": 0, "cacheCreation": 0}
     return {"models": {model: counts}, "agents": {"": {model: counts}}, "model": model, **more}
 
@@ -7155,12 +7011,8 @@ def test_the_newest_usage_is_the_sessions_whatever_the_order_of_arrival(order):
     start, story.time = story.time, story.time + 60_000
     for output in order:
         shown = story.say("Stop", at=start + output * 1000, usage=usage_data(output))
-    assert shown["tokenUsage"] == {
-        "totalInput": 10,
-        "totalOutput": 30,
-        "totalCacheRead": 0,
-        "totalCacheCreation": 0,
-    }
+    totals = {"totalInput": 10, "totalOutput": 30, "totalCacheRead": 0, "totalCacheCreation": 0}
+    assert shown["tokenUsage"] == totals
     assert shown["estimatedCostUsd"] == pytest.approx((10 * 5 + 30 * 25) / 1e6)
 
 
@@ -7184,23 +7036,22 @@ def test_each_agent_has_its_own_tokens(tmp_path):
     assert outputs == [123, 166] and shown["tokenUsage"]["totalOutput"] == 370
 
 
-@pytest.mark.parametrize("usage", [
+USAGE_OTHERS = [
     {"input_tokens": 7, "output_tokens": 8}, 7, "x", [], None, {"models": 1, "agents": {}}, {"models": {}, "agents": []},
-])  # fmt: skip
-def test_what_other_programs_call_usage_is_left_alone(usage):
-    shown = session_story().say("Stop", usage=usage)
-    assert (shown["state"], shown["tokenUsage"], shown["estimatedCostUsd"]) == ("idle", None, None)
-
-
-@pytest.mark.parametrize("usage", [
+]  # fmt: skip
+USAGE_ODD = [
     {"models": {"m": 7}, "agents": {"": 7}},
     {"models": {"m": {"input": "x", "output": -3, "cacheRead": 1e9, "over100k": 7}}, "agents": {"a": {"m": []}}},
     {"models": {"": {}}, "agents": {}, "model": 9, "partial": "yes"},
-])  # fmt: skip
-def test_odd_usage_counts_as_nothing(usage):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", USAGE_OTHERS + USAGE_ODD)
+def test_others_usage_is_left_alone_and_odd_numbers_are_0(usage):
     shown = session_story().say("Stop", usage=usage)
-    assert set(shown["tokenUsage"].values()) == {0} and shown["estimatedCostUsd"] == 0
-    json.dumps(shown["model"])
+    totals = shown["tokenUsage"] and set(shown["tokenUsage"].values())
+    assert (totals, shown["estimatedCostUsd"]) == (({0}, 0) if usage in USAGE_ODD else (None, None))
+    assert shown["state"] == "idle" and json.dumps(shown["model"])
 
 
 def test_partial_usage_says_so_until_it_is_whole():
@@ -7240,7 +7091,7 @@ USAGE_EACH = {"input": 1, "output": 1, "cache_read": 1, "cache_creation": 2, "ca
 
 
 @pytest.mark.parametrize(
-    ("model", "prices", "millions", "cost"),
+    ("models", "prices", "millions", "cost"),
     [
         (USAGE_OPUS, {}, {"input": 1}, 15),
         (USAGE_OPUS, {}, {"output": 1}, 75),
@@ -7256,81 +7107,76 @@ USAGE_EACH = {"input": 1, "output": 1, "cache_read": 1, "cache_creation": 2, "ca
         ("my-model", {"my-model": USAGE_EXACT}, USAGE_EACH, 100 + 200 + 7 + 8 + 9),
         ("some-model", {}, {"output": 1}, None),
         # An alias costs what the newest of its kind does.
-        *(
-            (it, {}, USAGE_EACH, 74.2)
-            for it in ("claude-fable-5-2", "claude-mythos-5-2", "anthropic/claude-fable[1m]")
-        ),
-        *((it, {}, USAGE_EACH, 37.2) for it in ("opus", "claude-opus-latest")),
+        ("claude-fable-5-2 claude-mythos-5-2 anthropic/claude-fable[1m]", {}, USAGE_EACH, 74.2),
+        ("opus claude-opus-latest", {}, USAGE_EACH, 37.2),
         ("sonnet[1m]", {}, USAGE_EACH, 18.6),
-        *((it, {}, USAGE_EACH, None) for it in ("claude-opus-99", "opusplan")),
+        ("claude-opus-99 opusplan", {}, USAGE_EACH, None),
     ],
 )
-def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(model, prices, millions, cost):
+def test_each_kind_of_token_costs_its_price_by_model_family_or_kind(models, prices, millions, cost):
     tokens = cm.Tokens(**{kind: number * 1_000_000 for kind, number in millions.items()})
-    assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
+    for model in models.split():
+        assert cm.PriceList(prices).estimate(cm.SessionUsage(1, {model: tokens})) == cost
+    half = {"some-model": tokens, USAGE_OPUS: tokens}
+    assert cm.PriceList({}).estimate(cm.SessionUsage(1, half)) is None
 
 
-def test_an_unknown_model_has_tokens_and_no_cost_and_half_a_sum_is_none():
-    story = session_story()
-    shown = story.say("Stop", usage=usage_data(7, "some-model"))
-    assert (shown["tokenUsage"]["totalOutput"], shown["estimatedCostUsd"]) == (7, None)
-    both = usage_data(7, "some-model")
-    both["models"]["claude-opus-5-5"] = {"input": 1, "output": 1}
-    assert story.say("Stop", usage=both)["estimatedCostUsd"] is None
-
-
-def test_tokens_and_cost_arrive_through_real_hooks_and_survive_a_restart(hook_installed, monitor):
+def test_tokens_cost_and_agents_arrive_through_hooks_and_survive_a_restart(hook_installed, monitor):
     prices = {"opus-5-5": {"input": 40, "output": 200}}
     monitor.write_config({"prices": prices, "privacy": {"level": "metadata"}})
     monitor.serve()
-    path = usage_copied("subagent", monitor.home)[0]["transcript_path"]
-    session = os.path.basename(path)[: -len(".jsonl")]
+    started, stop = (
+        next(each for each in usage_copied(name, monitor.home) if each["hook_event_name"] == hook)
+        for name, hook in (("nested", "SubagentStart"), ("subagent", "Stop"))
+    )
+    hook_call(hook_installed.command, started, monitor.environment)
+    path, session = stop["transcript_path"], stop["session_id"]
     with open(path, "rb") as file:
         lines = file.read().splitlines(keepends=True)
     outputs = [0]
     for part in (lines[:5], lines):
         with open(path, "wb") as file:
             file.write(b"".join(part))
-        stop = {**payload("Stop", session), "transcript_path": path}
         hook_call(hook_installed.command, stop, monitor.environment)
 
         def grown() -> Any:
             shown = monitor.sessions()[session]
             return shown if (shown["tokenUsage"] or {}).get("totalOutput", 0) > outputs[-1] else None
 
-        shown = eventually(grown, 3)
-        outputs.append(shown["tokenUsage"]["totalOutput"])
+        outputs.append(eventually(grown, 3)["tokenUsage"]["totalOutput"])
+    sessions = monitor.sessions()
     totals = {"totalInput": 88, "totalOutput": 333, "totalCacheRead": 26664, "totalCacheCreation": 1776}
-    assert shown["tokenUsage"] == totals and shown["model"] == "claude-opus-5-5"
+    assert (sessions[session]["tokenUsage"], sessions[session]["model"]) == (totals, "claude-opus-5-5")
     expected = (88 * 40 + 333 * 200 + 26664 * 4 + 1600 * 50 + 176 * 80) / 1e6
-    assert shown["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
-    stored = monitor.stored_events()
+    assert sessions[session]["estimatedCostUsd"] == pytest.approx(expected, abs=1e-6)
+    note, *stored = monitor.stored_events()
+    assert note["data"]["agentMeta"]["agentType"] == "general-purpose"
     assert [event["eventType"] for event in stored] == ["turn_end", "usage"] * 2
     assert not any("usage" in event["data"] for event in stored[::2])  # never read while an event is taken
     assert [usage_output(event["data"]["usage"]) for event in stored[1::2]] == outputs[1:]
-    monitor.stop()
-    monitor.start()
-    again = monitor.sessions()[session]
-    assert (
-        again["tokenUsage"] == shown["tokenUsage"] and again["estimatedCostUsd"] == shown["estimatedCostUsd"]
-    )
+    monitor.kill()
+    assert monitor.serve().sessions() == sessions
 
 
-def test_through_redis_totals_come_once_after_the_event_they_belong_to(make):
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
+def test_through_redis_totals_come_once_after_the_event_they_belong_to(team):
+    machine = team.emitters[0]
     transcript = Transcript(machine.home)
     transcript.add(usage_line("m1", 5) + usage_line("m2", 6))
     for hook in ("Stop", "SessionEnd"):
-        hook_call(machine.hook, payload(hook, "s1", transcript_path=transcript.path), machine.environment)
-    eventually(lambda: len(server.streamed()) >= 3)
-    streamed = [json.loads(each) for each in server.streamed()]
-    stop, *usage = [event for event in streamed if event["hookType"] != "SessionEnd"]
+        about = payload(hook, "totals", transcript_path=transcript.path)
+        hook_call(machine.hook, about, machine.environment)
+
+    def streamed() -> list[dict[str, Any]]:
+        events = map(json.loads, team.server.streamed())
+        return [event for event in events if event["sessionId"] == "totals"]
+
+    eventually(lambda: len(streamed()) >= 3)
+    stop, *usage = [event for event in streamed() if event["hookType"] != "SessionEnd"]
     assert (stop["hookType"], "usage" in stop["data"]) == ("Stop", False)
     (shown,) = usage
-    assert (shown["eventType"], shown["hookType"], shown["sessionId"]) == ("usage", "", "s1")
-    assert shown["machineId"] == machine.machine_id and usage_output(shown["data"]["usage"]) == 11
-    assert len({event["id"] for event in streamed}) == 3
+    assert (shown["eventType"], shown["hookType"], shown["machineId"]) == ("usage", "", machine.machine_id)
+    assert usage_output(shown["data"]["usage"]) == 11
+    assert len({event["id"] for event in streamed()}) == 3
 
 
 # Loading ----------------------------------------------------------------------
@@ -7342,8 +7188,6 @@ HISTORY_TURNS = (
     "simple", "paralleltools", "failing", "subagent", "thinking", "tasks", "parallel", "mcp", "unicode",
     "i-perm", "nested", "worktree", "bgbash", "p-perm",
 )  # fmt: skip
-HISTORY_MACHINES = (b"testbox", b"build-7", b"laptop")
-HISTORY_DAYS = 30
 
 
 def history_line(given_payload: dict[str, Any], **data: Any) -> bytes:
@@ -7360,11 +7204,10 @@ def history_turn(name: str) -> tuple[bytes, ...]:
     """Return the events of a recorded turn, with SESSION and TURN for its ids."""
     lines: list[bytes] = []
     for each in recorded(name):
-        hook, more = each["hook_event_name"], {}
-        if hook in ("SessionStart", "SessionEnd"):
+        if each["hook_event_name"] in ("SessionStart", "SessionEnd"):
             continue
-        if hook == "PostToolUse":
-            more["stdoutTail"] = "ok src/cart/totals_test.py::test_rounding PASSED\n" * (len(lines) % 40)
+        passed = "ok src/cart/totals_test.py::test_rounding PASSED\n" * (len(lines) % 40)
+        more = {"stdoutTail": passed} if each["hook_event_name"] == "PostToolUse" else {}
         line = history_line(each, **more).replace(each["session_id"].encode(), b"SESSION")
         line = line.replace(b"toolu_", b"toolu_TURN")
         if "agent_id" in each:
@@ -7373,118 +7216,67 @@ def history_turn(name: str) -> tuple[bytes, ...]:
     return tuple(lines)
 
 
-@dataclasses.dataclass
-class HistorySession:
-    """One session of a made-up history, and what it says: (arrival, timestamp, event from its directory on)."""
-
-    session_id: str
-    machine: bytes
-    pid: int
-    said: list[tuple[int, int, bytes]] = dataclasses.field(default_factory=list)
-
-    def work(self, rng: random.Random, begin_ms: int, events: int, source: str) -> int:
-        """Begin, and do turns until there are so many events; return when the last one was."""
-        at = begin_ms
-        self.say(at, history_line(payload("SessionStart", self.session_id, source=source)))
-        for turn in itertools.count(1):
-            for line in history_turn(rng.choice(HISTORY_TURNS)):
-                if len(self.said) >= events - 1:
-                    return at
-                at += rng.randrange(5, 4000)
-                chance = rng.random()
-                late_ms = 0 if chance > 0.02 else rng.randrange(2000) if chance > 0.001 else 300_000
-                line = line.replace(b"SESSION", self.session_id.encode()).replace(b"TURN", b"%04d" % turn)
-                self.say(at, line, late_ms)
-            at += rng.randrange(1000, 120_000)
-        raise AssertionError
-
-    def end(self, at: int, reason: str) -> None:
-        """End as the client does."""
-        self.say(at, history_line(payload("SessionEnd", self.session_id, reason=reason)))
-
-    def say(self, at: int, line: bytes, late_ms: int = 0) -> None:
-        """Say something at a time; it arrives so much later."""
-        self.said.append((at + late_ms, at, b'"pid":%d,' % self.pid + line if self.pid else line))
-
-    def act(self, at: int, **data: Any) -> None:
-        """Let the user do something with the session."""
-        event = {"workingDirectory": "", "hookType": "Monitor", "eventType": "session_meta", "data": data}
-        self.said.append((at, at, ee.encode_json(event)[1:]))
-
-
-def history_goes_on(number: int) -> bool:
-    """True if the session of this number goes on where the one before it made way."""
-    return number % 8 == 7 or number % 40 in (26, 27, 28, 29)
-
-
-def history_sessions(sessions: int, events: int, now_ms: int, seed: int, pids: bool) -> list[HistorySession]:
-    """Make up sessions of the last days.
-
-    One in four goes on after /clear as the next one, some are resumed from within another, some have a name,
-    a pin or a parent; the last ones have not ended.
-    """
-    rng = random.Random(seed)
-    weights = [rng.lognormvariate(0, 1.1) for _ in range(sessions)]
-    scale = events / sum(weights)
-    made: list[HistorySession] = []
-    at = 0
-    for number, weight in enumerate(weights):
-        session_id, machine = (
-            str(uuid.UUID(int=rng.getrandbits(128), version=4)),
-            rng.choice(HISTORY_MACHINES),
-        )
-        session = HistorySession(session_id, machine, 4_000_000 + number if pids else 0)
-        begin = now_ms - HISTORY_DAYS * 86_400_000 * (sessions - number) // sessions
-        source = "startup"
-        if made and history_goes_on(number):
-            session.machine, session.pid = made[-1].machine, made[-1].pid
-            begin, source = at + rng.randrange(5, 300), rng.choice(("clear", "clear", "fork", "resume"))
-            made[-1].end(at, "clear" if source == "clear" else "resume")
-        at = session.work(rng, begin, max(3, round(weight * scale)), source)
-        if number % 11 == 3:
-            session.act(begin + 1000, action="rename", label=f"Job {number}")
-        if number % 50 == 9:
-            session.act(begin + 2000, action="pin", pinned=True)
-        if number % 40 in (17, 18):
-            session.act(begin + 3000, action="set_parent", parentSessionId=made[-1].session_id)
-        if not history_goes_on(number + 1) and number < sessions * 0.99:
-            at += rng.randrange(1000, 600_000)
-            session.end(at, rng.choice(("prompt_input_exit", "other", "logout")))
-            if number % 60 == 21:
-                at = session.work(rng, at + 3_600_000, len(session.said) + 20, "resume")
-        made.append(session)
-    return made
+def history_work(rng: random.Random, session: bytes, begin_ms: int, events: int) -> Iterator[Any]:
+    """Do so many events of turns; yield when each arrives, when it happened, and the event from its directory on."""
+    at = begin_ms
+    turns = ((turn, line) for turn in itertools.count() for line in history_turn(rng.choice(HISTORY_TURNS)))
+    last_turn = 0
+    for turn, line in itertools.islice(turns, events):
+        at += rng.randrange(5, 4000) + (turn != last_turn) * rng.randrange(1000, 120_000)
+        last_turn, chance = turn, rng.random()
+        late_ms = 0 if chance > 0.02 else rng.randrange(2000) if chance > 0.001 else 300_000
+        yield at + late_ms, at, line.replace(b"SESSION", session).replace(b"TURN", b"%04d" % turn)
 
 
 def write_history(
     root: str, sessions: int, events: int, now_ms: int, seed: int = 1, pids: bool = True
 ) -> list[str]:
-    """Write a made-up history as the store writes it; return the ids of the sessions, oldest first."""
-    made = history_sessions(sessions, events, now_ms, seed, pids)
-    order = sorted(
-        (min(arrival, now_ms), number, place)
-        for number, session in enumerate(made)
-        for place, (arrival, _, _) in enumerate(session.said)
-    )
+    """Write a made-up history of 30 days as the store writes it; return the ids of the sessions, oldest first.
+
+    One in eight goes on after /clear as the next one, some have a parent; the last ones have not ended.
+    """
+    rng = random.Random(seed)
+    weights = [rng.lognormvariate(0, 1.1) for _ in range(sessions)]
+    ids = [str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in weights]
+    said: list[Any] = []  # arrival, number of its session, timestamp, machine, the rest
+    end_ms, machine, process = 0, b"", b""
+    for number, weight in enumerate(weights):
+        begin, source = now_ms - 30 * 86_400_000 * (sessions - number) // sessions, "startup"
+        if number % 8 == 7:
+            begin, source = end_ms + rng.randrange(5, 300), "clear"
+        else:
+            machine = rng.choice((b"testbox", b"build-7", b"laptop"))
+            process = b'"pid":%d,' % (4_000_000 + number) if pids else b""
+        share = max(1, round(weight * events / sum(weights)) - 2)
+        work = list(history_work(rng, ids[number].encode(), begin, share))
+        end_ms = work[-1][1] + rng.randrange(1000, 600_000)
+        hooks = [(begin, payload("SessionStart", ids[number], source=source))]
+        if number % 8 == 6 or number < sessions * 0.99:
+            reason = "clear" if number % 8 == 6 else rng.choice(("prompt_input_exit", "other", "logout"))
+            hooks.append((end_ms, payload("SessionEnd", ids[number], reason=reason)))
+        work += [(at, at, history_line(hook)) for at, hook in hooks]
+        if number % 40 in (17, 18):
+            data = {"action": "set_parent", "parentSessionId": ids[number - 1]}
+            act = {"workingDirectory": "", "hookType": "Monitor", "eventType": "session_meta", "data": data}
+            work.append((begin + 3000, begin + 3000, ee.encode_json(act)[1:]))
+        said += [(min(arrival, now_ms), number, at, machine, process + line) for arrival, at, line in work]
     files: dict[str, list[bytes]] = collections.defaultdict(list)
-    ids = random.Random(seed)
-    for seq, (received, number, place) in enumerate(order, 1):
-        session, (_, at, line) = made[number], made[number].said[place]
-        event_id = uuid.UUID(int=ids.getrandbits(128), version=4).hex.encode()
-        files[f"{root}/{cm.day_of(received)}/{session.session_id}.jsonl"].append(
+    for seq, (received, number, at, machine, line) in enumerate(sorted(said), 1):
+        event_id = uuid.UUID(int=rng.getrandbits(128), version=4).hex.encode()
+        files[f"{root}/{cm.day_of(received)}/{ids[number]}.jsonl"].append(
             b'{"seq":%d,"received":%d,"id":"%s","timestamp":%d,"sessionId":"%s","machineId":"%s",%s\n'
-            % (seq, received, event_id, at, session.session_id.encode(), session.machine, line)
+            % (seq, received, event_id, at, ids[number].encode(), machine, line)
         )
     for path, lines in files.items():
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.writelines(lines)
-    return [session.session_id for session in made]
+    return ids
 
 
 def loading_reference(root: str) -> cm.Sessions:
     """Apply everything that is stored, in the order of arrival."""
-    book = cm.Sessions(own_machine="testbox")
+    book = cm.Sessions(own_machine=ee.machine_key(os.path.dirname(root)), own_name="testbox")
     for line in journal_plain_lines(root):
         book.apply(cm.parse_stored(line))
     return book
@@ -7500,7 +7292,6 @@ def loading_listed(sessions: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading_here(home: str) -> Iterator[cm.Monitor]:
-    """Run a monitor in this process."""
     values, _ = ee.load_config(home + "/monitor.config.json")
     made = cm.Monitor(cm.Settings(home, home + "/monitor.config.json", "testbox", values))
     made.open()
@@ -7560,7 +7351,7 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> It
 
     monkeypatch.setattr(cm.Monitor, "_advance", held)
     place = RunningMonitor(new_home())
-    ids = write_history(place.home + "/events", sessions, events, cm.now_ms())
+    ids = write_history(place.home + "/events", sessions, events, cm.now_ms(), pids=False)
     try:
         with loading_here(place.home) as made:
             place.about = {
@@ -7577,40 +7368,36 @@ def loading_held(monkeypatch: Any, sessions: int = 40, events: int = 2000) -> It
 
 
 def loading_same(place: RunningMonitor) -> bool:
-    """Return True if the monitor's sessions are those of one pass; what the present changes is left out."""
+    """True if the monitor's sessions, of which none may have a process, are those of one pass."""
     expected = loading_reference(place.home + "/events")
     expected.tick(cm.now_ms())
-    for session in list(expected.sessions.values()):
-        ours = session.machine_id == "testbox" and session.pid is not None
-        if ours and session.state != "ended" and not cm.process_ran_at(session.pid, session.last_event):
-            expected.end_exited(session.session_id, cm.now_ms())
-    shown, wanted = loading_listed(place.sessions().values()), loading_listed(expected.each_json(True))
-    states = {name: session["state"] for name, session in shown.items()}
-    assert states == {name: session["state"] for name, session in wanted.items()}
-    for name, session in shown.items():
-        if session["state"] in ("ended", "quiet"):
-            for moved in ("stateSince", "reason", "endTime", "agents", "openCalls", "activity"):
-                del session[moved], wanted[name][moved]
-    assert shown == wanted
+    assert loading_listed(place.sessions().values()) == loading_listed(expected.each_json(True))
     return True
 
 
-def test_page_and_hooks_are_served_before_anything_is_read(monkeypatch):
+def test_page_hooks_and_commands_are_served_before_anything_is_read(monkeypatch):
     with loading_held(monkeypatch) as (place, ids, gate):
         assert place.request("/")[0] == 200
         nothing_yet = {"done": 0, "total": len(place.stored_events())}
+        words = f"0 of {nothing_yet['total']} stored events have been read"
         assert place.get("/api/status")["loading"] == nothing_yet
+        place.emit(place.stored_events()[0])  # once more: it is not stored again
+        assert len(place.stored_events()) == nothing_yet["total"]
+        assert words in in_process(place, "status").stdout and words in in_process(place, "sessions").stderr
         client = place.websocket()
         client.next("status", loading=nothing_yet)
         assert client.ask("sessions", type="get_sessions")["sessions"] == []
         machine = next(e["machineId"] for e in place.stored_events() if e["sessionId"] == ids[3])
-        end, start = (
-            payload("SessionEnd", ids[3], reason="clear"),
-            payload("SessionStart", "new", source="clear"),
-        )
-        for hook in (end, start):
-            event_id = hook["session_id"]
-            place.emit({"hook": hook, "id": event_id, "timestamp": cm.now_ms(), "machineId": machine})
+        command = [sys.executable, place.program, "tail"]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        ends, starts = (payload(f"Session{it}", reason="clear", source="clear") for it in ("End", "Start"))
+        with subprocess.Popen(command, env=place.environment, text=True, **pipes) as tail:
+            assert words in tail.stderr.readline()
+            for hook, session in ((ends, ids[3]), (starts, "new")):
+                about = {"id": session, "timestamp": cm.now_ms(), "machineId": machine}
+                place.emit({"hook": {**hook, "session_id": session}, **about})
+                assert hook["hook_event_name"] in tail.stdout.readline()
+            tail.kill()
         assert [event["sessionId"] for event in client.events(2)] == [ids[3], "new"]
         assert place.sessions_so_far() == {}
         assert place.request("/api/sessions/" + ids[3])[0] == 503
@@ -7620,6 +7407,7 @@ def test_page_and_hooks_are_served_before_anything_is_read(monkeypatch):
         assert {session["sessionId"] for session in listed} == {*ids, "new"}
         client.next("status", loading=None)
         assert place.sessions()["new"]["continuedFrom"] == ids[3] and loading_same(place)
+        assert "stored events have" not in in_process(place, "status").stdout
 
 
 def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypatch):
@@ -7647,28 +7435,8 @@ def test_actions_wait_until_all_sessions_are_read_and_keep_their_order(monkeypat
         assert loading_same(place)
 
 
-def test_the_command_line_says_that_loading_is_under_way(monkeypatch):
-    with loading_held(monkeypatch) as (place, ids, gate):
-        nothing_yet = f"0 of {len(place.stored_events())} stored events have been read"
-        assert nothing_yet in place.command("status").stdout
-        assert nothing_yet in place.command("sessions").stderr
-        command = [sys.executable, place.program, "tail"]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        tail = subprocess.Popen(command, env=place.environment, text=True, **pipes)
-        try:
-            assert nothing_yet in tail.stderr.readline()  # type: ignore[union-attr]
-            place.emit(payload("UserPromptSubmit", ids[0], prompt="go on"))
-            assert "go on" in tail.stdout.readline()  # type: ignore[union-attr]
-        finally:
-            tail.kill()
-            tail.communicate()
-        gate.set()
-        eventually(lambda: place.get("/api/status")["loading"] is None)
-        assert "stored events have" not in place.command("status").stdout
-
-
 def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor):
-    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms())
+    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms(), pids=False)
     assert "stored events have been read" in monitor.command("start", "--no-open").stdout
     monitor.stop()
     with open(monitor.home + "/last-seq", "rb") as file:
@@ -7678,109 +7446,299 @@ def test_a_stop_while_loading_ends_at_once_and_the_next_start_reads_all(monitor)
     assert set(monitor.sessions()) == set(ids) and loading_same(monitor)
 
 
-@pytest.mark.slow
-def test_kill_9_while_loading_loses_no_event_and_doubles_no_number(monitor):
-    rng = random.Random(9)
-    ids = write_history(monitor.home + "/events", 200, 20_000, cm.now_ms())
-    acknowledged: set[str] = set()
-    for round_number in range(4):
-        monitor.serve()
-        deadline = time.monotonic() + rng.uniform(0.05, 0.8)
-        while time.monotonic() < deadline:
-            session = rng.choice((*ids[-40:], f"new-{round_number}"))
-            event_id = str(uuid.uuid4())
-            hook = payload(rng.choice(("UserPromptSubmit", "Stop", "SessionStart")), session, prompt="x")
-            monitor.emit({"hook": hook, "id": event_id, "timestamp": cm.now_ms(), "machineId": "build-7"})
-            acknowledged.add(event_id)
-        monitor.kill()
-    monitor.start()
-    eventually(lambda: monitor.get("/api/status")["loading"] is None, 120)
-    stored = monitor.stored_events()
-    assert acknowledged <= {event["id"] for event in stored}
-    assert len({event["seq"] for event in stored}) == len(stored) == len({event["id"] for event in stored})
-    for path in glob.glob(monitor.home + "/events/*/*.jsonl"):
-        with open(path, "rb") as file:
-            numbers = [cm.line_seq(line) for line in file]
-        assert numbers == sorted(numbers)
-    assert loading_same(monitor)
+@pytest.fixture
+def old_monitor() -> Iterator[RunningMonitor]:
+    """A monitor, not started, with a directory of version 0.1.0 (commit 9080103) and what is true of this machine.
 
-
-# An older version's directory: packed and plain days, index, usage, spool, settings with its hooks, user's acts,
-# made by commit 9080103.
-
-
-@contextlib.contextmanager
-def directory_of_version_0_1_0() -> Iterator[str]:
-    """Unpack the directory into a home of its own, with what is true of this machine filled in."""
+    It has packed and plain days, an index, usage, a spool, settings with the hooks of then, and acts of the user.
+    """
     folder = new_home()
     with tarfile.open(os.path.join(ROOT, ".ci", "recorded", "home-0.1.0.tar.gz")) as archive:
         archive.extractall(folder, filter="data")
     for path in glob.glob(folder + "/**/*.json*", recursive=True, include_hidden=True):
         if not path.endswith(".gz"):
-            with open(path, encoding="utf-8") as file:
-                text = file.read().replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
-            if path.endswith("monitor.config.json"):
-                config = {"server": {"port": 0, "wsPort": 0}, "retention": {"days": None}}
-                text = json.dumps({**json.loads(text), **config, "socketPath": folder + "/m.sock"})
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+            text = install_text(path).replace("@HOME@", folder).replace("@PYTHON@", PYTHON)
+            ee.write_atomically(path, text.encode())
+    more = {"mode": "local", "retention": {"days": None}, "sessions": {"endedHours": 720}}
+    monitor = RunningMonitor(folder + "/.contextuate", config=more)
+    monitor.claude_home = folder + "/.claude"
+    yield monitor
+    clean_up(monitor)
+    shutil.rmtree(folder)
 
 
-def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss():
-    with directory_of_version_0_1_0() as folder:
-        home = folder + "/.contextuate"
-        environment = {
-            "HOME": folder, "PATH": os.environ["PATH"], "LANG": "C.UTF-8", "CONTEXTUATE_MACHINE_ID": "oldbox"
-        }  # fmt: skip
+def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
+    def printed(*command: str) -> list[Any]:
+        return [json.loads(line) for line in in_process(old_monitor, *command).stdout.splitlines()]
 
-        def run(command: list[str], given_input: str = "") -> str:
-            done = subprocess.run(
-                command, env=environment, input=given_input, capture_output=True, text=True, timeout=60
-            )
-            assert done.returncode == 0, done
-            return done.stdout
+    home, folder = old_monitor.home, os.path.dirname(old_monitor.home)
+    expected = {
+        session["sessionId"]: session
+        for session in json.loads(install_text(folder + "/expected-sessions.json"))
+    }
+    old_monitor.start()
+    # The hook that the old version installed sends to the new monitor, and the old spool comes in.
+    call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
+    assert hook_call(f"{PYTHON} -I -S {home}/hooks/emit_event.py", call, old_monitor.environment) == ""
+    eventually(lambda: not os.listdir(home + "/spool"), what="the old spool")
+    known = old_monitor.sessions()
+    # a notification of it was in the spool, and the call was just sent
+    expected["live"]["counts"]["events"] += 2
+    expected["live"]["counts"]["toolCalls"] += 1
+    same = ("counts", "label", "isPinned", "hidden", "parentSessionId", "startTime", "tokenUsage", "model")
+    assert known.keys() == expected.keys()
+    for name, session in expected.items():
+        assert [known[name][field] for field in same] == [session[field] for field in same], name
+    assert not glob.glob(home + "/events/*/*.gz")
+    exported = printed("export")
+    assert len({event["id"] for event in exported}) == len(exported)
+    calls = sum(event["hookType"] == "PreToolUse" for event in exported)
+    eventually(lambda: len(printed("search", "--type", "PreToolUse", "--json", "--limit", "500")) == calls)
+    in_process(old_monitor, "install")
+    hooks = json.loads(install_text(folder + "/.claude/settings.json"))["hooks"]
+    assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
 
-        def command(*words: str) -> str:
-            return run([sys.executable, os.path.join(ROOT, "contextuate_monitor.py"), *words])
 
-        with open(folder + "/expected-sessions.json", encoding="utf-8") as file:
-            expected = {session["sessionId"]: session for session in json.load(file)}
-        assert "Contextuate Monitor runs" in command("start", "--no-open")
-        try:
-            # The hook that the old version installed sends to the new monitor, and the old spool comes in.
-            call = payload("PreToolUse", "live", tool_name="Bash", tool_use_id="t3", tool_input={})
-            assert run([PYTHON, "-I", "-S", home + "/hooks/emit_event.py"], json.dumps(call)) == ""
-            eventually(lambda: not os.listdir(home + "/spool"), what="the old spool")
-            known = {
-                session["sessionId"]: session
-                for session in json.loads(command("sessions", "--all", "--json"))
-            }
-            assert known.keys() == expected.keys()
-            same = ("label", "isPinned", "hidden", "parentSessionId", "startTime", "tokenUsage", "model")
-            for session_id, session in expected.items():
-                assert {name: known[session_id][name] for name in same} == {
-                    name: session[name] for name in same
-                }
-                counts = dict(session["counts"])
-                if session_id == "live":  # its notification from the spool, and the call just sent
-                    counts.update(events=counts["events"] + 2, toolCalls=counts["toolCalls"] + 1)
-                assert known[session_id]["counts"] == counts, command("export", "--session", session_id)
-            assert not glob.glob(home + "/events/*/*.gz")
-            exported = [json.loads(line) for line in command("export").splitlines()]
-            assert len({event["id"] for event in exported}) == len(exported)
-            calls = sum(event["hookType"] == "PreToolUse" for event in exported)
-            search = ("search", "--type", "PreToolUse", "--json", "--limit", "500")
-            eventually(lambda: len(command(*search).splitlines()) == calls)
-            command("install")
-            with open(folder + "/.claude/settings.json", encoding="utf-8") as file:
-                hooks = json.load(file)["hooks"]
-            assert all(len(group["hooks"]) == 1 for groups in hooks.values() for group in groups)
-        finally:
-            command("stop")
+def test_tokens_are_read_where_the_file_is_whatever_the_machine_is_called(tmp_path):
+    path = usage_transcript("simple")
+    event = {**usage_event(path), "machineId": "3f2a9c1b77de", "machineKey": "k/9"}
+    usage = ee.UsageReader(str(tmp_path)).usage_event(event)
+    assert usage_output(usage["data"]["usage"]) == 210
+    assert (usage["machineId"], usage["machineKey"]) == ("3f2a9c1b77de", "k/9")
+
+
+def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMonitor) -> None:
+    (transcript,) = glob.glob(f"{RECORDED}/transcripts/parallel/*.jsonl")
+    data = {"transcriptPath": transcript, "sessionTokenUsage": {**NODE_SUMS, "input": 10**9}}
+    running.emit({**NODE, **NODE_STOP, "machineId": "testbox", "timestamp": cm.now_ms(), "data": data})
+    used = eventually(lambda: running.sessions()["0123456789abcdef"]["tokenUsage"])
+    assert used["totalOutput"] and used["totalInput"] < 10**9
+
+
+@pytest.mark.parametrize(("attempts", "expected"), [(0, True), (9, True), (10, False)])
+def test_a_note_is_looked_for_at_the_first_ten_events_of_an_agent(
+    tmp_path: Any, attempts: int, expected: bool
+) -> None:
+    mine = next(each for each in usage_copied("subagent", tmp_path) if "agent_id" in each)
+    reader, folder = ee.AgentNoteReader(), f"{tmp_path}/subagent"
+    os.rename(folder, folder + ".away")
+    for _ in range(attempts):
+        reader.add_note(ee.build_event(mine, NOW_MS, USAGE_MACHINE))
+    os.rename(folder + ".away", folder)
+    event = ee.build_event(mine, NOW_MS, USAGE_MACHINE)
+    reader.add_note(event)
+    assert ("agentMeta" in event["data"]) == expected
+
+
+def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
+    worker, woken = ee.UsageWorker(str(tmp_path), lambda event: None), []
+    really_notify = worker._wake.notify
+    worker._wake.notify = lambda: (woken.append(hook), really_notify())  # type: ignore[assignment]
+    for hook in ("PreToolUse", "PostToolUse", "PreToolUse", "Stop"):
+        given = payload(hook, transcript_path=f"{tmp_path}/s1.jsonl")
+        worker.put(ee.build_event(given, NOW_MS, USAGE_MACHINE))
+    assert woken == ["PreToolUse", "Stop"]
+    worker.close()
+
+
+# ---------------------------------------------------------------------------
+# Registry: what the client says of itself, from its recorded files to what the page says
+#
+# The recordings of the real client have its hooks, its registry file and its screen side by side.
+# ---------------------------------------------------------------------------
+
+CLIENT_RECORDINGS = os.path.join(ROOT, ".ci", "recorded", "client-registry")
+SCREENS = {  # state on the page → what the client's screen, or its file, may show
+    "waiting": {"PROMPT", "waiting"}, "working": {"WORKING", "busy"}, "idle": {"IDLE", "idle"},
+    "failed": {"IDLE", "idle"}, "ended": {"IDLE", "EXITED"}, "background": {"WORKING", "IDLE", "busy", "shell"},
+}  # fmt: skip
+
+
+def registry_file(directory: Any, pid: int = 4711, **fields: Any) -> Any:
+    """Write the file of a client, as the client does."""
+    (directory / "sessions").mkdir(exist_ok=True)
+    path = directory / "sessions" / f"{pid}.json"
+    started = fields.pop("procStart", "1")
+    about = {
+        "pid": pid,
+        "sessionId": "s1",
+        "cwd": "/w",
+        "procStart": started,
+        "kind": "interactive",
+        **fields,
+    }
+    path.write_text(json.dumps(about))
+    return path
+
+
+@pytest.fixture
+def watcher(tmp_path, monkeypatch):
+    """A watcher of a directory of its own, whose clients run."""
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setattr(ee, "is_running_since", lambda pid, started: started != "dead")
+    return ee.RegistryWatcher("box")
+
+
+def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tuple[Any, ...]]:
+    """Replay a recording; return (ms, (screen, status), state on the page) whenever one of them changed."""
+    with open(f"{CLIENT_RECORDINGS}/{name}.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    files = [(row["t"], row["registry"]) for row in rows if "registry" in row]
+    contents = [(t, it["content"]) for t, it in files if it["content"]]
+    base = max(it["statusUpdatedAt"] - t for t, it in contents if "statusUpdatedAt" in it)
+    exited = next((row["t"] for row in rows if row.get("screen") == "EXITED"), math.inf)
+    arrivals = [
+        (row["t"] + (delay_ms() if "hook" in row else 0), number, row)
+        for number, row in enumerate([*rows, {"t": rows[-1]["t"] + 1500}])
+    ]
+    sessions, seen, screen, status, next_poll = cm.Sessions(own_machine="box"), [], "IDLE", "", 0.0
+
+    def take(event: dict[str, Any], at: float) -> None:
+        sessions.apply({**ee.build_event(event, 0, "box"), "received": round(base + at)})
+
+    def note(at: float) -> None:
+        current = [it for it in sessions.sessions.values() if it.end_reason not in ("clear", "replaced")]
+        state = current[-1].state if current else "idle"
+        state = "background" if state == "working" and current[-1].turn != "working" else state
+        if not seen or seen[-1][1:] != ((screen, status), state):
+            seen.append((at, (screen, status), state))
+
+    for at, _, row in sorted(arrivals, key=lambda it: it[:2]):
+        while next_poll <= at:
+            if next_poll >= exited:
+                registry_file(directory, **{**contents[-1][1], "procStart": "dead"})
+            for event in watcher.poll(round(base + next_poll)):
+                take(event, next_poll)
+            note(next_poll)
+            next_poll += 300
+        if "registry" in row and row["registry"]["content"]:
+            registry_file(directory, **row["registry"]["content"])
+            status = row["registry"]["content"].get("status", "")
+        elif "registry" in row:
+            os.unlink(directory / "sessions" / row["registry"]["file"])
+        elif "hook" in row:
+            wrapped = {"id": str(uuid.uuid4()), "timestamp": round(base + row["t"]), "machineKey": "box"}
+            take({**wrapped, "pid": contents[0][1]["pid"], "hook": row["hook"]}, at)
+        screen = row.get("screen", screen)
+        note(at)
+    return [*seen, (rows[-1]["t"] + 1000.0, (), "")]
+
+
+def longest_difference_ms(seen: list[tuple[Any, ...]]) -> float:
+    """Return for how long the page differed at a stretch from the screen and from what the client said."""
+    longest = since = 0.0
+    differs = False
+    for (at, shown, state), (until, _, _) in zip(seen, seen[1:]):
+        since = since if differs else at
+        differs = not SCREENS[state] & {*shown}
+        longest = max(longest, until - since if differs else 0.0)
+    return longest
+
+
+@pytest.mark.parametrize("name", sorted(path[:-6] for path in os.listdir(CLIENT_RECORDINGS)))
+def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path, watcher):
+    # The screens were recorded on a loaded machine: up to 1.9 s after the hook.
+    in_order = replayed(name, tmp_path, watcher, lambda: 0)
+    assert longest_difference_ms(in_order) <= 2000, in_order
+    delays = random.Random(name)
+    watcher = ee.RegistryWatcher("box")
+    shuffled = replayed(name, tmp_path, watcher, lambda: delays.uniform(0, 500))
+    assert longest_difference_ms(shuffled) <= 2500, shuffled
+    assert shuffled[-2][2] == in_order[-2][2]
+
+
+def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
+    """Look at the given times; return (status, previous, time) of the events."""
+    events = [event for at in times_ms for event in watcher.poll(at)]
+    return [(it["data"].get("status"), it["data"].get("previous"), it["timestamp"]) for it in events]
+
+
+def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
+    registry_file(tmp_path, status="busy", statusUpdatedAt=500)
+    assert changes(watcher, 1000, 1300) == []  # its hooks report its beginning
+    assert changes(watcher, 2000, 2300) == [("busy", None, 500)]
+    registry_file(tmp_path, status="waiting", waitingFor="permission prompt", statusUpdatedAt=2500)
+    assert changes(watcher, 2600) == []
+    registry_file(tmp_path, status="idle", statusUpdatedAt=2700)
+    assert changes(watcher, 2900, 3200) == [("idle", "busy", 2700)]
+    registry_file(tmp_path, status="idle", statusUpdatedAt=2700, name="payments", nameSource="user")
+    assert changes(watcher, 3500) == [("idle", "idle", 3500)]
+    registry_file(tmp_path, status="idle", procStart="dead")
+    assert changes(watcher, 4000, 4300) == [("exited", None, 4000)]
+
+
+def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
+    registry_file(tmp_path, status="busy", statusUpdatedAt=500)
+    other = ee.RegistryWatcher("box")
+    ids = [
+        [it["id"] for at in (1000, 3000) for it in each.poll(at + late)]
+        for late, each in enumerate((watcher, other))
+    ]
+    assert ids[0] == ids[1] and len(ids[0]) == 1
+
+
+HOSTILE_FILES = {
+    "half a file": lambda path: path.write_text(path.read_text()[:-9]),
+    "too large": lambda path: path.write_text(
+        path.read_text() + " " * (ee.REGISTRY_FILE_LIMIT_BYTES + 1) + "{"
+    ),
+    "another process": lambda path: path.rename(path.with_name("1.json")),
+    "ended": lambda path: registry_file(path.parent.parent, status="busy", procStart="dead"),
+    "wrong types": lambda path: registry_file(
+        path.parent.parent, sessionId=7, status=[1], statusUpdatedAt="x"
+    ),
+    "a link": lambda path: (path.rename(path.with_suffix(".x")), path.symlink_to(path.with_suffix(".x"))),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a directory": lambda path: (path.unlink(), path.mkdir()),
+    "foreign": lambda path: os.chown(path, 4242, -1),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_FILES)
+def test_a_hostile_registry_file_reports_nothing(kind, tmp_path, watcher):
+    if kind == "foreign" and os.getuid():
+        pytest.skip("needs root")
+    HOSTILE_FILES[kind](registry_file(tmp_path, status="busy", statusUpdatedAt=500))
+    assert changes(watcher, 1000, 3000) == []
+
+
+@given(st.binary(max_size=200), st.dictionaries(
+    st.sampled_from(("pid", "sessionId", "cwd", "status", "statusUpdatedAt", "name", "procStart")),
+    st.one_of(st.integers(), st.text(), st.none()),
+))  # fmt: skip
+def test_parsing_a_registry_file_never_raises(content, fields):
+    ee.parse_registry(content, "1.json")
+    record = ee.parse_registry(json.dumps(fields).encode(), f"{fields.get('pid')}.json")
+    assert record is None or (
+        record.pid == fields["pid"] and all(len(it) <= 200 for it in record.about.values())
+    )
+
+
+def own_start_time(pid: int) -> str:
+    """Return when a process started, as the client writes it."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        return file.read().rpartition(")")[2].split()[19]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+@pytest.mark.parametrize("mode", ["local", "redis"])
+def test_a_session_without_hooks_is_shown_until_its_client_exits(mode, make, monitor):
+    machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
+    machine.serve()
+    home = pathlib.Path(machine.claude_home)
+    home.mkdir(exist_ok=True)
+    with subprocess.Popen(["sleep", "60"]) as client:
+        about = {"pid": client.pid, "procStart": own_start_time(client.pid), "statusUpdatedAt": ee.now_ms()}
+        registry_file(home, status="busy", **about)
+        if mode == "redis":
+            machine.say("a hook starts the publisher", "other")
+        session = eventually(lambda: machine.sessions().get("s1"), what="the session")
+        assert (session["state"], session["withoutHooks"], session["pid"]) == ("working", True, client.pid)
+        about["statusUpdatedAt"] += 2000
+        registry_file(home, status="waiting", waitingFor="permission prompt", **about)
+        eventually(lambda: machine.sessions()["s1"]["state"] == "waiting", what="the dialog")
+        client.kill()
+        eventually(lambda: machine.sessions()["s1"]["state"] == "ended", what="its end")
 
 
 # ---------------------------------------------------------------------------
@@ -7814,9 +7772,9 @@ for line in sys.stdin.buffer:
 def hooks_in_a_row(environment: dict[str, str]) -> Iterator[Any]:
     """Give a function that calls the hook for one event, and returns what it said to one who debugs."""
     command = [sys.executable, "-c", HOOKS_IN_A_ROW, ROOT]
-    environment = {**environment, "CONTEXTUATE_DEBUG": "1"}
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
     with subprocess.Popen(
-        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, env={**environment, "CONTEXTUATE_DEBUG": "1"}, text=True, **pipes
     ) as hooks:
 
         def call(event: dict[str, Any]) -> str:
@@ -7859,7 +7817,10 @@ def test_recorded_sessions_are_shown_stored_and_served_as_sent(running: RunningM
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rounds"), [("KILL", 20), ("TERM", 4), ("INT", 4), ("HUP", 4)])
-def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds):
+def test_no_signal_at_any_moment_loses_or_doubles_an_event(monitor, name, rounds):
+    """Also while what is stored is loaded."""
+    running, history = monitor, {*write_history(monitor.home + "/events", 12, 1000, cm.now_ms(), pids=False)}
+    running.serve()
     permitted = threading.Semaphore(0)  # hooks that may still be called
     stopping = threading.Event()
     outcomes: dict[str, bool] = {}  # marker → whether the hook got its acknowledgement
@@ -7884,7 +7845,7 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         workers = [pool.submit(emit, worker) for worker in range(4)]
         try:
-            for _ in range(rounds):
+            for number in range(rounds):
                 more_outcomes(dice.randrange(20, 100), 50)  # the spare ones find a monitor that dies, or none
                 acknowledged = {marker for marker, stored in outcomes.copy().items() if stored}
                 pid = running.pid
@@ -7892,8 +7853,11 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
                 if name != "HUP":
                     eventually(lambda pid=pid: not alive(pid), 30, "its end")
                     torn_allowed = running.stored_events_allowing_a_torn_line()
-                    assert acknowledged <= {event["data"]["message"] for event in torn_allowed}
+                    assert acknowledged <= {event["data"].get("message") for event in torn_allowed}
                     more_outcomes(5, 0)
+                    running.serve()
+                if name == "KILL" and number % 5 == 4:
+                    running.kill()
                     running.serve()
         finally:
             stopping.set()
@@ -7901,8 +7865,12 @@ def test_no_signal_at_any_moment_loses_or_doubles_an_event(running, name, rounds
         for worker in workers:
             worker.result()
     eventually(lambda: not ee.spool_segments(running.home + "/spool"), 30, "an empty spool")
-    assert sorted(event["data"]["message"] for event in running.stored_events()) == sorted(outcomes)
-    assert sum(one["counts"]["prompts"] for one in running.sessions().values()) == len(outcomes)
+    stored = running.stored_events()
+    said = [event["data"]["message"] for event in stored if event["sessionId"] not in history]
+    assert sorted(said) == sorted(outcomes)
+    assert len({event["seq"] for event in stored}) == len(stored)
+    sessions = [session for name, session in running.sessions().items() if name not in history]
+    assert sum(session["counts"]["prompts"] for session in sessions) == len(outcomes)
     assert len(outcomes) > 20 * rounds and sum(outcomes.values()) > rounds
     assert name == "HUP" or not all(outcomes.values())
 
@@ -7921,11 +7889,8 @@ def test_a_thousand_hooks_at_a_paused_monitor_lose_nothing(running: RunningMonit
         hooks[-1].stdin.close()
     assert [hook.wait(60) for hook in hooks] == [0] * 1000
     resume.join()
-    eventually(lambda: running.get("/api/status")["spool"]["segments"] == 0, 30, "an empty spool")
+    eventually(lambda: len(running.stored_events_allowing_a_torn_line()) >= 1000, 60, "all events")
     assert safe_stored(running) == list(range(1000))
-
-
-WRONG_TYPES = [None, True, -1, 1.5, 10**30, "", "x" * 300, [], [1, {"a": None}], {}, {"b": [[]]}]
 
 
 BAD_LINES = {  # no JSON object: quarantined
@@ -7982,36 +7947,16 @@ def test_events_of_one_connection_are_each_stored_once(running: RunningMonitor) 
         sock.shutdown(socket.SHUT_WR)
         assert sock.recv(10) == ee.ACKNOWLEDGEMENT
     running.kill()
-    running.serve()
+    running.serve().sessions()  # then the ids of stored events are known
     running.emit(events[0])
     assert len(running.stored_events()) == 501
     assert running.get("/api/status")["events"]["duplicates"] == 1
 
 
-def test_events_of_the_nodejs_emitter_and_of_others_are_shown(running: RunningMonitor) -> None:
-    bash = {"toolName": "Bash", "toolInput": {"command": "ls"}}
-    node = [
-        {"eventType": "tool_call", "hookType": "PreToolUse", "data": bash},
-        {"eventType": "tool_result", "hookType": "PostToolUse", "data": {**bash, "tool_output": "a b"}},
-        {"eventType": "agent_complete", "hookType": "SubagentStop", "data": {}, "parentSessionId": "f" * 16},
-        {"eventType": "session_end", "hookType": "Stop", "data": {"sessionTokenUsage": {"input": 5}}},
-    ]
-    common = {"sessionId": "0123456789abcdef", "machineId": "old-box", "workingDirectory": "/srv/app"}
-    client = running.websocket("rows")
-    running.emit(*({"timestamp": NOW_MS, **common, **event} for event in node), {"test": "message"})
-    rows, sessions = client.events(5), running.sessions()
-    client.close()
-    assert [row["eventType"] for row in rows] == [*(event["eventType"] for event in node), "message"]
-    assert (rows[0]["data"]["target"], rows[4]["data"]["text"]) == ("ls", '{"test": "message"}')
-    assert running.stored_events()[1]["data"]["toolOutput"] == "a b"
-    session = sessions[common["sessionId"]]
-    assert session["state"] != "ended", "a Stop of the Node.js emitter ends a turn, not the session"
-    assert (session["parentSessionId"], session["machineId"]) == ("f" * 16, "old-box")
-    assert sessions["unknown"]["counts"]["events"] == 1
-
-
 @needs_root
-def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMonitor) -> None:
+@pytest.mark.parametrize("mode", ["local", "redis"])
+def test_a_full_event_disk_loses_nothing_and_heals_by_itself(make: Any, mode: str) -> None:
+    monitor = make(RedisMachine, config=make(RedisServer).settings() if mode == "redis" else {})
     os.mkdir(monitor.home + "/events", 0o700)
     with safe_disk(monitor, "1m", "/events") as remount:
         monitor.serve()
@@ -8021,7 +7966,7 @@ def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMon
         status = eventually(lambda: (s := monitor.get("/api/status"))["store"]["error"] and s)
         assert status["store"]["ok"] is False
         assert "No space left" in status["store"]["error"] or "could be written" in status["store"]["error"]
-        assert status["spool"]["bytes"] > 0
+        assert status["spool"]["bytes"] > 0 if mode == "local" else status["redis"]["state"] == "connected"
         assert 0 < len(safe_stored(monitor)) < 30  # every line of the files is whole
         remount("size=64m")
         whole = monitor.stored_events_allowing_a_torn_line  # one may just be written
@@ -8034,16 +7979,26 @@ def test_a_full_event_disk_loses_nothing_and_heals_by_itself(monitor: RunningMon
 def test_only_one_of_many_simultaneous_starts_runs(monitor: RunningMonitor) -> None:
     command = [sys.executable, "-m", "contextuate_monitor", "start", "--no-open"]
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(50)]
+    starts = [subprocess.Popen(command, cwd=ROOT, env=monitor.environment, **pipes) for _ in range(16)]
     errors = [start.communicate(timeout=180)[1] for start in starts]
     assert any(start.returncode == 0 for start in starts)
     assert all(start.returncode == 0 or b"another monitor" in said for start, said in zip(starts, errors))
-    found = subprocess.run(["pgrep", "-f", "--", "--report-fd"], capture_output=True, text=True, check=False)
-    mine = []
-    for pid in found.stdout.split():
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", errors="replace") as file:
-            mine += [int(pid)] if monitor.home in file.read() else []
-    assert mine == [monitor.know().pid]
+    assert processes_of(monitor.home, b"--report-fd") == [monitor.know().pid]
+
+
+def processes_of(home: str, argument: bytes) -> list[int]:
+    """List the processes with an argument that belong to a home."""
+    found, variable = [], f"CONTEXTUATE_HOME={home}".encode()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        about = f"/proc/{pid}/"
+        with (
+            contextlib.suppress(OSError),
+            open(about + "cmdline", "rb") as cmd,
+            open(about + "environ", "rb") as env,
+        ):
+            if argument in cmd.read().split(b"\0") and variable in env.read().split(b"\0"):
+                found.append(int(pid))
+    return found
 
 
 def test_a_start_that_hangs_is_reported_after_a_deadline(monitor, monkeypatch, tmp_path):
@@ -8083,46 +8038,69 @@ def test_a_live_socket_or_port_is_never_taken_over_a_dead_socket_is(running: Run
         clean_up(other)
 
 
-def test_a_removed_socket_file_comes_back(running: RunningMonitor) -> None:
-    os.unlink(running.socket_path)
-    eventually(lambda: os.path.exists(running.socket_path), 15)
+@pytest.mark.parametrize("name", ["m.sock", "m.sock.lock", "monitor.pid", "monitor.run.json", ""])
+def test_a_removed_file_of_a_running_monitor_comes_back(running: RunningMonitor, name: str) -> None:
+    path = f"{running.home}/{name}"
+    os.unlink(path) if name else shutil.rmtree(path, ignore_errors=True)
+    eventually(
+        lambda: os.path.exists(running.socket_path) and os.path.exists(path + "/monitor.pid" * (not name)), 15
+    )
     running.emit(payload("Stop"))
+    assert cm.lock_is_held(running.socket_path + ".lock") and cm.lock_is_held(running.home + "/monitor.pid")
+    running.write_config({})
+    eventually(lambda: in_process(running, "status").returncode == 0)
+    assert not name or "Traceback" not in install_text(running.home + "/monitor.log")
 
 
-def test_events_can_be_kept_in_memory_only(monitor: RunningMonitor) -> None:
-    monitor.write_config({"persistence": {"enabled": False}})
-    monitor.serve().emit(payload("UserPromptSubmit", prompt="hello"), payload("Stop"))
-    assert len(monitor.get("/api/sessions/s1/events")["events"]) == 2
-    assert not os.path.exists(monitor.home + "/events")
-    assert monitor.get("/api/status")["store"]["persistent"] is False
+def test_a_file_in_place_of_the_spool_harms_no_running_monitor(running: RunningMonitor) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.rmdir(running.home + "/spool")
+    open(running.home + "/spool", "wb").close()
+    time.sleep(1.1)
+    assert running.get("/api/status")["spool"]["bytes"] == 0
+    assert "could not be drained" not in install_text(running.home + "/monitor.log")
 
 
 @pytest.fixture
 def client() -> Iterator[subprocess.Popen[bytes]]:
-    """Give a process that stands for Claude Code's client and does nothing."""
     process = subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"])
     yield process
     process.kill()
     process.wait()
 
 
-def test_a_killed_client_ends_its_session(running: RunningMonitor, client: Any) -> None:
+def test_a_killed_client_ends_its_session_also_while_no_monitor_runs(running, client):
     session_id, path = recorded("i-sigKILL")[0]["session_id"], running.home + "/t.jsonl"
-    running.emit(*({"hook": {**one, "transcript_path": path}, "id": f"k{n}", "timestamp": cm.now_ms(),
-                    "pid": client.pid, "machineId": "testbox"} for n, one in enumerate(recorded("i-sigKILL"))))  # fmt: skip
-    session = running.sessions()[session_id]
-    assert (session["state"], session["pid"]) == ("working", client.pid)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(usage_entries("a 3/4", session_id))
-    client.kill()
-    client.wait()
-    session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
-    assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
-    used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
-    assert (used["totalInput"], used["totalOutput"]) == (3, 4)
-    running.kill()
-    running.serve()
-    assert running.sessions()[session_id]["state"] == "ended"
+    about = {"timestamp": cm.now_ms(), "pid": client.pid, "machineId": "testbox"}
+    for number, one in enumerate(recorded("i-sigKILL")):
+        running.emit({"hook": {**one, "transcript_path": path}, "id": f"k{number}", **about})
+    with subprocess.Popen([PYTHON, "-c", "import signal; signal.pause()"]) as second:
+        line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
+        run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(second.pid)})
+        sessions = running.sessions()
+        assert [sessions[name]["state"] for name in (session_id, "gone")] == ["working"] * 2
+        assert sessions[session_id]["pid"] == client.pid
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(usage_entries("a 3/4", session_id))
+        client.kill()
+        client.wait()
+        session = eventually(lambda: (s := running.sessions()[session_id])["state"] == "ended" and s)
+        assert (session["reason"]["detail"], session["openCalls"]) == ("its process exited", [])
+        used = eventually(lambda: running.sessions()[session_id]["tokenUsage"])
+        assert (used["totalInput"], used["totalOutput"]) == (3, 4)
+        running.kill()
+        killed_ms = cm.now_ms()
+        second.kill()
+    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
+    again = running.serve().sessions()
+    assert (again[session_id]["state"], again["gone"]["state"]) == ("ended", "ended")
+    assert again["gone"]["reason"]["detail"] == "its process exited"
+    assert (
+        sessions["gone"]["lastEventTime"]
+        <= again["gone"]["endTime"]
+        == again["gone"]["stateSince"]
+        <= killed_ms
+    )
 
 
 @pytest.mark.parametrize("has_pidfd", [True, False])
@@ -8158,30 +8136,12 @@ def test_more_processes_than_can_be_watched_are_looked_at(monkeypatch):
     loop.close()
 
 
-def test_a_client_killed_while_no_monitor_ran_ended_when_last_seen(running, client):
-    line = json.dumps(payload("UserPromptSubmit", "gone", prompt="go")).encode()
-    run_hook(running.installed_command(), line, {**running.environment, "CLAUDE_PID": str(client.pid)})
-    before = running.sessions()["gone"]
-    assert before["state"] == "working"
-    running.stop()
-    killed_ms = cm.now_ms()
-    client.kill()
-    client.wait()
-    eventually(lambda: cm.now_ms() > killed_ms + 200)  # so that its end would differ
-    running.serve()
-    after = running.sessions()["gone"]
-    assert (after["state"], after["reason"]["detail"]) == ("ended", "its process exited")
-    assert before["lastEventTime"] <= after["endTime"] == after["stateSince"] <= killed_ms
-
-
 # The command line
 
 
 def test_every_command_has_help(monitor: RunningMonitor) -> None:
     commands = re.findall(r"^    ([a-z][a-z-]+)", in_process(monitor, "--help").stdout, re.M)
-    assert set("start stop restart status url install uninstall tail sessions export".split()) <= set(
-        commands
-    )
+    assert {"start", "stop", "restart", "status", "install", "uninstall", "tail", "export"} <= {*commands}
     for command in commands:
         assert "usage:" in in_process(monitor, command, "--help").stdout
 
@@ -8191,10 +8151,10 @@ def test_a_lock_waits_for_a_short_check_and_is_refused_when_held(tmp_path, monke
     with open(path, "wb") as looker:
         fcntl.flock(looker, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as running_monitor does, for a moment
         monkeypatch.setattr(cm.time, "sleep", lambda _: fcntl.flock(looker, fcntl.LOCK_UN))
-        holder = cm.lock_file(path, "another monitor runs")
+        holder = cm.lock_file(path, lambda: "another monitor runs")
     monkeypatch.setattr(cm.time, "sleep", lambda _: None)
-    with pytest.raises(cm.StartError, match=rf"another monitor runs \(pid {os.getpid()}\)"):
-        cm.lock_file(path, "another monitor runs (pid {pid})")
+    with pytest.raises(cm.StartError, match="another monitor runs"):
+        cm.lock_file(path, lambda: "another monitor runs")
     os.close(holder)
 
 
@@ -8212,9 +8172,9 @@ def test_stop_removes_socket_and_lock_or_names_the_process_to_end(monitor):
 
 def test_a_lock_file_removed_during_the_wait_is_made_again(tmp_path, monkeypatch):
     path = str(tmp_path / "lock")
-    holder = cm.lock_file(path, "held by {pid}")
+    holder = cm.lock_file(path, lambda: "held")
     monkeypatch.setattr(cm.time, "sleep", lambda _: cm.unlock_file(path, holder))
-    second = cm.lock_file(path, "held by {pid}")
+    second = cm.lock_file(path, lambda: "held")
     assert cm.lock_holder(path) == os.getpid()
     with open(path, "rb") as file:
         assert os.path.samestat(os.fstat(file.fileno()), os.fstat(second)), "not the one that is gone"
@@ -8259,20 +8219,19 @@ def test_start_status_url_restart_stop(monitor: RunningMonitor) -> None:
     assert in_process(monitor, "status").returncode == 1
     refused = in_process(monitor, "url")
     assert refused.returncode == 1 and "start" in refused.stderr
-    started = monitor.command("start", "--no-open").stdout
+    started = in_process(monitor, "start", "--no-open").stdout
     address = re.search(r"http://localhost:\d+/", started)
     assert address and "install" in started
-    assert "already running" in monitor.command("start", "--no-open").stdout
+    assert "already running" in in_process(monitor, "start", "--no-open").stdout
     assert "running" in in_process(monitor, "status").stdout and status()["running"] is True
     assert in_process(monitor, "url").stdout.strip() == address.group()
-    assert re.fullmatch(
-        r"http://localhost:\d+/\?token=[\w-]{32}\n", in_process(monitor, "url", "--token").stdout
-    )
+    with_token = in_process(monitor, "url", "--token").stdout
+    assert re.fullmatch(r"http://localhost:\d+/\?token=[\w-]{32}\n", with_token)
     before = status()["pid"]
     monitor.command("restart", "--no-open")
     assert status()["pid"] != before
-    assert "stopped" in monitor.command("stop").stdout
-    assert "not running" in monitor.command("stop").stdout
+    assert "stopped" in in_process(monitor, "stop").stdout
+    assert "not running" in in_process(monitor, "stop").stdout
     assert not os.path.exists(monitor.socket_path)
 
 
@@ -8380,7 +8339,14 @@ def test_status_prints_facts_and_problems(running: RunningMonitor) -> None:
         assert f"{name:<8} {steady}" in words or name == "index", words
     link = {"state": "waiting", "server": "redis:6379", "tls": True, "attempt": 2, "maxRetries": 9, "gaps": 1,
             "reason": "refused", "position": None, "streamReason": "", "streamState": "ok"}  # fmt: skip
-    machine = {"machineId": "far", "events": 3, "lastSeen": cm.now_ms(), "clockSkewMs": -7000}
+    machine = {
+        "machineId": "far",
+        "label": "far",
+        "sameName": False,
+        "events": 3,
+        "lastSeen": cm.now_ms(),
+        "clockSkewMs": -7000,
+    }
     publisher = {"running": True, "state": "connected", "published": 4}
     facts = facts_of({**status, "redis": link, "publisher": publisher, "machines": [machine]})
     assert facts["redis"] == "redis:6379 with TLS: waiting, attempt 2 of 9: refused"
@@ -8462,9 +8428,8 @@ def test_no_command_fails_for_its_terminal_or_the_name_of_its_home(tmp_path):
             'exec "$@" >&-', 'exec "$@" <&- >&-',
         ):  # fmt: skip
             argv = [sys.executable, "-c", COMMANDS_IN_A_ROW, *helps, *commands.split(";")]
-            done = subprocess.run(
-                ["/bin/sh", "-c", start, "sh", *argv], cwd=ROOT, env=monitor.environment, capture_output=True
-            )
+            shell = ["/bin/sh", "-c", start, "sh", *argv]
+            done = subprocess.run(shell, cwd=ROOT, env=monitor.environment, capture_output=True)
             assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
             helps = []
         for path in ("/api/search?q=deploy", "/api/stats"):
@@ -8509,6 +8474,117 @@ def test_a_session_in_a_sandbox_lives_though_its_pid_is_none_here(monitor):
         box.kill()
 
 
+# Machines as NAME KEY, on build-box with the key h → the lines (*: its name is another's, too)
+MACHINE_LINES = {
+    "one": ("build-box h", ["build-box 1"]),
+    "one name, two machines": ("build-box h, build-box abcdef", ["build-box (abcd) 1*", "build-box (h) 1*"]),
+    "a machine without a key has our name": ("build-box build-box", ["build-box 1*"]),
+    "two others have one name": ("mac 111122, mac 333344", ["mac (1111) 1*", "mac (3333) 1*"]),
+    "a renamed machine": ("old h, build-box h", ["build-box 2"]),
+    "containers": ("111111111111 h/1, 222222222222 h/2, 333333333333 h/3", ["build-box, 3 containers 3"]),
+    "one container": ("111111111111 h/1", ["111111111111 1"]),
+    "named containers": ("web h/1, web h/2, 1111aaaa1111 h/3", ["1111aaaa1111 1", "web 2"]),
+    "a container with its host's name": ("build-box h, build-box h/1", ["build-box 2"]),
+    "containers of an unknown host": ("111111111111 j/1, 222222222222 k/2", ["2 containers 2"]),
+    "containers of two hosts": (
+        "mac k, 111111111111 k/1, 222222222222 k/2, 333333333333 h/1, 444444444444 h/2",
+        ["build-box, 2 containers 2", "mac 1", "mac, 2 containers 2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("machines", "lines"), MACHINE_LINES.values(), ids=MACHINE_LINES)
+def test_machines_with_one_name_are_apart_and_containers_without_one_together(tmp_path, machines, lines):
+    settings = cm.Settings(str(tmp_path), "", "build-box", ee.default_values())
+    settings.__dict__["machine_key"] = "h"
+    by_key: dict[str, dict[str, Any]] = {}
+    for number, words in enumerate(machines.split(", ")):
+        name, key = words.split()
+        about = by_key.setdefault(key, {"machineKey": key, "events": 0, "dropped": 0, "clockSkewMs": 0})
+        about.update(machineId=name, events=about["events"] + 1, lastSeen=number)
+    found = cm.machine_lines(by_key.values(), settings)
+    assert [f"{it['label']} {it['events']}{'*' * it['sameName']}" for it in found] == lines
+
+
+def test_status_and_doctor_name_a_name_that_two_machines_have(monitor):
+    monitor.serve()
+    for number, key in enumerate(("1111aa", "2222bb")):
+        event = hook_wrapped(payload("UserPromptSubmit", f"s{number}"), id=f"e{number}", machineKey=key)
+        monitor.emit({**event, "machineId": "macbook"})
+    for command in ("status", "doctor"):
+        assert "Several machines have the same name, macbook" in monitor.command(command, check=False).stdout
+    assert "macbook (1111): 1 events" in monitor.command("status").stdout
+    metrics = monitor.request("/metrics")[2].decode()
+    assert 'machine="macbook (1111)"' in metrics and 'machine="macbook (2222)"' in metrics
+    keys = {it["sessionId"]: it["machineKey"] for it in monitor.get("/api/sessions")["sessions"]}
+    assert (keys["s0"], keys["s1"]) == ("1111aa", "2222bb")
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full", "1</dev/null", "| :"])
+def test_start_ends_with_0_when_its_output_cannot_be_written(monitor, streams):
+    command = f"set -o pipefail; {sys.executable} -m contextuate_monitor start --no-open {streams}"
+    options: dict[str, Any] = {"cwd": ROOT, "env": monitor.environment, "timeout": 60, "check": True}
+    assert subprocess.run(["bash", "-c", command], **options, stderr=subprocess.PIPE).stderr == b""
+    assert monitor.know().get("/health")["status"] == "ok"
+
+
+def test_another_monitor_is_not_stopped_in_place_of_ours(monitor, shared):
+    monitor.serve()
+    body = json.dumps({"startedAt": monitor.about["startedAt"]}).encode()
+    headers = {"Authorization": "Bearer " + cm.read_token(shared.home + "/token")}
+    headers["Content-Type"] = "application/json"
+    assert shared.request("/api/stop", "POST", body, headers)[0] == 409
+    with open(monitor.home + "/monitor.run.json", "w", encoding="utf-8") as file:
+        json.dump({**monitor.about, "port": shared.port}, file)  # as seen from another network
+    assert f"stopped (pid {monitor.pid})" in monitor.command("stop").stdout
+    assert not alive(monitor.pid) and alive(shared.pid)
+
+
+@needs_containers
+def test_stop_in_another_container_signals_no_process(monitor):
+    serve = [sys.executable, "-m", "contextuate_monitor", "start", "--foreground", "--no-open"]
+    with in_container(monitor, *serve) as first:
+        eventually(lambda: os.path.exists(monitor.home + "/monitor.run.json"), 30)
+        assert monitor.know().about["pid"] < 10, "it is that of its namespace"
+        # The shell has the monitor's pid, in a namespace of its own.
+        script = f"echo shell $$; {sys.executable} -m contextuate_monitor $0; echo status $?"
+        run = functools.partial(said_in_container, monitor, "sh", "-c", script)
+        for said, words in (
+            (run("stop", flags="net"), ("in another container", "run `stop` where it runs", "status 1")),
+            (run("status"), ("running  in another container", "status 0")),
+            (run("stop"), ("stopped (in another container)", "status 0")),
+        ):
+            assert all(word in said for word in (f"shell {monitor.pid}", *words)), said
+        eventually(lambda: first.poll() is not None)
+    with in_container(monitor, *serve):  # seen from its host, the kernel numbers it in another way
+        eventually(lambda: "running  pid" in monitor.command("status", check=False).stdout, 30)
+        pid = cm.listening_pid(monitor.socket_path)
+        assert pid not in (monitor.know().pid, 0, None)
+        assert f"stopped (pid {pid})" in monitor.command("stop").stdout
+        assert not alive(pid)
+
+
+def test_machines_beyond_a_thousand_are_a_number(running: RunningMonitor) -> None:
+    hook = {"hook": payload("Stop"), "timestamp": cm.now_ms()}
+    running.emit(*({**hook, "id": str(number), "machineId": f"box-{number}"} for number in range(1200)))
+    status = running.get("/api/status")
+    assert {it["machineId"] for it in status["machines"]} == {f"box-{number}" for number in range(200, 1200)}
+    assert status["otherMachines"] == 200
+    assert "200 others" in str(status["facts"])
+    assert len(running.request("/metrics")[2]) < 200 << 10
+
+
+def test_machines_are_forgotten_after_the_retention() -> None:
+    ingest = cm.Ingest.__new__(cm.Ingest)
+    ingest.machines = {name: {"machineId": name, "lastSeen": at} for name, at in (("old", 10), ("new", 30))}
+    book = cm.Sessions()
+    for machine, at in (("old", 10), ("new", 30)):
+        book.apply(ee.build_event(payload("Stop", machine), at, machine))
+    ingest.forget_machines(20)
+    book.forget_machines(20)
+    assert (list(ingest.machines), book.skew_ms("old"), book.skew_ms("new")) == (["new"], None, 0)
+
+
 # ---------------------------------------------------------------------------
 # Doctor: each broken link is named, with what to do
 # ---------------------------------------------------------------------------
@@ -8527,6 +8603,14 @@ def examine(monitor: RunningMonitor) -> tuple[int, dict[str, list[dict[str, str]
 
 def levels(findings: dict[str, list[dict[str, str]]], check: str) -> list[str]:
     return [finding["level"] for finding in findings[check]]
+
+
+@pytest.fixture
+def examined(shared: RunningMonitor) -> Iterator[RunningMonitor]:
+    """A running monitor, for which nothing is installed."""
+    yield shared
+    for path in (shared.home + "/hooks", shared.claude_home):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def test_doctor_finds_nothing_wrong_where_nothing_is(running):
@@ -8554,34 +8638,14 @@ def test_doctor_reports_a_monitor_that_does_not_run_and_loses_no_event(monitor):
     assert examine(monitor)[0] == 0
 
 
-def test_doctor_reports_a_missing_unregistered_or_other_hook(running):
-    status, findings = examine(running)
-    assert status == 1 and levels(findings, "hook") == levels(findings, "registered") == ["fail"]
-    assert "install" in findings["hook"][0]["advice"]
-    in_process(running, "install")
-    with open(running.home + "/hooks/lib/emit_event.py", "a", encoding="utf-8") as file:
-        file.write("# another version\n")
-    status, findings = examine(running)
-    assert status == 0 and levels(findings, "hook") == ["warn"]
-    os.unlink(running.home + "/hooks/lib/emit_event.py")
-    assert levels(examine(running)[1], "hook")[0] == "fail"
-
-
-def test_doctor_knows_a_hook_registered_for_one_project_or_disabled(running, monkeypatch):
+def test_doctor_knows_a_hook_registered_for_one_project(running, monkeypatch):
     project = running.home + "/project"
     os.mkdir(project)
     in_process(running, "install", "--project", project)
     assert levels(examine(running)[1], "registered") == ["fail"]
     monkeypatch.chdir(project)
-    (registered,) = examine(running)[1]["registered"]
-    assert registered["level"] == "ok" and project in registered["words"]
-    in_process(running, "install")
-    path = running.claude_home + "/settings.json"
-    disabled = json.dumps({**json.loads(install_text(path)), "disableAllHooks": True})
-    ee.write_atomically(path, disabled.encode())
-    status, findings = examine(running)
-    assert status == 1 and levels(findings, "registered")[0] == "fail"
-    assert "disableAllHooks" in findings["registered"][0]["words"]
+    (found,) = examine(running)[1]["registered"]
+    assert found["level"] == "ok" and project in found["words"]
 
 
 def test_doctor_names_the_wrong_key_in_the_configuration(monitor):
@@ -8605,60 +8669,66 @@ def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
     assert f"{port}" in findings["ports"][0]["words"] and levels(findings, "ports") == ["fail"]
 
 
-def registered(monitor: RunningMonitor, change: Any) -> dict[str, Any]:
-    """Install, and change the registered settings."""
-    in_process(monitor, "install")
-    path = monitor.claude_home + "/settings.json"
-    settings: dict[str, Any] = change(json.loads(install_text(path)))
-    ee.write_atomically(path, json.dumps(settings).encode())
-    return settings
+def doctor_file(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes the installed hook."""
+    return lambda monitor: (in_process(monitor, "install"), change(monitor.home + "/hooks/lib/emit_event.py"))
 
 
-def with_command(change: Any) -> Any:
-    """Return a change of every registered command."""
+def doctor_settings(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes the client's settings."""
 
-    def changed(settings: dict[str, Any]) -> dict[str, Any]:
-        for groups in settings["hooks"].values():
-            for handler in groups[0]["hooks"]:
-                handler["command"] = change(handler["command"])
-        return settings
+    def install(monitor: RunningMonitor) -> None:
+        in_process(monitor, "install")
+        path = monitor.claude_home + "/settings.json"
+        ee.write_atomically(path, json.dumps(change(json.loads(install_text(path)))).encode())
 
-    return changed
+    return install
 
 
-# What is registered → doctor's exit status, the check and its level, and what it says.
-DOCTOR_REGISTERED: dict[str, tuple[Any, int, str, str, str]] = {
+def doctor_command(change: Any) -> Any:
+    """Return a function that installs for a monitor, and changes every registered command."""
+    command = re.compile(r'(?<="command": )"(?:[^"\\]|\\.)*"')
+    changed = functools.partial(command.sub, lambda found: json.dumps(change(json.loads(found.group()))))
+    return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
+
+
+# What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
+DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
+    "no hook": (lambda monitor: None, 1, "hook fail", "install"),
+    "no registration": (lambda monitor: None, 1, "registered fail", "install"),
+    "another version": (doctor_file(lambda path: ee.write_atomically(path, b"# other")), 0, "hook warn", "another version"),
+    "no library": (doctor_file(os.unlink), 1, "hook fail", "install"),
+    "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
     "another Python": (
-        with_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
-        0, "hook", "warn", "/gone/python3.8 is gone or does not start: another Python 3",
+        doctor_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
+        0, "hook warn", "/gone/python3.8 is gone or does not start: another Python 3",
     ),
     "no second choice": (
-        with_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
-        0, "registered", "warn", "is not as this version would register",
+        doctor_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
+        0, "registered warn", "is not as this version would register",
     ),
     "no Python": (
-        with_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
-        1, "probe", "fail", "/gone/python3 is gone or does not start",
+        doctor_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
+        1, "probe fail", "/gone/python3 is gone or does not start",
     ),
     "no script": (
-        with_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
-        1, "probe", "fail", "/gone/hooks/emit_event.py is not there",
+        doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
+        1, "probe fail", "/gone/hooks/emit_event.py is not there",
     ),
-    "a command that fails": (
-        with_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe", "fail", "ends with status 2",
-    ),
+    "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
     "an environment in the settings": (
-        lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}},
-        1, "hook", "warn", "the hook reads /gone/other.json",
+        doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
+        1, "hook warn", "the hook reads /gone/other.json",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", DOCTOR_REGISTERED)
-def test_doctor_runs_what_is_registered_and_names_what_is_wrong(running, what):
-    change, exit_status, check, level, words = DOCTOR_REGISTERED[what]
-    registered(running, change)
-    status, findings = examine(running)
+@pytest.mark.parametrize("what", DOCTOR_FAULTS)
+def test_doctor_runs_what_is_registered_and_names_what_is_wrong(examined, what):
+    come_about, exit_status, shown, words = DOCTOR_FAULTS[what]
+    check, level = shown.split()
+    come_about(examined)
+    status, findings = examine(examined)
     said = [it["words"] + it["advice"] for it in findings.get(check, ()) if it["level"] == level]
     assert status == exit_status and words in "\n".join(said), findings
 
@@ -8698,7 +8768,6 @@ def test_doctor_names_two_registrations_and_a_broken_file(running, monkeypatch):
 # Real redis-server processes, real monitors, installed hooks. A machine is a directory and a name of its own.
 # ---------------------------------------------------------------------------
 
-REDIS_OUTAGE_S = 20.0
 REDIS_CHANNEL = "contextuate:events"
 REDIS_STREAM = "contextuate:events:stream"
 
@@ -8719,7 +8788,6 @@ REDIS_PORTS_LOCK = threading.Lock()
 
 
 def redis_free_port() -> int:
-    """Return a free port that is nobody else's in this run of the tests."""
     with REDIS_PORTS_LOCK:
         return next(REDIS_PORTS)
 
@@ -8735,23 +8803,16 @@ class RedisCertificates:
             "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign"
         )
         for part, usage in (("server", "serverAuth"), ("client", "clientAuth")):
-            with open(f"{self.directory}/{part}.ext", "w", encoding="ascii") as file:
-                file.write(
-                    f"basicConstraints=critical,CA:FALSE\nextendedKeyUsage={usage}\nsubjectAltName={names}\n"
-                    "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=digitalSignature\n"
-                )
-            self.openssl(f"req {key} -keyout {part}.key -out {part}.csr -subj /CN={part}")
             self.openssl(
-                f"x509 -req -in {part}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {part}.crt -days 2 "
-                f"-extfile {part}.ext"
+                f"req -x509 -CA ca.crt -CAkey ca.key {key} -keyout {part}.key -out {part}.crt -days 2 -subj /CN={part} "
+                f"-addext basicConstraints=critical,CA:FALSE -addext extendedKeyUsage={usage} "
+                f"-addext subjectAltName={names} -addext keyUsage=digitalSignature"
             )
 
     def openssl(self, command: str) -> None:
-        """Run one openssl command in the directory."""
         subprocess.run(["openssl", *command.split()], cwd=self.directory, check=True, capture_output=True)
 
     def remove(self) -> None:
-        """Remove the directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -8762,30 +8823,25 @@ class RedisServer:
     """
 
     def __init__(
-        self,
-        *lines: str,
-        user: str = "default",
-        password: str = "",
-        certificates: RedisCertificates | None = None,
-        port: int = 0,
-    ) -> None:
-        self.directory = new_home()
+        self, *lines: str, user: str = "default", password: str = "", certificates: Any = None, port: int = 0,
+        mode: str = "",
+    ) -> None:  # fmt: skip
+        self.directory, self.mode = new_home(), mode
         self.socket_path = self.directory + "/redis.sock"
         self.port = port or redis_free_port()
         self.user, self.password, self.certificates = user, password, certificates
         common = [
-            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}", 'save ""',
-            "appendonly yes", "appendfsync everysec", f"logfile {self.directory}/redis.log",
+            f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", f"unixsocket {self.socket_path}",
+            f"logfile {self.directory}/redis.log",
+            *([] if mode else ['save ""', "appendonly yes", "appendfsync everysec"]),
             *([f"requirepass {password}"] if password and user == "default" else []),
         ]  # fmt: skip
         if certificates is not None:
-            files = {
-                "tls-cert-file": "server.crt",
-                "tls-key-file": "server.key",
-                "tls-ca-cert-file": "ca.crt",
-            }
-            common += ["port 0", f"tls-port {self.port}", "tls-auth-clients no"]
-            common += [f"{name} {certificates.directory}/{file}" for name, file in files.items()]
+            folder = certificates.directory
+            common += [
+                "port 0", f"tls-port {self.port}", "tls-auth-clients no", f"tls-cert-file {folder}/server.crt",
+                f"tls-key-file {folder}/server.key", f"tls-ca-cert-file {folder}/ca.crt",
+            ]  # fmt: skip
         with open(self.directory + "/redis.conf", "w", encoding="ascii") as file:
             file.write("\n".join((*common, *lines)) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
@@ -8793,30 +8849,26 @@ class RedisServer:
 
     def start(self) -> RedisServer:
         """Start it, on the same port, with what it had, and wait until it answers."""
-        command = ["redis-server", self.directory + "/redis.conf"]
+        command = ["redis-server", self.directory + "/redis.conf", *self.mode.split()]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         eventually(lambda: self.cli("PING", check=False) == "PONG", what=f"Redis on port {self.port}")
         return self
 
     def stop(self, how: int = signal.SIGTERM) -> None:
-        """Stop it; what it had is kept."""
         if self.process is not None:
             self.process.send_signal(how)
             self.process.wait(30)
             self.process = None
 
     def freeze(self) -> None:
-        """Pause it: connections stay open, nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """End a pause."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
 
     def remove(self) -> None:
-        """End it and remove its directory."""
         self.thaw()
         self.stop(signal.SIGKILL)
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -8835,7 +8887,6 @@ class RedisServer:
         return said
 
     def publish(self, message: bytes) -> None:
-        """Publish any bytes on the channel."""
         self.cli("PUBLISH", REDIS_CHANNEL, given=message)
 
     def streamed(self) -> list[str]:
@@ -8848,12 +8899,10 @@ class RedisServer:
         return len(self.cli("CLIENT", "LIST", "TYPE", kind).splitlines())
 
     def cut_connections(self) -> None:
-        """Close every connection but our own."""
         for kind in ("normal", "pubsub"):
             self.cli("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
 
     def settings(self, **more: Any) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
         redis = {"host": "127.0.0.1", "port": self.port, **more}
         if self.certificates is not None:
             redis = {"tls": True, "caFile": self.certificates.directory + "/ca.crt", **redis}
@@ -8869,13 +8918,16 @@ class RedisMachine(RunningMonitor):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of every process of this machine."""
         return {**super().environment, "CONTEXTUATE_MACHINE_ID": self.machine_id, **self.more_environment}
 
     @functools.cached_property
     def hook(self) -> str:
-        """The installed hook's command."""
-        return self.installed_command()
+        in_process(self, "install")
+        hooks = json.loads(install_text(self.claude_home + "/settings.json"))["hooks"]
+        return str(hooks["PreToolUse"][0]["hooks"][0]["command"])
+
+    def stop(self) -> None:
+        assert in_process(self, "stop").returncode == 0
 
     def say(self, marker: str, session: str = "s1", **fields: Any) -> None:
         """Run one real hook with an event that `marker` tells from others; it must end in order."""
@@ -8888,29 +8940,18 @@ class RedisMachine(RunningMonitor):
         ee.append_to_spool(self.home + "/spool", ee.wrap(json.dumps(given_payload).encode(), environment))
 
     def spooled(self) -> int:
-        """Count the bytes in the spool."""
         return sum(size for _, size in ee.spool_segments(self.home + "/spool"))
 
     def redis(self) -> dict[str, Any]:
-        """Return what the monitor says about its Redis."""
         return dict(self.get("/api/status")["redis"])
 
     def publisher(self) -> dict[str, Any]:
-        """Return what the publisher has told about itself; nothing before it has begun."""
-        try:
-            with open(self.home + "/publisher.json", encoding="utf-8") as file:
-                return dict(json.load(file))
-        except FileNotFoundError:
-            return {}
+        path = self.home + "/publisher.json"
+        return dict(json.loads(install_text(path))) if os.path.exists(path) else {}
 
     def wait_until(self, state: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Wait until the monitor's Redis is in a state; return what it says then."""
-        return dict(
-            eventually(
-                lambda: (about := self.redis())["state"] == state and about,
-                timeout_s, f"{self.machine_id}: {state}",
-            )
-        )  # fmt: skip
+        is_it = f"{self.machine_id}: {state}"
+        return dict(eventually(lambda: (it := self.redis())["state"] == state and it, timeout_s, is_it))
 
     def arrivals(self, session: str = "s1") -> dict[str, list[str]]:
         """Return what the monitor has stored of a session: machine → markers, in order of arrival."""
@@ -8920,47 +8961,32 @@ class RedisMachine(RunningMonitor):
                 found.setdefault(event["machineId"], []).append(event["data"].get("toolUseId"))
         return found
 
-    def has(self, session: str, count: int) -> bool:
-        """Tell whether the monitor shows at least so many events of a session."""
-        return bool(self.sessions().get(session, {"counts": {"events": 0}})["counts"]["events"] >= count)
-
     def gets(self, count: int, session: str = "s1") -> None:
-        """Wait until the monitor shows so many events of a session."""
-        eventually(lambda: self.has(session, count), 90, f"{count} events of {session} at {self.machine_id}")
+        def has() -> bool:
+            shown = self.sessions().get(session)
+            return shown is not None and shown["counts"]["events"] >= count
+
+        eventually(has, 90, f"{count} events of {session} at {self.machine_id}")
 
     def publishes_all(self) -> None:
-        """Wait until the spool is empty."""
         eventually(lambda: not self.spooled(), 90, f"an empty spool of {self.machine_id}")
 
     def publishers(self) -> list[int]:
-        """List the process ids of this machine's publishers."""
-        found = []
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as arguments:
-                if b"--publish" not in arguments.read().split(b"\0"):
-                    continue
-                with open(f"/proc/{name}/environ", "rb") as environ:
-                    if f"CONTEXTUATE_HOME={self.home}".encode() in environ.read().split(b"\0"):
-                        found.append(int(name))
-        return found
+        return processes_of(self.home, b"--publish")
 
     def end_publisher(self) -> None:
-        """End this machine's publisher, if one runs, with SIGKILL."""
         for pid in self.publishers():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: not alive(pid), what="the publisher's end")
 
     def remove(self) -> None:
-        """End everything of this machine and remove its directory."""
-        if self.about and alive(self.pid):
-            self.kill()
-        self.end_publisher()
         clean_up(self)
+        self.end_publisher()
+        shutil.rmtree(self.home, ignore_errors=True)
 
 
 def at_once(*jobs: Any) -> list[Any]:
-    """Call all of some functions at the same time; return what they returned, in order."""
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         return [job.result() for job in [pool.submit(job) for job in jobs]]
 
@@ -8987,7 +9013,6 @@ def redis_parts() -> Iterator[Any]:
 
 @pytest.fixture
 def make() -> Iterator[Any]:
-    """Make servers and machines for one test."""
     with redis_parts() as maker:
         yield maker
 
@@ -9013,7 +9038,7 @@ class RedisTeam:
         self.server.cli("CONFIG", "SET", "client-output-buffer-limit", "pubsub 33554432 8388608 60")
         for monitor in self.monitors:
             if not alive(monitor.pid):
-                monitor.start()
+                monitor.serve()
             os.kill(monitor.pid, signal.SIGCONT)
 
     def whole(self) -> None:
@@ -9024,7 +9049,6 @@ class RedisTeam:
         self.server.cli("XTRIM", REDIS_STREAM, "MAXLEN", "200")  # every monitor has what is older
 
     def end_publishers(self) -> None:
-        """Kill the publishers of all machines."""
         at_once(*[machine.end_publisher for machine in self.emitters])
 
 
@@ -9037,17 +9061,14 @@ def redis_team() -> Iterator[RedisTeam]:
             [maker(RedisMachine, config=server.settings(), machine_id=f"box{n}") for n in range(3)],
             [maker(RedisMachine, config=server.settings(), machine_id=f"watcher{n}") for n in range(2)],
         )
-        at_once(*[lambda machine=machine: machine.hook for machine in made.emitters])
-        at_once(*[monitor.start for monitor in made.monitors])
+        at_once(*[monitor.serve for monitor in made.monitors])
         yield made
 
 
 @pytest.fixture
-def team(redis_team: RedisTeam) -> Iterator[RedisTeam]:
-    """The team in good order; each test leaves it so."""
+def team(redis_team: RedisTeam) -> RedisTeam:
     redis_team.whole()
-    yield redis_team
-    redis_team.whole()
+    return redis_team
 
 
 class RedisFlow:
@@ -9061,12 +9082,10 @@ class RedisFlow:
     def hooks(self, count: int) -> None:
         """Run so many real hooks, on all machines at once; every one has returned when this returns."""
         shares = self._shares(count)
-
-        def run(machine: RedisMachine) -> None:
-            for marker in shares[machine.machine_id]:
-                machine.say(marker, self.session)
-
-        at_once(*[functools.partial(run, machine) for machine in self.team.emitters])
+        at_once(*(
+            lambda machine=machine: [machine.say(marker, self.session) for marker in shares[machine.machine_id]]
+            for machine in self.team.emitters
+        ))  # fmt: skip
 
     def bulk(self, count: int, **fields: Any) -> None:
         """Put so many events into the machines' spools, and let one hook each find its publisher."""
@@ -9117,14 +9136,16 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     assert {event["id"]: event for event in streamed if event["sessionId"] == flow.session} == kept[0]
     for machine in team.emitters:
         eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
-        assert machine.publisher()["subscribers"] == 2
-        assert len(machine.publishers()) == 1
+        assert machine.publisher()["subscribers"] == 2 and len(machine.publishers()) == 1
+        said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+        assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
 class RedisTrouble(NamedTuple):
     """What is done to a team, and what its publishers and monitors say then; events come before, during and after.
 
-    `arrives`: what is published meanwhile arrives in spite of it. What they say: field → pattern.
+    `arrives`: what is published meanwhile arrives in spite of it. `hooks`: how many are called meanwhile; one that
+    waited for Redis would never return. What they say: field → pattern.
     """
 
     do: Any
@@ -9132,38 +9153,36 @@ class RedisTrouble(NamedTuple):
     monitor: dict[str, str] = {"state": "connected"}
     arrives: bool = True
     times: int = 1
+    hooks: int = 18
 
 
 def redis_cli(*arguments: str) -> Any:
-    """Return a function that runs redis-cli for a team."""
     return lambda team: team.server.cli(*arguments)
 
 
+def redis_refused(reason: str, do: Any) -> RedisTrouble:
+    says = {"stream": "refused", "channelState": "ok", "streamReason": reason}
+    return RedisTrouble(do, says, arrives=False)
+
+
 REDIS_AWAY = {"state": "waiting|connecting", "reason": r"\w{5}"}
-REDIS_NO_STREAM = {"stream": "refused", "channelState": "ok"}
 REDIS_TROUBLES = {
-    "Redis is stopped": RedisTrouble(lambda team: team.server.stop(), REDIS_AWAY, REDIS_AWAY, arrives=False),
+    "Redis is stopped": RedisTrouble(
+        lambda team: team.server.stop(), REDIS_AWAY, {**REDIS_AWAY, "attempt": "[3-9]"}, arrives=False, hooks=180
+    ),
     "Redis is killed": RedisTrouble(lambda team: team.server.stop(signal.SIGKILL), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "Redis is frozen": RedisTrouble(lambda team: team.server.freeze(), REDIS_AWAY, REDIS_AWAY, arrives=False),
     "every connection is cut": RedisTrouble(lambda team: team.server.cut_connections(), times=50),
     "the publishers are killed": RedisTrouble(RedisTeam.end_publishers, times=8),
     "a monitor is killed": RedisTrouble(lambda team: team.monitors[1].kill(), arrives=False, times=3),
-    "no right to XADD": RedisTrouble(
-        redis_cli("ACL", "SETUSER", "default", "-xadd"), {**REDIS_NO_STREAM, "streamReason": "xadd"}, arrives=False
-    ),
-    "no right to the stream": RedisTrouble(
-        redis_cli("ACL", "SETUSER", "default", "resetkeys", "~other"), {**REDIS_NO_STREAM, "streamReason": "key"}, arrives=False
-    ),
-    "no memory": RedisTrouble(
-        redis_cli("CONFIG", "SET", "maxmemory", "1"), {**REDIS_NO_STREAM, "streamReason": "memory"}, arrives=False
-    ),
-    "no stream under its name": RedisTrouble(
+    "no right to XADD": redis_refused("xadd", redis_cli("ACL", "SETUSER", "default", "-xadd")),
+    "no right to the stream": redis_refused("key", redis_cli("ACL", "SETUSER", "default", "resetkeys", "~other")),
+    "no memory": redis_refused("memory", redis_cli("CONFIG", "SET", "maxmemory", "1")),
+    "no stream under its name": redis_refused(
+        "wrong kind|not a stream|WRONGTYPE",
         lambda team: (team.server.cli("RENAME", REDIS_STREAM, "aside"), team.server.cli("SET", REDIS_STREAM, "x")),
-        {**REDIS_NO_STREAM, "streamReason": "wrong kind|not a stream|WRONGTYPE"}, arrives=False,
     ),
-    "a read-only replica": RedisTrouble(
-        redis_cli("REPLICAOF", "127.0.0.1", "1"), {**REDIS_NO_STREAM, "streamReason": "READONLY"}, arrives=False
-    ),
+    "a read-only replica": redis_refused("READONLY", redis_cli("REPLICAOF", "127.0.0.1", "1")),
     "no right to PUBLISH": RedisTrouble(
         redis_cli("ACL", "SETUSER", "default", "-publish"),
         {"stream": "ok", "channelState": "refused", "channelReason": "publish"},
@@ -9172,8 +9191,6 @@ REDIS_TROUBLES = {
 
 
 def redis_says(ask: Any, expected: dict[str, str]) -> None:
-    """Wait until what a part says about itself matches the patterns."""
-
     def matches() -> bool:
         said = ask()
         return all(re.search(pattern, str(said.get(name)), re.I) for name, pattern in expected.items())
@@ -9181,13 +9198,11 @@ def redis_says(ask: Any, expected: dict[str, str]) -> None:
     eventually(matches, 60, f"{expected} in {ask()}")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if "cut" in name or "frozen" in name else ())
-        for name in REDIS_TROUBLES
-    ],
-)
+REDIS_SOAKS = ("every connection is cut", "Redis is frozen", "the publishers are killed")
+REDIS_MARKED = [pytest.param(it, marks=[pytest.mark.slow] * (it in REDIS_SOAKS)) for it in REDIS_TROUBLES]
+
+
+@pytest.mark.parametrize("name", REDIS_MARKED)
 def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: str) -> None:
     trouble = REDIS_TROUBLES[name]
     flow = RedisFlow(team, name)
@@ -9196,7 +9211,7 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
         flow.check()  # a stream under its name must be there to be put aside
     for _ in range(trouble.times):
         trouble.do(team)
-        flow.bulk(18)
+        (flow.hooks if trouble.times == 1 else flow.bulk)(trouble.hooks)
         if trouble.arrives and trouble.times == 1:
             flow.check()
         for machine in team.emitters:
@@ -9205,30 +9220,15 @@ def test_no_trouble_with_redis_loses_or_doubles_an_event(team: RedisTeam, name: 
             redis_says(monitor.redis, trouble.monitor)
         assert trouble.arrives or trouble.times > 1 or all(machine.spooled() for machine in team.emitters)
         team.mend()
-    flow.hooks(60)
+    flow.hooks(30)
     flow.check()
     for monitor in team.monitors:
         about = monitor.wait_until("connected")
         assert (about["attempt"], about["reason"]) == (0, None)
     kept = {json.loads(event)["data"].get("toolUseId") for event in team.server.streamed()}
-    assert kept >= {marker for said in flow.said.values() for marker in said[-20:]}
+    assert kept >= {marker for said in flow.said.values() for marker in said[-10:]}
     for machine in team.emitters:
         redis_says(machine.publisher, {"stream": "ok", "channelState": "ok"})
-
-
-@pytest.mark.slow
-def test_a_thousand_hooks_and_20_seconds_without_redis_lose_nothing(team: RedisTeam) -> None:
-    """A hook that waited for Redis would never return: Redis comes back when all 400 have."""
-    flow = RedisFlow(team, "outage")
-    flow.hooks(300)
-    team.server.stop()
-    began = time.monotonic()
-    flow.hooks(400)
-    time.sleep(max(0.0, began + REDIS_OUTAGE_S - time.monotonic()))
-    assert not any(monitor.has(flow.session, 601) for monitor in team.monitors)
-    team.server.start()
-    flow.hooks(300)
-    flow.check()
 
 
 @pytest.mark.slow
@@ -9245,35 +9245,41 @@ def test_a_monitor_that_redis_cut_off_for_being_slow_catches_up(team: RedisTeam)
     flow.check()
 
 
-def test_a_new_monitor_gets_what_the_stream_still_has(team: RedisTeam, make: Any) -> None:
-    flow = RedisFlow(team, "before")
-    flow.bulk(30)
-    flow.check()
-    late = make(RedisMachine, config=team.server.settings(), machine_id="late").start()
-    late.gets(30, flow.session)
-    assert late.arrivals(flow.session) == flow.said
+def test_the_clock_of_another_machine_is_measured_but_not_by_what_waited(team: RedisTeam, make: Any) -> None:
+    behind, hour_ms = team.emitters[2], 3_600_000
+    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
+    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
+    ee.append_to_spool(behind.home + "/spool", line)
+    behind.say("now", "skewed")
+    for monitor in team.monitors:
+        monitor.gets(2, "skewed")
+        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
+        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
+    server = make(RedisServer)
+    for session, hours in (("days", 60), ("hours", 2)):
+        at = cm.now_ms() - hours * hour_ms
+        for number in range(2):
+            hook = payload("UserPromptSubmit", session, prompt="go")
+            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
+            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
+            server.cli("XADD", REDIS_STREAM, f"{at}-{number + 1}", "event", event)
+    late = make(RedisMachine, config=server.settings()).serve()
+    for session, state in (("hours", "quiet"), ("days", "ended")):
+        late.gets(2, session)
+        eventually(lambda name=session, state=state: late.sessions()[name]["state"] == state)
 
 
-def test_anything_published_by_redis_cli_is_shown(team: RedisTeam) -> None:
+def test_redis_cli_publishes_anything_and_sees_plain_events(team: RedisTeam) -> None:
     clients = [monitor.websocket("full") for monitor in team.monitors]
     assert team.server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') == "2"
     for client, monitor in zip(clients, team.monitors):
         (event,) = client.events(1)
-        assert (event["sessionId"], event["eventType"], event["data"]) == (
-            "unknown",
-            "message",
-            {"test": "message"},
-        )
-        shown = monitor.get("/api/events?limit=1")["events"]
-        assert [shown_event["id"] for shown_event in shown] == [event["id"]]
+        shown = (event["sessionId"], event["eventType"], event["data"])
+        assert shown == ("unknown", "message", {"test": "message"})
+        assert [it["id"] for it in monitor.get("/api/events?limit=1")["events"]] == [event["id"]]
         client.close()
-
-
-def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
-    with subprocess.Popen(
-        ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL], stdout=subprocess.PIPE
-    ) as watching:
-        assert watching.stdout is not None
+    watch = ["redis-cli", "-s", team.server.socket_path, "SUBSCRIBE", REDIS_CHANNEL]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE) as watching:
         try:
             assert [watching.stdout.readline() for _ in range(3)][0] == b"subscribe\n"
             team.emitters[0].say("plain", "plain", tool_name="Bash", tool_input={"command": "é \U0001f600\n"})
@@ -9289,16 +9295,13 @@ def test_redis_cli_sees_plain_events(team: RedisTeam) -> None:
 
 
 def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) -> None:
-    garbage = [
-        bytes(range(256)), b"", b" ", b"not JSON", b'"text"', b"[1,2]", b"1" * 5000, b"null", b"\x00",
-        b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, os.urandom(1 << 20),
-        b"x" * (17 << 20), b'{"a":"' + b"x" * (17 << 20) + b'"}',
-    ]  # fmt: skip
-    odd = [
-        b'{"eventType":"message","sessionId":"odd","data":{"n":NaN,"f":1e999,"s":"\\ud83d","latin":"caf\xe9"}}',
-        b'{"eventType":"message","sessionId":"odd","deep":' + b"[" * 400 + b"]" * 400 + b"}",
-    ]
-    before = [monitor.get("/api/status")["events"]["quarantined"] for monitor in team.monitors]
+    garbage = [*BAD_LINES.values(), b"", b" ", b"null", b"\x00", b"1" * 5000]
+    odd = [line for line in ODD_LINES if b'"odd"' in line]
+
+    def quarantined(monitor: RedisMachine) -> int:
+        return int(monitor.get("/api/status")["events"]["quarantined"])
+
+    before = [quarantined(monitor) for monitor in team.monitors]
     flow = RedisFlow(team, "among-garbage")
     for message in (*garbage, *odd):
         team.server.publish(message)
@@ -9307,112 +9310,56 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
     flow.bulk(30)
     flow.check()
     for monitor, known in zip(team.monitors, before):
-
-        def quarantined(monitor: RedisMachine = monitor, known: int = known) -> int:
-            return int(monitor.get("/api/status")["events"]["quarantined"]) - known
-
-        eventually(lambda: quarantined() >= len(garbage), what="all garbage quarantined")
-        assert quarantined() <= len(garbage) + 2
+        all_of_it = known + len(garbage)
+        eventually(functools.partial(lambda it, count: quarantined(it) >= count, monitor, all_of_it))
+        assert quarantined(monitor) <= all_of_it + 2
         eventually(lambda monitor=monitor: metrics_of(monitor)["contextuate_redis_inbox_bytes"][()] == 0)
         assert metrics_of(monitor)["contextuate_redis_connected"] == {(("state", "connected"),): 1}
         assert sum(event["sessionId"] == "odd" for event in monitor.stored_events()) == len(odd)
-        with open(monitor.home + "/monitor.log", encoding="utf-8") as file:
-            assert "Traceback" not in file.read()
+        assert "Traceback" not in install_text(monitor.home + "/monitor.log")
         assert os.path.getsize(monitor.home + "/quarantine.log")
 
 
-HOSTILE_NAMES = (
-    "../../../../tmp/ctx-hostile", "/tmp/ctx-hostile", "..", ".", "a/b", "a\\b", "a\0b", "x" * 5000, "-rf", "~root",
-    "$(touch /tmp/ctx-hostile)", "\n", "\u202e", "CON", "events", "\ud83d", "%2e%2e%2f",
-)  # fmt: skip
-
-
-def test_no_name_that_comes_from_redis_leads_out_of_our_directory(team: RedisTeam) -> None:
-    markers = []
-    for name in HOSTILE_NAMES:
-        for fields in ({"machineId": name}, {"sessionId": name}, {"machineId": name, "sessionId": name}):
-            markers.append(f"hostile-{len(markers)}")
-            event = {
-                "eventType": "message",
-                "sessionId": "hostile",
-                **fields,
-                "data": {"toolUseId": markers[-1]},
-            }
-            team.server.publish(json.dumps(event).encode())
-    for monitor in team.monitors:
-
-        def shown(monitor: RedisMachine = monitor) -> set[str]:
-            return {it["data"].get("toolUseId") for it in monitor.get("/api/events?limit=1000")["events"]}
-
-        eventually(lambda: shown() >= set(markers), what="the hostile events")
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(monitor.home) for name in names]
-        for path in (os.path.relpath(path, monitor.home) for path in paths):
-            if path.endswith(".jsonl"):
-                assert re.fullmatch(r"events/\d{4}-\d\d-\d\d/[A-Za-z0-9._-]{1,80}\.jsonl", path), path
-        assert not set(os.listdir(monitor.home)) & (set(HOSTILE_NAMES) - {"events"})
-    assert not glob.glob("/tmp/ctx-hostile*")
-
-
 def test_no_message_through_redis_changes_what_a_user_did(team: RedisTeam) -> None:
+    actions = (
+        {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True}, {"action": "hide", "hidden": True},
+        {"action": "set_parent", "parentSessionId": "theirs"},
+    )  # fmt: skip
     for monitor in team.monitors:
         monitor.emit(payload("UserPromptSubmit", "ours", prompt="our words"))
     before = [monitor.sessions()["ours"] for monitor in team.monitors]
-    messages = [
-        message
-        for action in (
-            {"action": "rename", "label": "theirs"}, {"action": "pin", "pinned": True},
-            {"action": "hide", "hidden": True}, {"action": "set_parent", "parentSessionId": "theirs"},
-        )
+    for action in actions:
+        other = {"sessionId": "ours", "data": action}
+        given_hook = {"hook_event_name": "Monitor", "session_id": "ours", **action}
         for message in (
-            {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"eventType": "session_meta", "sessionId": "ours", "data": action},
-            {"eventType": "message", "hookType": "Monitor", "sessionId": "ours", "data": action},
-            {"hook_event_name": "Monitor", "session_id": "ours", **action},
-            {"id": str(uuid.uuid4()), "hook": {"hook_event_name": "Monitor", "session_id": "ours", **action}},
-        )
-    ]  # fmt: skip
-    for message in messages:
-        team.server.publish(json.dumps(message).encode())
+            {"eventType": "session_meta", "hookType": "Monitor", **other}, {"eventType": "session_meta", **other},
+            {"eventType": "message", "hookType": "Monitor", **other}, given_hook, {"id": str(uuid.uuid4()), "hook": given_hook},
+        ):  # fmt: skip
+            team.server.publish(json.dumps(message).encode())
     for monitor, session in zip(team.monitors, before):
-        monitor.gets(1 + len(messages), "ours")
-        kept = {name: session[name] for name in ("label", "isPinned", "hidden", "parentSessionId")}
-        assert kept.items() <= monitor.sessions()["ours"].items()
-        monitor.kill()
-        monitor.start()  # from the files
-        assert kept.items() <= monitor.sessions()["ours"].items()
+        monitor.gets(1 + 5 * len(actions), "ours")
+        shown = monitor.sessions()["ours"]
+        for field in ("label", "isPinned", "hidden", "parentSessionId"):
+            assert shown[field] == session[field]
 
 
 def test_secrets_and_long_fields_stay_on_their_machine(team: RedisTeam) -> None:
-    secret = hook_token("ghp_", 36)
-    machine = team.emitters[0]
-    machine.say(
-        "secret", "secret", tool_name="Write", tool_input={"token": secret, "text": f"use {secret} now"}
-    )
-    machine.say("long", "secret", tool_name="Write", tool_input={"content": "é" * 50_000, "rest": "kept"})
+    secret, machine = hook_token("ghp_", 36), team.emitters[0]
+    for marker, tool_input in (
+        ("secret", {"token": secret, "text": f"use {secret} now"}),
+        ("long", {"content": "é" * 50_000, "rest": "kept"}),
+    ):
+        machine.say(marker, "secret", tool_name="Write", tool_input=tool_input)
     for monitor in team.monitors:
         monitor.gets(2, "secret")
     machine.publishes_all()
     places = [machine.home, team.server.directory, *(monitor.home for monitor in team.monitors)]
     found = subprocess.run(["grep", "-rlF", secret, *places], capture_output=True, text=True, check=False)
     assert found.stdout == ""
-    events = {event["data"]["toolUseId"]: event for event in team.monitors[0].stored_events()
-              if event["sessionId"] == "secret"}  # fmt: skip
-    assert events["secret"]["data"]["toolInput"]["token"].startswith("[redacted:")
-    cut = events["long"]["data"]
+    replaced, cut = (it["data"] for it in team.monitors[0].stored_events() if it["sessionId"] == "secret")
+    assert replaced["toolInput"]["token"].startswith("[redacted:")
     assert cut["truncated"] == {"toolInput.content": 100_000} and cut["toolInput"]["rest"] == "kept"
     assert 65_000 < len(cut["toolInput"]["content"].encode()) < 66_000
-
-
-def test_the_clock_of_another_machine_is_measured(team: RedisTeam) -> None:
-    behind, hour_ms = team.emitters[2], 3_600_000
-    event = {"id": str(uuid.uuid4()), "timestamp": cm.now_ms() - hour_ms, "machineId": "slow-clock"}
-    line = json.dumps({**event, "hook": payload("Stop", "skewed")}).encode() + b"\n"
-    ee.append_to_spool(behind.home + "/spool", line)
-    behind.say("now", "skewed")
-    for monitor in team.monitors:
-        monitor.gets(2, "skewed")
-        skews = {it["machineId"]: it["clockSkewMs"] for it in monitor.get("/api/status")["machines"]}
-        assert abs(skews["slow-clock"] - hour_ms) < 60_000 and abs(skews["box2"]) < 60_000
 
 
 def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
@@ -9436,23 +9383,11 @@ def test_one_publisher_serves_any_number_of_hooks(team: RedisTeam) -> None:
 @pytest.mark.parametrize("closed", ["1>&-", "0<&- 1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_one_publisher_starts_where_standard_streams_are_closed(make: Any, closed: str) -> None:
     machine = make(RedisMachine, config={"mode": "redis", "redis": {"port": redis_free_port()}})
-    start = (
-        f"import emit_event as ee, sys; sys.exit(sys.argv[1] not in ee.ensure_publisher({machine.home!r}))"
-    )
+    start = "import emit_event, sys; sys.exit(sys.argv[1] not in emit_event.ensure_publisher(sys.argv[2]))"
     for answer in ("publisher started", "a publisher runs already", "a publisher runs already"):
-        command = [f'exec "$0" -c "$1" "$2" {closed}', sys.executable, start, answer]
+        command = [f'exec "$0" -c "$1" "$2" "$3" {closed}', sys.executable, start, answer, machine.home]
         subprocess.run(["/bin/sh", "-c", *command], cwd=ROOT, env=machine.environment, check=True)
     assert len(machine.publishers()) == 1
-
-
-def test_the_monitor_starts_a_publisher_for_what_lies_in_the_spool(team: RedisTeam) -> None:
-    watcher = team.monitors[0]
-    watcher.end_publisher()
-    watcher.spool("left", "left-over")
-    for monitor in team.monitors:
-        monitor.gets(1, "left-over")
-    assert watcher.arrivals("left-over") == {"watcher0": ["left"]}
-    assert watcher.get("/api/status")["publisher"]["running"] is True
 
 
 # -- configurations that cannot work -------------------------------------------
@@ -9536,81 +9471,72 @@ def redis_servers() -> Iterator[Any]:
         yield configure
 
 
-@pytest.fixture(scope="module")
-def redis_complaints(redis_servers: Any) -> Iterator[dict[str, tuple[RedisMachine, dict[str, str]]]]:
-    """Start a machine with each fault, all at once; give it and what its publisher and its monitor say."""
-    with redis_parts() as maker:
-
-        def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
-            machine = maker(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
-            machine.spool("kept")
-            machine.start()  # and that starts a publisher for what lies in the spool
-
-            def publishers_words() -> str:
-                about = machine.publisher()
-                return str(about.get("reason") or about.get("streamReason") or "")
-
-            words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
-            if name != "read-only replica":
-                words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
-                assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
-            return machine, words
-
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            yield dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+def redis_shown_and_stored(machine: RedisMachine) -> Iterator[str]:
+    """Yield all that a machine shows, stores (but for its configuration) and passes to processes."""
+    yield json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()])
+    yield in_process(machine, "status").stdout
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
+    paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
+    for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
+        with open(path, "rb") as file:
+            yield file.read().decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("name", REDIS_FAULTS)
-def test_every_fault_has_a_clear_sentence_and_its_event_is_kept(redis_complaints: Any, name: str) -> None:
-    machine, words = redis_complaints[name]
-    for part, sentence in words.items():
-        assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (part, sentence)
-        assert len(sentence) < 300 and "\n" not in sentence
-        assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (part, sentence)
-        assert [said.get(part) for _, said in redis_complaints.values()].count(sentence) == 1, sentence
-    if name == "read-only replica":  # its monitor has got it by the channel
-        assert machine.arrivals() == {"testbox": ["kept"]}
-    else:
-        assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+def test_every_fault_is_said_in_a_clear_sentence_and_keeps_its_event(make: Any, redis_servers: Any) -> None:
+    def complain(name: str) -> tuple[RedisMachine, dict[str, str]]:
+        machine = make(RedisMachine, config=redis_servers(*REDIS_FAULTS[name][:2])[1])
+        machine.spool("kept")
+        machine.serve()  # and that starts a publisher for what lies in the spool
+
+        def publishers_words() -> str:
+            about = machine.publisher()
+            return str(about.get("reason") or about.get("streamReason") or "")
+
+        words = {"publisher": eventually(publishers_words, 60, name + ": publisher")}
+        if name != "read-only replica":
+            words["monitor"] = eventually(lambda: machine.redis()["reason"], 60, name + ": monitor")
+            assert machine.redis()["state"] in ("waiting", "connecting", "given_up")
+        return machine, words
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        complaints = dict(zip(REDIS_FAULTS, pool.map(complain, REDIS_FAULTS)))
+    for name, (machine, words) in complaints.items():
+        for part, sentence in words.items():
+            assert re.search(REDIS_FAULTS[name][2], sentence, re.I), (name, part, sentence)
+            assert len(sentence) < 300 and "\n" not in sentence
+            assert not re.search(r"Traceback|Error\(|Errno|None|<class|_ssl\.c", sentence), (
+                name,
+                part,
+                sentence,
+            )
+            assert [said.get(part) for _, said in complaints.values()].count(sentence) == 1, sentence
+        if name == "read-only replica":  # its monitor has got it by the channel
+            assert machine.arrivals() == {"testbox": ["kept"]}
+        else:
+            assert [line["hook"]["tool_use_id"] for line in hook_spooled(machine.home)] == ["kept"]
+        for text in redis_shown_and_stored(machine) if "password" in machine.config["redis"] else ():
+            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text, name
 
 
-def test_no_password_is_shown_or_stored_anywhere(redis_complaints: Any) -> None:
-    machines = [it for it, _ in redis_complaints.values() if "password" in it.config["redis"]]
-    assert len(machines) == 4 and any(machine.publishers() for machine in machines)
-    for machine in machines:
-        seen = [
-            json.dumps([machine.get("/api/config"), machine.get("/api/status"), machine.sessions()]),
-            machine.command("status", check=False).stdout,
-        ]
-        paths = [os.path.join(folder, name) for folder, _, names in os.walk(machine.home) for name in names]
-        paths = [path for path in paths if not path.endswith(("/monitor.config.json", ".sock"))]
-        for path in (*paths, *(f"/proc/{pid}/cmdline" for pid in [machine.pid, *machine.publishers()])):
-            with open(path, "rb") as file:
-                seen.append(file.read().decode("utf-8", "replace"))
-        for text in seen:
-            assert REDIS_PASSWORD not in text and REDIS_WRONG_PASSWORD not in text
+def test_every_way_to_a_redis_works(make: Any, redis_servers: Any) -> None:
+    def go(name: str) -> None:
+        place, keys, database = REDIS_WAYS[name]
+        server, config = redis_servers(place, keys)
+        environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
+        machine = make(RedisMachine, config=config, more_environment=environment)
+        machine.spool("there", session=name)  # ways to one server hear each other
+        about = machine.serve().wait_until("connected")
+        machine.gets(1, name)
+        assert machine.arrivals(name) == {"testbox": ["there"]}
+        channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
+        shown = {field: about[field] for field in ("tls", "channel", "stream", "streamState")}
+        assert shown == {
+            "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
+            "streamState": "ok" if has_stream else "off",
+        }, name  # fmt: skip
+        assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream)), name
 
-
-@pytest.mark.parametrize("name", REDIS_WAYS)
-def test_every_way_to_a_redis_works(make: Any, redis_servers: Any, name: str) -> None:
-    place, keys, database = REDIS_WAYS[name]
-    server, config = redis_servers(place, keys)
-    environment = {"CONTEXTUATE_REDIS_PASSWORD": REDIS_PASSWORD} if "environment" in name else {}
-    machine = make(RedisMachine, config=config, more_environment=environment)
-    machine.start()
-    about = machine.wait_until("connected")
-    machine.say("there")
-    machine.gets(1)
-    assert machine.arrivals() == {"testbox": ["there"]}
-    channel, has_stream = keys.get("channel", REDIS_CHANNEL), "streamMaxLength" not in keys
-    expected = {
-        "tls": "tls" in place, "channel": channel, "stream": f"{channel}:stream" if has_stream else None,
-        "streamState": "ok" if has_stream else "off",
-    }  # fmt: skip
-    assert {name: about[name] for name in expected} == expected
-    assert server.cli("-n", database, "EXISTS", f"{channel}:stream") == str(int(has_stream))
-    shown = json.dumps([machine.get("/api/config"), machine.get("/api/status")])
-    assert REDIS_PASSWORD not in shown and REDIS_WRONG_PASSWORD not in shown
+    at_once(*(functools.partial(go, name) for name in REDIS_WAYS))
 
 
 # -- a Redis that is no Redis ---------------------------------------------------
@@ -9627,10 +9553,7 @@ class StubbornServer:
 
     def __init__(self, manner: str) -> None:
         self.manner, self.port = manner, redis_free_port()
-        self.listener = socket.socket()
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", self.port))
-        self.listener.listen(0 if manner == "deaf" else 16)
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=0 if manner == "deaf" else 16)
         self.listener.settimeout(0.05)
         self.connections: list[socket.socket] = []
         self.stopping = threading.Event()
@@ -9638,23 +9561,20 @@ class StubbornServer:
         self.thread.start()
 
     def _serve(self) -> None:
-        while not self.stopping.is_set():
-            if self.manner == "deaf":  # until nothing more fits, and again when one has timed out
-                if len(self.connections) < 40:
+        while not self.stopping.wait(0.05):
+            with contextlib.suppress(OSError):
+                if self.manner != "deaf":
+                    self.connections.append(self.listener.accept()[0])
+                    self.connections[-1].sendall(self.FIRST[self.manner])
+                elif len(self.connections) < 40:  # until nothing more fits, and again when one has timed out
                     self.connections.append(socket.socket())
                     self.connections[-1].setblocking(False)
-                    self.connections[-1].connect_ex(("127.0.0.1", self.port))
-                self.stopping.wait(0.05)
-                continue
-            with contextlib.suppress(OSError):
-                self.connections.append(self.listener.accept()[0])
-                self.connections[-1].sendall(self.FIRST[self.manner])
+                    self.connections[-1].connect(("127.0.0.1", self.port))
             for sock in self.connections if self.manner == "drip" else ():
                 with contextlib.suppress(OSError):
                     sock.send(b"x")
 
     def remove(self) -> None:
-        """Close everything; the port is free afterwards."""
         self.stopping.set()
         self.thread.join()
         for sock in (self.listener, *self.connections):
@@ -9664,27 +9584,28 @@ class StubbornServer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("manner", ["silent", "drip", "half", "deaf"])
-def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manner: str) -> None:
-    stubborn = make(StubbornServer, manner)
-    redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
-    machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner)
-    machine.start()
-    machine.say("first")
-    eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
-    eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
-    assert machine.publisher()["state"] in ("waiting", "connecting")
-    for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
-        assert re.search(r"answer|time|reach", sentence), sentence
-    machine.say("second")
-    os.kill(machine.pid, signal.SIGTERM)
-    eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
-    machine.start()
-    stubborn.remove()
-    make(RedisServer, password="p", port=stubborn.port)
-    os.kill(machine.pid, signal.SIGHUP)
-    machine.gets(2)
-    assert machine.arrivals() == {manner: ["first", "second"]}
+def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any) -> None:
+    def meet(manner: str) -> None:
+        stubborn = make(StubbornServer, manner)
+        redis = {"host": "127.0.0.1", "port": stubborn.port, "password": "p", "maxRetries": None}
+        machine = make(RedisMachine, config={"mode": "redis", "redis": redis}, machine_id=manner).serve()
+        machine.spool("first")
+        eventually(lambda: machine.redis()["attempt"] >= 1, 40, "the monitor notices")
+        eventually(lambda: machine.publisher().get("reason"), 40, "the publisher notices")
+        assert machine.publisher()["state"] in ("waiting", "connecting")
+        for sentence in (machine.redis()["reason"], machine.publisher()["reason"]):
+            assert re.search(r"answer|time|reach", sentence), sentence
+        machine.spool("second")
+        os.kill(machine.pid, signal.SIGTERM)
+        eventually(lambda: not alive(machine.pid), 15, "SIGTERM ends the monitor")
+        machine.serve()
+        stubborn.remove()
+        make(RedisServer, password="p", port=stubborn.port)
+        os.kill(machine.pid, signal.SIGHUP)
+        machine.gets(2)
+        assert machine.arrivals() == {manner: ["first", "second"]}
+
+    at_once(*(functools.partial(meet, manner) for manner in ("silent", "drip", "half", "deaf")))
 
 
 # -- giving up, and coming back -------------------------------------------------
@@ -9693,7 +9614,7 @@ def test_a_server_that_does_not_answer_blocks_and_loses_nothing(make: Any, manne
 def test_after_its_attempts_the_monitor_gives_up_until_it_is_asked(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(maxRetries=2))
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     client = machine.websocket("rows")
 
     def ask() -> None:
@@ -9739,20 +9660,20 @@ def test_a_monitor_starts_without_redis_and_connects_when_it_comes(make: Any) ->
 def test_what_was_not_published_is_taken_back_in_local_mode(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
-    machine.start().wait_until("connected")
+    machine.serve().wait_until("connected")
     kept = [f"kept-{number}" for number in range(20)]
 
     def restart(config: dict[str, Any]) -> None:
         machine.stop()
         machine.config = config
         machine.write_config({})
-        machine.start()
+        machine.serve()
 
     machine.say("published")
     machine.gets(1)
     server.stop()
     for marker in kept:
-        machine.say(marker)
+        machine.spool(marker)
     restart({"mode": "local"})
     machine.say("local")
     machine.gets(22)
@@ -9770,30 +9691,28 @@ def test_the_monitor_goes_on_from_its_position_in_the_stream(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings(streamMaxLength=100))
 
-    def publish(*markers: str) -> None:
-        for marker in markers[:-1]:
-            machine.spool(marker)
-        machine.say(markers[-1])
+    def publish(first: int, last: int) -> None:
+        for number in range(first, last):
+            machine.spool(str(number))
+        machine.say(str(last))
         machine.publishes_all()
 
-    publish(*map(str, range(6)))
-    machine.start()
-    eventually(lambda: machine.has("s1", 6) and machine.redis()["position"])
+    publish(1, 6)
+    machine.serve().gets(6)
+    eventually(lambda: machine.redis()["position"])
     machine.stop()
-    publish("6", "7")
-    machine.start()
-    machine.gets(8)
+    publish(7, 8)
+    machine.serve().gets(8)
     about = machine.wait_until("connected")
     assert (about["fromStream"], about["gaps"]) == (2, 0)
     assert machine.get("/api/status")["events"]["duplicates"] == 0
     machine.stop()
-    publish(*map(str, range(8, 609)))  # more than the stream keeps: a gap, which is reported
+    publish(9, 609)  # more than the stream keeps: a gap, which is reported
     kept = len(server.streamed())
     assert 100 <= kept < 601
-    machine.start()
-    machine.gets(8 + kept)
+    machine.serve().gets(8 + kept)
     assert machine.wait_until("connected")["gaps"] == 1
-    assert machine.arrivals()["testbox"][-1] == "608"
+    assert machine.arrivals()["testbox"][-1] == "609"
 
 
 def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None:
@@ -9810,80 +9729,36 @@ def test_a_deleted_session_does_not_come_back_from_the_stream(make: Any) -> None
     machine.stop()
     with contextlib.suppress(FileNotFoundError):
         os.unlink(machine.home + "/redis-position.json")  # then all of the stream is read again
-    machine.start()
+    machine.serve()
     eventually(lambda: machine.get("/api/status")["events"]["duplicates"] == 3)
     assert set(machine.sessions()) == {"s1"} and len(server.streamed()) == 3
 
 
-def test_debug_says_how_many_monitors_got_an_event(team: RedisTeam) -> None:
-    machine = team.emitters[0]
-    said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
-    assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
-
-
-def test_without_the_publishers_python_the_hooks_own_publishes_or_says_why(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    machine.say("first")
-    eventually(lambda: len(server.streamed()) == 1 and not ee.spool_segments(machine.home + "/spool"))
-    machine.end_publisher()
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="ascii") as file:
-        file.write("/nowhere/python\n")
-    machine.say("second")
-    missing = "redis-py is missing"  # for that Python
-    eventually(lambda: len(server.streamed()) == 2 or missing in (machine.publisher().get("reason") or ""))
-    machine.installed_command()  # with a Python that exists
-    machine.say("third")
-    eventually(lambda: len(server.streamed()) == 3)
-    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
-    assert markers == ["first", "second", "third"]
-
-
-@needs_root
-def test_a_full_disk_at_a_monitor_loses_nothing_that_redis_brings(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    events = machine.home + "/events"
-    os.mkdir(events, 0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", events], check=False).returncode:
-        pytest.skip("mounting is not permitted")
-    try:
-        machine.start().wait_until("connected")
-        for number in range(40):
-            machine.spool(str(number), tool_name="Write", tool_input={"content": "x" * 50_000})
-        machine.say("40")
-        status = eventually(lambda: (told := machine.get("/api/status"))["store"]["error"] and told)
-        assert status["store"]["ok"] is False and status["redis"]["state"] == "connected"
-        stored = machine.stored_events_allowing_a_torn_line  # it is being written
-        assert 0 < len(stored()) < 41
-        subprocess.run(["mount", "-o", "remount,size=64m", events], check=True)
-        eventually(lambda: len(stored()) == 41, 30, "the rest")
-        assert machine.arrivals() == {"testbox": [str(number) for number in range(41)]}
-        machine.kill()
-    finally:
-        if alive(machine.pid):
-            machine.kill()
-        machine.end_publisher()
-        unmount(events)
-
-
-def test_a_publisher_without_redis_py_goes_on_in_another_python(make: Any) -> None:
+def test_the_publisher_goes_on_in_the_python_that_has_redis_py(make: Any) -> None:
     server = make(RedisServer)
     machine = make(RedisMachine, config=server.settings())
     without = machine.home + "/python-without"
     with open(without, "w", encoding="utf-8") as file:
         file.write(f'#!/bin/sh\nexec "{cm.base_interpreter()}" -S "$@"\n')
     os.chmod(without, 0o700)
-    hook = machine.hook
-    with open(machine.home + "/hooks/publisher-python", "w", encoding="utf-8") as file:
-        file.write(without + "\n")
-    hook_call(hook, payload("PreToolUse", tool_use_id="first"), machine.environment)
-    eventually(lambda: "redis-py is missing" in str(machine.publisher().get("reason")))
-    pid = machine.publisher()["pid"]
-    assert not server.streamed()
-    assert cm.record_publisher_python(machine.home)
-    eventually(lambda: len(server.streamed()) == 1, 60, "by itself")
-    assert machine.publisher()["pid"] == pid, "the lock went with it"
+
+    def says_why() -> bool:
+        return "redis-py is missing" in str(machine.publisher().get("reason"))
+
+    for marker, python in (("first", without), ("second", "/nowhere/python")):
+        hook = machine.hook
+        ee.write_atomically(machine.home + "/hooks/publisher-python", python.encode() + b"\n")
+        hook_call(hook, payload("PreToolUse", tool_use_id=marker), machine.environment)
+        eventually(lambda marker=marker: says_why() or marker in str(server.streamed()))
+        if python == without:
+            assert not server.streamed()
+        pid = machine.publisher()["pid"]
+        assert cm.record_publisher_python(machine.home)
+        eventually(lambda marker=marker: marker in str(server.streamed()), 60, "by itself")
+        assert machine.publisher()["pid"] == pid, "the lock went with it"
+        machine.end_publisher()
+    markers = [json.loads(event)["data"]["toolUseId"] for event in server.streamed()]
+    assert markers == ["first", "second"]
 
 
 def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
@@ -9895,24 +9770,6 @@ def test_the_advice_without_redis_py_fits_the_python(tmp_path: Any) -> None:
     assert "apt install python3-redis" in ee.redis_py_advice(str(python))
     (tmp_path / "pyvenv.cfg").write_text("")
     assert f"{python} -m pip install" in ee.redis_py_advice(str(python))
-
-
-def test_what_waited_long_in_the_stream_is_no_measure_of_a_clock(make: Any) -> None:
-    server = make(RedisServer)
-    machine = make(RedisMachine, config=server.settings())
-    for session, hours in (("days", 60), ("hours", 2)):
-        at = cm.now_ms() - hours * 3_600_000
-        for number in range(2):
-            hook = payload("UserPromptSubmit", session, prompt="go")
-            wrapped = {"hook": hook, "id": f"{session}{number}", "timestamp": at, "machineId": session}
-            event = ee.encode_json(ee.build_event(wrapped, at, session)).decode()
-            server.cli("XADD", "contextuate:events:stream", f"{at}-{number + 1}", "event", event)
-    machine.start()
-    machine.gets(2, "hours")
-    machine.gets(2, "days")
-    eventually(
-        lambda: [machine.sessions()[name]["state"] for name in ("days", "hours")] == ["ended", "quiet"]
-    )
 
 
 # -- the publisher's exit -------------------------------------------------------
@@ -9974,49 +9831,33 @@ def test_no_event_is_left_behind_around_the_publishers_exit(make: Any) -> None:
     assert [(errors, code) for _, errors, code in outcomes] == [("", 0)] * workers
     started = sum(int(out) for out, _, _ in outcomes)
     total = workers * rounds
-    assert total >= 2000 and total * 0.2 < started < total * 0.8, (
-        started
-    )  # it was met before and after its exit
+    assert total >= 2000 and total * 0.2 < started < total * 0.8, "met before and after its exit"
     found = [json.loads(line)["id"] for line in server.streamed()]
     assert sorted(found) == sorted(f"racer{n}-{number}" for n in range(workers) for number in range(rounds))
 
 
 class RedisSentinels:
-    """Three sentinels that watch one primary and its replicas, and fail over within seconds."""
+    """A primary with two replicas, and three sentinels that watch them and fail over within seconds."""
 
-    def __init__(self, primary: RedisServer) -> None:
-        self.servers = []
-        for _ in range(3):
-            port, directory = redis_free_port(), new_home()
-            with open(directory + "/sentinel.conf", "w", encoding="ascii") as file:
-                file.write(
-                    f"port {port}\nbind 127.0.0.1\ndir {directory}\nlogfile {directory}/log\n"
-                    f"sentinel monitor team 127.0.0.1 {primary.port} 2\n"
-                    "sentinel down-after-milliseconds team 700\nsentinel failover-timeout team 4000\n"
-                )
-            command = ["redis-server", directory + "/sentinel.conf", "--sentinel"]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            self.servers.append((port, directory, process))
+    def __init__(self, make: Any) -> None:
+        self.primary = make(RedisServer)
+        self.replicas = [make(RedisServer, f"replicaof 127.0.0.1 {self.primary.port}") for _ in range(2)]
+        eventually(lambda: "connected_slaves:2" in self.primary.cli("INFO", "replication"), 30)
+        watch = (
+            f"sentinel monitor team 127.0.0.1 {self.primary.port} 2",
+            "sentinel down-after-milliseconds team 700", "sentinel failover-timeout team 4000",
+        )  # fmt: skip
+        self.sentinels = [make(RedisServer, *watch, mode="--sentinel") for _ in range(3)]
+        master = ("SENTINEL", "MASTER", "team")
         eventually(
-            lambda: all("num-other-sentinels\n2" in self.ask(at) for at in range(3)), 30, "the sentinels"
+            lambda: all("num-other-sentinels\n2" in it.cli(*master) for it in self.sentinels),
+            30,
+            "all of them",
         )
 
-    def ask(self, at: int) -> str:
-        """Return what a sentinel says about the primary."""
-        command = ["redis-cli", "-p", str(self.servers[at][0]), "SENTINEL", "MASTER", "team"]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=20).stdout
-
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that asks them."""
-        nodes = [f"127.0.0.1:{port}" for port, _, _ in self.servers]
-        return {"mode": "redis", "redis": {"sentinels": nodes, "master": "team", "port": 1}}
-
-    def remove(self) -> None:
-        """End them and remove their directories."""
-        for _, directory, process in self.servers:
-            process.kill()
-            process.wait()
-            shutil.rmtree(directory)
+        nodes = [f"127.0.0.1:{it.port}" for it in self.sentinels]
+        return {"sentinels": nodes, "master": "team", "port": 1}
 
 
 class RedisCluster:
@@ -10025,73 +9866,216 @@ class RedisCluster:
     def __init__(self, make: Any) -> None:
         lines = ("cluster-enabled yes", "cluster-node-timeout 1000", "cluster-replica-validity-factor 0")
         self.servers = [make(RedisServer, *lines) for _ in range(4)]
-        addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
-        self.cli("--cluster", "create", *addresses[:3], "--cluster-yes")
+        *first, added = [f"127.0.0.1:{server.port}" for server in self.servers]
+        self.manage("create", *first, "--cluster-yes")
         eventually(lambda: "cluster_state:ok" in self.servers[0].cli("CLUSTER", "INFO"), 30, "the cluster")
         slot = int(self.servers[0].cli("CLUSTER", "KEYSLOT", REDIS_STREAM))
-        self.primary = self.servers[slot * 3 // 16384]
-        self.replica = self.servers[3]
+        self.primary, self.replicas = self.servers[slot * 3 // 16384], self.servers[3:]
         primary_id = self.primary.cli("CLUSTER", "MYID")
-        self.cli(
-            "--cluster",
-            "add-node",
-            addresses[3],
-            addresses[0],
-            "--cluster-slave",
-            "--cluster-master-id",
-            primary_id,
-        )
-        eventually(
-            lambda: "master_link_status:up" in self.replica.cli("INFO", "replication"), 30, "the replica"
-        )
-        eventually(
-            lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30, "the news of it"
-        )
+        self.manage("add-node", added, first[0], "--cluster-slave", "--cluster-master-id", primary_id)
+        is_up = "master_link_status:up"
+        eventually(lambda: is_up in self.replicas[0].cli("INFO", "replication"), 30, "the replica")
+        eventually(lambda: all("slave" in it.cli("CLUSTER", "NODES") for it in self.servers), 30)
 
     @staticmethod
-    def cli(*arguments: str) -> None:
-        """Run redis-cli without a server of its own."""
-        subprocess.run(["redis-cli", *arguments], check=True, capture_output=True, timeout=60)
+    def manage(*arguments: str) -> None:
+        subprocess.run(["redis-cli", "--cluster", *arguments], check=True, capture_output=True, timeout=60)
 
     def settings(self) -> dict[str, Any]:
-        """Return the configuration of a machine that uses it."""
-        return {"mode": "redis", "redis": {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}}
+        return {"cluster": [f"127.0.0.1:{it.port}" for it in self.servers[:3]]}
 
 
-@pytest.mark.parametrize("kind", ["sentinels", "cluster"])
+@pytest.mark.parametrize("kind", [RedisSentinels, RedisCluster])
 def test_a_failover_loses_and_doubles_no_event(make, kind):
-    if kind == "sentinels":
-        primary = make(RedisServer)
-        replicas = [make(RedisServer, f"replicaof 127.0.0.1 {primary.port}") for _ in range(2)]
-        eventually(lambda: "connected_slaves:2" in primary.cli("INFO", "replication"), 30, "the replicas")
-        config = make(RedisSentinels, primary).settings()
-    else:
-        cluster = RedisCluster(make)
-        primary, replicas, config = cluster.primary, [cluster.replica], cluster.settings()
-    config["redis"]["maxRetries"] = None
-    emitter, other = (make(RedisMachine, config=config, machine_id=name) for name in ("m1", "m2"))
+    servers = kind(make)
+    config = {"mode": "redis", "redis": {**servers.settings(), "maxRetries": None}}
+    emitter, other = (make(RedisMachine, config=config, machine_id=name).serve() for name in ("m1", "m2"))
     for machine in (emitter, other):
-        machine.serve()
         machine.wait_until("connected")
     wanted = [f"t{number}" for number in range(120)]
     for number, marker in enumerate(wanted):
         if number == 40:
-            primary.stop(signal.SIGKILL)
+            servers.primary.stop(signal.SIGKILL)
         emitter.say(marker)
-    eventually(
-        lambda: any("role:master" in it.cli("INFO", "replication") for it in replicas), 30, "a primary"
-    )
-    eventually(lambda: not emitter.spooled(), 60, "an empty spool")
+    eventually(lambda: any("role:master" in it.cli("INFO", "replication") for it in servers.replicas), 30)
+    emitter.publishes_all()
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted)), 60, machine.machine_id)
+        machine.gets(len(wanted))
         (stored,) = machine.arrivals().values()
         assert (len(stored), set(stored)) == (len(wanted), set(wanted))
-    primary.start()  # it comes back as a replica, which takes no events
+    servers.primary.start()  # it comes back as a replica, which takes no events
     emitter.say("after")
     for machine in (emitter, other):
-        eventually(lambda machine=machine: machine.has("s1", len(wanted) + 1), 60, machine.machine_id)
+        machine.gets(len(wanted) + 1)
     # a sentinel that makes the old primary a replica cuts its connections once more
-    eventually(lambda: emitter.command("doctor", check=False).returncode == 0, 60, "doctor")
+    eventually(lambda: in_process(emitter, "doctor").returncode == 0, 60, "doctor")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.77"], ids=["refused", "black hole"])
+def test_debug_holds_a_hook_up_for_a_second_at_most(make, host):
+    machine = make(RedisMachine, config={"mode": "redis", "redis": {"host": host, "port": 1}})
+    hook, taken_s = machine.hook, []
+    for _ in range(5):
+        begin = time.monotonic()
+        notes = hook_call(hook, payload("Stop"), machine.environment, CONTEXTUATE_DEBUG="1")
+        taken_s.append(time.monotonic() - begin)
+        assert "no outcome after 600 ms: " in notes, notes
+    assert min(taken_s) < 1.0
+
+
+REDIS_GUIDE = """# ~/.contextuate/monitor.config.json
+{
+  "mode": "redis",   // "local" or "redis"
+  "server": {"host": "127.0.0.1", "port": 0, "wsPort": 0},
+  "redis": {
+    "host": "localhost",  // shared Redis server
+    "port": %d,
+    "password": %s,  /* null without one */
+    "channel": "contextuate:events",
+  },
+  "persistence": {"enabled": true, "type": "file"},
+  "socketPath": "%s",
+}
+"""
+
+
+def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
+    server = make(RedisServer, password="a-long-password")
+    one, two = make(RedisMachine, machine_id="one"), make(RedisMachine, machine_id="two")
+
+    def configure(machine: RedisMachine, password: str) -> None:
+        text = REDIS_GUIDE % (server.port, json.dumps(password), machine.socket_path)
+        ee.write_atomically(machine.home + "/monitor.config.json", text.encode("ascii"))
+
+    def debugged(machine: RedisMachine, **fields: Any) -> tuple[str, float]:
+        environment, began = {**machine.environment, "CONTEXTUATE_DEBUG": "1"}, time.monotonic()
+        done = hook_call(machine.hook, payload("UserPromptSubmit", **fields), environment)
+        return done, time.monotonic() - began
+
+    for machine in (one, two):
+        configure(machine, "a-long-password")
+    assert server.cli("PING") == "PONG"
+    # `start` returns; what is published by hand right then is shown by this monitor and a subscriber.
+    one.start()
+    command = ["redis-cli", "-p", str(server.port), "SUBSCRIBE", REDIS_CHANNEL]
+    login = {**os.environ, "REDISCLI_AUTH": server.password}
+    subscriber = subprocess.Popen(command, env=login, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.cli("PUBLISH", REDIS_CHANNEL, '{"test":"message"}') >= "1"
+        eventually(lambda: "unknown" in one.sessions(), what="the message that was published by hand")
+        assert one.stored_events()[0]["data"] == {"test": "message"}
+        eventually(lambda: server.cli("PUBSUB", "NUMSUB", REDIS_CHANNEL).split()[1] == "2")
+        # Debug lines: the configuration, the mode, the connection, who got it.
+        words, _ = debugged(one, session="first", prompt="hello")
+        for part in (
+            r"config \S+/monitor\.config\.json",
+            "mode redis",
+            f"localhost:{server.port}",
+            "2 subscribers",
+        ):
+            assert re.search(part, words), (part, words)
+        plain = next(line for line in subscriber.stdout or () if "hello" in line)
+        assert json.loads(plain)["data"]["message"] == "hello", "redis-cli shows the event itself"
+    finally:
+        subscriber.kill()
+        subscriber.wait()
+    # A second monitor gets what was said before it and what is said now; so does the first.
+    two.start()
+    debugged(two, session="second", prompt="hello")
+    for machine in (one, two):
+        eventually(lambda machine=machine: {"first", "second"} <= set(machine.sessions()))
+        assert {machine.sessions()[it]["machineId"] for it in ("first", "second")} == {"one", "two"}
+    # A wrong password: nobody waits, everyone says so, nothing is lost.
+    configure(two, "wrong")
+    two.end_publisher()
+    two.command("restart")
+    two.know()
+    words, took_s = debugged(two, session="third", prompt="hello")
+    assert "password" in words and "wrong" not in words.replace("wrong password", "") and took_s < 8, (
+        words,
+        took_s,
+    )
+    assert "password" in two.wait_until("waiting")["reason"]
+    assert "password" in two.command("doctor", check=False).stdout
+    configure(two, "a-long-password")
+    two.command("restart")
+    two.know()
+    for machine in (one, two):
+        eventually(lambda machine=machine: "third" in machine.sessions(), 60)
+
+
+# ---------------------------------------------------------------------------
+# Containers: an agent in a container reports to the monitor of its host
+# ---------------------------------------------------------------------------
+
+
+@needs_containers
+def test_a_container_with_the_mounted_directory_has_name_tokens_and_end(running):
+    session = str(uuid.uuid4())
+    os.makedirs(running.claude_home + "/projects/p")
+    transcript = f"{running.claude_home}/projects/p/{session}.jsonl"
+    shutil.copy(usage_transcript("simple"), transcript)
+    said = payload("UserPromptSubmit", session, prompt="x", transcript_path=transcript)
+    ask = payload("PermissionRequest", session, tool_name="Bash", tool_input={"command": "x"})
+    with in_container(running, *client_script(said, {**said, "hook_event_name": "Stop"}, said, ask)):
+        eventually(lambda: running.sessions().get(session, {}).get("state") == "waiting")
+        found = running.sessions()[session]
+        assert found["machineId"] == "3f2a9c1b77de"
+        base, _, namespace = found["machineKey"].partition("/")
+        assert base == cm.machine_host(ee.machine_key(running.home)) and namespace
+        eventually(lambda: running.sessions()[session]["tokenUsage"])
+        time.sleep(3.5)  # the monitor has looked at its process
+        assert running.sessions()[session]["state"] == "waiting"
+    ended = eventually(lambda: (it := running.sessions()[session])["state"] == "ended" and it, 30)
+    assert ended["reason"]["detail"] == "its process exited"
+
+
+@needs_containers
+@pytest.mark.skipif(not BWRAP, reason="bubblewrap is missing")
+def test_a_directory_mounted_at_another_path_delivers_through_the_spool(running):
+    inner = ["env", "CONTEXTUATE_HOME=/mnt", *client_script(payload("Stop", "far"), then=":")]
+    argv = contained(running.home, *inner)
+    argv[argv.index("--bind") : argv.index("--bind")] = ["--tmpfs", "/tmp"]
+    argv[argv.index("--bind") + 2] = "/mnt"
+    subprocess.run(argv, env=running.environment, timeout=30, check=True)
+    assert eventually(lambda: running.sessions().get("far"))["machineId"] == "testbox"
+    (event,) = running.stored_events()
+    assert event["spooled"] and event["machineKey"].startswith(
+        cm.machine_host(ee.machine_key(running.home)) + "/"
+    )
+
+
+@needs_containers
+def test_a_container_reports_through_redis_from_a_directory_of_its_own(make):
+    server = make(RedisServer)
+    host = make(RedisMachine, config=server.settings())
+    host.start()
+    host.wait_until("connected")
+    guest = make(RedisMachine, config=server.settings(), machine_id="guest")
+    hook = f"printf %s {shlex.quote(json.dumps(payload('Stop', 'far')))} | CLAUDE_PID=$$ {guest.hook}"
+    with in_container(guest, "sh", "-c", f"{hook}; sleep 60"):
+        host.gets(1, "far")
+    (event,) = [it for it in host.stored_events() if it["sessionId"] == "far"]
+    base = cm.machine_host(ee.machine_key(guest.home))
+    assert event["machineId"] == "3f2a9c1b77de" and event["machineKey"].startswith(base + "/")
+    assert not ee.machine_key(host.home).startswith(base) and host.sessions()["far"]["state"] == "idle"
+
+
+@needs_containers
+def test_a_container_reports_by_http_hooks_with_the_token_only(running):
+    token = cm.read_token(running.home + "/token")
+    code = (
+        "import sys, urllib.request as u; url, body, token = sys.argv[1:]; "
+        "headers = {'Content-Type': 'application/json', 'Authorization': 'Bearer ' + token}; "
+        "print(u.urlopen(u.Request(url, body.encode(), headers)).status)"
+    )
+    given = json.dumps(payload("UserPromptSubmit", "web", prompt="x"))
+    post = (PYTHON, "-c", code, running.url + "api/hooks", given, token)
+    assert said_in_container(running, *post) == "200\n"
+    session = running.sessions()["web"]
+    # What they lack: the name of the machine, and the process.
+    assert (session["machineId"], session["pid"], session["state"]) == ("testbox", None, "working")
+    assert session["machineKey"] == ee.machine_key(running.home)
 
 
 # ---------------------------------------------------------------------------
@@ -10102,23 +10086,21 @@ def test_a_failover_loses_and_doubles_no_event(make, kind):
 # ---------------------------------------------------------------------------
 
 
-def safe_become_stranger() -> None:
-    """Make this process one of another user."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-
-
 @contextlib.contextmanager
 def safe_stranger() -> Iterator[Any]:
     """Give a function that calls another one in a process of another user."""
+
+    def become_stranger() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
     context = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(1, context, safe_become_stranger) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, become_stranger) as pool:
         yield lambda work, *arguments: pool.submit(work, *arguments).result(60)
 
 
 def safe_send(path: str, line: bytes) -> bytes:
-    """Send a line to a Unix socket; return the answer."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(20)
         sock.connect(path)
@@ -10128,31 +10110,20 @@ def safe_send(path: str, line: bytes) -> bytes:
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/net/tcp")
-def test_another_user_of_the_machine_gets_nothing_without_the_token(running: RunningMonitor) -> None:
+def test_another_user_of_the_machine_gets_nothing_without_the_token(running):
     line = json.dumps(payload("Stop", "stranger")).encode() + b"\n"
     running.emit(payload("UserPromptSubmit", prompt="precious"))
     run_hook(running.installed_command(), json.dumps(payload("Stop")).encode(), running.environment)
     page, live = f"127.0.0.1:{running.port}", f"127.0.0.1:{running.ws_port}"
     origin = f"Origin: http://{page}"
     bearer = "Authorization: Bearer " + install_text(running.home + "/token").strip()
-    refused = (
-        (running.port, protocol_get(page, path="/")),
-        (running.port, protocol_get(page, path="/api/events")),
-        (
-            running.port,
-            protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}",
-        ),
-        (running.ws_port, protocol_upgrade(live)),
-        (running.ws_port, protocol_upgrade(live, origin)),
-    )
+    posted = protocol_get(page, origin, "Content-Length: 2", path="/api/hooks", method="POST") + b"{}"
+    asked = (protocol_get(page, path="/"), protocol_get(page, path="/api/events"), posted)
+    refused = [(running.port, request) for request in asked]
+    refused += [(running.ws_port, protocol_upgrade(live, *more)) for more in ((), (origin,))]
     files = [os.path.join(folder, name) for folder, _, names in os.walk(running.home) for name in names]
-    own = (
-        "/claude",
-        "__pycache__",
-        "monitor.config.json",
-        ".sock",
-    )  # the user's own, our program, the socket
-    files = [path for path in files if not any(name in path for name in own)]
+    own = "/claude|__pycache__|monitor.config.json|[.]sock"  # the user's own, our program, the socket
+    files = [path for path in files if not re.search(own, path)]
     # The directory keeps others out; so does every file in it, should it stand open.
     for mode in (0o700, 0o777):
         for folder, _, _ in os.walk(running.home):
@@ -10161,9 +10132,8 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
             for port, request in refused:
                 status, _, body = ask(protocol_exchange, port, request)
                 assert status == 401 and not re.search(b"precious|testbox", body), (mode, request)
-            status, _, body = ask(
-                protocol_exchange, running.port, protocol_get(page, bearer, path="/api/events")
-            )
+            events = protocol_get(page, bearer, path="/api/events")
+            status, _, body = ask(protocol_exchange, running.port, events)
             assert status == 200 and b"precious" in body
             assert ask(protocol_exchange, running.ws_port, protocol_upgrade(live, bearer))[0] == 101
             assert [path for path in files if ask(os.access, path, os.R_OK)] == []
@@ -10176,86 +10146,46 @@ def test_another_user_of_the_machine_gets_nothing_without_the_token(running: Run
 
 
 @pytest.mark.parametrize("candidate", ["t" * 32, "t" * 31 + "u", "u" * 32, "", "é"])
-def test_tokens_are_compared_in_constant_time(monkeypatch: Any, candidate: str) -> None:
+def test_tokens_are_compared_in_constant_time(monkeypatch, candidate):
     compared = []
     real = cm.hmac.compare_digest
     monkeypatch.setattr(cm.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
     access = cm.Access("token", "t" * 32, ["here"], [])
-    for header in (
-        ("authorization", f"Bearer {candidate}"),
-        ("cookie", f"a=b; contextuate_token_0={candidate}"),
-    ):
-        request = cm.Request("GET", "/", (("host", "here"), header))
+    for name, prefix in (("authorization", "Bearer "), ("cookie", "a=b; contextuate_token_0=")):
+        request = cm.Request("GET", "/", (("host", "here"), (name, prefix + candidate)))
         with contextlib.nullcontext() if candidate == "t" * 32 else pytest.raises(cm.RequestError):
             access.check(request, 0, lambda: True)
         assert compared.pop() == (candidate.encode(), b"t" * 32) and not compared
 
 
-def test_a_body_that_drips_in_is_cut_off(monkeypatch: Any) -> None:
+def test_a_body_that_drips_in_is_cut_off(monkeypatch):
     monkeypatch.setattr(cm, "BODY_DEADLINE_S", 0.3)
     with protocol_inside() as inside:
-        head = protocol_get(
-            f"127.0.0.1:{inside.port}", f"Origin: http://127.0.0.1:{inside.port}", "Content-Length: 9000000",
-            path="/api/hooks", method="POST",
-        )  # fmt: skip
+        host = f"127.0.0.1:{inside.port}"
+        headers = (f"Origin: http://{host}", "Content-Length: 9000000")
+        head = protocol_get(host, *headers, path="/api/hooks", method="POST")
         assert b" 200 " not in protocol_drip(inside.port, head)
         assert inside.loop.call(lambda: inside.ingest.counts["stored"]) == 0
 
 
-SAFE_REQUESTS = (
-    ("OPTIONS", "Access-Control-Request-Method: POST", "Access-Control-Request-Headers: authorization"),
-    ("OPTIONS", "Access-Control-Request-Private-Network: true"),
-    *(("POST", f"Content-Type: {kind}") for kind in ("text/plain", "application/x-www-form-urlencoded")),
-    *((method,) for method in ("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "HEAD")),
-)
-
-
-@pytest.mark.parametrize(("method", "more"), [(method, more) for method, *more in SAFE_REQUESTS])
-def test_other_methods_and_other_sites_change_nothing(
-    spoken: RunningMonitor, method: str, more: list[str]
-) -> None:
+@pytest.mark.parametrize("method", "GET HEAD POST PUT DELETE PATCH OPTIONS TRACE CONNECT".split())
+def test_no_method_gives_another_site_anything(spoken, method):
     host, body = f"127.0.0.1:{spoken.port}", json.dumps(payload("Stop", "csrf"))
+    preflight = ("Access-Control-Request-Method: POST", "Access-Control-Request-Private-Network: true")
+    more = (f"Content-Length: {len(body)}", "Content-Type: text/plain", *preflight)
     seq = spoken.get("/api/status")["seq"]
-
-    def request(path: str, origin: str) -> int:
-        length = f"Content-Length: {len(body)}"
-        head = protocol_get(host, f"Origin: {origin}", length, *more, path=path, method=method)
+    own = [f"http://{host}"] if method != "POST" else []
+    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}", *own):
+        head = protocol_get(host, f"Origin: {origin}", *more, path="/api/hooks", method=method)
         status, headers, answer = protocol_exchange(spoken.port, head + body.encode(), method)
-        assert b"Origin" not in answer  # TRACE would give it back
+        assert status == (405 if origin in own else 403) and b"Origin" not in answer  # TRACE would return it
         assert not [name for name, _ in headers if name.startswith("access-control")]
-        return status
-
-    for origin in ("https://evil.example", "null", f"http://evil.example:{spoken.port}"):
-        assert request("/api/hooks", origin) == 403
-    if method != "POST":
-        for path in ("/", "/api/hooks", "/api/sessions/x"):
-            assert request(path, f"http://{host}") in ((404, 405) if method != "HEAD" else (200, 404, 405))
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"{method} / HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n", method)[0] == 405
-    for target in ("http://127.0.0.1/", "http://evil.example/", "*", "evil", "?x", "ws://a/"):
-        head = protocol_head(("Host", f"127.0.0.1:{spoken.ws_port}"), line=f"GET {target} HTTP/1.1")
-        assert protocol_exchange(spoken.ws_port, head + b"\r\n\r\n")[0] == 400
     assert spoken.get("/api/status")["seq"] == seq
 
 
-def test_behind_a_proxy_everyone_needs_the_token(monitor: RunningMonitor) -> None:
-    monitor.write_config({"server": {"auth": "token", "allowedHosts": ["monitor.example"]}})
-    monitor.serve()
-    token = install_text(monitor.home + "/token").strip()
-    page, live = "monitor.example", f"monitor.example:{monitor.ws_port}"
-    ours, evil = "Origin: https://monitor.example", "Origin: https://evil.example"
-
-    def upgraded(*headers: str) -> int:
-        return protocol_exchange(monitor.ws_port, protocol_upgrade(live, *headers))[0]
-
-    assert protocol_exchange(monitor.port, protocol_get(page, ours))[0] == upgraded(ours) == 401
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, path=f"/?token={token}"))
-    cookie = "Cookie: " + dict(headers)["set-cookie"].partition(";")[0]
-    assert status == 303
-    status, headers, _ = protocol_exchange(monitor.port, protocol_get(page, cookie, path="/"))
-    assert status == 200
-    assert f"wss://monitor.example:{monitor.ws_port}" in dict(headers)["content-security-policy"]
-    assert (upgraded(ours, cookie), upgraded(evil, cookie)) == (101, 403)
+def test_the_pages_policy_allows_the_websocket_of_a_proxy(spoken):
+    _, headers, _ = protocol_exchange(spoken.port, protocol_get("monitor.example", path="/"))
+    assert f"wss://monitor.example:{spoken.ws_port}" in dict(headers)["content-security-policy"]
 
 
 # -- files and sockets ----------------------------------------------------------
@@ -10274,7 +10204,7 @@ def safe_open_modes(home: str, until: threading.Event) -> set[str]:
     return seen
 
 
-def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningMonitor) -> None:
+def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor):
     done, config = threading.Event(), monitor.home + "/monitor.config.json"
     command = monitor.installed_command()
     hook = payload("PreToolUse", tool_use_id="t", tool_input={})
@@ -10284,11 +10214,11 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningM
         mask = os.umask(0)
         try:
             hook_call(command, hook, monitor.environment)  # into the spool
-            monitor.start()
+            assert in_process(monitor, "start", "--no-open").returncode == 0
             hook_call(command, hook, monitor.environment)
-            monitor.command("test-event")
+            assert in_process(monitor, "test-event").returncode == 0
             assert safe_send(monitor.socket_path, b"garbage\n")  # into quarantine.log
-            monitor.stop()
+            assert in_process(monitor, "stop").returncode == 0
             monitor.write_config({"mode": "redis", "redis": {"port": 1}})
             os.chmod(config, 0o600)
             hook_call(command, hook, monitor.environment)  # with a publisher
@@ -10297,14 +10227,14 @@ def test_no_file_of_ours_is_ever_open_to_others_with_any_umask(monitor: RunningM
             os.umask(mask)
             done.set()
         os.kill(json.loads(install_text(monitor.home + "/publisher.json"))["pid"], signal.SIGKILL)
-        seen = watch.result(30)
     # the configuration is the user's own file; bytecode holds nothing but our program
-    assert [path for path in seen if "__pycache__" not in path and not config.endswith(path)] == []
+    seen = [path for path in watch.result() if "__pycache__" not in path and not config.endswith(path)]
+    assert seen == []
 
 
 SAFE_FILES = (
     "monitor.log", "emit.log", "monitor.pid", "monitor.run.json", "hook.cache", "publisher.lock", "publisher.json",
-    "usage.db", "index.db", "redis-position.json", "last-seq", "token", "quarantine.log", "spool/dropped.log",
+    "machine-key", "usage.db", "index.db", "redis-position.json", "last-seq", "token", "quarantine.log", "spool/dropped.log",
     "hooks/publisher-python",
 )  # fmt: skip
 
@@ -10319,20 +10249,25 @@ def precious(tmp_path: Any) -> Iterator[str]:
     assert stat.S_IMODE((tmp_path / "precious").stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("name", [*SAFE_FILES, "spool", "events"])
-def test_no_link_in_place_of_our_file_is_written_through(monitor, name, precious):
-    command = monitor.installed_command()
-    place = f"{monitor.home}/{name}"
-    os.makedirs(os.path.dirname(place), mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(place)
-    os.symlink(precious, place)
+# What ends a start by itself is tried alone.
+SAFE_LINKED = (
+    [name for name in SAFE_FILES if name not in ("monitor.pid", "token")],
+    *("monitor.pid", "token", "spool", "events"),
+)
+
+
+@pytest.mark.parametrize("names", SAFE_LINKED, ids=lambda names: names if isinstance(names, str) else "files")
+def test_no_link_in_place_of_our_file_is_written_through(hook_alone, monitor, names, precious):
+    for name in [names] if isinstance(names, str) else names:
+        os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), mode=0o700, exist_ok=True)
+        os.symlink(precious, f"{monitor.home}/{name}")
     monitor.write_config({"limits": {"fieldBytes": 2048}})
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    monitor.command("start", "--no-open", check=False)
-    hook_call(command, payload("Stop", "link"), monitor.environment)
-    hook_call(command, b"not json", monitor.environment)
-    monitor.command("stop", check=False)
+    hook_alone(payload("Stop", "link"))
+    started = monitor.command("start", "--no-open", check=False)
+    assert started.returncode == isinstance(names, str) or names == "spool"
+    hook_alone(payload("Stop", "link"))
+    hook_alone(b"not json")
+    assert in_process(monitor, "stop").returncode == 0
 
 
 SAFE_SQUATS = {
@@ -10350,37 +10285,37 @@ SAFE_SQUATS = {
 @needs_root
 @pytest.mark.parametrize("kind", SAFE_SQUATS)
 @pytest.mark.parametrize("squatted", ["m.sock", "m.sock.lock", "events"])
-def test_something_else_in_place_of_socket_or_events_is_left_alone(monitor, squatted, kind, precious):
+def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, kind, precious):
     if (squatted, kind) in (("m.sock.lock", "a file"), ("events", "a directory")):
         return  # that is what we make ourselves
     place = f"{monitor.home}/{squatted}"
     SAFE_SQUATS[kind](place, precious)
     before = os.lstat(place)
-    refused = monitor.command("start", "--no-open", check=False)
+    refused = in_process(monitor, "start", "--no-open")
     assert refused.returncode == 1 and len(refused.stderr.strip().splitlines()) == 1
     assert (place if squatted == "events" else monitor.socket_path) in refused.stderr
-    hook_call(monitor.installed_command(), payload("Stop"), monitor.environment)
-    assert len(hook_spooled(monitor.home)) == 1
+    hook_alone()
+    assert len(hook_alone.spooled()) == 1
     assert (os.lstat(place).st_ino, os.lstat(place).st_size) == (before.st_ino, before.st_size)
 
 
+# What stands in place of our files or of the spool; its owner and the command, as `status` names them.
+SAFE_FOREIGN = {
+    "a directory": ("", ""),
+    "a link to itself": ("", ""),
+    "a fifo": ("root", "rm -r"),
+    "another user's file": ("nobody", "chown root"),
+    "another user's directory": ("nobody", "chown root"),
+}
+
+
 @needs_root
-@pytest.mark.parametrize(
-    ("kind", "owner", "command"),
-    [
-        ("a directory", "", ""),
-        ("a link to itself", "", ""),
-        ("a fifo", "root", "rm -r"),
-        ("another user's file", "nobody", "chown root"),
-        ("another user's directory", "nobody", "chown root"),
-    ],
-)
+@pytest.mark.parametrize("kind", SAFE_FOREIGN)
 @pytest.mark.parametrize("where", ["files", "spool"])
-def test_what_is_not_ours_in_our_directory_is_stepped_around(
-    hook_alone, monitor, monkeypatch, precious, where, kind, owner, command
-):
+def test_what_is_not_ours_is_stepped_around(hook_alone, monitor, monkeypatch, precious, where, kind):
+    owner, command = SAFE_FOREIGN[kind]
     segment = f"spool/{ee.now_ms():013d}-a.jsonl"
-    files = (segment, "hook.cache", "last-seq", "publisher.lock", "emit.log")
+    files = (segment, *"hook.cache last-seq publisher.lock emit.log clock.json deleted-ids".split())
     names = files if where == "files" else ("spool",)
     for name in names:
         os.makedirs(os.path.dirname(f"{monitor.home}/{name}"), 0o700, exist_ok=True)
@@ -10404,34 +10339,19 @@ def test_what_is_not_ours_in_our_directory_is_stepped_around(
     machine.end_publisher()
 
 
-# -- WebSocket conformance ------------------------------------------------------
-
-
-class SafeEcho(cm.WebSocketServer):
-    """The monitor's own WebSocket side, which gives back what it gets."""
-
-    def __init__(self, loop: cm.EventLoop, listener: socket.socket) -> None:
-        super().__init__(
-            loop, listener, lambda request, sock: None, lambda client: None, self._echo,
-            connection_limit=64, queue_limit_bytes=1 << 20,
-        )  # fmt: skip
-
-    def _echo(self, client: cm.Client, text: str) -> None:
-        self.reply(client, cm.encode_frame(cm.Opcode.TEXT, text.encode()))
-
-    def _take_binary(self, client: cm.Client, data: bytes) -> None:
-        self.reply(client, cm.encode_frame(cm.Opcode.BINARY, data))
-
-
 def safe_serve_echo(listener: socket.socket) -> None:
-    """Run the echo server."""
-    loop = cm.EventLoop()
-    SafeEcho(loop, listener)
-    loop.run()
+    """Run the monitor's own WebSocket side, which gives back what it gets."""
+
+    def echo(opcode: cm.Opcode, client: cm.Client, data: Any) -> None:
+        server.reply(client, cm.encode_frame(opcode, data if isinstance(data, bytes) else data.encode()))
+
+    callbacks = (lambda request, sock: None, lambda client: None, functools.partial(echo, cm.Opcode.TEXT))
+    server = cm.WebSocketServer(cm.EventLoop(), listener, *callbacks, 64, 1 << 20)
+    server._take_binary = functools.partial(echo, cm.Opcode.BINARY)  # type: ignore[method-assign]
+    server.loop.run()
 
 
 def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
-    """Let the fuzzing client run cases against a server; return their results by number."""
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
         fuzzing = kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)
@@ -10442,7 +10362,7 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
 
 
 def safe_given_up_early(result: Any) -> bool:
-    """Tell whether the client closed before the time was over that it says it gave the case.
+    """True if the client closed before the time was over that it says it gave the case.
 
     It (kosoku 0.1.0) does so now and then on a busy machine, whatever the server does.
     """
@@ -10466,61 +10386,45 @@ def test_the_public_case_list_of_rfc_6455_passes_strictly() -> None:
     assert {case: verdict for case, verdict in verdicts.items() if verdict not in good} == {}
 
 
-# -- clocks ---------------------------------------------------------------------
-
 HOUR_MS = 3_600_000
+# Where the clock is set while a session works: by how much it is wrong at each event from the second on, in ms.
+CLOCK_SHIFTS = {
+    "an hour back": [0, -HOUR_MS],
+    "an hour ahead": [0, HOUR_MS],
+    "seconds back": [0, -7_000],
+    "most of a day back": [0, -20 * HOUR_MS],
+    "over midnight": [-60_000, 1_000],
+    "over midnight, back because that was wrong, and over it": [-60_000, 1_000, -60_000, 5_000],
+}
+CLOCK_STORY = "prompt go; call a; result a; call b; ask b; result b; answer done"
+CLOCK_STATES = "working working working working waiting working idle"
 
 
-@pytest.mark.parametrize(
-    ("from_midnight", "shifts_ms"),
-    [
-        (False, [0, -HOUR_MS]),
-        (False, [0, HOUR_MS]),
-        (False, [0, -7_000]),
-        (False, [0, -20 * HOUR_MS]),
-        (True, [-60_000, 1_000]),
-        (
-            True,
-            [-60_000, 1_000, -60_000, 5_000],
-        ),  # over midnight, back because that was wrong, and over it again
-    ],
-)
-def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, from_midnight, shifts_ms):
-    real, shift_ms = time.time_ns, 0
-    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if from_midnight else 0
+@pytest.mark.parametrize("rule", CLOCK_SHIFTS)
+def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, rule):
+    real, shift_ms, shifts_ms = time.time_ns, 0, CLOCK_SHIFTS[rule]
+    is_midnight = "midnight" in rule
+    to_midnight_ms = 24 * HOUR_MS - real() // 1_000_000 % (24 * HOUR_MS) if is_midnight else 0
     monkeypatch.setattr(time, "time_ns", lambda: real() + shift_ms * 1_000_000)
 
     def get(path: str) -> Any:
-        return json.loads(
-            protocol_exchange(inside.port, protocol_get(f"127.0.0.1:{inside.port}", path=path))[2]
-        )
+        request = protocol_get(f"127.0.0.1:{inside.port}", path=path)
+        return json.loads(protocol_exchange(inside.port, request)[2])
 
     with protocol_inside() as inside:
-        for number, (hook, call, state) in enumerate((
-            ("UserPromptSubmit", "", "working"), ("PreToolUse", "a", "working"), ("PostToolUse", "a", "working"),
-            ("PreToolUse", "b", "working"), ("PermissionRequest", "b", "waiting"), ("PostToolUse", "b", "working"),
-            ("Stop", "", "idle"),
-        )):  # fmt: skip
+        for number, (hook, state) in enumerate(zip(hooks(CLOCK_STORY), CLOCK_STATES.split())):
             shift_ms = to_midnight_ms + shifts_ms[min(max(0, number - 1), len(shifts_ms) - 1)]
-            bash = {"tool_name": "Bash", "tool_use_id": call, "tool_input": {"command": "ls"}} if call else {}
-            sent = {
-                "hook": payload(hook, background_tasks=[], **bash),
-                "id": f"e{number}",
-                "timestamp": cm.now_ms(),
-            }
-            line = json.dumps({**sent, "machineId": "testbox"}).encode()
+            line = json.dumps(timed({**hook, "background_tasks": []}, cm.now_ms())).encode()
             assert inside.loop.call(lambda line=line: inside.take_now(line))
-            eventually(
-                lambda state=state: get("/api/sessions/s1")["state"] == state, what=f"{state} after {hook}"
-            )
+            eventually(lambda state=state: get("/api/sessions/s1")["state"] == state, 15, f"{state} {number}")
         session = get("/api/sessions/s1")
         assert session["stateSince"] <= cm.now_ms() + 1000 and session["openCalls"] == []
-        assert len(retention_days(inside.settings.home)) == 2 or not from_midnight
+        assert len(retention_days(inside.settings.home)) == 2 or not is_midnight
         last = get("/api/sessions/s1/events?limit=4")["events"]
         first = get(f"/api/sessions/s1/events?limit=4&before={last[0]['seq']}")["events"]
         served = [event["seq"] for event in get("/api/events?limit=9")["events"]]
         assert [event["seq"] for event in first + last] == served == list(range(1, 8))
-        book = cm.Sessions(own_machine="testbox")  # what a restart makes of the files
+        book = cm.Sessions(own_machine=inside.settings.machine_key)  # what a restart makes of the files
         for line in cm.Journal(inside.settings.home + "/events").lines():
             book.apply(json.loads(line))
         again = book.to_json(book.sessions["s1"])
@@ -10531,10 +10435,8 @@ def test_a_clock_that_is_set_changes_no_state_and_loses_no_event(monkeypatch, fr
 
 
 def safe_prompt(number: int, **more: Any) -> bytes:
-    """Return a numbered event as a hook's payload."""
-    return (
-        json.dumps(payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)).encode() + b"\n"
-    )
+    hook = payload("UserPromptSubmit", f"s{number % 3}", prompt=str(number), **more)
+    return json.dumps(hook).encode() + b"\n"
 
 
 def safe_told(monitor: RunningMonitor, numbers: Iterable[int]) -> list[int]:
@@ -10549,7 +10451,6 @@ def safe_told(monitor: RunningMonitor, numbers: Iterable[int]) -> list[int]:
 
 
 def safe_stored(monitor: RunningMonitor) -> list[int]:
-    """Return the numbers of all stored events."""
     return sorted(int(event["data"]["message"]) for event in monitor.stored_events())
 
 
@@ -10572,71 +10473,63 @@ def safe_disk(monitor: RunningMonitor, size: str, below: str = "") -> Iterator[A
         yield remount
     finally:
         remount("rw")
-        about = cm.running_monitor(cm.Settings(monitor.home, "", "", {}))
-        if about:
-            os.kill(about["pid"], signal.SIGKILL)
-            eventually(lambda: not alive(about["pid"]))
+        clean_up(monitor)
         unmount(place)
 
 
 @needs_root
-def test_a_full_disk_loses_no_acknowledged_event(monitor: RunningMonitor) -> None:
-    with safe_disk(monitor, "4m"):
-        command = monitor.installed_command()
+def test_on_a_full_disk_a_start_says_why_it_fails(monitor):
+    with safe_disk(monitor, "400k"):
+        with open(monitor.home + "/filler", "wb", 0) as filler, contextlib.suppress(OSError):
+            while filler.write(b"x" * 4096):
+                pass
+        refused = monitor.command("start", "--no-open", check=False)
+        assert refused.returncode == 1 and "No space left on device" in refused.stderr
+        assert monitor.home in refused.stderr and refused.stderr.count("\n") == 1
+
+
+@needs_root
+def test_a_full_or_read_only_disk_loses_no_acknowledged_event(monitor):
+    def fill() -> None:
+        """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
+        with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
+            while True:
+                os.write(filler.fileno(), b"x" * 4096)
+
+    def is_reported() -> bool:
+        """True once an event that cannot be written shows; the index may have given a page back."""
+        fill()
+        sure.extend(safe_told(monitor, [next(numbers)]))
+        store = monitor.get("/api/status")["store"]
+        return store["ok"] is False and bool(store["error"])
+
+    with safe_disk(monitor, "4m") as remount:
+        command, numbers = monitor.installed_command(), itertools.count(1001)
         monitor.serve()
         sure = safe_told(monitor, range(10))
         assert sure == list(range(10))
-
-        def fill() -> None:
-            """Fill the disk until no byte is left, for events, spool, logs, usage and all."""
-            with open(monitor.home + "/filler", "ab") as filler, contextlib.suppress(OSError):
-                while True:
-                    os.write(filler.fileno(), b"x" * 4096)
-
         fill()
         sure += safe_told(monitor, range(10, 200))
         assert len(sure) < 200
         for _ in range(3):  # neither monitor nor spool can keep it: the hook is silent all the same
             hook_call(command, safe_prompt(1000, pad="x" * 9000), monitor.environment)
-        numbers = itertools.count(1001)
-
-        def is_reported() -> bool:
-            """True once an event that cannot be written shows; the index may have given a page back."""
-            fill()
-            sure.extend(safe_told(monitor, [next(numbers)]))
-            store = monitor.get("/api/status")["store"]
-            return store["ok"] is False and bool(store["error"])
-
         eventually(is_reported)
         os.unlink(monitor.home + "/filler")
         assert safe_told(monitor, range(200, 210)) == list(range(200, 210))
         sure += range(200, 210)
         assert set(sure) <= set(safe_stored(monitor))
         assert monitor.get("/api/status")["store"]["ok"] is True
-        assert "events can be written again" in install_text(
-            monitor.home + "/monitor.log"
-        )  # the log goes on, too
-        monitor.kill()
-        monitor.serve()
-        assert set(sure) <= set(safe_stored(monitor))
-        assert sum(session["counts"]["prompts"] for session in monitor.sessions().values()) >= len(sure)
-
-
-@needs_root
-def test_a_read_only_directory_is_reported_and_loses_nothing(monitor: RunningMonitor) -> None:
-    with safe_disk(monitor, "16m") as remount:
-        command = monitor.installed_command()
-        monitor.serve()
-        assert safe_told(monitor, [1, 2, 3]) == [1, 2, 3]
+        log = install_text(monitor.home + "/monitor.log")
+        assert "events can be written again" in log, "the log goes on, too"
         monitor.kill()  # a file that is open for writing would forbid the change
         remount("ro")
-        refused = monitor.command("start", "--no-open", check=False)
-        assert refused.returncode == 1 and "Read-only" in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        refused = in_process(monitor, "start", "--no-open")
+        assert refused.returncode == 1 and "Read-only" in refused.stderr and refused.stderr.count("\n") == 1
         hook_call(command, payload("Stop"), monitor.environment)
         remount("rw")
         monitor.serve()
-        assert safe_told(monitor, [4]) == [4] and safe_stored(monitor) == [1, 2, 3, 4]
+        assert set(sure) <= set(safe_stored(monitor)) and safe_told(monitor, [220]) == [220]
+        assert sum(session["counts"]["prompts"] for session in monitor.sessions().values()) > len(sure)
 
 
 @pytest.fixture
@@ -10661,10 +10554,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
     def fail() -> None:
         """Let the file system find an error, as it does when a disk breaks."""
         run("sync", "-f", place)
-        with open(
-            f"/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error", "w", encoding="ascii"
-        ) as file:
-            file.write("a test")
+        run("sh", "-c", f"echo a test >/sys/fs/ext4/{os.path.basename(devices[-1])}/trigger_fs_error")
 
     def replace() -> None:
         """Put a repaired copy over it, so that the place is never empty; open files are of the broken one."""
@@ -10675,8 +10565,7 @@ def breaking_disk(monitor: RunningMonitor, tmp_path: Any) -> Iterator[tuple[Any,
         mount()
 
     os.mkdir(place)
-    with open(image, "wb") as file:
-        file.truncate(24 << 20)
+    run("truncate", "-s", "24M", image)
     run("mkfs.ext4", "-q", "-F", image)
     try:
         mount()
@@ -10716,14 +10605,13 @@ def test_a_disk_that_breaks_is_reported_and_its_replacement_used(monitor, breaki
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of another process is changed")
-def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) -> None:
+def test_a_monitor_without_file_descriptors_recovers(running):
     assert safe_told(running, [0]) == [0]
     limits = resource.prlimit(running.pid, resource.RLIMIT_NOFILE)
     used = len(os.listdir(f"/proc/{running.pid}/fd"))
     resource.prlimit(running.pid, resource.RLIMIT_NOFILE, (used + 4, limits[1]))
-    held = [
-        socket.create_connection(("127.0.0.1", port), 15) for port in (running.port, running.ws_port) * 10
-    ]
+    ports = (running.port, running.ws_port) * 10
+    held = [socket.create_connection(("127.0.0.1", port), 15) for port in ports]
     with hooks_in_a_row(running.environment) as call:
         for number in range(1, 6):
             call(json.loads(safe_prompt(number)))
@@ -10736,18 +10624,16 @@ def test_a_monitor_without_file_descriptors_recovers(running: RunningMonitor) ->
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonitor, number: int) -> None:
+def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor, number):
     rng = random.Random(int(number))
     command = shlex.split(monitor.installed_command())[:4]
     line = json.dumps(payload("UserPromptSubmit", prompt="x" * 20_000)).encode() + b"\n"
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     ended_well = 0
     for round_number in range(30):
         if round_number == 15:
             monitor.serve()
-        hook = subprocess.Popen(
-            command, stdin=subprocess.PIPE, env=monitor.environment, stderr=subprocess.DEVNULL
-        )
-        assert hook.stdin is not None
+        hook = subprocess.Popen(command, env=monitor.environment, **pipes)
         with contextlib.suppress(BrokenPipeError):
             hook.stdin.write(line)
             hook.stdin.close()
@@ -10764,8 +10650,8 @@ def test_a_hook_killed_at_any_moment_spoils_no_other_event(monitor: RunningMonit
 
 
 SAFE_GARBAGE = {
-    "empty": b"", "zeros": b"\0" * 4096, "text": b"garbage\n", "json": b'{"pid": "x", "position": [], "state": 7}\n',
-    "list": b"[1, 2]\n", "huge": b'{"pid": 99999999999999999999999}', "not utf-8": b"\xff\xfe" * 100,
+    "empty": b"", "zeros": b"\0" * 4096, "list": b"[1, 2]\n", "not utf-8": b"\xff\xfe" * 100,
+    "wrong types": b'{"pid": "x", "position": [], "state": 7}\n', "huge": b'{"pid": 99999999999999999999999}',
 }  # fmt: skip
 SAFE_KEPT = (
     *SAFE_FILES, "hooks/lib/hot_path.py", "events/2020-01-01/s7.jsonl", "spool/1000000000000-abcdef00.jsonl",
@@ -10803,21 +10689,14 @@ def test_damaged_files_cost_no_event_and_no_start(monitor: RunningMonitor, kind:
     assert in_process(monitor, "doctor").returncode in (0, 1)
 
 
-def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor) -> None:
+SAFE_CONFIGS = """{ [] {"socketPath":5} {"mode":"moon"} \0\0 {"limits":{"fieldBytes":-1}}""".split(" ")
+
+
+def test_a_broken_configuration_stops_no_running_monitor(running):
     command, config = running.installed_command(), running.home + "/monitor.config.json"
     good = install_text(config)
-    broken = (
-        "",
-        "{",
-        "[]",
-        '{"socketPath": 5}',
-        '{"mode": "moon"}',
-        "\0\0",
-        '{"limits": {"fieldBytes": -1}}',
-    )
-    for content in broken:
-        with open(config, "w", encoding="utf-8") as file:
-            file.write(content)
+    for content in ("", *SAFE_CONFIGS):
+        ee.write_atomically(config, content.encode())
         hook_call(command, payload("UserPromptSubmit"), running.environment)
         running.emit(payload("Stop"))
         assert running.get("/health")["status"] == "ok"
@@ -10825,8 +10704,7 @@ def test_a_broken_configuration_stops_no_running_monitor(running: RunningMonitor
             refused = in_process(running, "restart", "--no-open")
             assert refused.returncode in (1, 2) and config in refused.stderr
             assert alive(running.pid)
-    with open(config, "w", encoding="utf-8") as file:
-        file.write(good)
+    ee.write_atomically(config, good.encode())
     eventually(lambda: len(running.stored_events()) == 14, 30, "what the hooks had to spool, too")
 
 
@@ -10863,26 +10741,16 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-def safe_spoken_to(port: int, data: bytes) -> bytes:
-    """Send bytes to a port, and nothing more; return what comes back until it closes or says no more."""
-    with socket.create_connection(("127.0.0.1", port), timeout=15) as sock:
-        received = b""
-        with contextlib.suppress(OSError):
-            sock.sendall(data)
+@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@given(safe_mutants(SAFE_HEADS))
+def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
+    for port in (spoken.port, spoken.ws_port):
+        answer = b""
+        with socket.create_connection(("127.0.0.1", port), timeout=15) as sock, contextlib.suppress(OSError):
+            sock.sendall(data.replace(b"PORT", str(port).encode()))
             sock.shutdown(socket.SHUT_WR)
             while piece := sock.recv(1 << 16):
-                received += piece
-        return received
-
-
-SAFE_FUZZ = settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
-
-
-@SAFE_FUZZ
-@given(safe_mutants(SAFE_HEADS))
-def test_no_bytes_sent_to_either_port_do_any_harm(spoken: RunningMonitor, data: bytes) -> None:
-    for port in (spoken.port, spoken.ws_port):
-        answer = safe_spoken_to(port, data.replace(b"PORT", str(port).encode()))
+                answer += piece
         assert answer == b"" or re.match(rb"HTTP/1\.1 (?:101|200|303|4\d\d|501|505) ", answer), answer[:200]
         assert b"Traceback" not in answer
     assert spoken.request("/health")[0] == 200
@@ -10904,47 +10772,46 @@ def test_no_line_of_the_page_is_longer_than_120_columns() -> None:
 # Stories: verb → the hook, and its field that holds the words behind the verb.
 HOOK_VERBS = {
     "prompt": ("UserPromptSubmit", "prompt"), "agent": ("SubagentStart", None),
-    "call": ("PreToolUse", None), "ask": ("PermissionRequest", None),
-    "result": ("PostToolUse", None), "failure": ("PostToolUseFailure", "error"),
+    "call": ("PreToolUse", None), "ask": ("PermissionRequest", None), "question": ("PreToolUse", None),
+    "result": ("PostToolUse", None), "failure": ("PostToolUseFailure", "error"), "reply": ("PostToolUse", None),
     "batch": ("PostToolBatch", "tool_calls"), "answer": ("Stop", "last_assistant_message"),
     "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"),
 }  # fmt: skip
-STORY_STEP = re.compile(
-    r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL
-)
+STORY_WHO = r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?"
+STORY_NUMBERS = itertools.count()  # make each event its own, however soon another test tells the same story
+STORY_STEP = re.compile(STORY_WHO + r"(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL)
 
 
-def hooks(
-    story: str, session: str = "s1", start_ms: int | None = None, machine: str = "testbox"
-) -> list[dict[str, Any]]:
+def hooks(story, session="s1", start_ms=None, machine="testbox") -> list[dict[str, Any]]:
     """Return the payloads of a story: steps `[+SECOND] [@SESSION[/AGENT]] VERB WORDS`, with "; " between them.
 
     Calls are of Bash: `call make`, then `result make took 3 => its output` or `failure make => its error`; `ask make`
-    asks for permission, `batch 1 2` ends `make 1` and `make 2`; `play NAME` is a recording. With `start_ms` payloads
-    have times, counted from there, and a machine.
+    asks for permission, `batch 1 2` ends `make 1` and `make 2`; `question WORDS`, `reply WORDS` are of AskUserQuestion;
+    `play NAME` is a recording. With `start_ms` payloads have times, counted from there, and a machine.
     """
     made: list[dict[str, Any]] = []
     for step in re.split(r"; +", story.strip()):
         second, who, agent, verb, words, took, said = STORY_STEP.fullmatch(step).groups()
         if verb == "play":
-            made += [{**event, "session_id": who or session} for event in recorded(words)]
+            about = {"session_id": who or session, "story": next(STORY_NUMBERS)}
+            made += [{**event, **about} for event in recorded(words)]
             continue
         hook, field = HOOK_VERBS[verb]
         about: dict[str, Any] = {field: said if verb == "failure" else words} if field else {}
         if agent:
             about |= {"agent_id": agent, "agent_type": "explorer"}
-        if "Permission" in hook or "ToolUse" in hook:
+        if verb in ("question", "reply"):
+            about |= {"tool_name": "AskUserQuestion", "tool_input": {"questions": [{"question": words}]}}
+        elif "Permission" in hook or "ToolUse" in hook:
             about |= {"tool_name": "Bash", "tool_input": {"command": words}}
         if "ToolUse" in hook:
             about |= {"tool_use_id": words, "duration_ms": int(took or 0) * 1000 or 1234}
-        if verb == "result":
+        if hook == "PostToolUse":
             about |= {"tool_response": {"stdout": said or "", "stderr": ""}}
         if verb == "batch":
             about[field] = [{"tool_use_id": f"make {n}", "tool_response": "denied"} for n in words.split()]
-        event = payload(hook, who or session, **about)
-        if start_ms is not None:
-            event = timed(event, start_ms + int(second or 0) * 1000, machine)
-        made.append(event)
+        event = payload(hook, who or session, story=next(STORY_NUMBERS), **about)
+        made.append(event if start_ms is None else timed(event, start_ms + int(second or 0) * 1000, machine))
     return made
 
 
@@ -10953,19 +10820,8 @@ def timed(hook: dict[str, Any], at_ms: int, machine: str = "testbox") -> dict[st
     return {"hook": hook, "id": str(uuid.uuid4()), "timestamp": at_ms, "machineId": machine}
 
 
-def browser_call(number: int, session: str = "s1", **result: Any) -> list[dict[str, Any]]:
-    """Return a call of Bash, with its result if there is one."""
-    command = {"command": f"make step-{number}"}
-    call = {"tool_name": "Bash", "tool_input": command, "tool_use_id": f"t{number}"}
-    events = [payload("PreToolUse", session, **call)]
-    if result:
-        events.append(payload("PostToolUse", session, **call, duration_ms=1234, **result))
-    return events
-
-
 def many_calls(numbers: Iterable[int], session: str) -> list[dict[str, Any]]:
-    """Return calls with their results."""
-    return [event for number in numbers for event in browser_call(number, session, tool_response="")]
+    return hooks("; ".join(f"call make step-{n}; result make step-{n}" for n in numbers), session)
 
 
 BROWSER_OPTIONS = [
@@ -10976,7 +10832,6 @@ BROWSER_OPTIONS = [
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for this section."""
     if BROWSER is None:
         pytest.skip("Chromium is missing")
     with playwright.sync_api.sync_playwright() as tool:
@@ -11017,11 +10872,9 @@ class BrowserTab:
         return self
 
     def emit(self, story: str, **options: Any) -> None:
-        """Send the payloads of a story to the monitor."""
         self.monitor.emit(*hooks(story, **options))
 
     def press(self, keys: str) -> None:
-        """Press keys, one after the other."""
         for key in keys.split():
             self.page.keyboard.press(key)
 
@@ -11045,23 +10898,18 @@ class BrowserTab:
 
     def text(self, testid: str) -> str:
         """Return the text of one part of the page on one line, "" when it is hidden."""
-        parts = self.page.evaluate(
-            f"(part) => ({BROWSER_SEEN})(part).map((part) => part.innerText)", f"[data-testid={testid}]"
-        )
+        seen = f"({BROWSER_SEEN})('[data-testid={testid}]')"
+        parts = self.page.evaluate(f"{seen}.map((part) => part.innerText)")
         return " ".join("".join(parts[:1]).split())
 
     def shows(self, testid: str, *words: str) -> None:
-        """Wait until a part of the page shows some words."""
         for each in words:
             eventually(lambda each=each: each in self.text(testid), 15, f"{each!r} in {testid}")
 
-    def hides(self, *testids: str) -> None:
-        """Wait until parts of the page are away or empty."""
-        for testid in testids:
-            eventually(lambda testid=testid: self.text(testid) == "", 15, f"nothing in {testid}")
+    def hides(self, testid: str) -> None:
+        eventually(lambda: self.text(testid) == "", 15, f"nothing in {testid}")
 
     def shows_details(self) -> None:
-        """Wait until the details of an event are there."""
         eventually(lambda: self.text("drawer") and "Loading" not in self.text("drawer"), what="details")
 
     def link(self) -> str:
@@ -11070,19 +10918,16 @@ class BrowserTab:
 
     def rail(self) -> list[tuple[str, str]]:
         """Return the sessions of the rail, from the top: id and state."""
-        found = self.page.evaluate(
-            "[...document.querySelectorAll('[data-testid=session]')]"
-            ".map((el) => [el.dataset.sessionId, el.dataset.state])"
-        )
+        items = "[...document.querySelectorAll('[data-testid=session]')]"
+        found = self.page.evaluate(f"{items}.map((el) => [el.dataset.sessionId, el.dataset.state])")
         return [(session, state) for session, state in found]
 
     def counts(self) -> dict[str, int]:
         """Return the counters in the top bar that are not 0; -1 where one says "?"."""
-        found = self.page.evaluate(
-            "[...document.querySelectorAll('.counter')].map((el) => "
-            "[el.dataset.testid.slice(8), Number(el.querySelector('b').textContent.replace('?', '-1'))])"
-        )
-        return {name: int(number) for name, number in found if number}
+        number = "Number(el.querySelector('b').textContent.replace('?', '-1'))"
+        counter = f"[el.dataset.testid.slice(8), {number}]"
+        counters = f"[...document.querySelectorAll('.counter')].map((el) => {counter})"
+        return {name: int(number) for name, number in self.page.evaluate(counters) if number}
 
     def choose(self, session: str, words: str) -> None:
         """Choose an entry of a session's menu."""
@@ -11095,20 +10940,23 @@ class BrowserTab:
 
     def hears(self, **status: Any) -> None:
         """Change some fields of the monitor's status, now and whenever the monitor sends it."""
-        self.page.evaluate(
-            """(fields) => {
-              const { store } = contextuate;
-              if (!store.differently) {
-                const hear = store.apply.bind(store);
-                store.differently = {};
-                store.apply = (message) =>
-                  hear(message.type === 'status' ? { ...message, ...store.differently } : message);
-              }
-              Object.assign(store.differently, fields);
-              store.apply({ ...store.status, type: 'status' });
-            }""",
-            status,
-        )
+        script = """(fields) => {
+          const { store } = contextuate;
+          const hear = (store.hear ??= store.apply.bind(store));
+          store.differently = { ...store.differently, ...fields };
+          store.apply = (message) => hear(message.type === 'status' ? { ...message, ...store.differently } : message);
+          store.apply({ ...store.status, type: 'status' });
+        }"""
+        self.page.evaluate(script, status)
+
+    def drag(self, part: str, start: float, end: float, below: int) -> None:
+        """Drag the mouse in a part of the page: from and to a pixel, or with floats a fraction of its width."""
+        box = self.page.query_selector(part).bounding_box()
+        at = [box["x"] + (x * box["width"] if isinstance(x, float) else x) for x in (start, end)]
+        self.page.mouse.move(at[0], box["y"] + below)
+        self.page.mouse.down()
+        self.page.mouse.move(at[1], box["y"] + below, steps=4)
+        self.page.mouse.up()
 
 
 class BrowserWire:
@@ -11164,101 +11012,89 @@ def open_tab(chromium: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def shared_tab(chromium: Any) -> Iterator[BrowserTab]:
-    """One page on one monitor."""
-    made = RunningMonitor(new_home()).serve()
-    yield BrowserTab(chromium.new_page(viewport={"width": 1440, "height": 900}), made).load()
+    made, size = RunningMonitor(new_home()).serve(), {"width": 1440, "height": 900}
+    page = chromium.new_page(viewport=size, permissions=["clipboard-read", "clipboard-write"])
+    yield BrowserTab(page, made).load()
     clean_up(made)
-
-
-def delete_sessions(monitor: RunningMonitor) -> None:
-    """Delete every session and its events."""
-    client = monitor.websocket("rows")
-    for session in monitor.sessions():
-        client.ask("session_deleted", type="delete_session", sessionId=session)
-    client.close()
 
 
 @pytest.fixture
 def tab(shared_tab: BrowserTab) -> Iterator[BrowserTab]:
     """The shared page, reloaded on the shared monitor, which has no session."""
-    delete_sessions(shared_tab.monitor)
+    assert protocol_post(shared_tab.monitor, type="delete_all_sessions")[0] == 200
     shared_tab.page.evaluate("localStorage.clear()")
     yield shared_tab.load()
     said, shared_tab.said[:] = list(shared_tab.said), []
     assert said == []
 
 
-# A title is a rule. Below it: what the monitor gets (see `hooks`) | what the page then shows:
+# A title is a rule. Below it: what happens | what the page then shows. What happens is what the monitor gets (see
+# `hooks`), or what a person does:
+#     load, go #LINK   press KEYS   type WORDS   click, focus PART   fill, select PART: WORDS   menu SESSION: ENTRY
+#     width PIXELS   pull PART PIXELS   in the timeline: point, hit TARGET   lane NUMBER   brush FROM TO
+#     tab NAME: press Tab until that part has the focus       other #LINK: open another tab; `other …` is what it shows
+# In a PART, <NAME> is the part of that data-testid. What the page shows:
 #     row STATUS: words of the one row that has them        rows STATUS: how many there are
-#     rail STATE: words of the session in the rail          counter STATE: its number in the top bar
+#     rail STATE: words of the session in the rail          rail: all its sessions
+#     counter STATE: its number in the top bar              found WORDS: how many the monitor finds
 #     open TOOL / words of its target: what the drawer shows, between semicolons
-BROWSER_SHOWS = """
+#     in, not in NAME: words of a part, or not              no NAME: the part is away or empty; no row: words
+#     kept SESSION FIELD: what the monitor has              agents: of how many agents there are rows
+#     link: the address; linked: parts of it                bars TARGET SECONDS…: the timeline's colours in its lane then
+#     true: what holds in the page                          … & …: both
+BROWSER_SHOWS = r"""
 a call and its result are one row
     prompt fix the cart             | rail working: fix the cart
-    call make cart                  | row running: Bash make cart
-                                    | rail working: Bash: make cart
+    call make cart                  | row running: Bash make cart & rail working: Bash: make cart
     result make cart => It is made  | row done: Bash make cart 1.2 s
                                     | open Bash / make cart: make cart; Output Copy It is made
 
 a call that failed is marked, with its error
-    call make; failure make => Exit code 2 | row failed: Bash make
-                                    | open Bash / make: Exit code 2
+    call make; failure make => Exit code 2 | row failed: Bash make & open Bash / make: Exit code 2
 
 a prompt interrupts the call before it
-    call make; prompt stop that     | row interrupted: Bash make
-                                    | rail working: stop that
+    call make; prompt stop that     | row interrupted: Bash make & rail working: stop that
 
 who waits for a permission is named, with what is asked
-    call rm build; ask rm build     | row waiting: Bash rm build
-                                    | rail waiting: Allow Bash: rm build
-                                    | counter waiting: 1
-                                    | title: (1) Contextuate Monitor
-    result rm build                 | row done: Bash rm build
-                                    | rail working: No tool running
-                                    | counter waiting: 0
-                                    | title: Contextuate Monitor
+    call rm build; ask rm build     | row waiting: Bash rm build & rail waiting: Allow Bash: rm build
+                                    | counter waiting: 1 & title: (1) Contextuate Monitor
+    result rm build                 | row done: Bash rm build & rail working: No tool running
+                                    | counter waiting: 0 & title: Contextuate Monitor
 
 a turn that ended says where and how much
-    prompt go; call make; result make; answer All done | rail idle: shop, 1 call
-                                    | row event: Answer All done
+    prompt go; call make; result make; answer All done | rail idle: shop, 1 call & row event: Answer All done
 
 a turn that failed says why
-    prompt go; error overloaded     | rail failed: overloaded
-                                    | row failed: Turn failed overloaded
+    prompt go; error overloaded     | rail failed: overloaded & row failed: Turn failed overloaded
 
 a session that ended says where and why
     prompt go; end logout           | rail ended: shop, /logout
 
 calls that only their batch ended failed, as the monitor counts
-    play p-perm                     | rows failed: 2
-                                    | errors: 2
+    play p-perm                     | rows failed: 2 & errors: 2
                                     | open Write / perm.txt: you haven't granted it yet
 
 files and edits are shown with numbers and as a diff
     play simple                     | open Bash / echo hello: Say hello; echo hello; Output Copy hello; 24 ms
                                     | open Write / note.txt: note.txt; 1 line one 2 line two
                                     | open Read / note.txt: note.txt; 1 line one 2 line two
-                                    | open Edit / note.txt: note.txt; +1 \u22121; \u2212 line two; + line 2
-                                    | open Prompt / do it: [[scn:simple]] please do it
-                                    | every row opens
+                                    | open Edit / note.txt: note.txt; +1 −1; − line two; + line 2
+                                    | open Prompt / do it: [[scn:simple]] please do it & every row opens
 
 errors are shown whole
     play failing                    | open Bash / exit 3: A failing command; Exit code 3; out err; failed
                                     | open Bash / sleep 5: Exit code 143; Command timed out after 1s; 1.0 s
-                                    | open Read / does-not-exist.txt: File does not exist
-                                    | every row opens
+                                    | open Read / does-not-exist.txt: File does not exist & every row opens
     @two play apierror529           | open Turn failed / : server_error; 529 fake: Overloaded
 
 tasks are named, with their change
     play tasks                      | open TaskCreate / : Task 1; First task; Do the first thing
-                                    | open TaskUpdate / : Task 1; in_progress \u2192 completed
-                                    | every row opens
+                                    | open TaskUpdate / : Task 1; in_progress → completed & every row opens
 
 tools of MCP servers and their questions are named
-    play mcp                        | open demo \u203a echo / : hello mcp; echo: hello mcp
-                                    | open demo \u203a fail / : boom; fail: boom; failed
-                                    | open Question / Your name?: Your name?; demo
-                                    | every row opens
+    play mcp                        | open demo › echo / : hello mcp; echo: hello mcp
+                                    | open demo › fail / : boom; fail: boom; failed
+                                    | open Question / Your name?: Your name?; demo & every row opens
 
 questions are shown with their answers
     play i-misc                     | open AskUserQuestion / : Color; Red or blue?; Red; Blue
@@ -11269,82 +11105,377 @@ a call that started an agent shows its task and result, and leads to it
     @old play v2.0.77-subagent      | open Task / : do it; Inner result: 42; 3,608
     play subagent                   | every row opens
                                     | open Agent / inner job: general-purpose; do the inner job; Inner result: 42; Totals
-                                    | the agent's rows
+    click <jump>                    | linked: a= & agents: 1
 
 background commands, any characters and long output are shown
     play bgbash                     | open Bash / bg-finished: Runs in the background as bpqoxp5ye
     @two play unicode               | every row opens
     @three play large               | open Bash / print('x': 1 MB of output; xxxxxxxx; The whole output is in
-                                    | open Read / lines.txt: lines.txt; Show 500 more of
-                                    | the rest is shown: 777
+                                    | open Read / lines.txt: lines.txt; Show 500 more of & not in drawer: 777
+    click .showmore >> nth=0        | in drawer: 777
+
+the keyboard leads from the first visit to raw JSON
+                                    | in firstvisit: contextuate_monitor.py install
+    tab send-test
+    press Enter                     | row event: Test event: & no firstvisit
+    press j Enter                   | in drawer: Test event
+    press r                         | in drawer: "hookType": "Notification"
+    press Escape                    | no drawer
+    press ?                         | true: document.querySelector('dialog[open]') !== null
+
+words filter the table, also by a link and when a result brings them
+    @w prompt work of w; @i prompt work of i; @i answer finished | rows: 3
+    press /
+    type no such words              | true: document.querySelector('#tablenote').innerText.includes('No loaded row matches “no such words”')
+    other same link                 | other true: document.querySelector('#tablenote').innerText.includes('“no such words”')
+    press Escape                    | rows: 3
+    fill <filter>: finished         | rows: 1 & row event: finished
+    fill <filter>:                  | rows: 3
+    @w call make                    | row running: Bash make
+    fill <filter>: boom             | rows: 0
+    @w failure make => boom         | row failed: Bash make
+
+what one tab does is kept and shown in every tab
+    @one prompt work of one; @one call make one; @two prompt work of two
+    other #s=one                    | other open Bash / make one: make one
+    menu one: Rename
+    fill dialog input: named elsewhere
+    press Enter                     | kept one label: "named elsewhere" & other in rail: named elsewhere
+                                    | other true: document.title.includes('named elsewhere')
+    menu one: Pin                   | kept one isPinned: true & other rail: one two
+    menu one: Unpin                 | kept one isPinned: false
+    menu one: Set parent            | true: [...document.querySelectorAll('dialog option')].map((el) => el.value).join() === ',two'
+    select dialog select: two
+    click dialog button.first       | kept one parentSessionId: "two"
+                                    | other true: document.querySelector('.child')?.dataset.sessionId === 'one'
+    menu one: Set parent
+    select dialog select:
+    click dialog button.first       | kept one parentSessionId: null
+                                    | other true: document.querySelector('.child') === null
+    menu one: Hide                  | kept one hidden: true & rail: two & no row: work of one
+    click text=Show hidden (1)      | row event: work of one
+    menu one: Unhide                | kept one hidden: false
+    menu one: Delete
+    click dialog >> text=Cancel     | kept one hidden: false
+    menu one: Delete
+    click dialog >> button.danger   | rail: two & other rail: two & other no link
+                                    | other no drawer & other row event: work of two
+
+keys reach who waits, menus and the rail
+    @busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm | counter waiting: 1
+    press n                         | link: #s=asks & no row: busy work
+    press m                         | in menu: Rename
+    press ArrowDown Enter
+    type By keys
+    press Enter                     | kept asks label: "By keys"
+    press Escape                    | no link
+    focus <rail>
+    press Home ArrowDown ArrowDown Enter | link: #s=asks
+    press P                         | kept asks isPinned: true
+    press R
+    fill dialog input: named
+    press Enter                     | kept asks label: "named"
+    press C                         | true: navigator.clipboard.readText().then((text) => text === 'claude --resume asks')
+    press H                         | kept asks hidden: true & kept busy hidden: false
+
+a session is replayed as it went
+    +0 call a; +20 result a took 20; +30 call b; +50 result b took 20; +60 call c; +80 result c took 20; +90 call d; +110 result d took 20
+    load #s=s1                      | row done: Bash d
+    press y                         | in replay: of 1 min 50 s & rows running: 1 & no row: Bash d
+    press Space                     | true: document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'
+                                    | linked: #s=s1&replay=
+    fill <replay> input[type=range]: 70000 | rows done: 2 & row running: Bash c 10 s
+    load #s=s1&replay={70 s}        | row running: Bash c 10 s & rows done: 2
+    select <replay> select: 60
+    fill <replay> input[type=range]: 0
+    focus <table>
+    press Space                     | rows done: 4
+    press Escape                    | no replay & link: #s=s1
+
+the keyboard stays in details, replay and head
+    call make 1; call make 2
+    load #s=s1                      | open Bash / make 1: make 1
+    focus .drawerbody
+    result make 1 => here it is     | in drawer: here it is & focus: body
+    press Escape y                  | in replay: of
+    focus <replay> input[type=checkbox]
+    press Space                     | true: document.querySelector('[data-testid=replay] input[type=checkbox]').checked === false
+    press Escape R                  | true: document.querySelector('dialog[open]') !== null
+                                    | true: (document.querySelector('dialog .first').click(), document.activeElement.id) === 'grid'
+    focus [aria-label='Show all sessions']
+    press Enter                     | focus: grid
+
+history finds what is stored and opens it
+    @one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing
+    @two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed | found zebra: 3
+    load #history&q=zebra           | hits: 3
+                                    | true: [...document.querySelectorAll('.hit mark')].map((el) => el.textContent).join() === 'zebra,zebra,zebra'
+                                    | in hits: <b>
+    select [aria-label=Type]: tool_result | hits: 1
+    click <hit>                     | in drawer: zebra crossing & linked: q=zebra; type=tool_result; e=
+    other same link                 | other in drawer: zebra crossing
+    select [aria-label=Type]:       | hits: 3
+    press Escape / Space
+    type crossing                   | hits: 1
+    press Enter j                   | in drawer: zebra crossing
+    press /
+    fill <history-query>: no words  | hits: 0 & in sheet: No matches. All words must match
+    fill <history-query>: zebra     | hits: 3
+    select [aria-label='Session state']: working | hits: 0 & linked: state=working
+    select [aria-label='Session state']: idle | hits: 3 & linked: state=idle
+    select [aria-label='Session state']: | hits: 3
+    select [aria-label=Time]: custom
+    fill [aria-label=To]: 2020-01-01T00:00
+    press Tab                       | hits: 0
+    fill [aria-label=From]: 2020-01-01T00:00
+    fill [aria-label=To]: 2099-01-01T00:00
+    press Tab                       | hits: 3 & linked: when=custom&from=
+    select [aria-label=Time]:
+    fill <history-query>:           | hits: 4
+
+widths are kept
+    call make                       | open Bash / make: make & widths: 280 560
+    focus #rail-split
+    press ArrowRight
+    pull #drawer-split -60          | widths: 296 620
+    load same link                  | in drawer: make & widths: 296 620
+
+statistics count what happened and lead to it
+    @one prompt first work; @one call make 1; @one result make 1 took 65 => slow output
+    @one call make 2; @one result make 2; @one call make 3; @one result make 3
+    @two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2 | calls: 5
+    load #stats                     | in stats: 5 calls; 2 failed; 1 min 05 s; make 1; make 9; Exit code 2; first work; testbox
+    click <stats> tr.open >> text=make 1 | in drawer: slow output
+    press Escape                    | no drawer
+    select [aria-label=Time]: 1h    | link: #stats&when=1h
+    click <stats> table[aria-label=Sessions] tr.open >> text=first work | row done: Bash make 1 & link: #s=one
+    press m
+    click <menu> >> text=Session statistics | linked: session=one & in stats: 3 calls & not in stats: make 9
+
+links bring back session, event and search
+    @one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2 | found zebra: 2
+    click [data-session-id=one]     | no row: zebra & open Bash / make: first output
+    other same link                 | other in drawer: first output & other no row: zebra
+    go #history&q=zebra             | hits: 2
+    go #history&q=make              | hits: 1
+    go #s0=two&e={zebra 1}          | in drawer: zebra 1
+    press Escape                    | no drawer
+    go #s0=two&e={zebra 1}          | in drawer: zebra 1
+    load #s=one&e=none              | row done: Bash make & no drawer
+
+views are reached by key, click and link
+    prompt first                    | row event: first
+    press 2                         | in sheet: History & linked: #history
+    load same link                  | in sheet: History
+    press 3                         | in sheet: Statistics & linked: #stats
+    load same link                  | in sheet: Statistics
+    press 4                         | in sheet: Status & linked: #status
+    load same link                  | in sheet: Status
+                                    | true: [...document.querySelectorAll('.views [aria-current]')].map((el) => el.dataset.view).join() === 'status'
+    press 1                         | row event: first
+    click <view-history>            | in sheet: History
+    press Escape                    | row event: first
+
+the timeline shows each agent and how its calls went
+    prompt go; call a; result a took 40; @s1/a1 agent; @s1/a1 call b; @s1/a1 failure b took 20 => no
+    @other prompt else; @other call rm; @other ask rm | true: contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label]).join('; ') === 'other,,0,else; s1,,0,go; s1,a1,1,explorer'
+    focus #timeline-canvas
+    press + + +                     | bars a: bar & bars b: red & bars rm: amber
+    point b                         | in tip: Bash; b; failed; 20 s; go › explorer
+    hit b                           | in drawer: Bash; no
+    press Escape                    | no drawer
+    lane 3                          | linked: a=a1
+
+the timeline shows who waited for a person and how long
+    +0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60; +180 call rejected; +180 ask rejected
+    +240 prompt not that; +250 question ?; +310 reply ?; +320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents
+    load                            | row done: Bash granted
+                                    | bars granted 40 140 6 200 235 245 280 315 330: amber bar - amber amber - amber - -
+                                    | bars agents 200 400 590: - amber amber
+    +600 @s1/a1 result agents took 100 | bars agents 400 590: amber bar
+
+a brushed part of the timeline filters the table
+    prompt go; call make; result make | rows: 2
+    brush 0.3 0.5                   | in range: – & rows: 0
+    other same link                 | other in range: – & other rows: 0
+    click <range>                   | rows: 2
+    brush 0.6 0.999                 | in range: – & rows: 2
+    press Escape                    | no range
+
+demo: nothing sticks out at any width, with or without the drawer
+    width 360                       | fits
+    width 1024                      | fits
+    width 1440                      | fits
+    click <row>:not([hidden]) >> nth=2 | details
+    width 360                       | fits
+    width 1024                      | fits
+    width 1440                      | fits
+
+demo: a phone shows one pane at a time and everything fits
+    width 360                       | in banner: demo --remove
+                                    | true: document.querySelector('[data-testid=banner]').offsetHeight < 40
+    click text=Got it               | no banner
+    load                            | true: document.querySelector('[data-testid=session]') && contextuate.store.status
+                                    | no banner & fits
+    click <session>                 | no rail & fits & open Edit / : Edit
+                                    | fits
+    click [aria-label='Close (Esc)'] | no drawer & open Bash / : Bash & fits
+    click [aria-label='Close (Esc)'] | open Prompt / : Prompt & fits
+    click [aria-label='Close (Esc)'] | no drawer
+    click [aria-label='Back to the sessions'] | rows: 0 & in rail: Needs you
+    click [data-state=idle] [aria-label=Actions]
+    click <menu> >> text=Replay     | in replay: 60×
 """
 
 
 def browser_stories() -> dict[str, list[tuple[str, str]]]:
-    """Return BROWSER_SHOWS by its titles: (what the monitor gets, what the page then shows)."""
+    """Return BROWSER_SHOWS by its titles: (what happens, what the page then shows)."""
     stories: dict[str, list[tuple[str, str]]] = {}
     for block in BROWSER_SHOWS.strip().split("\n\n"):
         title, *lines = block.split("\n")
-        stories[title] = [
-            (got.strip(), shown.strip()) for got, _, shown in (line.partition(" | ") for line in lines)
-        ]
+        parts = (line.partition(" | ") for line in lines)
+        stories[title] = [(got.strip(), shown.strip()) for got, _, shown in parts]
     return stories
 
 
-def browser_shows(tab: BrowserTab, session: str, look: str) -> bool:
-    """Return if the page shows what one line of BROWSER_SHOWS says."""
-    place, _, words = look.partition(": ")
-    kind, _, more = place.partition(" ")
-    if kind == "row":
-        return [row["status"] for row in tab.rows(words + " ")] == [more]
-    if kind == "rows":
-        return len(tab.rows(status=more)) == int(words)
-    if kind == "errors":
-        return bool(tab.monitor.sessions()[session]["counts"]["toolErrors"] == int(words))
-    if kind == "rail":
-        shown = tab.page.query_selector(f"[data-session-id={session}][data-state={more}]")
-        return bool(shown) and words in " ".join(shown.inner_text().split())
-    if kind == "counter":
-        return tab.counts().get(more, 0) == int(words)
-    if kind == "title":
-        return bool(tab.page.title() == words)
-    if kind == "open":
-        tool, _, target = more.partition(" / ")
-        tab.row_with(target, tool.strip(" /")).click()
-        tab.shows("drawer", *words.split("; "))
-        return True
-    if look == "every row opens":
-        tab.page.focus("[data-testid=table]")
-        tab.press("g")
-        details = set()
-        for _ in tab.rows():
-            tab.press("Enter")
-            tab.shows_details()
-            details.add(tab.text("drawer")[:60])
-            tab.press("j")
-        return len(details) > 2
-    if look == "the agent's rows":
-        tab.page.click("[data-testid=jump]")
-        tab.until("location.hash.includes('a=')")
-        return len({row["session"] for row in tab.rows()}) == 1
-    assert kind == "the" and f" {words} " not in tab.text("drawer"), look
-    tab.page.click(".showmore >> nth=0")
-    tab.shows("drawer", f" {words} ")
+def press_tab_until(tab: BrowserTab, testid: str) -> None:
+    focused = "document.activeElement.dataset.testid"
+    assert any(tab.press("Tab") or tab.page.evaluate(focused) == testid for _ in range(20)), testid
+
+
+def browser_place(tab: BrowserTab, target: str) -> dict[str, float]:
+    bar = browser_bar(tab, target)
+    return {"x": bar["x"], "y": bar["y"]}
+
+
+# What a person does: (tab, part, words) → None
+BROWSER_ACTS: dict[str, Any] = {
+    "load": lambda tab, link, _: tab.load(tab.link() if link == "same link" else link),
+    "go": lambda tab, link, _: tab.page.evaluate(f"location.hash = '{link}'"),
+    "press": lambda tab, keys, _: tab.press(keys),
+    "type": lambda tab, words, _: tab.page.keyboard.type(words),
+    "click": lambda tab, part, _: tab.page.click(part),
+    "focus": lambda tab, part, _: tab.page.focus(part),
+    "fill": lambda tab, part, words: tab.page.fill(part, words),
+    "select": lambda tab, part, words: tab.page.select_option(part, words),
+    "menu": lambda tab, session, words: tab.choose(session, words),
+    "tab": lambda tab, testid, _: press_tab_until(tab, testid),
+    "width": lambda tab, pixels, _: tab.page.set_viewport_size({"width": int(pixels), "height": 900}),
+    "brush": lambda tab, parts, _: tab.drag("#timeline-canvas", *map(float, parts.split()), 8),
+    "point": lambda tab, target, _: tab.page.mouse.move(**browser_place(tab, target)),
+    "hit": lambda tab, target, _: tab.page.mouse.click(**browser_place(tab, target)),
+    "pull": lambda tab, what, _: tab.drag(what.split()[0], 3, 3 + int(what.split()[1]), 300),
+    "lane": lambda tab, at, _: tab.page.click("#timeline-canvas", position={"x": 40, "y": 16 + 20 * int(at)}),
+}
+
+
+def browser_acts(tab: BrowserTab, act: str, start_ms: int = 0) -> None:
+    act = re.sub(r"\{(\d+) s\}", lambda it: str(start_ms + int(it[1]) * 1000), act)
+    verb, _, what = re.sub(r"<([\w-]+)>", r"[data-testid=\1]", act).partition(" ")
+    if verb in ("fill", "select", "menu"):
+        part, _, words = what.removesuffix(":").partition(": ")
+        BROWSER_ACTS[verb](tab, part, words)
+    elif verb in BROWSER_ACTS:
+        for one in re.findall(r"\{(.*?)\}", what):
+            (event,) = (it for it in tab.monitor.stored_events() if it["data"].get("message") == one)
+            what = what.replace("{" + one + "}", event["id"])
+        BROWSER_ACTS[verb](tab, what, "")
+    elif act:
+        tab.emit(act, start_ms=start_ms if act.startswith("+") else None)
+
+
+def browser_opens(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    tool, _, target = place.partition(" / ")
+    tab.row_with(target, tool.strip(" /")).click()
+    tab.shows("drawer", *words.split("; "))
     return True
 
 
+def browser_opens_all(tab: BrowserTab, *_: str) -> bool:
+    tab.page.focus("[data-testid=table]")
+    tab.press("g")
+    details = set()
+    for _ in tab.rows():
+        tab.press("Enter")
+        tab.shows_details()
+        details.add(tab.text("drawer")[:60])
+        tab.press("j")
+    return len(details) > 2
+
+
+def browser_rail(tab: BrowserTab, session: str, state: str, words: str) -> bool:
+    if not state:
+        return [name for name, _ in tab.rail()] == words.split()
+    shown = tab.page.query_selector(f"[data-session-id={session}][data-state={state}]")
+    return bool(shown) and words in " ".join(shown.inner_text().split())
+
+
+def kept_of(tab: BrowserTab, session: str, field: str) -> Any:
+    return tab.monitor.sessions()[session][field]
+
+
+def browser_bars(tab: BrowserTab, _session: str, place: str, words: str) -> bool:
+    target, *seconds = place.split()
+    moments = [tab.start_ms + int(second) * 1000 for second in seconds] or [None]
+    return [browser_bar(tab, target, at_ms)["colour"] or "-" for at_ms in moments] == words.split()
+
+
+BROWSER_FITS = """[document.documentElement, document.body, ...document.querySelectorAll(
+  '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
+)].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
+BROWSER_WIDTHS = "['.rail', '.drawer'].map((part) => Math.round(document.querySelector(part).offsetWidth))"
+BROWSER_FOCUS = "document.activeElement.dataset.act || document.activeElement.id"
+# What the page shows: (tab, session, what comes before the colon, words) → if it does
+BROWSER_LOOKS: dict[str, Any] = {
+    "row": lambda tab, _, status, words: [row["status"] for row in tab.rows(words + " ")] == [status],
+    "rows": lambda tab, _, status, words: len(tab.rows(status=status)) == int(words),
+    "rail": browser_rail,
+    "counter": lambda tab, _, state, words: tab.counts().get(state, 0) == int(words),
+    "title": lambda tab, _, __, words: tab.page.title() == words,
+    "open": browser_opens,
+    "every": browser_opens_all,
+    "in": lambda tab, _, part, words: all(each in tab.text(part) for each in words.split("; ")),
+    "not": lambda tab, _, part, words: words not in tab.text(part.removeprefix("in ")),
+    "no": lambda tab, _, part, words: (
+        not {"row": tab.rows(words), "link": tab.link()}.get(part, tab.text(part))
+    ),
+    "link": lambda tab, _, __, words: tab.link() == words,
+    "linked": lambda tab, _, __, words: all(each in tab.link() for each in words.split("; ")),
+    "kept": lambda tab, _, field, words: kept_of(tab, *field.split()) == json.loads(words),
+    "errors": lambda tab, session, _, words: kept_of(tab, session, "counts")["toolErrors"] == int(words),
+    "agents": lambda tab, _, __, words: len({row["session"] for row in tab.rows()}) == int(words),
+    "found": lambda tab, _, q, words: len(tab.monitor.get(f"/api/search?q={q}")["results"]) == int(words),
+    "calls": lambda tab, _, __, words: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == int(words),
+    "hits": lambda tab, _, __, words: tab.page.locator("[data-testid=hit]").count() == int(words),
+    "focus": lambda tab, _, __, words: tab.page.evaluate(BROWSER_FOCUS) == words,
+    "bars": browser_bars,
+    "widths": lambda tab, _, __, words: tab.page.evaluate(BROWSER_WIDTHS) == list(map(int, words.split())),
+    "details": lambda tab, *_: tab.text("drawer") and "Loading" not in tab.text("drawer"),
+    "fits": lambda tab, *_: tab.page.evaluate(BROWSER_FITS),
+    "true": lambda tab, _, __, words: tab.page.evaluate(words),
+}
+
+
 @pytest.mark.parametrize("rule", browser_stories())
-def test_the_page_shows(shared_tab: BrowserTab, rule: str) -> None:
-    delete_sessions(shared_tab.monitor)
-    eventually(lambda: shared_tab.store("store.loaded && !store.rows.length"))
-    shared_tab.page.evaluate("location.hash = ''")
-    for got, shown in browser_stories()[rule]:
-        if got:
-            found = re.match(r"@(\S+) ", got)
-            session = f"{found[1] if found else 's1'}"
-            shared_tab.emit(got)
-        eventually(lambda session=session, shown=shown: browser_shows(shared_tab, session, shown), 15, shown)
-    assert shared_tab.said == []
+def test_the_page_shows(request, open_tab, rule):
+    if rule.startswith("demo: "):
+        tab = open_tab(request.getfixturevalue("shared_demo"))
+    else:
+        tab = request.getfixturevalue("tab")
+    tab.start_ms, tabs, session = cm.now_ms() - 600_000, {"": tab}, "s1"
+    for act, shown in browser_stories()[rule]:
+        if act.startswith("other "):
+            link = act.removeprefix("other ")
+            tabs["other"] = open_tab(tab.monitor, tab.link() if link == "same link" else link)
+        else:
+            browser_acts(tab, act, tab.start_ms)
+        session = found[1] if (found := re.match(r"@(\S+) ", act)) else session
+        for look in filter(None, shown.split(" & ")):
+            where = "other" if look.startswith("other ") else ""
+            place, _, words = look.removeprefix("other ").partition(": ")
+            kind, _, more = place.partition(" ")
+            looks = functools.partial(BROWSER_LOOKS[kind], tabs[where], session, more, words)
+            eventually(looks, 20, look)
 
 
 def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab) -> None:
@@ -11355,26 +11486,7 @@ def test_calls_beyond_those_that_a_batch_may_end_are_interrupted(tab: BrowserTab
     eventually(lambda: tab.store(outcomes) == ["interrupted"] * 10 + ["refused"] * 50)
 
 
-def test_the_keyboard_leads_from_the_first_visit_to_raw_json(tab: BrowserTab) -> None:
-    tab.shows("firstvisit", "contextuate_monitor.py install")
-    for _ in range(20):
-        if tab.page.evaluate("document.activeElement.dataset.testid") == "send-test":
-            break
-        tab.press("Tab")
-    tab.press("Enter")
-    tab.row_with("Test event")
-    assert tab.text("firstvisit") == "" and len(tab.monitor.stored_events()) == 1
-    tab.press("j Enter")
-    tab.shows("drawer", "Test event")
-    tab.press("r")
-    tab.shows("drawer", '"hookType": "Notification"')
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.press("?")
-    tab.until("document.querySelector('dialog[open]') !== null")
-
-
-def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any) -> None:
+def test_counters_filter_rail_and_table(tab):
     tab.emit("; ".join(f"@{name} prompt work of {name}" for name in "wifen"))
     tab.emit("@i answer finished; @f error server_error; @e end logout; @n call rm x; @n ask rm x")
     states = {session["sessionId"]: session["state"] for session in tab.monitor.sessions().values()}
@@ -11384,25 +11496,9 @@ def test_counters_and_words_filter_rail_and_table(tab: BrowserTab, open_tab: Any
         tab.page.click(f"[data-testid=counter-{state}]")
         eventually(lambda session=session, state=state: tab.rail() == [(session, state)])
         name = f"work of {session}"
-        eventually(lambda name=name: tab.rows() and {row["session"] for row in tab.rows()} == {name})
+        eventually(lambda name=name: {row["session"] for row in tab.rows()} == {name})
         tab.press("Escape")
         eventually(lambda: len(tab.rail()) == 5)
-    tab.press("/")
-    tab.page.keyboard.type("no such words")
-    note = "document.querySelector('#tablenote').innerText.includes('No loaded row matches \u201cno such words\u201d')"
-    tab.until(note)
-    open_tab(tab.monitor, tab.link()).until(note)
-    tab.press("Escape")
-    tab.row_with("work of w")
-    tab.page.fill("[data-testid=filter]", "finished")
-    eventually(lambda: {row["session"] for row in tab.rows()} == {"work of i"})
-    tab.page.fill("[data-testid=filter]", "")
-    tab.emit("@w call make")
-    tab.row_with("Bash make")
-    tab.page.fill("[data-testid=filter]", "boom")
-    eventually(lambda: not tab.rows())
-    tab.emit("@w failure make => boom")
-    tab.row_with("Bash make")  # a result may bring what the filter looks for
 
 
 def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -11429,108 +11525,6 @@ def test_who_waits_longest_stands_first_whatever_a_clock_says(running: RunningMo
     assert tab.page.title() == "(1) Contextuate Monitor"
 
 
-def test_what_one_tab_does_is_kept_and_shown_in_every_tab(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("@one prompt work of one; @one call make one; @two prompt work of two")
-    watching = open_tab(tab.monitor, "#s=one")
-    watching.row_with("make one").click()
-    watching.shows("drawer", "make one")
-
-    def kept(**fields: Any) -> None:
-        eventually(lambda: fields.items() <= tab.monitor.sessions()["one"].items(), what=f"{fields}")
-
-    tab.choose("one", "Rename")
-    tab.page.fill("dialog input", "named elsewhere")
-    tab.press("Enter")
-    kept(label="named elsewhere")
-    watching.shows("rail", "named elsewhere")
-    eventually(lambda: "named elsewhere" in watching.page.title())
-    tab.choose("one", "Pin")
-    kept(isPinned=True)
-    eventually(lambda: watching.rail()[0][0] == "one")
-    tab.choose("one", "Unpin")
-    kept(isPinned=False)
-    for parent in ("two", None):
-        tab.choose("one", "Set parent")
-        options = tab.page.evaluate("[...document.querySelectorAll('dialog option')].map((el) => el.value)")
-        assert options == ["", "two"], "not itself"
-        tab.page.select_option("dialog select", parent or "")
-        tab.page.click("dialog button.first")
-        kept(parentSessionId=parent)
-        children = ["one"] if parent else []
-        child = "[...document.querySelectorAll('[data-session-id].child')].map((el) => el.dataset.sessionId)"
-        eventually(lambda child=child, children=children: watching.page.evaluate(child) == children)
-    tab.choose("one", "Hide")
-    kept(hidden=True)
-    eventually(lambda: [session for session, _ in tab.rail()] == ["two"] and not tab.rows("work of one"))
-    tab.page.click("text=Show hidden (1)")
-    tab.row_with("work of one")
-    tab.choose("one", "Unhide")
-    kept(hidden=False)
-    for button in ("text=Cancel", "button.danger"):
-        assert "one" in tab.monitor.sessions()
-        tab.choose("one", "Delete")
-        tab.page.click(f"dialog >> {button}")
-    eventually(lambda: list(tab.monitor.sessions()) == ["two"])
-    eventually(lambda: [session for session, _ in watching.rail()] == ["two"] and watching.link() == "")
-    watching.hides("drawer")
-    watching.row_with("work of two")
-
-
-def test_keys_reach_who_waits_menus_and_the_rail(tab: BrowserTab) -> None:
-    tab.emit("@busy prompt busy work; @asks prompt clean up; @asks call rm; @asks ask rm")
-    eventually(lambda: ("asks", "waiting") in tab.rail())
-    tab.press("n")
-    tab.until("location.hash === '#s=asks'")
-    eventually(lambda: not tab.rows("busy work"))
-    tab.press("m")
-    tab.shows("menu", "Rename")
-    tab.press("ArrowDown Enter")
-    tab.page.keyboard.type("By keys")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "By keys")
-    tab.press("Escape")
-    tab.until("location.hash === ''")
-    tab.page.focus("[data-testid=rail]")
-    tab.press("Home ArrowDown ArrowDown Enter")
-    tab.until("location.hash === '#s=asks'")
-    tab.press("P")
-    eventually(lambda: tab.monitor.sessions()["asks"]["isPinned"])
-    tab.press("R")
-    tab.page.fill("dialog input", "named")
-    tab.press("Enter")
-    eventually(lambda: tab.monitor.sessions()["asks"]["label"] == "named")
-    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    tab.press("C")
-    eventually(lambda: tab.page.evaluate("navigator.clipboard.readText()") == "claude --resume asks")
-    tab.press("H")
-    eventually(lambda: tab.monitor.sessions()["asks"]["hidden"])
-    assert not tab.monitor.sessions()["busy"]["hidden"]
-
-
-def test_links_bring_back_session_event_and_search(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("@one call make; @one result make => first output; @two prompt zebra 1; @two prompt zebra 2")
-    eventually(lambda: len(tab.monitor.get("/api/search?q=zebra")["results"]) == 2)
-    tab.page.click("[data-session-id=one]")
-    eventually(lambda: not tab.rows("zebra"))
-    tab.row_with("make").click()
-    tab.shows("drawer", "first output")
-    other = open_tab(tab.monitor, tab.link())
-    other.shows("drawer", "first output")
-    eventually(lambda: not other.rows("zebra"))
-    found = "document.querySelectorAll('[data-testid=hit]').length"
-    for words, count in (("zebra", 2), ("make", 1)):  # each while another view is open
-        other.page.evaluate(f"location.hash = '#history&q={words}'")
-        other.until(f"{found} === {count}")
-    event = next(one for one in tab.monitor.stored_events() if one["data"].get("message") == "zebra 1")
-    for _ in range(2):
-        other.page.evaluate(f"location.hash = '#s0=two&e={event['id']}'")
-        other.shows("drawer", "zebra 1")
-        other.press("Escape")
-        other.hides("drawer")
-    other.load(f"#s=one&e={uuid.uuid4()}").row_with("make")
-    assert other.text("drawer") == "", "of an event that is not there"
-
-
 @pytest.fixture(scope="module")
 def crowded() -> Iterator[RunningMonitor]:
     """A running monitor with more calls than a page loads: 1 of `old`, 600 of `long`, 700 of `later`."""
@@ -11541,8 +11535,11 @@ def crowded() -> Iterator[RunningMonitor]:
     clean_up(made)
 
 
-def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, open_tab: Any) -> None:
-    tab = open_tab(crowded)
+def test_events_of_long_ago_are_reached_by_link_and_by_scrolling(crowded, open_tab):
+    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
+    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
+    tab.shows("drawer", "ancient output")
+    tab.load()
 
     def scrolled_up() -> bool:
         tab.page.evaluate("document.querySelector('[data-testid=table]').scrollTop = 0")
@@ -11557,12 +11554,6 @@ def test_a_session_can_be_read_back_to_its_first_event(crowded: RunningMonitor, 
     tab.press("Escape")
     tab.row_with("make step-1300")
     eventually(scrolled_up, 20)
-
-
-def test_an_event_from_long_ago_is_opened_by_its_link(crowded: RunningMonitor, open_tab: Any) -> None:
-    results = (event for event in crowded.stored_events() if event["hookType"] == "PostToolUse")
-    tab = open_tab(crowded, f"#s0=old&e={next(results)['id']}")
-    tab.shows("drawer", "ancient output")
 
 
 def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, open_tab: Any) -> None:
@@ -11589,9 +11580,7 @@ def test_rows_stay_where_they_are_while_others_come(crowded: RunningMonitor, ope
     assert tab.text("new-count") == ""
 
 
-def test_the_page_shows_loading_and_fills_without_a_reload(
-    monkeypatch: pytest.MonkeyPatch, open_tab: Any
-) -> None:
+def test_the_page_shows_loading_and_fills_without_a_reload(monkeypatch, open_tab):
     with loading_held(monkeypatch) as (place, _ids, gate):
         tab = open_tab(place)
         tab.shows("banner", "Reading history: 0 of 2")
@@ -11602,9 +11591,7 @@ def test_the_page_shows_loading_and_fills_without_a_reload(
         tab.page.close()
 
 
-def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(
-    running: RunningMonitor, open_tab: Any
-) -> None:
+def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(running, open_tab):
     running.write_config({"server": {"port": running.port, "wsPort": running.ws_port}})
     running.emit(*many_calls([0], "s1"))
     tab = open_tab(running)
@@ -11620,9 +11607,6 @@ def test_a_killed_monitor_is_missed_and_all_that_came_is_shown_in_order(
     assert tab.store("store.rows.every((row) => row.outcome === 'done')")
     assert all("WebSocket" in words or "ERR_CONNECTION_REFUSED" in words for words in tab.said)
     tab.said.clear()
-
-
-# Timeline: a canvas, looked at where the page says that something is drawn
 
 
 def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[str, Any]:
@@ -11653,112 +11637,30 @@ def browser_bar(tab: BrowserTab, target: str, at_ms: int | None = None) -> dict[
     ))  # fmt: skip
 
 
-def test_the_timeline_shows_each_agent_and_how_its_calls_went(tab: BrowserTab) -> None:
-    tab.emit("prompt go; call make 1; result make 1 took 40; @s1/a1 agent; @s1/a1 call make 2")
-    tab.emit("@s1/a1 failure make 2 took 20 => no; @other prompt else; @other call rm; @other ask rm")
-    tab.until("contextuate.timeline.shown.length === 3")
-    tab.page.focus("#timeline-canvas")
-    tab.press("+ + +")
-    lanes = "contextuate.timeline.shown.map((lane) => [lane.sid, lane.agent, lane.depth, lane.label])"
-    own, agents = [["other", "", 0, "else"], ["s1", "", 0, "go"]], [["s1", "a1", 1, "explorer"]]
-    assert tab.page.evaluate(lanes) == own + agents
-    for target, colour in (("make 1", "bar"), ("make 2", "red"), ("rm", "amber")):
-        eventually(lambda target=target, colour=colour: browser_bar(tab, target)["colour"] == colour)
-    place = browser_bar(tab, "make 2")
-    tab.page.mouse.move(place["x"], place["y"])
-    tab.shows("tip", "Bash", "make 2", "failed", "20 s", "go \u203a explorer")
-    tab.page.mouse.click(place["x"], place["y"])
-    tab.shows("drawer", "make 2")
-    tab.press("Escape")
-    canvas = tab.page.query_selector("#timeline-canvas").bounding_box()
-    tab.page.mouse.click(canvas["x"] + 40, canvas["y"] + 24 + 2 + 20 * 2 + 10)
-    tab.until("location.hash.includes('a=a1')")
-
-
-def test_the_timeline_shows_who_waited_for_a_person_and_how_long(tab: BrowserTab) -> None:
-    start = cm.now_ms() - 600_000
-    asked = {
-        "tool_name": "AskUserQuestion",
-        "tool_use_id": "q",
-        "tool_input": {"questions": [{"question": "?"}]},
-    }
-    granted = "+0 prompt go; +10 call granted; +10 ask granted; +170 result granted took 60"
-    rejected = "+180 call rejected; +180 ask rejected; +240 prompt not that"
-    agents = "+320 answer done; +330 @s1/a1 call agents; +331 @s1/a1 ask agents"
-    tab.emit(f"{granted}; {rejected}", start_ms=start)
-    tab.monitor.emit(timed(payload("PreToolUse", **asked), start + 250_000))
-    answered = payload("PostToolUse", tool_response={}, duration_ms=5, **asked)
-    tab.monitor.emit(timed(answered, start + 310_000), *hooks(agents, start_ms=start))
-    tab.load()
-    tab.until("contextuate.timeline.shown.length === 2")
-
-    def colours(target: str, *seconds: int) -> list[str]:
-        return [browser_bar(tab, target, start + second * 1000)["colour"] for second in seconds]
-
-    eventually(lambda: colours("granted", 40, 140) == ["amber", "bar"])
-    assert colours("granted", 6, 200, 235, 245, 280, 315, 330) == ["", "amber", "amber", "", "amber", "", ""]
-    assert colours("agents", 200, 400, 590) == ["", "amber", "amber"], "it still waits"
-    place = browser_bar(tab, "granted", start + 60_000)
-    tab.page.mouse.click(place["x"], place["y"])
-    tab.shows("drawer", "granted")
-    tab.emit("+600 @s1/a1 result agents took 100", start_ms=start)
-    eventually(lambda: colours("agents", 400, 590) == ["amber", "bar"], what="it was decided after 170 s")
-
-
-def test_a_brushed_part_of_the_timeline_filters_the_table(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit("prompt go; call make; result make")
-    tab.row_with("make")
-    box = tab.page.query_selector("#timeline-canvas").bounding_box()
-
-    def brush(start: float, end: float) -> None:
-        tab.page.mouse.move(box["x"] + box["width"] * start, box["y"] + 8)
-        tab.page.mouse.down()
-        tab.page.mouse.move(box["x"] + box["width"] * end, box["y"] + 8, steps=2)
-        tab.page.mouse.up()
-
-    brush(0.3, 0.5)
-    tab.shows("range", "\u2013")
-    eventually(lambda: not tab.rows(), 15, "rows of that time only")
-    assert re.fullmatch(r"#t=\d+-\d+", tab.link())
-    other = open_tab(tab.monitor, tab.link())
-    other.shows("range", "\u2013")
-    assert not other.rows()
-    tab.page.click("[data-testid=range]")
-    tab.row_with("make")
-    brush(0.6, 0.999)
-    tab.shows("range", "\u2013")
-    tab.row_with("make")
-    tab.press("Escape")
-    tab.hides("range")
-
-
-def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserTab) -> None:
+def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab):
     tab.emit("prompt go; call make; result make")
     tab.row_with("make")
     quarter = 15 * 60_000
     tab.until(f"contextuate.timeline.span === {quarter}")
     box = tab.page.query_selector("#timeline-canvas").bounding_box()
-    middle = box["y"] + 60
     touch = tab.page.context.new_cdp_session(tab.page)
 
-    def fingers(kind: str, *places: float) -> None:
-        points = [{"x": box["x"] + box["width"] * at, "y": middle, "id": n} for n, at in enumerate(places)]
-        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    def fingers(*moves: tuple[float, ...]) -> list[float]:
+        """Touch the timeline and move the fingers; return its span and end."""
+        for kind, places in zip(["touchStart", *["touchMove"] * (len(moves) - 1), "touchEnd"], [*moves, ()]):
+            points = [
+                {"x": box["x"] + box["width"] * at, "y": box["y"] + 60, "id": n}
+                for n, at in enumerate(places)
+            ]
+            touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        return tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
 
-    fingers("touchStart", 0.45, 0.55)
-    for step in range(1, 5):
-        fingers("touchMove", 0.45 - 0.05 * step, 0.55 + 0.05 * step)
-    fingers("touchEnd")
-    span, to = tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
+    span, to = fingers(*((0.45 - 0.05 * step, 0.55 + 0.05 * step) for step in range(5)))
     assert span == pytest.approx(quarter * 0.1 / 0.5, rel=0.1)
     eventually(lambda: tab.page.is_visible("#time-now"), 15, "zoomed around the fingers, not around now")
-    fingers("touchStart", 0.5)
-    fingers("touchMove", 0.6)
-    fingers("touchMove", 0.7)
-    fingers("touchEnd")
-    moved = tab.page.evaluate("[contextuate.timeline.span, contextuate.timeline.to]")
+    moved = fingers((0.5,), (0.6,), (0.7,))
     assert moved[0] == span and moved[1] < to - span * 0.1
-    tab.page.mouse.move(box["x"] + box["width"] * 0.6, middle)
+    tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 60)
     tab.page.mouse.wheel(0, 200)
     tab.until(f"contextuate.timeline.span > {span}")
     for _ in range(4):
@@ -11766,13 +11668,8 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserT
     tab.until("contextuate.timeline.span === 60_000")
     tab.page.focus("#time-out")
     tab.press("Enter " * 11)
-    tab.until(
-        f"contextuate.timeline.span === {24 * 3_600_000} && document.querySelector('#time-out').disabled"
-    )
-    tab.page.mouse.move(box["x"] + box["width"] * 0.5, middle)
-    tab.page.mouse.down()
-    tab.page.mouse.move(box["x"] + box["width"] * 0.7, middle, steps=4)
-    tab.page.mouse.up()
+    tab.until(f"contextuate.timeline.span === {24 * HOUR_MS} && document.querySelector('#time-out').disabled")
+    tab.drag("#timeline-canvas", 0.5, 0.7, 60)
     eventually(lambda: tab.page.is_visible("#time-now"))
     tab.page.click("#time-now")
     eventually(lambda: not tab.page.is_visible("#time-now"))
@@ -11784,18 +11681,13 @@ def test_the_timeline_moves_by_wheel_drag_keys_buttons_and_fingers(tab: BrowserT
     eventually(lambda: tab.text("timeline"))
 
 
-# What events say is text
-
-
-HOSTILE = [
-    "<script>window.acted = 1</script>",
-    "<img src=x onerror='window.acted = 1'>",
+# Alone, as an address is, and all others at once.
+HOSTILE = (
     "javascript:window.acted=1",
-    '"><svg onload=window.acted=1>',
-    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1}",
-    "\u202egnihtyna\u202c \u2066x",
+    "<script>window.acted = 1</script> <img src=x onerror='window.acted = 1'> \"><svg onload=window.acted=1> "
+    "{{constructor.constructor('window.acted=1')()}} ${window.acted=1} \u202egnihtyna\u202c \u2066x "
     "\x1b]0;title\x07\x1b[31mred\x1b[0m\x1b[2J",
-]
+)
 BROWSER_WATCH = """
 window.violations = [];
 document.addEventListener('securitypolicyviolation', (event) => violations.push(event.violatedDirective));
@@ -11817,66 +11709,41 @@ seen.observe(document, { childList: true, subtree: true });
 
 
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
-    """Return events of every kind that have these words, and names of JavaScript's, wherever words may stand."""
-    deep = {
-        "__proto__": {"acted": 1},
-        "constructor": {"prototype": {"acted": 1}},
-        "toString": "x",
-        "hasOwnProperty": 1,
-    }
-    each = dict.fromkeys(("cwd", "transcript_path", "model", "agent_id", "agent_type"), words)
-    paths = {
-        "command": words,
-        "file_path": words,
-        "description": words,
-        words: {words: [words, deep]},
-        **deep,
-    }
-    call = {"tool_name": words, "tool_use_id": words, "tool_input": paths, **each}
-    bash = {**call, "tool_name": "Bash", "tool_use_id": "b"}
-    question = {"question": words, "header": words, "options": [{"label": words, "description": words}, deep]}
-    ask = {"tool_name": "AskUserQuestion", "tool_use_id": "q", "tool_input": {"questions": [question, words]}}
-    todos = [{"content": words, "status": words}, {"content": words, "status": "constructor"}, words, None, 1]
-    edit = {"tool_name": "Edit", "tool_use_id": "e", "tool_input": {"file_path": words, "old_string": words}}
-    patch = {"structuredPatch": [{"lines": [words, "+" + words, 7]}, words, None]}
+    """Return events of every recorded kind and tool, and of odd ones, with these words wherever words may stand."""
+    deep = {"__proto__": {"acted": 1}, "constructor": {"prototype": {"acted": 1}}, "toString": "x"}
+
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {**{name: poisoned(inner) for name, inner in value.items()}, words: [words, deep], **deep}
+        if isinstance(value, list):
+            return [*map(poisoned, value), words, deep, None, 7]
+        return words if isinstance(value, str) else value
+
+    kinds: dict[Any, Any] = {}
+    for hook in itertools.chain.from_iterable(map(recorded, recording_names())):
+        kinds.setdefault((hook["hook_event_name"], hook.get("tool_name", "")), hook)
+    for odd in ("__proto__", "constructor", words):
+        kinds |= {(odd, ""): {"message": ""}, ("PreToolUse", odd): {"tool_input": {}}}
     return [
-        payload("SessionStart", session, source=words, **each),
-        payload("UserPromptSubmit", session, prompt=words, cwd=words, session_title=words),
-        payload("PreToolUse", session, **call),
-        payload("PostToolUse", session, **call, tool_response=[deep, words], usage=deep, __proto__=deep),
-        payload("PreToolUse", session, **ask),
-        payload("PermissionRequest", session, **ask, permission_suggestions=[deep, words]),
-        payload("PreToolUse", session, tool_name="TodoWrite", tool_use_id="t", tool_input={"todos": todos}),
-        payload("PostToolUse", session, **edit, tool_response=patch),
-        payload("PostToolUse", session, **bash, tool_response={"stdout": words, "stderr": words, words: words}),
-        payload("PostToolUseFailure", session, error=words, **{**bash, "tool_use_id": "f"}),
-        payload("Notification", session, message=words, notification_type=words),
-        payload("Stop", session, last_assistant_message=f"# {words}\n- {words}\n[{words}]({words})"),
-        payload("StopFailure", session, error=words, error_details=words),
-        payload("__proto__", session, **{"__proto__": words, words: deep}),
-        payload("constructor", session, message=deep),
-        payload(words, session, anything=words),
+        {**poisoned(hook), "session_id": session, "hook_event_name": kind, "tool_name": tool, "tool_use_id": tool + words}
+        for (kind, tool), hook in kinds.items()
     ]  # fmt: skip
 
 
-def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, open_tab: Any) -> None:
-    sessions = {f"evil-{number}{words}": words for number, words in enumerate(HOSTILE)}
-    client = running.websocket("rows")
-    for session, words in sessions.items():
-        running.emit(*hostile_events(session, words))
-        client.send(type="rename_session", sessionId=session, label=words)
-    eventually(lambda: all(session["labelSource"] == "user" for session in running.sessions().values()))
-    client.close()
+def test_words_of_events_and_people_are_only_ever_text(running, open_tab):
+    for number, words in enumerate(HOSTILE):
+        running.emit(*hostile_events(f"evil-{number}{words}", words))
+        protocol_post(running, type="rename_session", sessionId=f"evil-{number}{words}", label=words)
+    assert all(session["labelSource"] == "user" for session in running.sessions().values())
     tab = open_tab(running, script=BROWSER_WATCH)
     eventually(lambda: len(tab.rows()) > 20)
-    assert "<script>window.acted = 1</script>" in tab.text("rail")
-    assert "{{constructor.constructor" in tab.text("rail")
+    assert HOSTILE[0] in tab.text("rail") and "<script>window.acted = 1</script>" in tab.text("rail")
     assert "\x1b" not in tab.page.inner_text("body")
-    for item in tab.page.query_selector_all("[data-testid=session]")[: len(HOSTILE)]:
-        item.click()
+    for number in range(len(HOSTILE)):
+        tab.page.click(f"[data-session-id^=evil-{number}]")
         tab.page.focus("[data-testid=table]")
         tab.press("g")
-        for _ in range(14):
+        for _ in range(int(tab.page.get_attribute("[data-testid=table]", "aria-rowcount"))):
             tab.press("Enter")
             tab.shows_details()
             assert "Unexpected format" not in tab.text("drawer") and "\x1b" not in tab.text("drawer")
@@ -11888,29 +11755,24 @@ def test_words_of_events_and_people_are_only_ever_text(running: RunningMonitor, 
             tab.press("m")
             tab.page.click(f"[data-testid=menu] >> text={entry}")
             tab.page.click("dialog >> text=Cancel")
-    assert tab.page.evaluate("[window.acted ?? null, ({}).acted ?? null, [...strange], violations]") == [
-        None, None, [], [],
-    ]  # fmt: skip
+    found = "[window.acted ?? null, ({}).acted ?? null, [...strange], violations]"
+    assert tab.page.evaluate(found) == [None, None, [], []]
     assert tab.page.query_selector_all("img, iframe, object, script[src], a[href^='javascript']") == []
     assert len(tab.page.query_selector_all("script")) == 1
     assert tab.said == []
-    refused = (
-        "(() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } })()"
-    )
+    refused = "() => { try { document.body.innerHTML = '<i></i>'; } catch (error) { return error.name; } }"
     assert tab.page.evaluate(refused) == "TypeError", "the browser itself takes no text for markup"
     assert tab.page.evaluate("violations") == ["require-trusted-types-for"]
     tab.said.clear()
 
 
-def test_colours_of_a_terminal_are_colours_and_no_text(tab: BrowserTab) -> None:
+def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     words = "\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[38;5;208morange\x1b[0m plain"
-    tab.monitor.emit(*browser_call(1, tool_response={"stdout": words + " \x1b]0;title\x07end\x1b[2J"}))
-    tab.row_with("make step-1").click()
+    tab.emit(f"call make; result make => {words} \x1b]0;title\x07end\x1b[2J")
+    tab.row_with("make").click()
     tab.shows("drawer", "red green orange plain end")
-    found = tab.page.evaluate(
-        "[...document.querySelectorAll('.drawer .block span')]"
-        ".map((el) => [el.textContent, getComputedStyle(el).color])"
-    )
+    spans = "[...document.querySelectorAll('.drawer .block span')]"
+    found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
     assert [text for text, _ in found] == ["red", "green", "orange"]
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
 
@@ -11962,45 +11824,20 @@ def test_an_answer_is_formatted_text_and_nothing_to_click(tab: BrowserTab) -> No
     assert tab.page.evaluate("contextuate.markdownBlocks('*'.repeat(1e6) + '_'.repeat(1e6)).length") == 1
 
 
-def test_an_event_that_the_monitor_cannot_read_is_named(tab: BrowserTab, open_tab: Any) -> None:
+def test_an_event_that_the_monitor_cannot_read_is_named(tab, open_tab):
+    error = {"type": "error", "request": "get_event_detail", "message": "could not be read: an I/O error"}
+
     def refuse_details(message: dict[str, Any]) -> bool:
-        if message["type"] == "get_event_detail":
-            error = {
-                "type": "error",
-                "request": "get_event_detail",
-                "message": "could not be read: an I/O error",
-            }
+        is_asked = message["type"] == "get_event_detail"
+        if is_asked:
             wire.page.send(json.dumps(error))
-        return bool(message["type"] == "get_event_detail")
+        return bool(is_asked)
 
     tab.emit("call make")
     tab = open_tab(tab.monitor)
     wire = BrowserWire(tab, refuse_details)
     tab.row_with("make").click()
     tab.shows("drawer", "The monitor cannot read this event", "make")
-
-
-# Views, status, trouble
-
-
-def test_views_are_reached_by_key_click_and_link(tab: BrowserTab) -> None:
-    tab.emit("prompt first")
-    tab.row_with("first")
-    views = {"history": "History", "stats": "Statistics", "status": "Status"}
-    shown = "[...document.querySelectorAll('.views button')].map((el) => el.dataset.view)"
-    assert tab.page.evaluate(shown) == ["live", *views]
-    heading = "document.querySelector('[data-testid=sheet] h2')?.innerText"
-    for number, (view, name) in enumerate(views.items(), 2):
-        tab.press(str(number))
-        tab.until(f"location.hash.startsWith('#{view}') && {heading} === '{name}'")
-        assert tab.page.evaluate("document.querySelectorAll('.views [aria-current]').length") == 1
-        tab.load(tab.link()).until(f"{heading} === '{name}'")
-        tab.press("1")
-        tab.row_with("first")
-    tab.page.click("[data-testid=view-history]")
-    tab.shows("sheet", "History")
-    tab.press("Escape")
-    tab.row_with("first")
 
 
 def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, open_tab: Any) -> None:
@@ -12017,7 +11854,6 @@ def test_the_status_view_says_what_the_monitor_says(running: RunningMonitor, ope
 
 
 def problem(kind: str, words: str, advice: str = "") -> dict[str, str]:
-    """Return a problem as the status shows it."""
     return {"kind": kind, "level": "warn", "words": words, "advice": advice}
 
 
@@ -12068,8 +11904,6 @@ def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: Brows
 
 
 def forward(listener: socket.socket, port: int) -> None:
-    """Pass connections on to another port, as the end of a tunnel does."""
-
     def pump(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
@@ -12123,9 +11957,7 @@ AudioContext.prototype.createOscillator = function () { alerts.push('tone'); ret
 """
 
 
-def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
-    tab: BrowserTab, open_tab: Any
-) -> None:
+def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(tab, open_tab):
     tab.emit("@quiet prompt quiet work; @quiet call rm a; @quiet ask rm a")
     tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.row_with("rm a")
@@ -12135,8 +11967,8 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
     icon = "decodeURIComponent(document.querySelector('link[rel=icon]').href)"
     assert ">2</text>" in tab.page.evaluate(icon), "the number stands in the tab's icon too"
     tab.page.click("[data-testid=alerts]")
-    tab.page.click("[data-testid=menu] >> text=Notify")
-    tab.page.click("[data-testid=menu] >> text=Sound")
+    for entry in ("Notify", "Sound"):
+        tab.page.click(f"[data-testid=menu] >> text={entry}")
     eventually(lambda: tab.page.evaluate("alerts") == ["tone", "tone"], 15, "the sound is tried out")
     tab.press("Escape")
     tab.emit("@next prompt next work; @next call rm -rf c; @next ask rm -rf c")
@@ -12147,7 +11979,7 @@ def test_each_wait_is_alerted_once_by_notification_and_sound_if_wanted(
     assert tab.page.evaluate("alerts") == ["tone", "tone", "tone", "tone", wanted]
 
 
-def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMonitor, open_tab: Any) -> None:
+def test_what_happened_while_the_link_was_away_is_caught_up(crowded, open_tab):
     crowded.emit(*hooks("@gone call make gone"))
     tab = open_tab(crowded, script=BROWSER_ALERTS, permissions=["notifications"])
     tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
@@ -12155,8 +11987,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make gone")
     wire.cut()
     crowded.emit(*hooks("@asks prompt ask me; @asks call rm x; @asks ask rm x"))
-    client = crowded.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="gone")
+    protocol_post(crowded, type="delete_session", sessionId="gone")
     wire.mend()
     eventually(lambda: len(tab.page.evaluate("alerts")) == 1, what="the wait is alerted, once")
     eventually(lambda: not tab.rows("make gone"), what="the deleted session's rows are gone")
@@ -12166,42 +11997,7 @@ def test_what_happened_while_the_link_was_away_is_caught_up(crowded: RunningMoni
     tab.row_with("make old")
     eventually(lambda: tab.rows("make old", "done"))
     assert len(tab.page.evaluate("alerts")) == 1
-    client.ask("session_deleted", type="delete_session", sessionId="asks")
-    client.close()
-
-
-# Replay
-
-
-def test_a_session_is_replayed_as_it_went(tab: BrowserTab) -> None:
-    start = cm.now_ms() - 3_600_000
-    steps = (f"+{30 * n} call make {n}; +{30 * n + 20} result make {n} took 20" for n in range(6))
-    tab.emit("; ".join(steps), start_ms=start)
-    tab.load("#s=s1").row_with("make 5")
-    tab.press("y")
-    tab.shows("replay", " of 2 min 50 s")
-    eventually(lambda: tab.rows(status="running") and not tab.rows("make 3"))
-    tab.press("Space")
-    tab.until("document.querySelector('[data-testid=replay-play]').ariaLabel === 'Play'")
-    assert tab.link().startswith("#s=s1&replay=")
-
-    def seek(offset_ms: int) -> None:
-        tab.page.evaluate(
-            """(to) => { const range = document.querySelector('[data-testid=replay] input[type=range]');
-              range.value = to; range.dispatchEvent(new Event('input')); }""", offset_ms
-        )  # fmt: skip
-
-    seek(70_000)
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    assert tab.rows("make 2 10 s")
-    tab.load(f"#s=s1&replay={start + 70_000}")
-    eventually(lambda: [row["status"] for row in tab.rows()] == ["done", "done", "running"])
-    tab.page.select_option("[data-testid=replay] select", "60")
-    seek(0)
-    tab.press("Space")
-    eventually(lambda: len(tab.rows(status="done")) == 6, 20, "played to its end")
-    tab.press("Escape")
-    eventually(lambda: tab.text("replay") == "" and tab.link() == "#s=s1")
+    protocol_post(crowded, type="delete_session", sessionId="asks")
 
 
 def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab, open_tab: Any) -> None:
@@ -12222,9 +12018,6 @@ def test_a_replay_begun_before_its_session_is_loaded_plays_then(tab: BrowserTab,
     wire.page.send(json.dumps(page_of_rows))
     tab.shows("replay", " of 2 min")
     eventually(lambda: tab.rows("make 1") and not tab.rows("make 2"), what="it plays")
-
-
-# Mouse and keyboard while events come
 
 
 def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTab) -> None:
@@ -12263,30 +12056,6 @@ def test_what_was_pressed_is_clicked_though_events_come_meanwhile(tab: BrowserTa
     assert tab.page.evaluate("document.activeElement.ariaLabel") == "Follow"
 
 
-def test_the_keyboard_stays_in_details_replay_and_head(tab: BrowserTab) -> None:
-    tab.emit("call make 1; call make 2")
-    tab.load("#s=s1").row_with("make 1").click()
-    tab.shows("drawer", "make 1")
-    focused = "document.activeElement.dataset.act || document.activeElement.id"
-    tab.page.focus(".drawerbody")
-    tab.emit("result make 1 => here it is")
-    tab.shows("drawer", "here it is")
-    assert tab.page.evaluate(focused) == "body"
-    tab.press("Escape y")
-    tab.shows("replay", " of ")
-    skip = tab.page.query_selector("[data-testid=replay] input[type=checkbox]")
-    skip.focus()
-    tab.press("Space")
-    assert not skip.is_checked()
-    tab.press("Escape R")
-    tab.page.wait_for_selector("dialog[open]")
-    left = tab.page.evaluate("(document.querySelector('dialog .first').click(), document.activeElement.id)")
-    assert left == "grid", "not the dialog's field until the next frame"
-    tab.page.focus("[aria-label='Show all sessions']")
-    tab.press("Enter")
-    tab.until(f"({focused}) === 'grid'")
-
-
 def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n} prompt word {n}" for n in range(5)))
     eventually(lambda: len(tab.monitor.get("/api/search?q=word")["results"]) == 5)
@@ -12309,81 +12078,6 @@ def test_the_keyboard_stays_on_a_hit_and_sessions_do_not_move(tab: BrowserTab) -
     assert set(tab.page.evaluate("moved")) <= {before[0], None}, "the others stay where they are"
 
 
-def test_widths_are_kept(tab: BrowserTab) -> None:
-    tab.emit("call make")
-    tab.row_with("make").click()
-
-    def widths() -> list[float]:
-        return [round(tab.page.query_selector(part).bounding_box()["width"]) for part in (".rail", ".drawer")]
-
-    tab.shows("drawer", "make")
-    assert widths() == [280, 560]
-    tab.page.focus("#rail-split")
-    tab.press("ArrowRight")
-    box = tab.page.query_selector("#drawer-split").bounding_box()
-    tab.page.mouse.move(box["x"] + 3, 400)
-    tab.page.mouse.down()
-    tab.page.mouse.move(box["x"] - 57, 400)
-    tab.page.mouse.up()
-    eventually(lambda: widths() == [296, 620], 5, f"{widths()}")
-    tab.page.reload()
-    tab.shows("drawer", "make")
-    assert widths() == [296, 620]
-
-
-# History and statistics
-
-
-def test_history_finds_what_is_stored_and_opens_it(tab: BrowserTab, open_tab: Any) -> None:
-    tab.emit(
-        "@one prompt rename the zebra column; @one call make 1; @one result make 1 => zebra crossing; "
-        "@two call make 2; @two result make 2 => nothing; @one answer The <b>zebra</b> is renamed"
-    )
-    eventually(lambda: len(tab.monitor.get("/api/search?q=zebra")["results"]) == 3)
-    tab.load("#history&q=zebra")
-
-    def hits(count: int) -> None:
-        tab.until(f"document.querySelectorAll('[data-testid=hit]').length === {count}")
-        if not count:
-            tab.shows("sheet", "No matches. All words must match")
-
-    hits(3)
-    marked = "[...document.querySelectorAll('.hit mark')].map((el) => el.textContent)"
-    assert tab.page.evaluate(marked) == ["zebra"] * 3
-    assert "<b>" in tab.page.inner_text("[data-testid=hit] >> nth=0"), "text stays text"
-    tab.page.select_option("[aria-label=Type]", "tool_result")
-    hits(1)
-    tab.page.click("[data-testid=hit]")
-    tab.shows("drawer", "zebra crossing")
-    assert all(part in tab.link() for part in ("q=zebra", "type=tool_result", "e="))
-    open_tab(tab.monitor, tab.link()).shows("drawer", "zebra crossing")
-    tab.page.select_option("[aria-label=Type]", "")
-    hits(3)
-    tab.press("Escape /")
-    tab.page.keyboard.type(" crossing")
-    hits(1)
-    tab.press("Enter j")
-    tab.shows("drawer", "zebra crossing")
-    tab.press("/")
-    for words, count in (("no such words", 0), ("zebra", 3)):
-        tab.page.fill("[data-testid=history-query]", words)
-        hits(count)
-    for state, count in (("working", 0), ("idle", 3), ("", 3)):
-        tab.page.select_option("[aria-label='Session state']", state)
-        hits(count)
-        assert f"state={state}" in tab.link() or not state
-    tab.page.select_option("[aria-label=Time]", "custom")
-    for start, end, count in (("", "2020-01-01T00:00", 0), ("2020-01-01T00:00", "2099-01-01T00:00", 3)):
-        tab.page.fill("[aria-label=From]", start)
-        tab.page.fill("[aria-label=To]", end)
-        tab.page.press("[aria-label=To]", "Tab")
-        hits(count)
-    assert "when=custom&from=" in tab.link()
-    tab.page.select_option("[aria-label=Time]", "")
-    tab.page.fill("[data-testid=history-query]", "")
-    hits(4)  # no words: everything, a call and its result as one
-
-
 def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> None:
     tab.emit("; ".join(f"@s{n % 3} prompt word {n}" for n in range(250)))
     eventually(lambda: tab.monitor.get("/api/status")["index"]["lagEvents"] == 0)
@@ -12400,41 +12094,6 @@ def test_history_goes_on_to_the_oldest_in_order_of_arrival(tab: BrowserTab) -> N
     tab.page.fill("[data-testid=history-query]", "make")
     eventually(lambda: tab.page.evaluate(targets) == ["make", "before make ends"])
     assert not tab.page.is_visible("[data-testid=sheet] > div > .showmore")
-
-
-def test_statistics_count_what_happened_and_lead_to_it(tab: BrowserTab) -> None:
-    tab.emit(
-        "@one prompt first work; @one call make 1; @one result make 1 took 65 => slow output; "
-        "@one call make 2; @one result make 2; @one call make 3; @one result make 3; "
-        "@two call make 8; @two failure make 8 => Exit code 2; @two call make 9; @two failure make 9 => Exit code 2"
-    )
-    eventually(lambda: tab.monitor.get("/api/stats")["totals"]["toolCalls"] == 5)
-    tab.load("#stats")
-    for words in (
-        "5 calls",
-        "2 failed",
-        "1 min 05 s",
-        "make 1",
-        "make 9",
-        "Exit code 2",
-        "first work",
-        "testbox",
-    ):
-        tab.shows("stats", words)
-    tab.page.click("[data-testid=stats] tr.open >> text=make 1")
-    tab.shows("drawer", "slow output")
-    tab.press("Escape")
-    tab.hides("drawer")
-    tab.page.select_option("[aria-label=Time]", "1h")
-    tab.until("location.hash === '#stats&when=1h'")
-    tab.page.click("[data-testid=stats] table[aria-label=Sessions] tr.open >> text=first work")
-    tab.row_with("make 1")
-    assert tab.link() == "#s=one"
-    tab.press("m")
-    tab.page.click("[data-testid=menu] >> text=Session statistics")
-    tab.until("location.hash.includes('session=one')")
-    tab.shows("stats", "3 calls")
-    assert "make 9" not in tab.text("stats")
 
 
 def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -> None:
@@ -12465,9 +12124,8 @@ def test_statistics_follow_what_arrives_and_disturb_no_reader(tab: BrowserTab) -
 
     asks_nothing()  # for nothing is new
     seq = tab.store("store.seq")
-    tab.page.evaluate(
-        "getSelection().selectAllChildren(document.querySelector('[data-testid=stats] .summary'))"
-    )
+    summary = "document.querySelector('[data-testid=stats] .summary')"
+    tab.page.evaluate(f"getSelection().selectAllChildren({summary})")
     tab.emit("call make 3; result make 3")
     tab.until(f"contextuate.store.seq >= {seq + 2}")
     asks_nothing()  # for a person marks text
@@ -12494,34 +12152,32 @@ def utc_ms(text: str) -> int:
 
 
 def zone_calls(zone: str) -> list[dict[str, Any]]:
-    """Return a call at each of a zone's times, with ids z0, z1 …"""
     times = enumerate(utc_ms(at) for at, _, _ in ZONE_TIMES[zone])
     return [{**timed(*hooks(f"call make {number}"), at), "id": f"z{number}"} for number, at in times]
 
 
-@pytest.mark.parametrize(
-    ("zone", "is_known"), [*((zone, True) for zone in ZONE_TIMES), ("Europe/Berlin", False)]
-)
-def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone, is_known):
-    running.emit(*zone_calls(zone))
+@pytest.mark.parametrize("zone", [*ZONE_TIMES, "unknown"])
+def test_statistics_show_the_days_of_the_browsers_zone(running, open_tab, zone):
+    times = ZONE_TIMES.get(zone, ZONE_TIMES["Europe/Berlin"])
+    running.emit(*zone_calls("Europe/Berlin" if zone == "unknown" else zone))
     index_ready(running)
     asked: list[str] = []
-    tab = open_tab(running, "#live", timezone_id=zone)
+    tab = open_tab(running, "#live", timezone_id="Europe/Berlin" if zone == "unknown" else zone)
     refusal = {"status": 400, "json": {"error": "timeZone: expected …", "field": "timeZone"}}
-    if not is_known:
+    if zone == "unknown":  # to the monitor
         tab.page.route("**/api/stats?*timeZone=*", lambda route: route.fulfill(**refusal))
-    tab.page.on("request", lambda it: "/api/stats?" in it.url and asked.append(it.url.partition("?")[2]))
+    tab.page.on("request", lambda it: "/api/stats?" in it.url and asked.append(re.split("[?=]", it.url)[1]))
     tab.page.evaluate("location.hash = '#stats&when='")
-    tab.shows("stats", f"{len(ZONE_TIMES[zone])} calls")
-    assert [re.split("[&=]", query)[0] for query in asked] == ["timeZone", "utcOffset"][: 2 - is_known]
-    if not is_known:
+    tab.shows("stats", f"{len(times)} calls")
+    assert asked[0] == "timeZone" and asked[-1] == ("utcOffset" if zone == "unknown" else "timeZone")
+    if zone == "unknown":
         tab.said.clear()  # the browser names the refusal
         return
     titles = "[...document.querySelectorAll('[aria-label=\"Calls by day\"] > div')].map((bar) => bar.title).join(';')"
     bars = eventually(lambda: re.findall(r"\b(\d{1,2})\b[^;]*: (\d+) call", tab.page.evaluate(titles)))
-    shown = {int(day): int(count) for day, count in bars}
-    calls = collections.Counter(day for _, day, _ in ZONE_TIMES[zone])
-    assert shown == {day: calls[day] for day in range(min(calls), max(calls) + 1)}
+    calls = collections.Counter(day for _, day, _ in times)
+    every_day = range(min(calls), max(calls) + 1)
+    assert {int(day): int(count) for day, count in bars} == {day: calls[day] for day in every_day}
     rows = tab.page.locator("table[aria-label=Days] tbody tr").all_inner_texts()
     assert sorted(row.split()[0] for row in rows) == [f"2026-10-{day:02}" for day in sorted(calls)]
 
@@ -12540,83 +12196,19 @@ def test_without_an_index_history_is_searched_and_not_counted(monitor: RunningMo
     eventually(lambda: tab.page.query_selector("[data-testid=sheet] .note.bad"))
 
 
-# Sizes, colours, and people who cannot see them
-
-
 @pytest.fixture(scope="module")
 def shared_demo() -> Iterator[RunningMonitor]:
-    """A running monitor with the demo in it."""
     made = RunningMonitor(new_home()).serve()
-    made.command("demo", "--live", "0")
+    assert in_process(made, "demo", "--live", "0").returncode == 0
     yield made
     clean_up(made)
 
 
-def browser_fits(tab: BrowserTab) -> bool:
-    """Return if nothing sticks out at the right of the page or of a pane."""
-    return bool(
-        tab.page.evaluate(
-            """() => [document.documentElement, document.body, ...document.querySelectorAll(
-            '.topbar, .banner, .panes, .rail, .tree, .tablepane, .grid, .panehead, .drawer, .drawerbody'
-            )].every((part) => part.clientWidth === 0 || part.scrollWidth <= part.clientWidth)"""
-        )
-    )
-
-
-def test_nothing_sticks_out_at_any_width_with_or_without_the_drawer(
-    shared_demo: RunningMonitor, open_tab: Any
-) -> None:
-    tab = open_tab(shared_demo)
-    eventually(lambda: len(tab.rows()) > 5)
-    for is_open in (False, True):
-        if is_open:
-            tab.page.click("[data-testid=row]:not([hidden]) >> nth=2")
-            tab.shows_details()
-        for width in (360, 1024, 1440):
-            tab.page.set_viewport_size({"width": width, "height": 900})
-            eventually(lambda: browser_fits(tab), 15, f"{width} pixels")
-
-
-def test_a_phone_shows_one_pane_at_a_time_and_everything_fits(
-    shared_demo: RunningMonitor, open_tab: Any
-) -> None:
-    tab = open_tab(shared_demo, viewport={"width": 360, "height": 900})
-    tab.shows("banner", "demo --remove")
-    assert tab.page.query_selector("[data-testid=banner]").bounding_box()["height"] < 40, "one line"
-    tab.page.click("text=Got it")
-    tab.hides("banner")
-    tab.page.reload()
-    tab.until("document.querySelector('[data-testid=session]') && contextuate.store.status !== null")
-    assert tab.text("banner") == "" and browser_fits(tab)
-    tab.page.click("[data-testid=session]")
-    eventually(tab.rows)
-    assert tab.text("rail") == "" and browser_fits(tab)
-    for tool in ("Edit", "Bash", "Prompt"):
-        tab.row_with("", tool).click()
-        tab.shows("drawer", tool)
-        tab.shows_details()
-        assert browser_fits(tab), tool
-        tab.page.click("[aria-label='Close (Esc)']")
-        tab.hides("drawer")
-    tab.page.click("[aria-label='Back to the sessions']")
-    eventually(lambda: tab.text("rail") and not tab.rows())
-    tab.page.click("[data-state=idle] [aria-label=Actions]")
-    tab.page.click("[data-testid=menu] >> text=Replay")
-    tab.shows("replay", "60\u00d7")
-
-
 # What is checked: a link, then what a person does there, a key or `click SELECTOR`.
-CHECKED_SCREENS: list[tuple[str, list[str]]] = [
-    ("", []),
-    ("", ["click [data-testid=session]", "click [data-testid=row]"]),
-    ("", ["click [data-testid=session][data-state=idle]", "y"]),
-    ("", ["click [data-testid=session]", "m"]),
-    ("", ["click [data-testid=alerts]"]),
-    ("", ["?"]),
-    ("#history", []),
-    ("#stats", []),
-    ("#status", []),
-]
+CHECKED_SCREENS = (
+    "load", "load; click <session>; click <row>", "load; click <session>[data-state=idle]; press y", "load #history",
+    "load; click <session>; press m", "load; click <alerts>", "load; press ?", "load #stats", "load #status",
+)  # fmt: skip
 # Colours are the same at every width, the other rules are the same in every colour.
 CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
     ("light", 1440, {}),
@@ -12625,43 +12217,98 @@ CHECKED_WITH: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def test_axe_finds_nothing_to_complain_about(shared_demo: RunningMonitor, open_tab: Any) -> None:
+def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
     from axe_playwright_python.sync_playwright import Axe  # noqa: PLC0415 - only this test needs it
 
     tab = open_tab(shared_demo)
-    for link, acts in CHECKED_SCREENS:
-        tab.page.set_viewport_size({"width": 1440, "height": 900})
-        tab.load(link).until("contextuate.store.loaded && contextuate.store.status")
-        for act in acts:
-            verb, _, what = act.partition(" ")
-            tab.page.click(what) if what else tab.press(verb)
+    for screen in CHECKED_SCREENS:
+        browser_acts(tab, "width 1440")
+        for act in screen.split("; "):
+            browser_acts(tab, act)
+            tab.until("contextuate.store.loaded && contextuate.store.status")
         Axe().run(tab.page, options={"runOnly": ["document-title"]})  # makes `axe` known to the page
         for scheme, width, rules in CHECKED_WITH:
             tab.page.emulate_media(color_scheme=scheme)
-            tab.page.set_viewport_size({"width": width, "height": 900})
+            browser_acts(tab, f"width {width}")
             options = {"resultTypes": ["violations"], **rules}
             report = tab.page.evaluate("(options) => axe.run(document, options)", options)
             found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
-            assert found == [], (link, acts, scheme, width)
+            assert found == [], (screen, scheme, width)
 
 
-def test_without_index_html_a_small_page_shows_the_bare_facts_live(open_tab: Any) -> None:
-    folder = new_home()
+def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
     for name in ("contextuate_monitor.py", "emit_event.py"):
-        shutil.copy(os.path.join(ROOT, name), folder)
-    bare = RunningMonitor(new_home(), program=folder + "/contextuate_monitor.py")
-    try:
-        bare.start().emit(*hooks("prompt early"))
-        tab = open_tab(bare)
-        shows = "document.querySelector('{0}').innerText.includes('{1}')"
-        tab.until(shows.format("body", folder + "/index.html"))
-        tab.until(shows.format("#events", "early"))
-        tab.emit("@later prompt later <b>work</b>")
-        for part in ("#events", "#sessions"):
-            tab.until(shows.format(part, "later <b>work</b>"))
-    finally:
-        clean_up(bare)
-        shutil.rmtree(folder)
+        shutil.copy(os.path.join(ROOT, name), monitor.home)
+    monitor.program = monitor.home + "/contextuate_monitor.py"
+    monitor.start().emit(*hooks("prompt early"))
+    tab = open_tab(monitor)
+    shows = "document.querySelector('{0}').innerText.includes('{1}')"
+    tab.until(shows.format("body", monitor.home + "/index.html"))
+    tab.until(shows.format("#events", "early"))
+    tab.emit("@later prompt later <b>work</b>")
+    for part in ("#events", "#sessions"):
+        tab.until(shows.format(part, "later <b>work</b>"))
+
+
+@needs_browser
+def test_machines_with_one_name_are_shown_apart_and_containers_as_one(tab):
+    keys = {
+        "s1": ("macbook", "1111aa"),
+        "s2": ("macbook", "2222bb"),
+        "s3": ("0123456789ab", "c/1"),
+        "s4": ("ba9876543210", "c/2"),
+    }
+    for session, (name, key) in keys.items():
+        event = hook_wrapped(payload("UserPromptSubmit", session, prompt=session), id=str(uuid.uuid4()))
+        tab.monitor.emit({**event, "machineId": name, "machineKey": key})
+    for session, words in (("s1", "macbook (1111)"), ("s2", "macbook (2222)"), ("s3", "0123456789ab")):
+        tab.until(
+            f"document.querySelector('[data-session-id={session}] .machine')?.textContent === '{words}'"
+        )
+    tab.load("#status")
+    tab.until("document.body.innerText.includes('2 containers')")
+    tab.until("document.body.innerText.includes('macbook (2222)')")
+
+
+def test_a_wait_is_news_once_it_has_lasted_a_second(tab: BrowserTab, open_tab: Any) -> None:
+    tab = open_tab(tab.monitor, script=BROWSER_ALERTS, permissions=["notifications"])
+    tab.page.evaluate("localStorage.setItem('contextuate.notify', 'true')")
+    tab.load()
+    tab.emit("@short prompt short work; @long prompt long work")
+    eventually(lambda: tab.counts() == {"working": 2})
+    tab.page.evaluate(
+        """() => {
+            window.said = [];
+            const live = document.getElementById('announce');
+            const note = () => {
+              const now = `${document.title}/${live.textContent}`;
+              if (now !== 'Contextuate Monitor/') said.push(now);
+            };
+            for (const it of [document.querySelector('title'), live])
+              new MutationObserver(note).observe(it, { childList: true, characterData: true, subtree: true });
+        }"""
+    )
+    short = 0  # waits that the page has seen for less than a second: on a busy machine some last longer
+    for number in range(10):
+        began = time.monotonic()
+        tab.emit(f"@short call rm {number}; @short ask rm {number}")
+        eventually(lambda: tab.counts().get("waiting") == 1)
+        tab.emit(f"@short result rm {number} => done")
+        eventually(lambda: "waiting" not in tab.counts())
+        if time.monotonic() - began > 0.9:
+            tab.page.evaluate("said.length = alerts.length = 0")
+            continue
+        assert tab.page.evaluate("said.concat(alerts)") == []
+        short += 1
+    if not short:
+        pytest.skip("the machine is too busy to answer within a second")
+    tab.emit("@long call make; @long ask make")
+    eventually(lambda: tab.page.title() == "(1) Contextuate Monitor")
+    assert [title for title, _ in tab.page.evaluate("alerts")][-1:] == ["long work needs you"]
+    eventually(lambda: tab.page.inner_text("#announce") == "1 session needs you")
+    tab.emit("@long result make => done")
+    eventually(lambda: tab.page.title() == "Contextuate Monitor")
+    assert tab.page.inner_text("#announce") == "No session needs you"
 
 
 # ---------------------------------------------------------------------------
@@ -12689,10 +12336,9 @@ class IndexCase:
         self.history.add(stored)
 
     def start(self) -> IndexCase:
-        """Start the index, once."""
         if not self.started:
-            self.started = True
             self.history.start()
+        self.started = True
         return self
 
     def ready(self) -> IndexCase:
@@ -12707,28 +12353,24 @@ class IndexCase:
 
     def search(self, words: str = "", **wanted: Any) -> list[dict[str, Any]]:
         """Return every result, over all pages."""
-        results, cursor = [], None
-        while True:
-            query = cm.search_query({"q": words, "limit": 200, **wanted, "cursor": cursor})
-            page = self.history.search(query)
+        page = self.history.search(cm.search_query({"q": words, "limit": 200, **wanted}))
+        results = page["results"]
+        while page["next"] is not None:
+            query = {"q": words, "limit": 200, **wanted, "cursor": page["next"]}
+            page = self.history.search(cm.search_query(query))
             results += page["results"]
-            cursor = page["next"]
-            if cursor is None:
-                return results
+        return results
 
     def ids(self, words: str = "", **wanted: Any) -> list[str]:
         return [result["id"] for result in self.search(words, **wanted)]
 
     def figures(self, session: str | None = None, offset_minutes: int = 0) -> dict[str, Any]:
-        """Return the statistics of all time."""
         return self.history.statistics(0, 1 << 53, session, offset_minutes)
 
     def counted(self) -> int:
-        """Return how many events the statistics count."""
         return int(self.figures()["totals"]["events"])
 
     def events(self) -> list[dict[str, Any]]:
-        """Read every event in the files; lines that are none are passed over."""
         found = []
         for path in glob.glob(self.home + "/events/*/*.jsonl"):
             with open(path, "rb") as file:
@@ -12743,7 +12385,6 @@ class IndexCase:
 
 @pytest.fixture
 def indexed() -> Iterator[IndexCase]:
-    """An empty store with a history."""
     case = IndexCase()
     yield case
     case.close()
@@ -12758,48 +12399,34 @@ def index_prompt(number: int, text: str, session: str = "s1", **more: Any) -> di
 
 
 def index_prompts(numbers: Iterable[int], text: str = "word", sessions: int = 1) -> list[dict[str, Any]]:
-    """Return prompts with the same words, of some sessions in turn."""
     return [index_prompt(number, text, f"s{number % sessions}") for number in numbers]
 
 
 def newest_first(numbers: Iterable[int]) -> list[str]:
-    """Return the ids of prompts that were stored in this order, as a search finds them."""
-    return [f"e{number}" for number in reversed(list(numbers))]
+    return [f"e{number}" for number in numbers][::-1]
 
 
-@pytest.mark.parametrize(
-    ("typed", "found"),
-    [
-        ("apple", [4, 1, 0]), ("APPLE", [4, 1, 0]), ("apple pear", [1]), ("app*", [4, 3, 1, 0]), ("app", [3]),
-        ('"apple pie"', [4, 0]), ('"pie apple"', []), ("src/app.py", [3]), ("app.py", [3]), ("py.app", []), ("Grusse", [2]),
-        ("Grüße", []), ("Grüsse", [2]), ("gru*", [2]), ("*", [7, 6, 5, 4, 3, 2, 1, 0]), ("nothing", []), ('"unclosed', []),
-        ("日本", [5]), ("fail", [7]), ('"fail cart"', [7]), ("31mFAIL", []), ("本語", [5]), ("本日", []), ("toolu_9", []), ("naïve_name", [6]), ("naive", [6]), ("OR", []),
-        ("apple NOT pie", []), ("(apple", [4, 1, 0]), ('"', [7, 6, 5, 4, 3, 2, 1, 0]), ("apple AND pear", [1]),
-    ],
-)  # fmt: skip
+INDEX_TEXTS = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
+               "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
+# What is typed → the numbers of the texts above that are found
+INDEX_SEARCHES: dict[str, list[int]] = {
+    "apple": [4, 1, 0], "APPLE": [4, 1, 0], "apple pear": [1], "app*": [4, 3, 1, 0], "app": [3], '"apple pie"': [4, 0],
+    '"pie apple"': [], "src/app.py": [3], "app.py": [3], "py.app": [], "Grusse": [2], "Grüße": [], "Grüsse": [2],
+    "gru*": [2], "*": [7, 6, 5, 4, 3, 2, 1, 0], "nothing": [], '"unclosed': [], "日本": [5], "fail": [7],
+    '"fail cart"': [7], "31mFAIL": [], "本語": [5], "本日": [], "toolu_9": [], "naïve_name": [6], "naive": [6], "OR": [],
+    "apple NOT pie": [], "(apple": [4, 1, 0], '"': [7, 6, 5, 4, 3, 2, 1, 0], "apple AND pear": [1],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("how", ["full text", "no full text", "no index"])
-def test_words_beginnings_and_phrases_are_found_newest_first(
-    searched: dict[str, IndexCase], how: str, typed: str, found: list[int]
-) -> None:
-    assert searched[how].ids(typed) == [f"e{number}" for number in found]
-
-
-@pytest.fixture(scope="module")
-def searched() -> Iterator[dict[str, IndexCase]]:
-    """The same texts, to be searched in each way there is."""
-    texts = ("Apple pie", "pear and apple", "Grüsse aus Köln", "edit src/app.py now", "an apple\n  pie, warm",
-             "これは日本語です", "naïve_name \ud83d and more", "\x1b[1;31mFAIL\x1b[0m c\x1b[4mart")  # fmt: skip
-    cases = {how: IndexCase() for how in ("full text", "no full text", "no index")}
-    for case in cases.values():
-        case.add(*(index_prompt(number, text) for number, text in enumerate(texts)))
-    os.mkdir(cases["no index"].path)
-    cases["full text"].ready()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cm, "has_full_text", lambda db: False)
-        cases["no full text"].ready()
-    yield cases
-    for case in cases.values():
-        case.close()
+def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatch, how):
+    indexed.add(*(index_prompt(number, text) for number, text in enumerate(INDEX_TEXTS)))
+    if how == "no full text":
+        monkeypatch.setattr(cm, "has_full_text", lambda db: False)
+    if how != "no index":
+        indexed.ready()
+    expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
+    assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
 
 
 index_texts = st.lists(
@@ -12828,16 +12455,16 @@ def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], d
             assert sorted(case.ids(typed)) == sorted(expected), typed
 
 
-def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_every_filter_takes_what_it_says(indexed, monkeypatch):
     for number in range(60):
         hook = ("PreToolUse", "PostToolUse", "PostToolUseFailure")[number % 3]
-        indexed.add({
-            "hook": payload(hook, f"s{number % 4}", tool_name=("Bash", "Read")[number % 2], tool_use_id=f"t{number}",
-                            tool_input={"command": f"number {number % 5}"}),
-            "id": f"e{number}", "timestamp": NOW_MS + number * 1000, "machineId": f"box{number % 3}",
-        }, day_ms=NOW_MS + (number // 20) * DAY_MS)  # fmt: skip
+        call = {"tool_name": ("Bash", "Read")[number % 2], "tool_use_id": f"t{number}"}
+        hook = payload(hook, f"s{number % 4}", **call, tool_input={"command": f"number {number % 5}"})
+        event = {**timed(hook, NOW_MS + number * 1000, f"box{number % 3}"), "id": f"e{number}"}
+        indexed.add(event, day_ms=NOW_MS + (number // 20) * DAY_MS)
     indexed.ready()
     every = sorted(indexed.events(), key=lambda event: -event["timestamp"])
+    start = NOW_MS + 7000
     wanted: list[tuple[dict[str, Any], Any]] = [
         ({}, lambda event: True),
         ({"session": "s2"}, lambda event: event["sessionId"] == "s2"),
@@ -12847,25 +12474,24 @@ def test_every_filter_takes_what_it_says(indexed: IndexCase, monkeypatch: Any) -
         ({"type": "tool_error"}, lambda event: event["eventType"] == "tool_error"),
         ({"type": "PostToolUse"}, lambda event: event["hookType"] == "PostToolUse"),
         ({"type": "tool"}, lambda event: False),
-        ({"from": NOW_MS + 7000}, lambda event: event["timestamp"] >= NOW_MS + 7000),
-        ({"to": NOW_MS + 7000}, lambda event: event["timestamp"] < NOW_MS + 7000),
-        ({"from": NOW_MS + 7000, "to": NOW_MS + 7001}, lambda event: event["timestamp"] == NOW_MS + 7000),
+        ({"from": start}, lambda event: event["timestamp"] >= start),
+        ({"to": start}, lambda event: event["timestamp"] < start),
+        ({"from": start, "to": start + 1}, lambda event: event["timestamp"] == start),
     ]
-    for one, other in itertools.product(wanted, repeat=2):
-        both = {**one[0], **other[0]}
-        if len(both) < len(one[0]) + len(other[0]):
+    for (one, takes_one), (other, takes_other) in itertools.product(wanted, repeat=2):
+        both = {**one, **other}
+        if len(both) < len(one) + len(other):
             continue
-        expected = [event for event in every if one[1](event) and other[1](event)]
+        expected = [event for event in every if takes_one(event) and takes_other(event)]
         assert indexed.ids(**both) == [event["id"] for event in expected], both
         numbered = [event["id"] for event in expected if event["data"]["toolInput"]["command"] == "number 3"]
         assert indexed.ids('"number 3"', **both) == numbered, both
+    own = [it for it in every if it["sessionId"] in ("s0", "s1") and it["data"]["toolName"] == "Bash"]
     for limit in (500, 1):  # sessions by the index, or by the line in the file
         monkeypatch.setattr(cm, "SESSIONS_MATCHED", limit)
         query = cm.search_query({"q": "number", "tool": "Bash"}, frozenset(("s0", "s1", "none")))
-        assert [one["id"] for one in indexed.history.search(query)["results"]] == [
-            event["id"] for event in every
-            if event["sessionId"] in ("s0", "s1") and event["data"]["toolName"] == "Bash"
-        ]  # fmt: skip
+        found = indexed.history.search(query)["results"]
+        assert [result["id"] for result in found] == [event["id"] for event in own]
 
 
 def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> None:
@@ -12888,9 +12514,7 @@ def test_pages_follow_each_other_without_gap_or_double(indexed: IndexCase) -> No
 
 
 @pytest.mark.parametrize("days", [(0, 1, 2), (3, 0.9, 0.95, 4), (5, 1, 5.1, 1.1), (1, 0.3, 1.1)], ids=str)
-def test_results_come_in_order_of_arrival_whatever_the_clock_did(
-    indexed: IndexCase, days: tuple[float, ...]
-) -> None:
+def test_results_come_in_order_of_arrival_whatever_the_clock_did(indexed, days):
     for place, day in enumerate(days):
         for number in range(place * 3, place * 3 + 3):
             arrived_ms = NOW_MS + int(day * DAY_MS) + number % 3
@@ -12959,12 +12583,10 @@ def test_what_is_read_before_it_is_handed_over_is_not_missing(indexed: IndexCase
     eventually(lambda: indexed.history.status()["lagEvents"] == 0)
 
 
-def test_an_idle_index_looks_only_now_and_then(indexed: IndexCase, monkeypatch: Any) -> None:
-    looks: list[float] = []
-    is_removed = cm.IndexFile.is_removed
-    monkeypatch.setattr(
-        cm.IndexFile, "is_removed", lambda file: looks.append(time.monotonic()) or is_removed(file)
-    )
+def test_an_idle_index_looks_only_now_and_then(indexed, monkeypatch):
+    looks, is_removed = [], cm.IndexFile.is_removed
+    noted = lambda file: looks.append(time.monotonic()) or is_removed(file)  # noqa: E731
+    monkeypatch.setattr(cm.IndexFile, "is_removed", noted)
     indexed.add(index_prompt(1, "word"))
     indexed.ready()
     eventually(lambda: time.monotonic() > looks[-1] + 1, what="a second without a look")
@@ -12981,53 +12603,45 @@ def test_a_result_shows_where_it_was_found(indexed: IndexCase) -> None:
     assert result["data"]["target"] == "find hay" and result["partial"] is True
 
 
-def remove_beside(path: str, *suffixes: str) -> None:
-    """Remove what SQLite keeps beside its file while it is open."""
-    for suffix in suffixes:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path + suffix)
-
-
-def write_at(path: str, offset: int, content: bytes) -> None:
-    """Overwrite a part of a file."""
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
-def change_snapshot(path: str) -> None:
-    """Change a snapshot and not its checksum."""
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
-
-
-INDEX_DAMAGE: dict[str, Any] = {
-    "deleted": os.unlink,
-    "deleted with its log": cm.remove_index,
-    "truncated": lambda path: os.truncate(path, 5000),
-    "emptied": lambda path: os.truncate(path, 0),
-    "overwritten": lambda path: write_at(path, 0, b"this is no database" * 4000),
-    "zeros inside": lambda path: write_at(path, 4096, bytes(60_000)),
-    "of another version": lambda path: write_at(path, 60, struct.pack(">I", 999)),
-    "without its log": lambda path: remove_beside(path, "-wal", "-shm"),
-    "without its map": lambda path: remove_beside(path, "-shm"),
-    "another file in its place": lambda path: ee.write_atomically(path, b"this is no database" * 4000),
+# Shell commands in the directory of the index.
+INDEX_DAMAGE = {
+    "deleted": "rm index.db",
+    "deleted with its log": "rm index.db*",
+    "truncated": "head -c 5000 index.db >part; cat part >index.db",
+    "emptied": ": >index.db",
+    "overwritten": "yes no database | dd of=index.db bs=4096 count=20 iflag=fullblock conv=notrunc",
+    "zeros inside": "dd if=/dev/zero of=index.db bs=4096 count=15 seek=1 conv=notrunc",
+    "of another version": r"printf '\0\0\3\347' | dd of=index.db bs=1 seek=60 conv=notrunc",
+    "without its log": "rm -f index.db-wal index.db-shm",
+    "without its map": "rm -f index.db-shm",
+    "another file in its place": "yes no database | head -c 80000 >other; mv other index.db",
 }
 # Damage while the index is not open. A closed index has no log and no map.
-SNAPSHOT_DAMAGE: dict[str, Any] = {
+SNAPSHOT_DAMAGE = {
     **INDEX_DAMAGE,
-    "a directory in its place": lambda path: (os.unlink(path), os.mkdir(path)),
-    "a snapshot changed": change_snapshot,
+    "a directory in its place": "rm index.db; mkdir index.db",
+    "a snapshot changed": ":",
 }
 SNAPSHOTS = {"": b"machines", "s1": b"\x00\xff" * 3000, "s\ud8001": b""}
+
+
+def damage_index(case: IndexCase, damage: str) -> None:
+    shell = ["/bin/sh", "-c", SNAPSHOT_DAMAGE[damage]]
+    subprocess.run(shell, cwd=case.home, check=True, stderr=subprocess.DEVNULL)
+    if damage == "a snapshot changed":  # and not its checksum
+        with contextlib.closing(sqlite3.connect(case.path)) as db, db:
+            db.execute("UPDATE snapshots SET state = x'00ee' WHERE session = CAST('s1' AS BLOB)")
 
 
 @pytest.fixture
 def saved(indexed: IndexCase) -> IndexCase:
     """A stopped index with events of three sessions, SNAPSHOTS and the checkpoint 2."""
-    indexed.add(
-        index_prompt(1, "all"), index_prompt(2, "all", "s\ud8001"), *index_prompts(range(3, 300), "all")
+    prompts = (
+        index_prompt(1, "all"),
+        index_prompt(2, "all", "s\ud8001"),
+        *index_prompts(range(3, 300), "all"),
     )
+    indexed.add(*prompts)
     indexed.ready()
     indexed.history.save_snapshots(indexed.history.generation, {"s1": b"old", "": b"machines"}, None)
     indexed.history.save_snapshots(indexed.history.generation, SNAPSHOTS, 2)
@@ -13041,12 +12655,10 @@ def snapshots_of(case: IndexCase) -> tuple[int, dict[str, bytes]]:
     return checkpoint, dict(rows)
 
 
-@pytest.mark.parametrize("damage", sorted(SNAPSHOT_DAMAGE))
-def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
-    saved: IndexCase, monkeypatch: Any, damage: str
-) -> None:
+@pytest.mark.parametrize("damage", SNAPSHOT_DAMAGE)
+def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(saved, monkeypatch, damage):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.1)
-    SNAPSHOT_DAMAGE[damage](saved.path)
+    damage_index(saved, damage)
     nothing_lost = damage in ("without its log", "without its map")
     assert snapshots_of(saved) == ((2, SNAPSHOTS) if nothing_lost else (0, {}))
     again = IndexCase(saved.home)
@@ -13063,18 +12675,18 @@ def test_an_index_damaged_while_closed_is_rebuilt_without_snapshots(
     again.history.stop()
 
 
-@pytest.mark.parametrize("damage", sorted(INDEX_DAMAGE))
-def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed: IndexCase, damage: str) -> None:
+@pytest.mark.parametrize("damage", INDEX_DAMAGE)
+def test_an_index_damaged_while_it_is_used_answers_nothing_wrong(indexed, damage):
     indexed.add(*index_prompts(range(300), "all"))
     assert indexed.ready().ids("all") == newest_first(range(300))
-    INDEX_DAMAGE[damage](indexed.path)
+    damage_index(indexed, damage)
     for number in range(3):
         eventually(lambda: indexed.ids("all") == newest_first(range(300)))
         indexed.add(index_prompt(1000 + number, "later"))
         eventually(lambda number=number: len(indexed.search("later")) == number + 1)
 
 
-def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, monkeypatch: Any) -> None:
+def test_statistics_wait_for_an_index_that_is_being_made(indexed, monkeypatch):
     connect = cm.IndexFile._connect
 
     def connect_slowly(file: Any) -> Any:
@@ -13088,18 +12700,13 @@ def test_statistics_wait_for_an_index_that_is_being_made(indexed: IndexCase, mon
 
 
 def many_words(rng: random.Random, numbers: Iterable[int], session: str = "s1") -> list[dict[str, Any]]:
-    """Return prompts of 50 words each, of which few are alike."""
-    return [
-        index_prompt(number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50)), session)
-        for number in numbers
-    ]
+    texts = ((number, " ".join(f"w{rng.randrange(100_000)}" for _ in range(50))) for number in numbers)
+    return [index_prompt(number, text, session) for number, text in texts]
 
 
 @needs_root
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
-def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(
-    indexed: IndexCase, monkeypatch: Any
-) -> None:
+def test_a_disk_too_small_for_the_index_hinders_nothing_and_heals(indexed, monkeypatch):
     monkeypatch.setattr(cm, "INDEX_RETRY_S", 0.2)
     place = indexed.home + "/small"
     os.mkdir(place)
@@ -13207,101 +12814,84 @@ def test_a_new_index_has_a_new_generation_and_no_checkpoint(indexed: IndexCase, 
 def calls_by_hand(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of every call its tool, how it ended and how long it took, if that is known."""
     calls: dict[Any, dict[str, Any]] = {}
+    ends = {"PostToolUse": "ok", "PostToolUseFailure": "failed"}
     for event in sorted(events, key=lambda event: event["seq"]):
         data, hook = event["data"], event["hookType"]
+
+        def call_of(call_id: str, tool: str, session: str = event["sessionId"]) -> dict[str, Any]:
+            return calls.setdefault((session, call_id), {"tool": tool, "how": "", "ms": None})
+
         for one in data["tool_calls"] if hook == "PostToolBatch" else ():
-            call = {"tool": one["tool_name"], "how": "failed"}
-            call = calls.setdefault((event["sessionId"], one["tool_use_id"]), call)
+            call = call_of(one["tool_use_id"], one["tool_name"])
             call["how"] = call["how"] or "failed"
-        if hook not in ("PreToolUse", "PostToolUse", "PostToolUseFailure"):
-            continue
-        call = {"tool": data["toolName"], "how": ""}
-        call = calls.setdefault((event["sessionId"], data["toolUseId"]), call)
         if hook == "PreToolUse":
-            call["begun"] = event["timestamp"]
-        else:
-            failed = "interrupted" if data.get("is_interrupt") else "failed"
-            call |= {"how": "ok" if hook == "PostToolUse" else failed, "end": event["timestamp"]}
-            call["ms"] = data.get("durationMs")
+            call_of(data["toolUseId"], data["toolName"])["begun"] = event["timestamp"]
+        if hook in ends:
+            how = "interrupted" if data.get("is_interrupt") else ends[hook]
+            call = call_of(data["toolUseId"], data["toolName"])
+            call |= {"how": how, "end": event["timestamp"], "ms": data.get("durationMs")}
     for call in calls.values():
-        if call.get("ms") is None and {"begun", "end"} <= call.keys():
+        if call["ms"] is None and {"begun", "end"} <= call.keys():
             call["ms"] = call["end"] - call["begun"]
     return list(calls.values())
 
 
 def tools_by_hand(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    """Count calls by tool."""
     tools: dict[str, Any] = {}
     for name in {call["tool"] for call in calls}:
         own = [call for call in calls if call["tool"] == name]
-        times = sorted(call["ms"] for call in own if call.get("ms") is not None)
+        outcomes = collections.Counter(call["how"] for call in own)
+        times = sorted(call["ms"] for call in own if call["ms"] is not None)
         tools[name] = {
-            "calls": len(own),
-            "failures": sum(call["how"] == "failed" for call in own),
-            "interrupted": sum(call["how"] == "interrupted" for call in own),
-            "timed": len(times),
-            "totalMs": sum(times),
-            "maxMs": max(times, default=None),
-        }
+            "calls": len(own), "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+            "timed": len(times), "totalMs": sum(times), "maxMs": max(times, default=None),
+        }  # fmt: skip
         for percent in (50, 95):  # the least time that so many calls did not exceed
             enough = (ms for ms in times if sum(other <= ms for other in times) * 100 >= percent * len(times))
             tools[name][f"p{percent}Ms"] = next(enough, None)
     return tools
 
 
-def count_by_hand(events: list[dict[str, Any]], offset_minutes: int = 0) -> dict[str, Any]:
-    """Count what the statistics tell, another way: one event after the other, all durations in lists."""
-    events = [event for event in events if event["hookType"] != "Monitor"]
-    tools = tools_by_hand(calls_by_hand(events))
-    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+def check_statistics(figures: dict[str, Any], events: list[dict[str, Any]], offset_minutes: int) -> None:
+    """Compare the statistics with what counting gives: one event after the other, all durations in lists."""
 
     def day(event: dict[str, Any]) -> str:
         return time.strftime("%Y-%m-%d", time.gmtime(event["timestamp"] / 1000 + offset_minutes * 60))
 
-    return {
-        "tools": tools,
-        "days": dict(collections.Counter(map(day, events))),
-        "machines": dict(collections.Counter(event["machineId"] for event in events)),
-        "totals": {
-            "events": len(events),
-            "prompts": sum("<task-" not in str(message) for message in prompts),
-            "sessions": len({event["sessionId"] for event in events}),
-            "failures": sum(tool["failures"] for tool in tools.values()),
-            "toolCalls": sum(tool["calls"] for tool in tools.values()),
-        },
+    events = [event for event in events if event["hookType"] != "Monitor"]
+    tools = tools_by_hand(calls_by_hand(events))
+    rows = {row["toolName"]: row for row in figures["tools"]}
+    assert {tool: {name: row[name] for name in tools[tool]} for tool, row in rows.items()} == tools
+    days = {row["day"]: row["events"] for row in figures["days"] if row["events"]}
+    assert days == collections.Counter(map(day, events))
+    machines = {row["machineId"]: row["events"] for row in figures["machines"]}
+    assert machines == collections.Counter(event["machineId"] for event in events)
+    prompts = [event["data"]["message"] for event in events if event["hookType"] == "UserPromptSubmit"]
+    totals = {
+        "events": len(events),
+        "prompts": sum("<task-" not in str(message) for message in prompts),
+        "sessions": len({event["sessionId"] for event in events}),
+        "failures": sum(tool["failures"] for tool in tools.values()),
+        "toolCalls": sum(tool["calls"] for tool in tools.values()),
     }
-
-
-def check_statistics(figures: dict[str, Any], by_hand: dict[str, Any]) -> None:
-    """Compare the statistics with what was counted by hand."""
-    for tool in figures["tools"]:
-        counted = by_hand["tools"][tool["toolName"]]
-        assert {name: tool[name] for name in counted} == counted
-    assert len(figures["tools"]) == len(by_hand["tools"])
-    assert {day["day"]: day["events"] for day in figures["days"] if day["events"]} == by_hand["days"]
-    assert {machine["machineId"]: machine["events"] for machine in figures["machines"]} == by_hand["machines"]
-    totals = {name: figures["totals"][name] for name in by_hand["totals"]}
-    assert totals == by_hand["totals"]
+    assert {name: figures["totals"][name] for name in totals} == totals
     for group in ("projects", "machines", "days", "hours", "timeline", "sessions"):
         for name in ("events", "toolCalls", "failures"):
             assert sum(row[name] for row in figures[group]) == totals[name], (group, name)
     slowest = [call["durationMs"] for call in figures["slowest"]]
     assert slowest == sorted(slowest, reverse=True)
-    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in by_hand["tools"].values())[:-2:-1]
+    assert slowest[:1] == sorted(tool["maxMs"] or 0 for tool in tools.values())[:-2:-1]
     assert sum(row["failures"] for row in figures["failing"]) <= totals["failures"]
 
 
 def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
-    """Return made-up work of some sessions on two machines over three days, told out of order."""
-    told = []
+    """Return made-up work of some sessions on two machines over three days, out of order."""
+    work = []
     for number in range(count):
         session, at = f"s{rng.randrange(6)}", NOW_MS + rng.randrange(3 * DAY_MS)
-        length = int(rng.lognormvariate(5, 2))
-        about = {
-            "tool_name": rng.choice(["Bash", "Read", "Edit"]),
-            "tool_use_id": f"t{number}",
-            "tool_input": {"command": f"run {rng.randrange(5)}"},
-        }
+        length, tool = int(rng.lognormvariate(5, 2)), rng.choice(["Bash", "Read", "Edit"])
+        command = {"command": f"run {rng.randrange(5)}"}
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": command}
         steps: list[tuple[int, str, dict[str, Any]]] = [(0, "PreToolUse", about)] if number % 9 else []
         steps.append(rng.choice([
             (length, "PostToolUse", {**about, "duration_ms": length}), (length, "PostToolUse", about),
@@ -13311,17 +12901,16 @@ def index_work(rng: random.Random, count: int) -> list[dict[str, Any]]:
         if number % 7 == 0:
             gone = {"tool_name": "Gone", "tool_use_id": f"gone{number}", "tool_input": {}}
             steps.append((length + 5, "PostToolBatch", {"tool_calls": [about, gone]}))
+        machine = f"box{session[1] in '123'}"
         for place, (after_ms, hook, fields) in enumerate(steps):
-            told.append({
-                "hook": payload(hook, session, **fields), "id": f"e{number}.{place}",
-                "timestamp": at + after_ms, "machineId": f"box{session[1] in '123'}",
-            })  # fmt: skip
-    rng.shuffle(told)
-    return told
+            event = timed(payload(hook, session, **fields), at + after_ms, machine)
+            work.append({**event, "id": f"e{number}.{place}"})
+    rng.shuffle(work)
+    return work
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: int) -> None:
+def test_statistics_are_what_counting_the_files_gives(indexed, seed):
     work = index_work(random.Random(seed), 300)
     indexed.add(*work[:400])
     indexed.ready()
@@ -13330,19 +12919,17 @@ def test_statistics_are_what_counting_the_files_gives(indexed: IndexCase, seed: 
     events = indexed.events()
     for session, offset in itertools.product((None, "s1", "s4"), (0, 60, -570)):
         own = [event for event in events if session in (None, event["sessionId"])]
-        check_statistics(indexed.figures(session, offset), count_by_hand(own, offset))
+        check_statistics(indexed.figures(session, offset), own, offset)
 
 
 def index_usage(number: int, session: str, **models: tuple[int, int]) -> dict[str, Any]:
-    """Return the end of a turn that tells what a session has used so far: (input, output) by model."""
-    told = {
-        name.replace("_", "-"): {"input": used[0], "output": used[1], "cacheRead": 7}
-        for name, used in models.items()
+    """Return the end of a turn that has what a session has used so far: (input, output) by model."""
+    used = {
+        name.replace("_", "-"): dict(zip(("input", "output", "cacheRead"), (*counts, 7)))
+        for name, counts in models.items()
     }
-    return {
-        **index_prompt(number, "", session), "eventType": "turn_end", "hookType": "Stop",
-        "data": {"usage": {"models": told, "agents": {}}},
-    }  # fmt: skip
+    turn = {"eventType": "turn_end", "hookType": "Stop", "data": {"usage": {"models": used, "agents": {}}}}
+    return {**index_prompt(number, "", session), **turn}
 
 
 def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: IndexCase) -> None:
@@ -13466,8 +13053,6 @@ def test_recorded_sessions_count_the_same_in_statistics_and_states(indexed: Inde
 
 
 def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
-    """Wait until everything that is stored is in the index; return its status."""
-
     def complete() -> dict[str, Any] | None:
         index: dict[str, Any] = monitor.get("/api/status")["index"]
         return index if index["state"] == "ready" and index["lagEvents"] == 0 else None
@@ -13476,7 +13061,6 @@ def index_ready(monitor: RunningMonitor) -> dict[str, Any]:
 
 
 def found_in(answer: dict[str, Any]) -> list[str]:
-    """Return the sessions of an answer's results."""
     return [result["sessionId"] for result in answer["results"]]
 
 
@@ -13495,11 +13079,13 @@ def test_what_was_just_stored_is_found_over_http_and_websocket(running: RunningM
     assert answer["requestId"] == 7 and found_in(answer) == ["a"]
     assert answer["results"][0]["snippet"][1] == {"text": "quokka", "hit": True}
     assert found_in(client.ask("search_results", state="working", **wanted)) == ["a"]
-    for number, (wrong, words) in enumerate(
-        [({"state": "asleep"}, "waiting"), ({"cursor": "nonsense"}, "cursor"), ({"limit": 100_000}, "limit")]
+    for words, wrong in (
+        ("waiting", {"state": "asleep"}),
+        ("cursor", {"cursor": "x"}),
+        ("limit", {"limit": 100_000}),
     ):
-        client.send(requestId=number, **wanted, **wrong)
-        assert words in client.next("error", requestId=number)["message"]
+        client.send(requestId=words, **wanted, **wrong)
+        assert words in client.next("error", requestId=words)["message"]
     figures = running.get("/api/stats")
     assert figures["totals"]["prompts"] == 2
     labels = {row["sessionId"]: row["label"] for row in figures["sessions"]}
@@ -13521,14 +13107,24 @@ search?timeZone=x%00 export?timeZone=%F0%9F%A6%93
 """
 
 
-@pytest.mark.parametrize("query", WRONG_QUESTIONS.split())
-def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(
-    shared: RunningMonitor, query: str
-) -> None:
-    status, _, body = shared.request("/api/" + query)
-    answer = json.loads(body)
-    assert status == 400 and answer["field"] == re.split("[?=]", query)[1]
-    assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
+def test_a_question_that_makes_no_sense_is_refused_with_the_parameter(shared):
+    for query in WRONG_QUESTIONS.split():
+        status, _, body = shared.request("/api/" + query)
+        answer = json.loads(body)
+        assert (query, status, answer["field"]) == (query, 400, re.split("[?=]", query)[1])
+        assert "timeZone" not in query or "Europe/Berlin" in answer["error"]
+    for day in ("9999-12-31", "2026-1-5"):
+        assert shared.request(f"/api/stats?from={day}&to={day}")[0] == 200
+
+
+def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
+    sessions = cm.Sessions()
+    said = {"status": "exited", "name": "other", "nameSource": "user"}
+    for machine, kind, data in (("x", "user_prompt", {}), ("y", "client_status", {**said, "status": "idle"}),
+                                ("y", "client_status", said)):  # fmt: skip
+        about = {"eventType": kind, "sessionId": "a", "pid": 7, "machineKey": machine, "data": data}
+        session = sessions.apply(ee.build_event(about, NOW_MS, "m"))
+    assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
 
 
 def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
@@ -13554,17 +13150,15 @@ def test_a_range_ends_before_its_last_day_unless_it_is_the_first(start, end, zon
     assert cm.time_range(start, end, cm.time_zone(zone)) == (utc_ms(first), utc_ms(last))
 
 
-def test_days_are_searched_in_the_zone_that_is_named(running: RunningMonitor) -> None:
+def test_days_are_searched_in_the_zone_that_is_named(running):
     running.emit(*zone_calls("Europe/Berlin"))
     the_day, zone = [f"z{number}" for number in (1, 2, 3, 4)], "--time-zone Europe/Berlin"
 
     def ids(lines: str) -> list[str]:
         return sorted(json.loads(line)["id"] for line in lines.splitlines())
 
-    first_ms, last_ms = (
-        utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5)
-    )  # the last is left out
-    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={last_ms}"):
+    first_ms, after_ms = (utc_ms(ZONE_TIMES["Europe/Berlin"][number][0]) for number in (1, 5))
+    for query in ("from=2026-10-25&to=2026-10-25&timeZone=Europe/Berlin", f"from={first_ms}&to={after_ms}"):
         assert sorted(row["id"] for row in running.get(f"/api/search?{query}")["results"]) == the_day
         assert ids(running.request(f"/api/export?{query}")[2].decode()) == the_day
     for command in ("search --json", "export"):
@@ -13585,26 +13179,20 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
     ("wombat", 1, [], "no results"),
     ("--from soon", 2, [], "is not a time"),
     ("--limit 0", 2, [], "at least 1"),
+    ("--limt 1", 2, [], "search --help"),
     ("--from 2026-10-25 --time-zone Mars/Dome", 1, [], "timeZone"),
 ]
 
 
-def test_the_search_command_prints_what_the_monitor_finds(
-    running: RunningMonitor, monkeypatch: Any, capsys: Any
-) -> None:
+def test_the_search_command_prints_what_the_monitor_finds(running):
     running.emit(*hooks("@a prompt where is the \x1b[1;31mquokka\x1b[31m?; @b prompt nothing of the kind"))
     running.emit(*hooks("@b call grep -r quokka src"))
     eventually(lambda: len(running.get("/api/search?q=quokka")["results"]) == 2)
-    for name, value in running.environment.items():
-        monkeypatch.setenv(name, value)
     for options, code, printed, said in SEARCHES:
-        try:
-            assert cm.main(["search", *options.split()]) == code, options
-        except SystemExit as exit:
-            assert exit.code == code, options
-        out, err = capsys.readouterr()
-        lines = out.splitlines()
-        assert len(lines) == len(printed) and said in err and "\x1b" not in out, options
+        done = in_process(running, "search", *options.split())
+        lines = done.stdout.splitlines()
+        assert (done.returncode, len(lines)) == (code, len(printed)), options
+        assert said in done.stderr and "\x1b" not in done.stdout, options
         assert all(re.search(words, line) for words, line in zip(printed, lines)), options
 
 
@@ -13618,20 +13206,94 @@ def test_in_memory_only_the_last_events_can_be_searched(monitor: RunningMonitor)
     assert not os.path.exists(monitor.home + "/index.db")
 
 
+def test_what_two_interpreters_deliver_counts_once(running: RunningMonitor) -> None:
+    command = running.installed_command()
+    environment = {**running.environment, "CLAUDE_PID": str(os.getpid())}
+    use = {"tool_name": "Bash", "tool_use_id": "toolu_1", "tool_input": {"command": "make pudding"}}
+    steps = [
+        ("UserPromptSubmit", {"prompt": "make pudding"}), ("PreToolUse", use),
+        ("PostToolUseFailure", {**use, "error": "no pudding", "duration_ms": 40}),
+    ]  # fmt: skip
+    for hook, fields in steps:
+        for _ in range(2):
+            hook_call(command, payload(hook, **fields), environment)
+    counts = running.sessions()["s1"]["counts"]
+    assert (counts["prompts"], counts["toolCalls"], counts["toolErrors"], counts["events"]) == (1, 1, 1, 3)
+    index_ready(running)
+    totals = running.get("/api/stats")["totals"]
+    assert [totals[name] for name in ("events", "prompts", "toolCalls", "failures")] == [3, 1, 1, 1]
+    assert len(running.get("/api/search?q=pudding")["results"]) == 3
+    metrics = running.request("/metrics")[2].decode()
+    assert (
+        'failures_total{tool="Bash"} 1\n' in metrics and 'duration_seconds_count{tool="Bash"} 1\n' in metrics
+    )
+    assert running.get("/api/status")["events"]["duplicates"] == 3
+
+
+# Events as HOOK@MS[#FIELD=VALUE], of one client → which of them are stored.
+SECOND_DELIVERIES = {
+    "a call, delivered again seconds later": ("PreToolUse@0#toolUseId=a PreToolUse@4000#toolUseId=a", "0"),
+    "steps of one call are different events": ("PreToolUse@0#toolUseId=a PostToolUse@1#toolUseId=a", "01"),
+    "a prompt, at once, before or after": ("UserPromptSubmit@500 UserPromptSubmit@100", "0"),
+    "the same words again are a prompt of their own": ("UserPromptSubmit@0 UserPromptSubmit@600", "01"),
+    "each is compared with the first": ("UserPromptSubmit@0 UserPromptSubmit@400 UserPromptSubmit@800", "02"),
+    "an agent may ask twice for the same": ("PermissionRequest@0 PermissionRequest@1", "01"),
+    "calls of old clients have no id": ("PreToolUse@0 PreToolUse@1", "01"),
+}
+
+
+def test_an_event_without_memory_for_it_is_left_to_its_sender(tmp_path: Any, monkeypatch: Any) -> None:
+    def protect(event: Any, privacy: Any) -> Any:
+        if event["id"] == "1":
+            raise MemoryError
+        return protected(event, privacy)
+
+    protected, here = ee.protect, cm.Settings(str(tmp_path), "", "box", ee.default_values())
+    monkeypatch.setattr(ee, "protect", protect)
+    ingest = cm.Ingest(here, cm.Journal(str(tmp_path / "events")), lambda event: None)
+    lines = [json.dumps(hook_wrapped(payload("Stop"), id=str(number))).encode() for number in range(3)]
+    safe, stored = ingest.take(lines)
+    ingest.close()
+    assert safe == [True, False, True] and [entry.event["id"] for entry in stored] == ["0", "2"]
+    assert not os.path.exists(tmp_path / "quarantine.log")
+
+
+@pytest.mark.parametrize("rule", SECOND_DELIVERIES)
+def test_a_second_delivery_is_stored_once(tmp_path: Any, rule: str) -> None:
+    story, kept = SECOND_DELIVERIES[rule]
+    journal = cm.Journal(str(tmp_path / "events"))
+    ingest = cm.Ingest(
+        cm.Settings(str(tmp_path), "", "box", ee.default_values()), journal, lambda event: None
+    )
+    for number, (hook, at, name, value) in enumerate(re.findall(r"(\w+)@(\d+)(?:#(\w+)=(\w+))?", story)):
+        event = {
+            "id": str(number),
+            "timestamp": NOW_MS + int(at),
+            "sessionId": "s",
+            "machineId": "box",
+            "pid": 9,
+        }
+        data = {"message": "same", **({name: value} if name else {})}
+        ingest.take(
+            [ee.encode_json({**event, "hookType": hook, "eventType": ee.EVENT_TYPES[hook], "data": data})]
+        )
+    ingest.close()
+    assert "".join(cm.line_id(line) for line in journal.lines()) == kept
+
+
 # ---------------------------------------------------------------------------
 # Retention: whole days of events go, the oldest first
 # ---------------------------------------------------------------------------
 
 
 def retention_days(home: str) -> list[str]:
-    """List the days that have events."""
     return sorted(name for name in os.listdir(home + "/events") if name != ".in-order")
 
 
-def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: int = 2) -> dict[int, str]:
+def retention_fill(home: str, ages: Iterable[int], size: int = 100, sessions: int = 2) -> dict[int, str]:
     """Store events that arrived so many days ago; return the name of each day."""
     store, now = cm.Journal(home + "/events"), cm.now_ms()
-    arrivals = {age: now - age * 86_400_000 for age in sorted(ages, reverse=True)}
+    arrivals = {age: now - age * DAY_MS for age in sorted(ages, reverse=True)}
     for age, at in arrivals.items():
         for number in range(sessions):
             about = {"session": f"s{number}-{age}", "timestamp": at, "id": f"{age}.{number}"}
@@ -13641,26 +13303,22 @@ def retention_fill(home: str, ages: tuple[int, ...], size: int = 100, sessions: 
     return {age: cm.day_of(at) for age, at in arrivals.items()}
 
 
-def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor: RunningMonitor) -> None:
-    monitor.config["retention"] = {"days": 5}
+def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monitor):
     monitor.write_config({"retention": {"days": 1000}})
     days = retention_fill(monitor.home, (0, 1, 4, 7, 8, 40))
     note = f"{monitor.home}/events/{days[40]}/note.txt"
     ee.write_atomically(note, b"mine")
     monitor.serve()
-    client = monitor.websocket("rows")
-    client.send(type="toggle_pin", sessionId="s1-8")
-    eventually(lambda: monitor.sessions()["s1-8"]["isPinned"])
+    protocol_post(monitor, type="toggle_pin", sessionId="s1-8")
     highest = monitor.get("/api/status")["seq"]
     monitor.kill()
-    monitor.write_config({})
+    monitor.write_config({"retention": {"days": 5}})
     monitor.serve()
     eventually(lambda: set(retention_days(monitor.home)) == {days[age] for age in (0, 1, 4, 8, 40)})
     assert os.listdir(f"{monitor.home}/events/{days[8]}") == ["s1-8.jsonl"]
     eventually(lambda: os.listdir(os.path.dirname(note)) == ["note.txt"])
-    gone = {f"s{n}-{age}" for n, age in ((0, 7), (1, 7), (0, 8), (0, 40), (1, 40))}
-    eventually(lambda: not gone & set(monitor.sessions()))
-    assert "s1-8" in monitor.sessions() and "s0-4" in monitor.sessions()
+    left = {"s1-8", *(f"s{number}-{age}" for number in (0, 1) for age in (0, 1, 4))}
+    eventually(lambda: set(monitor.sessions()) == left)
     eventually(lambda: len(monitor.get("/api/search?q=age8")["results"]) == 1)
     assert monitor.get("/api/search?q=age40")["results"] == []
     assert monitor.get("/api/status")["seq"] >= highest
@@ -13668,7 +13326,7 @@ def test_old_days_go_with_their_sessions_but_pinned_and_foreign_files_stay(monit
     assert disk["oldestDay"] == days[8] and disk["error"] is None and disk["limitBytes"] == 2048 << 20
 
 
-def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
+def test_the_status_shows_how_much_is_on_disk(running):
     def on_disk() -> int:
         return sum(os.path.getsize(path) for path in glob.glob(running.home + "/events/*/*"))
 
@@ -13677,19 +13335,16 @@ def test_the_status_shows_how_much_is_on_disk(running: RunningMonitor) -> None:
     disk = running.get("/api/status")["disk"]
     assert disk["eventsBytes"] == on_disk() > 50_000
     assert disk["bytes"] >= disk["eventsBytes"] + disk["indexBytes"]  # of one moment: the index grows
-    client = running.websocket("rows")
-    client.ask("session_deleted", type="delete_session", sessionId="a")
-    client.close()
+    protocol_post(running, type="delete_session", sessionId="a")
     assert running.get("/api/status")["disk"]["eventsBytes"] == on_disk() < 50_000
 
 
-def test_numbers_go_on_after_every_event_was_too_old(monitor: RunningMonitor) -> None:
+def test_numbers_go_on_after_every_event_was_too_old(monitor):
     retention_fill(monitor.home, (50, 60))
     monitor.serve()
     eventually(lambda: retention_days(monitor.home) == [])
-    monitor.stop()
-    monitor.serve()
-    monitor.emit(payload("UserPromptSubmit", prompt="again"))
+    assert in_process(monitor, "stop").returncode == 0
+    monitor.serve().emit(payload("UserPromptSubmit", prompt="again"))
     assert monitor.stored_events()[-1]["seq"] == 5
 
 
@@ -13715,57 +13370,52 @@ def test_all_our_files_count_the_oldest_days_go_first_today_never(tmp_path: Any)
     assert cm.plan_retention(home, now, None, None, frozenset()).days == []
 
 
-def test_prune_keeps_a_session_that_took_over_a_pin(monitor: RunningMonitor) -> None:
+def test_prune_keeps_a_session_that_took_over_a_pin(monitor):
     monitor.write_config({"retention": {"days": 5}})
-    began = cm.now_ms() - 10 * 86_400_000
-    store = cm.Journal(monitor.home + "/events")
-
-    def tell(at_ms: int, session: str, hook: str = "", **fields: Any) -> None:
-        given = payload(hook, session, **fields) if hook else {
-            "eventType": "session_meta", "hookType": "Monitor", "sessionId": session, "data": fields
-        }  # fmt: skip
-        event = {**ee.build_event(given, began + at_ms, "testbox"), "timestamp": began + at_ms}
+    began, store = cm.now_ms() - 10 * DAY_MS, cm.Journal(monitor.home + "/events")
+    meta = {"eventType": "session_meta", "hookType": "Monitor", "sessionId": "before"}
+    for at_ms, given_event in (
+        (0, payload("SessionStart", "before", source="startup")),
+        (1000, {**meta, "data": {"action": "pin", "pinned": True}}),
+        (2000, payload("SessionEnd", "before", reason="clear")),
+        (2010, payload("SessionStart", "after", source="clear")),
+        (3000, payload("SessionEnd", "after", reason="other")),
+        (60_000, {**meta, "data": {"action": "pin", "pinned": False}}),
+    ):
+        event = {**ee.build_event(given_event, began + at_ms, "testbox"), "timestamp": began + at_ms}
         store.append([event], began + at_ms)
-
-    tell(0, "before", "SessionStart", source="startup")
-    tell(1000, "before", action="pin", pinned=True)
-    tell(2000, "before", "SessionEnd", reason="clear")
-    tell(2010, "after", "SessionStart", source="clear")
-    tell(3000, "after", "SessionEnd", reason="other")
-    tell(60_000, "before", action="pin", pinned=False)
     store.close()
-    monitor.serve().command("prune")
+    assert in_process(monitor.serve(), "prune").returncode == 0
     left = glob.glob(monitor.home + "/events/*/*.jsonl")
     assert [os.path.basename(path) for path in left] == ["after.jsonl"]
 
 
-def test_prune_prints_what_it_would_delete_and_deletes_it(monitor: RunningMonitor) -> None:
+def test_prune_prints_what_it_would_delete_and_deletes_it(monitor):
     monitor.write_config({"retention": {"days": 10}})
     monitor.serve()
     assert "nothing is too old" in in_process(monitor, "prune").stdout
     days = retention_fill(monitor.home, (0, 3, 20, 30))
-    told = in_process(monitor, "prune", "--dry-run").stdout
-    assert "4 files of 4 sessions" in told and days[30] in told and days[20] in told and "would be" in told
+    plan = in_process(monitor, "prune", "--dry-run").stdout
+    for words in ("4 files of 4 sessions", days[30], days[20], "would be"):
+        assert words in plan
     assert len(retention_days(monitor.home)) == 4
     assert "deleted" in in_process(monitor, "prune").stdout
     assert retention_days(monitor.home) == sorted([days[0], days[3]])
     assert "nothing is too old" in in_process(monitor, "prune").stdout
 
 
-def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path: Any) -> None:
-    store = journal_opened(tmp_path / "events")
-    day_ms, now = 86_400_000, cm.now_ms()
+def test_a_clock_set_back_by_days_makes_no_event_old(tmp_path):
+    store, now = journal_opened(tmp_path / "events"), cm.now_ms()
     for number, age in enumerate((3, 2, 40, 40, 1)):  # for two events the clock was wrong
-        event = ee.build_event(index_prompt(number, "x"), now, "m")
-        store.append([event], now - age * day_ms)
+        store.append([ee.build_event(index_prompt(number, "x"), now, "m")], now - age * DAY_MS)
     store.close()
     assert cm.plan_retention(str(tmp_path), now, 30, None, frozenset()).files == ()
-    assert len(cm.plan_retention(str(tmp_path), now + 40 * day_ms, 30, None, frozenset()).files) >= 2
+    assert len(cm.plan_retention(str(tmp_path), now + 40 * DAY_MS, 30, None, frozenset()).files) >= 2
 
 
 @pytest.mark.slow
-def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: RunningMonitor) -> None:
-    retention_fill(monitor.home, tuple(range(90)), sessions=5)
+def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor):
+    retention_fill(monitor.home, range(90), sessions=5)
     rng = random.Random(2)
     for _ in range(3):
         before = len(retention_days(monitor.home))
@@ -13781,36 +13431,140 @@ def test_a_kill_while_deleting_leaves_the_rest_to_the_next_start(monitor: Runnin
     assert len(monitor.get("/api/search?q=age7")["results"]) == 5
 
 
+@dataclasses.dataclass
+class ClockStory:
+    """A machine with a clock that is set, and events that are kept for 30 days."""
+
+    home: str
+    patch: Any
+    wall_ms: int = NOW_MS
+    steady_ms: int = 0
+    boot: int = 0
+
+    def __post_init__(self) -> None:
+        self.patch.setattr(cm, "now_ms", lambda: self.wall_ms)
+        self.patch.setattr(cm, "steady_ms", lambda: float(self.steady_ms))
+        self.patch.setattr(cm, "boot_id", lambda: f"boot {self.boot}")
+        self.store = cm.Journal(self.home + "/events")
+        self.memory: Any = None
+
+    def step(self, verb: str, words: str) -> None:
+        """Do one step: a capital letter stores an event of that session; `soon`: the next is in its second."""
+        words, soon = words.removesuffix("soon").strip(), words.endswith("soon")
+        amount = (
+            int(float(words[:-1]) * {"y": 365, "d": 1, "h": 1 / 24}[words[-1]] * 86_400_000) if words else 0
+        )
+        if verb in ("pass", "set", "off"):
+            self.wall_ms += amount
+            self.steady_ms += amount if verb == "pass" else 0
+        if verb == "off":
+            self.steady_ms, self.boot = 0, self.boot + 1
+        if verb == "stop":
+            self.memory.look(self.store.seq, save=True)
+            self.memory = None
+        elif verb == "start":
+            self.memory = cm.ClockMemory(self.home + "/clock.json")
+        elif verb == "kill":
+            self.memory = None
+        elif verb == "damage":
+            ee.write_atomically(self.home + "/clock.json", b'{"time": 1e999, "steps": []}')
+        elif verb.isupper():
+            event = ee.build_event(payload("Stop", verb.lower()), self.wall_ms, "box")
+            self.store.append([event], self.wall_ms)
+        if self.memory and not soon:
+            self.memory.look(self.store.seq)
+
+    def kept(self, limit: int | None = None) -> str:
+        """Return the sessions that retention keeps now."""
+        plan = cm.plan_retention(self.home, self.wall_ms, 30, limit, frozenset(), self.memory.steps)
+        left = {file.path for file in self.store.files()} - {file.path for file in plan.files}
+        return "".join(sorted(os.path.basename(path)[0].upper() for path in left))
+
+
+# Steps, and after → which sessions are kept; `off`: the machine is, and boots then; `set`: the clock, by so much.
+CLOCK_STORIES = {
+    "time that passes makes events old": "start; A; pass 20d; B → AB; pass 11d → B; pass 20d → ",
+    "a clock that stood at 1970": "set -56y; start; A; set +56y; B; stop; start → AB; pass 29d → AB; pass 2d → ",
+    "it was set while the monitor did not run": "set -56y; start; A; stop; set +56y; start; B → AB; pass 31d → ",
+    "an event of the second in which it was set": "set -56y; start; A soon; set +56y; pass 2d → A",
+    "an event of the second in which it was set back": "start; set -56y soon; A; set +56y; pass 2d → A",
+    "a kill forgets no step": "set -56y; start; A; set +56y; kill; start; B → AB; pass 31d → ",
+    "it was set before the next boot": "set -56y; start; A; stop; off 1h; set +56y; start; B → AB; pass 31d → ",
+    "the clock is 1970 after each boot": "start; A; stop; off 1h; set -56y; start; B; set +56y; C → ABC; pass 31d → ",
+    "a clock wrongly set forward": "start; A; set +4y; B → AB; stop; start → AB; set -4y; C → ABC; pass 31d → B",
+    "and found out at another boot": "start; A; set +4y; stop; start → A; stop; off 1h; set -4y; start → A",
+    "no event is too old on a day on which it was set": "start; A; pass 31d; set +2h → A; pass 1d → ",
+    "but a correction by minutes is none": "start; A; pass 31d; set +0.5h → ",
+    "weeks in which the machine was off count": "start; A; stop; off 31d; start → ",
+    "a damaged memory is none": "start; A; stop; damage; start → A; pass 31d → ",
+}
+
+
+@pytest.mark.parametrize("rule", CLOCK_STORIES)
+def test_events_are_deleted_by_their_real_age(tmp_path: Any, monkeypatch: Any, rule: str) -> None:
+    story = ClockStory(str(tmp_path), monkeypatch)
+    for step in CLOCK_STORIES[rule].split("; "):
+        did, is_checked, kept = step.partition(" →")
+        story.step(*did.partition(" ")[::2])
+        assert not is_checked or story.kept() == kept.strip(), step
+
+
+def test_the_oldest_by_real_age_is_deleted_first(tmp_path: Any, monkeypatch: Any) -> None:
+    story = ClockStory(str(tmp_path), monkeypatch)
+    for step in "start; A; pass 5d; stop; off 1h; set -56y; start; B; set +56y; pass 2d; C".split("; "):
+        story.step(*step.partition(" ")[::2])
+    assert [story.kept(limit) for limit in (1 << 20, 900, 0)] == ["ABC", "BC", "C"]
+
+
+def test_a_spool_of_a_machine_without_a_clock_is_kept(tmp_path: Any) -> None:
+    for start in ("90000000", str(ee.now_ms()), str(ee.now_ms() - 8 * 86_400_000)):
+        (tmp_path / f"{start}-0a.jsonl").write_bytes(b"{}\n")
+    ee.drop_old_segments(str(tmp_path))
+    assert sorted(int(path.name.split("-")[0]) > 10**12 for path in tmp_path.glob("*.jsonl")) == [False, True]
+
+
+@pytest.mark.slow
+def test_a_day_that_is_more_than_the_limit_is_named(monitor: RunningMonitor) -> None:
+    monitor.write_config({"retention": {"maxMegabytes": 16}})
+    monitor.serve()
+    in_process(monitor, "prune")
+    assert "maxMegabytes" not in monitor.command("status").stdout
+    monitor.emit(*(payload("UserPromptSubmit", f"s{number}", prompt="x " * 450_000) for number in range(20)))
+    in_process(monitor, "prune")
+    for command in ("status", "doctor"):
+        assert "more than retention.maxMegabytes" in monitor.command(command, check=False).stdout
+
+
 # ---------------------------------------------------------------------------
 # Export: events as they are, tool calls as a table
 # ---------------------------------------------------------------------------
 
 
-def export_table(lines: list[bytes]) -> list[dict[str, str]]:
+def export_table(lines: Iterable[bytes]) -> list[dict[str, str]]:
     """Read a table of calls the way a spreadsheet does."""
     text = b"".join(line + b"\n" for line in cm.call_table(lines)).decode()
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_table_has_each_call_once_as_counted_by_hand(indexed: IndexCase, seed: int) -> None:
+def test_the_table_has_each_call_once_as_counted_by_hand(indexed, seed):
     work = index_work(random.Random(seed), 300)
     work.sort(key=lambda event: (float(event["id"][1:]), event["id"][0] == "b"))  # a result after its call
     indexed.add(*work)
-    rows = export_table(list(indexed.store.lines()))
+    rows = export_table(indexed.store.lines())
     assert len({(row["sessionId"], row["toolUseId"]) for row in rows}) == len(rows)
-    for tool, counts in count_by_hand(indexed.events())["tools"].items():
+    for tool, counts in tools_by_hand(calls_by_hand(indexed.events())).items():
         own = [row for row in rows if row["toolName"] == tool]
         durations = [int(row["durationMs"]) for row in own if row["durationMs"]]
         outcomes = collections.Counter(row["outcome"] for row in own)
-        found = (len(own), len(durations), sum(durations), outcomes["failed"], outcomes["interrupted"])
-        assert found == tuple(
-            counts[name] for name in ("calls", "timed", "totalMs", "failures", "interrupted")
-        )
+        assert counts.items() >= {
+            "calls": len(own), "timed": len(durations), "totalMs": sum(durations),
+            "failures": outcomes["failed"], "interrupted": outcomes["interrupted"],
+        }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize("nasty", ['=cmd|"calc"!A1, and\nmore \ud83d é', "=cmd|a\n=1+cmd", "=cmd|a\r=1+cmd"])
-def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, nasty: str) -> None:
+def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed, nasty):
     bash = {"tool_name": "-Bash", "tool_use_id": "@t1", "tool_input": {"command": nasty}}
     read = {"tool_name": "Read", "tool_input": {"file_path": "/home/dev/shop/a.txt"}}
     indexed.add(
@@ -13820,52 +13574,44 @@ def test_no_text_breaks_the_table_or_makes_a_cell_a_formula(indexed: IndexCase, 
         payload("PostToolUse", "old", **read),
         payload("PostToolUse", "gone", tool_name=["odd"], tool_use_id=5, tool_input=None),
     )
-    first, second, third = export_table(list(indexed.store.lines()))
-    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
-    assert (first["sessionId"], first["toolName"], first["outcome"], first["durationMs"]) == (
-        "'+s", "'-Bash", "failed", "5"
-    )  # fmt: skip
+    first, second, third = export_table(indexed.store.lines())
     assert first["target"].startswith("'=cmd|")
-    assert (second["target"], second["outcome"], second["durationMs"]) == ("a.txt", "ok", "0")
+    assert first["error"] == "'" + nasty.replace("\ud83d", "\\ud83d")
+    first_row = {"sessionId": "'+s", "toolName": "'-Bash", "outcome": "failed", "durationMs": "5"}
+    assert first_row.items() <= first.items()
+    assert {"target": "a.txt", "outcome": "ok", "durationMs": "0"}.items() <= second.items()
     assert third["outcome"] == "ok"
 
 
-def test_export_takes_the_filters_of_search_as_query_and_as_options(running: RunningMonitor) -> None:
+# The query; the options of the command; which events are chosen. Times and sessions are in the room of the protocol.
+EXPORTS: list[tuple[str, str, Any]] = [
+    ("", "", lambda event: True),
+    ("tool=Bash&session=s0", "--tool Bash --session s0",
+     lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
+    ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
+     lambda event: event["hookType"] == "PostToolUse"),
+    ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
+    ("machine=other", "--machine other", lambda event: False),
+    ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
+    ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
+    ("state=failed", "--state failed", lambda event: False),
+]  # fmt: skip
+
+
+def test_export_takes_the_filters_of_search_as_query_and_as_options(running):
     for number in range(6):
-        tool, word = ("Bash", "Read")[number % 2], {"command": f"word{number}"}
-        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": word}
-        running.emit(
-            payload("PreToolUse", f"s{number % 3}", **about),
-            payload("PostToolUse", f"s{number % 3}", **about, duration_ms=number),
-        )
+        tool, session = ("Bash", "Read")[number % 2], f"s{number % 3}"
+        about = {"tool_name": tool, "tool_use_id": f"t{number}", "tool_input": {"command": f"word{number}"}}
+        running.emit(payload("PreToolUse", session, **about), payload("PostToolUse", session, **about))
     running.emit(payload("Stop", "s1"), payload("Stop", "s2"))
     stored = running.stored_events()
-    moment = stored[6]["timestamp"]
-    for query, chosen in (
-        (f"from={moment}", lambda event: event["timestamp"] >= moment),
-        (f"to={moment}", lambda event: event["timestamp"] < moment),
-    ):
-        found = [json.loads(line)["id"] for line in running.request(f"/api/export?{query}")[2].splitlines()]
-        assert sorted(found) == sorted(event["id"] for event in filter(chosen, stored)), query
-    for query, options, chosen in (
-        ("", "", lambda event: True),
-        ("tool=Bash&session=s0", "--tool Bash --session s0",
-         lambda event: event["sessionId"] == "s0" and event["data"].get("toolName") == "Bash"),
-        ("type=PostToolUse&machine=testbox", "--type PostToolUse --machine testbox",
-         lambda event: event["hookType"] == "PostToolUse"),
-        ("q=word3", "word3", lambda event: event["data"].get("toolInput") == {"command": "word3"}),
-        ("machine=other", "--machine other", lambda event: False),
-        ("state=idle", "--state idle", lambda event: event["sessionId"] != "s0"),
-        ("state=working&session=s0", "--state working --session s0", lambda event: event["sessionId"] == "s0"),
-        ("state=failed", "--state failed", lambda event: False),
-    ):  # fmt: skip
-        status, headers, body = running.request(f"/api/export?{query}")
-        assert status == 200 and headers["content-type"] == "application/x-ndjson"
-        found, expected = [json.loads(line)["id"] for line in body.splitlines()], filter(chosen, stored)
-        assert sorted(found) == sorted(event["id"] for event in expected)
+    for query, options, chosen in EXPORTS:
+        lines = running.request(f"/api/export?{query}")[2].decode().splitlines()
+        expected = [event["id"] for event in filter(chosen, stored)]
+        assert sorted(json.loads(line)["id"] for line in lines) == sorted(expected), query
         printed = in_process(running, "export", *options.split()).stdout
-        assert sorted(printed.splitlines()) == sorted(body.decode().splitlines())
-    status, headers, body = running.request("/api/export?format=csv&tool=Read")
+        assert sorted(printed.splitlines()) == sorted(lines)
+    _, headers, body = running.request("/api/export?format=csv&tool=Read")
     assert headers["content-type"].startswith("text/csv") and "calls.csv" in headers["content-disposition"]
     rows = list(csv.DictReader(io.StringIO(body.decode(), newline="")))
     assert [(row["toolName"], row["outcome"]) for row in rows] == [("Read", "ok")] * 3
@@ -13891,7 +13637,6 @@ def import_copy(monitor: RunningMonitor, name: str) -> str:
 
 
 def import_entries(name: str) -> Iterator[dict[str, Any]]:
-    """Yield what a recorded session's transcripts hold."""
     for path in glob.glob(f"{RECORDED}/transcripts/{name}/**/*.jsonl", recursive=True):
         with open(path, "rb") as file:
             yield from map(json.loads, file)
@@ -13899,17 +13644,13 @@ def import_entries(name: str) -> Iterator[dict[str, Any]]:
 
 def import_hooks(name: str, start_ms: int) -> list[dict[str, Any]]:
     """Return a recorded session's payloads as hooks send them from `start_ms` on."""
-    return [
-        {"hook": one, "id": f"h{number}", "timestamp": start_ms + number, "machineId": "testbox"}
-        for number, one in enumerate(recorded(name))
-    ]
+    return [timed(hook, start_ms + number) for number, hook in enumerate(recorded(name))]
 
 
-def test_imported_transcripts_give_the_sessions_that_hooks_give(running: RunningMonitor) -> None:
+def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
     names = {import_copy(running, name): name for name in IMPORT_TRANSCRIPTS}
-    words = in_process(running, "import").stdout
-    stored = len(running.stored_events())
-    assert words == f"{stored} events imported, 0 were stored already\n" and stored
+    first, stored = in_process(running, "import").stdout, len(running.stored_events())
+    assert first == f"{stored} events imported, 0 were stored already\n" and stored
     again = in_process(running, "import", running.claude_home).stdout
     assert again == f"0 events imported, {stored} were stored already\n"
     assert len(running.stored_events()) == stored
@@ -13929,33 +13670,30 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running: Running
         assert session["label"] == by_hooks.label[0] and session["workingDirectory"] == by_hooks.directory
         assert session["model"] == by_hooks.model or by_hooks.model is None
         messages = [entry.get("message") or {} for entry in import_entries(name)]
-        used = {one["id"]: one["usage"]["output_tokens"] for one in messages
-                if one.get("usage") and one.get("role") == "assistant"}  # fmt: skip
-        assert session["tokenUsage"]["totalOutput"] == sum(used.values()), name
-        assert figures[session_id]["tokenUsage"]["totalOutput"] == sum(used.values()), name
+        answers = [one for one in messages if one.get("usage") and one.get("role") == "assistant"]
+        output = sum({one["id"]: one["usage"]["output_tokens"] for one in answers}.values())
+        for counted in (session, figures[session_id]):
+            assert counted["tokenUsage"]["totalOutput"] == output, name
 
 
-@pytest.mark.parametrize("name", IMPORT_TRANSCRIPTS)
-def test_import_repeats_nothing_that_hooks_have_sent(running: RunningMonitor, name: str) -> None:
-    session_id = import_copy(running, name)
-    times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
-    running.emit(*import_hooks(name, min(times)))
-    before = running.sessions()[session_id]["counts"]
+def test_import_repeats_nothing_that_hooks_have_sent(running):
+    for name in IMPORT_TRANSCRIPTS:
+        import_copy(running, name)
+        times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
+        running.emit(*import_hooks(name, min(times)))
+    before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
     assert in_process(running, "import").stdout.startswith("0 events imported")
-    assert running.sessions()[session_id]["counts"] == before
+    assert {name: session["counts"] for name, session in running.sessions().items()} == before
 
 
-def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: RunningMonitor) -> None:
+def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     session_id = import_copy(running, "failing")
-    with open(f"{RECORDED}/transcripts/failing/{session_id}.jsonl", "rb") as file:
-        entries = [json.loads(line) for line in file if b'"tool_use"' in line]
-    first, use = (entry["message"]["content"][0] for entry in (entries[0], entries[4]))
-    at = (
-        cm.iso_time_ms(entries[4]["timestamp"]) or 0
-    ) + 60_000  # its clock may differ: the call's name tells
+    entries = [entry for entry in import_entries("failing") if "tool_use" in json.dumps(entry.get("message"))]
+    entries = [entry for entry in entries if entry["type"] == "assistant"]
+    first, use = (entries[number]["message"]["content"][0] for number in (0, 2))
+    at = (cm.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
     call = {"tool_name": use["name"], "tool_use_id": use["id"], "tool_input": use["input"]}
-    hook = payload("PreToolUse", session_id, **call)
-    running.emit({"hook": hook, "id": "late", "timestamp": at, "machineId": "testbox"})
+    running.emit({**timed(payload("PreToolUse", session_id, **call), at), "id": "late"})
     in_process(running, "import")
     stored = running.stored_events()
     calls = [event["data"]["toolUseId"] for event in stored if event["hookType"] == "PreToolUse"]
@@ -13967,7 +13705,7 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running: Ru
 
 def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shared):
     shared.emit(*recorded("simple"), payload("UserPromptSubmit", "import-x", prompt="hello there"))
-    export = running.home + "/export.ndjson"
+    export, node_export = running.home + "/export.ndjson", running.home + "/node.json"
     in_process(shared, "export", "--output", export)
     expected = shared.stored_events()
     common = {"sessionId": "0123456789abcdef", "machineId": "mac"}
@@ -13977,44 +13715,26 @@ def test_exports_of_this_and_of_the_node_monitor_are_imported_once(running, shar
         {"timestamp": NOW_MS + 5, **common, "eventType": "tool_result", "hookType": "PostToolUse",
          "data": {"toolName": "Bash", "tool_output": "a b"}},
     ]  # fmt: skip
-    with open(running.home + "/node.json", "w", encoding="utf-8") as file:
-        json.dump(
-            {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}, file, indent=1
-        )
+    whole = {"version": 1, "sessions": [{"sessionId": common["sessionId"], "events": node}]}
+    ee.write_atomically(node_export, json.dumps(whole, indent=1).encode())
     for count in (len(expected) + 2, 0):
-        words = in_process(running, "import", export, running.home + "/node.json").stdout
-        assert words.startswith(f"{count} events imported")
+        done = in_process(running, "import", export, node_export)
+        assert done.stdout.startswith(f"{count} events imported")
     stored = {event["id"]: event for event in running.stored_events()}
     for event in expected:
         kept = {**stored[event["id"]], "seq": 0, "received": 0}
+        event.pop("spooled", None)
         assert kept == {**event, "seq": 0, "received": 0, "imported": True}
     session = running.sessions()["0123456789abcdef"]
     assert session["isImported"] is True and session["machineId"] == "mac"
     assert session["counts"]["toolCalls"] == 1 and len(stored) == len(expected) + 2
 
 
-def test_import_of_files_without_history_stores_nothing(running: RunningMonitor) -> None:
-    path = running.home + "/odd.jsonl"
-    objects = (b"[]", b"{}", b'{"type":"user"}\n' * 3)
-    for content in (b"", b"not json\nat all", *objects, b"\xff\x00", b"[" * 100_000):
-        with open(path, "wb") as file:
-            file.write(content)
-        assert in_process(running, "import", path).returncode in (0, 1), content
-    missing = in_process(running, "import", running.home + "/missing.json")
-    assert missing.returncode == 1 and "error" in missing.stderr
-    assert running.stored_events() == []
-
-
-def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
+def test_odd_transcripts_are_read_as_far_as_they_make_sense():
     def entry(kind: str, uuid: Any, content: Any, **more: Any) -> bytes:
-        about = {
-            "sessionId": "s",
-            "cwd": 5,
-            "timestamp": "2026-11-24T06:03:18.373Z",
-            "type": kind,
-            "uuid": uuid,
-        }
-        return json.dumps({**about, "message": {"content": content}, **more}).encode()
+        about = {"sessionId": "s", "cwd": 5, "timestamp": "2026-11-24T06:03:18.373Z", "type": kind}
+        about |= {"uuid": uuid, "message": {"content": content}}
+        return json.dumps({**about, **more}).encode()
 
     lines = [
         *(b"{ broken", b"[]", b""),
@@ -14027,8 +13747,8 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense() -> None:
         *(entry("user", "f", "hello"),) * 2,
     ]
     events = cm.TranscriptReader("s", "m", set()).events(lines)
-    hooks = "SessionStart PostToolUse UserPromptSubmit SessionEnd"
-    assert " ".join(event["hookType"] for event in events) == hooks
+    read = [event["hookType"] for event in events]
+    assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
 
 
@@ -14050,43 +13770,36 @@ IMPORT_COPY = IMPORT_OLD.replace(f'"sessionId": "{IMPORT_A}"', f'"sessionId": "{
 IMPORT_OWN = usage_entries("user fork question; m2 100/10", IMPORT_B, minute=10)
 IMPORT_OLD_SUMS = usage_entries("sums opus 100/10 startTime=5", IMPORT_A)
 IMPORT_SUMS = usage_entries("sums opus 200/20 startTime=5", IMPORT_B)
-# A session's transcript, and what its fork begins with and ends with.
+IMPORT_UNMARKED = IMPORT_COPY.replace("u-", "v-")
+IMPORT_SHOWN = (1, 100, "fork question")
+# A session's transcript; what its fork begins with and ends with; the prompts, input tokens and label of the fork.
 IMPORT_FORKS = {
-    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, ""),
-    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), ""),
-    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, ""),
-    "the fork's sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS),
-    "its sums do not say when they began": (IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")),
-    "copies without any mark have their tokens counted once": (
-        IMPORT_OLD,
-        IMPORT_COPY.replace("u-", "v-"),
-        "",
+    "copies keep the origin's id": (IMPORT_OLD, IMPORT_OLD, "", IMPORT_SHOWN),
+    "copies keep it and have new uuids": (IMPORT_OLD, IMPORT_OLD.replace("u-", "v-"), "", IMPORT_SHOWN),
+    "copies keep their uuids only": (IMPORT_OLD, IMPORT_COPY, "", IMPORT_SHOWN),
+    "its sums include the origin's": (IMPORT_OLD + IMPORT_OLD_SUMS, IMPORT_COPY, IMPORT_SUMS, IMPORT_SHOWN),
+    "its sums do not say when they began": (
+        *(IMPORT_OLD, IMPORT_COPY, IMPORT_SUMS.replace("startTime", "x")), IMPORT_SHOWN
     ),
-    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, ""),
-    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, ""),
-}
-# Prompts, input tokens and label of the fork.
-IMPORT_FORK_SHOWN = {
-    "copies without any mark have their tokens counted once": (2, 100, "first question"),
-    "it keeps the history of an origin that is gone": (2, 200, "first question"),
-}
+    "unmarked copies have their tokens counted once": (IMPORT_OLD, IMPORT_UNMARKED, "", (2, 100, "first question")),
+    "it keeps the history of an origin that is gone": ("", IMPORT_OLD, "", (2, 200, "first question")),
+    "it keeps nothing of an origin that is stored": ("", IMPORT_OLD, "", IMPORT_SHOWN),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", IMPORT_FORKS)
 def test_an_imported_fork_has_its_own_history_only(tmp_path, rule):
-    origin, copied, sums = IMPORT_FORKS[rule]
-    write_files(
-        tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": copied + IMPORT_OWN + sums}
-    )
+    origin, copied, sums, shown = IMPORT_FORKS[rule]
+    fork = copied + IMPORT_OWN + sums
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": origin, f"{IMPORT_B}.jsonl": fork})
     write_files(tmp_path, {f"x/{IMPORT_A}.jsonl": f"->p/{IMPORT_A}.jsonl", "y": "->p"})  # read once
     os.utime(tmp_path / "p" / f"{IMPORT_A}.jsonl", (1, 1))
-    found = imported(tmp_path, IMPORT_A if "stored" in rule else "")
-    shown = {
+    sessions = imported(tmp_path, IMPORT_A if "stored" in rule else "")
+    found = {
         session_id: (session["counts"]["prompts"], session["tokenUsage"]["totalInput"], session["label"])
-        for session_id, session in found.items()
+        for session_id, session in sessions.items()
     }
-    assert shown.pop(IMPORT_B) == IMPORT_FORK_SHOWN.get(rule, (1, 100, "fork question"))
-    assert shown == ({IMPORT_A: (1, 100, "first question")} if origin else {})
+    assert found == {**({IMPORT_A: (1, 100, "first question")} if origin else {}), IMPORT_B: shown}
 
 
 @pytest.mark.parametrize(
@@ -14129,19 +13842,127 @@ def test_an_imported_session_has_the_title_of_its_transcript(tmp_path, titles, l
     assert imported(tmp_path)[IMPORT_A]["label"] == label
 
 
-def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_path: Any) -> None:
+IMPORT_NOTHING = (*b"|not json|[]|{}".split(b"|"), b'{"type":"user"}\n' * 3, b"\xff\x00", b"[" * 100_000)
+
+
+def test_import_skips_what_is_no_history_and_says_so(running, tmp_path):
+    path = running.home + "/odd.jsonl"
+    for content in IMPORT_NOTHING:
+        ee.write_atomically(path, content)
+        assert in_process(running, "import", path).returncode in (0, 1), content
     fifo = tmp_path / "p" / f"{IMPORT_B}.jsonl"
-    write_files(tmp_path, {f"p/{IMPORT_A}.jsonl": IMPORT_OLD, "p/x.txt": "", "p/again": "->p"})
-    write_files(
-        tmp_path / "p", {"loop.jsonl": "->loop.jsonl", "null.json": "->/dev/null", "gone.jsonl": "->/nowhere"}
-    )
+    odd = {
+        "loop.jsonl": "->loop.jsonl",
+        "null.json": "->/dev/null",
+        "gone.json": "->/nowhere",
+        "again": "->.",
+    }
+    write_files(tmp_path / "p", {f"{IMPORT_A}.jsonl": IMPORT_OLD, "x.txt": "", **odd})
     os.mkfifo(fifo)
+    for path, words in ((f"{running.home}/missing.json", "error"), (str(fifo), "is no regular file")):
+        refused = in_process(running, "import", path)
+        assert refused.returncode == 1 and words in refused.stderr
+    assert running.stored_events() == []
     done = in_process(running, "import", str(tmp_path))
     assert done.stdout.startswith("6 events imported") and done.stderr.count("skipped") == 5
-    for name in (fifo.name, "null.json", "gone.jsonl", "loop.jsonl", "again"):
+    for name in (fifo.name, *odd):
         assert f"/p/{name}: " in done.stderr
-    refused = in_process(running, "import", str(fifo))
-    assert refused.returncode == 1 and "is no regular file" in refused.stderr
+
+
+def node_directory(folder: Any) -> None:
+    """Write what the Node.js monitor keeps of a session with a subagent, and of one that a person has hidden."""
+    main = {**NODE, "sessionId": "0123456789abcdef"}
+    named = {"parentSessionId": main["sessionId"], "data": {"subagent": {"type": "explore", "agentId": "a7"}}}
+    call = {"toolName": "Task", "toolInput": {"subagent_type": "explore"}}
+    events = [
+        {**main, "eventType": "user_prompt", "hookType": "UserPromptSubmit", "data": {"message": "plan it"}},
+        {**main, "eventType": "tool_call", "hookType": "PreToolUse", "data": call},
+        {**main, **named, "sessionId": "a7", "eventType": "subagent_start", "hookType": "SubagentStart"},
+        {**main, **named, "sessionId": "a7", "eventType": "subagent_stop", "hookType": "SubagentStop"},
+        {**main, "eventType": "tool_result", "hookType": "PostToolUse", "data": call},
+        {**main, "eventType": "session_end", "hookType": "Stop",
+         "data": {"model": "claude-opus-4-5", "sessionTokenUsage": NODE_SUMS}},
+    ]  # fmt: skip
+    events = [{**event, "id": f"n{at}", "timestamp": NOW_MS + 1000 * at} for at, event in enumerate(events)]
+    meta = {
+        **NODE,
+        "startTime": NOW_MS,
+        "endTime": NOW_MS + 9000,
+        "status": "completed",
+        "childSessionIds": [],
+    }
+    used = {"totalInput": 5, "totalOutput": 6, "totalCacheRead": 7, "totalCacheCreation": 8}
+    metas = [
+        {**meta, "sessionId": "0123456789abcdef", "label": "The plan", "isPinned": True, "tokenUsage": used},
+        {**meta, "sessionId": "fedcba9876543210", "hidden": True, "model": "claude-opus-4-5", "tokenUsage": used,
+         "manualParentSessionId": "0123456789abcdef"},
+        {**meta, "sessionId": "beef0001", "agentType": "explore", "isPinned": True, "tokenUsage": used},
+    ]  # fmt: skip
+    files = {f"sessions/{it['sessionId']}/meta.json": json.dumps(it, indent=2) for it in metas}
+    for event in events[:4]:
+        files[f"processed/{event['timestamp']}-{event['sessionId']}-{event['id']}.json"] = json.dumps(
+            event, indent=2
+        )
+    files[f"raw/{events[4]['timestamp']}-x.json"] = json.dumps(events[4], indent=2)
+    # As its daemon keeps them: while a Task runs all events of its session have an id that it makes up.
+    moved = [{**event, "sessionId": "beef0001", "parentSessionId": main["sessionId"]} for event in events[4:]]
+    files["sessions/0123456789abcdef/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in events[:2])
+    files["sessions/beef0001/events.jsonl"] = "".join(json.dumps(it) + "\n" for it in moved)
+    files["sessions/fedcba9876543210/events.jsonl"] = json.dumps(
+        {**events[0], "id": "f1", "sessionId": "fedcba9876543210"}
+    )
+    write_files(folder, {**files, "config.json": "{}", "daemon.state.json": "{}", "daemon.log": "x"})
+
+
+def test_the_directory_of_the_node_monitor_is_imported(running: RunningMonitor, tmp_path: Any) -> None:
+    node_directory(tmp_path)
+    done = in_process(running, "import", str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "12 events imported, 0 were stored already\n"), done.stderr
+    sessions = running.sessions()
+    assert set(sessions) == {"0123456789abcdef", "fedcba9876543210"}
+    main, other = sessions["0123456789abcdef"], sessions["fedcba9876543210"]
+    assert (main["label"], main["labelSource"], main["isPinned"]) == ("The plan", "user", True)
+    assert main["tokenUsage"] == dict(zip(("totalInput", "totalOutput", "totalCacheRead", "totalCacheCreation"),
+                                          (30, 60, 15, 9)))  # fmt: skip
+    assert [(agent["agentId"], agent["agentType"], agent["state"]) for agent in main["agents"]] == [
+        ("a7", "explore", "ended")
+    ]
+    assert (main["state"], main["counts"]["toolCalls"], main["openCalls"]) == ("idle", 1, [])
+    assert (other["hidden"], other["parentSessionId"]) == (True, "0123456789abcdef")
+    assert other["tokenUsage"]["totalOutput"] == 6 and other["estimatedCostUsd"]
+    index_ready(running)
+    totals = running.get("/api/stats")["totals"]
+    assert totals["tokenUsage"]["totalOutput"] == 66 and totals["prompts"] == 2
+    # What a person does here counts from then on.
+    client = running.websocket("rows")
+    client.ask("session_update", type="rename_session", sessionId="0123456789abcdef", label="Mine")
+    client.close()
+    path = tmp_path / "sessions/0123456789abcdef/meta.json"
+    path.write_text(path.read_text().replace("The plan", "Their plan"))
+    again = in_process(running, "import", str(tmp_path))
+    assert again.stdout.startswith("0 events imported") and again.returncode == 0
+    write_files(tmp_path, {"sessions/0123456789abcdef/meta.json": " ", "raw/1-half.json": '{"id": "x", "ev'})
+    half = in_process(running, "import", str(tmp_path))
+    assert half.returncode == 1 and "raw/1-half.json: it has no events" in half.stderr
+    assert running.sessions()["0123456789abcdef"]["label"] == "Mine"
+
+
+def test_import_names_the_file_that_it_did_not_understand(running: RunningMonitor, tmp_path: Any) -> None:
+    event = json.dumps({**NODE, "id": "e", "sessionId": "s", "eventType": "message"})
+    transcript = "0000000a-0000-4000-8000-000000000000.jsonl"
+    line = {"type": "user", "uuid": "u", "sessionId": "s2", "timestamp": "2026-11-24T06:03:18.373Z"}
+    files = {
+        "export.jsonl": f'{event}\n[1]\n{{"a": 1}}\n\n', "whole.ndjson": event + "\n",
+        transcript: json.dumps({**line, "message": {"content": "hi"}}) + '\n{ broken\n\n{"type": "being wri',
+        "odd.jsonl": "no json\n", "settings.json": "{}",
+    }  # fmt: skip
+    write_files(tmp_path, files)
+    done = in_process(running, "import", str(tmp_path))
+    assert done.returncode == 1 and done.stdout.startswith("4 events imported")
+    said = [words.rpartition("/")[2] for words in done.stderr.splitlines() if "skipped" in words]
+    assert sorted(said) == sorted([
+        "export.jsonl: 2 lines are no events", "odd.jsonl: it has no events", f"{transcript}: 1 lines are not JSON",
+    ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------
@@ -14150,60 +13971,54 @@ def test_import_skips_what_is_no_file_and_says_so(running: RunningMonitor, tmp_p
 
 
 def metrics_of(monitor: RunningMonitor) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
-    """Return what /metrics tells: sample's name → labels → value."""
-    status, headers, body = monitor.request("/metrics")
-    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    """Return what /metrics has: sample's name → labels → value."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    status, headers, body = monitor.request("/metrics")
+    assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(body.decode()):
         assert family.documentation and family.type in ("gauge", "counter", "histogram"), family.name
         for sample in family.samples:
-            values = found.setdefault(sample.name, {})
-            key = tuple(sorted(sample.labels.items()))
+            values, key = found.setdefault(sample.name, {}), tuple(sorted(sample.labels.items()))
             assert key not in values, (sample.name, key)
             values[key] = sample.value
     return found
 
 
-def test_prometheus_reads_what_is_measured(running: RunningMonitor) -> None:
-    for number, (hook, more) in enumerate((
-        ("PostToolUse", {"duration_ms": 10}), ("PostToolUse", {"duration_ms": 11}), ("PostToolUse", {"duration_ms": 700_000}),
-        ("PostToolUseFailure", {"duration_ms": 2500, "error": "no"}), ("PostToolUse", {}),
-    )):  # fmt: skip
-        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", tool_input={}, **more))
-    odd = {
-        "eventType": "message",
-        "machineId": 'odd "box"\\ with\nlines \ud83d é',
-        "sessionId": "z",
-        "data": {},
-    }
+# The events that are counted: four calls with their time in ms, one without.
+METRICS_CALLS = [*(f"PostToolUse {ms}" for ms in ("10", "11", "700000", "")), "PostToolUseFailure 2500"]
+# Samples without labels, then others that are there.
+METRICS_SINGLE = {
+    "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
+    "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
+}  # fmt: skip
+METRICS_OTHERS = "spool_bytes spool_dropped_total client_queue_bytes clients_closed_slow_total".split()
+
+
+def test_prometheus_reads_what_is_measured(running):
+    for number, (hook, *duration) in enumerate(map(str.split, METRICS_CALLS)):
+        more = {"duration_ms": int(duration[0])} if duration else {}
+        running.emit(payload(hook, tool_name="Bash", tool_use_id=f"t{number}", error="no", **more))
+    name = 'odd "box"\\ with\nlines \ud83d é'
+    odd = {"eventType": "message", "machineId": name, "sessionId": "z", "data": {}}
     running.emit(odd, payload("PermissionRequest", "w", tool_name="Bash", tool_input={"command": "rm"}), odd)
     index_ready(running)
     eventually(lambda: metrics_of(running)["contextuate_disk_bytes"][()] > 0)
-    measured = metrics_of(running)
+    measured = {name.partition("_")[2]: values for name, values in metrics_of(running).items()}
 
     def by(label: str, name: str) -> dict[str, float]:
-        return {dict(key)[label]: value for key, value in measured[f"contextuate_{name}"].items()}
+        return {dict(key)[label]: value for key, value in measured[name].items()}
 
     events = {"tool_result": 4, "tool_error": 1, "message": 2, "permission_request": 1}
     assert by("type", "events_total") == events
-    assert set(by("machine", "events_total")) == {"testbox", 'odd "box"\\ with\nlines \\ud83d é'}
+    assert set(by("machine", "events_total")) == {"testbox", name.replace("\ud83d", "\\ud83d")}
     buckets = by("le", "tool_duration_seconds_bucket")
     assert [buckets[le] for le in ("0.01", "0.05", "2.5", "600.0", "+Inf")] == [1, 2, 3, 3, 4]
     sessions = by("state", "sessions")
     assert sessions["waiting"] == 1 and sum(sessions.values()) == 3
-    single = {
-        "tool_duration_seconds_count": 4, "tool_duration_seconds_sum": 702.521, "tool_failures_total": 1,
-        "build_info": 1, "received_total": 8, "store_ok": 1, "index_ready": 1, "index_lag_events": 0,
-    }  # fmt: skip
-    assert {name: list(measured[f"contextuate_{name}"].values()) for name in single} == {
-        name: [value] for name, value in single.items()
-    }
-    assert measured["contextuate_index_bytes"][()] > 0
-    assert {f"contextuate_{name}" for name in (
-        "spool_bytes", "spool_dropped_total", "client_queue_bytes", "clients_closed_slow_total"
-    )} <= set(measured)  # fmt: skip
+    assert {name: sum(measured[name].values()) for name in METRICS_SINGLE} == METRICS_SINGLE
+    assert measured["index_bytes"][()] > 0 and set(METRICS_OTHERS) <= set(measured)
 
 
 def test_metrics_are_bounded_whatever_names_events_carry() -> None:
@@ -14239,9 +14054,8 @@ def test_the_docstring_ends_with_an_index_of_the_rooms() -> None:
 
 
 @pytest.mark.parametrize("module", [ee, cm], ids=["hook", "monitor"])
-def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
-    with open(str(module.__file__), encoding="utf-8") as file:
-        source = file.read()
+def test_a_room_uses_only_the_rooms_above_it(module):
+    source = install_text(module.__file__)
     tree = ast.parse(source)
     starts = [source.count("\n", 0, it.start()) + 1 for it in re.finditer(r"(?m)^# -{75}\n# [A-Z]", source)]
     assert len(starts) > 7
@@ -14250,13 +14064,11 @@ def test_a_room_uses_only_the_rooms_above_it(module: types.ModuleType) -> None:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined[node.name] = node.lineno
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            names = [
-                it.id for it in ast.walk(node) if isinstance(it, ast.Name) and isinstance(it.ctx, ast.Store)
-            ]
-            defined.update(dict.fromkeys(names, node.lineno))
+            names = (it for it in ast.walk(node) if isinstance(it, ast.Name))
+            defined.update({it.id: node.lineno for it in names if isinstance(it.ctx, ast.Store)})
     below = [
         f"line {line} uses {name} of line {defined[name]}"
-        for line, names in uses_of_names(compile(tree, str(module.__file__), "exec"))
+        for line, names in uses_of_names(compile(tree, module.__file__, "exec"))
         for name in names & defined.keys()
         if bisect.bisect(starts, line) < bisect.bisect(starts, defined[name])
     ]
@@ -14314,12 +14126,12 @@ def test_one_event_runs_through_at_most_70_functions() -> None:
 # ---------------------------------------------------------------------------
 
 
-def read_document(path: str) -> str:
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        return file.read()
+DOCUMENTS = {
+    path: install_text(os.path.join(ROOT, path))
+    for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))
+}
 
 
-DOCUMENTS = {path: read_document(path) for path in ("README.md", *glob.glob(".docs/*.md", root_dir=ROOT))}
 PROTOCOL_MD = DOCUMENTS[".docs/protocol.md"]
 DOC_BLOCKS = [
     (path, language, text)
@@ -14478,15 +14290,14 @@ def test_the_websocket_conversation_in_the_documents_is_a_real_one(running: Runn
 
 
 @pytest.mark.slow
-def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
+def test_a_new_user_gets_through_the_commands_of_the_readme():
     home = new_home()
     files, python = f"{home}/monitor", f"{home}/python3"
     os.mkdir(files)
     os.mkdir(f"{home}/.contextuate", 0o700)
     for name in ("contextuate_monitor.py", "emit_event.py", "index.html"):
         shutil.copy2(os.path.join(ROOT, name), files)
-    with open(python, "w", encoding="utf-8") as file:
-        file.write(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n')
+    ee.write_atomically(python, f'#!/bin/sh\nexec "{PYTHON}" "$@"\n'.encode())
     os.chmod(python, 0o700)
     made = RunningMonitor(f"{home}/.contextuate")
     kept = {name: it for name, it in os.environ.items() if not name.startswith(("CLAUDE", "CONTEXTUATE"))}
@@ -14506,10 +14317,8 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
             shell = ["/bin/sh", "-c", line]
             done = subprocess.run(shell, cwd=files, env=environment, capture_output=True, check=False)
             assert done.returncode == 0 and (done.stdout or line.startswith(("echo", "rm"))), done
-        with open(f"{files}/calls.csv", encoding="utf-8") as file:
-            assert len(file.readlines()) > 5
-        with open(f"{home}/.claude/settings.json", encoding="utf-8") as file:
-            assert json.load(file) == {}
+        assert install_text(f"{files}/calls.csv").count("\n") > 5
+        assert json.loads(install_text(f"{home}/.claude/settings.json")) == {}
         assert not os.path.exists(f"{home}/.contextuate")
     finally:
         clean_up(made)
@@ -14517,22 +14326,19 @@ def test_a_new_user_gets_through_the_commands_of_the_readme() -> None:
 
 
 @pytest.mark.slow
-def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -> None:
+def test_the_redis_set_up_in_redis_md_works_as_it_is(make, tmp_path):
     blocks = [text for path, _, text in DOC_BLOCKS if path == ".docs/redis.md"]
     folder, port = str(tmp_path), redis_free_port()
+    ours = {"redis.example.org": "localhost", "6380": str(port)}
+    ours |= dict.fromkeys(("/etc/redis", "~/.contextuate"), folder)
 
     def block(words: str) -> str:
         (found,) = [text for text in blocks if words in text]
-        for theirs, ours in (
-            ("redis.example.org", "localhost"), ("/etc/redis", folder), ("6380", str(port)), ("~/.contextuate", folder)
-        ):  # fmt: skip
-            found = found.replace(theirs, ours)
-        return found
+        return functools.reduce(lambda text, it: text.replace(*it), ours.items(), found)
 
     subprocess.run(["/bin/sh", "-e", "-c", block("openssl req")], cwd=folder, check=True, capture_output=True)
     users = block("user emitter on")
-    with open(folder + "/users.acl", "w", encoding="ascii") as file:
-        file.write(users)
+    ee.write_atomically(folder + "/users.acl", users.encode())
     make(RedisServer, *block("tls-cert-file").splitlines(), port=port, user="both", password="THIRD-PASSWORD")
     machines = {}
     for name, password in re.findall(r"^user (\w+) on >(\S+)", users, re.M):
@@ -14547,13 +14353,13 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -
     emitter.say("late")
     both.say("own")
     for machine in (watcher, both):
-        eventually(lambda machine=machine: machine.has("s1", 3), 30, "all three events")
+        machine.gets(3)
         assert machine.arrivals() == {"emitter": ["early", "late"], "both": ["own"]}
         about = machine.redis()
         assert (about["tls"], about["streamState"], about["streamReason"]) == (True, "ok", None)
     for machine in (emitter, both):
-        told = machine.publisher()
-        assert (told["stream"], told["channelState"]) == ("ok", "ok")
+        publisher = machine.publisher()
+        assert (publisher["stream"], publisher["channelState"]) == ("ok", "ok")
     strict = ssl.create_default_context(cafile=folder + "/ca.crt")
     strict.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 and newer do by themselves
     with socket.create_connection(("localhost", port)) as sock:
@@ -14566,7 +14372,6 @@ def test_the_redis_set_up_in_redis_md_works_as_it_is(make: Any, tmp_path: Any) -
 
 
 def benchmark_tables(text: str) -> dict[str, list[tuple[str, str]]]:
-    """Return the (figure, goal) of each row, by the title of its table."""
     sections = re.findall(r"(?ms)^## (.+?)$(.*?)(?=^## |\Z)", text)
     rows = re.compile(r"(?m)^\| (?!figure )(.+?) \|(?:[^|]*\|){3} \**(.*?)\** \|")
     return {title: rows.findall(body) for title, body in sections}
@@ -14582,7 +14387,7 @@ def test_the_tables_of_benchmarks_have_their_rows_and_goals() -> None:
     assert tables == {title: [(row.name, row.goal) for row in rows] for title, rows in expected.items()}
 
 
-def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
+def test_a_benchmark_replaces_its_own_table_only(tmp_path):
     import bench
 
     document = tmp_path / "benchmarks.md"
@@ -14594,8 +14399,6 @@ def test_a_benchmark_replaces_its_own_table_only(tmp_path: Any) -> None:
     text = document.read_text()
     assert text.startswith("# Benchmarks\n\nText.\n") and "old" not in text and "\nkept\n" in text
     assert list(benchmark_tables(text)) == ["all", "hook", "idle"]
-    assert (
-        "| hook, local mode | 20.0 ms | 10.0 ms, bare interpreter | 2.00 | **<= 1.3** | 1.10 to 1.40 |"
-        in text
-    )
-    assert "| hook, local mode | 12.0 ms | 10.0 ms, bare interpreter | 1.20 | <= 1.3 | 1.10 to 1.40 |" in text
+    for ours, ratio, goal in (("20.0", "2.00", "**<= 1.3**"), ("12.0", "1.20", "<= 1.3")):
+        cells = f"{ours} ms | 10.0 ms, bare interpreter | {ratio} | {goal} | 1.10 to 1.40"
+        assert f"| hook, local mode | {cells} |" in text

@@ -41,6 +41,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ sys.path.insert(0, setup.ROOT)
 
 import playwright.sync_api
 import pytest
+import redis
 
 import contextuate_monitor as cm
 import emit_event as ee
@@ -162,15 +164,18 @@ class Sizes:
     history_events: int
     page_s: float  # to watch one state of the page
     page_events: int  # loaded by the page
+    flood_s: float
 
 
 SMALL = Sizes(
     hook_pairs=20, storm_hooks=1000, rounds=5, round_s=0.25, latency_s=2, idle_s=10, restart_sessions=500,
     restart_events=100_000, restart_limit_s=4.5, history_events=100_000, page_s=2, page_events=20_000,
+    flood_s=10,
 )  # fmt: skip
 FULL = Sizes(
     hook_pairs=60, storm_hooks=10_000, rounds=9, round_s=0.5, latency_s=5, idle_s=20, restart_sessions=5000,
     restart_events=1_000_000, restart_limit_s=45, history_events=1_000_000, page_s=10, page_events=100_000,
+    flood_s=10,
 )  # fmt: skip
 
 Benchmark = Callable[[Sizes], Iterator[Measured]]
@@ -1409,7 +1414,7 @@ def page_events(first: int, count: int) -> list[dict[str, Any]]:
     for number in range(first, first + count // 2):
         session = f"load-{number % 20}"
         agent = {"agent_id": f"a{number % 20}", "agent_type": "explorer"} if number % 3 == 0 else {}
-        call, result = tests.browser_call(number, session, tool_response={"stdout": "ok"})
+        call, result = tests.many_calls([number], session)
         failed = {"hook_event_name": "PostToolUseFailure", "error": "Exit code 1"} if number % 23 == 0 else {}
         events += [{**call, **agent}, {**result, **agent, **failed, "duration_ms": 5 + number % 400}]
     return events
@@ -1536,6 +1541,116 @@ def bench_page(sizes: Sizes) -> Iterator[Measured]:
             tab.evaluate(SCROLL_AND_ZOOM, sizes.page_s * 1000)
             ours = watch_tab(tab, sizes.page_s)
         yield from tab_figures(ours, while_busy)
+
+
+# ---------------------------------------------------------------------------
+# Bounds: a flood of one machine beside others, and many sessions at rest
+# ---------------------------------------------------------------------------
+
+FLOOD_EVENTS_PER_S = 10_000
+FLOOD_ASKS = 50  # of another machine, spread over the flood
+REST_SESSIONS = 10_000  # on as many machines
+
+
+def machine_event(machine: str, session: str, kind: str, **data: Any) -> bytes:
+    """Return the line of one event, with its machine and our category."""
+    about = {"machineId": machine, "sessionId": session, "hookType": "", "eventType": kind, "data": data}
+    return ee.encode_json({"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), **about})
+
+
+def publisher_of(machine: tests.RunningMonitor) -> Callable[[list[bytes]], object]:
+    """Return a function that sends lines as hooks do: over one connection, or as a publisher of Redis."""
+    if machine.config.get("mode") != "redis":
+        sock = machine.connect()
+
+        def send(lines: list[bytes]) -> None:
+            sock.sendall(b"".join(line + b"\n" for line in lines))
+            with contextlib.suppress(BlockingIOError):
+                sock.recv(1 << 20, socket.MSG_DONTWAIT)  # acknowledgements
+
+        return send
+    options = machine.config["redis"]
+    client = redis.Redis(host=options["host"], port=options["port"], password=options.get("password"))
+
+    def publish(lines: list[bytes]) -> None:
+        pipeline = client.pipeline(transaction=False)
+        for line in lines:
+            pipeline.publish("contextuate:events", line)
+            pipeline.xadd("contextuate:events:stream", {"event": line}, maxlen=10_000)
+        pipeline.execute()
+
+    return publish
+
+
+def flood(machine: tests.RunningMonitor, seconds: float, is_closed: bool) -> None:
+    """Send FLOOD_EVENTS_PER_S calls of one session, with results if `is_closed`, as far as they are taken."""
+    send, begin, sent = publisher_of(machine), time.monotonic(), 0
+    while (now := time.monotonic()) < begin + seconds:
+        due = int((now - begin) * FLOOD_EVENTS_PER_S) // 2 * 2
+        data = {"toolName": "Bash", "toolInput": {"command": "make " + "x" * 300}}
+        lines = []
+        for number in range(sent, min(due, sent + 500)):
+            kind = "tool_result" if is_closed and number % 2 else "tool_call"
+            use_id = f"t{number // 2 if is_closed else number}"
+            lines.append(machine_event("flood", "flood", kind, toolUseId=use_id, **data))
+        send(lines)
+        sent += len(lines)
+        time.sleep(0.002)
+    note(f"  {sent / seconds:,.0f} events a second were sent")
+
+
+def flood_waits_ms(machine: tests.RunningMonitor, tab: Any, seconds: float, is_closed: bool) -> list[float]:
+    """Return, sorted, the times from requests of a quiet machine during a flood to their rows."""
+    send, asked_ms = publisher_of(machine), {}
+    tab.evaluate(NOTE_WAITS)
+    with tests.serving(flood, machine, seconds, is_closed):
+        for number in range(FLOOD_ASKS):
+            time.sleep(seconds / FLOOD_ASKS)
+            session = f"asks-{is_closed}-{number}"
+            asked_ms[session] = time.time() * 1000
+            send([machine_event("calm", session, "permission_request", toolName="Bash")])
+        tests.eventually(lambda: len(tab.evaluate("waits")) >= len(asked_ms), 60, "all waits")
+        shown_ms = tab.evaluate("waits")
+    return sorted(shown_ms[session] - at_ms for session, at_ms in asked_ms.items())
+
+
+@benchmark(
+    "flood",
+    "needs you of another machine during a flood by the socket, p99 | ms | 1000 | <= 1",
+    "needs you of another machine during a flood of open calls, p99 | ms | 1000 | <= 1",
+    "needs you of another machine during a flood by Redis, p99 | ms | 1000 | <= 1",
+)
+def bench_flood(sizes: Sizes) -> Iterator[Measured]:
+    """Flood a monitor with the events of one machine while another one asks, with a page open."""
+    with tests.redis_parts() as make, playwright.sync_api.sync_playwright() as tool:
+        server = make(tests.RedisServer)
+        browser = tool.chromium.launch(executable_path=tests.BROWSER, args=tests.BROWSER_OPTIONS)
+        for config, closings in (({"mode": "local"}, (True, False)), (server.settings(), (True,))):
+            machine = make(tests.RedisMachine, config=config).start()
+            tab = browser.new_page(viewport={"width": 1440, "height": 900})
+            tab.goto(machine.url.replace("127.0.0.1", "localhost"))
+            if config["mode"] == "redis":
+                machine.wait_until("connected")
+            for is_closed in closings:
+                yield Measured(percentile(flood_waits_ms(machine, tab, sizes.flood_s, is_closed), 99))
+            tab.close()
+            machine.stop()
+
+
+@benchmark("rest", f"rest with {REST_SESSIONS:,} sessions of as many machines: processor | % | 0.3 | <= 1")
+def bench_rest(sizes: Sizes) -> Iterator[Measured]:
+    """Watch a monitor with idle sessions to which nothing happens."""
+    with new_monitor() as monitor:
+        monitor.start()
+        send = publisher_of(monitor)
+        for number in range(REST_SESSIONS):
+            send([machine_event(f"box-{number}", f"idle-{number}", "turn_end")])
+        wait_for_index(monitor)
+        tests.eventually(lambda: monitor.get("/api/status")["events"]["stored"] == REST_SESSIONS, 60)
+        time.sleep(cm.SNAPSHOT_INTERVAL_S + 30)  # until the snapshots of all are saved
+        before, begin = processor_s(monitor.pid), time.monotonic()
+        time.sleep(sizes.idle_s)
+        yield Measured((processor_s(monitor.pid) - before) / (time.monotonic() - begin) * 100)
 
 
 # ---------------------------------------------------------------------------
