@@ -10035,7 +10035,7 @@ def test_a_container_with_the_mounted_directory_has_name_tokens_and_end(running)
 def test_a_directory_mounted_at_another_path_delivers_through_the_spool(running):
     inner = ["env", "CONTEXTUATE_HOME=/mnt", *client_script(payload("Stop", "far"), then=":")]
     argv = contained(running.home, *inner)
-    argv[argv.index("--bind") : argv.index("--bind")] = ["--tmpfs", "/tmp"]
+    argv[argv.index("--bind") : argv.index("--bind")] = ["--tmpfs", "/tmp", "--ro-bind", ROOT, ROOT]
     argv[argv.index("--bind") + 2] = "/mnt"
     subprocess.run(argv, env=running.environment, timeout=30, check=True)
     assert eventually(lambda: running.sessions().get("far"))["machineId"] == "testbox"
