@@ -9947,8 +9947,8 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
         text = REDIS_GUIDE % (server.port, json.dumps(password), machine.socket_path)
         ee.write_atomically(machine.home + "/monitor.config.json", text.encode("ascii"))
 
-    def debugged(machine: RedisMachine, **fields: Any) -> tuple[str, float]:
-        environment, began = {**machine.environment, "CONTEXTUATE_DEBUG": "1"}, time.monotonic()
+    def debugged(machine: RedisMachine, debug: str = "1", **fields: Any) -> tuple[str, float]:
+        environment, began = {**machine.environment, "CONTEXTUATE_DEBUG": debug}, time.monotonic()
         done = hook_call(machine.hook, payload("UserPromptSubmit", **fields), environment)
         return done, time.monotonic() - began
 
@@ -9966,7 +9966,7 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
         assert one.stored_events()[0]["data"] == {"test": "message"}
         eventually(lambda: server.cli("PUBSUB", "NUMSUB", REDIS_CHANNEL).split()[1] == "2")
         # Debug lines: the configuration, the mode, the connection, who got it.
-        words, _ = debugged(one, session="first", prompt="hello")
+        words, _ = debugged(one, "wait", session="first", prompt="hello")
         for part in (
             r"config \S+/monitor\.config\.json",
             "mode redis",
