@@ -1177,7 +1177,7 @@ STUCK_FAILURES = 5  # failures of one tool of one agent in a row, with the same 
 STUCK_TURNS = 3  # turns that used tools and changed no file
 STUCK_MS = 2 * 3_600_000  # duration of a turn or an agent
 PROCESSES_LIMIT = 8  # that are kept per session
-PROCESSES_A_LOOK = 256  # sessions whose processes are looked at together
+PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
@@ -1366,13 +1366,8 @@ class Session:
     def label(self) -> tuple[str, str]:
         """Return (label, its source): from the user, /rename, the title, the first prompt or the project."""
         title = self.title or ("Test events" if self.session_id == TEST_SESSION_ID else "")
-        labels = {
-            "user": self.user_label,
-            "name": self.client_name,
-            "title": title,
-            "prompt": self.first_prompt,
-        }
-        for source, label in labels.items():
+        labels = (self.user_label, self.client_name, title, self.first_prompt)
+        for source, label in zip(("user", "name", "title", "prompt"), labels):
             if label:
                 return label, source
         return os.path.basename(self.directory.rstrip("/")) or self.session_id[:8], "project"
@@ -1495,7 +1490,7 @@ _OUTCOMES = {
 
 def is_duration(value: Any) -> bool:
     """True if a value is a plausible duration in milliseconds."""
-    return emit_event.is_number(value) and 0 <= value < 1 << 40
+    return type(value) in emit_event.NUMBERS and 0 <= value < 1 << 40
 
 
 def call_facts(event: JsonObject) -> tuple[CallFact, ...]:
@@ -1837,7 +1832,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
     if kind == "tool_result" and event["data"].get("toolName") in AGENT_TOOLS:
         _apply_launch(session, event, at, until)
     agent_id = event.get("agentId", MAIN)
-    agent = session.agents.get(agent_id)
+    agent, is_start = session.agents.get(agent_id), kind == "subagent_start"
     if not agent_id or (agent is None and kind == "subagent_stop"):
         return
     if agent is None:
@@ -1850,11 +1845,7 @@ def _apply_agent(session: Session, event: JsonObject, kind: str, at: int, until:
             agent.label, agent.parent_id = launches[0].description, launches[0].agent_id
         if session.turn == "ended" or (until == at and at < session.last_step.get(agent_id, 0)):
             agent.end = at  # its first event arrived after its end
-    elif (
-        agent.end is not None
-        and session.turn != "ended"
-        and (kind == "subagent_start" or RULES.get(kind, _NOTHING).turn)
-    ):
+    elif agent.end is not None and session.turn != "ended" and (is_start or RULES.get(kind, _NOTHING).turn):
         agent.end = agent.end if until < agent.end or at == agent.end else None  # it may be resumed
     agent.counts["events"] += 1
     agent.agent_type = event.get("agentType") or agent.agent_type
@@ -1986,9 +1977,8 @@ def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
     elif is_new:
         target = tool_target(fact.tool_input, session.directory)
         label = _description(fact.tool_input) if fact.tool in AGENT_TOOLS else ""
-        call = OpenCall(
-            fact.use_id, fact.tool, target, fact.agent_id, at, label, zlib.crc32(encode_json(fact.tool_input))
-        )
+        digest = zlib.crc32(encode_json(fact.tool_input))
+        call = OpenCall(fact.use_id, fact.tool, target, fact.agent_id, at, label, digest)
         session.open_calls[fact.use_id] = call
     if len(session.open_calls) > CALLS_LIMIT or len(session.closed_calls) > CALLS_LIMIT:
         for dropped in _drop_oldest(session.open_calls, CALLS_LIMIT):
@@ -2140,11 +2130,7 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
 # The client's own status, from its registry: it also shows what a person did at the terminal, unlike hooks.
 
 _CLIENT_STATUSES = ("waiting", "busy", "shell", "idle")  # of several processes of a session the first counts
-_CLIENT_WAITS = {
-    "permission prompt": "permission",
-    "sandbox request": "permission",
-    "input needed": "question",
-}
+_DIALOGS = {"permission prompt": "permission", "sandbox request": "permission", "input needed": "question"}
 
 
 def _client_status(session: Session) -> tuple[str, str]:
@@ -2161,9 +2147,8 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
     """
     event, at, (before, before_for) = step.event, step.at, _client_status(session)
     reported = (text_of(event["data"].get("status")), text_of(event["data"].get("waitingFor")))
-    session.client_status = {
-        it: session.client_status[it] for it in session.processes if it in session.client_status
-    }
+    known = session.client_status
+    session.client_status = {it: known[it] for it in session.processes if it in known}
     session.client_status[process_of(event)] = reported
     status, waits_for = _client_status(session)
     is_change = before != "" and (status, waits_for) != (before, before_for)
@@ -2186,19 +2171,14 @@ def _apply_client_status(session: Session, step: Step, until: int, silence_ms: i
         session.turn, session.turn_since, session.turn_start, session.failure = "working", at, at, None
         session.last_step[MAIN] = at
     if status == "waiting" and all(it.kind == "input" for it in session.waits):
-        kind = _CLIENT_WAITS.get(waits_for, "dialog")
-        calls = [it for it in session.open_calls.values() if it.agent_id == MAIN] or list(
-            session.open_calls.values()
-        )
-        if kind == "dialog" or not calls:
-            is_named = waits_for not in ("", "dialog open")
-            detail = waits_for if is_named else "A dialog is open in the terminal"
-            session.waits.append(Reason(kind, None, detail, at, by_client=True))
-        else:
-            call = calls[-1]
-            session.waits.append(
-                Reason(kind, *call[1:3], at, call.agent_id, call.tool_use_id, by_client=True)
-            )
+        kind, calls = _DIALOGS.get(waits_for, "dialog"), list(session.open_calls.values())
+        calls = [it for it in calls if it.agent_id == MAIN] or calls
+        detail = "A dialog is open in the terminal" if waits_for in ("", "dialog open") else waits_for
+        wait = Reason(kind, None, detail, at, by_client=True)
+        if kind != "dialog" and calls:
+            _, tool, target, agent_id, *_ = calls[-1]
+            wait = wait._replace(tool=tool, detail=target, agent_id=agent_id, tool_use_id=calls[-1][0])
+        session.waits.append(wait)
 
 
 def _wait_of(session: Session, event: JsonObject, kind: str, at: int, until: int) -> Reason | None:
@@ -2284,12 +2264,9 @@ def _wakeup_of(data: JsonObject) -> str:
     if not schedules:
         return ""
     daily = re.fullmatch(r"(\d{1,2}) (\d{1,2}) \* \* \*", text_of(schedules[0]))
-    when = (
-        f"at {int(daily[2]):02}:{int(daily[1]):02}"
-        if daily
-        else f"by schedule {one_line(text_of(schedules[0]), 40)}"
-    )
-    return f"wakes up {when}"
+    if daily:
+        return f"wakes up at {int(daily[2]):02}:{int(daily[1]):02}"
+    return f"wakes up by schedule {one_line(text_of(schedules[0]), 40)}"
 
 
 def end_session(session: Session, time_ms: int, why: str, presumed: bool) -> None:
@@ -2320,7 +2297,7 @@ class Sessions:
     """All sessions, updated by `apply` and `tick`.
 
     A session becomes quiet after `quiet_ms` of silence; all sessions of a machine end after `ended_ms`.
-    `own_machine` is our machine's key; `own_name`: the name that stands for it in events without a key.
+    `own_machine` is our machine's key; `own_name`: the name used for it in events without a key.
     """
 
     def __init__(
@@ -2350,11 +2327,11 @@ class Sessions:
         # Ids of sessions that ended by /clear, resume or fork, or began so: to be linked with each other
         self._linkable: dict[str, None] = {}
         self._linked: set[str] = set()  # ids of sessions that an event of another session changed
-        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` looks at it next; an entry
+        # Sessions cost nothing at rest. A heap of (time, session id): when `tick` checks it next; an entry
         # counts if it is the session's in _due_at. It may be too early, never too late.
         self._due: list[tuple[int, str]] = []
         self._due_at: dict[str, int] = {}
-        self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to look at first
+        self._with_process: dict[str, None] = {}  # ids of sessions of this machine, the next to check first
 
     def apply(self, event: JsonObject) -> Session:
         """Apply one event; return its session.
@@ -2374,7 +2351,7 @@ class Sessions:
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
         elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
-            return session  # only hooks say that a session goes on at another machine
+            return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
             for version in self._versions(session_id):
@@ -2568,7 +2545,7 @@ class Sessions:
         return changed
 
     def _look_after(self, session: Session, time_ms: int) -> None:
-        """Look at a session at this time at the latest, and at its processes."""
+        """Schedule the next check of a session, at this time at the latest, and those of its processes."""
         if time_ms < self._due_at.get(session.session_id, _NEVER):
             self._due_at[session.session_id] = time_ms
             heapq.heappush(self._due, (time_ms, session.session_id))
@@ -4308,7 +4285,7 @@ def plan_retention(
     """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
 
     Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day, if no step of the clock explains that: the day is not as old as its name says.
+    later day, if no step of the clock explains that: the day is newer than its name.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -4711,7 +4688,9 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
-    changes: bool = False  # its session updates have changed fields only, and rows wait for nobody
+    changes: bool = (
+        False  # its session updates have changed fields only, and rows are dropped while it reads too slowly
+    )
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
 
 
@@ -5279,7 +5258,7 @@ class RedisLink:
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
         left_s = subscription.last_alive + deadline_s - time.monotonic()
         if left_s <= 0:
-            self.fail(subscription, emit_event.Overrun(f"no whole answer within {deadline_s:.0f} s"))
+            self.fail(subscription, TimeoutError(f"no whole answer within {deadline_s:.0f} s"))
         else:
             self.loop.call_later(left_s, lambda: self._watch(subscription))
 
@@ -5887,7 +5866,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             raise
         except Exception:  # unexpected: log and answer
             log.exception("a request could not be answered")
-            response = json_response({"error": "it could not be answered; monitor.log says why"}, 500)
+            response = json_response({"error": "it could not be answered; monitor.log has the reason"}, 500)
             self.close_connection = True
         self._send(response)
 
@@ -6488,7 +6467,7 @@ class Retention:
         self._plan: RetentionPlan | None = None  # the last one
         self._measured_at = 0  # `events_added` at the time of the plan, plus what the plan deleted
         self._error: str | None = None
-        self._rests_until = 0.0  # time.monotonic(): to look at many files costs a thousandth of the time
+        self._rests_until = 0.0  # time.monotonic(): checking many files takes a thousandth of the time
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "retention")
 
     def begin(self) -> None:
@@ -8127,6 +8106,21 @@ def hook_command(interpreter: str, script: str) -> str:
     return f"{quoted[0]} -I -S {quoted[1]} || python3 -I -S {second} || :"
 
 
+# What Claude Code runs once it is installed; any failure is silent, as in run_hook.
+LAUNCHER = """\
+import posix
+import sys
+
+try:
+    sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    import hot_path
+
+    hot_path.run_hook()
+except BaseException:
+    posix._exit(0)
+"""
+
+
 def install_hook_files(home: str) -> str:
     """Copy the hook below `home`; return the path of the script that Claude Code runs.
 
@@ -8148,7 +8142,7 @@ def install_hook_files(home: str) -> str:
         # Each file is replaced before those that import it, since hooks run meanwhile.
         for path, text in zip(modules, (content, hot_path + b"\n")):
             emit_event.write_atomically(path, text)
-        emit_event.write_atomically(script, emit_event.LAUNCHER.encode())
+        emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
         _raise_install_error(f"the hook could not be copied from {source} to {library}", error)
     # Saves the first calls from compiling; if it fails, they compile.
@@ -8715,11 +8709,11 @@ class Doctor:
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a new subscription once Redis has confirmed it; raise Overrun or an error of redis-py."""
+    """Return a new subscription once Redis has confirmed it; raise TimeoutError or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
-        raise emit_event.Overrun("no whole answer")
+        raise TimeoutError("no whole answer")
     return pubsub
 
 
@@ -9942,7 +9936,7 @@ def command_tail(args: argparse.Namespace) -> int:
             if not is_waiting:
                 print_status(f"{error}; waiting for the monitor")
             is_waiting = True
-            time.sleep(1)
+            time.sleep(1)  # before the next attempt
             about = running_monitor(settings) or about
             continue
         for event in page["events"]:

@@ -413,11 +413,7 @@ def ensure_publisher(home: str) -> str:
             python,
             [python, "-E", (__file__.rpartition("/")[0] or ".") + "/emit_event.py", "--publish", str(fd)],
             posix.environ,
-            file_actions=[
-                (posix.POSIX_SPAWN_OPEN, 0, "/dev/null", posix.O_RDONLY, 0),
-                (posix.POSIX_SPAWN_OPEN, 1, "/dev/null", posix.O_WRONLY, 0),
-                (posix.POSIX_SPAWN_OPEN, 2, "/dev/null", posix.O_WRONLY, 0),
-            ],
+            file_actions=[(posix.POSIX_SPAWN_OPEN, to, "/dev/null", posix.O_RDWR, 0) for to in (0, 1, 2)],
             setsid=True,
         )
         return f"publisher started, process {pid}"
@@ -480,19 +476,6 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 
 JsonObject = dict[str, Any]
 
-# What Claude Code runs once it is installed; any failure is silent, as in run_hook.
-LAUNCHER = """\
-import posix
-import sys
-
-try:
-    sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
-    import hot_path
-
-    hot_path.run_hook()
-except BaseException:
-    posix._exit(0)
-"""
 HOT_PATH_END = "# --- end of the hot path ---\n"
 
 
@@ -503,21 +486,12 @@ HOT_PATH_END = "# --- end of the hot path ---\n"
 # ---------------------------------------------------------------------------
 
 EMIT_LOG_LIMIT_BYTES = 256 << 10
+NUMBERS = (int, float)  # types of numbers in JSON, for `type`: Python's bool is an int, too
 
 
 def now_ms() -> int:
     """Return the time in milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
-
-
-def is_number(value: Any) -> bool:
-    """True for a number in JSON; Python's bool is an int, too."""
-    return type(value) in (int, float)
-
-
-def is_integer(value: Any) -> bool:
-    """True for an integer in JSON."""
-    return type(value) is int
 
 
 def objects_in(value: Any) -> "list[JsonObject]":
@@ -611,8 +585,6 @@ def write_log(words: str) -> None:
 # Knows: which values each key accepts. Does not know: what they are used for.
 # ---------------------------------------------------------------------------
 
-PRICE_NAMES = ("input", "output", "cacheRead", "cacheWrite5m", "cacheWrite1h")
-
 
 class ConfigError(Exception):
     """A configuration that cannot be used; the message contains file, key and the expected value."""
@@ -630,22 +602,14 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
 def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(
         default,
         expected,
-        lambda value: (value is None and null != "") or (is_integer(value) and low <= value <= high),
+        lambda value: (value is None and null != "") or (type(value) is int and low <= value <= high),
     )
-
-
-def _one_of(*choices: str) -> Callable[[Any], bool]:
-    return lambda value: value in choices
 
 
 def _flag(default: bool) -> Key:
@@ -653,7 +617,7 @@ def _flag(default: bool) -> Key:
 
 
 def _optional_text(what: str) -> Key:
-    return Key(None, f"null or {what}", _optional(_text))
+    return Key(None, f"null or {what}", lambda value: value is None or _text(value))
 
 
 def host_and_port(node: str, default_port: int) -> "tuple[str, int]":
@@ -688,14 +652,16 @@ def _prices(value: Any) -> bool:
     return isinstance(value, dict) and all(
         _text(name)
         and isinstance(price, dict)
-        and {"input", "output"} <= price.keys() <= set(PRICE_NAMES)
-        and all(is_number(amount) and 0 <= amount <= 1e6 for amount in price.values())
+        and {"input", "output"}
+        <= price.keys()
+        <= {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+        and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
         for name, price in value.items()
     )
 
 
 KEYS: dict[str, Key] = {
-    "mode": Key("local", '"local" or "redis"', _one_of("local", "redis")),
+    "mode": Key("local", '"local" or "redis"', ("local", "redis").__contains__),
     "socketPath": Key(DEFAULT_SOCKET_PATH, "an absolute path of at most 100 bytes",
                       lambda it: _text(it) and it.startswith("/") and len(os.fsencode(it)) <= 100),
     "server.host": Key("127.0.0.1", "a host name or an IP address", _text),
@@ -703,9 +669,10 @@ KEYS: dict[str, Key] = {
     "server.wsPort": _integer(3848, 0, 65535, about_low=" (any free port)"),
     "server.allowedHosts": Key([], "a list of host names",
                                lambda it: isinstance(it, list) and all(map(_text, it))),
-    "server.auth": Key("auto", '"auto", "token" or "off"', _one_of("auto", "token", "off")),
+    "server.auth": Key("auto", '"auto", "token" or "off"', ("auto", "token", "off").__contains__),
     "redis.url": Key(None, "null or redis://[user[:password]@]host[:port][/db], rediss://… or unix://path, "
-                     "special characters of a password percent-encoded", _optional(_redis_url)),
+                     "special characters of a password percent-encoded",
+                     lambda it: it is None or _redis_url(it)),
     "redis.host": Key("localhost", "a host name or an IP address", _text),
     "redis.port": _integer(6379, 1, 65535),
     "redis.username": _optional_text("a user name"),
@@ -727,7 +694,7 @@ KEYS: dict[str, Key] = {
     "redis.maxRetries": _integer(10, 1, 1_000_000, "for ever"),
     "persistence.enabled": _flag(True),
     "persistence.type": Key("file", '"file" (events are kept in plain files; nothing else is offered)',
-                            _one_of("file")),
+                            ("file",).__contains__),
     "limits.fieldBytes": _integer(1 << 20, 1024, 8 << 20),
     "limits.connections": _integer(256, 1, 10_000),
     "limits.clientQueueBytes": _integer(1 << 20, 1 << 16, 64 << 20),
@@ -736,12 +703,11 @@ KEYS: dict[str, Key] = {
     "retention.days": _integer(30, 1, 36_500, "for ever"),
     "retention.maxMegabytes": _integer(2048, 16, 10**9, "no limit"),
     "privacy.redact": _flag(True),
-    "privacy.level": Key("full", '"full" or "metadata"', _one_of("full", "metadata")),
+    "privacy.level": Key("full", '"full" or "metadata"', ("full", "metadata").__contains__),
     "prices": Key({}, 'an object of models in USD per million tokens, such as {"opus-4-5": {"input": 5, '
                   '"output": 25}}, each with or without "cacheRead", "cacheWrite5m" and "cacheWrite1h"',
                   _prices),
 }  # fmt: skip
-NO_LONGER_USED = ("retention.compressAfterDays",)
 # Never shown: not in errors, logs, /api/config or on a command line.
 SECRET_KEYS = ("redis.password", "redis.url", "redis.sentinelPassword")
 REDIS_FIELD_BYTES = 64 << 10  # the default of limits.fieldBytes where every event crosses a network
@@ -778,9 +744,7 @@ def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
         else:
             raise ConfigError(f"{path}: {name}: expected an object, got {_shown(value)}")
     for name, value in flat.items():
-        if name in NO_LONGER_USED:
-            warnings.append(f"{path}: {name} is no longer used; remove it")
-        elif name not in KEYS:
+        if name not in KEYS:
             near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             warnings.append(f"{path}: {name}: unknown key, ignored{hint}")
@@ -915,7 +879,7 @@ _CAMEL_CASE = {
     )
     if "_" in field
 }  # fmt: skip
-_ID_LIMIT = 256
+_ID_LIMIT = 256  # characters
 
 
 class MalformedEvent(ValueError):
@@ -1860,7 +1824,7 @@ class _Protector:
         if isinstance(value, list):
             return [self.value(inner, key, f"{path}[{at}]", depth + 1) for at, inner in enumerate(value)]
         # a small number under such a name counts something; a larger one could be a password or a PIN
-        if self._privacy.redact and is_number(value) and abs(value) >= 1000 and _names_a_secret(key):
+        if self._privacy.redact and type(value) in NUMBERS and abs(value) >= 1000 and _names_a_secret(key):
             return _replacement("key", str(value))
         return value
 
@@ -1899,28 +1863,21 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Cut the fields of one wrapped payload so that the line is within LINE_LIMIT_BYTES; raise ValueError.
+    """Return the event of one wrapped payload, cut to LINE_LIMIT_BYTES; raise ValueError if it cannot be.
 
     Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
     """
-    wrapped = parse_event_line(line)
+    event = build_event(parse_event_line(line), now_ms(), this_machine())
     try:
         redact = bool(load_config(config_path)[0]["privacy.redact"])
     except ConfigError:
         redact = True
-    limit = LINE_LIMIT_BYTES // 8
-    while len(line) > LINE_LIMIT_BYTES // 2 and limit >= 1024:
-        protector = _Protector(Privacy(redact=redact, field_limit_bytes=limit))
-        hook = protector.value(wrapped["hook"], "", "")
-        truncated = {}  # by the names in `data`
-        for path, size in protector.cuts.items():
-            field, rest = re.match(r"([^.\[]*)(.*)", path, re.S).groups()  # type: ignore[union-attr]
-            truncated[DATA_NAMES.get(_CAMEL_CASE.get(field, field), field) + rest] = size
-        line = encode_json({**wrapped, "hook": {**hook, "truncated": truncated}}) + b"\n"
-        limit //= 4
-    if len(line) > LINE_LIMIT_BYTES:
+    for shift in range(3, 15, 2):  # fields of 2 MiB, then less and less
+        if len(line) > LINE_LIMIT_BYTES // 2:
+            event, line = protect(event, Privacy(redact, field_limit_bytes=LINE_LIMIT_BYTES >> shift))
+    if len(line) >= LINE_LIMIT_BYTES:
         raise ValueError(f"the payload has {len(line)} bytes and could not be cut to {LINE_LIMIT_BYTES}")
-    return line
+    return line + b"\n"
 
 
 def log_failure(reason: str) -> None:
@@ -1952,20 +1909,18 @@ USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
-_MESSAGE_COUNTS = (
-    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens ephemeral_1h_input_tokens"
-).split()
+_MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens".split()
+_MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
-AGENT_NOTE_ATTEMPTS = 10  # the note exists from the first tool call on; old clients write none
 AGENTS_REMEMBERED = 4096
 AGENT_NOTE_LIMIT_BYTES = 64 << 10
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
-    "spawnDepth": is_integer,
+    "spawnDepth": lambda value: type(value) is int,
 }
 # `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
 _USAGE_TABLES = f"""
@@ -2004,8 +1959,8 @@ class CostState(NamedTuple):
     chain: str  # the same for a session and its forks: when the first of them began
     models: "dict[str, Counts]"
 
-    def uncounted(self, counted: "dict[str, Counts]") -> "list[MessageUsage]":
-        """Return what the sums have beyond what was counted so far: requests that have no line.
+    def uncounted(self, counted: "dict[str, Counts]") -> "Iterator[MessageUsage]":
+        """Yield what the sums have beyond what was counted so far: requests that have no line.
 
         The names of a model may differ (`[1m]`, those of a cloud), so it is never more than all sums have
         beyond all that was counted.
@@ -2013,15 +1968,13 @@ class CostState(NamedTuple):
         nothing = (0,) * len(COUNT_NAMES)
         in_all, known = (list(map(sum, zip(nothing, *by.values()))) for by in (self.models, counted))
         left = [max(0, own - ours) for own, ours in zip(in_all, known)]
-        found = []
         for model, sums in self.models.items():
             more = [min(max(0, a - b), c) for a, b, c in zip(sums, counted.get(model, nothing), left)]
             left = [a - b for a, b in zip(left, more)]
             more[4] = min(more[3:])
             if any(more):
                 key = f"{self.chain} cost-state {model} {sums}"
-                found.append(MessageUsage(key, "", model, tuple(more)))  # type: ignore[arg-type]
-        return found
+                yield MessageUsage(key, "", model, tuple(more))  # type: ignore[arg-type]
 
 
 class TranscriptParser:
@@ -2059,7 +2012,7 @@ class TranscriptParser:
             named = itertools.islice(filter(_is_id, sums), 50)
             models = {id_or(model, ""): _counts_of(sums[model], _CLIENT_COUNTS) for model in named}
             begun = entry.get("startTime")
-            yield CostState(session_id, str(begun) if is_integer(begun) else session_id, models)
+            yield CostState(session_id, str(begun) if type(begun) is int else session_id, models)
         if kind != "assistant" or not isinstance(message, dict):
             return
         model, usage, request = id_or(message.get("model"), ""), message.get("usage"), entry.get("requestId")
@@ -2088,7 +2041,7 @@ def _counts_of(usage: Any, names: "list[str]") -> Counts:
     usage = usage if isinstance(usage, dict) else {}
     by_lifetime = usage.get("cache_creation")
     values = map({**usage, **by_lifetime}.get if isinstance(by_lifetime, dict) else usage.get, names)
-    tokens = (value if is_integer(value) and 0 <= value < 1 << 40 else 0 for value in values)
+    tokens = (value if type(value) is int and 0 <= value < 1 << 40 else 0 for value in values)
     *others, created, for_an_hour = tokens
     return (*others, created, min(created, for_an_hour))  # type: ignore[return-value]
 
@@ -2221,7 +2174,7 @@ class UsageReader:
                 row = (path, session, identity, position, _mark(fd, position))
                 database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", row)
 
-    def _rest_of(self, session: str, state: CostState) -> "list[MessageUsage]":
+    def _rest_of(self, session: str, state: CostState) -> "Iterable[MessageUsage]":
         """Return what the client's own sums have beyond the lines so far.
 
         They belong to the first session of a chain; a fork begins with messages of another session.
@@ -2395,33 +2348,26 @@ class AgentNoteReader:
     """
 
     def __init__(self) -> None:
-        # (session, agent) → id of the event that carried the note on the agent, or how often there was none
-        self._noted: dict[tuple[str, str], Any] = {}
+        self._noted: dict[tuple[str, str], str] = {}  # (session, agent) → id of the event with the note
 
     def add_note(self, event: JsonObject) -> None:
         """Add what the client has noted on the event's subagent, once; a note of any other form is none."""
         agent_id, data = event.get("agentId"), event["data"]
         key = (event["sessionId"], agent_id or "")
-        noted = self._noted.get(key, 0)  # the same event comes again if it could not be stored
-        is_noted = noted != event["id"] if isinstance(noted, str) else noted >= AGENT_NOTE_ATTEMPTS
-        if is_noted or not _AGENT_ID.fullmatch(key[1]):
+        # The same event comes again if it could not be stored.
+        if self._noted.get(key, event["id"]) != event["id"] or not _AGENT_ID.fullmatch(key[1]):
             return
-        notes = (
-            note
-            for place in transcript_places(data.get("transcriptPath"))
-            for below in ("", "/workflows/*")
-            for note in glob.iglob(
-                f"{glob.escape(place[: -len('.jsonl')])}/subagents{below}/agent-{agent_id}.meta.json"
-            )
-        )
-        if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
-            del self._noted[next(iter(self._noted))]
+        places = [glob.escape(it[: -len(".jsonl")]) for it in transcript_places(data.get("transcriptPath"))]
+        name = f"agent-{agent_id}.meta.json"
+        patterns = [f"{it}/subagents{below}/{name}" for it in places for below in ("", "/workflows/*")]
+        notes = itertools.chain.from_iterable(map(glob.iglob, patterns))
         try:
             with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
                 note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
         except (OSError, MalformedEvent):
-            self._noted[key] = 1 if isinstance(noted, str) else noted + 1
             return  # not there, or only half written
+        if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
+            del self._noted[next(iter(self._noted))]
         self._noted[key] = event["id"]
         kept = {name: note[name] for name, check in _AGENT_NOTE_CHECKS.items() if check(note.get(name))}
         _keep(data, "agentMeta", kept)
@@ -2440,8 +2386,7 @@ class AgentNoteReader:
 REGISTRY_POLL_S = 0.3
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
 REGISTRY_FILE_LIMIT_BYTES = 64 << 10
-REGISTRY_FILES_LIMIT = 256
-REGISTRY_DIRECTORIES_LIMIT = 32
+REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
 FILE_SETTLED_NS = 100_000_000  # a file changed later than this may change again within the same mtime
@@ -2517,7 +2462,7 @@ class RegistryWatcher:
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
         directory, below, _ = str(event["data"].get("transcriptPath")).partition("/projects/")
-        if below and directory.startswith("/") and len(self._directories) < REGISTRY_DIRECTORIES_LIMIT:
+        if below and directory.startswith("/") and len(self._directories) < REGISTRY_LIMIT:
             self._directories[directory] = None
 
     @property
@@ -2559,7 +2504,7 @@ class RegistryWatcher:
         listed: dict[str, Any] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
-                for entry in itertools.islice(entries, REGISTRY_FILES_LIMIT):
+                for entry in itertools.islice(entries, REGISTRY_LIMIT):
                     if entry.name.endswith(".json") and entry.name[:-5].isdigit():
                         about = entry.stat(follow_symlinks=False)
                         listed[entry.path] = (about.st_ino, about.st_size, about.st_mtime_ns)
@@ -2578,8 +2523,12 @@ class RegistryWatcher:
                 self._files[path] = state, record
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
-        known = {name: value for name, value in data.items() if name != "previous"}
-        key = [self._machine_key, *record[:3], data.get("status") != CLIENT_EXITED and record.since_ms, known]
+        is_exit = data.get("status") == CLIENT_EXITED
+        key = [
+            self._machine_key,
+            *record[:3],
+            *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
+        ]
         digest = hashlib.sha256(encode_json(key)).digest()
         return {
             "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
@@ -2697,8 +2646,6 @@ BUSY_POLL_S = 0.005  # between two checks of the spool
 IDLE_POLL_S = 0.02
 EXCHANGE_DEADLINE_S = 5.0
 SLOW_LINK_BYTES_A_S = 50_000  # large batches get this much more time
-BACKOFF_FIRST_S = 0.1
-BACKOFF_LAST_S = 30.0
 BATCH_LIMIT_EVENTS = 200
 BATCH_LIMIT_BYTES = 256 << 10
 RESEND_S = 10.0  # events sent this long before a connection broke are sent again: a new primary may lack them
@@ -2709,13 +2656,9 @@ RECENT_OUTCOMES = 50
 _Batch = list[tuple[str, bytes]]  # events on their way to Redis: (id, JSON)
 
 
-class Overrun(Exception):
-    """An exchange with Redis did not end by its deadline."""
-
-
 def within(deadline_s: float, work: Callable[[], Any]) -> Any:
-    """Run `work` in a thread and return its result; abandon it at the deadline and raise Overrun."""
-    outcome: list[Any] = [None, Overrun(f"no whole answer within {deadline_s:.0f} s")]
+    """Run `work` in a thread and return its result; abandon it at the deadline and raise TimeoutError."""
+    outcome: list[Any] = [None, TimeoutError(f"no whole answer within {deadline_s:.0f} s")]
 
     def run() -> None:
         try:
@@ -2734,7 +2677,7 @@ def within(deadline_s: float, work: Callable[[], Any]) -> Any:
 
 def backoff_s(failures: int) -> float:
     """Return how long to wait after so many failures in a row: 0.1 s, doubled each time, at most 30 s."""
-    return float(min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** min(failures - 1, 20)))
+    return min(30.0, 0.1 * 2.0 ** min(failures - 1, 20))
 
 
 def redis_client(values: "dict[str, Any]") -> Any:
@@ -2822,10 +2765,8 @@ def redis_py_advice(python: str) -> str:
     prefix = os.path.dirname(os.path.dirname(os.path.abspath(python)))
     managed = glob.glob(glob.escape(prefix) + "/lib/python3*/EXTERNALLY-MANAGED")
     if managed and not os.path.exists(prefix + "/pyvenv.cfg"):
-        return (
-            "install your system's package for it (Debian, Ubuntu: apt install python3-redis), or run "
-            "`install` and `start` with the Python of a venv that has it"
-        )
+        packages = "install your system's package for it (Debian, Ubuntu: apt install python3-redis)"
+        return f"{packages}, or run `install` and `start` with the Python of a venv that has it"
     return f"run `{shlex.quote(python)} -m pip install --upgrade redis`, then try again"
 
 
@@ -2978,14 +2919,10 @@ class Publisher:
                 if not self._failures:
                     continue
             self._write_state()
+            is_busy = self._usage.is_busy or self._registry.is_busy
             if self._batch:
                 time.sleep(min(0.2, max(0.001, self._next_attempt - now)))
-            elif (
-                now - last_event < PUBLISHER_QUIET_S
-                or self._usage.is_busy
-                or self._own_events
-                or self._registry.is_busy
-            ):
+            elif now - last_event < PUBLISHER_QUIET_S or self._own_events or is_busy:
                 if now - last_event >= BUSY_S:
                     self._enter("idle", None)
                 time.sleep(BUSY_POLL_S if now - last_event < BUSY_S else IDLE_POLL_S)

@@ -494,13 +494,13 @@ def in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> Ite
 
 
 def said_in_container(monitor: RunningMonitor, *command: str, flags: str = "") -> str:
-    """Run a command in a container; return what it has said."""
+    """Run a command in a container; return its output."""
     with in_container(monitor, *command, flags=flags) as process:
         return str(process.communicate(timeout=60)[0])
 
 
 def client_script(*payloads: dict[str, Any], then: str = "sleep 60") -> list[str]:
-    """Return a command that stands for the client: it runs the hook on each payload, then goes on."""
+    """Return a command in place of the client: it runs the hook on each payload, then continues."""
     hook = f"{shlex.quote(PYTHON)} -I -S {ROOT}/emit_event.py"
     calls = [f"printf %s {shlex.quote(json.dumps(it))} | CLAUDE_PID=$$ {hook}" for it in payloads]
     return ["sh", "-c", "; ".join([*calls, then])]
@@ -1200,7 +1200,7 @@ def test_start_takes_a_pasted_config_and_warns_of_unknown_keys(monitor):
 # Event model: from anything that is one JSON object to one event
 # ---------------------------------------------------------------------------
 
-# What the documents say of them is compared with the program's in the room of the documents.
+# The room of the documents compares the documents with the program.
 HOOK_EVENT_TYPES = {
     **ee.EVENT_TYPES,
     **dict.fromkeys(("PostToolBatch", "InstructionsLoaded", "Setup", "ConfigChange", "OfTomorrow", ""), "message"),
@@ -3176,7 +3176,7 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     library = home / "hooks/lib"
     files = [script, library / "emit_event.py", library / "hot_path.py"]
     launcher, whole, hot_path = map(install_text, files)
-    assert launcher == ee.LAUNCHER and whole == install_text(ee.__file__)
+    assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
     assert whole.startswith(hot_path + ee.HOT_PATH_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
     assert compiled == {"emit_event", "hot_path"}
@@ -7515,21 +7515,6 @@ def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMo
     assert used["totalOutput"] and used["totalInput"] < 10**9
 
 
-@pytest.mark.parametrize(("attempts", "expected"), [(0, True), (9, True), (10, False)])
-def test_a_note_is_looked_for_at_the_first_ten_events_of_an_agent(
-    tmp_path: Any, attempts: int, expected: bool
-) -> None:
-    mine = next(each for each in usage_copied("subagent", tmp_path) if "agent_id" in each)
-    reader, folder = ee.AgentNoteReader(), f"{tmp_path}/subagent"
-    os.rename(folder, folder + ".away")
-    for _ in range(attempts):
-        reader.add_note(ee.build_event(mine, NOW_MS, USAGE_MACHINE))
-    os.rename(folder + ".away", folder)
-    event = ee.build_event(mine, NOW_MS, USAGE_MACHINE)
-    reader.add_note(event)
-    assert ("agentMeta" in event["data"]) == expected
-
-
 def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
     worker, woken = ee.UsageWorker(str(tmp_path), lambda event: None), []
     really_notify = worker._wake.notify
@@ -7542,7 +7527,7 @@ def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path
 
 
 # ---------------------------------------------------------------------------
-# Registry: what the client says of itself, from its recorded files to what the page says
+# Registry: the client's status, from its recorded files to the state on the page
 #
 # The recordings of the real client have its hooks, its registry file and its screen side by side.
 # ---------------------------------------------------------------------------
@@ -7625,7 +7610,7 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tup
 
 
 def longest_difference_ms(seen: list[tuple[Any, ...]]) -> float:
-    """Return for how long the page differed at a stretch from the screen and from what the client said."""
+    """Return the longest time in which the page differed from the screen and from the client's status."""
     longest = since = 0.0
     differs = False
     for (at, shown, state), (until, _, _) in zip(seen, seen[1:]):
@@ -7648,7 +7633,7 @@ def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path
 
 
 def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
-    """Look at the given times; return (status, previous, time) of the events."""
+    """Poll at the given times; return (status, previous, time) of the events."""
     events = [event for at in times_ms for event in watcher.poll(at)]
     return [(it["data"].get("status"), it["data"].get("previous"), it["timestamp"]) for it in events]
 
@@ -8056,7 +8041,7 @@ def test_a_file_in_place_of_the_spool_harms_no_running_monitor(running: RunningM
     with contextlib.suppress(FileNotFoundError):
         os.rmdir(running.home + "/spool")
     open(running.home + "/spool", "wb").close()
-    time.sleep(1.1)
+    time.sleep(cm.TICK_INTERVAL_S + 0.1)  # the monitor has checked the spool
     assert running.get("/api/status")["spool"]["bytes"] == 0
     assert "could not be drained" not in install_text(running.home + "/monitor.log")
 
@@ -9979,13 +9964,13 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
     finally:
         subscriber.kill()
         subscriber.wait()
-    # A second monitor gets what was said before it and what is said now; so does the first.
+    # A second monitor gets earlier and later events; so does the first.
     two.start()
     debugged(two, session="second", prompt="hello")
     for machine in (one, two):
         eventually(lambda machine=machine: {"first", "second"} <= set(machine.sessions()))
         assert {machine.sessions()[it]["machineId"] for it in ("first", "second")} == {"one", "two"}
-    # A wrong password: nobody waits, everyone says so, nothing is lost.
+    # A wrong password: no hook waits, hook and monitor report it, nothing is lost.
     configure(two, "wrong")
     two.end_publisher()
     two.command("restart")
@@ -10024,7 +10009,7 @@ def test_a_container_with_the_mounted_directory_has_name_tokens_and_end(running)
         base, _, namespace = found["machineKey"].partition("/")
         assert base == cm.machine_host(ee.machine_key(running.home)) and namespace
         eventually(lambda: running.sessions()[session]["tokenUsage"])
-        time.sleep(3.5)  # the monitor has looked at its process
+        time.sleep(cm.CONTAINERS_INTERVAL_S + 1.5)  # the monitor has checked its process
         assert running.sessions()[session]["state"] == "waiting"
     ended = eventually(lambda: (it := running.sessions()[session])["state"] == "ended" and it, 30)
     assert ended["reason"]["detail"] == "its process exited"
@@ -10299,7 +10284,7 @@ def test_what_stands_in_our_place_is_left_alone(hook_alone, monitor, squatted, k
     assert (os.lstat(place).st_ino, os.lstat(place).st_size) == (before.st_ino, before.st_size)
 
 
-# What stands in place of our files or of the spool; its owner and the command, as `status` names them.
+# What is in place of our files or of the spool; its owner and the command, as `status` names them.
 SAFE_FOREIGN = {
     "a directory": ("", ""),
     "a link to itself": ("", ""),
@@ -10778,7 +10763,7 @@ HOOK_VERBS = {
     "error": ("StopFailure", "error"), "end": ("SessionEnd", "reason"),
 }  # fmt: skip
 STORY_WHO = r"(?:\+(\d+) )?(?:@([^ /]+)(?:/(\S+))? )?"
-STORY_NUMBERS = itertools.count()  # make each event its own, however soon another test tells the same story
+STORY_NUMBERS = itertools.count()  # make each event its own, however soon another test emits the same story
 STORY_STEP = re.compile(STORY_WHO + r"(\w+) ?(.*?)(?: took (\d+))?(?: => (.*))?", re.DOTALL)
 
 
@@ -11709,7 +11694,7 @@ seen.observe(document, { childList: true, subtree: true });
 
 
 def hostile_events(session: str, words: str) -> list[dict[str, Any]]:
-    """Return events of every recorded kind and tool, and of odd ones, with these words wherever words may stand."""
+    """Return events of every recorded kind and tool, and of odd ones, with these words wherever text is allowed."""
     deep = {"__proto__": {"acted": 1}, "constructor": {"prototype": {"acted": 1}}, "toString": "x"}
 
     def poisoned(value: Any) -> Any:
