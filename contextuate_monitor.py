@@ -7633,25 +7633,6 @@ def bind_unix(path: str) -> socket.socket:
     return sock
 
 
-def process_start_s(pid: int) -> float | None:
-    """Return when a process began, in seconds since boot (proc(5): stat field 22); None if it does not run.
-
-    Elsewhere than on Linux that is not known: 0.0 if it runs.
-    """
-    if sys.platform != "linux":
-        try:
-            os.kill(pid, 0)
-        except OSError as error:
-            return 0.0 if isinstance(error, PermissionError) else None
-        return 0.0
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
 def contained_processes() -> dict[tuple[int, int], int]:
     """Return the processes in containers of this user, as (pid there, its pid namespace) → pid here."""
     found = {}
@@ -7675,19 +7656,19 @@ class ProcessWatch:
 
     def __init__(self, loop: EventLoop) -> None:
         self._loop = loop
-        self._starts: dict[int, float] = {}  # pid → when it began; of those whose end the kernel reports
+        self._starts: dict[int, int] = {}  # pid → its `process_start`; of those whose end the kernel reports
         self._contained: dict[tuple[int, int], int] = {}  # the last result of `contained_processes`
         self._found: dict[tuple[int, int], int] = {}  # what `find` has returned: that process may have ended
         self._next_search_s = 0.0  # time.monotonic()
 
     def ran_at(self, pid: int, time_ms: int) -> bool:
         """True if a process with this pid runs and began by `time_ms`; a later one is another process."""
-        start_s = self._starts.get(pid)
-        if start_s is None:
-            start_s = self._watch(pid)
-        if start_s is None or sys.platform != "linux":
-            return start_s is not None
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start_s
+        start = self._starts.get(pid)
+        if start is None:
+            start = self._watch(pid)
+        if start is None or sys.platform != "linux":
+            return start is not None
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - start / os.sysconf("SC_CLK_TCK")
         return now_ms() - age_s * 1000 <= time_ms + PROCESS_START_SLACK_MS
 
     def find(self, process: tuple[int, int]) -> int:
@@ -7700,19 +7681,17 @@ class ProcessWatch:
             self._found[process] = self._contained[process]
         return self._found.get(process, 0)
 
-    def _watch(self, pid: int) -> float | None:
+    def _watch(self, pid: int) -> int | None:
         fd = -1
-        with contextlib.suppress(
-            AttributeError, OSError
-        ):  # not supported, another user's, no descriptor left
+        with contextlib.suppress(AttributeError, OSError):  # not supported, another user's, none left
             fd = os.pidfd_open(pid)
-        start_s = process_start_s(pid)
-        if fd >= 0 and (start_s is None or len(self._starts) >= PROCESS_WATCHES):
+        start = emit_event.process_start(pid)
+        if fd >= 0 and (start is None or len(self._starts) >= PROCESS_WATCHES):
             os.close(fd)
-        elif fd >= 0 and start_s is not None:
-            self._starts[pid] = start_s
+        elif fd >= 0 and start is not None:
+            self._starts[pid] = start
             self._loop.watch(fd, selectors.EVENT_READ, lambda _events: self._ended(pid, fd))
-        return start_s
+        return start
 
     def _ended(self, pid: int, fd: int) -> None:
         del self._starts[pid]

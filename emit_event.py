@@ -1916,7 +1916,7 @@ _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
-AGENT_NOTE_LIMIT_BYTES = 64 << 10
+CLIENT_FILE_LIMIT_BYTES = 64 << 10  # of a note or a registry file
 _AGENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
@@ -2363,7 +2363,7 @@ class AgentNoteReader:
         notes = itertools.chain.from_iterable(map(glob.iglob, patterns))
         try:
             with open(os.path.realpath(next(notes, "/")), "rb", opener=open_own) as file:
-                note = parse_event_line(file.read(AGENT_NOTE_LIMIT_BYTES))
+                note = parse_event_line(file.read(CLIENT_FILE_LIMIT_BYTES))
         except (OSError, MalformedEvent):
             return  # not there, or only half written
         if key not in self._noted and len(self._noted) >= AGENTS_REMEMBERED:
@@ -2385,7 +2385,6 @@ class AgentNoteReader:
 
 REGISTRY_POLL_S = 0.3
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
-REGISTRY_FILE_LIMIT_BYTES = 64 << 10
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
@@ -2397,7 +2396,7 @@ class ClientRecord(NamedTuple):
     """The content of one client's file."""
 
     pid: int
-    started: str  # when its process started, as in /proc/<pid>/stat
+    started: int  # when its process began, as `process_start`; -1: not given
     session_id: str
     directory: str
     since_ms: int  # when its status began; 0: not known
@@ -2418,20 +2417,21 @@ def parse_registry(content: bytes, file_name: str) -> "Optional[ClientRecord]":
         return None
     about = {it: " ".join(fields[it].split())[:200] for it in _ABOUT_CLIENT if type(fields.get(it)) is str}
     since = since_ms if type(since_ms) is int and 0 < since_ms < 1 << 53 else 0
-    started, directory = str(fields.get("procStart", "")), cwd if isinstance(cwd, str) else ""
+    ticks, directory = str(fields.get("procStart"))[:20], cwd if isinstance(cwd, str) else ""
+    started = int(ticks) if ticks.isdecimal() else -1
     return ClientRecord(pid, started, str(session_id), directory, since, about)
 
 
-def is_running_since(pid: int, started: str) -> bool:
-    """True if the process with this id is the one that started then; outside of Linux, if there is one."""
-    with contextlib.suppress(OSError, IndexError, OverflowError):
+def process_start(pid: int) -> "Optional[int]":
+    """Return when a process began, in ticks since boot (proc(5): stat, field 22); None if it does not run."""
+    with contextlib.suppress(OSError, OverflowError):
         if sys.platform != "linux":
             os.kill(pid, 0)
-            return True
+            return 0  # not known
         with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read(4096).rpartition(b")")[2].split()  # from field 3 on; 22 is the start time
-        return fields[0] not in (b"Z", b"X") and fields[19].decode() == started
-    return False
+            fields = file.read(4096).rpartition(b")")[2].split()
+        return None if fields[0] in (b"Z", b"X") else int(fields[19])
+    return None
 
 
 class _Client:
@@ -2477,13 +2477,13 @@ class RegistryWatcher:
             client = self.clients.get(path)
             if client and record and client.record.session_id == record.session_id:
                 client.record = record
-            elif record and is_running_since(record.pid, record.started):
+            elif record and process_start(record.pid) in (record.started, 0):
                 self.clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
         for path, client in list(self.clients.items()):
             record, reported = client.record, client.reported
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
-            if not is_running_since(record.pid, record.started):
+            if process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 if reported:
                     events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
@@ -2515,7 +2515,7 @@ class RegistryWatcher:
                 continue
             record = None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
-                is_small = state[1] <= REGISTRY_FILE_LIMIT_BYTES
+                is_small = state[1] <= CLIENT_FILE_LIMIT_BYTES
                 record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
             if time.time_ns() - state[2] < FILE_SETTLED_NS:
                 state = None  # it is read again

@@ -7543,16 +7543,8 @@ def registry_file(directory: Any, pid: int = 4711, **fields: Any) -> Any:
     """Write the file of a client, as the client does."""
     (directory / "sessions").mkdir(exist_ok=True)
     path = directory / "sessions" / f"{pid}.json"
-    started = fields.pop("procStart", "1")
-    about = {
-        "pid": pid,
-        "sessionId": "s1",
-        "cwd": "/w",
-        "procStart": started,
-        "kind": "interactive",
-        **fields,
-    }
-    path.write_text(json.dumps(about))
+    about = {"pid": pid, "sessionId": "s1", "cwd": "/w", "procStart": "1", "kind": "interactive"}
+    path.write_text(json.dumps({**about, **fields}))
     return path
 
 
@@ -7560,7 +7552,7 @@ def registry_file(directory: Any, pid: int = 4711, **fields: Any) -> Any:
 def watcher(tmp_path, monkeypatch):
     """A watcher of a directory of its own, whose clients run."""
     monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
-    monkeypatch.setattr(ee, "is_running_since", lambda pid, started: started != "dead")
+    monkeypatch.setattr(ee, "process_start", lambda pid: 1)
     return ee.RegistryWatcher("box")
 
 
@@ -7597,7 +7589,7 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tup
             note(next_poll)
             next_poll += 300
         if "registry" in row and row["registry"]["content"]:
-            registry_file(directory, **row["registry"]["content"])
+            registry_file(directory, **{**row["registry"]["content"], "procStart": "1"})
             status = row["registry"]["content"].get("status", "")
         elif "registry" in row:
             os.unlink(directory / "sessions" / row["registry"]["file"])
@@ -7665,7 +7657,7 @@ def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
 HOSTILE_FILES = {
     "half a file": lambda path: path.write_text(path.read_text()[:-9]),
     "too large": lambda path: path.write_text(
-        path.read_text() + " " * (ee.REGISTRY_FILE_LIMIT_BYTES + 1) + "{"
+        path.read_text() + " " * (ee.CLIENT_FILE_LIMIT_BYTES + 1) + "{"
     ),
     "another process": lambda path: path.rename(path.with_name("1.json")),
     "ended": lambda path: registry_file(path.parent.parent, status="busy", procStart="dead"),
@@ -8095,8 +8087,8 @@ def test_the_end_of_a_watched_process_is_noticed(monkeypatch, client, has_pidfd)
         monkeypatch.delattr(os, "pidfd_open", raising=False)
     elif not hasattr(os, "pidfd_open"):
         pytest.skip("no pidfd here")
-    looks, look = [], cm.process_start_s
-    monkeypatch.setattr(cm, "process_start_s", lambda pid: (looks.append(pid), look(pid))[1])
+    looks, look = [], ee.process_start
+    monkeypatch.setattr(ee, "process_start", lambda pid: (looks.append(pid), look(pid))[1])
     loop = cm.EventLoop()
     watch, fds = cm.ProcessWatch(loop), len(os.listdir("/dev/fd"))
     assert [watch.ran_at(client.pid, ee.now_ms()) for _ in range(3)] == [True] * 3
