@@ -7302,7 +7302,7 @@ class Monitor:
         """Send the status to the clients when more than counters changed."""
         if self.clients.clients:
             before, steady = self._sent_status, steady_part(self.status.core(FILES_INTERVAL_S))
-            self._sent_status = [*steady, len(self.ingest.machines) if self.redis else 0]
+            self._sent_status = [*steady, len(self.ingest.machines)]
             if self._sent_status != before:
                 self.clients.broadcast((), text_frame({"type": "status", **self.status.to_json()}))
 
