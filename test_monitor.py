@@ -9282,8 +9282,8 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
     flow = RedisFlow(team, "among-garbage")
     for message in (*garbage, *odd):
         team.server.publish(message)
-    team.server.cli("XADD", REDIS_STREAM, "*", "nothing", "of ours")
-    team.server.cli("XADD", REDIS_STREAM, "*", "event", given=bytes(range(256)))
+    foreign = [team.server.cli("XADD", REDIS_STREAM, "*", "nothing", "of ours")]
+    foreign.append(team.server.cli("XADD", REDIS_STREAM, "*", "event", given=bytes(range(256))))
     flow.bulk(30)
     flow.check()
     for monitor, known in zip(team.monitors, before):
@@ -9295,6 +9295,7 @@ def test_garbage_from_redis_is_quarantined_and_blocks_no_event(team: RedisTeam) 
         assert sum(event["sessionId"] == "odd" for event in monitor.stored_events()) == len(odd)
         assert "Traceback" not in install_text(monitor.home + "/monitor.log")
         assert os.path.getsize(monitor.home + "/quarantine.log")
+    assert team.server.cli("XDEL", REDIS_STREAM, *foreign) == "2", "the other tests read this stream"
 
 
 def test_no_message_through_redis_changes_what_a_user_did(team: RedisTeam) -> None:
@@ -9967,7 +9968,7 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
     two.end_publisher()
     two.command("restart")
     two.know()
-    words, took_s = debugged(two, session="third", prompt="hello")
+    words, took_s = debugged(two, "wait", session="third", prompt="hello")
     assert "password" in words and "wrong" not in words.replace("wrong password", "") and took_s < 8, (
         words,
         took_s,
