@@ -9114,7 +9114,9 @@ def test_every_monitor_has_every_machines_events_once_and_in_order(team: RedisTe
     for machine in team.emitters:
         eventually(lambda machine=machine: machine.publisher()["published"] >= 40)
         assert machine.publisher()["subscribers"] == 2 and len(machine.publishers()) == 1
-        said = hook_call(machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="1")
+        said = hook_call(
+            machine.hook, payload("Stop", "debug"), machine.environment, CONTEXTUATE_DEBUG="wait"
+        )
         assert "mode redis" in said and re.search(r"\b2 (subscribers|monitors)", said), said
 
 
