@@ -10601,6 +10601,8 @@ def test_a_monitor_without_file_descriptors_recovers(running):
     eventually(lambda: safe_told(running, [6]) == [6], 30, "an acknowledgement")
     eventually(lambda: set(safe_stored(running)) == set(range(7)), 30, "every event")
     assert safe_stored(running).count(0) == 1 and running.get("/health")["status"] == "ok"
+    said = install_text(running.home + "/monitor.log")
+    assert "a connection cannot be accepted" in said and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
