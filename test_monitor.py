@@ -4477,7 +4477,8 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
         f"GET /health\n{line}" for line in ("Bad Header: x", "X : y", "nonsense", "X\x01: y", " folded", "X: \x00", "X: a\rY: b")
     ]),
     "a body that is too long is not read": (413, {}, [
-        f"POST /api/hooks\nContent-Length: {length}" for length in (ee.LINE_LIMIT_BYTES + 1, 999999999999)
+        *(f"POST /api/hooks\nContent-Length: {length}" for length in (ee.LINE_LIMIT_BYTES + 1, 999999999999)),
+        f"POST /api/hooks\nTransfer-Encoding: chunked\n\n2\r\n{{}}\r\n{ee.LINE_LIMIT_BYTES - 1:x}\r\n",
     ]),
     "a head is bounded": (431, {}, ["GET /\nX: " + "x" * 65534, "GET /" + "\nX: y" * 3000]),
     "a first line is bounded": (414, {}, [b"GET /" + b"x" * 65532]),
@@ -8338,6 +8339,8 @@ def test_the_demo_shows_every_kind_of_row_and_wait() -> None:
     for seq, event in enumerate(events, 1):
         book.apply({**event, "seq": seq, "received": event["timestamp"]})
     book.tick(NOW_MS)
+    live = [at for at, _ in cm.demo_day(NOW_MS, 120)]
+    assert live[: len(events)] == sorted(live)[: len(events)] and NOW_MS < live[-1] <= NOW_MS + 120_000
     assert {event["hookType"] for event in events} >= set(
         "SessionStart SessionEnd UserPromptSubmit PreToolUse PostToolUse PostToolUseFailure PermissionRequest "
         "Notification Stop StopFailure SubagentStart SubagentStop TaskCreated TaskCompleted".split()
@@ -8632,6 +8635,13 @@ def test_doctor_names_the_wrong_key_in_the_configuration(monitor):
     assert "server.port: expected an integer" in findings["config"][0]["words"]
     monitor.write_config({"sever": {"port": 1}})
     assert levels(examine(monitor)[1], "config") == ["ok", "warn"]
+
+
+@needs_root
+def test_doctor_reports_a_socket_of_another_user(running):
+    os.chown(running.socket_path, 4242, 4242)
+    (found,) = examine(running)[1]["socket"]
+    assert (found["level"], "not this user's" in found["words"]) == ("fail", True), found
 
 
 def test_doctor_reports_files_open_to_others_and_a_port_in_use(monitor):
