@@ -1283,6 +1283,9 @@ HOOK_BUILT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         HOOK_NODE_EVENT,
         {**HOOK_NODE_EVENT, "data": {"toolName": "Bash", "toolOutput": {"stdout": "a"}, "agentId": "x1"}},
     ),
+    "an event with two outputs": (
+        {"eventType": "x", "data": {"tool_output": 1, "toolOutput": 2}}, {"data": {"tool_output": 1, "toolOutput": 2}}
+    ),
     "the numbers of a store go, the rest stays": (
         {"eventType": "x", "seq": 9, "received": 9, "future": [1]}, {"seq": None, "received": None, "future": [1]}
     ),
@@ -8161,11 +8164,13 @@ def test_a_lock_file_removed_during_the_wait_is_made_again(tmp_path, monkeypatch
 
 
 def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -> None:
-    running.emit(*(payload("UserPromptSubmit", f"{name}-4711", prompt=f"of {name}") for name in ("ab", "ac")))
+    names = ("ab", "ac", "ac-4711")
+    running.emit(*(payload("UserPromptSubmit", f"{name}-4711", prompt=f"of {name}") for name in names))
     eventually(lambda: "of ab" in in_process(running, "search", "--session", "ab").stdout)
-    assert in_process(running, "export", "--session", "ac").stdout.count("\n") == 1
+    for whole in ("ab", "ac-4711"):  # the second is also the beginning of another
+        assert in_process(running, "export", "--session", whole).stdout.count("\n") == 1
     refused = in_process(running, "export", "--session", "a")
-    assert refused.returncode == 1 and "ab-4711, ac-4711; give more of the id" in refused.stderr
+    assert refused.returncode == 1 and "ac-4711, ac-4711-4711; give more of the id" in refused.stderr
 
 
 @pytest.mark.parametrize(
