@@ -8181,6 +8181,7 @@ def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -
         (2, "export --to 24.11.2026", "write 2026-11-24"),
         (2, "demo --live -5", "expected a number of seconds"),
         (2, "start --port 4711 --ws-port 4711", "command line: server.wsPort"),
+        (2, "start --config /no/such.json", "/no/such.json: no such file; omit --config to use the defaults"),
         (1, "export --output /nonexistent/x", "/nonexistent/x: No such file or directory"),
         (1, "export --output /tmp", "/tmp: Is a directory"),
         *(
@@ -12424,6 +12425,23 @@ def test_words_beginnings_and_phrases_are_found_newest_first(indexed, monkeypatc
         indexed.ready()
     expected = {typed: [f"e{number}" for number in found] for typed, found in INDEX_SEARCHES.items()}
     assert {typed: indexed.ids(typed) for typed in INDEX_SEARCHES} == expected
+
+
+def test_a_round_of_calls_is_found_by_those_that_have_no_event_of_their_own(indexed):
+    ran, never = (
+        {"toolName": "Bash", "toolUseId": word, "toolInput": {"command": word}} for word in ("ran", "never")
+    )
+    calls = [
+        {"tool_name": it["toolName"], "tool_use_id": it["toolUseId"], "tool_input": it["toolInput"]}
+        for it in (ran, never)
+    ]
+    kinds = (("PreToolUse", "tool_call", ran), ("PostToolUse", "tool_result", {**ran, "toolOutput": "done"}))
+    for number, (hook, kind, data) in enumerate(
+        (*kinds, ("PostToolBatch", "message", {"tool_calls": calls}))
+    ):
+        indexed.add({**index_prompt(number, ""), "hookType": hook, "eventType": kind, "data": data})
+    indexed.ready()
+    assert (indexed.ids("ran"), indexed.ids("never")) == (["e1", "e0"], ["e2"])
 
 
 index_texts = st.lists(
