@@ -887,8 +887,7 @@ class MalformedEvent(ValueError):
 
 
 _parse_json = json.JSONDecoder(parse_constant=str).raw_decode
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), allow_nan=False, check_circular=False)
-_to_json, _to_plain_json = _encoder().encode, _encoder(ensure_ascii=False).encode
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 def parse_event_line(line: bytes) -> JsonObject:
@@ -1531,7 +1530,6 @@ _ESCAPES = (
     ("&", re.compile(
         r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
 )  # fmt: skip
-_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
@@ -1595,19 +1593,14 @@ class _View:
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
+def redact_text(text: str) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
-    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
+    Repeats until it finds nothing: the text beside a secret may look like one afterwards, and redacting the
+    result must change nothing.
     """
     for _ in range(REDACTION_ROUNDS):
-        if shapes is None:
-            plain = _View(text).text if "\x1b" in text else text
-            shapes = _shapes_in(plain, _folded_text(plain))
-        elif "\x1b" not in text:
-            folded = _folded_text(text)
-            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
+        shapes = _shapes_in(text)
         if not shapes:
             break
         view = _View(text)
@@ -1629,7 +1622,6 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
             done = end
         text = "".join(pieces) + text[done:]
-        shapes = None
     return text
 
 
@@ -1643,10 +1635,12 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
-    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
+def _shapes_in(text: str) -> "list[SecretShape]":
+    """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
+    if "\x1b" in text or "\\u001b" in text:
+        text = _View(text).text
     found: list[SecretShape] = []
-    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+    for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
@@ -1702,67 +1696,25 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
     `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    try:
-        text = _to_plain_json(event)
-    except (ValueError, RecursionError):  # infinite or too deep
-        return _protect_each_value(event, privacy, None)
-    is_plain = text.isascii() and "\x7f" not in text
-    is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[SecretShape] = []
-    if privacy.redact:
-        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
-        # a character that JSON must escape.
+    # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
+    # character that JSON must escape, and every name of a secret has a hint in it.
+    hints = {""}
+    with contextlib.suppress(RecursionError):  # too deep
+        encoded = encode_json(event)
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        searched = text[text.find('"data":') :] if is_ours else text
-        if "\\u001b[" in searched:
-            searched = _COLOURS_IN_JSON.sub("", searched)
-        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
-        # Every name of a secret has a hint in it.
-        in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (
-            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
+        hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
+        is_small = (
+            len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
         )
-    if is_clean:
-        return event, text.encode() if is_plain else encode_json(event)
-    return _protect_each_value(event, privacy, shapes)
-
-
-def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
-    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
-
-    All texts are searched together, as lines of one text: what matches in one of them matches there too.
-    """
-    texts: list[str] = []
-    level: list[Any] = [value]
-    for _ in range(_DEPTH_LIMIT):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                for name in value:
-                    is_doubtful = _name_class(name) != "" or name == "value"
-                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
-                        return True
-                texts += value
-                inner += value.values()
-            else:
-                inner += value
-        texts += [value for value in inner if isinstance(value, str)]
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            view = _View("\n".join(texts))
-            return view.coloured or any(True for _ in _secrets_in(view, shapes))
-    return True
-
-
-def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
-) -> "tuple[JsonObject, bytes]":
+        if is_small and not hints and not privacy.metadata_only:
+            return event, encoded
+    protector = _Protector(privacy, hints)
     data = event["data"]
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # the reason of a denial is prose
-    protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
@@ -1798,16 +1750,19 @@ def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
     return value if isinstance(value, (bool, int, float)) else None
 
 
+_clean_name = functools.lru_cache(maxsize=4096)(redact_text)
+
+
 class _Protector:
     """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
 
-    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
+    `hints`: those in the object, in lower case; a text without one is not searched.
     """
 
-    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
+    def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
         self.cuts: dict[str, int] = {}
         self._privacy = privacy
-        self._shapes = shapes if privacy.redact else []
+        self._hints = (*hints, "\x1b", "\\u001b") if privacy.redact else ()  # two of coloured texts
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
@@ -1816,9 +1771,9 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
-            path = path and path + "."
+            path, clean = path and path + ".", _clean_name if self._hints else str
             return {
-                self.clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1829,7 +1784,12 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        return text if self._shapes == [] else redact_text(text, self._shapes)
+        """Return a text without secrets."""
+        folded = _folded_text(text)
+        for hint in self._hints:
+            if hint in folded:
+                return redact_text(text)
+        return text
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
