@@ -1327,14 +1327,7 @@ _ASSIGNED = (
     r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
-_REST = {
-    "line": re.compile(r"[^\s\"'`;]*"),
-    "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
-    "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    **dict.fromkeys(("element", "argument"), re.compile("")),
-    "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
-}
+_REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*")  # without quotes around
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
@@ -1345,14 +1338,15 @@ def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") 
 
 # The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
 # kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_TOKENS = r"""
+_TOKEN_TABLE = r"""
 [A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
     aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
     pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
     circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
     midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
     tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
-    gitlab: GR1348941
+    gitlab: GR1348941 postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_
+    cloudflare: cfut_ cfat_ cfk_ cfoc_ langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
     vcr_ vck_ alibaba: LTAI
 [A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
@@ -1360,17 +1354,17 @@ _TOKENS = r"""
     cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
     lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
     workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
-[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
-    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
-[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
-    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
-    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9_.=%-]{30,}  google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi-
+    github: github_pat_ openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat.
+    snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_
+    pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+    dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
 [A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
     sntryu_ sntrya_
-[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
     shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
-    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
 [A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
     glagent- gloas- glsoat- glffct- glwt-
 [A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
@@ -1382,26 +1376,18 @@ _TOKENS = r"""
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
 [A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
-[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
-[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: v1.0-
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
-1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
-[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
-[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]{16,}){1,2}  sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
-[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
-[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
-[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
-(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
-[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
 """
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for word in _TOKENS.split():
+    for word in _TOKEN_TABLE.split():
         if "{" in word:
             pattern = re.compile(word)
         elif word.endswith(":"):
@@ -1477,13 +1463,11 @@ UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that n
 # rare letter is found or missed in a fifth of the time.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
-_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
-_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+_TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
 for _shape in SECRET_SHAPES:
     _hint = _shape.hint
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
-        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
-        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+        _TOKEN_BY_HINT[_hint] = _shape
     else:
         _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
         _part = next((each for each in _COMMON_PARTS if each in _part), _part)
@@ -1491,14 +1475,13 @@ for _shape in SECRET_SHAPES:
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = [
-    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
-    for sign in "-_."
-]
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+_TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _sign in "-_.":
+    _letters = "".join({hint[-2] for hint in _TOKEN_BY_HINT if hint[-1] == _sign})
+    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_letters}].){_TOKEN_BODY}"))
 for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
+    _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
+    _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
@@ -1520,6 +1503,7 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
+_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _ESCAPES = (
     ("\x1b", re.compile(
         r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
@@ -1637,22 +1621,18 @@ def _folded_text(text: str) -> str:
 
 def _shapes_in(text: str) -> "list[SecretShape]":
     """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
-    if "\x1b" in text or "\\u001b" in text:
-        text = _View(text).text
+    if "\x1b" in text:
+        text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
     for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
-    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
-    for pattern in _TOKEN_ENDS:
-        for match in pattern.finditer(text):
-            end = match.end()
-            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
-                if text.endswith(hint, 0, end):
-                    hints.add(hint)
-    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
+    ends = [match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)]
+    heads = {text[max(0, end - 24) : end] for end in ends}
+    hints = {head[at:] for head in heads for at in range(len(head) - 1)} & _TOKEN_BY_HINT.keys()
+    return found + [_TOKEN_BY_HINT[hint] for hint in hints]
 
 
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
@@ -1672,11 +1652,11 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
             else:
                 if group == "begin":  # of a secret whose fixed text is in its middle
                     end = match.end()
-                elif group == "quoted":
-                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None and view.text[start - 1] in "\"'`":
+                    end = max(end, view.closing_quote(start - 1))
                 elif shape.is_secret is not None:
                     line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    rest = _ENV_REST if _ENV_LINE.match(line) else _REST
                     end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
                 yield (*view.raw_span(start, end), shape.rank)
                 next_at = max(end, match.end())
@@ -1703,6 +1683,7 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
         encoded = encode_json(event)
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
         text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
+        text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
         hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
         is_small = (
             len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
@@ -1762,7 +1743,7 @@ class _Protector:
     def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
         self.cuts: dict[str, int] = {}
         self._privacy = privacy
-        self._hints = (*hints, "\x1b", "\\u001b") if privacy.redact else ()  # two of coloured texts
+        self._hints = (*hints, "\x1b") if privacy.redact else ()
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
