@@ -602,13 +602,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
+def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(
-        default,
-        expected,
-        lambda value: (value is None and null != "") or (type(value) is int and low <= value <= high),
+        default, expected, lambda it: it is None and null != "" or type(it) is int and low <= it <= high
     )
 
 
@@ -649,12 +647,11 @@ def _redis_url(value: Any) -> bool:
 
 
 def _prices(value: Any) -> bool:
+    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
     return isinstance(value, dict) and all(
         _text(name)
         and isinstance(price, dict)
-        and {"input", "output"}
-        <= price.keys()
-        <= {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+        and required <= price.keys() <= known
         and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
         for name, price in value.items()
     )
@@ -728,10 +725,9 @@ def parse_relaxed_json(text: str) -> Any:
 
 
 def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Read the configuration at `path`.
+    """Return every key of KEYS with its value in the file, and warnings; raise ConfigError for what is wrong.
 
-    Returns every key of KEYS with its value, and warnings for people. A missing file means defaults.
-    Raises ConfigError for what cannot be used.
+    A missing file means defaults.
     """
     given, readable_by_others = _read_config(path)
     values, warnings = default_values(), []
@@ -886,7 +882,7 @@ class MalformedEvent(ValueError):
     """A line is not one JSON object."""
 
 
-_parse_json = json.JSONDecoder(parse_constant=str).raw_decode
+_parse_json = json.JSONDecoder(parse_constant=str).decode
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
@@ -895,16 +891,12 @@ def parse_event_line(line: bytes) -> JsonObject:
 
     Bytes that are not UTF-8 are replaced, NaN and infinities become strings.
     """
+    text = line.decode("utf-8", "replace")
     try:
-        text = line.decode("utf-8", "replace")
         try:
-            value, end = _parse_json(text)
-            if end < len(text) and text[end:].strip(" \t\r\n"):
-                raise ValueError("Extra data")
-        except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
-            value = json.loads(
-                text, parse_constant=str, parse_int=lambda digits: digits if digits[4000:] else int(digits)
-            )
+            value = _parse_json(text)
+        except ValueError:  # perhaps only for an integer longer than Python converts
+            value = json.loads(text, parse_constant=str, parse_int=lambda it: it if it[4000:] else int(it))
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
     except ValueError as error:
@@ -1048,11 +1040,13 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
+    **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
+    "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
-    ("id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data")
+    "id timestamp sessionId machineId workingDirectory hookType eventType data".split()
 )
-_EVENT_FIELDS = _REQUIRED_FIELDS.union(_EVENT_CHECKS, ("demo",))
+_EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 
 def is_whole_event(event: JsonObject) -> bool:
@@ -1060,11 +1054,7 @@ def is_whole_event(event: JsonObject) -> bool:
     for name, check in _EVENT_CHECKS.items():
         if name in event and not check(event[name]):
             return False
-    return (
-        event.keys() >= _REQUIRED_FIELDS
-        and isinstance(event["data"], dict)
-        and type(event["hookType"]) is type(event["eventType"]) is str
-    )
+    return event.keys() >= _REQUIRED_FIELDS
 
 
 def this_machine() -> str:
@@ -1082,12 +1072,11 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
-    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
-    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
-    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
-    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
-    matched in its own case, and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. Its last group that
+    matched, or else the whole match, is replaced. A `folded` one matches the text in lower case.
+    `is_secret(view, match, value)` checks what the shape alone does not decide. The pattern of a token
+    (`is_token`) is what follows its hint, which is not in the middle of a word.
     """
 
     kind: str
@@ -1228,9 +1217,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
-        is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
-        return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
+        call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
+        return call is not None and (" " not in value or digits > 1) and (call[1] is not None or digits > 0)
     # NAME VALUE
     if match.group("quote") == "'" and _SQL.search(before + head):
         return True
@@ -1258,7 +1246,7 @@ def _is_bare_secret(
     operator, after = match.group("operator"), text[match.end() : match.end() + 1]
     if digits == len(value):
         return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
-    if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
+    if match.group("named") or after in tuple("(<`[") or "[" in value:
         return False
     is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
@@ -1281,9 +1269,8 @@ def _is_bare_secret(
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
     if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
-        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
-            re.findall("[a-z](?=[A-Z])", value)
-        )
+        capitals, words = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
+        return digits > 1 or len(capitals) >= 3 <= len(words)
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
@@ -1678,7 +1665,7 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     """
     # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
     # character that JSON must escape, and every name of a secret has a hint in it.
-    hints = {""}
+    hints = {""}  # of any text
     with contextlib.suppress(RecursionError):  # too deep
         encoded = encode_json(event)
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
@@ -2634,8 +2621,7 @@ def redis_client(values: "dict[str, Any]") -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    options["ssl"] = values["redis.tls"]
+    options = {"host": values["redis.host"], "port": values["redis.port"], "ssl": values["redis.tls"]}
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
         options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
@@ -2649,9 +2635,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
         options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
     options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
     options["ssl_check_hostname"] = values["redis.verify"]
-    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these.
-    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
+    options["retry"] = Retry(NoBackoff(), 0)
+    silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
     rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
@@ -2659,11 +2645,7 @@ def redis_client(values: "dict[str, Any]") -> Any:
         nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
         login = {"username": None, "password": values["redis.sentinelPassword"]}
         manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
-        try:
-            options["host"], options["port"] = manager.discover_master(values["redis.master"])
-        finally:
-            for sentinel in manager.sentinels:
-                sentinel.connection_pool.disconnect()
+        options["host"], options["port"] = manager.discover_master(values["redis.master"])
     elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
@@ -2673,10 +2655,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
             require_full_coverage=False,
             **rest,
         )
-        try:  # PUBLISH at the node that has the stream reaches subscribers of every node
+        with contextlib.closing(cluster):
+            # PUBLISH at the node that has the stream reaches subscribers of every node.
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
-        finally:
-            cluster.close()
         options.update(host=node.host, port=node.port, db=0)
     return redis.Redis(**options)
 
@@ -2772,12 +2753,17 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
-    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
-    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
-    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(**facts)
+            return message.format(
+                text=text,
+                place=place,
+                host=place.rpartition(":")[0] if url else values["redis.host"],
+                missing=", ".join(missing) or "a file",
+                advice=redis_py_advice(sys.executable),
+                closed_hint="" if connected else closed,
+                silence_hint="" if connected else silence,
+            )
     return f"{type(error).__name__} from Redis at {place}: {text}"
 
 
@@ -2830,15 +2816,14 @@ class Publisher:
         self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
-        self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
+        self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
-            "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
-            "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "server": None, "published": 0,
+            **dict.fromkeys(("subscribers", "channelState", "channelReason", "stream", "streamReason")),
         }  # fmt: skip
         self._written: JsonObject = {}  # the state as it is in publisher.json
         self._written_at = 0.0
@@ -2958,7 +2943,6 @@ class Publisher:
             self._segment = taken
             events, size = take_dropped(self._spool)
             if events:
-                self._state["dropped"] += events
                 text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
                 self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
             return
@@ -2975,7 +2959,6 @@ class Publisher:
             raise  # the next publisher reads it again
         except Exception as error:  # no line may stop those after it
             reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
-        self._state["quarantined"] += 1
         with contextlib.suppress(OSError):
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
@@ -3016,8 +2999,8 @@ class Publisher:
         """
         stream = stream_name(self._values)
         step = 2 if stream else 1
-        kept: _Batch = []
         sent: _Batch = []
+        kept: _Batch = []
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
@@ -3030,15 +3013,15 @@ class Publisher:
             for reply in (reached, added if stream else None)
         )
         self._state.update(
+            published=self._state["published"] + len(sent),
             channelState="refused" if channel_reason else "ok",
             channelReason=channel_reason,
-            subscribers=None if channel_reason else reached,
+            subscribers=subscribers,
             stream="refused" if stream_reason else "ok" if stream else "off",
             streamReason=stream_reason,
         )
-        self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
-        self._sent = [*self._recently_sent(), (time.monotonic(), sent)]
+        self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
             del self._sent[0]
         if not kept:
@@ -3050,21 +3033,17 @@ class Publisher:
         if stream:
             self._send_again()
 
-    def _recently_sent(self) -> "list[tuple[float, _Batch]]":
-        return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
-
     def _send_again(self) -> None:
         """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
-        self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
+        begin = time.monotonic() - RESEND_S
+        self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
 
     def _fail(self, reason: str) -> None:
         self._failures += 1
-        delay_s = backoff_s(self._failures)
-        self._next_attempt = time.monotonic() + delay_s
+        self._next_attempt = time.monotonic() + backoff_s(self._failures)
         self._drop_client()
         self._enter("waiting", reason)
-        self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
         if not os.path.isdir(self._home):  # removed with all its events
             self.stopping = True
@@ -3089,23 +3068,20 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]") -> None:
         if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason, since=now_ms())
+            self._state.update(state=state, reason=reason)
             if reason:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
-        self._state["nextAttemptAt"] = None
         if state == "stopped":  # before the next publisher writes its own
             self._write_state()
 
     def _write_state(self) -> None:
         """Write publisher.json if the state has changed, a few times a second at most."""
-        is_early = (
-            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        )
-        if is_early or self._state == self._written:
+        now, is_last = time.monotonic(), self._state["state"] == "stopped"
+        if self._state == self._written or now - self._written_at < STATE_INTERVAL_S and not is_last:
             return
-        self._written_at = time.monotonic()
-        content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
+        self._written_at = now
+        content = {**self._state, "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
             self._written = dict(self._state)
