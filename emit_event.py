@@ -519,10 +519,7 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
-
-    Raises PermissionError in another user's directory.
-    """
+    """Rename a foreign file at one of our paths to `….foreign`; raise OSError in another user's directory."""
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
     os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
@@ -725,10 +722,7 @@ def parse_relaxed_json(text: str) -> Any:
 
 
 def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Return every key of KEYS with its value in the file, and warnings; raise ConfigError for what is wrong.
-
-    A missing file means defaults.
-    """
+    """Return the value of every key (defaults without a file) and warnings; raise ConfigError."""
     given, readable_by_others = _read_config(path)
     values, warnings = default_values(), []
     flat: JsonObject = {}
@@ -767,7 +761,6 @@ def default_values() -> "dict[str, Any]":
 
 
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
-    """Return the object in the file, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
@@ -790,10 +783,9 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
+    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache.
 
-    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
-    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
+    `key`: the configuration file's device, inode, size and time, which are other ones in a container.
     """
     try:
         values = load_config(config_path)[0]
@@ -887,12 +879,9 @@ _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circul
 
 
 def parse_event_line(line: bytes) -> JsonObject:
-    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
-
-    Bytes that are not UTF-8 are replaced, NaN and infinities become strings.
-    """
+    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else."""
     text = line.decode("utf-8", "replace")
-    try:
+    try:  # NaN and infinities become strings
         try:
             value = _parse_json(text)
         except ValueError:  # perhaps only for an integer longer than Python converts
@@ -924,8 +913,7 @@ def encode_json(value: Any) -> bytes:
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
 
-    `received_ms` and `machine_id` are the defaults. A value of a wrong type raises nothing; it is kept in
-    `data`.
+    `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
     if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
@@ -1277,7 +1265,6 @@ def _is_bare_secret(
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
@@ -1296,8 +1283,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 
 
 _QUOTE = r"[\"'`]"
-# What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
-# as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
+# What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
@@ -1318,13 +1304,12 @@ _REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
-    """Describe a secret that is an option's value on a program's command line."""
     rest = rf"(?:[^\n|;]|\\\n){{0,400}}?\s(?:{option})"
     return _folded("command-line", hint, program.replace("{hint}", hint) + rest, _is_value)
 
 
-# The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
-# kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
+# Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
+# One that does not begin with A or E and does not end with - _ or . costs a search of its own.
 _TOKEN_TABLE = r"""
 [A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
     aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
@@ -1506,13 +1491,10 @@ _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
-    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
-
-    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
-    separates two words.
-    """
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text."""
 
     def __init__(self, raw: str, colours: str = "") -> None:
+        # `colours` replaces their codes: "" joins a word that `grep` has marked, a space separates two words.
         self.coloured = False
         # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
@@ -1567,10 +1549,9 @@ class _View:
 def redact_text(text: str) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    Repeats until it finds nothing: the text beside a secret may look like one afterwards, and redacting the
-    result must change nothing.
+    Redacting the result changes nothing.
     """
-    for _ in range(REDACTION_ROUNDS):
+    for _ in range(REDACTION_ROUNDS):  # the text beside a secret may look like one afterwards
         shapes = _shapes_in(text)
         if not shapes:
             break
@@ -1666,8 +1647,8 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
     # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
     # character that JSON must escape, and every name of a secret has a hint in it.
     hints = {""}  # of any text
-    with contextlib.suppress(RecursionError):  # too deep
-        encoded = encode_json(event)
+    with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
+        encoded = _to_json(event).encode("ascii")
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
         text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
         text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
@@ -1708,7 +1689,6 @@ def _metadata_of(data: JsonObject) -> JsonObject:
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
         names = filter(_ID_LIKE.fullmatch, value)
         figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
@@ -1722,13 +1702,10 @@ _clean_name = functools.lru_cache(maxsize=4096)(redact_text)
 
 
 class _Protector:
-    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
-
-    `hints`: those in the object, in lower case; a text without one is not searched.
-    """
+    """Redacts and cuts the values of one object whose texts contain `hints` (in lower case) only."""
 
     def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
-        self.cuts: dict[str, int] = {}
+        self.cuts: dict[str, int] = {}  # path of a cut value → original size in bytes
         self._privacy = privacy
         self._hints = (*hints, "\x1b") if privacy.redact else ()
 
@@ -1752,7 +1729,6 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        """Return a text without secrets."""
         folded = _folded_text(text)
         for hint in self._hints:
             if hint in folded:
@@ -1791,10 +1767,7 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Return the event of one wrapped payload, cut to LINE_LIMIT_BYTES; raise ValueError if it cannot be.
-
-    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
-    """
+    """Return the event of one wrapped payload, redacted and cut to LINE_LIMIT_BYTES; raise ValueError."""
     event = build_event(parse_event_line(line), now_ms(), this_machine())
     try:
         redact = bool(load_config(config_path)[0]["privacy.redact"])
@@ -2611,10 +2584,9 @@ def backoff_s(failures: int) -> float:
 def redis_client(values: "dict[str, Any]") -> Any:
     """Return a redis-py client, not yet connected, of the server that has the stream.
 
-    With `redis.sentinels` or `redis.cluster` it asks them first which server that is. Raises
-    ModuleNotFoundError without redis-py, ValueError for an unusable url, and redis-py's errors. Off are
-    redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which an ACL would have to
-    allow.
+    Sentinels or a cluster are asked for it. Raises ModuleNotFoundError without redis-py, ValueError for an
+    unusable url, and redis-py's errors. Off are redis-py's retries, which reconnect silently, and HELLO and
+    CLIENT SETINFO, which an ACL would have to allow.
     """
     import redis.cluster
     import redis.sentinel
@@ -2739,10 +2711,7 @@ _REDIS_TROUBLES = (
 
 
 def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Return one sentence on what is wrong with Redis and what to do.
-
-    `connected`: this configuration has worked before, so it is not why a connection ends.
-    """
+    """Return what is wrong with Redis and what to do; `connected`: this configuration has worked before."""
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
@@ -2753,17 +2722,12 @@ def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: boo
     named = [values[f"redis.{name}File"] for name in ("ca", "cert", "key")]
     named += [place] if url.startswith("unix:") else []
     missing = [path for path in named if path and not os.path.exists(os.path.expanduser(path))]
+    facts = {"text": text, "place": place, "host": place.rpartition(":")[0] if url else values["redis.host"]}
+    facts.update(missing=", ".join(missing) or "a file", advice=redis_py_advice(sys.executable))
+    facts.update(closed_hint="" if connected else closed, silence_hint="" if connected else silence)
     for signs, message in _REDIS_TROUBLES:
         if any(sign in text or sign == type(error).__name__ for sign in signs.split("|")):
-            return message.format(
-                text=text,
-                place=place,
-                host=place.rpartition(":")[0] if url else values["redis.host"],
-                missing=", ".join(missing) or "a file",
-                advice=redis_py_advice(sys.executable),
-                closed_hint="" if connected else closed,
-                silence_hint="" if connected else silence,
-            )
+            return message.format(**facts)
     return f"{type(error).__name__} from Redis at {place}: {text}"
 
 
@@ -2774,10 +2738,7 @@ def privacy_of(values: "dict[str, Any]") -> Privacy:
 
 
 def run_publisher(lock_fd: int) -> None:
-    """Run the publisher until the spool has been quiet for 60 s (the program with --publish).
-
-    `lock_fd`: publisher.lock, locked, inherited from the hook that started this process.
-    """
+    """Run the publisher (the program with --publish); `lock_fd`: publisher.lock, locked by the hook."""
     home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
     try:
         os.umask(0o077)
@@ -2876,7 +2837,6 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -2921,7 +2881,7 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> None:
-        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
+        """Read the oldest segment that can be read, and add an event on what was dropped.
 
         Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
@@ -2993,10 +2953,7 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
-
-        A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
-        """
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
         stream = stream_name(self._values)
         step = 2 if stream else 1
         sent: _Batch = []
@@ -3005,6 +2962,7 @@ class Publisher:
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
+            # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
@@ -3058,7 +3016,6 @@ class Publisher:
         os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
-        """Close the connection, also that of an abandoned exchange."""
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(Exception):
@@ -3076,7 +3033,6 @@ class Publisher:
             self._write_state()
 
     def _write_state(self) -> None:
-        """Write publisher.json if the state has changed, a few times a second at most."""
         now, is_last = time.monotonic(), self._state["state"] == "stopped"
         if self._state == self._written or now - self._written_at < STATE_INTERVAL_S and not is_last:
             return
