@@ -1592,7 +1592,9 @@ def _shapes_in(text: str) -> "list[SecretShape]":
     if "\x1b" in text:
         text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
-    for by_part, searched in zip(_SHAPES_BY_PART, (text, _folded_text(text))):
+    for by_part, searched in zip(
+        _SHAPES_BY_PART, (text, text.lower() if text.isascii() else _folded_text(text))
+    ):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
