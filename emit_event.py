@@ -519,10 +519,7 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
-
-    Raises PermissionError in another user's directory.
-    """
+    """Rename a foreign file at one of our paths to `….foreign`; raise OSError in another user's directory."""
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
     os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
@@ -602,13 +599,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
+def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(
-        default,
-        expected,
-        lambda value: (value is None and null != "") or (type(value) is int and low <= value <= high),
+        default, expected, lambda it: it is None and null != "" or type(it) is int and low <= it <= high
     )
 
 
@@ -649,12 +644,11 @@ def _redis_url(value: Any) -> bool:
 
 
 def _prices(value: Any) -> bool:
+    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
     return isinstance(value, dict) and all(
         _text(name)
         and isinstance(price, dict)
-        and {"input", "output"}
-        <= price.keys()
-        <= {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+        and required <= price.keys() <= known
         and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
         for name, price in value.items()
     )
@@ -728,11 +722,7 @@ def parse_relaxed_json(text: str) -> Any:
 
 
 def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Read the configuration at `path`.
-
-    Returns every key of KEYS with its value, and warnings for people. A missing file means defaults.
-    Raises ConfigError for what cannot be used.
-    """
+    """Return the value of every key (defaults without a file) and warnings; raise ConfigError."""
     given, readable_by_others = _read_config(path)
     values, warnings = default_values(), []
     flat: JsonObject = {}
@@ -771,7 +761,6 @@ def default_values() -> "dict[str, Any]":
 
 
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
-    """Return the object in the file, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
@@ -794,10 +783,9 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
+    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache.
 
-    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
-    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
+    `key`: the configuration file's device, inode, size and time, which are other ones in a container.
     """
     try:
         values = load_config(config_path)[0]
@@ -886,26 +874,18 @@ class MalformedEvent(ValueError):
     """A line is not one JSON object."""
 
 
-_parse_json = json.JSONDecoder(parse_constant=str).raw_decode
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), allow_nan=False, check_circular=False)
-_to_json, _to_plain_json = _encoder().encode, _encoder(ensure_ascii=False).encode
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 def parse_event_line(line: bytes) -> JsonObject:
-    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
-
-    Bytes that are not UTF-8 are replaced, NaN and infinities become strings.
-    """
-    try:
-        text = line.decode("utf-8", "replace")
+    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else."""
+    text = line.decode("utf-8", "replace")
+    try:  # NaN and infinities become strings
         try:
-            value, end = _parse_json(text)
-            if end < len(text) and text[end:].strip(" \t\r\n"):
-                raise ValueError("Extra data")
-        except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
-            value = json.loads(
-                text, parse_constant=str, parse_int=lambda digits: digits if digits[4000:] else int(digits)
-            )
+            value = _parse_json(text)
+        except ValueError:  # perhaps only for an integer longer than Python converts
+            value = json.loads(text, parse_constant=str, parse_int=lambda it: it if it[4000:] else int(it))
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
     except ValueError as error:
@@ -933,8 +913,7 @@ def encode_json(value: Any) -> bytes:
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
 
-    `received_ms` and `machine_id` are the defaults. A value of a wrong type raises nothing; it is kept in
-    `data`.
+    `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
     if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
@@ -1049,11 +1028,13 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("workingDirectory", "agentType"), lambda it: isinstance(it, str) and len(it) <= 4096),
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
+    **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
+    "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
-    ("id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data")
+    "id timestamp sessionId machineId workingDirectory hookType eventType data".split()
 )
-_EVENT_FIELDS = _REQUIRED_FIELDS.union(_EVENT_CHECKS, ("demo",))
+_EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 
 def is_whole_event(event: JsonObject) -> bool:
@@ -1061,11 +1042,7 @@ def is_whole_event(event: JsonObject) -> bool:
     for name, check in _EVENT_CHECKS.items():
         if name in event and not check(event[name]):
             return False
-    return (
-        event.keys() >= _REQUIRED_FIELDS
-        and isinstance(event["data"], dict)
-        and type(event["hookType"]) is type(event["eventType"]) is str
-    )
+    return event.keys() >= _REQUIRED_FIELDS
 
 
 def this_machine() -> str:
@@ -1083,12 +1060,11 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
-    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
-    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
-    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
-    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
-    matched in its own case, and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. Its last group that
+    matched, or else the whole match, is replaced. A `folded` one matches the text in lower case.
+    `is_secret(view, match, value)` checks what the shape alone does not decide. The pattern of a token
+    (`is_token`) is what follows its hint, which is not in the middle of a word.
     """
 
     kind: str
@@ -1229,9 +1205,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
-        is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
-        return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
+        call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
+        return call is not None and (" " not in value or digits > 1) and (call[1] is not None or digits > 0)
     # NAME VALUE
     if match.group("quote") == "'" and _SQL.search(before + head):
         return True
@@ -1259,7 +1234,7 @@ def _is_bare_secret(
     operator, after = match.group("operator"), text[match.end() : match.end() + 1]
     if digits == len(value):
         return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
-    if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
+    if match.group("named") or after in tuple("(<`[") or "[" in value:
         return False
     is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
@@ -1282,16 +1257,14 @@ def _is_bare_secret(
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
     if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
-        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
-            re.findall("[a-z](?=[A-Z])", value)
-        )
+        capitals, words = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
+        return digits > 1 or len(capitals) >= 3 <= len(words)
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
@@ -1310,8 +1283,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 
 
 _QUOTE = r"[\"'`]"
-# What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
-# as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
+# What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
@@ -1328,32 +1300,25 @@ _ASSIGNED = (
     r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
-_REST = {
-    "line": re.compile(r"[^\s\"'`;]*"),
-    "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
-    "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    **dict.fromkeys(("element", "argument"), re.compile("")),
-    "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
-}
+_REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*")  # without quotes around
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
-    """Describe a secret that is an option's value on a program's command line."""
     rest = rf"(?:[^\n|;]|\\\n){{0,400}}?\s(?:{option})"
     return _folded("command-line", hint, program.replace("{hint}", hint) + rest, _is_value)
 
 
-# The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
-# kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_TOKENS = r"""
+# Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
+# One that does not begin with A or E and does not end with - _ or . costs a search of its own.
+_TOKEN_TABLE = r"""
 [A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
     aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
     pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
     circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
     midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
     tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
-    gitlab: GR1348941
+    gitlab: GR1348941 postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_
+    cloudflare: cfut_ cfat_ cfk_ cfoc_ langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
     vcr_ vck_ alibaba: LTAI
 [A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
@@ -1361,17 +1326,17 @@ _TOKENS = r"""
     cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
     lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
     workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
-[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
-    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
-[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
-    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
-    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9_.=%-]{30,}  google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi-
+    github: github_pat_ openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat.
+    snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_
+    pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+    dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
 [A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
     sntryu_ sntrya_
-[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
     shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
-    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
 [A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
     glagent- gloas- glsoat- glffct- glwt-
 [A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
@@ -1383,26 +1348,18 @@ _TOKENS = r"""
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
 [A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
-[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
-[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: v1.0-
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
-1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
-[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
-[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]{16,}){1,2}  sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
-[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
-[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
-[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
-(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
-[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
 """
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for word in _TOKENS.split():
+    for word in _TOKEN_TABLE.split():
         if "{" in word:
             pattern = re.compile(word)
         elif word.endswith(":"):
@@ -1478,13 +1435,11 @@ UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that n
 # rare letter is found or missed in a fifth of the time.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
-_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
-_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+_TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
 for _shape in SECRET_SHAPES:
     _hint = _shape.hint
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
-        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
-        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+        _TOKEN_BY_HINT[_hint] = _shape
     else:
         _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
         _part = next((each for each in _COMMON_PARTS if each in _part), _part)
@@ -1492,14 +1447,13 @@ for _shape in SECRET_SHAPES:
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = [
-    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
-    for sign in "-_."
-]
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+_TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _sign in "-_.":
+    _letters = "".join({hint[-2] for hint in _TOKEN_BY_HINT if hint[-1] == _sign})
+    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_letters}].){_TOKEN_BODY}"))
 for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
+    _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
+    _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
@@ -1521,6 +1475,7 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
+_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _ESCAPES = (
     ("\x1b", re.compile(
         r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
@@ -1531,19 +1486,15 @@ _ESCAPES = (
     ("&", re.compile(
         r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
 )  # fmt: skip
-_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
-    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
-
-    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
-    separates two words.
-    """
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text."""
 
     def __init__(self, raw: str, colours: str = "") -> None:
+        # `colours` replaces their codes: "" joins a word that `grep` has marked, a space separates two words.
         self.coloured = False
         # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
@@ -1595,19 +1546,13 @@ class _View:
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
+def redact_text(text: str) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
-    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
+    Redacting the result changes nothing.
     """
-    for _ in range(REDACTION_ROUNDS):
-        if shapes is None:
-            plain = _View(text).text if "\x1b" in text else text
-            shapes = _shapes_in(plain, _folded_text(plain))
-        elif "\x1b" not in text:
-            folded = _folded_text(text)
-            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
+    for _ in range(REDACTION_ROUNDS):  # the text beside a secret may look like one afterwards
+        shapes = _shapes_in(text)
         if not shapes:
             break
         view = _View(text)
@@ -1629,7 +1574,6 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
             done = end
         text = "".join(pieces) + text[done:]
-        shapes = None
     return text
 
 
@@ -1643,22 +1587,22 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
-    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
+def _shapes_in(text: str) -> "list[SecretShape]":
+    """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
+    if "\x1b" in text:
+        text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
-    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+    for by_part, searched in zip(
+        _SHAPES_BY_PART, (text, text.lower() if text.isascii() else _folded_text(text))
+    ):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
-    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
-    for pattern in _TOKEN_ENDS:
-        for match in pattern.finditer(text):
-            end = match.end()
-            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
-                if text.endswith(hint, 0, end):
-                    hints.add(hint)
-    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
+    ends = [match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)]
+    heads = {text[max(0, end - 24) : end] for end in ends}
+    hints = {head[at:] for head in heads for at in range(len(head) - 1)} & _TOKEN_BY_HINT.keys()
+    return found + [_TOKEN_BY_HINT[hint] for hint in hints]
 
 
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
@@ -1678,11 +1622,11 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
             else:
                 if group == "begin":  # of a secret whose fixed text is in its middle
                     end = match.end()
-                elif group == "quoted":
-                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None and view.text[start - 1] in "\"'`":
+                    end = max(end, view.closing_quote(start - 1))
                 elif shape.is_secret is not None:
                     line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    rest = _ENV_REST if _ENV_LINE.match(line) else _REST
                     end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
                 yield (*view.raw_span(start, end), shape.rank)
                 next_at = max(end, match.end())
@@ -1702,67 +1646,26 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
     `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    try:
-        text = _to_plain_json(event)
-    except (ValueError, RecursionError):  # infinite or too deep
-        return _protect_each_value(event, privacy, None)
-    is_plain = text.isascii() and "\x7f" not in text
-    is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[SecretShape] = []
-    if privacy.redact:
-        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
-        # a character that JSON must escape.
+    # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
+    # character that JSON must escape, and every name of a secret has a hint in it.
+    hints = {""}  # of any text
+    with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
+        encoded = _to_json(event).encode("ascii")
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        searched = text[text.find('"data":') :] if is_ours else text
-        if "\\u001b[" in searched:
-            searched = _COLOURS_IN_JSON.sub("", searched)
-        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
-        # Every name of a secret has a hint in it.
-        in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (
-            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
+        text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
+        hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
+        is_small = (
+            len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
         )
-    if is_clean:
-        return event, text.encode() if is_plain else encode_json(event)
-    return _protect_each_value(event, privacy, shapes)
-
-
-def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
-    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
-
-    All texts are searched together, as lines of one text: what matches in one of them matches there too.
-    """
-    texts: list[str] = []
-    level: list[Any] = [value]
-    for _ in range(_DEPTH_LIMIT):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                for name in value:
-                    is_doubtful = _name_class(name) != "" or name == "value"
-                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
-                        return True
-                texts += value
-                inner += value.values()
-            else:
-                inner += value
-        texts += [value for value in inner if isinstance(value, str)]
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            view = _View("\n".join(texts))
-            return view.coloured or any(True for _ in _secrets_in(view, shapes))
-    return True
-
-
-def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
-) -> "tuple[JsonObject, bytes]":
+        if is_small and not hints and not privacy.metadata_only:
+            return event, encoded
+    protector = _Protector(privacy, hints)
     data = event["data"]
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # the reason of a denial is prose
-    protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
@@ -1788,7 +1691,6 @@ def _metadata_of(data: JsonObject) -> JsonObject:
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
         names = filter(_ID_LIKE.fullmatch, value)
         figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
@@ -1798,16 +1700,16 @@ def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
     return value if isinstance(value, (bool, int, float)) else None
 
 
+_clean_name = functools.lru_cache(maxsize=4096)(redact_text)
+
+
 class _Protector:
-    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
+    """Redacts and cuts the values of one object whose texts contain `hints` (in lower case) only."""
 
-    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
-    """
-
-    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
-        self.cuts: dict[str, int] = {}
+    def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
+        self.cuts: dict[str, int] = {}  # path of a cut value → original size in bytes
         self._privacy = privacy
-        self._shapes = shapes if privacy.redact else []
+        self._hints = (*hints, "\x1b") if privacy.redact else ()
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
@@ -1816,9 +1718,9 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
-            path = path and path + "."
+            path, clean = path and path + ".", _clean_name if self._hints else str
             return {
-                self.clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1829,7 +1731,11 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        return text if self._shapes == [] else redact_text(text, self._shapes)
+        folded = _folded_text(text)
+        for hint in self._hints:
+            if hint in folded:
+                return redact_text(text)
+        return text
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
@@ -1863,10 +1769,7 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Return the event of one wrapped payload, cut to LINE_LIMIT_BYTES; raise ValueError if it cannot be.
-
-    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
-    """
+    """Return the event of one wrapped payload, redacted and cut to LINE_LIMIT_BYTES; raise ValueError."""
     event = build_event(parse_event_line(line), now_ms(), this_machine())
     try:
         redact = bool(load_config(config_path)[0]["privacy.redact"])
@@ -2683,18 +2586,16 @@ def backoff_s(failures: int) -> float:
 def redis_client(values: "dict[str, Any]") -> Any:
     """Return a redis-py client, not yet connected, of the server that has the stream.
 
-    With `redis.sentinels` or `redis.cluster` it asks them first which server that is. Raises
-    ModuleNotFoundError without redis-py, ValueError for an unusable url, and redis-py's errors. Off are
-    redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which an ACL would have to
-    allow.
+    Sentinels or a cluster are asked for it. Raises ModuleNotFoundError without redis-py, ValueError for an
+    unusable url, and redis-py's errors. Off are redis-py's retries, which reconnect silently, and HELLO and
+    CLIENT SETINFO, which an ACL would have to allow.
     """
     import redis.cluster
     import redis.sentinel
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    options["ssl"] = values["redis.tls"]
+    options = {"host": values["redis.host"], "port": values["redis.port"], "ssl": values["redis.tls"]}
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
         options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
@@ -2708,9 +2609,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
         options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
     options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
     options["ssl_check_hostname"] = values["redis.verify"]
-    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these.
-    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
+    options["retry"] = Retry(NoBackoff(), 0)
+    silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
     rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
@@ -2718,11 +2619,7 @@ def redis_client(values: "dict[str, Any]") -> Any:
         nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
         login = {"username": None, "password": values["redis.sentinelPassword"]}
         manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
-        try:
-            options["host"], options["port"] = manager.discover_master(values["redis.master"])
-        finally:
-            for sentinel in manager.sentinels:
-                sentinel.connection_pool.disconnect()
+        options["host"], options["port"] = manager.discover_master(values["redis.master"])
     elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
@@ -2732,10 +2629,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
             require_full_coverage=False,
             **rest,
         )
-        try:  # PUBLISH at the node that has the stream reaches subscribers of every node
+        with contextlib.closing(cluster):
+            # PUBLISH at the node that has the stream reaches subscribers of every node.
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
-        finally:
-            cluster.close()
         options.update(host=node.host, port=node.port, db=0)
     return redis.Redis(**options)
 
@@ -2817,10 +2713,7 @@ _REDIS_TROUBLES = (
 
 
 def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Return one sentence on what is wrong with Redis and what to do.
-
-    `connected`: this configuration has worked before, so it is not why a connection ends.
-    """
+    """Return what is wrong with Redis and what to do; `connected`: this configuration has worked before."""
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
@@ -2847,10 +2740,7 @@ def privacy_of(values: "dict[str, Any]") -> Privacy:
 
 
 def run_publisher(lock_fd: int) -> None:
-    """Run the publisher until the spool has been quiet for 60 s (the program with --publish).
-
-    `lock_fd`: publisher.lock, locked, inherited from the hook that started this process.
-    """
+    """Run the publisher (the program with --publish); `lock_fd`: publisher.lock, locked by the hook."""
     home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
     try:
         os.umask(0o077)
@@ -2889,15 +2779,14 @@ class Publisher:
         self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
-        self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
+        self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
-            "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
-            "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "server": None, "published": 0,
+            **dict.fromkeys(("subscribers", "channelState", "channelReason", "stream", "streamReason")),
         }  # fmt: skip
         self._written: JsonObject = {}  # the state as it is in publisher.json
         self._written_at = 0.0
@@ -2950,7 +2839,6 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -2995,7 +2883,7 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> None:
-        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
+        """Read the oldest segment that can be read, and add an event on what was dropped.
 
         Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
@@ -3017,7 +2905,6 @@ class Publisher:
             self._segment = taken
             events, size = take_dropped(self._spool)
             if events:
-                self._state["dropped"] += events
                 text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
                 self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
             return
@@ -3034,7 +2921,6 @@ class Publisher:
             raise  # the next publisher reads it again
         except Exception as error:  # no line may stop those after it
             reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
-        self._state["quarantined"] += 1
         with contextlib.suppress(OSError):
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
@@ -3069,18 +2955,16 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
-
-        A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
-        """
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
         stream = stream_name(self._values)
         step = 2 if stream else 1
-        kept: _Batch = []
         sent: _Batch = []
+        kept: _Batch = []
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
+            # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
@@ -3089,15 +2973,15 @@ class Publisher:
             for reply in (reached, added if stream else None)
         )
         self._state.update(
+            published=self._state["published"] + len(sent),
             channelState="refused" if channel_reason else "ok",
             channelReason=channel_reason,
-            subscribers=None if channel_reason else reached,
+            subscribers=subscribers,
             stream="refused" if stream_reason else "ok" if stream else "off",
             streamReason=stream_reason,
         )
-        self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
-        self._sent = [*self._recently_sent(), (time.monotonic(), sent)]
+        self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
             del self._sent[0]
         if not kept:
@@ -3109,21 +2993,17 @@ class Publisher:
         if stream:
             self._send_again()
 
-    def _recently_sent(self) -> "list[tuple[float, _Batch]]":
-        return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
-
     def _send_again(self) -> None:
         """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
-        self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
+        begin = time.monotonic() - RESEND_S
+        self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
 
     def _fail(self, reason: str) -> None:
         self._failures += 1
-        delay_s = backoff_s(self._failures)
-        self._next_attempt = time.monotonic() + delay_s
+        self._next_attempt = time.monotonic() + backoff_s(self._failures)
         self._drop_client()
         self._enter("waiting", reason)
-        self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
         if not os.path.isdir(self._home):  # removed with all its events
             self.stopping = True
@@ -3138,7 +3018,6 @@ class Publisher:
         os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
-        """Close the connection, also that of an abandoned exchange."""
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(Exception):
@@ -3148,23 +3027,19 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]") -> None:
         if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason, since=now_ms())
+            self._state.update(state=state, reason=reason)
             if reason:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
-        self._state["nextAttemptAt"] = None
         if state == "stopped":  # before the next publisher writes its own
             self._write_state()
 
     def _write_state(self) -> None:
-        """Write publisher.json if the state has changed, a few times a second at most."""
-        is_early = (
-            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        )
-        if is_early or self._state == self._written:
+        now, is_last = time.monotonic(), self._state["state"] == "stopped"
+        if self._state == self._written or now - self._written_at < STATE_INTERVAL_S and not is_last:
             return
-        self._written_at = time.monotonic()
-        content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
+        self._written_at = now
+        content = {**self._state, "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
             self._written = dict(self._state)

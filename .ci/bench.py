@@ -405,7 +405,7 @@ def minimal_work(lines: bytes) -> bytes:
     done = []
     for line in lines.splitlines():
         text = line.decode()
-        ee._shapes_in(text, text.lower())
+        ee._shapes_in(text)
         done.append(ee.encode_json(json.loads(text)) + b"\n")
     return b"".join(done)
 
