@@ -450,6 +450,7 @@ if __name__ == "__main__":
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
+import calendar  # noqa: E402
 import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
@@ -1892,7 +1893,8 @@ def log_failure(reason: str) -> None:
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
-# UsageWorker: the thread that reads, so that no event waits for a transcript.
+# UsageWorker: the thread that reads, so that no event waits for a transcript. Of clients without a registry
+# file it also reports what fires no hook: Esc, "No", the end of a background command.
 # AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
@@ -1905,6 +1907,10 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
+MAX_TURNS = "max_turns"  # the error of a `claude -p` that ran out of turns; no hook and no status has it
+WATCH_POLL_S = 3.0  # between two looks at the transcript of a running turn that nothing else reports on
+WATCH_S = 3600.0  # after the last event of its session that ends
+EVIDENCE_MS = 60_000  # older lines are history
 USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
@@ -1913,6 +1919,11 @@ _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_crea
 _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
+# Only lines with one of these are parsed: most of a transcript is output of tools.
+_MARKS = (
+    b'"usage"', b'"cost-state"', b'"toolDenialKind"', b'"[Request interrupted by user',
+    b"<status>killed</status>", b'"max_turns_reached"',
+)  # fmt: skip
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -1978,9 +1989,10 @@ class CostState(NamedTuple):
 
 
 class TranscriptParser:
-    """Find the usage in a transcript that is fed in pieces of any size; a line counts once it is complete.
+    """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
 
-    `consumed`: how many of the bytes fed so far are processed; the next reader begins there.
+    `consumed`: how many of the bytes fed so far are processed; the next reader begins there. Evidence is an
+    event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
     def __init__(self, agent_id: str = "") -> None:
@@ -1988,8 +2000,8 @@ class TranscriptParser:
         self._agent_id = agent_id
         self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
-        """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
+    def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
+        """Take the next bytes; return what is in the lines that they complete, a message's own usage last."""
         self._rest += data
         if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
@@ -1999,13 +2011,16 @@ class TranscriptParser:
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
 
-    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState]":
-        if b'"usage"' not in line and b'"cost-state"' not in line:
-            return  # most of a transcript is output of tools
+    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState | JsonObject]":
+        if not any(mark in line for mark in _MARKS):
+            return
         try:
             entry = parse_event_line(line)
         except MalformedEvent:
             return
+        time_ms, about = iso_time_ms(entry.get("timestamp")), _evidence_in(entry, self._agent_id)
+        if about and time_ms:
+            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **about}
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
@@ -2029,6 +2044,45 @@ class TranscriptParser:
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
         yield MessageUsage(key, agent_id, model, counts, session_id)
+
+
+def _evidence_in(entry: JsonObject, agent_id: str) -> "Optional[JsonObject]":
+    """Return the event that a line is evidence of, without id and time; None if there is none."""
+    kind, message, attachment = (entry.get(name) for name in ("type", "message", "attachment"))
+    blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
+    text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
+    if kind == "user" and "toolDenialKind" in entry:
+        use_id, by = next((it.get("tool_use_id") for it in blocks), None), {"agentId": agent_id}
+        about = {"eventType": "permission_denied", **(by if agent_id else {})}
+        return {**about, "data": {"toolUseId": use_id}} if _is_id(use_id) else None
+    data: JsonObject = {}
+    if agent_id or entry.get("isSidechain") is True:
+        return None
+    if kind == "user" and text.startswith("[Request interrupted by user"):
+        data = {"status": "interrupted"}
+    elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
+        data = {"status": "killed", "message": str(entry["content"])[:2000]}
+    elif entry.get("isApiErrorMessage") is True:
+        data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
+    elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
+        data = {"status": "failed", "error": MAX_TURNS, "assistantResponse": "it ran out of turns"}
+    return {"eventType": "client_status", "data": data} if data else None
+
+
+def stable_id(content: bytes) -> str:
+    """Return an event's id that is derived from its content."""
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+
+
+def iso_time_ms(text: Any) -> "Optional[int]":
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", str(text)[:40])
+    with contextlib.suppress(ValueError):
+        if match:
+            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
+            time_ms = seconds * 1000 + int((match[2] or "0").ljust(3, "0")[:3])
+            return time_ms if time_ms > 0 else None
+    return None
 
 
 def id_or(value: Any, otherwise: str) -> str:
@@ -2062,6 +2116,7 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
+        self._evidence: list[JsonObject] = []  # read and not taken yet
 
     def usage_event(self, event: JsonObject) -> "JsonObject | None":
         """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
@@ -2082,6 +2137,12 @@ class UsageReader:
             del self._delivered[next(iter(self._delivered))]
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
+
+    def take_evidence(self, event: JsonObject) -> "list[JsonObject]":
+        """Return the events for what the last reading showed to have happened in the session of `event`."""
+        found, self._evidence = self._evidence, []
+        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
+        return [{**about, **it} for it in found if it["timestamp"] > now_ms() - EVIDENCE_MS]
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2159,6 +2220,7 @@ class UsageReader:
                 return  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
+            self._evidence += [it for it in found if isinstance(it, dict)]
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
@@ -2166,6 +2228,8 @@ class UsageReader:
                     about_own = (own[-1].model, own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
                 for entry in found:
+                    if isinstance(entry, dict):
+                        continue
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
@@ -2187,51 +2251,69 @@ class UsageReader:
         return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
 
-class UsageWorker:
-    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
+class _Reading(NamedTuple):
+    """Transcripts of a session that are to be read."""
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
-    is pending at the end is read after its next event.
+    due: float  # time.monotonic; 0: at once
+    event: JsonObject  # that names them
+    watched_until: float = 0.0  # time.monotonic; while its turn runs, and nothing else reports on it
+    size: int = -1  # in bytes, when they were read last
+
+
+class UsageWorker:
+    """Reads transcripts in a thread of its own, so that no event waits for them; delivers usage and evidence.
+
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. `is_reported`:
+    True for a session whose status the registry reports, so that evidence is not needed. A session that is
+    pending at the end is read after its next event.
     """
 
-    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(
+        self,
+        home: str,
+        deliver: "Callable[[JsonObject], Any]",
+        is_reported: "Callable[[str], bool]" = lambda session_id: True,
+    ) -> None:
         self._deliver = deliver
+        self._is_reported = is_reported
         self._closing = threading.Event()
         self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
-        self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
+        self._pending: dict[tuple[str, str], _Reading] = {}  # by (session, an agent's own transcript or "")
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
-        """True while something is to be read at once."""
+        """True while something is to be read at once, or watched."""
         with self._wake:
-            return any(due == 0 for due, _ in self._pending.values())
+            return any(it.due == 0 or it.watched_until > time.monotonic() for it in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
-        names = ("transcriptPath", "agent_transcript_path")
+        names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        kept = {**about, "hookType": "Stop", "data": paths}
+        works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
+        is_watched = works and not self._is_reported(key[0])
+        due = 0 if is_end else now + (WATCH_POLL_S if is_watched else USAGE_QUIET_S)
+        reading = _Reading(due, {**about, "hookType": "Stop", "data": paths}, is_watched * (now + WATCH_S))
         with self._wake:
-            if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
+            if not is_end and key in self._pending and self._pending[key].due == 0:
                 return  # it will be read in a moment
             is_first = not self._pending
-            self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
+            self._pending[key] = reading
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread wakes up before this one is due
+            if is_end or is_first or is_watched:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2247,21 +2329,37 @@ class UsageWorker:
             with self._wake:
                 if self._closing.is_set():
                     break
-                key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
-                due, event = entry = self._pending.get(key, (math.inf, {}))
-                wait_s = due - time.monotonic()
-                if wait_s > 0:
-                    self._wake.wait(min(wait_s, 3600.0))
+                key = min(self._pending, key=lambda name: self._pending[name].due, default=("", ""))
+                reading = self._pending.get(key, _Reading(math.inf, {}))
+                now = time.monotonic()
+                if reading.due > now:
+                    self._wake.wait(min(reading.due - now, 3600.0))
                     continue
-            usage = self._reader.usage_event(event)
-            if usage is not None:
-                self._deliver(usage)
+            size = self._read(key[0], reading)
             with self._wake:
-                if self._pending.get(key) is entry:
+                if self._pending.get(key) is reading:
                     del self._pending[key]
-                    if due == 0:
-                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event)
+                    if reading.due == 0:
+                        self._pending[key] = reading._replace(due=now + USAGE_LATE_S, size=size)
+                    elif size and reading.watched_until > now and not self._is_reported(key[0]):
+                        self._pending[key] = reading._replace(due=now + WATCH_POLL_S, size=size)
         self._reader.close()  # SQLite wants it in the thread that opened it
+
+    def _read(self, session_id: str, reading: _Reading) -> int:
+        """Read transcripts that have changed, and deliver what is new; return their size in bytes."""
+        event, size = reading.event, 0
+        for path, _ in transcripts_of(*event["data"].values()) if reading.watched_until else ():
+            with contextlib.suppress(OSError):
+                size += os.path.getsize(path)
+        if size == reading.size and reading.watched_until:
+            return size
+        usage = self._reader.usage_event(event)
+        if usage is not None:
+            self._deliver(usage)
+        for it in self._reader.take_evidence(event):
+            if it["data"].get("error") == MAX_TURNS or not self._is_reported(session_id):
+                self._deliver(it)
+        return size
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
@@ -2385,6 +2483,7 @@ class AgentNoteReader:
 
 REGISTRY_POLL_S = 0.3
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
+REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
@@ -2455,9 +2554,11 @@ class RegistryWatcher:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
-        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
+        # Path → its inode, size and mtime when it was read, or None to read it again
+        self._files: dict[str, Optional[tuple[int, int, int]]] = {}
         self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
+        self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
+        self.sessions: frozenset[str] = frozenset()  # ids of those whose status is reported; for any thread
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2472,18 +2573,19 @@ class RegistryWatcher:
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
-        self._read_files()
-        for path, (_, record) in self._files.items():
+        for path, record in self._changed_files():
             client = self.clients.get(path)
-            if client and record and client.record.session_id == record.session_id:
+            if client and client.record.session_id == record.session_id:
                 client.record = record
-            elif record and process_start(record.pid) in (record.started, 0):
+            elif process_start(record.pid) in (record.started, 0):
                 self.clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
+        looks = not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
+        self._looked_ms = time_ms if looks else self._looked_ms
         for path, client in list(self.clients.items()):
             record, reported = client.record, client.reported
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
-            if process_start(record.pid) not in (record.started, 0):
+            if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 if reported:
                     events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
@@ -2497,11 +2599,13 @@ class RegistryWatcher:
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
                 client.reported = record.about
+        with_status = (it for it in self.clients.values() if "status" in it.reported)
+        self.sessions = frozenset(it.record.session_id for it in with_status)
         return events
 
-    def _read_files(self) -> None:
-        """Read the files that have changed."""
-        listed: dict[str, Any] = {}
+    def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
+        """Read the files that have changed; yield their paths and records."""
+        listed: dict[str, tuple[int, int, int]] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
                 for entry in itertools.islice(entries, REGISTRY_LIMIT):
@@ -2511,16 +2615,17 @@ class RegistryWatcher:
         for path in self._files.keys() - listed.keys():
             del self._files[path]
         for path, state in listed.items():
-            if self._files.get(path, (None,))[0] == state:
+            if self._files.get(path) == state:
                 continue
             record = None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
                 is_small = state[1] <= CLIENT_FILE_LIMIT_BYTES
                 record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
-            if time.time_ns() - state[2] < FILE_SETTLED_NS:
-                state = None  # it is read again
-            if record or state:
-                self._files[path] = state, record
+            is_settled = time.time_ns() - state[2] >= FILE_SETTLED_NS
+            if record or is_settled:
+                self._files[path] = state if is_settled else None
+            if record:
+                yield path, record
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         is_exit = data.get("status") == CLIENT_EXITED
@@ -2529,9 +2634,8 @@ class RegistryWatcher:
             *record[:3],
             *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
         ]
-        digest = hashlib.sha256(encode_json(key)).digest()
         return {
-            "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
+            "id": stable_id(encode_json(key)), "timestamp": time_ms,
             "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
             "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
             **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
@@ -2881,9 +2985,10 @@ class Publisher:
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
-        self._usage = UsageWorker(home, self._own_events.append)
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
+        reported = self._registry
+        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in reported.sessions)
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()

@@ -5540,7 +5540,8 @@ what the end of the session overtook does not bring it back
 a resumed session is alive again
     end other; start resume → idle, over -; prompt → prompts 2
 a failed turn says why and is over with the next prompt or stop
-    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → idle
+    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → failed
+    wait 5s; stop → idle
     hook StopFailure error=server_error last_assistant_message='API Error: 529' → failed: server_error: API Error: 529
 after /clear the user's label, pin and parent stay, and the model's name too
     pid 7; s9: start startup; rename Frontend; pin; parent s9; end clear
@@ -7638,10 +7639,11 @@ def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     assert changes(watcher, 2600) == []
     registry_file(tmp_path, status="idle", statusUpdatedAt=2700)
     assert changes(watcher, 2900, 3200) == [("idle", "busy", 2700)]
-    registry_file(tmp_path, status="idle", statusUpdatedAt=2700, name="payments", nameSource="user")
+    named = {"status": "idle", "statusUpdatedAt": 2700, "name": "payments", "nameSource": "user"}
+    registry_file(tmp_path, **named)
     assert changes(watcher, 3500) == [("idle", "idle", 3500)]
-    registry_file(tmp_path, status="idle", procStart="dead")
-    assert changes(watcher, 4000, 4300) == [("exited", None, 4000)]
+    registry_file(tmp_path, **named, procStart="dead")
+    assert changes(watcher, 4000, 4300) == [("exited", None, 4300)]
 
 
 def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
@@ -13657,7 +13659,7 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
 def test_import_repeats_nothing_that_hooks_have_sent(running):
     for name in IMPORT_TRANSCRIPTS:
         import_copy(running, name)
-        times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
+        times = [ee.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
         running.emit(*import_hooks(name, min(times)))
     before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
     assert in_process(running, "import").stdout.startswith("0 events imported")
@@ -13669,7 +13671,7 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     entries = [entry for entry in import_entries("failing") if "tool_use" in json.dumps(entry.get("message"))]
     entries = [entry for entry in entries if entry["type"] == "assistant"]
     first, use = (entries[number]["message"]["content"][0] for number in (0, 2))
-    at = (cm.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
+    at = (ee.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
     call = {"tool_name": use["name"], "tool_use_id": use["id"], "tool_input": use["input"]}
     running.emit({**timed(payload("PreToolUse", session_id, **call), at), "id": "late"})
     in_process(running, "import")
