@@ -1711,6 +1711,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
+        session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
         if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
             session.client_name = one_line(data["name"])

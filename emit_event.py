@@ -450,10 +450,10 @@ if __name__ == "__main__":
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
-import calendar  # noqa: E402
 import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
+import datetime  # noqa: E402
 import difflib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -1893,8 +1893,8 @@ def log_failure(reason: str) -> None:
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
-# UsageWorker: the thread that reads, so that no event waits for a transcript. Of clients without a registry
-# file it also reports what fires no hook: Esc, "No", the end of a background command.
+# A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
+# UsageWorker: the thread that reads, so that no event waits for a transcript.
 # AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
 
@@ -1907,9 +1907,7 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
-MAX_TURNS = "max_turns"  # the error of a `claude -p` that ran out of turns; no hook and no status has it
-WATCH_POLL_S = 3.0  # between two looks at the transcript of a running turn that nothing else reports on
-WATCH_S = 3600.0  # after the last event of its session that ends
+WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
 USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
@@ -1920,10 +1918,7 @@ _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
 # Only lines with one of these are parsed: most of a transcript is output of tools.
-_MARKS = (
-    b'"usage"', b'"cost-state"', b'"toolDenialKind"', b'"[Request interrupted by user',
-    b"<status>killed</status>", b'"max_turns_reached"',
-)  # fmt: skip
+_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -2018,9 +2013,10 @@ class TranscriptParser:
             entry = parse_event_line(line)
         except MalformedEvent:
             return
-        time_ms, about = iso_time_ms(entry.get("timestamp")), _evidence_in(entry, self._agent_id)
-        if about and time_ms:
-            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **about}
+        if (shown := _evidence_in(entry, self._agent_id)) and (
+            time_ms := iso_time_ms(entry.get("timestamp"))
+        ):
+            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
@@ -2046,18 +2042,17 @@ class TranscriptParser:
         yield MessageUsage(key, agent_id, model, counts, session_id)
 
 
-def _evidence_in(entry: JsonObject, agent_id: str) -> "Optional[JsonObject]":
-    """Return the event that a line is evidence of, without id and time; None if there is none."""
+def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
+    """Return the event that a line is evidence of, without id and time; {} if there is none."""
     kind, message, attachment = (entry.get(name) for name in ("type", "message", "attachment"))
     blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
     text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
-    if kind == "user" and "toolDenialKind" in entry:
-        use_id, by = next((it.get("tool_use_id") for it in blocks), None), {"agentId": agent_id}
-        about = {"eventType": "permission_denied", **(by if agent_id else {})}
-        return {**about, "data": {"toolUseId": use_id}} if _is_id(use_id) else None
     data: JsonObject = {}
+    if kind == "user" and "toolDenialKind" in entry and blocks:
+        by = {"agentId": agent_id} if agent_id else {}
+        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
     if agent_id or entry.get("isSidechain") is True:
-        return None
+        return {}
     if kind == "user" and text.startswith("[Request interrupted by user"):
         data = {"status": "interrupted"}
     elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
@@ -2065,8 +2060,8 @@ def _evidence_in(entry: JsonObject, agent_id: str) -> "Optional[JsonObject]":
     elif entry.get("isApiErrorMessage") is True:
         data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
     elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
-        data = {"status": "failed", "error": MAX_TURNS, "assistantResponse": "it ran out of turns"}
-    return {"eventType": "client_status", "data": data} if data else None
+        data = {"status": "failed", "error": "max_turns", "assistantResponse": "it ran out of turns"}
+    return {"eventType": "client_status", "data": data} if data else {}
 
 
 def stable_id(content: bytes) -> str:
@@ -2076,12 +2071,9 @@ def stable_id(content: bytes) -> str:
 
 def iso_time_ms(text: Any) -> "Optional[int]":
     """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", str(text)[:40])
     with contextlib.suppress(ValueError):
-        if match:
-            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
-            time_ms = seconds * 1000 + int((match[2] or "0").ljust(3, "0")[:3])
-            return time_ms if time_ms > 0 else None
+        moment = datetime.datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$|Z$", r"\1+00:00", str(text)[:40]))
+        return max(0, round(moment.timestamp() * 1000)) or None if moment.tzinfo else None
     return None
 
 
@@ -2116,33 +2108,24 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
-        self._evidence: list[JsonObject] = []  # read and not taken yet
+        self._evidence: list[JsonObject] = []  # of the last reading
 
-    def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
-        data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS:
-            return None
+    def events(self, event: JsonObject) -> "list[JsonObject]":
+        """Read on in the transcripts that an event names; return evidence, and usage if it is new."""
+        data, session_id, self._evidence = event["data"], event["sessionId"], []
+        usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
         except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
-            return None
-        key = hash(encode_json(usage))
-        if usage is None or self._delivered.get(session_id) == key:
-            return None
-        self._delivered[session_id] = key
-        if len(self._delivered) > PENDING_USAGE_LIMIT:
-            del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
-
-    def take_evidence(self, event: JsonObject) -> "list[JsonObject]":
-        """Return the events for what the last reading showed to have happened in the session of `event`."""
-        found, self._evidence = self._evidence, []
-        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        return [{**about, **it} for it in found if it["timestamp"] > now_ms() - EVIDENCE_MS]
+        found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
+        if usage is not None and self._delivered.get(session_id) != key:
+            self._delivered[session_id] = key
+            if len(self._delivered) > PENDING_USAGE_LIMIT:
+                del self._delivered[next(iter(self._delivered))]
+            found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+        return found
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2220,16 +2203,15 @@ class UsageReader:
                 return  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
-            self._evidence += [it for it in found if isinstance(it, dict)]
+            recent_ms = now_ms() - EVIDENCE_MS
+            self._evidence += [it for it in found if isinstance(it, dict) and it["timestamp"] > recent_ms]
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
                     update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
                     about_own = (own[-1].model, own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
-                for entry in found:
-                    if isinstance(entry, dict):
-                        continue
+                for entry in (it for it in found if not isinstance(it, dict)):
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
@@ -2251,42 +2233,32 @@ class UsageReader:
         return state.uncounted({model: sums for model, *sums in self._database.execute(counted, (session,))})
 
 
-class _Reading(NamedTuple):
-    """Transcripts of a session that are to be read."""
-
-    due: float  # time.monotonic; 0: at once
-    event: JsonObject  # that names them
-    watched_until: float = 0.0  # time.monotonic; while its turn runs, and nothing else reports on it
-    size: int = -1  # in bytes, when they were read last
-
-
 class UsageWorker:
-    """Reads transcripts in a thread of its own, so that no event waits for them; delivers usage and evidence.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. `is_reported`:
-    True for a session whose status the registry reports, so that evidence is not needed. A session that is
-    pending at the end is read after its next event.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise; `is_reported`:
+    True for a session whose status the registry reports. What is pending at the end is read another time.
     """
 
     def __init__(
-        self,
-        home: str,
-        deliver: "Callable[[JsonObject], Any]",
-        is_reported: "Callable[[str], bool]" = lambda session_id: True,
+        self, home: str, deliver: "Callable[[JsonObject], Any]", is_reported: "Callable[[str], bool]"
     ) -> None:
         self._deliver = deliver
         self._is_reported = is_reported
         self._closing = threading.Event()
         self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        self._pending: dict[tuple[str, str], _Reading] = {}  # by (session, an agent's own transcript or "")
+        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event; time
+        # until which it is watched)
+        self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
         """True while something is to be read at once, or watched."""
         with self._wake:
-            return any(it.due == 0 or it.watched_until > time.monotonic() for it in self._pending.values())
+            now = time.monotonic()
+            return any(due == 0 or until > now for due, _, until in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
@@ -2300,14 +2272,13 @@ class UsageWorker:
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
         works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
-        is_watched = works and not self._is_reported(key[0])
-        due = 0 if is_end else now + (WATCH_POLL_S if is_watched else USAGE_QUIET_S)
-        reading = _Reading(due, {**about, "hookType": "Stop", "data": paths}, is_watched * (now + WATCH_S))
+        is_watched = works and not self._is_reported(key[0]) and os.path.exists(paths.get(names[0], ""))
+        due, until = now + (USAGE_LATE_S if is_watched else USAGE_QUIET_S), now + WATCH_S if is_watched else 0
         with self._wake:
-            if not is_end and key in self._pending and self._pending[key].due == 0:
+            if not is_end and self._pending.get(key, (1.0,))[0] == 0:
                 return  # it will be read in a moment
             is_first = not self._pending
-            self._pending[key] = reading
+            self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
@@ -2329,37 +2300,20 @@ class UsageWorker:
             with self._wake:
                 if self._closing.is_set():
                     break
-                key = min(self._pending, key=lambda name: self._pending[name].due, default=("", ""))
-                reading = self._pending.get(key, _Reading(math.inf, {}))
+                key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
+                due, event, until = entry = self._pending.get(key, (math.inf, {}, 0.0))
                 now = time.monotonic()
-                if reading.due > now:
-                    self._wake.wait(min(reading.due - now, 3600.0))
+                if due > now:
+                    self._wake.wait(min(due - now, 3600.0))
                     continue
-            size = self._read(key[0], reading)
+            for found in self._reader.events(event):
+                self._deliver(found)
             with self._wake:
-                if self._pending.get(key) is reading:
+                if self._pending.get(key) is entry:
                     del self._pending[key]
-                    if reading.due == 0:
-                        self._pending[key] = reading._replace(due=now + USAGE_LATE_S, size=size)
-                    elif size and reading.watched_until > now and not self._is_reported(key[0]):
-                        self._pending[key] = reading._replace(due=now + WATCH_POLL_S, size=size)
+                    if due == 0 or (until > now and not self._is_reported(key[0])):
+                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event, until)
         self._reader.close()  # SQLite wants it in the thread that opened it
-
-    def _read(self, session_id: str, reading: _Reading) -> int:
-        """Read transcripts that have changed, and deliver what is new; return their size in bytes."""
-        event, size = reading.event, 0
-        for path, _ in transcripts_of(*event["data"].values()) if reading.watched_until else ():
-            with contextlib.suppress(OSError):
-                size += os.path.getsize(path)
-        if size == reading.size and reading.watched_until:
-            return size
-        usage = self._reader.usage_event(event)
-        if usage is not None:
-            self._deliver(usage)
-        for it in self._reader.take_evidence(event):
-            if it["data"].get("error") == MAX_TURNS or not self._is_reported(session_id):
-                self._deliver(it)
-        return size
 
 
 def transcripts_of(main_path: Any, agent_path: Any = None) -> "list[tuple[str, str]]":
