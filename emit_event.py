@@ -2013,9 +2013,8 @@ class TranscriptParser:
             entry = parse_event_line(line)
         except MalformedEvent:
             return
-        if (shown := _evidence_in(entry, self._agent_id)) and (
-            time_ms := iso_time_ms(entry.get("timestamp"))
-        ):
+        shown, time_ms = _evidence_in(entry, self._agent_id), iso_time_ms(entry.get("timestamp"))
+        if shown and time_ms:
             yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
@@ -2048,7 +2047,7 @@ def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
     blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
     text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
     data: JsonObject = {}
-    if kind == "user" and "toolDenialKind" in entry and blocks:
+    if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
         by = {"agentId": agent_id} if agent_id else {}
         return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
     if agent_id or entry.get("isSidechain") is True:
