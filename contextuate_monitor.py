@@ -1153,6 +1153,8 @@ RULES = {
     "compacted": Rule("idle", "", ""),  # at a person's request
     "round_end": Rule("", "call", "agent"),
     "subagent_stop": Rule("", "agent", ""),
+    "task_killed": Rule("", "task", ""),
+    "interrupted": Rule("idle", "foreground", "agent"),
     "turn_end": Rule("idle", "turn", "agent"),
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
@@ -1548,6 +1550,13 @@ def _batch_calls(event: JsonObject) -> list[JsonObject]:
     return emit_event.objects_in(event["data"].get("tool_calls"))
 
 
+# Statuses that are no client's own: its process has ended, or its transcript is evidence.
+_STATUS_KINDS = {
+    emit_event.CLIENT_EXITED: "client_exited", "interrupted": "interrupted", "killed": "task_killed",
+    "failed": "turn_error",
+}  # fmt: skip
+
+
 def kind_of(event: JsonObject) -> str:
     """Return the kind of an event for RULES: our category, or a special case of the client."""
     kind = effective_type(event)
@@ -1559,8 +1568,10 @@ def kind_of(event: JsonObject) -> str:
         return "task_notification"  # not from a person
     if kind == "post_compact" and event["data"].get("trigger") == "manual":
         return "compacted"
-    if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
-        return "client_exited"
+    if event["hookType"] == "TeammateIdle" and "agentId" in event:
+        return "subagent_stop"  # until it begins again
+    if kind == "client_status":
+        return _STATUS_KINDS.get(text_of(event["data"].get("status")), kind)
     return kind
 
 
@@ -1598,6 +1609,8 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
         kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
+    if kind == "pre_compact" and event["data"].get("trigger") == "manual" and _client_status(session)[0]:
+        kind = "message"  # the client reports whether it has anything to compact
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1676,7 +1689,7 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += kind not in ("replaced", "client_status", "client_exited")  # no hook's
+    session.counts["events"] += kind != "replaced" and event["eventType"] != "client_status"  # no hook's
     session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
@@ -1698,6 +1711,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
+        session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
         if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
             session.client_name = one_line(data["name"])
@@ -1864,7 +1879,8 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
     agent_id = output.get("agentId") if isinstance(output, dict) else None
     if not isinstance(agent_id, str) or agent_id == parent_id:
         return
-    label, background = _description(event["data"].get("toolInput")), output.get("status") == "async_launched"
+    label = _description(event["data"].get("toolInput"))
+    background = output.get("status") in ("async_launched", "teammate_spawned")
     session.launched[agent_id] = (label, parent_id, background)
     agent = session.agents.get(agent_id)
     if agent is None:
@@ -1895,11 +1911,15 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
+    mates = {text_of(it.get("description")) for it in _running_tasks(event, TEAMMATE)} - {""}
+    if ends == "task":  # a command's is known by its label only
+        text = text_of(event["data"].get("message"))
+        session.background = [it for it in session.background if it not in text]
 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
             return any(agent.agent_id == ended_id for agent in lineage)
-        continues = not has_list or any(agent.agent_id in running for agent in lineage)
+        continues = not has_list or any(it.agent_id in running or it.label in mates for it in lineage)
         return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
@@ -1944,9 +1964,14 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
             session.counts["interrupted"] += 1
 
 
-def _running_tasks(event: JsonObject) -> list[JsonObject]:
+TEAMMATE = "teammate"  # type of a task that is always `running`, under an id that is not its agent's
+
+
+def _running_tasks(event: JsonObject, kind: str = "") -> list[JsonObject]:
+    """Return the running tasks of a kind; "": all that end."""
     tasks = emit_event.objects_in(event["data"].get("background_tasks"))
-    return [task for task in tasks if task.get("status") == "running"]
+    running = [task for task in tasks if task.get("status") == "running"]
+    return [task for task in running if (task.get("type") == TEAMMATE) == (kind == TEAMMATE)]
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
@@ -2227,6 +2252,8 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # not about the previous turn
     if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
         return
+    if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
+        return  # clients before 2.1.78 end a failed turn like any other
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
@@ -2350,7 +2377,7 @@ class Sessions:
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
-        elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
+        elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
         if kind in ("session_meta", "usage"):
@@ -6216,8 +6243,9 @@ class Ingest:
         self._quarantine_path = settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
-        self._usage = emit_event.UsageWorker(settings.home, deliver)
         self.registry = RegistryThread(settings.machine_key, deliver)
+        watcher = self.registry.watcher
+        self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
@@ -6351,7 +6379,7 @@ class RegistryThread:
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
-        self._watcher = emit_event.RegistryWatcher(machine_key)
+        self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -6363,8 +6391,8 @@ class RegistryThread:
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
-        self._watcher.learn(event)
-        if "pid" in event and not self._watcher.clients:
+        self.watcher.learn(event)
+        if "pid" in event and not self.watcher.clients:
             self._wake.set()
 
     def close(self) -> None:
@@ -6377,11 +6405,11 @@ class RegistryThread:
     def _run(self) -> None:
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
-                for event in self._watcher.poll(now_ms()):
+                for event in self.watcher.poll(now_ms()):
                     self._deliver(event)
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
-            if not self._watcher.clients:
+            if not self.watcher.clients:
                 self._wake.wait(emit_event.REGISTRY_REST_S)
             self._wake.clear()
 
@@ -9252,7 +9280,7 @@ class TranscriptReader:
             self.malformed[agent_id] += 1 if line.strip() else 0
             return
         message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
-        kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
+        kind, time_ms = text_of(entry.get("type")), emit_event.iso_time_ms(entry.get("timestamp"))
         if isinstance(origin, str) and origin != self._session_id:
             self._is_fork = True
             if self._is_known(origin):
@@ -9307,6 +9335,8 @@ class TranscriptReader:
             if isinstance(used, emit_event.MessageUsage):
                 self._count(used)
                 self._model = self._model if used.agent_id else used.model
+            elif isinstance(used, dict):
+                continue  # evidence of what the entries themselves show
             elif not self._is_fork and (used.chain == self._chain or used.chain not in self._seen):
                 self._chain = used.chain
                 self._seen.add(used.chain)
@@ -9369,17 +9399,6 @@ def _by_model(used: Iterable[emit_event.MessageUsage]) -> dict[str, emit_event.C
         before = sums.get(one.model, (0, 0, 0, 0, 0))
         sums[one.model] = tuple(map(operator.add, before, one.counts))
     return sums
-
-
-def iso_time_ms(text: Any) -> int | None:
-    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text_of(text))
-    with contextlib.suppress(ValueError):
-        if match:
-            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
-            time_ms = seconds * 1000 + int((match[2] or "0").ljust(3, "0")[:3])
-            return time_ms if time_ms > 0 else None
-    return None
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:

@@ -453,6 +453,7 @@ import bisect  # noqa: E402
 import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
+import datetime  # noqa: E402
 import difflib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -1795,6 +1796,7 @@ def log_failure(reason: str) -> None:
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
+# A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
 # AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
@@ -1808,6 +1810,8 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
+WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
+EVIDENCE_MS = 60_000  # older lines are history
 USAGE_SCHEMA = 4
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
@@ -1816,6 +1820,8 @@ _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_crea
 _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
+# Only lines with one of these are parsed: most of a transcript is output of tools.
+_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -1881,9 +1887,10 @@ class CostState(NamedTuple):
 
 
 class TranscriptParser:
-    """Find the usage in a transcript that is fed in pieces of any size; a line counts once it is complete.
+    """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
 
-    `consumed`: how many of the bytes fed so far are processed; the next reader begins there.
+    `consumed`: how many of the bytes fed so far are processed; the next reader begins there. Evidence is an
+    event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
     def __init__(self, agent_id: str = "") -> None:
@@ -1891,8 +1898,8 @@ class TranscriptParser:
         self._agent_id = agent_id
         self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
-        """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
+    def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
+        """Take the next bytes; return what is in the lines that they complete, a message's own usage last."""
         self._rest += data
         if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
@@ -1902,13 +1909,16 @@ class TranscriptParser:
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
 
-    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState]":
-        if b'"usage"' not in line and b'"cost-state"' not in line:
-            return  # most of a transcript is output of tools
+    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState | JsonObject]":
+        if not any(mark in line for mark in _MARKS):
+            return
         try:
             entry = parse_event_line(line)
         except MalformedEvent:
             return
+        shown, time_ms = _evidence_in(entry, self._agent_id), iso_time_ms(entry.get("timestamp"))
+        if shown and time_ms:
+            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
@@ -1932,6 +1942,41 @@ class TranscriptParser:
             part_model, part_counts = id_or(part.get("model"), model), _counts_of(part, _MESSAGE_COUNTS)
             yield MessageUsage(f"{key} {number}", agent_id, part_model, part_counts, session_id)
         yield MessageUsage(key, agent_id, model, counts, session_id)
+
+
+def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
+    """Return the event that a line is evidence of, without id and time; {} if there is none."""
+    kind, message, attachment = (entry.get(name) for name in ("type", "message", "attachment"))
+    blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
+    text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
+    data: JsonObject = {}
+    if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
+        by = {"agentId": agent_id} if agent_id else {}
+        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
+    if agent_id or entry.get("isSidechain") is True:
+        return {}
+    if kind == "user" and text.startswith("[Request interrupted by user"):
+        data = {"status": "interrupted"}
+    elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
+        data = {"status": "killed", "message": str(entry["content"])[:2000]}
+    elif entry.get("isApiErrorMessage") is True:
+        data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
+    elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
+        data = {"status": "failed", "error": "max_turns", "assistantResponse": "it ran out of turns"}
+    return {"eventType": "client_status", "data": data} if data else {}
+
+
+def stable_id(content: bytes) -> str:
+    """Return an event's id that is derived from its content."""
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+
+
+def iso_time_ms(text: Any) -> "Optional[int]":
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$|Z$", r"\1+00:00", str(text)[:40]))
+        return max(0, round(moment.timestamp() * 1000)) or None if moment.tzinfo else None
+    return None
 
 
 def id_or(value: Any, otherwise: str) -> str:
@@ -1965,26 +2010,24 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
+        self._evidence: list[JsonObject] = []  # of the last reading
 
-    def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
-        data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS:
-            return None
+    def events(self, event: JsonObject) -> "list[JsonObject]":
+        """Read on in the transcripts that an event names; return evidence, and usage if it is new."""
+        data, session_id, self._evidence = event["data"], event["sessionId"], []
+        usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
         except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
-            return None
-        key = hash(encode_json(usage))
-        if usage is None or self._delivered.get(session_id) == key:
-            return None
-        self._delivered[session_id] = key
-        if len(self._delivered) > PENDING_USAGE_LIMIT:
-            del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
+        found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
+        if usage is not None and self._delivered.get(session_id) != key:
+            self._delivered[session_id] = key
+            if len(self._delivered) > PENDING_USAGE_LIMIT:
+                del self._delivered[next(iter(self._delivered))]
+            found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+        return found
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2062,13 +2105,15 @@ class UsageReader:
                 return  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
+            recent_ms = now_ms() - EVIDENCE_MS
+            self._evidence += [it for it in found if isinstance(it, dict) and it["timestamp"] > recent_ms]
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
                     update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
                     about_own = (own[-1].model, own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
-                for entry in found:
+                for entry in (it for it in found if not isinstance(it, dict)):
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
@@ -2091,50 +2136,57 @@ class UsageReader:
 
 
 class UsageWorker:
-    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
-    is pending at the end is read after its next event.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise; `is_reported`:
+    True for a session whose status the registry reports. What is pending at the end is read another time.
     """
 
-    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(
+        self, home: str, deliver: "Callable[[JsonObject], Any]", is_reported: "Callable[[str], bool]"
+    ) -> None:
         self._deliver = deliver
+        self._is_reported = is_reported
         self._closing = threading.Event()
         self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
-        self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
+        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event; time
+        # until which it is watched)
+        self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
-        """True while something is to be read at once."""
+        """True while something is to be read at once, or watched."""
         with self._wake:
-            return any(due == 0 for due, _ in self._pending.values())
+            now = time.monotonic()
+            return any(due == 0 or until > now for due, _, until in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
-        names = ("transcriptPath", "agent_transcript_path")
+        names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        kept = {**about, "hookType": "Stop", "data": paths}
+        works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
+        is_watched = works and not self._is_reported(key[0]) and os.path.exists(paths.get(names[0], ""))
+        due, until = now + (USAGE_LATE_S if is_watched else USAGE_QUIET_S), now + WATCH_S if is_watched else 0
         with self._wake:
-            if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
+            if not is_end and self._pending.get(key, (1.0,))[0] == 0:
                 return  # it will be read in a moment
             is_first = not self._pending
-            self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
+            self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread wakes up before this one is due
+            if is_end or is_first or is_watched:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2151,19 +2203,18 @@ class UsageWorker:
                 if self._closing.is_set():
                     break
                 key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
-                due, event = entry = self._pending.get(key, (math.inf, {}))
-                wait_s = due - time.monotonic()
-                if wait_s > 0:
-                    self._wake.wait(min(wait_s, 3600.0))
+                due, event, until = entry = self._pending.get(key, (math.inf, {}, 0.0))
+                now = time.monotonic()
+                if due > now:
+                    self._wake.wait(min(due - now, 3600.0))
                     continue
-            usage = self._reader.usage_event(event)
-            if usage is not None:
-                self._deliver(usage)
+            for found in self._reader.events(event):
+                self._deliver(found)
             with self._wake:
                 if self._pending.get(key) is entry:
                     del self._pending[key]
-                    if due == 0:
-                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event)
+                    if due == 0 or (until > now and not self._is_reported(key[0])):
+                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event, until)
         self._reader.close()  # SQLite wants it in the thread that opened it
 
 
@@ -2288,6 +2339,7 @@ class AgentNoteReader:
 
 REGISTRY_POLL_S = 0.3
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
+REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
@@ -2358,9 +2410,11 @@ class RegistryWatcher:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
-        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
+        # Path → its inode, size and mtime when it was read, or None to read it again
+        self._files: dict[str, Optional[tuple[int, int, int]]] = {}
         self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
+        self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
+        self.sessions: frozenset[str] = frozenset()  # ids of those whose status is reported; for any thread
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2375,18 +2429,19 @@ class RegistryWatcher:
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
-        self._read_files()
-        for path, (_, record) in self._files.items():
+        for path, record in self._changed_files():
             client = self.clients.get(path)
-            if client and record and client.record.session_id == record.session_id:
+            if client and client.record.session_id == record.session_id:
                 client.record = record
-            elif record and process_start(record.pid) in (record.started, 0):
+            elif process_start(record.pid) in (record.started, 0):
                 self.clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
+        looks = not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
+        self._looked_ms = time_ms if looks else self._looked_ms
         for path, client in list(self.clients.items()):
             record, reported = client.record, client.reported
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
-            if process_start(record.pid) not in (record.started, 0):
+            if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 if reported:
                     events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
@@ -2400,11 +2455,13 @@ class RegistryWatcher:
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
                 client.reported = record.about
+        with_status = (it for it in self.clients.values() if "status" in it.reported)
+        self.sessions = frozenset(it.record.session_id for it in with_status)
         return events
 
-    def _read_files(self) -> None:
-        """Read the files that have changed."""
-        listed: dict[str, Any] = {}
+    def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
+        """Read the files that have changed; yield their paths and records."""
+        listed: dict[str, tuple[int, int, int]] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
                 for entry in itertools.islice(entries, REGISTRY_LIMIT):
@@ -2414,16 +2471,17 @@ class RegistryWatcher:
         for path in self._files.keys() - listed.keys():
             del self._files[path]
         for path, state in listed.items():
-            if self._files.get(path, (None,))[0] == state:
+            if self._files.get(path) == state:
                 continue
             record = None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
                 is_small = state[1] <= CLIENT_FILE_LIMIT_BYTES
                 record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
-            if time.time_ns() - state[2] < FILE_SETTLED_NS:
-                state = None  # it is read again
-            if record or state:
-                self._files[path] = state, record
+            is_settled = time.time_ns() - state[2] >= FILE_SETTLED_NS
+            if record or is_settled:
+                self._files[path] = state if is_settled else None
+            if record:
+                yield path, record
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         is_exit = data.get("status") == CLIENT_EXITED
@@ -2432,9 +2490,8 @@ class RegistryWatcher:
             *record[:3],
             *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
         ]
-        digest = hashlib.sha256(encode_json(key)).digest()
         return {
-            "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
+            "id": stable_id(encode_json(key)), "timestamp": time_ms,
             "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
             "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
             **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
@@ -2771,9 +2828,10 @@ class Publisher:
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
-        self._usage = UsageWorker(home, self._own_events.append)
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
+        reported = self._registry
+        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in reported.sessions)
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()

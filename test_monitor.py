@@ -25,6 +25,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import datetime
 import dis
 import fcntl
 import functools
@@ -5030,7 +5031,34 @@ SESSION_ACTS = {
     "rename": ("rename", "label"), "pin": ("pin", "pinned"), "hide": ("hide", "hidden"),
     "parent": ("set_parent", "parentSessionId"),
 }  # fmt: skip
-# Besides: `wait TIME` (silence), `mark [TIME]` (so long ago), `clock TIME` (how far the machine's clock is off),
+# Lines of the real client's transcripts, the fields that matter.
+SESSION_LINES = {
+    "interrupted": {"type": "user", "interruptedMessageId": "m1", "message": {"role": "user", "content": [
+        {"type": "text", "text": "[Request interrupted by user for tool use]"}]}},
+    "denied": {"type": "user", "toolUseResult": "User rejected tool use", "toolDenialKind": "user-rejected",
+        "message": {"role": "user", "content": [{"type": "tool_result", "content": "The user doesn't want to proceed",
+            "is_error": True, "tool_use_id": "t1"}]}},
+    "killed": {"type": "queue-operation", "operation": "enqueue", "content": "<task-notification>\n"
+        "<task-id>b1</task-id>\n<status>killed</status>\n<summary>Background command \"b1\" was stopped</summary>\n"},
+    "api-error": {"type": "assistant", "error": "rate_limit", "isApiErrorMessage": True, "message": {
+        "model": "<synthetic>", "content": [{"type": "text", "text": "API Error: 429"}], "usage": {"output_tokens": 0}}},
+    "max-turns": {"type": "attachment", "attachment": {"type": "max_turns_reached", "maxTurns": 2, "turnCount": 3}},
+}  # fmt: skip
+
+
+def session_line(name: str, time_ms: int, **more: Any) -> bytes:
+    """Return one of SESSION_LINES as it is in a file."""
+    moment = datetime.datetime.fromtimestamp(time_ms / 1000, datetime.timezone.utc)
+    stamp = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return ee.encode_json({**SESSION_LINES[name], "isSidechain": False, "timestamp": stamp, **more}) + b"\n"
+
+
+def evidence(name: str, time_ms: int = NOW_MS, agent_id: str = "", **more: Any) -> list[dict[str, Any]]:
+    """Return what a transcript's parser finds in one of SESSION_LINES."""
+    return ee.TranscriptParser(agent_id).feed(session_line(name, time_ms, **more))
+
+
+# Besides: `shows STATUS` (of the client), `shows LINE` (of SESSION_LINES), `wait TIME` (silence), `mark [TIME]` (so long ago), `clock TIME` (how far the machine's clock is off),
 # `machine NAME`, `pid N` and `namespace N` (of the pid) of what follows, `processes PIDS` (those that run, as the
 # monitor sees; `remote`: perhaps of another machine of its name), `usage TOKENS`, `under SESSION` (an emitter says
 # so), `look` (nothing happens). Facts are in `session_facts`; a state may go on with why: `waiting permission
@@ -5095,6 +5123,17 @@ class SessionStory:
                 self.say(*self.fields(verb, rest), more=more, **about)
             elif verb in ("usage", "under", *SESSION_ACTS):
                 self.note(session, verb, rest)
+            elif verb == "shows":
+                self.time += 1000
+                status = {
+                    "eventType": "client_status",
+                    "hookType": "",
+                    "pid": self.pid,
+                    "data": {"status": rest},
+                }
+                shown = evidence(rest, agent_id=about["agent"])[0] if rest in SESSION_LINES else status
+                about_it = {"sessionId": session, "id": f"e{self.count + 1}"}
+                self.apply({**shown, **about_it, "timestamp": about.get("at", self.time)})
             elif verb == "processes":
                 self.time += 1000
                 look = {"running": [*map(int, rest.split())], "is_sure": mark != "remote"}
@@ -5369,6 +5408,8 @@ a notification without a type is a permission wait, for the tool that it names
     result - Read /etc/hosts → waiting; result - Bash make → working, open -
 a notification without a type is an idle prompt by its words
     notice Claude is waiting for your input → waiting input
+what a notification says about going on by itself is shown beside idle
+    stop; notify quota_auto_resume_disabled It stays stopped → idle, doing It stays stopped; prompt → doing -
 other notifications ask nothing
     notify (auth_success|elicitation_response|something_new) Signed in → working
 
@@ -5407,6 +5448,19 @@ a prompt does not end background agents
     idle → a1 working, interrupted 0
 a background agent's own agents live with it
     launch a1 t1; a1: call t2 Agent deep job; a2: begins; a2: call t3 Bash make; stop a1 → a2 working, open t2 t3
+Esc is seen in the transcript where no registry reports it, whatever comes first
+    call t1 Bash make; (look|ask Bash make|mark|mark); (shows interrupted|shows denied|look|ask Bash make)
+    (look|shows interrupted|prompt next|mark); (look|look|late shows interrupted|late shows interrupted)
+    look → (idle|idle|working|idle), open -, interrupted (1|0|1|1)
+an old line of a transcript ends nothing of what goes on
+    mark; call t1 Bash make; 10x works; late shows interrupted → working, tools Bash, interrupted 0
+    end other; shows interrupted → ended, since 1s
+a refused call has ended, and the turn goes on
+    call t1 Bash make; ask Bash make; shows denied → working, open -, errors 1; result t1 → errors 1
+a refused call of a subagent has ended, too
+    launch a1 l1; a1: call t1 Bash make; a1: ask Bash make → waiting; a1: shows denied → working, a1 working
+Esc leaves background agents
+    launch a1 t1; a1: call t2 Bash make; call t3 Bash x; shows interrupted → working, a1 working, open t2
 a late result takes an interruption back
     call t1 Bash make; prompt and now? → interrupted 1; result t1 → interrupted 0, calls 1, open -
 a command with an exclamation mark is a stop without a prompt
@@ -5446,6 +5500,17 @@ a task notification ends its background agent
     done a2 (completed|failed|killed); stop → idle
 a session works on while a background command runs after its turn
     stop b1 → working, doing background: b1; notify auth_success x → working, doing background: b1; stop → idle, doing -
+a background command that a person kills is over, of several that one
+    stop b1 → working, doing background: b1; shows killed → idle, doing -
+    stop b1 b2; shows killed → working, doing background: b2
+a teammate is idle by its own event, whatever the list of tasks says, and works when it begins again
+    call t1 Agent mate job
+    hook PostToolUse tool_name=Agent tool_use_id=t1 tool_input='{"description":"mate job"}' tool_response='{"status":"teammate_spawned","agentId":"a1"}'
+    a1: begins; hook Stop background_tasks='[{"id":"te5","type":"teammate","status":"running","description":"mate job"}]'
+    look → working, a1 working, doing -; a1: call t2 Bash make; (prompt|look) → working, a1 working, open t2
+    a1: (ends|look); a1: hook TeammateIdle teammate_name=mate team_name=shop → (working|idle), a1 ended
+    hook Stop background_tasks='[{"id":"te5","type":"teammate","status":"running","description":"mate job"}]' → idle
+    a1: begins → working, a1 working; a1: hook TeammateIdle teammate_name=mate → idle, a1 ended
 a turn's end without running tasks shows that no agent runs
     launch a1 t1; stop a1; prompt stop it; stop → idle, a1 ended
 an old client's stop without a list of tasks leaves background agents
@@ -5531,6 +5596,8 @@ a prompt of the running turn was typed while it runs and ends nothing
 a compaction that a person asks for is work
     prompt; stop → idle; hook PreCompact trigger=manual → working; hook PostCompact trigger=manual → idle
     prompt; hook PreCompact trigger=auto → working; hook PostCompact trigger=auto → working
+a compaction that finds nothing to compact is no work, as the client reports
+    new; pid 7; start startup; shows idle; hook PreCompact trigger=manual → idle; shows busy → working; shows idle → idle
 
 # Ends, /clear, resume, fork, machines
 a session's end says why
@@ -5544,8 +5611,13 @@ what the end of the session overtook does not bring it back
 a resumed session is alive again
     end other; start resume → idle, over -; prompt → prompts 2
 a failed turn says why and is over with the next prompt or stop
-    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → idle
+    error rate_limit → failed: rate_limit, asked 0s; prompt again → working; error rate_limit; stop → failed
+    wait 5s; stop → idle
     hook StopFailure error=server_error last_assistant_message='API Error: 529' → failed: server_error: API Error: 529
+a run that ends without turns left or by an API error has failed, one that a person closed has ended
+    call t1 Bash x; result t1; (shows max-turns|mark|shows api-error|look|mark)
+    (end other|end other|end other|end other|stop); (look|late shows max-turns|look|look|late shows api-error)
+    look → (failed: max_turns: it ran out of turns|failed|failed|ended: other|failed: rate_limit: API Error: 429)
 after /clear the user's label, pin and parent stay, and the model's name too
     pid 7; s9: start startup; rename Frontend; pin; parent s9; end clear
     s2: start clear → continues s1, label Frontend, from user, model claude-opus-5-5, pinned True, parent s9
@@ -6425,13 +6497,13 @@ def usage_read(home: object, path: str, session: str = "s1", **fields: Any) -> A
     reader = home if isinstance(home, ee.UsageReader) else ee.UsageReader(str(home))
     event = usage_event(path, session, **fields)
     before = json.dumps(event)
-    made = reader.usage_event(event)
+    made = reader.events(event)
     assert json.dumps(event) == before
-    if made is None:
+    if not made:
         return None
-    usage, same = made["data"]["usage"], ("sessionId", "machineId", "workingDirectory", "timestamp")
+    usage, same = made[0]["data"]["usage"], ("sessionId", "machineId", "workingDirectory", "timestamp")
     about = {name: event[name] for name in same}
-    assert made == {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
+    assert made == [{"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}]
     return usage
 
 
@@ -6789,12 +6861,6 @@ def test_an_odd_transcript_path_is_not_read_and_no_failure(tmp_path, path):
     assert usage_output(usage) == 210 and not (tmp_path / "emit.log").exists()
 
 
-def test_only_events_that_end_something_get_usage(tmp_path):
-    path = usage_transcript("simple")
-    found = {hook for hook in ee.EVENT_TYPES if usage_read(tmp_path / hook, path, hook=hook)}
-    assert found == {"Stop", "StopFailure", "SubagentStop", "SessionEnd"}
-
-
 def test_a_reader_that_must_stop_loses_nothing_of_what_it_has_read(transcript, monkeypatch, preads):
     monkeypatch.setattr(ee, "TRANSCRIPT_CHUNK_BYTES", 5000)
     transcript.add(usage_lines(range(500)))
@@ -6827,7 +6893,7 @@ def test_events_do_not_wait_for_transcripts_to_be_read(tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(ee, "_session_usage", slow)
-    worker = ee.UsageWorker(str(tmp_path), made.append)
+    worker = ee.UsageWorker(str(tmp_path), made.append, lambda _: True)
     worker.put(usage_event(first.path, "s1", "PreToolUse"))
     assert not worker.is_busy
     worker.put(usage_event(first.path, "s1"))
@@ -6848,7 +6914,7 @@ def test_a_session_without_an_end_is_read_once_it_is_quiet(transcript, monkeypat
     monkeypatch.setattr(ee, "USAGE_QUIET_S", 0.2)
     monkeypatch.setattr(ee, "USAGE_LATE_S", 0.3)
     made: list[Any] = []
-    worker = ee.UsageWorker(transcript.home, made.append)
+    worker = ee.UsageWorker(transcript.home, made.append, lambda _: True)
     for number, hook in enumerate(("PreToolUse", "Stop", "")):
         transcript.add(usage_line(f"m{number}", 2))  # the last one comes behind the hook
         if hook:
@@ -6899,7 +6965,7 @@ def test_a_reader_killed_at_any_moment_counts_nothing_twice(transcript):
     def read_forever() -> None:
         reader = ee.UsageReader(transcript.home)
         while True:
-            reader.usage_event(usage_event(transcript.path))
+            reader.events(usage_event(transcript.path))
 
     chance, parts = random.Random(7), iter(range(0, 6000, 50))
     for _ in range(6):
@@ -7506,7 +7572,7 @@ def test_a_directory_of_version_0_1_0_is_taken_over_without_a_loss(old_monitor):
 def test_tokens_are_read_where_the_file_is_whatever_the_machine_is_called(tmp_path):
     path = usage_transcript("simple")
     event = {**usage_event(path), "machineId": "3f2a9c1b77de", "machineKey": "k/9"}
-    usage = ee.UsageReader(str(tmp_path)).usage_event(event)
+    (usage,) = ee.UsageReader(str(tmp_path)).events(event)
     assert usage_output(usage["data"]["usage"]) == 210
     assert (usage["machineId"], usage["machineKey"]) == ("3f2a9c1b77de", "k/9")
 
@@ -7520,7 +7586,7 @@ def test_a_transcript_that_is_here_counts_instead_of_the_sums(running: RunningMo
 
 
 def test_events_of_a_running_turn_do_not_wake_the_reader_of_transcripts(tmp_path: Any) -> None:
-    worker, woken = ee.UsageWorker(str(tmp_path), lambda event: None), []
+    worker, woken = ee.UsageWorker(str(tmp_path), lambda event: None, lambda _: True), []
     really_notify = worker._wake.notify
     worker._wake.notify = lambda: (woken.append(hook), really_notify())  # type: ignore[assignment]
     for hook in ("PreToolUse", "PostToolUse", "PreToolUse", "Stop"):
@@ -7560,8 +7626,13 @@ def watcher(tmp_path, monkeypatch):
     return ee.RegistryWatcher("box")
 
 
-def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tuple[Any, ...]]:
-    """Replay a recording; return (ms, (screen, status), state on the page) whenever one of them changed."""
+def replayed(
+    name: str, directory: Any, watcher: Any, delay_ms: Any, lines: Iterable[str] = ()
+) -> list[tuple[Any, ...]]:
+    """Replay a recording; return (ms, (screen, status), state on the page) whenever one of them changed.
+
+    `lines`: what the transcript gets by Esc (SESSION_LINES); it is then read instead of the registry.
+    """
     with open(f"{CLIENT_RECORDINGS}/{name}.jsonl", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     files = [(row["t"], row["registry"]) for row in rows if "registry" in row]
@@ -7584,8 +7655,13 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tup
         if not seen or seen[-1][1:] != ((screen, status), state):
             seen.append((at, (screen, status), state))
 
+    session_id = contents[0][1]["sessionId"]
+    for row in rows if lines else ():
+        for number, line in enumerate(lines if row.get("keys") == "key esc" else ()):
+            (shown,) = evidence(line, round(base + row["t"] + 150 + number))
+            arrivals.append((row["t"] + 150 + delay_ms() * 4, number, {"t": 0, "line": shown}))
     for at, _, row in sorted(arrivals, key=lambda it: it[:2]):
-        while next_poll <= at:
+        while next_poll <= at and not lines:
             if next_poll >= exited:
                 registry_file(directory, **{**contents[-1][1], "procStart": "dead"})
             for event in watcher.poll(round(base + next_poll)):
@@ -7597,6 +7673,8 @@ def replayed(name: str, directory: Any, watcher: Any, delay_ms: Any) -> list[tup
             status = row["registry"]["content"].get("status", "")
         elif "registry" in row:
             os.unlink(directory / "sessions" / row["registry"]["file"])
+        elif "line" in row:
+            take({**row["line"], "sessionId": session_id, "machineKey": "box"}, at)
         elif "hook" in row:
             wrapped = {"id": str(uuid.uuid4()), "timestamp": round(base + row["t"]), "machineKey": "box"}
             take({**wrapped, "pid": contents[0][1]["pid"], "hook": row["hook"]}, at)
@@ -7628,6 +7706,17 @@ def test_the_page_says_within_seconds_what_a_recorded_screen_says(name, tmp_path
     assert shuffled[-2][2] == in_order[-2][2]
 
 
+@pytest.mark.parametrize("name, lines", [
+    ("permission-esc", ["denied", "interrupted"]), ("question-esc", ["denied", "interrupted"]),
+    ("esc-in-tool", ["interrupted"]),
+])  # fmt: skip
+def test_without_a_registry_the_transcript_shows_what_a_recorded_screen_shows(name, lines, tmp_path, watcher):
+    delays = random.Random(name)
+    for _ in range(5):
+        seen = replayed(name, tmp_path, watcher, lambda: delays.uniform(0, 500), lines)
+        assert longest_difference_ms(seen) <= 4500, seen
+
+
 def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
     """Poll at the given times; return (status, previous, time) of the events."""
     events = [event for at in times_ms for event in watcher.poll(at)]
@@ -7637,15 +7726,17 @@ def changes(watcher: Any, *times_ms: int) -> list[tuple[Any, ...]]:
 def test_a_status_is_reported_once_it_has_settled(tmp_path, watcher):
     registry_file(tmp_path, status="busy", statusUpdatedAt=500)
     assert changes(watcher, 1000, 1300) == []  # its hooks report its beginning
-    assert changes(watcher, 2000, 2300) == [("busy", None, 500)]
+    assert not watcher.sessions
+    assert changes(watcher, 2000, 2300) == [("busy", None, 500)] and watcher.sessions == {"s1"}
     registry_file(tmp_path, status="waiting", waitingFor="permission prompt", statusUpdatedAt=2500)
     assert changes(watcher, 2600) == []
     registry_file(tmp_path, status="idle", statusUpdatedAt=2700)
     assert changes(watcher, 2900, 3200) == [("idle", "busy", 2700)]
-    registry_file(tmp_path, status="idle", statusUpdatedAt=2700, name="payments", nameSource="user")
+    named = {"status": "idle", "statusUpdatedAt": 2700, "name": "payments", "nameSource": "user"}
+    registry_file(tmp_path, **named)
     assert changes(watcher, 3500) == [("idle", "idle", 3500)]
-    registry_file(tmp_path, status="idle", procStart="dead")
-    assert changes(watcher, 4000, 4300) == [("exited", None, 4000)]
+    registry_file(tmp_path, **named, procStart="dead")
+    assert changes(watcher, 4000, 4300) == [("exited", None, 4300)]
 
 
 def test_two_watchers_and_a_restart_make_the_same_event(tmp_path, watcher):
@@ -7693,6 +7784,26 @@ def test_parsing_a_registry_file_never_raises(content, fields):
     assert record is None or (
         record.pid == fields["pid"] and all(len(it) <= 200 for it in record.about.values())
     )
+
+
+@pytest.mark.parametrize("mode", ["local", "redis"])
+def test_esc_is_read_from_the_transcript_of_a_client_without_a_registry(mode, make, monitor, tmp_path):
+    machine = make(RedisMachine, config=make(RedisServer).settings()) if mode == "redis" else monitor
+    machine.serve()
+    transcript = Transcript(str(tmp_path))
+    transcript.add(usage_line("m1", 5))
+    call = payload("PreToolUse", tool_use_id="t1", transcript_path=transcript.path)
+    hook_call(machine.installed_command(), call, machine.environment)
+    eventually(lambda: machine.sessions().get("s1", {}).get("state") == "working", what="the call")
+    for age_ms in (ee.EVIDENCE_MS + 1000, 0):  # the first line is history
+        transcript.add(session_line("interrupted", ee.now_ms() - age_ms))
+        if age_ms:
+            transcript.add(usage_line("m2", 5))
+            read = lambda: (machine.sessions()["s1"]["tokenUsage"] or {}).get("totalOutput") == 10  # noqa: E731
+            eventually(read, what="the transcript's next reading")
+            assert machine.sessions()["s1"]["state"] == "working"
+    eventually(lambda: machine.sessions()["s1"]["state"] == "idle", what="Esc")
+    assert machine.sessions()["s1"]["counts"]["interrupted"] == 1
 
 
 def own_start_time(pid: int) -> str:
@@ -13694,7 +13805,7 @@ def test_imported_transcripts_give_the_sessions_that_hooks_give(running):
 def test_import_repeats_nothing_that_hooks_have_sent(running):
     for name in IMPORT_TRANSCRIPTS:
         import_copy(running, name)
-        times = [cm.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
+        times = [ee.iso_time_ms(entry["timestamp"]) or 0 for entry in import_entries(name) if "uuid" in entry]
         running.emit(*import_hooks(name, min(times)))
     before = {session_id: session["counts"] for session_id, session in running.sessions().items()}
     assert in_process(running, "import").stdout.startswith("0 events imported")
@@ -13706,7 +13817,7 @@ def test_of_a_session_known_in_part_only_what_was_before_is_imported(running):
     entries = [entry for entry in import_entries("failing") if "tool_use" in json.dumps(entry.get("message"))]
     entries = [entry for entry in entries if entry["type"] == "assistant"]
     first, use = (entries[number]["message"]["content"][0] for number in (0, 2))
-    at = (cm.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
+    at = (ee.iso_time_ms(entries[2]["timestamp"]) or 0) + 60_000  # its clock may differ: the call's id counts
     call = {"tool_name": use["name"], "tool_use_id": use["id"], "tool_input": use["input"]}
     running.emit({**timed(payload("PreToolUse", session_id, **call), at), "id": "late"})
     in_process(running, "import")
