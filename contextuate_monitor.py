@@ -73,6 +73,7 @@ import gzip
 import hashlib
 import heapq
 import hmac
+import html
 import http.client
 import http.server
 import importlib.util
@@ -368,10 +369,7 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
 
 
 class FrameParser:
-    """Parse a client's bytes into messages.
-
-    `feed(data)` returns the messages that are complete, in wire order; after a Close it returns nothing.
-    """
+    """Parses a client's bytes into messages, in wire order; after a Close it returns nothing."""
 
     def __init__(self, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -440,7 +438,11 @@ class FrameParser:
             self._opcode = opcode
         yield from self._parse_data(size, mask)
         if first & 0x80:
-            self._finish_message()
+            self._add(b"", last=True)
+            kind = self._opcode or Opcode.TEXT
+            self._received.append(Message(kind, (b"" if kind is Opcode.BINARY else "").join(self._parts)))
+            self._opcode, self._size, self._parts = None, 0, []
+            self._decoder.reset()
 
     def _check_head(self, first: int, second: int) -> Opcode:
         is_known = first & 0x0F in Opcode.__members__.values()
@@ -485,13 +487,6 @@ class FrameParser:
         if is_bad:
             raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8")
 
-    def _finish_message(self) -> None:
-        self._add(b"", last=True)
-        opcode = self._opcode or Opcode.TEXT
-        self._received.append(Message(opcode, (b"" if opcode is Opcode.BINARY else "").join(self._parts)))
-        self._opcode, self._size, self._parts = None, 0, []
-        self._decoder.reset()
-
 
 class RequestError(Exception):
     """A refused request: HTTP status, reason, additional headers of the response."""
@@ -534,11 +529,7 @@ _HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 
 
 def parse_request_head(head: bytes) -> Request:
-    """Parse an HTTP/1.x request head without its final blank line; raise RequestError.
-
-    As strict as RFC 9112 sections 3 and 5 allow: malformed and folded header lines, a bare CR or LF and
-    control characters are refused, since a proxy in front may parse them differently.
-    """
+    """Parse a request head without its blank line, strictly (RFC 9112 sections 3, 5); raise RequestError."""
     first, *lines = head.split(b"\r\n")
     request_line = _REQUEST_LINE.fullmatch(first)
     if request_line is None:
@@ -565,15 +556,12 @@ def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def handshake_response(request: Request) -> bytes:
-    """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError.
-
-    Extensions and subprotocols are declined: the response omits them.
-    """
+    """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError."""
     if request.method != "GET":
         raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
     if request.version != "HTTP/1.1":
         raise RequestError(505, "a WebSocket needs HTTP/1.1")
-    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]  # no extension, no subprotocol
     if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
         raise RequestError(426, "a WebSocket handshake is expected here", upgrade)
     if request.one("sec-websocket-version") != "13":
@@ -598,7 +586,6 @@ def handshake_response(request: Request) -> bytes:
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
-_PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # the start of a part
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
@@ -618,10 +605,7 @@ class StoredEvent(NamedTuple):
 
 
 def session_file_name(session_id: str) -> str:
-    """Return the file name for a session, unique even if the file system ignores case.
-
-    Ids that are not plain lower-case names, or look like a hashed one, are hashed.
-    """
+    """Return the file name for a session, unique even if the file system ignores case."""
     if _SAFE_FILE_NAME.match(session_id) and not session_id.startswith("sha256-"):
         return session_id + ".jsonl"
     digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
@@ -657,10 +641,7 @@ class Journal:
         self.in_order = not self.newest_day or os.path.exists(root + "/.in-order")
 
     def open(self) -> None:
-        """Find the last number; must be called before `append`.
-
-        Unpacks and renames files of older versions.
-        """
+        """Find the last number, and adapt files of older versions; must be called before `append`."""
         for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
             unpack(path)
         for path in glob.glob(glob.escape(self.root) + "/*/*[A-Z]*.jsonl"):
@@ -679,10 +660,7 @@ class Journal:
     def append(
         self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
     ) -> list[StoredEvent | None]:
-        """Number the events and write them, with one write per file.
-
-        Return None in place of those that could not be written; `error` says why.
-        """
+        """Number and write the events, one write per file; None for one that cannot be: `error` says why."""
         stored: list[StoredEvent | None] = []
         by_session: dict[str, list[StoredEvent]] = {}
         seq = before = self.seq
@@ -721,13 +699,12 @@ class Journal:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _switch_day(self, received_ms: int) -> None:
-        """Write to the folder of this day; to the newest one if the clock was set back over midnight."""
         self.close()
         self._day_number = received_ms // _DAY_MS
         day = day_of(received_ms)
         if day >= self.newest_day:
             self.newest_day = day
-        elif day_of(received_ms + _DAY_MS) < self.newest_day:
+        elif day_of(received_ms + _DAY_MS) < self.newest_day:  # else set back over midnight: the day stays
             self.newest_day, self.in_order = day, False
             with contextlib.suppress(OSError):
                 os.unlink(self.root + "/.in-order")
@@ -777,10 +754,7 @@ class Journal:
     def lines(
         self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
     ) -> Iterator[bytes]:
-        """Yield the stored lines with after < seq < before, of one session or of all, in order of seq.
-
-        Lines have no newlines. Those stored after the iteration began are not included. No file stays open.
-        """
+        """Yield the lines with after < seq < before, stored so far, without newlines, in order of seq."""
         end = min(sys.maxsize if before is None else before, self.seq + 1 if self._is_open else sys.maxsize)
         runs = self._runs(session, after, end)
         for files in runs if backwards else reversed(list(runs)):
@@ -1009,30 +983,19 @@ def warn_skipped_once(path: str) -> None:
 
 
 def unpack(path: str) -> None:
-    """Replace a gzip file of an older version with a plain one, without damaged parts.
-
-    After a kill, one of the two is complete.
-    """
+    """Replace a gzip file of an older version with a plain one; a damaged file stays as it is."""
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
-            with open(path, "rb") as packed, open(plain + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                rest = b""
-                for part in _PACKED_PART.split(packed.read()):
-                    try:
-                        lines, newline, rest = (rest + gzip.decompress(part)).rpartition(b"\n")
-                        file.write(lines + newline)
-                    except (gzip.BadGzipFile, EOFError, zlib.error, struct.error):
-                        log.warning("%s is damaged: the events in the damaged part are skipped", path)
-                        rest = b""
-                if not file.tell():
-                    raise OSError("no part of it can be read")
+            with open(path, "rb") as packed:
+                content = gzip.decompress(packed.read())
+            with open(plain + ".tmp", "wb", opener=emit_event.open_own) as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(plain + ".tmp", plain)
         os.unlink(path)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         log.warning("%s cannot be unpacked, its events are skipped: %s", path, error)
 
 
@@ -2989,13 +2952,11 @@ _NOT_SEARCHED = {
 
 
 def fold(text: str) -> str:
-    """Return text in the form in which words are compared: without case and accents, CJK characters apart.
-
-    Everything else becomes a space: words are split here and not by SQLite, whose Unicode tables may differ.
-    """
+    """Return text as words are compared: lower case, no accents, CJK characters apart, the rest spaces."""
     if text.isascii():
         return text.lower()
     plain = unicodedata.normalize("NFD", _APART.sub(r" \1 ", _UNFIT.sub(" ", text)))
+    # Words are split here and not by SQLite, whose Unicode tables may differ.
     return _BETWEEN_WORDS.sub(" ", _MARKS.sub("", plain).lower())
 
 
@@ -3117,10 +3078,7 @@ SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
 
 
 def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None = None) -> SearchQuery:
-    """Return the query of SEARCH_FIELDS, `from`, `to` and `limit`; raise SearchError.
-
-    `session_ids`: those of sessions in the given state, if there is one.
-    """
+    """Return the query of SEARCH_FIELDS, `from`, `to`, `limit` in these sessions; raise SearchError."""
     for name in SEARCH_FIELDS:
         if not isinstance(wanted.get(name), (str, type(None))):
             raise SearchError(name, "text")
@@ -3143,10 +3101,7 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
 
 
 def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool]:
-    """Parse milliseconds since the epoch, or a date or time in ISO form in a zone (None: this machine's).
-
-    Returns the milliseconds, and whether it is a whole day; raises ValueError.
-    """
+    """Return (ms, is a whole day) of ms or an ISO date or time of a zone (None: ours); raise ValueError."""
     if re.fullmatch(r"[0-9]{10,16}", text):
         return int(text), False
     for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
@@ -3201,10 +3156,7 @@ class SearchError(Exception):
 
 
 def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
-    """Return the first matching events among lines, last arrived first, in the form of the API.
-
-    Ends early, with a cursor for the next page, when the time for one answer is over.
-    """
+    """Return the first matches, last arrived first, as the API does; ends when SEARCH_BUDGET_S is over."""
     begin = time.monotonic()
     needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
     results: list[JsonObject] = []
@@ -3257,7 +3209,6 @@ class IndexFile:
     )
 
     def __init__(self, path: str) -> None:
-        """Open the file; make a new one when there is none, or one of another version."""
         self.path = path
         self.db = self._connect()
         self.is_new = not is_current(self.db)
@@ -3493,10 +3444,7 @@ class IndexReader:
 
     @contextlib.contextmanager
     def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in one read transaction; raise sqlite3.Error when there is no index.
-
-        A query that takes longer than `budget_s` raises an error with the text "interrupted".
-        """
+        """Yield a connection in a transaction; raise sqlite3.Error, with "interrupt" after `budget_s`."""
         with self._lock:
             db = self._connection(index_inodes(self._path))
             deadline = time.monotonic() + budget_s
@@ -3595,10 +3543,7 @@ class Statistics:
     def to_json(
         self, from_ms: int, to_ms: int, offset_minutes: int, zone: datetime.tzinfo | None = None
     ) -> JsonObject:
-        """Return the answer of /api/stats.
-
-        Days and hours are those of a time zone, else of a clock so far east of UTC.
-        """
+        """Return the answer of /api/stats; days are those of `zone`, else of a clock so far east of UTC."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
         shown_from = max(self._bounds["from"], first or 0)
@@ -3614,10 +3559,7 @@ class Statistics:
         }
 
     def _groups(self, offset_at: Callable[[int], int]) -> JsonObject:
-        """Add up the counts of each session in each hour of the viewer's clock, for every table of the page.
-
-        `offset_at` returns how many minutes that clock is east of UTC in a quarter.
-        """
+        """Add up each session's counts in each hour of a clock that is `offset_at(quarter)` east of UTC."""
         names = self._names
         offset_of = functools.lru_cache(None)(offset_at)
 
@@ -3714,7 +3656,6 @@ class Statistics:
                 yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
 
     def _tools(self) -> JsonObject:
-        """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
         durations = f"{chosen} AND tool = :tool AND duration IS NOT NULL ORDER BY duration"
         tools: list[JsonObject] = []
@@ -3853,10 +3794,7 @@ class History:
         self._queue(lambda file: file.forget_session(session_id))
 
     def load_snapshots(self) -> tuple[int, list[tuple[str, bytes]]]:
-        """Return the checkpoint and the saved (session, state); once, before `start`.
-
-        (0, []) when there is no usable index. Sessions whose files were removed since are left out.
-        """
+        """Return the checkpoint and saved (session, state), (0, []) without an index; before `start`."""
         if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
@@ -3873,7 +3811,7 @@ class History:
         return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
-        """Queue snapshots, for the index file of this `generation`; return whether the queue is long.
+        """Queue snapshots for the file of `generation`; return whether the queue is long.
 
         `checkpoint`: the seq up to which every session is saved with them; None: more snapshots follow.
         """
@@ -3959,7 +3897,6 @@ class History:
         self._wake.set()
 
     def _remove(self, why: str) -> None:
-        """Remove the file, so that the thread makes a new one."""
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
         self._is_open.clear()
@@ -4034,7 +3971,6 @@ class History:
                     self._stopping.wait(INDEX_GATHER_S)
 
     def _catch_up(self, file: IndexFile) -> None:
-        """Read the journal from where the index ends, until something else is queued."""
         until = self._written
         entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
         while self._batch(file, entries):
@@ -4282,10 +4218,10 @@ def plan_retention(
     kept_names: frozenset[str],
     steps: Sequence[ClockStep] = (),
 ) -> RetentionPlan:
-    """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
+    """Choose the files to delete: older than `days`, then more until all our files fit into the limit.
 
-    Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day, if no step of the clock explains that: the day is newer than its name.
+    Files of `kept_names` are kept; so is a day with events that arrived after those of a later day, unless
+    `steps` explain that: it is newer than its name.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -4481,10 +4417,9 @@ TOO_MANY_CONNECTIONS = "too many connections; close some or raise limits.connect
 
 
 class EventLoop:
-    """Calls callbacks of ready sockets, of timers and from other threads.
+    """Calls callbacks of ready sockets, of timers and from other threads, and `on_turn_end` after each turn.
 
-    `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
-    `steps` grows before each callback that may change something; `on_turn_end` increments it itself then.
+    `steps` grows before each callback that may change something; `on_turn_end` increments it itself.
     """
 
     def __init__(self) -> None:
@@ -4715,10 +4650,7 @@ class WebSocketServer:
     # Sending
 
     def send(self, client: Client, frames: bytes, is_reply: bool = False) -> None:
-        """Send whole frames to one client, or queue them; a client that does not read is closed with 1013.
-
-        Replies may be large: they have a limit of their own.
-        """
+        """Send or queue whole frames; replies have their own limit. A slow client is closed with 1013."""
         if client.closing:
             return
         before = client.queued
@@ -4737,10 +4669,7 @@ class WebSocketServer:
     def broadcast(
         self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
     ) -> None:
-        """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
-
-        Clients that want changes get `changes` instead. Encodes once per view, calls `send` once per client.
-        """
+        """Send events to subscribers, then `frames_for_all` to all, `changes` to those that want these."""
         frames: dict[str, list[bytes]] = {}
         joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
@@ -4788,7 +4717,6 @@ class WebSocketServer:
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
     def _write(self, client: Client, data: bytes) -> None:
-        """Send `data` after the queue; queue what the socket does not accept."""
         was_waiting = bool(client.queue)
         try:
             sent = 0 if was_waiting else client.sock.send(data)
@@ -4806,7 +4734,6 @@ class WebSocketServer:
             self._finish_close(client)
 
     def _flush(self, client: Client) -> None:
-        """Send from the queue as much as the socket accepts."""
         try:
             while client.queue:
                 sent = client.sock.send(client.queue[0])
@@ -4843,7 +4770,6 @@ class WebSocketServer:
             self._open(client, response)
 
     def _add(self, sock: socket.socket) -> Client | None:
-        """Watch a new connection; refuse it and return None when there are too many."""
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
                 sock.send(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
@@ -4994,10 +4920,7 @@ def redis_address(client: Any) -> tuple[Any, Any]:
 
 
 class RemoteLine(NamedTuple):
-    """One event from Redis; `position` is its id in the stream, None if it came from the channel.
-
-    An empty line with a position only moves the position; one without was published as it is.
-    """
+    """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
 
     line: bytes
     position: str | None
@@ -5018,8 +4941,7 @@ def event_key(line: bytes) -> str:
 class Subscription(threading.Thread):
     """One attempt to follow the channel, from connecting to the first error.
 
-    It passes events to the link and reports changes to it. `last_alive` is the monotonic time of the last
-    reply of Redis or of the loop: waiting until the loop has stored a batch does not count as silence.
+    `last_alive`: when Redis or the loop last replied (time.monotonic); waiting for the loop is no silence.
     """
 
     def __init__(self, link: RedisLink, position: str) -> None:
@@ -5183,11 +5105,10 @@ def attempt_words(state: JsonObject) -> str:
 
 @dataclasses.dataclass(eq=False)
 class RedisLink:
-    """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
+    """Keeps one Subscription alive, calls `changed` with each change of the state; for the loop thread.
 
-    `take` stores events and returns whether they are stored; if not, they are passed again later, and the
-    position is unchanged. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
-    For the loop thread.
+    `take` stores events, or returns False: they come again. After `redis.maxRetries` failed attempts in a row
+    it gives up until `reconnect`.
     """
 
     loop: EventLoop
@@ -5246,13 +5167,11 @@ class RedisLink:
         }
 
     def _drop_subscription(self) -> None:
-        """Abandon the thread, which first stores what it has received."""
         if self.subscription is not None:
             self.subscription.abandon()
         self.subscription = self.state["nextAttemptAt"] = None
 
     def _watch(self, subscription: Subscription) -> None:
-        """End a subscription that gets no replies."""
         if subscription is not self.subscription:
             return
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
@@ -5318,7 +5237,6 @@ class RedisLink:
         return not self.inbox.waiting and self._store(page)
 
     def _store(self, batch: Sequence[RemoteLine]) -> bool:
-        """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
         for remote in batch:
@@ -5350,7 +5268,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 # HTTP: the page, the API, and who may use them
 #
-# Owns: the HTTP port and its threads, the access rules for both ports, the built-in page.
+# Owns: the HTTP port, its threads, and the access rules for both ports.
 # A handler thread reads event files itself and asks the loop thread (`Api.ask`) for everything else.
 # ---------------------------------------------------------------------------
 
@@ -5372,31 +5290,25 @@ class Access:
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
 
     def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
-        """Raise RequestError unless the request is allowed; `port` is the one that received it.
+        """Raise RequestError: 421 for a foreign Host (DNS rebinding), 403 for another site's Origin, 401.
 
-        421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
-        A request that `writes` needs our Origin, or the token as a bearer header: browsers send cookies by
-        themselves.
+        `port` is the one that received it. A request that `writes` needs our Origin or the token as a bearer
+        header: browsers send cookies by themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
         if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
             raise RequestError(403, "requests from other sites are refused")
-        has_bearer = self._has_bearer(request)
+        scheme, _, bearer = request.one("authorization").partition(" ")
+        has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
         is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
-        has_token = has_bearer or self._has_cookie(request)
+        cookies = (pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";"))
+        own = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
+        has_token = has_bearer or any(map(self.is_token, own))
         if self._auth != "off" and not has_token and not (self._auth == "auto" and same_user()):
             raise RequestError(401, "a token is needed; `contextuate_monitor.py url --token` prints a link")
-
-    def _has_bearer(self, request: Request) -> bool:
-        scheme, _, token = request.one("authorization").partition(" ")
-        return scheme.lower() == "bearer" and self.is_token(token.strip())
-
-    def _has_cookie(self, request: Request) -> bool:
-        cookies = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
-        return any(name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(it) for name, _, it in cookies)
 
     def is_token(self, candidate: str) -> bool:
         """True if `candidate` is the token; compares in constant time."""
@@ -5536,11 +5448,7 @@ class Query:
 
 
 class Api:
-    """Handles requests to the API in HTTP threads: reads stored events, and gets the rest from the loop.
-
-    `ask` runs a function in the loop thread; `handle_message` handles a WebSocket message and returns its
-    reply, or raises RequestError.
-    """
+    """Handles requests to the API in HTTP threads; `ask` runs a function in the loop thread."""
 
     def __init__(self, monitor: Monitor, handle_message: Callable[[JsonObject], JsonObject]) -> None:
         self.ask = monitor.loop.call
@@ -5657,40 +5565,17 @@ class Api:
     )
 
 
-BUILT_IN_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<link rel="icon" href="data:,"><title>Contextuate Monitor</title>
-<style>:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
-p{border-left:3px solid #b45309;padding-left:8px}pre{tab-size:16;overflow:auto}
-</style></head><body><h1>Contextuate Monitor</h1>
-<p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload.
-Until then, this page shows a summary.</p>
-<h2>Sessions</h2><pre id="sessions"></pre><h2>Latest events</h2><pre id="events"></pre>
-<script>
-const show = (id, text) => document.getElementById(id).textContent = text;
-const table = (rows) => rows.map((cells) => cells.filter((it) => it).join("\\t")).join("\\n");
-const ask = async (path) => (await fetch(path)).json();
-show("place", "@PLACE@");
-async function refresh() {
-  if (document.hidden) return;
-  const {sessions} = await ask("api/sessions"), {events} = await ask("api/events?limit=100");
-  sessions.sort((a, b) => b.lastEventTime - a.lastEventTime);
-  show("sessions", table(sessions.slice(0, 50).map((s) => [s.state, s.label, s.machineId,
-    s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
-  show("events", table(events.reverse().map((e) => [new Date(e.timestamp).toLocaleTimeString(),
-    e.hookType || e.eventType, e.data.toolName, e.data.target || e.data.text || e.data.message])));
-}
-refresh();
-setInterval(() => refresh().catch(() => {}), 2000);
-</script></body></html>
+PAGE_MISSING = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Contextuate Monitor</title>
+<p>The page's file is missing. Copy <code>index.html</code> to <code>@PLACE@</code> and reload. Until then:
+<code>python3 contextuate_monitor.py sessions</code>
 """
 
 
 @functools.lru_cache(maxsize=1)
 def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str]:
-    """Return the dashboard's file, else the built-in page, and the CSP for its scripts and styles."""
-    place = json.dumps(path)[1:-1].replace("<", "\\u003c")
-    body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
+    """Return the dashboard's file, else what to do, and the CSP for its scripts and styles."""
+    body = PAGE_MISSING.replace("@PLACE@", html.escape(path)).encode("utf-8", "replace")
     if version is not None:
         with open(path, "rb") as file:
             body = file.read()
@@ -5704,7 +5589,7 @@ def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str
 
 
 def page_response(path: str, ws_port: int, host: str) -> Response:
-    """Return index.html, else the built-in page, for a request with this Host header."""
+    """Return the page for a request with this Host header."""
     version: tuple[int, ...] | None = None
     with contextlib.suppress(OSError):
         about = os.stat(path)
@@ -5854,7 +5739,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             if response is None:
                 return
         except RequestError as error:
-            response = self._refusal(error)
+            response = Response(error.status, encode_json({"error": error.reason}), headers=(*error.headers,))
+            if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person's
+                text = f"Contextuate Monitor: {error.reason}\n".encode()
+                response = response._replace(body=text, content_type="text/plain; charset=utf-8")
             self.close_connection = True  # its body may not have been read
         except SearchError as error:
             response = json_response({"error": str(error), "field": error.field}, 400)
@@ -5875,12 +5763,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     @functools.cached_property
     def _is_own_user(self) -> bool:  # cached per connection, since /proc/net/tcp may be long
         return same_user_on_loopback(self.connection)
-
-    def _refusal(self, error: RequestError) -> Response:
-        if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person reads it
-            text = f"Contextuate Monitor: {error.reason}\n".encode()
-            return Response(error.status, text, "text/plain; charset=utf-8", tuple(error.headers))
-        return Response(error.status, encode_json({"error": error.reason}), headers=tuple(error.headers))
 
     def _answer(self) -> Response | None:
         """Return the response; None if the connection has become a WebSocket."""
@@ -5960,7 +5842,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return line
 
     def _send(self, response: Response) -> None:
-        """Send a response: head and body in one write, or an iterator's chunks one by one."""
         body = response.body
         headers = [("Date", self.date_time_string()), ("Content-Type", response.content_type)]
         if isinstance(body, bytes):
@@ -7840,10 +7721,7 @@ class InstallError(Exception):
 
 
 class ClientFile(NamedTuple):
-    """A file from which Claude Code reads hooks.
-
-    `settings` is {} if the client cannot use the file; `trouble` then gives the reason.
-    """
+    """A file from which Claude Code reads hooks; `trouble`: why it cannot use it (`settings` is {})."""
 
     path: str
     is_managed: bool
@@ -7858,11 +7736,7 @@ class ClientFile(NamedTuple):
 
 
 class InstallPlan(NamedTuple):
-    """The change of one settings file by `install` or `uninstall`.
-
-    `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
-    the events for which our hook is registered, or from which it is removed.
-    """
+    """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
 
     path: str
     old_text: str
@@ -7873,10 +7747,7 @@ class InstallPlan(NamedTuple):
 def plan_install(
     home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
 ) -> InstallPlan:
-    """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
-
-    `without`: names of events to omit. Raises InstallError for settings that cannot be changed safely.
-    """
+    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError."""
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
@@ -7890,7 +7761,7 @@ def plan_uninstall(project: str | None) -> InstallPlan:
 
 
 def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
-    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
+    """Register `command` for `names`, and for those of `kept` for which our hook is registered."""
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -7913,10 +7784,7 @@ def event_names(version: Version | None) -> list[str]:
 
 
 def claude_version() -> Version | None:
-    """Return the version of `claude`; None if it is not found or does not print one.
-
-    Searches PATH, then the directories of its installers, which a shell may use through an alias only.
-    """
+    """Return the version of `claude` on the PATH or where its installers put it; None if it prints none."""
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
     try:
@@ -7928,10 +7796,7 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`; None: of the user.
-
-    CLAUDE_CONFIG_DIR replaces ~/.claude. Raises InstallError for a user without a home directory.
-    """
+    """Return the absolute path of a settings file of `project`, None: of the user; raise InstallError."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
         raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
@@ -7940,10 +7805,7 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 
 def client_files(project: str) -> list[ClientFile]:
-    """Return the files from which Claude Code reads hooks in `project`, in order of precedence.
-
-    They are those of the organisation, the project (local before shared), the user and the plugins.
-    """
+    """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
     managed, user = os.path.join(_managed_directory(), "managed-settings"), settings_path(None)
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
     paths += [settings_path(project, "settings.local.json"), settings_path(project), user]
@@ -7958,7 +7820,6 @@ def client_files(project: str) -> list[ClientFile]:
 
 
 def _managed_directory() -> str:
-    """Return the directory of an organisation's settings."""
     return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
 
 
@@ -7978,10 +7839,7 @@ def _object(value: Any) -> JsonObject:
 
 
 def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a setting at the path `keys`; None if that disables it.
-
-    A setting is enabled by true, or by a list that contains "hooks".
-    """
+    """Return the first file with a setting at `keys`, if it is true or a list with "hooks", else None."""
     for file in files:
         value: Any = file.settings
         for key in keys:
@@ -7992,10 +7850,7 @@ def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | 
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return (files whose hooks Claude Code runs, why it runs no others or "").
-
-    disableAllHooks in an organisation's file disables all hooks, elsewhere all but the organisation's.
-    """
+    """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
     managed = [file for file in files if file.is_managed]
     others = [file for file in files if not file.is_managed]
     for key, deciding, running in (
@@ -8017,12 +7872,8 @@ def registered_commands(files: Iterable[ClientFile]) -> list[str]:
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
-    """Return (event names, paths of files) of events that several hooks send to a monitor.
-
-    Counts hooks of every kind: ours, the Node.js monitor's, HTTP hooks. The client runs a command once, even
-    if several files contain it.
-    """
-    places: dict[str, dict[str, str]] = {}  # event name → command or URL → its file
+    """Return (event names, paths) of events that several hooks of any kind send to a monitor."""
+    places: dict[str, dict[str, str]] = {}  # event name → command or URL, which the client runs once → a file
     for file in files:
         for name, entry in file.handlers():
             command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
@@ -8046,14 +7897,11 @@ def command_trouble(command: str) -> str:
 
 
 def base_interpreter() -> str:
-    """Return the absolute path of the interpreter outside any virtual environment, which may be deleted.
-
-    Links outside the environment are not resolved: an upgrade keeps /usr/bin/python3, but not its target.
-    Raises InstallError if there is no such interpreter.
-    """
+    """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
     if sys.prefix != sys.base_prefix:
-        # Up to Python 3.10 the base executable of an environment is the environment's own link.
+        # Up to Python 3.10 the base executable of an environment is the environment's own link. Links outside
+        # stay: an upgrade keeps /usr/bin/python3, but not its target.
         while path.startswith(sys.prefix + os.sep) and os.path.islink(path):
             path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
@@ -8069,9 +7917,8 @@ def hook_script(home: str) -> str:
 def hook_command(interpreter: str, script: str) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
-    The second try uses $HOME for a script in the default place, since a container may mount the home
-    elsewhere; an interpreter that does not start has not read standard input. The command always exits with
-    0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
+    It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
+    and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
     Raises InstallError for a path that is not UTF-8.
     """
     quoted = []
@@ -8101,11 +7948,10 @@ except BaseException:
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home`; return the path of the script that Claude Code runs.
+    """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
     hooks/lib/emit_event.py the whole module for the rare paths.
-    Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
@@ -8152,10 +7998,9 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str]) -> JsonObject:
-    """Return `settings` with our handler once for each of `names`, and for no other event.
+    """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
-    A handler of ours is updated in place; duplicates are removed, and so are groups and lists that are empty
-    then. Everything else is unchanged and keeps its order. Raises InstallError.
+    Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
     """
     handler = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
     hooks = _checked_hooks(settings)
@@ -8188,10 +8033,7 @@ def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[J
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Return True for a handler that `install` wrote, with any interpreter and for any home.
-
-    The whole command must have our form: a command that a person has extended is theirs.
-    """
+    """True for a handler that `install` wrote; one whose command a person has extended is theirs."""
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
@@ -8227,10 +8069,9 @@ def _expected(kind: type, value: Any, place: str) -> Any:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Read a settings file; return its text, with byte order mark and line ends, and its object.
+    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
 
-    The object of a missing or blank file is {}. Raises InstallError for anything but one JSON object without
-    duplicate keys.
+    Raises InstallError for anything but one JSON object without duplicate keys.
     """
     content = b""
     try:
@@ -8273,10 +8114,7 @@ def _finite(digits: str) -> float:
 
 
 def render_settings(settings: JsonObject, like: str) -> str:
-    """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
-
-    The default is two spaces and a final newline. Raises InstallError for too deeply nested settings.
-    """
+    """Return `settings` as JSON, indented and ended as in `like`; raise InstallError."""
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
@@ -8301,11 +8139,10 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
-    """Replace the settings at `path`, read as `old_text`, by `text` in one step.
+    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise InstallError.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
-    with mode 0600 since settings contain keys; None if there was no file, or no change. Raises InstallError
-    if the file has changed since it was read, or cannot be written.
+    Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
+    save. Mode and owner stay.
     """
     if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -8338,10 +8175,7 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
 
 
 def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
-    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery.
-
-    Runs the registered command with /bin/sh; without one, the installed hook or the one beside the monitor.
-    """
+    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery."""
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
@@ -8688,7 +8522,6 @@ class Doctor:
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a new subscription once Redis has confirmed it; raise TimeoutError or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
@@ -8697,7 +8530,6 @@ def _subscribe(client: Any, channel: str) -> Any:
 
 
 def _is_soon(check: Callable[[], bool]) -> bool:
-    """True once `check()` is true, False if it is not within PROBE_DEADLINE_S."""
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
         if check():
@@ -8878,7 +8710,6 @@ class _DemoAgent:
         self.record(hook={**common, "hook_event_name": name, **fields})
 
     def play(self, story: str) -> None:
-        """Play some lines of the story."""
         for block in re.split(r"\n(?=\S)", story):
             line, _, inner = block.replace("\n  ", "\n").partition("\n")
             for moment, verb, words in _DEMO_VERB.findall(line):
@@ -8913,7 +8744,6 @@ class _DemoAgent:
             self.at = max(ends)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
-        """Start a call; return the fields that all its events have."""
         agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
         for models in (self.usage["models"], agents):
             emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
@@ -8984,7 +8814,6 @@ class _DemoAgent:
 
 @functools.cache
 def _demo_steps(project: str) -> dict[str, tuple[str, list[str]]]:
-    """Return the steps of a project by their letter: tool, texts."""
     block = _DEMO_STEPS.partition(f"\n{project}\n")[2].partition("\n\n")[0].rstrip()
     text = re.sub(r"<(\d+)>", "\x1b[\\1m", block)
     lines = (line.replace("\n  ", "\n").replace("\\n", "\n") for line in re.split(r"\n(?!  )", text))
@@ -9062,10 +8891,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
-    """Return the transcripts among some files and directories, the oldest first, and the exports.
-
-    What cannot be read (a FIFO, a device, a broken link) is added to `skipped`.
-    """
+    """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
     of_node: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
@@ -9099,7 +8925,6 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
 
 
 def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    """Yield the files named *.json* in a folder and below, each directory once."""
     seen = set()
 
     def skip(error: OSError) -> None:
@@ -9146,11 +8971,7 @@ def import_batches(
     is_stored: Callable[[str], bool] = lambda _: False,
     skipped: list[str] | None = None,
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them).
-
-    `is_stored(session id)`: whether events of a session are stored. Adds a message to `skipped` for each file
-    with unknown content.
-    """
+    """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
@@ -9186,9 +9007,9 @@ def import_batches(
 
 
 class TranscriptReader:
-    """Converts the transcripts of a session and its subagents to the events that hooks would have sent.
+    """Converts transcripts of a session and its subagents to the events that hooks would have sent.
 
-    `seen`: shared by all readers of an import. `is_known(session id)`: whether another source has its lines.
+    `seen`: shared by all readers of an import. `is_known(id)`: another source has that session's lines.
     """
 
     def __init__(
@@ -9335,7 +9156,6 @@ class TranscriptReader:
         self._used[used.key] = used
 
     def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        """Yield the event with the tokens used so far, each message counted once."""
         models: dict[str, JsonObject] = {}
         agents: dict[str, dict[str, JsonObject]] = {}
         for used in self._used.values():
@@ -9383,10 +9203,7 @@ def iso_time_ms(text: Any) -> int | None:
 
 
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
-    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
-
-    Adds a message to `skipped` for lines, or a document, without events.
-    """
+    """Yield the events of an export, one JSON object a line or one document; add to `skipped`."""
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
@@ -9435,7 +9252,6 @@ def _is_node_session(value: Any) -> bool:
 
 
 def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
-    """Yield a person's actions on a session of the Node.js monitor, and its tokens, as events."""
     if isinstance(session.get("agentType"), str):
         return  # a subagent of another
     about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
@@ -10245,10 +10061,7 @@ def prepare_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 1 for a failure, 2 for an unusable configuration.
-
-    An error of the command line ends the process with status 2.
-    """
+    """Run one command; return the exit status: 1 for a failure, 2 for a bad command line or configuration."""
     prepare_output()
     args, rest = build_parser().parse_known_args(arguments)
     if rest:
