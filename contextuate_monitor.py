@@ -2936,6 +2936,7 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+TimeZone = Union[datetime.tzinfo, None]  # None: this machine's, or a fixed offset
 _WORD = re.compile(r"[^\W_]+")
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
@@ -3011,9 +3012,9 @@ def collect_texts(value: Any, found: list[str]) -> None:
             collect_texts(inner, found)
 
 
-def event_texts(event: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yield (name in data, text) of everything in an event that a person may search for."""
-    for name, value in event["data"].items():
+def event_texts(data: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of everything in an event's data that a person may search for."""
+    for name, value in data.items():
         if name not in _NOT_SEARCHED:
             found: list[str] = []
             collect_texts(value, found)
@@ -3024,7 +3025,7 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
     """Return the `field` in which the terms are found and a `snippet` of it: pieces, those found marked."""
     words = re.compile("(" + "|".join(term.pattern for term in terms) + ")", re.IGNORECASE)
     first: JsonObject = {"snippet": []}
-    for name, text in event_texts(event) if terms else ():
+    for name, text in event_texts(event["data"]) if terms else ():
         match = words.search(text)
         if match:
             start = max(0, match.start() - SNIPPET_CHARS // 3)
@@ -3054,17 +3055,16 @@ class SearchQuery:
 
     def takes(self, event: JsonObject) -> bool:
         """True if an event matches."""
-        return (
+        is_chosen = (
             (self.session_ids is None or event["sessionId"] in self.session_ids)
             and self.machine in (None, event["machineId"])
             and self.tool in (None, event["data"].get("toolName"))
             and self.kind in (None, effective_type(event), event["hookType"])
             and self.from_ms <= event["timestamp"] < self.to_ms
-            and (not self.terms or self._words_are_in(event))
         )
-
-    def _words_are_in(self, event: JsonObject) -> bool:
-        folded = fold("\n".join(text for _, text in event_texts(event)))
+        if not is_chosen or not self.terms:
+            return is_chosen
+        folded = fold("\n".join(text for _, text in event_texts(event["data"])))
         return all(term.found_in(folded) for term in self.terms)
 
     @property
@@ -3100,31 +3100,31 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
 
 
-def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool]:
-    """Return (ms, is a whole day) of ms or an ISO date or time of a zone (None: ours); raise ValueError."""
+def moment_ms(text: str, zone: TimeZone = None, is_end: bool = False) -> int:
+    """Return the ms of a time in ms or ISO form in a zone, of a day its start or end; raise ValueError."""
     if re.fullmatch(r"[0-9]{10,16}", text):
-        return int(text), False
+        return int(text)
     for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         with contextlib.suppress(ValueError, OverflowError, OSError):
             moment = datetime.datetime.strptime(text, form).replace(tzinfo=zone)
-            return int(moment.timestamp() * 1000), form == "%Y-%m-%d"
-    raise ValueError(
-        f"{text!r} is not a time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
-    )
+            if is_end and form == "%Y-%m-%d":
+                return int(moment.replace(hour=23, minute=59, second=59).timestamp() * 1000) + 1000
+            return int(moment.timestamp() * 1000)
+    raise ValueError("a time such as 2026-11-24 or 2026-11-24T14:30, or milliseconds since the epoch")
 
 
-def time_range(start: str | None, end: str | None, zone: datetime.tzinfo | None = None) -> tuple[int, int]:
-    """Return [from, to) in ms; `end` is before that moment, but from a day to the same day is that day."""
-    if end is not None and start == end and moment_ms(end, zone)[1]:
-        with contextlib.suppress(OverflowError):  # the calendar's last day
-            day = datetime.datetime.strptime(end, "%Y-%m-%d").date() + datetime.timedelta(days=1)
-            end = day.isoformat()
-    times = (moment_ms(text, zone)[0] if text else None for text in (start, end))
-    first, last = times
-    return first or 0, 1 << 53 if last is None else last
+def time_range(start: str | None, end: str | None, zone: TimeZone = None) -> tuple[int, int]:
+    """Return [from, to) in ms; from a day to the same day is that day; raise SearchError."""
+    times = [0, 1 << 53]
+    for index, (name, text) in enumerate((("from", start), ("to", end))):
+        try:
+            times[index] = moment_ms(text, zone, name == "to" and text == start) if text else times[index]
+        except ValueError as error:
+            raise SearchError(name, str(error)) from None
+    return times[0], times[1]
 
 
-def time_zone(name: str) -> datetime.tzinfo:
+def time_zone(name: str) -> TimeZone:
     """Return a time zone by its name, such as Europe/Berlin; raise SearchError where there is none."""
     import zoneinfo  # not every system that lacks its data lacks them for all of the program
 
@@ -3136,7 +3136,7 @@ def time_zone(name: str) -> datetime.tzinfo:
         raise SearchError("timeZone", f"a time zone such as Europe/Berlin{lack}") from None
 
 
-def zone_offset(time_ms: int, zone: datetime.tzinfo | None, minutes: int = 0) -> int:
+def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
     """Return how many minutes a zone's clock is east of UTC at a time; without a zone, `minutes`."""
     if zone is None:
         return minutes
@@ -3312,15 +3312,12 @@ class IndexFile:
 
     def _words(self, event: JsonObject, kind: str) -> str:
         """Return the words by which an event is found, and the marks for its session, tool, and so on."""
-        texts: list[str] = []
         data = event["data"]
-        for name, value in data.items():
-            if name == "tool_calls" and event["hookType"] == "PostToolBatch":
-                # Each call has its own events; the round adds only calls that never ran.
-                batch = _batch_calls(event)
-                value = [one for one in batch if text_of(one.get("tool_use_id")) not in self._closed_calls]
-            if name not in _NOT_SEARCHED:
-                collect_texts(value, texts)
+        if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
+            calls, closed = _batch_calls(event), self._closed_calls
+            calls = [call for call in calls if text_of(call.get("tool_use_id")) not in closed]
+            data = {**data, "tool_calls": calls}
+        texts = [text for _, text in event_texts(data)]
         if kind in ("tool_result", "tool_error"):
             self._closed_calls.add(text_of(data.get("toolUseId")))
         marks = [("s", event["sessionId"]), ("m", event["machineId"]), ("k", kind), ("k", event["hookType"])]
@@ -3540,9 +3537,7 @@ class Statistics:
         session = next((number for number, name in self._names.items() if name == session_id), -1)
         self._bounds = {"session": session}
 
-    def to_json(
-        self, from_ms: int, to_ms: int, offset_minutes: int, zone: datetime.tzinfo | None = None
-    ) -> JsonObject:
+    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int, zone: TimeZone = None) -> JsonObject:
         """Return the answer of /api/stats; days are those of `zone`, else of a clock so far east of UTC."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
@@ -3869,12 +3864,7 @@ class History:
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
-        self,
-        from_ms: int,
-        to_ms: int,
-        session_id: str | None,
-        offset_minutes: int,
-        zone: datetime.tzinfo | None = None,
+        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
         if self._state == "building" and self._thread.is_alive():
@@ -5426,25 +5416,16 @@ class Query:
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
-    def zone(self) -> datetime.tzinfo | None:
+    def zone(self) -> TimeZone:
         """Return the zone that `timeZone` names."""
         name = self.text("timeZone")
         return time_zone(name) if name else None
 
     def time_range(self) -> tuple[int, int]:
         """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
-        zone, given = self.zone(), [self.text(name) for name in ("from", "to")]
-        for number, name in enumerate(("from", "to")):
-            text = given[number]
-            if text is not None and text.isdigit():
-                given[number] = str(self.integer(name)).zfill(10)
-            elif text is not None:
-                try:
-                    moment_ms(text, zone)
-                except ValueError:
-                    wanted = f"an integer from 0 to {1 << 53}, or a time such as 2026-11-24"
-                    raise SearchError(name, wanted) from None
-        return time_range(given[0], given[1], zone)
+        given = (self.text(name) for name in ("from", "to"))
+        start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
+        return time_range(start, end, self.zone())
 
 
 class Api:
@@ -8940,13 +8921,9 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource],
-    machine: str,
-    is_stored: Callable[[str], bool] = lambda _: False,
-    skipped: list[str] | None = None,
+    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
     """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
-    skipped = [] if skipped is None else skipped
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
@@ -8987,11 +8964,7 @@ class TranscriptReader:
     """
 
     def __init__(
-        self,
-        session_id: str,
-        machine_id: str,
-        seen: set[str],
-        is_known: Callable[[str], bool] = lambda _: False,
+        self, session_id: str, machine_id: str, seen: set[str], is_known: Callable[[str], bool]
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
@@ -9901,14 +9874,14 @@ def _moment(text: str) -> str:
     try:
         moment_ms(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(f"expected {error}, got {text!r}") from None
     return text
 
 
 def times_of(args: argparse.Namespace) -> JsonObject:
     """Return `from` and `to` of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
-    if args.end and args.start != args.end and moment_ms(args.end, zone)[1]:
+    if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
         print_status(
             f"--to {args.end} means before that day; --from {args.end} --to {args.end} is the day itself"
         )
