@@ -203,6 +203,13 @@ def load_settings(
     return settings, warnings
 
 
+def read_state(path: str) -> JsonObject:
+    """Return the JSON object in one of our files; {} if it is missing or unusable."""
+    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb", opener=emit_event.open_own) as file:
+        return emit_event.parse_event_line(file.read())
+    return {}
+
+
 def is_loopback(host: str) -> bool:
     """True if a host name or address means this machine only."""
     if host.lower().rstrip(".") == "localhost":
@@ -339,12 +346,6 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     if size < 1 << 16:
         return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
-
-
-def encode_close(code: int, reason: str = "") -> bytes:
-    """Encode a close frame; the reason is cut to 123 bytes, the limit in a control frame."""
-    text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
-    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
 
 
 def parse_close(payload: bytes) -> Close:
@@ -645,7 +646,11 @@ class Journal:
         for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
             unpack(path)
         for path in glob.glob(glob.escape(self.root) + "/*/*[A-Z]*.jsonl"):
-            rename_to_session(path)
+            with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+                session_id = parse_stored(file.readline())["sessionId"]
+                name = os.path.join(os.path.dirname(path), session_file_name(session_id))
+                if not os.path.exists(name):
+                    os.rename(path, name)
         if not self.in_order:
             days = [[file for file in self.day_files(day) if file.last_seq] for day in self.days()]
             ends = [(min(f.first_seq for f in day), max(f.last_seq for f in day)) for day in days if day]
@@ -689,7 +694,14 @@ class Journal:
 
     def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
         if received_ms // _DAY_MS != self._day_number:
-            self._switch_day(received_ms)
+            self.close()
+            self._day_number, day = received_ms // _DAY_MS, day_of(received_ms)
+            if day >= self.newest_day:
+                self.newest_day = day
+            elif day_of(received_ms + _DAY_MS) < self.newest_day:  # else set back over midnight
+                self.newest_day, self.in_order = day, False
+                with contextlib.suppress(OSError):
+                    os.unlink(self.root + "/.in-order")
         fd = self._descriptors.get(session_id)
         if fd is None or not os.fstat(fd).st_nlink:  # users may delete files with `rm`
             fd = self._open_to_append(session_id)
@@ -697,17 +709,6 @@ class Journal:
         if written != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _switch_day(self, received_ms: int) -> None:
-        self.close()
-        self._day_number = received_ms // _DAY_MS
-        day = day_of(received_ms)
-        if day >= self.newest_day:
-            self.newest_day = day
-        elif day_of(received_ms + _DAY_MS) < self.newest_day:  # else set back over midnight: the day stays
-            self.newest_day, self.in_order = day, False
-            with contextlib.suppress(OSError):
-                os.unlink(self.root + "/.in-order")
 
     def _open_to_append(self, session_id: str) -> int:
         if session_id in self._descriptors or len(self._descriptors) == self.OPEN_FILES:
@@ -811,15 +812,6 @@ class Journal:
         """Return (files, bytes) of everything stored."""
         sizes = [file.size for file in self.files()]
         return len(sizes), sum(sizes)
-
-
-def rename_to_session(path: str) -> None:
-    """Give a file of an older version the name for its session, unless that exists or it is unreadable."""
-    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
-        session_id = parse_stored(file.readline())["sessionId"]
-        name = os.path.join(os.path.dirname(path), session_file_name(session_id))
-        if not os.path.exists(name):
-            os.rename(path, name)
 
 
 class MemoryJournal(Journal):
@@ -1059,11 +1051,8 @@ class DeletedIds:
         self._path = path
         self._limit = limit
         self.ids: dict[str, None] = {}  # oldest first
-        with (
-            contextlib.suppress(OSError, ValueError, TypeError),
-            open(path, "rb", opener=emit_event.open_own) as file,
-        ):
-            self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
+        with contextlib.suppress(TypeError):
+            self.ids = dict.fromkeys(read_state(path).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
         """Add ids; keep the last `limit` of all."""
@@ -2908,6 +2897,7 @@ _TOOL_FIGURES = {
     "totalMs": "ifnull(sum(duration), 0)",
 }
 _INDEX_SCHEMA = f"""
+PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN;
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
 INSERT INTO meta VALUES('indexed', 0), ('checkpoint', 0);
 CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
@@ -2926,7 +2916,7 @@ CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool 
 CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
 CREATE INDEX calls_by_session ON calls(session, quarter, outcome);
 CREATE INDEX calls_failed ON calls(target, quarter, event) WHERE outcome IN {FAILED};
-PRAGMA user_version = {INDEX_VERSION};
+PRAGMA user_version = {INDEX_VERSION}; COMMIT;
 """
 
 
@@ -3118,7 +3108,8 @@ def time_range(start: str | None, end: str | None, zone: TimeZone = None) -> tup
     times = [0, 1 << 53]
     for index, (name, text) in enumerate((("from", start), ("to", end))):
         try:
-            times[index] = moment_ms(text, zone, name == "to" and text == start) if text else times[index]
+            if text is not None:
+                times[index] = moment_ms(text, zone, name == "to" and text == start)
         except ValueError as error:
             raise SearchError(name, str(error)) from None
     return times[0], times[1]
@@ -3131,9 +3122,7 @@ def time_zone(name: str) -> TimeZone:
     try:
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        has_data = bool(zoneinfo.available_timezones())
-        lack = "" if has_data else "; this system has no time zone data (the package tzdata, or utcOffset)"
-        raise SearchError("timeZone", f"a time zone such as Europe/Berlin{lack}") from None
+        raise SearchError("timeZone", "a time zone that is installed here, such as Europe/Berlin") from None
 
 
 def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
@@ -3216,9 +3205,7 @@ class IndexFile:
             self.db.close()
             remove_index(path)
             self.db = self._connect()
-            self.db.executescript(
-                f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {_INDEX_SCHEMA} COMMIT;"
-            )
+            self.db.executescript(_INDEX_SCHEMA)
         self.full_text = has_full_text(self.db)
         self.indexed = read_meta(self.db, "indexed")
         self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
@@ -4145,9 +4132,8 @@ class ClockMemory:
         self.steps: list[ClockStep] = []
         self._path, self._boot = path, boot_id()
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
-            with open(path, "rb", opener=emit_event.open_own) as saved:
-                known = emit_event.parse_event_line(saved.read())
+        known = read_state(path)
+        with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
             steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
             ahead_ms = int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
@@ -4613,9 +4599,8 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
-    changes: bool = (
-        False  # its session updates have changed fields only, and rows are dropped while it reads too slowly
-    )
+    # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
+    changes: bool = False
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
 
 
@@ -4697,7 +4682,7 @@ class WebSocketServer:
             return
         client.closing = True
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
-        self._write(client, encode_close(code, reason))
+        self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
 
     def close_all(self) -> None:
         """Stop listening and close every client's connection."""
@@ -5236,16 +5221,10 @@ class RedisLink:
         return True
 
     def _load_position(self) -> str:
-        with (
-            contextlib.suppress(OSError, MalformedEvent),
-            open(self._position_path, "rb", opener=emit_event.open_own) as file,
-        ):
-            saved = emit_event.parse_event_line(file.read(4096))
-            position = saved.get("position")
-            is_ours = saved.get("of") == self._stream_name
-            if is_ours and isinstance(position, str) and _POSITION.fullmatch(position):
-                return position
-        return STREAM_START
+        saved = read_state(self._position_path)
+        position = text_of(saved.get("position"))
+        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
+        return position if is_ours else STREAM_START
 
     def _save_position(self) -> None:
         if self._position != self._saved_position:
@@ -7554,11 +7533,7 @@ def running_monitor(settings: Settings) -> JsonObject | None:
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
         return None
-    try:
-        with open(settings.path("monitor.run.json"), "rb", opener=emit_event.open_own) as file:
-            about = emit_event.parse_event_line(file.read())
-    except (OSError, MalformedEvent):
-        return None
+    about = read_state(settings.path("monitor.run.json"))
     if about.get("pid") != pid:
         return None
     about["pid"] = pid = listening_pid(about["socketPath"])
@@ -8037,8 +8012,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
                 content = file.read()
         text = content.decode("utf-8")
         bare = text.removeprefix("\ufeff")
-        strict: Any = {"object_pairs_hook": _unique_keys, "parse_constant": _finite, "parse_float": _finite}
-        settings = json.loads(bare, **strict) if bare.strip() else {}
+        settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
         if isinstance(settings, dict):
             return text, settings
         trouble = "expected one JSON object"
@@ -8061,20 +8035,14 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     return dict(pairs)
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"{digits[:40]} is not valid JSON, or too large to be written back")
-    return number
-
-
 def render_settings(settings: JsonObject, like: str) -> str:
     """Return `settings` as JSON, indented and ended as in `like`; raise InstallError."""
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
-    except RecursionError:
-        raise InstallError("nested too deeply to be written back; nothing was changed") from None
+    except (RecursionError, ValueError):
+        why = "a number or the depth of its objects is no valid JSON"
+        raise InstallError(f"{why}, so it cannot be written back; nothing was changed") from None
     # UTF-8 cannot encode a lone surrogate, so it stays escaped.
     text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
@@ -8757,10 +8725,8 @@ class _DemoAgent:
             task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
             self.running.append((child.at, task))
             child.fields = {}  # its report comes to the main agent
-            notification = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
-            child.hook(
-                "UserPromptSubmit", prompt=f"<task-notification>\n{notification}\n</task-notification>"
-            )
+            note = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
+            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{note}\n</task-notification>")
         else:
             result.update(status="completed", content=[{"type": "text", "text": report}])
             self.at = child.at
@@ -8983,10 +8949,7 @@ class TranscriptReader:
     ) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
         files = {"": lines, **of_agents}
-        found = {
-            agent_id: [entry for line in files[agent_id] for entry in self._entry_of(line, agent_id)]
-            for agent_id in files
-        }
+        found = {it: [entry for line in files[it] for entry in self._entry_of(line, it)] for it in files}
         entries = [*itertools.chain.from_iterable(found.values())]
         # The client's sums have no time: they include everything before the next line.
         next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
@@ -8999,11 +8962,8 @@ class TranscriptReader:
         entries = [entry for entry in entries if entry["type"] != "cost-state"]
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
-        titles = {
-            kind: entry
-            for kind, entry in self._titles
-            if kind != "summary" or text_of(entry.get("leafUuid")) in own
-        }
+        kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
+        titles = dict(kept)
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
         about = {"source": "import", "model": self._model, "session_title": title}
         return [
@@ -9266,29 +9226,25 @@ def command_start(args: argparse.Namespace) -> int:
 
 
 def print_started(settings: Settings, about: JsonObject) -> None:
-    """Print where the page of a monitor is that has just started, and what to do next."""
+    """Print where the page is, what is not ready yet (Redis gets a moment), and what to do next."""
     links = page_links(settings, about, False)
     print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
-    loading = ask_monitor(settings, about, "/api/status").get("loading")
-    if loading:
-        print(f"{loading_words(loading)}, the rest follows; the page and `status` show the progress.")
-    if settings["mode"] == "redis":
-        print(redis_words(settings, about))
-    if not os.path.exists(hook_script(settings.home)):
-        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-
-
-def redis_words(settings: Settings, about: JsonObject) -> str:
-    """Wait a moment for the subscription, so that the next events arrive; return its state as text."""
     deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
     while True:
-        redis = ask_monitor(settings, about, "/api/status")["redis"] or {}
-        if redis.get("state") == "connected":
-            return f"Connected to Redis at {redis['server']}."
-        if redis.get("reason") or time.monotonic() > deadline:
-            why = redis.get("reason") or "Redis does not answer"
-            return f"Not connected yet, the monitor keeps trying: {why}"
+        status = ask_monitor(settings, about, "/api/status")
+        redis = status["redis"] or {"state": "off"}
+        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
+            break
         time.sleep(0.02)
+    if status.get("loading"):
+        print(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
+    if redis["state"] == "connected":
+        print(f"Connected to Redis at {redis['server']}.")
+    elif redis["state"] != "off":
+        why = redis["reason"] or "Redis does not answer"
+        print(f"Not connected yet, the monitor keeps trying: {why}")
+    if not os.path.exists(hook_script(settings.home)):
+        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
@@ -9882,9 +9838,7 @@ def times_of(args: argparse.Namespace) -> JsonObject:
     """Return `from` and `to` of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
     if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
-        print_status(
-            f"--to {args.end} means before that day; --from {args.end} --to {args.end} is the day itself"
-        )
+        print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
     return dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
 
 

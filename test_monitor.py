@@ -66,7 +66,6 @@ import time
 import types
 import urllib.request
 import uuid
-import zoneinfo
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -3216,8 +3215,6 @@ def install_write(plan: Any) -> str | None:
         (b"[]", "one JSON object"),
         (b'{"a": {"hooks": 1, "hooks": 2}}', '"hooks" stands twice'),
         (b'{\n"a": "\xff"}', "line 2 is not UTF-8"),
-        (b'{"a": NaN}', "NaN"),
-        (b'{"a": 1e999}', "too large"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
         (b'{"hooks": []}', "hooks:"),
         (b'{"hooks": null}', "hooks:"),
@@ -3246,6 +3243,7 @@ def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, 
         (lambda place: cm.plan_install("/h", f"{place}/gone", None), "no such directory"),
         (lambda place: cm.plan_uninstall(f"{place}/gone"), "no such directory"),
         (lambda place: cm.plan_install("/h", place, (0, 2, 1)), "update it"),
+        (lambda place: cm.render_settings(json.loads('{"a": 1e999}'), ""), "no valid JSON"),
         (lambda place: cm.read_settings(f"{place}/pipe"), "pipe"),
         (lambda place: cm.read_settings(f"{place}/loop"), "loop"),
         (lambda place: cm.read_settings(place), "not a regular file"),
@@ -3570,16 +3568,6 @@ def test_each_violation_fails_with_its_code_and_nothing_follows(code, wire):
     assert before == cm.Message(cm.Opcode.TEXT, "before")
     assert (failure.code, failure.by_peer) == (code, False)
     assert parser.feed(protocol_frame(1, b"after") * 3) == []
-
-
-@given(st.integers(1000, 4999), st.text(max_size=200))
-def test_our_close_frames_fit_and_can_be_read_back(code, reason):
-    frame = cm.encode_close(code, reason)
-    assert len(frame) <= 127
-    assert frame[:2] == bytes((0x88, len(frame) - 2)) and struct.unpack("!H", frame[2:4]) == (code,)
-    sent = frame[4:].decode()
-    assert reason.startswith(sent)
-    assert len(sent.encode()) > 119 or sent == reason
 
 
 def test_the_limit_counts_the_fragments_of_one_message_only():
@@ -13073,13 +13061,6 @@ def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
         about = {"eventType": kind, "sessionId": "a", "pid": 7, "machineKey": machine, "data": data}
         session = sessions.apply(ee.build_event(about, NOW_MS, "m"))
     assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
-
-
-def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
-    monkeypatch.setattr(zoneinfo, "available_timezones", set)
-    monkeypatch.setattr(zoneinfo, "ZoneInfo", lambda name: {}[name])  # as ZoneInfoNotFoundError a KeyError
-    with pytest.raises(cm.SearchError, match="no time zone data"):
-        cm.time_zone("Europe/Berlin")
 
 
 @pytest.mark.parametrize(
