@@ -2896,6 +2896,7 @@ _TOOL_FIGURES = {
     "timed": "count(duration)",
     "totalMs": "ifnull(sum(duration), 0)",
 }
+_VERSION = "PRAGMA user_version"
 _INDEX_SCHEMA = f"""
 PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN;
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
@@ -3200,7 +3201,7 @@ class IndexFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.db = self._connect()
-        self.is_new = not is_current(self.db)
+        self.is_new = self.db.execute(_VERSION).fetchone() != (INDEX_VERSION,)
         if self.is_new:
             self.db.close()
             remove_index(path)
@@ -3362,11 +3363,6 @@ def key_name(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
 
 
-def is_current(db: sqlite3.Connection) -> bool:
-    """True if an index file is of this version."""
-    return bool(db.execute("PRAGMA user_version").fetchone()[0] == INDEX_VERSION)
-
-
 def read_meta(db: sqlite3.Connection, name: str) -> int:
     """Return a number that the index keeps about itself: `indexed` or `checkpoint`."""
     return int(db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
@@ -3435,7 +3431,7 @@ class IndexReader:
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
             db.execute("BEGIN")
             try:
-                if not is_current(db):
+                if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
                     raise sqlite3.OperationalError("there is no index of this version yet")
                 yield db
             finally:
@@ -8174,8 +8170,7 @@ class Doctor:
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
             checks += [self._redis_py, self._redis, self._rights, self._publisher]
-        checks.append(self._probe)
-        for check in checks:
+        for check in checks if self._only_receives else [*checks, self._probe]:
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
@@ -8413,22 +8408,7 @@ class Doctor:
         if client is not None:
             with contextlib.suppress(Exception):  # `_rights` has reported the cause
                 pubsub = _subscribe(client, channel)
-        trouble = ""
-        if not self._only_receives:
-            trouble = yield from self._through_hook(token)
-        elif client is None:
-            trouble = "Redis does not answer"
-        else:  # there is no hook, so doctor publishes the event
-            event = test_event(self._settings)
-            event["data"]["message"] = token
-            try:
-                _in_time(lambda: client.publish(channel, encode_json(event)))
-            except Exception as error:
-                if lacks_right(error):
-                    words = "not sent: this user may not publish, which only a machine with a hook needs"
-                    yield _ok("probe", words)
-                    return
-                trouble = emit_event.redis_trouble(error, self._settings.values)
+        trouble = yield from self._through_hook(token)
         if trouble:
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
@@ -8499,6 +8479,7 @@ f WebFetch https://developer.mozilla.org/docs/Web/HTML/Element/button | What doe
 
 logslice
 g Grep fn parse_range | src | src/range.rs:18:pub fn parse_range(text: &str) -> Result {
+G Glob src/**/*.rs | src/main.rs\nsrc/range.rs\nsrc/follow.rs
 r Read src/range.rs | pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}
 e Edit src/range.rs | .ok_or(Error::NoRange)?; | .ok_or(Error::NoRange(text.into()))?;
 m Edit src/main.rs |         Error::NoRange => 2, |         Error::NoRange(_) => 2,
@@ -8510,21 +8491,10 @@ a Bash cargo bench --bench follow | Compare with the last release | follow  <32>
 i Bash cargo install --path . --force | Try the build on a real log |    <32>Replaced<0> package `logslice`
 q AskUserQuestion {"questions": [{"question": "What should a backwards range do?",
   "options": [{"label": "Refuse it"}, {"label": "Swap the ends"}]}]}
+x ExitPlanMode {"plan": "## --follow\n1. Watch the inode\n2. Reopen on change"}
 1 TaskCreate {"subject": "Name the text", "description": "Error::NoRange should carry what was typed"}
 2 TaskUpdate {"taskId": "1", "status": "in_progress"}
 3 TaskUpdate {"taskId": "1", "status": "completed"}
-
-meter-pipeline
-g Grep tz_localize | pipeline | pipeline/hourly.py:63: index = rows.index.tz_localize("UTC")
-G Glob pipeline/**/*.py | pipeline/hourly.py\npipeline/load.py\npipeline/export.py
-r Read pipeline/hourly.py | rows.index = rows.index.tz_localize("UTC")\nreturn rows
-e Edit pipeline/hourly.py | rows.index = local(rows) | if not rows.index.tz:\n    rows.index = local(rows)
-w Write tests/test_dst.py | def test_long_night():\n    assert len(hourly(OCT_26)) == 25
-T Bash! uv run pytest -q tests | Run the tests | ..........<31>F<0>......\n<31>____ test_long_night ____<0>
-  >   assert len(hourly(OCT_26)) == 25\n<31>E   assert 24 == 25<0>\n\n1 failed, 16 passed in 2.71s
-t Bash uv run pytest -q tests | Run the tests | <32>17 passed<0> in 2.58s
-q Bash duckdb meter.db 'select count(*) from readings' | Count readings | │ 18403112 │
-x ExitPlanMode {"plan": "## PostgreSQL 17\n1. Upgrade staging and probe it\n2. Production, on Sunday"}
 """
 # The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
 # and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
@@ -8542,11 +8512,10 @@ mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
     = R g < Three callers; two rely on the default, one sets the value itself.
   < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
   -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
-mira-laptop /home/mira/projects/meter-pipeline default clear
-  -318m > Why does the last Sunday of October have 24 hours in the export? = gG r q T < It is localised twice.
-  -302m > Fix it and add a test = r w e T r t < Fixed; the night now has 25 hours.
-mira-laptop /home/mira/projects/meter-pipeline default
-  > Write the note to the analysts about October = r q w < The note is in `notes/october.md`.
+mira-laptop /home/mira/projects/logslice default clear
+  -318m > Why does a range over midnight find nothing? = gG r q B r b t < Its end lies before its start.
+mira-laptop /home/mira/projects/logslice default
+  > Write it into the manual = r G e t < The manual has a section on midnight now.
 mira-laptop /home/mira/projects/tidewater-shop default
   -176m > Customers can press Pay twice, stop that = g R r E t < The button is now disabled.
   -7m > Make a clean production build and check its size = d R t
@@ -8560,20 +8529,17 @@ jonas-mac /Users/jonas/projects/logslice default
 jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
   -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
   -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
-build-box /home/ci/projects/meter-pipeline bypassPermissions
-  -66m > Prepare the October backfill: what will change? = G r q g t < Only one hour changes.
-  -3m > Check both halves of October in parallel, then write the runbook = G q
-  background general-purpose Check 1 to 15 October
-    until +58s r q g t q < 1 to 15 October: no day differs.
-  background general-purpose Check 16 to 31 October
-    until +176s g q r q < 16 to 31 October: only the 26th differs, by the hour that comes twice.
-  < Two subagents compare the halves of October; the runbook follows when both are back.
-  +60s = w q < The first half is unchanged. Waiting for the second.
-  +178s until +236s g r w t q < Only 26 October changes. The runbook is in `docs/backfill.md`.
+build-box /home/ci/projects/tidewater-shop bypassPermissions
+  -3m > Check the cart and the checkout in parallel, then write the release notes = g r
+  background general-purpose Check the cart
+    until +58s r g d t g < The cart rounds once, in `round.ts`.
+  background general-purpose Check the checkout
+    until +176s g R r d < The checkout sends each payment once.
+  < Two subagents check; the release notes follow when both are back.
+  +178s until +236s g r w t d < Both are fine. The release notes are in `CHANGES.md`.
 jonas-mac /Users/jonas/projects/logslice acceptEdits
   -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
   -3m > Good plan. Implement it = r e g B e B r B e B B
-  until +20s r g
   until +75s m b t r e b t g
   ask i +152s
   until end t r e b < `--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.
@@ -8583,15 +8549,12 @@ build-box /home/ci/projects/logslice acceptEdits
   -9m > Not all tests, only the benchmark = r
   -6m open a +212s
   < It is 12 % faster than the last release.
-mira-laptop /home/mira/projects/meter-pipeline default
-  -24m > Where does the export lose its time? = G r < On columns that go unused. > Leave them out = g t r T
+mira-laptop /home/mira/projects/tidewater-shop default
+  -24m > Where does the build lose its time? = g r < On old browsers. > Leave them out = g e t T
   StopFailure {"error": "rate_limit", "last_assistant_message": "API Error: Rate limit reached"}
-mira-laptop /home/mira/projects/meter-pipeline plan
-  -11m > How do we get the database to PostgreSQL 17? = gr g r
+mira-laptop /home/mira/projects/logslice plan
+  -11m > How should --follow notice a truncated file? = gr g r
   ask x
-jonas-mac /Users/jonas/projects/meter-pipeline acceptEdits
-  +96s > Which modules still localise times?
-  until end g r e t < Two modules did; both now leave it to `hourly.py`.
 """
 _DEMO_VERB = re.compile(r"(?:([-+]\d+[ms]) )?(\S+) (.*?)(?: (?=[=<>] |[A-Z]\w+ \{)|$)")
 _DEMO_MODEL = "claude-opus-5-5"
@@ -9858,6 +9821,8 @@ def _option(name: str, words: str, **about: Any) -> Option:
 
 
 _switch = functools.partial(_option, action="store_true")
+_time = functools.partial(_option, type=_moment, metavar="TIME")
+_words = functools.partial(_option, "words", nargs="*")
 # fmt: off
 _CONFIG = _option("--config", "configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE")
 _SERVING = (
@@ -9869,7 +9834,7 @@ _SERVING = (
     _option("--report-fd", argparse.SUPPRESS, type=int),
 )
 _INSTALLING = (
-    _option("--project", "in the settings of one project (default: of the user)", nargs="?", const=".",
+    _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),
 )
@@ -9880,12 +9845,9 @@ _FILTERS = (
     _SESSION, _MACHINE, _TYPE,
     _option("--tool", "only this tool, such as Bash"),
     _option("--state", "only sessions in this state now", choices=SESSION_STATES),
-    _option("--from", "from 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch on",
-           dest="start", type=_moment, metavar="TIME"),
-    _option("--to", "before that time; from a day to the same day is that day", dest="end", type=_moment,
-           metavar="TIME"),
-    _option("--time-zone", "time zone of the times, such as Europe/Berlin (default: this machine's)",
-           metavar="NAME"),
+    _time("--from", "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", dest="start"),
+    _time("--to", "before that time; from a day to the same day is that day", dest="end"),
+    _option("--time-zone", "zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
 )
 _JSON = _switch("--json", "for programs: as JSON")
 _JSON_LINES = _switch("--json", "for programs: one JSON object a line")
@@ -9900,28 +9862,25 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_config: (_switch("--markdown", "as a table in Markdown, with defaults only"),),
     command_install: (
         *_INSTALLING,
-        _option("--without", "leave this event out", action="append", metavar="EVENT",
-               choices=OPTIONAL_EVENTS),
+        _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
     command_search: (
-        _option("words", 'words, begin* or "words in a row" that must all occur', nargs="*"), *_FILTERS,
+        _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,
         _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
     command_export: (
-        _option("words", "only events with these words, as in `search`", nargs="*"), *_FILTERS,
+        _words("only events with these words, as in `search`"), *_FILTERS,
         _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMATS), default="ndjson"),
         _option("--output", "file to write to (default: standard output)", metavar="FILE")),
     command_import: (
-        _option("paths", "files or directories (default: every transcript of Claude Code)", nargs="*",
-               metavar="PATH"),),
+        _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
     command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
     command_doctor: (_JSON,),
     command_test_event: (),
     command_demo: (
-        _option("--live", "of live events (default 300); 0: the past only", type=_seconds, default=300,
-               metavar="SECONDS"),
+        _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
         _switch("--remove", "delete the demo's sessions")),
 }
 # fmt: on
