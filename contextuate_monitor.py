@@ -3560,22 +3560,22 @@ class Statistics:
             key_of: Callable[[Cell], int | None],
             about: Callable[[int], JsonObject] = lambda _: {},
         ) -> list[JsonObject]:
-            sessions: dict[int, set[int]] = collections.defaultdict(set)
-            counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
-            tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            cells_of: dict[int, list[Cell]] = collections.defaultdict(list)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
-                    sessions[key].add(cell.session)
-                    counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    if cell.model is not None:
-                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+                    cells_of[key].append(cell)
             rows = []
-            for key in sorted(counts):
-                row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
-                row["tokenUsage"] = used.to_json() if used.models else None
-                row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+            for key, own in sorted(cells_of.items()):
+                row: JsonObject = {"sessions": len({cell.session for cell in own})}
+                row.update(zip(_COUNTED, map(sum, zip(*(cell.counts for cell in own)))))
+                used: dict[str, Tokens] = collections.defaultdict(Tokens)
+                for cell in own:
+                    if cell.model is not None:
+                        used[names[cell.model]] += cell.tokens
+                usage = SessionUsage(0, used)
+                row["tokenUsage"] = usage.to_json() if used else None
+                row["estimatedCostUsd"] = self._prices.estimate(usage) if used else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -4615,7 +4615,7 @@ class WebSocketServer:
     closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
-        self.loop.listen(self.listener, self._accept)
+        self.loop.listen(self.listener, self.adopt)
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
 
     # Sending
@@ -4728,29 +4728,22 @@ class WebSocketServer:
 
     # Receiving
 
-    def _accept(self, sock: socket.socket) -> None:
-        client = self._add(sock)
-        if client is not None:
-            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
-
-    def adopt(self, sock: socket.socket, response: bytes) -> None:
-        """Take over a connection of the HTTP port; `response` ends its opening handshake."""
+    def adopt(self, sock: socket.socket, response: bytes = b"") -> None:
+        """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
         sock.setblocking(False)
-        client = self._add(sock)
-        if client is not None:
-            self._open(client, response)
-
-    def _add(self, sock: socket.socket) -> Client | None:
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
                 sock.send(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
             sock.close()
-            return None
+            return
         with contextlib.suppress(OSError):  # the peer may have disconnected
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = self.clients[sock] = Client(sock)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        return client
+        if response:
+            self._open(client, response)
+        else:
+            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
@@ -5528,37 +5521,21 @@ PAGE_MISSING = """<!doctype html>
 """
 
 
-@functools.lru_cache(maxsize=1)
-def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str]:
-    """Return the dashboard's file, else what to do, and the CSP for its scripts and styles."""
+def page_response(path: str, ws_port: int, host: str) -> Response:
+    """Return the page, or what to do without its file, and its policy, for a request with this Host."""
     body = PAGE_MISSING.replace("@PLACE@", html.escape(path)).encode("utf-8", "replace")
-    if version is not None:
-        with open(path, "rb") as file:
-            body = file.read()
-    policy = ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        body = file.read()
+    policy = "default-src 'none'; "
     for kind in ("script", "style"):
         found = re.findall(rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode()), body, re.S)
         digests = [hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest() for inline in found]
         hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
         policy += f"{kind}-src " + (hashes or "'none'") + "; "
-    return body, policy
-
-
-def page_response(path: str, ws_port: int, host: str) -> Response:
-    """Return the page for a request with this Host header."""
-    version: tuple[int, ...] | None = None
-    with contextlib.suppress(OSError):
-        about = os.stat(path)
-        version = (about.st_ino, about.st_size, about.st_mtime_ns)
-    body, own_policy = page_content(path, version)
     name = re.sub(r":\d+$", "", host)
-    policy = (
-        f"default-src 'none'; {own_policy}img-src 'self' data:; "
-        f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
-        f"wss://{name}; "
-        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
+    policy += f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
+    policy += f"wss://{name}; img-src 'self' data:; form-action 'none'; base-uri 'none'; "
+    policy += "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
 
@@ -8513,7 +8490,7 @@ mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
   < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
   -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
 mira-laptop /home/mira/projects/logslice default clear
-  -318m > Why does a range over midnight find nothing? = gG r q B r b t < Its end lies before its start.
+  -318m > Why does a range over midnight find nothing? = gG r B r b t < Its end lies before its start.
 mira-laptop /home/mira/projects/logslice default
   > Write it into the manual = r G e t < The manual has a section on midnight now.
 mira-laptop /home/mira/projects/tidewater-shop default
@@ -8530,13 +8507,13 @@ jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
   -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
   -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
 build-box /home/ci/projects/tidewater-shop bypassPermissions
-  -3m > Check the cart and the checkout in parallel, then write the release notes = g r
+  -3m > Check the cart and the checkout in parallel, then tidy up the rounding = g r
   background general-purpose Check the cart
     until +58s r g d t g < The cart rounds once, in `round.ts`.
   background general-purpose Check the checkout
     until +176s g R r d < The checkout sends each payment once.
-  < Two subagents check; the release notes follow when both are back.
-  +178s until +236s g r w t d < Both are fine. The release notes are in `CHANGES.md`.
+  < Two subagents check; the rounding follows when both are back.
+  +178s until +236s g r w t d < Both are fine. Amounts are rounded in `round.ts` only.
 jonas-mac /Users/jonas/projects/logslice acceptEdits
   -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
   -3m > Good plan. Implement it = r e g B e B r B e B B
