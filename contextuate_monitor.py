@@ -5365,19 +5365,12 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, encode_json(value))
 
 
-class Query:
+class Query(dict[str, str]):
     """The query parameters of a request, checked as they are read."""
-
-    def __init__(self, text: str) -> None:
-        self._values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
-
-    def text(self, name: str) -> str | None:
-        """Return a parameter; None if it is missing."""
-        return self._values.get(name)
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
         """Return an integer parameter within its bounds."""
-        text = self.text(name)
+        text = self.get(name)
         if text is None:
             return default
         if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
@@ -5386,12 +5379,12 @@ class Query:
 
     def zone(self) -> TimeZone:
         """Return the zone that `timeZone` names."""
-        name = self.text("timeZone")
+        name = self.get("timeZone")
         return time_zone(name) if name else None
 
     def time_range(self) -> tuple[int, int]:
         """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
-        given = (self.text(name) for name in ("from", "to"))
+        given = map(self.get, ("from", "to"))
         start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
         return time_range(start, end, self.zone())
 
@@ -5416,7 +5409,7 @@ class Api:
         raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
-        hidden = query.text("hidden") in ("1", "true")
+        hidden = query.get("hidden") in ("1", "true")
         pieces = encode_with_sessions({"loading": self._monitor.loading}, self._monitor.sessions, hidden)
         # The loop encodes 50 at a time, so that it is not blocked for long and memory stays small.
         body = iter(lambda: self.ask(lambda: b"".join(itertools.islice(pieces, 50))), b"")
@@ -5441,14 +5434,14 @@ class Api:
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
         seq = query.integer("seq")
-        line = self._monitor.journal.find(event_id, query.text("session"), seq)
+        line = self._monitor.journal.find(event_id, query.get("session"), seq)
         if line is None:
             raise RequestError(404, "no event with this id is stored")
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
         lines = matching_lines(self._monitor.journal, self._search_query(query))
-        form = query.text("format") or "ndjson"
+        form = query.get("format") or "ndjson"
         if form not in EXPORT_FORMATS:
             raise SearchError("format", " or ".join(EXPORT_FORMATS))
         content_type, file_name = EXPORT_FORMATS[form]
@@ -5475,7 +5468,7 @@ class Api:
         return json_response(self._monitor.history.search(self._search_query(query)))
 
     def _search_query(self, query: Query) -> SearchQuery:
-        wanted: dict[str, Any] = {name: query.text(name) for name in SEARCH_FIELDS}
+        wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
         in_state = wanted["state"]
         wanted["limit"] = query.integer("limit")
         wanted["from"], wanted["to"] = query.time_range()
@@ -5484,10 +5477,10 @@ class Api:
 
     def _stats(self, query: Query, _body: bytes) -> Response:
         start, end = query.time_range()
-        offset = query.text("utcOffset") or "0"
+        offset = query.get("utcOffset") or "0"
         if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
             raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        wanted = (start, end, query.text("session"), int(offset), query.zone())
+        wanted = (start, end, query.get("session"), int(offset), query.zone())
         figures = self._monitor.history.statistics(*wanted)
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
@@ -5560,9 +5553,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.socket = sock
         self.server_name, self.server_port = "localhost", sock.getsockname()[1]
-        self.access = access
-        self.page = page
-        self.api = api
+        self.access, self.page, self.api = access, page, api
         self.upgraded = upgraded  # called with a WebSocket and its opening response, from any thread
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
@@ -5701,9 +5692,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """Return the response; None if the connection has become a WebSocket."""
         request = self.request_head
         path, _, query_text = self.path.partition("?")
-        query, server = Query(query_text), self.server
+        query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
         if path == "/" and "token=" in query_text:
-            return self._exchange_token(request, query.text("token") or "")
+            return self._exchange_token(request, query.get("token") or "")
         method = "GET" if self.command == "HEAD" else self.command
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
         if path == "/ws":
@@ -8056,17 +8047,12 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
         names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
         backup = next(name for name in names if not os.path.lexists(name))
         emit_event.write_atomically(backup, old_text.encode("utf-8"))
-        try:
-            emit_event.write_atomically(target, new, mode)
-        except OSError:
-            os.unlink(backup)
-            raise
+        emit_event.write_atomically(target, new, mode)
     except OSError as error:
         _raise_install_error(f"{path} cannot be written, nothing was changed", error)
     with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
-        os.chown(target, about.st_uid, about.st_gid)
-    with contextlib.suppress(OSError):
         os.chmod(target, mode)  # as it was: the umask has changed it
+        os.chown(target, about.st_uid, about.st_gid)
     return backup
 
 
