@@ -5396,7 +5396,7 @@ class Api:
         self.ask = monitor.loop.call
         self.status = monitor.status
         self._monitor = monitor
-        self._handle_message = handle_message
+        self._handle = handle_message
 
     def respond(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError, and errors that `RequestHandler` sends as 400 or 503."""
@@ -5405,7 +5405,8 @@ class Api:
             if match and method != allowed:
                 raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
-                return handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
+                answer = handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
+                return answer if isinstance(answer, Response) else json_response(answer)
         raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
@@ -5414,9 +5415,6 @@ class Api:
         # The loop encodes 50 at a time, so that it is not blocked for long and memory stays small.
         body = iter(lambda: self.ask(lambda: b"".join(itertools.islice(pieces, 50))), b"")
         return Response(200, itertools.chain([next(body)], body))
-
-    def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
-        return json_response(self.ask(lambda: self.status.session_json(session_id)))
 
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
         limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
@@ -5449,23 +5447,17 @@ class Api:
         table = call_table(lines) if form == "csv" else lines
         return Response(200, in_chunks(table), content_type, (disposition,))
 
-    def _hooks(self, _query: Query, body: bytes) -> Response:
+    def _hooks(self, _query: Query, body: bytes) -> JsonObject:
         emit_event.parse_event_line(body)
         if not self.ask(lambda: self._monitor.take_now(body)):
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
-        return json_response({})
+        return {}
 
-    def _message(self, _query: Query, body: bytes) -> Response:
-        return json_response(self._handle_message(emit_event.parse_event_line(body)))
-
-    def _stop(self, _query: Query, body: bytes) -> Response:
+    def _stop(self, _query: Query, body: bytes) -> JsonObject:
         if emit_event.parse_event_line(body).get("startedAt") != self._monitor.started_at:
             raise RequestError(409, "another monitor is asked to stop")
         self._monitor.stop()
-        return json_response({})
-
-    def _search(self, query: Query, _body: bytes) -> Response:
-        return json_response(self._monitor.history.search(self._search_query(query)))
+        return {}
 
     def _search_query(self, query: Query) -> SearchQuery:
         wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
@@ -5475,7 +5467,7 @@ class Api:
         sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
         return search_query(wanted, sessions)
 
-    def _stats(self, query: Query, _body: bytes) -> Response:
+    def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
         offset = query.get("utcOffset") or "0"
         if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
@@ -5486,23 +5478,23 @@ class Api:
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
             row["label"] = labels.get(row["sessionId"])
-        return json_response(figures)
+        return figures
 
-    ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+    ROUTES: tuple[tuple[str, str, Callable[..., Response | JsonObject]], ...] = (
         ("POST", r"/api/hooks", _hooks),
-        ("GET", r"/health", lambda api, *_: json_response({"status": "ok", "version": __version__})),
+        ("GET", r"/health", lambda *_: {"status": "ok", "version": __version__}),
         ("GET", r"/api/status", lambda api, *_: Response(200, api.status.encoded())),
-        ("GET", r"/api/config", lambda api, *_: json_response(api.ask(api.status.config))),
+        ("GET", r"/api/config", lambda api, *_: api.ask(api.status.config)),
         ("GET", r"/api/sessions", _sessions),
-        ("GET", r"/api/sessions/([^/]+)", _session),
+        ("GET", r"/api/sessions/([^/]+)", lambda api, *it: api.ask(lambda: api.status.session_json(it[-1]))),
         ("GET", r"/api/sessions/([^/]+)/events", _events),
         ("GET", r"/api/events", _events),
         ("GET", r"/api/events/([^/]+)", _event),
         ("GET", r"/api/export", _export),
-        ("GET", r"/api/search", _search),
+        ("GET", r"/api/search", lambda api, query, _: api._monitor.history.search(api._search_query(query))),
         ("GET", r"/api/stats", _stats),
         ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
-        ("POST", r"/api/message", _message),
+        ("POST", r"/api/message", lambda api, _, body: api._handle(emit_event.parse_event_line(body))),
         ("POST", r"/api/stop", _stop),
     )
 
@@ -7778,18 +7770,6 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
     return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
 
 
-def command_trouble(command: str) -> str:
-    """Return why the interpreter or script in our command cannot run; "" if both can."""
-    interpreter, *options, script = shlex.split(command)[:4]
-    try:
-        starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
-    except OSError:
-        starts = False
-    if not starts:
-        return f"{interpreter} is gone or does not start"
-    return "" if os.path.isfile(script) else f"{script} is not there"
-
-
 def base_interpreter() -> str:
     """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
@@ -8347,8 +8327,9 @@ class Doctor:
 
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
         """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
-        done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        trouble = command_trouble(commands[0]) if commands else ""
+        done = send_through_hook(self._settings, token)
+        lines = done.stderr.strip().splitlines()
+        foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -8356,11 +8337,10 @@ class Doctor:
         if done.returncode or done.stdout:
             return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
         if was_delivered(done.stderr):
-            if trouble:
-                yield _warn("hook", f"{trouble}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            if foreign:
+                yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
             return ""
-        last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return trouble or last or "the hook says nothing"
+        return [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
 
     def _probe(self) -> Findings:
         """Send one event through the hook, and wait until Redis and the monitor have it."""

@@ -8650,7 +8650,7 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
     "another Python": (
         doctor_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
-        0, "hook warn", "/gone/python3.8 is gone or does not start: another Python 3",
+        0, "hook warn", "/gone/python3.8: not found: another Python 3",
     ),
     "no second choice": (
         doctor_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
@@ -8658,11 +8658,11 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     ),
     "no Python": (
         doctor_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
-        1, "probe fail", "/gone/python3 is gone or does not start",
+        1, "probe fail", "/gone/python3: not found",
     ),
     "no script": (
         doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
-        1, "probe fail", "/gone/hooks/emit_event.py is not there",
+        1, "probe fail", "can't open file '/gone/hooks/emit_event.py'",
     ),
     "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
     "an environment in the settings": (
