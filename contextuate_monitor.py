@@ -463,9 +463,8 @@ class FrameParser:
         return opcode
 
     def _parse_data(self, size: int, mask: bytes) -> Generator[None, None, None]:
-        """Decode a data frame's payload as it arrives, so that bad UTF-8 fails at once."""
         done = 0
-        while done < size:
+        while done < size:  # decoded as it arrives, so that bad UTF-8 fails at once
             while not self._buffer:
                 yield
             piece = bytes(self._buffer[: size - done])
@@ -764,7 +763,7 @@ class Journal:
             yield from (line for _, line in keyed if line)
 
     def _runs(self, session: str | None, after: int, before: int) -> Iterator[list[JournalFile]]:
-        """Yield for each day, newest first, the files that can contain these numbers."""
+        """Yield the files that can contain these numbers, day by day, newest first."""
         days = self.days()[::-1]
         for group in [[day] for day in days] if self.in_order else [days]:
             files = [file for day in group for file in self.day_files(day, session) if file.last_seq]
@@ -3661,7 +3660,6 @@ class Statistics:
         }
 
     def _failing(self) -> list[JsonObject]:
-        """Return the calls that fail most often: the same tool with the same target."""
         rows = self._db.execute(
             f"""WITH failed AS (
                 SELECT target, count(*) AS failures, max(event) AS example
@@ -3864,8 +3862,7 @@ class History:
             raise NoStatistics(f"the index cannot be read now: {error}") from None
 
     def _read_failed(self, error: sqlite3.Error) -> None:
-        """Rebuild a damaged index; the index thread notices a missing one."""
-        if not isinstance(error, sqlite3.OperationalError):
+        if not isinstance(error, sqlite3.OperationalError):  # it is damaged; the thread notices a missing one
             self._remove(str(error))
         self._wake.set()
 
@@ -3914,7 +3911,6 @@ class History:
         return INDEX_RETRY_S
 
     def _fill(self, file: IndexFile) -> None:
-        """Keep the file up to date until it is removed or the monitor stops."""
         self._compare(file)
         while not file.is_removed():
             self._wake.clear()
@@ -4004,7 +4000,7 @@ class History:
 # Stored lines in, lines out. Does not know: HTTP, the command line.
 # ---------------------------------------------------------------------------
 
-EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_CHUNK_LINES = 100
 EXPORT_FORMATS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
@@ -4031,17 +4027,10 @@ def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks of EXPORT_CHUNK_BYTES."""
-    chunk: list[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line + b"\n")
-        size += len(line) + 1
-        if size >= EXPORT_CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
+    """Join lines, each with its newline, into chunks of EXPORT_CHUNK_LINES."""
+    rest = iter(lines)
+    while chunk := b"".join(line + b"\n" for line in itertools.islice(rest, EXPORT_CHUNK_LINES)):
+        yield chunk
 
 
 def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -5020,7 +5009,6 @@ class Subscription(threading.Thread):
             self._report(self._link.log_change, message, {"streamReason": reason})
 
     def _check_position(self, stream: str) -> None:
-        """Restart from the beginning if the stream is new; report a gap if unread events were trimmed."""
         newest = self._client.xrevrange(stream, "+", "-", 1)
         oldest = self._client.xrange(stream, "-", "+", 1)
         here = position_key(self._position)
@@ -5681,7 +5669,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return same_user_on_loopback(self.connection)
 
     def _answer(self) -> Response | None:
-        """Return the response; None if the connection has become a WebSocket."""
         request = self.request_head
         path, _, query_text = self.path.partition("?")
         query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
@@ -8343,7 +8330,6 @@ class Doctor:
         return [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
 
     def _probe(self) -> Findings:
-        """Send one event through the hook, and wait until Redis and the monitor have it."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
         client, channel = self._client, self._settings["redis.channel"]
         about: Any = self._about
@@ -8607,7 +8593,6 @@ class _DemoAgent:
             self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
     def answer(self, text: str) -> None:
-        """End the turn, or the subagent; after a turn comes an event with the tokens so far."""
         self.pause()
         tasks = [task for end, task in self.running if end > self.at]
         name = "SubagentStop" if self.fields else "Stop"
@@ -8753,11 +8738,8 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
 
 def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
     seen = set()
-
-    def skip(error: OSError) -> None:
-        skipped.append(f"{error.filename}: {error.strerror}")
-
-    for directory, folders, names in os.walk(folder, followlinks=True, onerror=skip):
+    errors: list[OSError] = []
+    for directory, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         if os.path.realpath(directory) in seen:
             skipped.append(f"{directory}: is a link to a directory that was read already")
             folders.clear()
@@ -8767,6 +8749,7 @@ def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
         for name in sorted(names):
             if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
                 yield os.path.join(directory, name)
+    skipped += [f"{error.filename}: {error.strerror}" for error in errors]
 
 
 def open_regular(path: str) -> io.BufferedReader:
@@ -9707,20 +9690,14 @@ def command_demo(args: argparse.Namespace) -> int:
         print(f"{len(demo)} demo sessions removed")
     if args.remove:
         return 0
-    begin, on_terminal = now_ms(), sys.stderr.isatty()
+    if args.live:
+        print_status(f"the page shows the demo live for {args.live:.0f} s; Ctrl-C ends it")
+    day = list(demo_day(now_ms(), args.live))
     with EventSender(about["socketPath"]) as sender:
-        for sent, (timestamp, event) in enumerate(demo_day(begin, args.live), 1):
-            wait_s = (timestamp - now_ms()) / 1000
-            if wait_s > 0:
-                if on_terminal:
-                    live_s = (timestamp - begin) // 1000
-                    words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
-                    print(words, end="", file=sys.stderr)
-                time.sleep(wait_s)
+        for timestamp, event in day:
+            time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
             sender.send([event])
-    if on_terminal:
-        print(file=sys.stderr)
-    print(f"{sent} demo events sent; `demo --remove` deletes them")
+    print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 
 
