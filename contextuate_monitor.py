@@ -3559,22 +3559,22 @@ class Statistics:
             key_of: Callable[[Cell], int | None],
             about: Callable[[int], JsonObject] = lambda _: {},
         ) -> list[JsonObject]:
-            cells_of: dict[int, list[Cell]] = collections.defaultdict(list)
+            sessions: dict[int, set[int]] = collections.defaultdict(set)
+            counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
+            tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
-                    cells_of[key].append(cell)
-            rows = []
-            for key, own in sorted(cells_of.items()):
-                row: JsonObject = {"sessions": len({cell.session for cell in own})}
-                row.update(zip(_COUNTED, map(sum, zip(*(cell.counts for cell in own)))))
-                used: dict[str, Tokens] = collections.defaultdict(Tokens)
-                for cell in own:
+                    sessions[key].add(cell.session)
+                    counts[key] = [*map(operator.add, counts[key], cell.counts)]
                     if cell.model is not None:
-                        used[names[cell.model]] += cell.tokens
-                usage = SessionUsage(0, used)
-                row["tokenUsage"] = usage.to_json() if used else None
-                row["estimatedCostUsd"] = self._prices.estimate(usage) if used else None
+                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+            rows = []
+            for key in sorted(counts):
+                row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
+                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                row["tokenUsage"] = used.to_json() if used.models else None
+                row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
