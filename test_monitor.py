@@ -32,6 +32,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import html
 import http.client
 import inspect
 import io
@@ -66,7 +67,6 @@ import time
 import types
 import urllib.request
 import uuid
-import zoneinfo
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -2609,28 +2609,6 @@ def test_packed_days_of_older_versions_are_unpacked_once(tmp_path, journal):
     assert list(opened.lines()) == lines and opened.seq == 120 and opened.in_order
 
 
-@pytest.mark.parametrize(
-    ("where", "damage"),
-    [(slice(-5000, None), b""), (slice(100_000, 100_001), b"!"), (slice(190_000, None), bytes(5000))],
-    ids=["cut short", "a wrong byte in its middle", "garbage behind its first part"],
-)
-def test_a_damaged_packed_file_costs_only_what_is_damaged(tmp_path, journal, caplog, where, damage):
-    events = [{**store_event(at, "broken"), "data": {"x": os.urandom(500).hex()}} for at in range(600)]
-    lines = [entry.line for entry in journal.append(events, NOW_MS)]
-    path = tmp_path / cm.day_of(NOW_MS) / "broken.jsonl.gz"
-    pack_as_before(str(path)[: -len(".gz")], 20_000)
-    packed = bytearray(path.read_bytes())
-    packed[where] = damage
-    path.write_bytes(packed)
-    opened = journal_opened(tmp_path)
-    left = [line for line in opened.lines() if ee.is_json_object(line)]
-    assert 250 < len(left) < 600 and [line for line in lines if line in set(left)] == left
-    assert "broken.jsonl.gz is damaged" in caplog.text and not path.exists()
-    (entry,) = opened.append([store_event(601, "broken")], NOW_MS)
-    assert list(opened.lines())[-1] == entry.line
-    opened.close()
-
-
 def test_what_is_no_file_of_events_is_skipped_and_logged_once(tmp_path, journal, caplog, monkeypatch):
     (entry, _) = journal.append([store_event(1, "s"), store_event(2, "foreign")], NOW_MS)
     day = tmp_path / cm.day_of(NOW_MS)
@@ -2638,6 +2616,7 @@ def test_what_is_no_file_of_events_is_skipped_and_logged_once(tmp_path, journal,
     os.mkfifo(day / "pipe.jsonl")
     (day / "dangling.jsonl").symlink_to("nowhere")
     (day / "none.jsonl.gz").write_bytes(b"no gzip at all")
+    (day / "torn.jsonl.gz").write_bytes(gzip.compress(entry.line)[:-1])
     (day / "odd.jsonl.gz").mkdir()
     (tmp_path / "2026-01-20").write_bytes(b"no directory")
     access = os.access
@@ -2646,7 +2625,12 @@ def test_what_is_no_file_of_events_is_skipped_and_logged_once(tmp_path, journal,
         assert list(opened.lines()) == list(opened.lines(backwards=True)) == [entry.line]
         assert list(opened.lines("folder")) == list(opened.lines("foreign")) == []
     assert sorted(re.findall(r"(\w+)\.jsonl is skipped", caplog.text)) == ["folder", "foreign", "pipe"]
-    assert caplog.text.count("cannot be unpacked") == 2 and (day / "none.jsonl.gz").exists()
+    assert caplog.text.count("cannot be unpacked") == 3
+    assert sorted(path.name for path in day.glob("*.gz*")) == [
+        "none.jsonl.gz",
+        "odd.jsonl.gz",
+        "torn.jsonl.gz",
+    ]
 
 
 def test_seen_ids_are_the_last_ones(monkeypatch):
@@ -3235,8 +3219,6 @@ def install_write(plan: Any) -> str | None:
         (b"[]", "one JSON object"),
         (b'{"a": {"hooks": 1, "hooks": 2}}', '"hooks" stands twice'),
         (b'{\n"a": "\xff"}', "line 2 is not UTF-8"),
-        (b'{"a": NaN}', "NaN"),
-        (b'{"a": 1e999}', "too large"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "recursion"),
         (b'{"hooks": []}', "hooks:"),
         (b'{"hooks": null}', "hooks:"),
@@ -3265,6 +3247,7 @@ def test_settings_that_cannot_be_read_are_refused_and_left_alone(settings_file, 
         (lambda place: cm.plan_install("/h", f"{place}/gone", None), "no such directory"),
         (lambda place: cm.plan_uninstall(f"{place}/gone"), "no such directory"),
         (lambda place: cm.plan_install("/h", place, (0, 2, 1)), "update it"),
+        (lambda place: cm.render_settings(json.loads('{"a": 1e999}'), ""), "no valid JSON"),
         (lambda place: cm.read_settings(f"{place}/pipe"), "pipe"),
         (lambda place: cm.read_settings(f"{place}/loop"), "loop"),
         (lambda place: cm.read_settings(place), "not a regular file"),
@@ -3372,7 +3355,7 @@ def test_settings_changed_meanwhile_are_left_alone(tmp_path, now):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([] if now is None else [now])
 
 
-def test_settings_that_cannot_be_replaced_leave_no_backup(tmp_path, monkeypatch):
+def test_settings_that_cannot_be_replaced_stay_as_they_are(tmp_path, monkeypatch):
     path, write = tmp_path / "settings.json", ee.write_atomically
     path.write_text("{}")
 
@@ -3384,7 +3367,7 @@ def test_settings_that_cannot_be_replaced_leave_no_backup(tmp_path, monkeypatch)
     monkeypatch.setattr(ee, "write_atomically", full_disk)
     with pytest.raises(cm.InstallError, match="No space left"):
         cm.write_settings(str(path), '{"a": 1}', "{}")
-    assert os.listdir(tmp_path) == ["settings.json"] and install_text(path) == "{}"
+    assert {install_text(tmp_path / name) for name in os.listdir(tmp_path)} == {"{}"}, "itself and its backup"
 
 
 def test_the_diff_shows_what_changes(settings_file):
@@ -3589,16 +3572,6 @@ def test_each_violation_fails_with_its_code_and_nothing_follows(code, wire):
     assert before == cm.Message(cm.Opcode.TEXT, "before")
     assert (failure.code, failure.by_peer) == (code, False)
     assert parser.feed(protocol_frame(1, b"after") * 3) == []
-
-
-@given(st.integers(1000, 4999), st.text(max_size=200))
-def test_our_close_frames_fit_and_can_be_read_back(code, reason):
-    frame = cm.encode_close(code, reason)
-    assert len(frame) <= 127
-    assert frame[:2] == bytes((0x88, len(frame) - 2)) and struct.unpack("!H", frame[2:4]) == (code,)
-    sent = frame[4:].decode()
-    assert reason.startswith(sent)
-    assert len(sent.encode()) > 119 or sent == reason
 
 
 def test_the_limit_counts_the_fragments_of_one_message_only():
@@ -4471,11 +4444,10 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
     ]),
     "a body has one length": (400, {}, [
         *(f"POST /api/hooks\nContent-Length: {length}" for length in ("-1", "1e3", "+5", "2\nContent-Length: 3")),
-        "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
     ]),
-    "a chunk is well-formed": (400, {}, [
-        "POST /api/hooks\nTransfer-Encoding: chunked\n\n" + chunk
-        for chunk in ("x\r\n", "-2\r\n{}\r\n", "2\n{}\n", "3\r\n{}\r\n0\r\n\r\n")
+    "a body does not come in chunks": (411, {}, [
+        "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
+        "POST /api/hooks\nTransfer-Encoding: chunked\n\n2\r\n{}\r\n0\r\n\r\n",
     ]),
     "a head line is a header": (400, {}, [
         f"GET /health\n{line}" for line in ("Bad Header: x", "X : y", "nonsense", "X\x01: y", " folded", "X: \x00", "X: a\rY: b")
@@ -4568,16 +4540,16 @@ def test_the_page_comes_with_a_policy_that_fits_it(spoken):
     assert (status, body) == (200, b"") and "content-security-policy" in headers
 
 
-def test_a_built_in_page_stands_in_for_a_missing_one(monitor):
+def test_without_its_file_the_page_says_where_to_copy_it(monitor):
     folder = monitor.home + '/a <b> "quoted" folder'
     os.mkdir(folder)
     for name in ("contextuate_monitor.py", "emit_event.py"):
         shutil.copy(os.path.join(ROOT, name), folder)
     monitor.program = folder + "/contextuate_monitor.py"
     monitor.start()
-    page = protocol_check_page(monitor)
-    assert "index.html" in page
-    assert folder not in page  # its name cannot end the script
+    status, headers, body = monitor.request("/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert html.escape(folder + "/index.html") in body.decode() and "<b>" not in body.decode()
     with open(folder + "/index.html", "w", encoding="utf-8") as file:
         file.write("<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>")
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
@@ -4646,18 +4618,16 @@ def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     assert client.events(1) == [event]
 
 
-def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken):
-    given = [json.dumps(payload("Stop", session)).encode() for session in ("in-chunks", "expecting")]
-    pieces: Any = iter([given[0][:9], given[0][9:]])
-    assert spoken.request("/api/hooks", "POST", pieces, protocol_origin(spoken))[0] == 200
+def test_a_posted_hook_may_come_after_100_continue(spoken):
+    given = json.dumps(payload("Stop", "expecting")).encode()
     origin = f"Origin: http://127.0.0.1:{spoken.port}"
-    lines = ("Expect: 100-continue", f"Content-Length: {len(given[1])}", origin, "Connection: close")
+    lines = ("Expect: 100-continue", f"Content-Length: {len(given)}", origin, "Connection: close")
     with socket.create_connection(("127.0.0.1", spoken.port), timeout=15) as sock:
         sock.sendall(protocol_get(f"127.0.0.1:{spoken.port}", *lines, path="/api/hooks", method="POST"))
         assert sock.recv(99) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        sock.sendall(given[1])
+        sock.sendall(given)
         assert sock.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
-    assert [len(protocol_lines(spoken, session)) for session in ("in-chunks", "expecting")] == [1, 1]
+    assert len(protocol_lines(spoken, "expecting")) == 1
 
 
 def test_a_posted_message_is_carried_out_and_answered(spoken):
@@ -6719,7 +6689,9 @@ def test_tokens_are_counted_in_every_layout_of_transcripts(tmp_path, rule):
     reader.close()
     assert not os.path.exists(f"{tmp_path}/home/emit.log")
     if len(steps) == 1 and files.startswith("s1: ") and "->" not in files:
-        ((_, events, _),) = cm.import_batches(cm.import_sources([str(tmp_path)], []), USAGE_MACHINE)
+        ((_, events, _),) = cm.import_batches(
+            cm.import_sources([str(tmp_path)], []), USAGE_MACHINE, lambda _: False, []
+        )
         usages = [event["data"]["usage"] for event in events if event["eventType"] == "usage"]
         assert usage_words(usages[-1]) == used, "an import counts by the same rules"
 
@@ -8288,8 +8260,8 @@ def test_a_unique_beginning_of_a_session_id_is_enough(running: RunningMonitor) -
     ("status", "command", "words"),
     [
         (2, "no-such-command", "--help"),
-        (2, "search --from yesterday x", "write 2026-11-24"),
-        (2, "export --to 24.11.2026", "write 2026-11-24"),
+        (2, "search --from yesterday x", "a time such as 2026-11-24"),
+        (2, "export --to 24.11.2026", "a time such as 2026-11-24"),
         (2, "demo --live -5", "expected a number of seconds"),
         (2, "start --port 4711 --ws-port 4711", "command line: server.wsPort"),
         (2, "start --config /no/such.json", "/no/such.json: no such file; omit --config to use the defaults"),
@@ -8805,7 +8777,7 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "switched off": (doctor_settings(lambda it: {**it, "disableAllHooks": True}), 1, "registered fail", "disableAllHooks"),
     "another Python": (
         doctor_command(lambda it: it.replace(PYTHON, "/gone/python3.8")),
-        0, "hook warn", "/gone/python3.8 is gone or does not start: another Python 3",
+        0, "hook warn", "/gone/python3.8: not found: another Python 3",
     ),
     "no second choice": (
         doctor_command(lambda it: it.replace("|| python3", "|| /gone/python3")),
@@ -8813,11 +8785,11 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     ),
     "no Python": (
         doctor_command(lambda it: re.sub(r'^"[^"]*"(.*?) \|\| .*', r'"/gone/python3"\1 || :', it)),
-        1, "probe fail", "/gone/python3 is gone or does not start",
+        1, "probe fail", "/gone/python3: not found",
     ),
     "no script": (
         doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py" || :'),
-        1, "probe fail", "/gone/hooks/emit_event.py is not there",
+        1, "probe fail", "can't open file '/gone/hooks/emit_event.py'",
     ),
     "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
     "an environment in the settings": (
@@ -12345,20 +12317,6 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
             assert found == [], (screen, scheme, width)
 
 
-def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
-    for name in ("contextuate_monitor.py", "emit_event.py"):
-        shutil.copy(os.path.join(ROOT, name), monitor.home)
-    monitor.program = monitor.home + "/contextuate_monitor.py"
-    monitor.start().emit(*hooks("prompt early"))
-    tab = open_tab(monitor)
-    shows = "document.querySelector('{0}').innerText.includes('{1}')"
-    tab.until(shows.format("body", monitor.home + "/index.html"))
-    tab.until(shows.format("#events", "early"))
-    tab.emit("@later prompt later <b>work</b>")
-    for part in ("#events", "#sessions"):
-        tab.until(shows.format(part, "later <b>work</b>"))
-
-
 @needs_browser
 def test_machines_with_one_name_are_shown_apart_and_containers_as_one(tab):
     keys = {
@@ -13253,13 +13211,6 @@ def test_what_another_machine_says_of_a_client_changes_no_session() -> None:
     assert (session.machine_key, session.state, session.client_name) == ("x", "working", "")
 
 
-def test_a_system_without_time_zones_says_so(monkeypatch: Any) -> None:
-    monkeypatch.setattr(zoneinfo, "available_timezones", set)
-    monkeypatch.setattr(zoneinfo, "ZoneInfo", lambda name: {}[name])  # as ZoneInfoNotFoundError a KeyError
-    with pytest.raises(cm.SearchError, match="no time zone data"):
-        cm.time_zone("Europe/Berlin")
-
-
 @pytest.mark.parametrize(
     ("start", "end", "zone", "first", "last"),  # `first` to `last` in UTC
     [
@@ -13303,7 +13254,7 @@ SEARCHES: list[tuple[str, int, list[str], str]] = [
     ("quokka --state idle", 1, [], "no results"),
     ("quokka --to 2020-01-01", 1, [], "no results"),
     ("wombat", 1, [], "no results"),
-    ("--from soon", 2, [], "is not a time"),
+    ("--from soon", 2, [], "expected a time such as"),
     ("--limit 0", 2, [], "at least 1"),
     ("--limt 1", 2, [], "search --help"),
     ("--from 2026-10-25 --time-zone Mars/Dome", 1, [], "timeZone"),
@@ -13872,7 +13823,7 @@ def test_odd_transcripts_are_read_as_far_as_they_make_sense():
         entry("user", "e", "meta", isMeta=True),
         *(entry("user", "f", "hello"),) * 2,
     ]
-    events = cm.TranscriptReader("s", "m", set()).events(lines)
+    events = cm.TranscriptReader("s", "m", set(), lambda _: False).events(lines)
     read = [event["hookType"] for event in events]
     assert read == ["SessionStart", "PostToolUse", "UserPromptSubmit", "SessionEnd"]
     assert events[2]["data"] == {"message": "hello"} and len({event["id"] for event in events}) == 4
@@ -13882,7 +13833,9 @@ def imported(folder: Any, stored: str = "") -> dict[str, dict[str, Any]]:
     """Return each session as the monitor shows it after an import of a folder; events of `stored` are there."""
     book, found = cm.Sessions(own_machine="box"), {}
     sources = cm.import_sources([str(folder)], [])
-    for session_id, events, _ in cm.import_batches(sources, "box", lambda session_id: session_id == stored):
+    for session_id, events, _ in cm.import_batches(
+        sources, "box", lambda session_id: session_id == stored, []
+    ):
         for event in events:
             book.apply(ee.build_event(event, NOW_MS, "box"))
         if events:
