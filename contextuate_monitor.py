@@ -3149,7 +3149,7 @@ def time_zone(name: str) -> TimeZone:
     try:
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise SearchError("timeZone", "a time zone that is installed here, such as Europe/Berlin") from None
+        raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
 
 def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
@@ -5728,22 +5728,48 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
 
     def _body(self, request: Request) -> bytes:
-        length = request.one("content-length")
-        if request.one("transfer-encoding"):
-            raise RequestError(411, "a body needs a Content-Length")
-        if not re.fullmatch("[0-9]{0,12}", length):
-            raise RequestError(400, "Content-Length is malformed")
-        if int(length or 0) > emit_event.LINE_LIMIT_BYTES:
-            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        coding, length = request.one("transfer-encoding").lower(), request.one("content-length")
+        if (coding and length) or coding not in ("", "chunked") or not re.fullmatch("[0-9]{0,12}", length):
+            raise RequestError(400, "a body needs either a Content-Length or Transfer-Encoding: chunked")
         self.server.deadlines[self.connection] = time.monotonic() + BODY_DEADLINE_S
         try:
-            body = self.rfile.read(int(length or 0))
+            body = self._read_whole_body(int(length or 0), is_chunked=bool(coding))
         except TimeoutError:
             raise RequestError(408, "the body did not arrive in time") from None
         self.server.deadlines.pop(self.connection, None)
-        if len(body) < int(length or 0):
-            raise RequestError(400, "the body ended early")
         return body
+
+    def _read_whole_body(self, length: int, is_chunked: bool) -> bytes:
+        if not is_chunked:
+            return self._read_body(length)
+        body = bytearray()
+        while size := self._chunk_size():
+            body += self._read_body(size, len(body))
+            if self.rfile.read(2) != b"\r\n":
+                raise RequestError(400, "a chunk is malformed")
+        while self._chunk_line() != b"\r\n":
+            pass  # trailers are ignored
+        return bytes(body)
+
+    def _read_body(self, size: int, have: int = 0) -> bytes:
+        if have + size > emit_event.LINE_LIMIT_BYTES:
+            raise RequestError(413, f"a body may have {emit_event.LINE_LIMIT_BYTES} bytes")
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise RequestError(400, "the body ended early")
+        return data
+
+    def _chunk_size(self) -> int:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[^\r\n]*)?\r\n", self._chunk_line())
+        if match is None:
+            raise RequestError(400, "a chunk is malformed")
+        return int(match[1], 16)
+
+    def _chunk_line(self) -> bytes:
+        line = self.rfile.readline(1024)
+        if not line.endswith(b"\r\n"):
+            raise RequestError(400, "a chunk is malformed")
+        return line
 
     def _send(self, response: Response) -> None:
         body = response.body

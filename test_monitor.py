@@ -4444,10 +4444,11 @@ PROTOCOL_REFUSED: dict[str, tuple[int, dict[str, str], list[str | bytes]]] = {
     ]),
     "a body has one length": (400, {}, [
         *(f"POST /api/hooks\nContent-Length: {length}" for length in ("-1", "1e3", "+5", "2\nContent-Length: 3")),
-    ]),
-    "a body does not come in chunks": (411, {}, [
         "POST /api/hooks\nTransfer-Encoding: chunked\nContent-Length: 2", "POST /api/hooks\nTransfer-Encoding: gzip",
-        "POST /api/hooks\nTransfer-Encoding: chunked\n\n2\r\n{}\r\n0\r\n\r\n",
+    ]),
+    "a chunk is well-formed": (400, {}, [
+        "POST /api/hooks\nTransfer-Encoding: chunked\n\n" + chunk
+        for chunk in ("x\r\n", "-2\r\n{}\r\n", "2\n{}\n", "3\r\n{}\r\n0\r\n\r\n")
     ]),
     "a head line is a header": (400, {}, [
         f"GET /health\n{line}" for line in ("Bad Header: x", "X : y", "nonsense", "X\x01: y", " folded", "X: \x00", "X: a\rY: b")
@@ -4618,16 +4619,18 @@ def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     assert client.events(1) == [event]
 
 
-def test_a_posted_hook_may_come_after_100_continue(spoken):
-    given = json.dumps(payload("Stop", "expecting")).encode()
+def test_a_posted_hook_may_come_in_chunks_or_after_100_continue(spoken):
+    given = [json.dumps(payload("Stop", session)).encode() for session in ("in-chunks", "expecting")]
+    pieces: Any = iter([given[0][:9], given[0][9:]])
+    assert spoken.request("/api/hooks", "POST", pieces, protocol_origin(spoken))[0] == 200
     origin = f"Origin: http://127.0.0.1:{spoken.port}"
-    lines = ("Expect: 100-continue", f"Content-Length: {len(given)}", origin, "Connection: close")
+    lines = ("Expect: 100-continue", f"Content-Length: {len(given[1])}", origin, "Connection: close")
     with socket.create_connection(("127.0.0.1", spoken.port), timeout=15) as sock:
         sock.sendall(protocol_get(f"127.0.0.1:{spoken.port}", *lines, path="/api/hooks", method="POST"))
         assert sock.recv(99) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        sock.sendall(given)
+        sock.sendall(given[1])
         assert sock.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
-    assert len(protocol_lines(spoken, "expecting")) == 1
+    assert [len(protocol_lines(spoken, session)) for session in ("in-chunks", "expecting")] == [1, 1]
 
 
 def test_a_posted_message_is_carried_out_and_answered(spoken):
