@@ -73,7 +73,6 @@ import gzip
 import hashlib
 import heapq
 import hmac
-import html
 import http.client
 import http.server
 import importlib.util
@@ -5514,16 +5513,39 @@ class Api:
     )
 
 
-PAGE_MISSING = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Contextuate Monitor</title>
-<p>The page's file is missing. Copy <code>index.html</code> to <code>@PLACE@</code> and reload. Until then:
-<code>python3 contextuate_monitor.py sessions</code>
+BUILT_IN_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<link rel="icon" href="data:,"><title>Contextuate Monitor</title>
+<style>:root{color-scheme:light dark;font:13px/1.5 system-ui,sans-serif}
+p{border-left:3px solid #b45309;padding-left:8px}pre{tab-size:16;overflow:auto}
+</style></head><body><h1>Contextuate Monitor</h1>
+<p>The dashboard file is missing. Copy <code>index.html</code> to <code id="place"></code> and reload.
+Until then, this page shows a summary.</p>
+<h2>Sessions</h2><pre id="sessions"></pre><h2>Latest events</h2><pre id="events"></pre>
+<script>
+const show = (id, text) => document.getElementById(id).textContent = text;
+const table = (rows) => rows.map((cells) => cells.filter((it) => it).join("\\t")).join("\\n");
+const ask = async (path) => (await fetch(path)).json();
+show("place", "@PLACE@");
+async function refresh() {
+  if (document.hidden) return;
+  const {sessions} = await ask("api/sessions"), {events} = await ask("api/events?limit=100");
+  sessions.sort((a, b) => b.lastEventTime - a.lastEventTime);
+  show("sessions", table(sessions.slice(0, 50).map((s) => [s.state, s.label, s.machineId,
+    s.reason ? s.reason.kind + " " + (s.reason.detail || "") : s.activity])));
+  show("events", table(events.reverse().map((e) => [new Date(e.timestamp).toLocaleTimeString(),
+    e.hookType || e.eventType, e.data.toolName, e.data.target || e.data.text || e.data.message])));
+}
+refresh();
+setInterval(() => refresh().catch(() => {}), 2000);
+</script></body></html>
 """
 
 
 def page_response(path: str, ws_port: int, host: str) -> Response:
-    """Return the page, or what to do without its file, and its policy, for a request with this Host."""
-    body = PAGE_MISSING.replace("@PLACE@", html.escape(path)).encode("utf-8", "replace")
+    """Return the page, or the built-in one without its file, and its policy, for a request with this Host."""
+    place = json.dumps(path)[1:-1].replace("<", "\\u003c")
+    body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
     with contextlib.suppress(OSError), open(path, "rb") as file:
         body = file.read()
     policy = "default-src 'none'; "

@@ -32,7 +32,6 @@ import functools
 import glob
 import gzip
 import hashlib
-import html
 import http.client
 import inspect
 import io
@@ -4541,16 +4540,16 @@ def test_the_page_comes_with_a_policy_that_fits_it(spoken):
     assert (status, body) == (200, b"") and "content-security-policy" in headers
 
 
-def test_without_its_file_the_page_says_where_to_copy_it(monitor):
+def test_a_built_in_page_serves_in_place_of_a_missing_one(monitor):
     folder = monitor.home + '/a <b> "quoted" folder'
     os.mkdir(folder)
     for name in ("contextuate_monitor.py", "emit_event.py"):
         shutil.copy(os.path.join(ROOT, name), folder)
     monitor.program = folder + "/contextuate_monitor.py"
     monitor.start()
-    status, headers, body = monitor.request("/")
-    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert html.escape(folder + "/index.html") in body.decode() and "<b>" not in body.decode()
+    page = protocol_check_page(monitor)
+    assert "index.html" in page
+    assert folder not in page  # its name cannot end the script
     with open(folder + "/index.html", "w", encoding="utf-8") as file:
         file.write("<!doctype html>\n<style>b{}</style><script>\nlet a;\n</script>")
     assert protocol_check_page(monitor).endswith("let a;\n</script>")  # seen without a restart
@@ -12318,6 +12317,20 @@ def test_axe_finds_nothing_to_complain_about(shared_demo, open_tab):
             report = tab.page.evaluate("(options) => axe.run(document, options)", options)
             found = [(each["id"], each["nodes"][0]["html"]) for each in report["violations"]]
             assert found == [], (screen, scheme, width)
+
+
+def test_without_index_html_a_small_page_shows_the_bare_facts_live(monitor, open_tab):
+    for name in ("contextuate_monitor.py", "emit_event.py"):
+        shutil.copy(os.path.join(ROOT, name), monitor.home)
+    monitor.program = monitor.home + "/contextuate_monitor.py"
+    monitor.start().emit(*hooks("prompt early"))
+    tab = open_tab(monitor)
+    shows = "document.querySelector('{0}').innerText.includes('{1}')"
+    tab.until(shows.format("body", monitor.home + "/index.html"))
+    tab.until(shows.format("#events", "early"))
+    tab.emit("@later prompt later <b>work</b>")
+    for part in ("#events", "#sessions"):
+        tab.until(shows.format(part, "later <b>work</b>"))
 
 
 @needs_browser
