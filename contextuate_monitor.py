@@ -1181,7 +1181,11 @@ PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
+RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
+PACE_MS = 3_600_000  # over which a limit's pace is measured
+ACCOUNTS_LIMIT = 32
 _NEVER = 1 << 62  # later than any time in ms
+FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1240,6 +1244,7 @@ class SessionUsage(NamedTuple):
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
     partial: bool = False  # the transcripts were not read to their end
+    context: int | None = None  # tokens in the main agent's last request
 
     @property
     def total(self) -> Tokens:
@@ -1249,6 +1254,39 @@ class SessionUsage(NamedTuple):
     def to_json(self) -> JsonObject:
         """Return the totals in the form of the API."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
+class Gauges(NamedTuple):
+    """What the client's status line reported last; None: not known."""
+
+    time: int
+    percent: float | None = None  # of the context that is used
+    used: int | None = None  # tokens
+    size: int | None = None
+    cost_usd: float | None = None  # of the session
+    lines_added: int | None = None
+    lines_removed: int | None = None
+    cache_expires: int | None = None  # ms
+    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
+
+
+@dataclasses.dataclass(**_SLOTS)
+class LimitWindow:
+    """One window of an account's limits, such as the current five hours."""
+
+    resets_at: int
+    samples: list[
+        tuple[int, float]
+    ]  # (time, percent), each higher than the last: of the last hour, one before
+    costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
+
+
+@dataclasses.dataclass(**_SLOTS)
+class Account:
+    """A subscription, as far as it can be told: machines that report the same times of resets."""
+
+    machines: dict[str, None]  # their keys
+    windows: dict[str, LimitWindow]  # by name in LIMIT_WINDOWS
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1293,6 +1331,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
+    gauges: Gauges | None = None  # None: there is no status line
+    effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1692,6 +1732,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main:
+        session.effort = _effort(data) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
@@ -1724,7 +1766,9 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
     model = one_line(model) if isinstance(model, str) else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True)
+    context = about.get("context")
+    context = context if type(context) is int and 0 < context <= 1e9 else None
+    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1732,6 +1776,109 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
             before = session.agent_usage.get(agent_id, (0, Tokens()))
             total = sum(map(tokens_of, by_model.values()), Tokens())
             session.agent_usage[agent_id] = max((time_ms, total), before)
+
+
+# Gauges: figures of the status line. Any program can send them, so each is checked.
+
+# Name in JSON → (the client's name, its length)
+LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
+
+
+def _effort(data: JsonObject) -> str:
+    """Return the level of effort in an event's data or in a status line; "" if there is none."""
+    given = data.get("effort")
+    level = given.get("level") if isinstance(given, dict) else None
+    return one_line(level, 20) if isinstance(level, str) else ""
+
+
+def gauges_of(given: Any, time_ms: int) -> Gauges:
+    """Return the plausible figures in the objects of a status line, under the client's names."""
+
+    def figure(limit: float, *path: str) -> Any:
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
+
+    def whole(limit: float, *path: str) -> int | None:
+        value = figure(limit, *path)
+        return None if value is None else int(value)
+
+    def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
+        value = figure(200, *path, "used_percentage")
+        return None if value is None else min(value, 100)
+
+    limits = []
+    for window, (name, length_ms) in LIMIT_WINDOWS.items():
+        used, resets_s = percent("rate_limits", name), figure(1e11, "rate_limits", name, "resets_at")
+        if used is not None and resets_s is not None:
+            resets_at = int(resets_s * 1000)
+            if time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
+                limits.append((window, used, resets_at))
+    expires_s = figure(1e11, "prompt_cache", "expires_at")
+    return Gauges(
+        time_ms,
+        percent("context_window"),
+        whole(1e9, "context_window", "total_input_tokens"),
+        whole(1e9, "context_window", "context_window_size") or None,
+        figure(1e6, "cost", "total_cost_usd"),
+        whole(1e9, "cost", "total_lines_added"),
+        whole(1e9, "cost", "total_lines_removed"),
+        int(expires_s * 1000) if expires_s else None,
+        tuple(limits),
+    )
+
+
+def _apply_gauges(session: Session, event: JsonObject, at: int) -> None:
+    """Apply the figures of a status line; the newest replace older ones."""
+    data = event["data"]
+    if session.gauges is None or at >= session.gauges.time:
+        gauges = data.get("gauges")
+        session.gauges = gauges_of(gauges, at)
+        session.effort = _effort(gauges if isinstance(gauges, dict) else {}) or session.effort
+        model = data.get("model")
+        session.model = one_line(model) if isinstance(model, str) and model else session.model
+
+
+def _apply_limits(account: Account, session: Session, at: int) -> None:
+    """Apply what a session reported of the limits of its account."""
+    cost = session.gauges and session.gauges.cost_usd
+    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+        window = account.windows.get(name)
+        if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
+            before = window.costs if window else {}
+            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            window = account.windows[name] = LimitWindow(resets_at, [], costs)
+        if not window.samples or percent > window.samples[-1][1]:  # an idle client reports an old one
+            window.samples.append((at, percent))
+            while len(window.samples) > 2 and window.samples[1][0] <= at - PACE_MS:
+                del window.samples[0]
+        if cost is not None:
+            is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
+            first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
+            window.costs[session.session_id] = first, max(cost, last)
+            _drop_oldest(window.costs, CALLS_LIMIT)
+
+
+def _window_json(name: str, window: LimitWindow) -> JsonObject:
+    """Return a window of a limit: `forecast` is when it will be full, None if not before its reset.
+
+    The pace is that of the last hour before the last reading. `shares`: percent by session, by their costs.
+    """
+    (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
+    since = max(begun, at - PACE_MS)
+    before = 0.0 if since == begun else window.samples[0][1]
+    grown, took_ms = percent - before, at - since
+    full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
+    spent = {session_id: now - first for session_id, (first, now) in window.costs.items() if now > first}
+    unit = percent / sum(spent.values()) if spent else 0
+    shares = [{"sessionId": it, "percent": round(spent[it] * unit, 1)} for it in spent]
+    return {
+        "percent": percent,
+        "resetsAt": window.resets_at,
+        "forecast": full_at if full_at and full_at < window.resets_at else None,
+        "shares": heapq.nlargest(SENT_OF_EACH, shares, key=operator.itemgetter("percent")),
+    }
 
 
 def tokens_of(counts: Any) -> Tokens:
@@ -1784,6 +1931,8 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+# Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
+_SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
 _MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
 _NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
@@ -1802,6 +1951,13 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+def context_size(model: str, used: int) -> int | None:
+    """Return how many tokens fit into a model's context, where `used` do; None: not known."""
+    family = model_family(model)
+    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
+    return 200_000 if is_small else 1_000_000 if family else None
 
 
 class PriceList:
@@ -2316,6 +2472,7 @@ class Sessions:
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
+        self._accounts: list[Account] = []  # the most recently active last
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
@@ -2337,7 +2494,7 @@ class Sessions:
         """Apply one event; return its session.
 
         An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
-        `usage` never creates a session: for a deleted one, the returned session is a temporary object.
+        Figures never create a session: for a deleted one, the returned session is a temporary object.
         """
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
@@ -2345,7 +2502,7 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind == "usage":
+            if kind in FIGURE_KINDS:
                 return session
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
@@ -2353,11 +2510,15 @@ class Sessions:
         elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", "usage"):
+        if kind in ("session_meta", *FIGURE_KINDS):
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
+                elif kind == "status_line":
+                    _apply_gauges(version, event, at)
                 _apply_usage(version, event["data"].get("usage"), at)
+            if kind == "status_line" and session.gauges and session.gauges.limits:
+                _apply_limits(self._account_of(session), session, at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
@@ -2383,7 +2544,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2402,6 +2563,33 @@ class Sessions:
     def _key_of(self, event: JsonObject) -> str:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _account_of(self, session: Session) -> Account:
+        """Return the account whose windows a session reports; the same machine may begin new ones."""
+        gauges, key = session.gauges or Gauges(0), session.machine_key
+        resets = {name: resets_at for name, _, resets_at in gauges.limits}
+
+        def is_same(account: Account) -> bool:
+            known = {name: it.resets_at for name, it in account.windows.items() if it.resets_at > gauges.time}
+            common = resets.keys() & known.keys()
+            close = all(abs(resets[name] - known[name]) <= RESET_TOLERANCE_MS for name in common)
+            return close and (bool(common) or (not known and key in account.machines))
+
+        same = [account for account in self._accounts if is_same(account)]
+        account = same[0] if same else Account({}, {})
+        account.machines[key] = None
+        self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
+        return account
+
+    def limits(self, time_ms: int) -> list[JsonObject]:
+        """Return the accounts whose windows are not over, with the keys of their machines."""
+        shown = []
+        for account in self._accounts:
+            windows = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
+            if windows:
+                figures = {name: _window_json(name, it) for name, it in windows.items()}
+                shown.append({"machines": list(account.machines), **figures})
+        return shown
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2638,8 +2826,9 @@ class Sessions:
     # Snapshots
 
     def snapshot(self, session_id: str) -> bytes:
-        """Return a session for `restore`; for "" the rest: machines and open calls without ids."""
-        state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
+        """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
+        rest = (self._machines, self._unnamed.open, self._accounts)
+        state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
@@ -2650,7 +2839,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed = self._machines, self._unnamed.open
+        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2659,10 +2848,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed = state
+                    machines, unnamed, accounts = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open = machines, unnamed
+        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -2754,9 +2943,32 @@ class Sessions:
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
             "estimatedCostUsd": usage and self._prices.estimate(usage),
+            **self._gauges_json(session),
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
+        }
+
+    def _gauges_json(self, session: Session) -> JsonObject:
+        """Return what the client reported, else what follows from the transcripts."""
+        gauges, usage, source = session.gauges or Gauges(0), session.usage, "client"
+        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
+        cost = gauges.cost_usd
+        if session.gauges is None:
+            used = usage.context if usage else None
+            size = context_size(session.model or (usage and usage.model) or "", used or 0)
+            percent = min(100, round(100 * used / size)) if used and size else None
+            context = {"percent": percent, "used": used, "size": size, "estimated": True} if used else None
+        if cost is None:
+            cost, source = usage and self._prices.estimate(usage), "estimate"
+        return {
+            "context": context,
+            "costUsd": cost,
+            "costSource": None if cost is None else source,
+            "linesAdded": gauges.lines_added,
+            "linesRemoved": gauges.lines_removed,
+            "cacheExpiresAt": gauges.cache_expires,
+            "effort": session.effort or None,
         }
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
@@ -2781,7 +2993,8 @@ class Sessions:
 
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    each.__name__: each
+    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -3221,7 +3434,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
             continue
         with contextlib.suppress(MalformedEvent):
             event = parse_stored(line)
-            if effective_type(event) != "usage" and query.takes(event):
+            if effective_type(event) not in FIGURE_KINDS and query.takes(event):
                 results.append({**event_row(event), **snippet_of(event, query.terms)})
     took_ms = round((time.monotonic() - begin) * 1000, 1)
     return {"results": results, "next": str(last) if more else None, "complete": complete, "tookMs": took_ms}
@@ -4379,9 +4592,9 @@ class EventCounts:
         self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
     def add(self, event: JsonObject) -> None:
-        """Count one event, unless it is `usage`."""
+        """Count one event, unless it only has figures."""
         kind, data = effective_type(event), event["data"]
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         key = (event["machineId"], kind)
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
@@ -6930,6 +7143,7 @@ class Status:
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
+            "limits": monitor.sessions.limits(now_ms()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         return {**status, "problems": status_problems(status, unsaved, self._foreign)}
@@ -6969,7 +7183,7 @@ def steady_part(status: JsonObject) -> list[object]:
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
-        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode")),
+        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits")),
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
@@ -8092,10 +8306,16 @@ import sys
 
 try:
     sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    if sys.argv[1:2] == ["--status-line"]:
+        import status_line
+
+        status_line.run_status_line(sys.argv[2:])
     import hot_path
 
     hot_path.run_hook()
 except BaseException:
+    if sys.argv[3:]:
+        posix.execv("/bin/sh", ["sh", "-c", sys.argv[3]])
     posix._exit(0)
 """
 
@@ -8104,22 +8324,27 @@ def install_hook_files(home: str) -> str:
     """Copy the hook below `home`; return the path of the script that Claude Code runs.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/emit_event.py the whole module for the rare paths.
+    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
+    the rare paths.
     Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    modules = [os.path.join(library, name) for name in ("emit_event.py", "hot_path.py")]
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
-        hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(modules, (content, hot_path + b"\n")):
+        for path, text in zip(
+            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
+        ):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:

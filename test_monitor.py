@@ -3174,12 +3174,14 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
     library = home / "hooks/lib"
-    files = [script, library / "emit_event.py", library / "hot_path.py"]
-    launcher, whole, hot_path = map(install_text, files)
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    files = [script, *(library / name for name in names)]
+    launcher, whole, hot_path, status_line = map(install_text, files)
     assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
-    assert whole.startswith(hot_path + ee.HOT_PATH_END)
+    line = status_line.partition("\n")[2]
+    assert whole.startswith(hot_path + ee.HOT_PATH_END + line + ee.STATUS_LINE_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
-    assert compiled == {"emit_event", "hot_path"}
+    assert compiled == {"emit_event", "hot_path", "status_line"}
     assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
     assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
