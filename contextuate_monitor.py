@@ -8071,31 +8071,48 @@ class ClientFile(NamedTuple):
                 yield from ((name, entry) for entry in group["hooks"])
 
 
+class StatusLine(NamedTuple):
+    """Our status line in a settings file; `wrapped`: the command that was there before, which it runs."""
+
+    command: str
+    wrapped: str | None
+
+
 class InstallPlan(NamedTuple):
     """The change of one settings file by `install` or `uninstall`.
 
     `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
-    the events for which our hook is registered, or from which it is removed.
+    the events for which our hook is registered, or from which it is removed. `status_line`: ours.
     """
 
     path: str
     old_text: str
     new_text: str
     names: tuple[str, ...]
+    status_line: StatusLine | None = None
 
 
 def plan_install(
-    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+    home: str,
+    project: str | None,
+    version: Version | None,
+    without: Sequence[str] = (),
+    with_status_line: bool = False,
 ) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    `without`: names of events to omit. Raises InstallError for settings that cannot be changed safely.
+    `without`: names of events to omit. `with_status_line`: the status line too; one that is registered stays.
+    Raises InstallError for settings that cannot be changed safely.
     """
+    if with_status_line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
+    python, script = base_interpreter(), hook_script(home)
+    line = functools.partial(status_line_command, python, script)
+    return _plan(project, hook_command(python, script), names, kept, line, with_status_line)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
@@ -8103,8 +8120,18 @@ def plan_uninstall(project: str | None) -> InstallPlan:
     return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
-    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
+def _plan(
+    project: str | None,
+    command: str,
+    names: list[str],
+    kept: list[str],
+    line: Callable[[str | None], str] | None = None,
+    with_status_line: bool = False,
+) -> InstallPlan:
+    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered.
+
+    `line` returns the command of the status line; None: it is removed.
+    """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -8114,10 +8141,12 @@ def _plan(project: str | None, command: str, names: list[str], kept: list[str]) 
         registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
         names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names)
+        if with_status_line or status_line_in(settings):
+            changed = merge_status_line(changed, line)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8280,6 +8309,51 @@ def hook_script(home: str) -> str:
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
+def _quoted(path: str) -> str:
+    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    path = os.path.abspath(path)
+    if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
+        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
+
+
+def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
+    """Return the command for /bin/sh that runs `script` as the status line around another one.
+
+    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
+    """
+    python, path = _quoted(interpreter), _quoted(script)
+    first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
+    return (
+        f'set -- {first}; for p in {python} python3; do command -v "$p" >/dev/null && [ -f {path} ] &&'
+        f' exec "$p" -I -S {path} --status-line "$LC_CTYPE" "$@"; done; [ $# = 0 ] || exec /bin/sh -c "$1"'
+    )
+
+
+def status_line_in(settings: JsonObject) -> StatusLine | None:
+    """Return our status line in `settings`; None if there is none, or another one."""
+    command = _object(settings.get("statusLine")).get("command")
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = shlex.split(command) if isinstance(command, str) else []
+        is_ours = words[:2] == ["set", "--"] and "--status-line" in words
+        if is_ours and any(word.endswith("/hooks/emit_event.py") for word in words):
+            return StatusLine(str(command), words[2] if words[3] == ";" else None)
+    return None
+
+
+def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
+    entry, ours = settings.get("statusLine"), status_line_in(settings)
+    given = ours.wrapped if ours else _object(entry).get("command")
+    if "statusLine" not in settings:
+        entry = {"type": "command"}
+    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+    if line is None and given is None:
+        return {key: value for key, value in settings.items() if key != "statusLine"}
+    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+
+
 def hook_command(interpreter: str, script: str) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
@@ -8288,11 +8362,7 @@ def hook_command(interpreter: str, script: str) -> str:
     0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
     Raises InstallError for a path that is not UTF-8.
     """
-    quoted = []
-    for path in map(os.path.abspath, (interpreter, script)):
-        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-            raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
-        quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
+    quoted = [_quoted(path) for path in (interpreter, script)]
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
@@ -8315,7 +8385,7 @@ try:
     hot_path.run_hook()
 except BaseException:
     if sys.argv[3:]:
-        posix.execv("/bin/sh", ["sh", "-c", sys.argv[3]])
+        posix.execv("/bin/sh", ["/bin/sh", "-c", sys.argv[3]])
     posix._exit(0)
 """
 
@@ -8638,7 +8708,7 @@ class Doctor:
         """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
         if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered]
+            checks += [self._claude, self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
             checks += [self._redis_py, self._redis, self._rights, self._publisher]
@@ -8737,6 +8807,35 @@ class Doctor:
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
+
+    def _status_line(self) -> Findings:
+        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
+        user, name = settings_path(None), "statusline"
+        ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
+        if ours is None:
+            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+            return
+        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
+        if shown != user:
+            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        given = encode_json(
+            {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
+        )
+        results = []
+        for command in filter(None, (ours.command, ours.wrapped)):
+            began, options = time.monotonic(), {"input": given + b"\n", "capture_output": True, "timeout": 10}
+            try:
+                done = subprocess.run(["/bin/sh", "-c", command], **options)  # type: ignore[call-overload]
+                output = done.stdout.decode("utf-8", "replace").strip()
+                results.append(
+                    (done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})")
+                )
+            except subprocess.TimeoutExpired:
+                results.append((-1, False, "nothing within 10 s"))
+        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
+        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
+        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
+        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -10012,7 +10111,7 @@ def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version, args.without or ())
+    plan = plan_install(settings.home, args.project, version, args.without or (), args.status_line)
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -10021,6 +10120,11 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"hook     {install_hook_files(settings.home)}")
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if plan.status_line:
+        wrapped = plan.status_line.wrapped
+        print(
+            f"status line registered, with {'a line of its own' if wrapped is None else 'yours: ' + wrapped}"
+        )
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
@@ -10040,7 +10144,7 @@ def command_uninstall(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(plan)
     if plan.new_text == plan.old_text:
-        print(f"{plan.path}: the hook is not registered")
+        print(f"{plan.path}: neither hook nor status line are registered")
         return 0
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
@@ -10410,6 +10514,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
         *_INSTALLING,
         _option("--without", "leave this event out", action="append", metavar="EVENT",
                choices=OPTIONAL_EVENTS),
+        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),

@@ -496,7 +496,7 @@ def run_status_line(arguments: "list[str]") -> None:
     environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
     if arguments[0]:
         environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
-    posix.execve("/bin/sh", ["sh", "-c", arguments[1]], environ)
+    posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
 
 
 def feed(reading: int, writing: int, payload: bytes) -> None:
