@@ -3149,6 +3149,8 @@ COMPARED_SESSIONS = 200
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
 _TOKENS = ("tokenUsage", "estimatedCostUsd")
+_COSTS = ("costUsd", "estimatedPartUsd")
+_CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
     "failures": f"sum(outcome IN {FAILED})",
@@ -3551,12 +3553,15 @@ class IndexFile:
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
+        if kind == "status_line":
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         if self.full_text:
             words = (seq, self._words(event, kind))
@@ -3842,6 +3847,8 @@ class Statistics:
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
         cells = list(self._cells())
+        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
+        is_exact = {cell.session for cell in cells if cell.model == client}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3856,19 +3863,30 @@ class Statistics:
             sessions: dict[int, set[int]] = collections.defaultdict(set)
             counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
             tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
+            exact: dict[int, int] = collections.defaultdict(int)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
                     sessions[key].add(cell.session)
                     counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    if cell.model is not None:
-                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+                    exact[key] += cell.tokens.input if cell.model == client else 0
+                    for by in (tokens, rest) if cell.session not in is_exact else (tokens,):
+                        if cell.model not in (None, client):
+                            by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
                 row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                used, others = (
+                    SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
+                    for by in (tokens, rest)
+                )
                 row["tokenUsage"] = used.to_json() if used.models else None
                 row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+                part = self._prices.estimate(others)
+                is_known = part is not None and (used.models or exact[key])
+                row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
+                row["estimatedPartUsd"] = part if is_known else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3878,16 +3896,18 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
+        models = table(
+            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
+        )
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        sessions = table((*_COUNTED, *_TOKENS), lambda cell: cell.session, about_session)
+        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS)}
+        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
             "totals": next(iter(table(every, lambda _: 0)), nothing),
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
@@ -10144,7 +10164,7 @@ def command_uninstall(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(plan)
     if plan.new_text == plan.old_text:
-        print(f"{plan.path}: neither hook nor status line are registered")
+        print(f"{plan.path}: the hook is not registered")
         return 0
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: hook removed" + (f", backup {backup}" if backup else ""))
