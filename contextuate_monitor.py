@@ -1732,8 +1732,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
-    if by_main:
-        session.effort = _effort(data) or session.effort
+    if by_main and isinstance(data.get("effort"), dict):
+        session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
@@ -1784,13 +1784,6 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
 LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
 
 
-def _effort(data: JsonObject) -> str:
-    """Return the level of effort in an event's data or in a status line; "" if there is none."""
-    given = data.get("effort")
-    level = given.get("level") if isinstance(given, dict) else None
-    return one_line(level, 20) if isinstance(level, str) else ""
-
-
 def gauges_of(given: Any, time_ms: int) -> Gauges:
     """Return the plausible figures in the objects of a status line, under the client's names."""
 
@@ -1829,14 +1822,13 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
     )
 
 
-def _apply_gauges(session: Session, event: JsonObject, at: int) -> None:
-    """Apply the figures of a status line; the newest replace older ones."""
-    data = event["data"]
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
+    """Apply the data of a status line; the newest replace older ones."""
     if session.gauges is None or at >= session.gauges.time:
-        gauges = data.get("gauges")
-        session.gauges = gauges_of(gauges, at)
-        session.effort = _effort(gauges if isinstance(gauges, dict) else {}) or session.effort
-        model = data.get("model")
+        session.gauges = gauges_of(data.get("gauges"), at)
+        effort, model = data.get("effort"), data.get("model")
+        level = effort.get("level") if isinstance(effort, dict) else None
+        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
         session.model = one_line(model) if isinstance(model, str) and model else session.model
 
 
@@ -2515,7 +2507,7 @@ class Sessions:
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
                 elif kind == "status_line":
-                    _apply_gauges(version, event, at)
+                    _apply_gauges(version, event["data"], at)
                 _apply_usage(version, event["data"].get("usage"), at)
             if kind == "status_line" and session.gauges and session.gauges.limits:
                 _apply_limits(self._account_of(session), session, at)
@@ -2925,7 +2917,11 @@ class Sessions:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage = session.usage
+        usage, gauges = session.usage, session.gauges or Gauges(0)
+        estimate = usage and self._prices.estimate(usage)
+        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
+        if session.gauges is None:
+            context = self._estimated_context(session, usage.context) if usage and usage.context else None
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
@@ -2942,34 +2938,26 @@ class Sessions:
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
-            "estimatedCostUsd": usage and self._prices.estimate(usage),
-            **self._gauges_json(session),
+            "estimatedCostUsd": estimate,
+            "context": context,
+            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
+            "costSource": "client"
+            if gauges.cost_usd is not None
+            else "estimate"
+            if estimate is not None
+            else None,
+            "linesAdded": gauges.lines_added,
+            "linesRemoved": gauges.lines_removed,
+            "cacheExpiresAt": gauges.cache_expires,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
 
-    def _gauges_json(self, session: Session) -> JsonObject:
-        """Return what the client reported, else what follows from the transcripts."""
-        gauges, usage, source = session.gauges or Gauges(0), session.usage, "client"
-        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
-        cost = gauges.cost_usd
-        if session.gauges is None:
-            used = usage.context if usage else None
-            size = context_size(session.model or (usage and usage.model) or "", used or 0)
-            percent = min(100, round(100 * used / size)) if used and size else None
-            context = {"percent": percent, "used": used, "size": size, "estimated": True} if used else None
-        if cost is None:
-            cost, source = usage and self._prices.estimate(usage), "estimate"
-        return {
-            "context": context,
-            "costUsd": cost,
-            "costSource": None if cost is None else source,
-            "linesAdded": gauges.lines_added,
-            "linesRemoved": gauges.lines_removed,
-            "cacheExpiresAt": gauges.cache_expires,
-            "effort": session.effort or None,
-        }
+    def _estimated_context(self, session: Session, used: int) -> JsonObject:
+        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
+        percent = min(100, round(100 * used / size)) if size else None
+        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -3021,7 +3009,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo",
+    "demo": "demo", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 

@@ -486,10 +486,15 @@ def run_status_line(arguments: "list[str]") -> None:
     for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
         _signal.signal(number, _signal.SIG_DFL)
     reading, writing = posix.pipe()
+
+    def feed() -> None:
+        posix.close(reading)  # so that a command that does not read ends this process
+        posix.write(writing, payload)
+
     if len(payload) <= PIPE_BYTES:
         posix.write(writing, payload)
     else:
-        in_background(feed, reading, writing, payload)
+        in_background(feed)
     posix.dup2(reading, 0)
     posix.close(writing)
     environ = dict(posix.environ)
@@ -497,13 +502,6 @@ def run_status_line(arguments: "list[str]") -> None:
     if arguments[0]:
         environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
     posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
-
-
-def feed(reading: int, writing: int, payload: bytes) -> None:
-    """Write `payload` into a pipe."""
-    posix.close(reading)  # so that a command that does not read ends this process
-    while payload:
-        payload = payload[posix.write(writing, payload) :]
 
 
 def in_background(work: "Any", *arguments: "Any") -> None:
@@ -579,28 +577,23 @@ def figures_in(payload: bytes) -> "tuple[str, str, str]":
     options: Any = Options
     given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
 
-    def shown(unit: str, digits: int, *path: str) -> str:
+    def at(*path: str) -> "Any":
         value = given
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
-        is_figure = type(value) in (int, float) and 0 <= value < 1e12
-        return unit % f"{value:.{digits}f}" if is_figure else ""
+        return value
 
-    context = shown("%s %%", 0, "context_window", "used_percentage")
-    cost = shown("$%s", 2, "cost", "total_cost_usd")
-    others = [shown("%s", 0, "cost", f"total_lines_{name}") for name in ("added", "removed")]
+    def shown(value: "Any", digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
+
+    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
+    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
     for window in ("five_hour", "seven_day"):
-        others += [shown("%s", 0, "rate_limits", window, it) for it in ("used_percentage", "resets_at")]
-    model = given.get("model")
-    name = model.get("display_name") if isinstance(model, dict) else ""
-    name = "".join(filter(str.isprintable, name)) if isinstance(name, str) else ""
-    session = given.get("session_id")
-    figures = " ".join((context.strip(" %"), cost.strip("$"), *others))
-    return (
-        session if isinstance(session, str) else "",
-        figures,
-        " · ".join(filter(None, (name, context, cost))),
-    )
+        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
+    session, name = at("session_id"), at("model", "display_name")
+    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+    line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
+    return session if isinstance(session, str) else "", " ".join(figures), line
 
 
 # --- end of the status line ---
@@ -1041,7 +1034,7 @@ _ID_LIMIT = 256  # characters
 
 
 # What an event keeps of a status line's object.
-GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache", "effort")
+GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
 
 
 class MalformedEvent(ValueError):
@@ -1149,18 +1142,14 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
 
 def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Return the event of a status line: the client's own objects with the figures, under its names."""
-    line: JsonObject = wrapper.pop("statusLine")
-    about = {name: line[field] for field, name in _EVENT_NAMES.items() if field in line}
-    about = {
-        **wrapper,
-        "sessionId": wrapper.get("sessionId"),
-        "workingDirectory": wrapper.pop("cwd", None),
-        **about,
-    }
+    line: JsonObject = wrapper["statusLine"]
+    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
+    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
     data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
-    model = line.get("model")
-    if isinstance(model, dict) and _is_id(model.get("id")):
-        data["model"] = model["id"]
+    if isinstance(line.get("model"), dict):
+        data["model"] = line["model"].get("id")
+    if "effort" in line:
+        data["effort"] = line["effort"]
     return _event(about, received_ms, machine_id, "", "status_line", data)
 
 

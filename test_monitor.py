@@ -146,6 +146,18 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _recorded(name)]
 
 
+def status_line(session: str = "s1", five: Any = None, seven: Any = None, **changes: Any) -> dict[str, Any]:
+    """Return the recorded object of a status line; `five`, `seven`: (percent, time of reset in s) of the limits."""
+    with open(os.path.join(ROOT, ".ci/recorded/statusline.json"), encoding="utf-8") as file:
+        line: dict[str, Any] = {**json.load(file), "session_id": session}
+    for name, value in changes.items():
+        is_part = isinstance(value, dict) and isinstance(line.get(name), dict)
+        line[name] = {**line[name], **value} if is_part else value
+    windows = {"five_hour": five, "seven_day": seven}
+    limits = {name: dict(zip(("used_percentage", "resets_at"), it)) for name, it in windows.items() if it}
+    return {**line, "rate_limits": limits} if limits else line
+
+
 @dataclasses.dataclass
 class RunningMonitor:
     """A monitor process of its own home, and what tests do with it."""
@@ -791,6 +803,91 @@ def test_the_whole_file_is_a_hook_too(monitor, shared):
     for home in (shared, monitor):
         hook_call(command, payload("Stop", "hook-whole"), home.environment)
     assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
+
+
+def status_line_call(command: str, line: Any, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
+    """Run a status line as Claude Code does; return (standard output, standard error, exit status)."""
+    given = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+    done = run_hook(command, given, environment)
+    return done.stdout, done.stderr, done.returncode
+
+
+# What a status line may do: fail, colours, several lines, nothing, read its input or not, end by a signal, …
+STATUS_LINES = [
+    "printf '\\033[31mred\\033[0m\\nsecond'; echo oh >&2; exit 3", "true", "", "cat", "wc -c", "cat | tail -c 3; exit 1",
+    "kill -9 $$", "it='\"#$'; echo \"$it\" ✓ $1 # no comment", "echo a\nexit 7", "yes | head -n 1", ";", "/gone/line",
+    "locale; env | grep ^LC_", "exec 1>&-",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_CTYPE": "C.UTF-8"}, {"LC_ALL": "C"}], ids=str)
+def test_an_earlier_status_line_is_shown_unchanged(hook_installed, monitor, locale):
+    script = hook_installed.directory + "/emit_event.py"
+    kept = {k: v for k, v in monitor.environment.items() if not k.startswith(("LC_", "LANG"))}
+    large = status_line(padding="x" * 300_000)
+    for wrapped, line in itertools.product(STATUS_LINES, (status_line(), large, b"no object\n", b"")):
+        ours, gone = (
+            cm.status_line_command(PYTHON, it, wrapped) for it in (script, "/gone/hooks/emit_event.py")
+        )
+        results = [status_line_call(it, line, {**kept, **locale}) for it in (wrapped, ours, gone)]
+        assert results[0] == results[1] == results[2], wrapped
+    own = cm.status_line_command(PYTHON, script, None)
+    assert status_line_call(own, status_line(), kept)[::2] == ("Opus 5.5 · 4 % · $0.30\n".encode(), 0)
+    assert status_line_call(own, b"[]", kept)[::2] == (b"\n", 0)
+
+
+def test_a_status_line_survives_a_broken_installation_and_can_be_ended(hook_installed, monitor):
+    shutil.copytree(hook_installed.directory, monitor.home + "/hooks")
+    script = monitor.home + "/hooks/emit_event.py"
+    hanging = cm.status_line_command(PYTHON, script, "echo $$; exec sleep 60")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["/bin/sh", "-c", hanging], env=monitor.environment, **pipes) as process:
+        process.stdin.write(json.dumps(status_line()).encode() + b"\n")
+        process.stdin.close()
+        assert int(process.stdout.readline()) == process.pid, "the client ends the line itself"
+        process.kill()
+    ours = cm.status_line_command(PYTHON, script, "cat; exit 3")
+    for name in ("lib/status_line.py", "lib"):
+        shutil.rmtree(monitor.home + "/hooks/lib/__pycache__", ignore_errors=True)
+        ee.set_aside(f"{monitor.home}/hooks/{name}")
+        assert status_line_call(ours, b"{}\n", monitor.environment) == (b"{}\n", b"", 3)
+    for home in ("/dev/null/home", "/proc/1/x"):  # nothing can be kept there
+        shown = status_line_call(cm.status_line_command(PYTHON, hook_installed.directory + "/emit_event.py", "cat"),
+                                 b"{}\n", {**monitor.environment, "CONTEXTUATE_HOME": home})  # fmt: skip
+        assert shown == (b"{}\n", b"", 0)
+
+
+def test_figures_are_handed_on_when_they_change_and_not_too_often(hook_installed, monitor):
+    copy = monitor.home + "/copy"
+    shutil.copytree(hook_installed.directory, copy)
+    hook_replace(copy + "/lib/status_line.py", "GAUGES_INTERVAL_S = 5.0", "GAUGES_INTERVAL_S = 2.0")
+    command = cm.status_line_command(PYTHON, copy + "/emit_event.py", None)
+
+    def show(cost: Any, session: str = "s1", context: Any = 4, **more: Any) -> None:
+        changes = {"cost": {"total_cost_usd": cost}, "context_window": {"used_percentage": context}}
+        status_line_call(command, status_line(session, **changes, **more), monitor.environment)
+
+    def handed() -> list[tuple[str, Any]]:
+        lines = [it["statusLine"] for it in hook_spooled(monitor.home)]
+        return [(it["session_id"], it["cost"]["total_cost_usd"]) for it in lines]
+
+    show(0, context=None)
+    show(0.301)
+    eventually(lambda: handed() == [("s1", 0.301)], 15, "the first figures at once, but no zeros")
+    show(0.304)  # the same cent
+    show(0.4)
+    show(0.5, "another")
+    eventually(lambda: ("another", 0.5) in handed(), 15, "each session has its own pace")
+    show(0.6)
+    eventually(lambda: ("s1", 0.6) in handed(), 15, "the newest figures, later")
+    show(0.6, context=5)
+    eventually(lambda: len(handed()) == 4, 15, "a percent of the context")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    eventually(lambda: len(handed()) == 5, 15, "a limit")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    times = [it["timestamp"] for it in hook_spooled(monitor.home) if it["statusLine"]["session_id"] == "s1"]
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 1900
+    assert [cost for session, cost in handed() if session == "s1"] == [0.301, 0.6, 0.6, 0.6]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
@@ -3190,6 +3287,47 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
         assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
         shutil.rmtree(library / "__pycache__", ignore_errors=True)  # it works without, too
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
+
+
+STATUS_LINE_SETTINGS = [
+    {}, {"statusLine": {"type": "command", "command": ""}},
+    *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
+    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}, "hooks": {"Stop": []}},
+]  # fmt: skip
+
+
+def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    for settings in STATUS_LINE_SETTINGS:
+        text = json.dumps(settings, indent=1)
+        path.write_text(text)
+        plan = cm.plan_install("/a'b \"$x", None, (2, 1, 332), (), True)
+        changed = json.loads(plan.new_text)
+        wrapped = settings.get("statusLine", {}).get("command")
+        assert plan.status_line == (changed["statusLine"]["command"], wrapped)
+        rest = {**settings.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
+        assert changed["statusLine"] == rest and list(changed["statusLine"])[: len(rest)] == list(rest)
+        path.write_text(plan.new_text)
+        assert cm.plan_install("/a'b \"$x", None, (2, 1, 332)).new_text == plan.new_text, "it stays"
+        moved = cm.plan_install("/other", None, (2, 1, 332)).status_line
+        assert moved and moved.wrapped == wrapped and "/other/hooks" in moved.command
+        back = cm.plan_uninstall(None).new_text
+        assert json.loads(back) == settings and list(json.loads(back)) == list(settings)
+
+
+@pytest.mark.parametrize(
+    "given", [None, "x", 1, [], {}, {"type": "static"}, {"type": "command", "command": 1}]
+)
+def test_a_status_line_of_another_form_is_refused_and_left_alone(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings.json").write_text(json.dumps({"statusLine": given}))
+    with pytest.raises(cm.InstallError, match="statusLine: expected a command"):
+        cm.plan_install("/home", None, None, (), True)
+    assert json.loads(cm.plan_install("/home", None, None).new_text)["statusLine"] == given
+    assert cm.plan_uninstall(None).new_text == json.dumps({"statusLine": given})
+    with pytest.raises(cm.InstallError, match="without --project"):
+        cm.plan_install("/home", str(tmp_path), None, (), True)
 
 
 def test_the_installed_copy_can_install_itself_but_no_part_of_it(tmp_path, monkeypatch):
@@ -8671,6 +8809,19 @@ def doctor_command(change: Any) -> Any:
     return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
 
 
+def doctor_line(command: str | None, change: Any = lambda monitor: None) -> Any:
+    """Return a function that installs with a status line around `command`, and then changes something."""
+
+    def install(monitor: RunningMonitor) -> None:
+        os.makedirs(monitor.claude_home, exist_ok=True)
+        line = {"statusLine": {"type": "command", "command": command}} if command is not None else {}
+        ee.write_atomically(monitor.claude_home + "/settings.json", json.dumps(line).encode())
+        in_process(monitor, "install", "--status-line")
+        change(monitor)
+
+    return install
+
+
 # What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
 DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "no hook": (lambda monitor: None, 1, "hook fail", "install"),
@@ -8695,6 +8846,12 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
         1, "probe fail", "/gone/hooks/emit_event.py is not there",
     ),
     "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
+    "a status line": (doctor_line("echo hi; exit 3"), 0, "statusline ok", "prints 'hi'"),
+    "a status line of its own": (doctor_line(None), 0, "statusline ok", "prints 'Test'"),
+    "a status line whose hook is broken": (
+        doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
+        1, "statusline fail", "install --status-line",
+    ),
     "an environment in the settings": (
         doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
         1, "hook warn", "the hook reads /gone/other.json",
