@@ -3292,28 +3292,28 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
 STATUS_LINE_SETTINGS = [
     {}, {"statusLine": {"type": "command", "command": ""}},
     *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
-    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}, "hooks": {"Stop": []}},
+    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}},
 ]  # fmt: skip
 
 
 def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
     path = tmp_path / "settings.json"
     monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
-    for settings in STATUS_LINE_SETTINGS:
-        text = json.dumps(settings, indent=1)
+    for before in STATUS_LINE_SETTINGS:
+        text = json.dumps(before, indent=1)
         path.write_text(text)
         plan = cm.plan_install("/a'b \"$x", None, (2, 1, 332), (), True)
         changed = json.loads(plan.new_text)
-        wrapped = settings.get("statusLine", {}).get("command")
+        wrapped = before.get("statusLine", {}).get("command")
         assert plan.status_line == (changed["statusLine"]["command"], wrapped)
-        rest = {**settings.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
+        rest = {**before.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
         assert changed["statusLine"] == rest and list(changed["statusLine"])[: len(rest)] == list(rest)
         path.write_text(plan.new_text)
         assert cm.plan_install("/a'b \"$x", None, (2, 1, 332)).new_text == plan.new_text, "it stays"
         moved = cm.plan_install("/other", None, (2, 1, 332)).status_line
         assert moved and moved.wrapped == wrapped and "/other/hooks" in moved.command
         back = cm.plan_uninstall(None).new_text
-        assert json.loads(back) == settings and list(json.loads(back)) == list(settings)
+        assert json.loads(back) == before and list(json.loads(back)) == list(before)
 
 
 @pytest.mark.parametrize(
