@@ -2557,18 +2557,21 @@ class Sessions:
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
 
     def _account_of(self, session: Session) -> Account:
-        """Return the account whose windows a session reports; the same machine may begin new ones."""
-        gauges, key = session.gauges or Gauges(0), session.machine_key
-        resets = {name: resets_at for name, _, resets_at in gauges.limits}
+        """Return the account that a session reports; its windows are the same, or one begins after the other.
+
+        Where all are new, the machine decides.
+        """
+        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
 
         def is_same(account: Account) -> bool:
-            known = {name: it.resets_at for name, it in account.windows.items() if it.resets_at > gauges.time}
-            common = resets.keys() & known.keys()
-            close = all(abs(resets[name] - known[name]) <= RESET_TOLERANCE_MS for name in common)
-            return close and (bool(common) or (not known and key in account.machines))
+            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
+                     if name in account.windows}  # fmt: skip
+            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
+            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
 
         same = [account for account in self._accounts if is_same(account)]
-        account = same[0] if same else Account({}, {})
+        account = same[-1] if same else Account({}, {})
         account.machines[key] = None
         self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
         return account

@@ -6533,6 +6533,148 @@ def test_sessions_to_which_nothing_is_due_are_not_looked_at(state: str, monkeypa
     assert not looked
 
 
+class GaugeCase:
+    """Sessions that get hooks and status lines of machines, in process."""
+
+    def __init__(self) -> None:
+        self.sessions, self.numbers = cm.Sessions(own_machine="k1"), itertools.count(1)
+
+    def apply(self, given: dict[str, Any], at: int, machine: str = "k1") -> cm.Session:
+        number = next(self.numbers)
+        wrapper = {"id": f"gauge-{number}", "timestamp": at, "machineId": machine, "machineKey": machine}
+        event = ee.build_event({**wrapper, **given}, at, machine)
+        return self.sessions.apply({**event, "seq": number, "received": at})
+
+    def hook(
+        self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any
+    ) -> None:
+        self.apply({"hook": payload(name, session, **more)}, at, machine)
+
+    def line(self, at: int = NOW_MS, machine: str = "k1", **changes: Any) -> cm.Session:
+        return self.apply({"statusLine": status_line(**changes)}, at, machine)
+
+    def shown(self, session: str = "s1") -> dict[str, Any]:
+        return self.sessions.to_json(self.sessions.sessions[session])
+
+
+GAUGE_FIELDS = ("context", "costUsd", "costSource", "linesAdded", "linesRemoved", "cacheExpiresAt", "effort")
+
+
+def test_a_status_line_gives_figures_and_is_no_activity() -> None:
+    case = GaugeCase()
+    case.line()
+    assert not case.sessions.sessions, "figures make no session"
+    case.hook("SessionStart")
+    case.hook("UserPromptSubmit", prompt="hi", effort={"level": "low"})
+    assert [case.shown()[name] for name in GAUGE_FIELDS] == [None] * 6 + ["low"]
+    case.sessions.tick(NOW_MS + 300_000)
+    before = case.shown()
+    case.line(NOW_MS + 400_000)
+    after = case.shown()
+    context = {"percent": 4, "used": 36561, "size": 1_000_000}
+    expected = [context, 0.30407, "client", 0, 0, 1_795_647_322_000, "medium"]
+    assert [after.pop(name) for name in GAUGE_FIELDS] == expected
+    assert after.pop("model") == "claude-opus-5-5" and before.pop("model") is None
+    assert after == {name: it for name, it in before.items() if name not in GAUGE_FIELDS}, "quiet as before"
+    case.hook("PermissionRequest", NOW_MS + 500_000, tool_name="Bash", tool_input={"command": "make"})
+    case.line(NOW_MS + 600_000, cost={"total_cost_usd": 1})
+    case.line(NOW_MS + 550_000, cost={"total_cost_usd": 0.9})  # late
+    assert (case.shown()["state"], case.shown()["costUsd"]) == ("waiting", 1)
+    case.hook("SessionEnd", NOW_MS + 700_000, reason="other")
+    case.line(NOW_MS + 800_000)
+    assert case.shown()["state"] == "ended"
+
+
+GAUGES_HOSTILE = [
+    -1, -0.001, math.nan, math.inf, 10**300, 1e300, "4", "NaN", True, False, None, {}, {"a": [4]}, [4], "x" * 10**5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", GAUGES_HOSTILE, ids=lambda it: repr(it)[:20])
+def test_hostile_figures_show_nothing(value):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    window = {"used_percentage": value, "resets_at": value}
+    figures = {
+        "context_window": {**window, "total_input_tokens": value, "context_window_size": value},
+        "cost": {"total_cost_usd": value, "total_lines_added": value, "total_lines_removed": value},
+        "rate_limits": {"five_hour": window, "seven_day": {**window, "used_percentage": 5}},
+        "prompt_cache": {"expires_at": value}, "effort": {"level": value if type(value) is not str else 1},
+    }  # fmt: skip
+    nothing = [{"percent": None, "used": None, "size": None}, *[None] * 6]
+    for sent in (figures, dict.fromkeys(figures, value), {"gauges": value}):
+        for event in ({"statusLine": {**sent, "session_id": "s1"}},
+                      {"eventType": "status_line", "sessionId": "s1", "data": {"gauges": sent}}):  # fmt: skip
+            case.apply(event, NOW_MS)
+            shown = case.shown()
+            assert [shown[name] or None for name in GAUGE_FIELDS] == nothing
+    assert case.sessions.limits(NOW_MS) == [] and json.loads(ee.encode_json(shown)) == shown
+    line = ee.encode_json({**figures, "session_id": value, "model": {"display_name": value}})
+    assert ee.figures_in(line)[1].split() == ["5"] and "\n" not in ee.figures_in(line)[2]
+
+
+def test_machines_with_the_same_resets_are_one_account() -> None:
+    case, five, seven = GaugeCase(), NOW_MS // 1000 + 3 * 3600, NOW_MS // 1000 + 4 * 86400
+    hour = 3_600_000
+    for machine, session in (("k1", "s1"), ("k2", "s2"), ("k3", "s3")):
+        case.hook("SessionStart", NOW_MS - hour, machine, session)
+
+    def line(machine: str, session: str, minutes: float, cost: float, *limits: Any) -> None:
+        at, (used_five, used_seven) = NOW_MS + round(minutes * 60_000), limits[:2]
+        reset_five, reset_seven = limits[2:] or (five, seven)
+        windows = {"five": (used_five, reset_five), "seven": (used_seven, reset_seven)}
+        case.line(at, machine, session=session, cost={"total_cost_usd": cost}, **windows)
+
+    line("k1", "s1", -60, 1.0, 30, 20)
+    line("k2", "s2", -30, 2.0, 45, 21, five + 20, seven)  # a reset may differ by seconds
+    line("k1", "s1", 0, 4.0, 60, 22)
+    line("k2", "s2", 0, 2.0, 40, 21)  # an idle client repeats what it knew
+    line("k3", "s3", 0, 5.0, 10, 11, five, seven + 7200)  # the same five hours, by chance
+    (one, other) = case.sessions.limits(NOW_MS)
+    assert one["machines"] == ["k1", "k2"] and other["machines"] == ["k3"]
+    assert (one["fiveHour"]["percent"], one["sevenDay"]["percent"]) == (60, 22)
+    assert one["fiveHour"]["forecast"] == NOW_MS + hour * 40 // 30, "30 % in the last hour, 40 % left"
+    assert one["sevenDay"]["forecast"] == NOW_MS + hour * 78 // 2
+    shares = [(it["sessionId"], it["percent"]) for it in one["fiveHour"]["shares"]]
+    assert shares == [("s1", 40.0), ("s2", 20.0)] and other["fiveHour"]["forecast"] is None
+    again = cm.Sessions(own_machine="k1")
+    again.restore([(name, case.sessions.snapshot(name)) for name in ("", *case.sessions.sessions)])
+    assert again.limits(NOW_MS) == [one, other] and case.sessions.limits(NOW_MS + 8 * 24 * hour) == []
+    line("k2", "s2", 181, 3.0, 2, 23, five + 5 * 3600, seven)  # the next five hours
+    later = case.sessions.limits(NOW_MS + 181 * 60_000)[-1]
+    assert later["machines"] == ["k1", "k2"] and later["fiveHour"]["percent"] == 2
+    assert later["fiveHour"]["shares"] == [{"sessionId": "s2", "percent": 2.0}]
+    line("k1", "s1", 0, 9.0, 70, 22)  # of the window that is over, late
+    assert case.sessions.limits(NOW_MS + 181 * 60_000)[-1]["fiveHour"]["percent"] == 2
+    with_week = NOW_MS // 1000 + 11 * 86400
+    line("k2", "s2", 5 * 1440, 4.0, 1, 1, NOW_MS // 1000 + 5 * 86400 + 60, with_week)  # the next week
+    line("k1", "s1", 5 * 1440, 9.0, 1, 2, NOW_MS // 1000 + 5 * 86400 + 60, with_week)
+    (account,) = [it for it in case.sessions.limits(NOW_MS + 5 * DAY_MS) if "k1" in it["machines"]]
+    assert account["machines"] == ["k1", "k2"] and account["sevenDay"]["percent"] == 2
+
+
+# Model, tokens of the last request → percent, size of what a session without a status line shows
+@pytest.mark.parametrize(
+    ("model", "used", "percent", "size"),
+    [
+        ("claude-opus-5-5", 250_000, 25, 1_000_000), ("claude-sonnet-4-5", 100_000, 50, 200_000),
+        ("claude-sonnet-4-5[1m]", 100_000, 10, 1_000_000), ("claude-haiku-4-5-20251001", 300_000, 30, 1_000_000),
+        ("claude-opus-4-6", 199_000, 100, 200_000), ("claude-opus-4-8", 199_000, 20, 1_000_000),
+        ("strange", 5, None, None), ("claude-opus-5-5", 0, None, None), ("claude-opus-5-5", "7", None, None),
+    ],
+)  # fmt: skip
+def test_without_a_status_line_the_context_is_estimated(model, used, percent, size):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    usage = {"models": {model: {"input": 1_000_000}}, "agents": {}, "model": model, "context": used}
+    case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": usage}}, NOW_MS)
+    shown = case.shown()
+    known = {"percent": percent, "used": used, "size": size, "estimated": True}
+    assert shown["context"] == (known if type(used) is int and used else None)
+    expected = (None, None) if model == "strange" else (shown["estimatedCostUsd"], "estimate")
+    assert (shown["costUsd"], shown["costSource"]) == expected
+
+
 # ---------------------------------------------------------------------------
 # Token usage: what transcripts say, read once, and what it costs
 #
@@ -13097,6 +13239,28 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
     assert costs["strange-model"] is None and costs["claude-opus-4-5"] == cm.PriceList().estimate(opus)
     later = indexed.history.statistics(NOW_MS + DAY_MS - 3_600_000, 1 << 53, "a", 0)
     assert later["totals"]["tokenUsage"]["totalInput"] == 1050
+
+
+def test_the_clients_own_cost_counts_before_an_estimate(indexed: IndexCase) -> None:
+    def line(number: int, session: str, usd: Any) -> dict[str, Any]:
+        data = {"gauges": {"cost": {"total_cost_usd": usd}}}
+        return {**index_prompt(number, "", session), "eventType": "status_line", "hookType": "", "data": data}
+
+    day = DAY_MS // 1000
+    million = {"claude_opus_4_5": (1_000_000, 0)}  # 5 USD and a little
+    indexed.add(
+        index_usage(0, "a", **million), line(1, "a", 3.25), line(2, "a", 3.5), line(day, "a", 4.5),
+        index_usage(3, "b", **million), line(4, "b", -1), line(5, "b", math.nan), line(6, "c", 1),
+    )  # fmt: skip
+    figures = indexed.ready().figures()
+    part = cm.PriceList().estimate(cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(1_000_000, 0, 7)}))
+    assert part and figures["totals"]["costUsd"] == pytest.approx(4.5 + 1 + part)
+    assert figures["totals"]["estimatedPartUsd"] == part
+    costs = {row["sessionId"]: (row["costUsd"], row["estimatedPartUsd"]) for row in figures["sessions"]}
+    assert costs == {"a": (4.5, 0), "b": (part, part), "c": (1, 0)} or "c" not in costs
+    assert [row["costUsd"] for row in figures["days"]] == [pytest.approx(3.5 + 1 + part), 1.0]
+    assert [row["model"] for row in figures["models"]] == ["claude-opus-4-5"]
+    assert figures["totals"]["events"] == 2 and len(indexed.search()) == 2, "a status line is no event"
 
 
 def test_token_totals_that_come_as_events_are_no_events_of_their_session(indexed: IndexCase) -> None:
