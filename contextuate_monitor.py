@@ -1841,6 +1841,8 @@ def _apply_limits(account: Account, session: Session, at: int) -> None:
             before = window.costs if window else {}
             costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
             window = account.windows[name] = LimitWindow(resets_at, [], costs)
+        elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
+            continue  # a late report, of the window before
         if not window.samples or percent > window.samples[-1][1]:  # an idle client reports an old one
             window.samples.append((at, percent))
             while len(window.samples) > 2 and window.samples[1][0] <= at - PACE_MS:

@@ -10283,6 +10283,31 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
         eventually(lambda machine=machine: "third" in machine.sessions(), 60)
 
 
+def test_two_machines_of_one_account_share_its_limits(make: Any) -> None:
+    server = make(RedisServer)
+    machines = [make(RedisMachine, config=server.settings(), machine_id=name) for name in ("left", "right")]
+    machines[0].serve().wait_until("connected")
+    five, seven = (int(time.time()) + hours * 3600 for hours in (3, 60))
+    for machine, percent in zip(machines, (41, 42.5)):
+        in_process(machine, "install", "--status-line")
+        command = json.loads(install_text(machine.claude_home + "/settings.json"))["statusLine"]["command"]
+        machine.say("start", machine.machine_id)
+        line = status_line(machine.machine_id, five=(percent, five), seven=(7, seven))
+        assert status_line_call(command, line, machine.environment)[::2] == (
+            "Opus 5.5 · 4 % · $0.30\n".encode(),
+            0,
+        )
+
+    def limits() -> list[dict[str, Any]]:
+        return [it for it in machines[0].get("/api/status")["limits"] if len(it["machines"]) == 2]
+
+    (account,) = eventually(limits, 30, "one account of two machines")
+    assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
+    keys = {machine["machineKey"] for machine in machines[0].get("/api/status")["machines"]}
+    assert set(account["machines"]) == keys and len(keys) == 2
+    assert {it["costSource"] for it in machines[0].get("/api/sessions")["sessions"]} == {"client"}
+
+
 # ---------------------------------------------------------------------------
 # Containers: an agent in a container reports to the monitor of its host
 # ---------------------------------------------------------------------------
@@ -12054,6 +12079,42 @@ def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     found = tab.page.evaluate(f"{spans}.map((el) => [el.textContent, getComputedStyle(el).color])")
     assert [text for text, _ in found] == ["red", "green", "orange"]
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
+
+
+def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
+    tab.emit("prompt one", session="full")
+    tab.emit("prompt two", session="half")
+    now = int(time.time())
+    # session, percent of the context, percent of the limits
+    for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
+        line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
+                           context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
+        tab.monitor.emit(
+            {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox", "statusLine": line}
+        )
+    usage = {
+        "models": {"claude-opus-4-5": {"input": 1_000_000}},
+        "agents": {},
+        "model": "claude-opus-4-5",
+        "context": 130_000,
+    }
+    tab.emit("prompt three", session="guess")
+    tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
+    bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
+    shown = f"Object.fromEntries({bars}.filter(([, it]) => !it.hidden).map(([id, it]) => [id, it.firstChild.style.width]))"
+    eventually(lambda: tab.page.evaluate(shown) == {"full": "83%", "guess": "65%"}, 15, "bars from 60 % on")
+    tab.page.locator("[data-session-id=full]").click()
+    tab.shows("panehead-facts", "83 % context", "$0.30", "+12 −0", "medium effort")
+    assert "~" not in tab.text("panehead-facts")
+    tab.page.locator("[data-session-id=guess]").click()
+    tab.shows("panehead-facts", "~65 % context", "~$5.00")
+    tab.shows("limits", "5 h 62 %", "7 d 80 %")
+    tab.page.locator("[data-testid=limits]").click()
+    tab.shows("menu", "Five hours: 62 %", "Seven days: 80 %", "Not full before its reset")
+    assert tab.page.evaluate("document.querySelector('.limits .high').textContent") == "7 d 80 %"
+    tab.press("Escape")
+    tab.hides("menu")
+    assert not [row for row in tab.rows() if "status" in row["text"]], "a status line is no row"
 
 
 MARKDOWN = """# What I did
