@@ -14552,9 +14552,15 @@ def test_json_in_the_documents_is_what_the_program_takes_or_gives(text: str, tmp
         sessions = cm.Sessions()
         hooks = [payload("PreToolUse", **call), payload("SubagentStart", agent_id="a1", agent_type="Explore")]
         totals = {"eventType": "usage", "sessionId": "s1", "data": {"usage": {"models": {}, "agents": {}}}}
-        for event in (*hooks, payload("PermissionRequest", **call), totals):
+        line = {"id": "line", "statusLine": status_line()}
+        for event in (*hooks, payload("PermissionRequest", **call), totals, line):
             session = sessions.apply(ee.build_event(event, NOW_MS, "laptop"))
         assert doc_shape(json.loads(text)) == doc_shape(sessions.to_json(session))
+    elif '"fiveHour"' in text:
+        case = GaugeCase()
+        case.hook("SessionStart")
+        case.line(five=(5, NOW_MS // 1000 + 3600), seven=(6, NOW_MS // 1000 + DAY_MS // 1000))
+        assert doc_shape(json.loads(text)) == doc_shape(case.sessions.limits(NOW_MS))
     elif '"seq"' in text:
         event = json.loads(text)
         assert event.pop("seq") and event.pop("received")
