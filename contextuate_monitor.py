@@ -1184,6 +1184,7 @@ LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear
 RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
 PACE_MS = 3_600_000  # over which a limit's pace is measured
 ACCOUNTS_LIMIT = 32
+SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
 FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 # A quarter of the memory; needs Python 3.10.
@@ -1793,9 +1794,9 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
             value = value.get(name) if isinstance(value, dict) else None
         return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
 
-    def whole(limit: float, *path: str) -> int | None:
+    def whole(limit: float, *path: str, unit: int = 1) -> int | None:
         value = figure(limit, *path)
-        return None if value is None else int(value)
+        return None if value is None else int(value * unit)
 
     def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
         value = figure(200, *path, "used_percentage")
@@ -1803,12 +1804,10 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
 
     limits = []
     for window, (name, length_ms) in LIMIT_WINDOWS.items():
-        used, resets_s = percent("rate_limits", name), figure(1e11, "rate_limits", name, "resets_at")
-        if used is not None and resets_s is not None:
-            resets_at = int(resets_s * 1000)
-            if time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
-                limits.append((window, used, resets_at))
-    expires_s = figure(1e11, "prompt_cache", "expires_at")
+        used = percent("rate_limits", name)
+        resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
+        if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
+            limits.append((window, used, resets_at))
     return Gauges(
         time_ms,
         percent("context_window"),
@@ -1817,7 +1816,7 @@ def gauges_of(given: Any, time_ms: int) -> Gauges:
         figure(1e6, "cost", "total_cost_usd"),
         whole(1e9, "cost", "total_lines_added"),
         whole(1e9, "cost", "total_lines_removed"),
-        int(expires_s * 1000) if expires_s else None,
+        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
         tuple(limits),
     )
 
@@ -1851,7 +1850,7 @@ def _apply_limits(account: Account, session: Session, at: int) -> None:
             is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
             first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
             window.costs[session.session_id] = first, max(cost, last)
-            _drop_oldest(window.costs, CALLS_LIMIT)
+            _drop_oldest(window.costs, SHARES_LIMIT)
 
 
 def _window_json(name: str, window: LimitWindow) -> JsonObject:
@@ -8106,26 +8105,22 @@ class InstallPlan(NamedTuple):
 
 
 def plan_install(
-    home: str,
-    project: str | None,
-    version: Version | None,
-    without: Sequence[str] = (),
-    with_status_line: bool = False,
+    home: str, project: str | None, version: Version | None, without: Sequence[str] = (), line: bool = False
 ) -> InstallPlan:
     """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
 
-    `without`: names of events to omit. `with_status_line`: the status line too; one that is registered stays.
+    `without`: names of events to omit. `line`: register the status line too; one that is registered stays.
     Raises InstallError for settings that cannot be changed safely.
     """
-    if with_status_line and project is not None:
+    if line and project is not None:
         raise InstallError("the status line is registered for the user: run install without --project too")
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
     python, script = base_interpreter(), hook_script(home)
-    line = functools.partial(status_line_command, python, script)
-    return _plan(project, hook_command(python, script), names, kept, line, with_status_line)
+    line_around = functools.partial(status_line_command, python, script)
+    return _plan(project, hook_command(python, script), names, kept, line_around, line)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
