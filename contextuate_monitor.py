@@ -1284,7 +1284,7 @@ class LimitWindow:
 
 @dataclasses.dataclass(**_SLOTS)
 class Account:
-    """A subscription, as far as it can be told: machines that report the same times of resets."""
+    """A subscription: the machines that report the same times of resets."""
 
     machines: dict[str, None]  # their keys
     windows: dict[str, LimitWindow]  # by name in LIMIT_WINDOWS
