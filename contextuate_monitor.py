@@ -1133,7 +1133,12 @@ PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
+RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
+PACE_MS = 3_600_000  # over which a limit's pace is measured
+ACCOUNTS_LIMIT = 32
+SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
+FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1192,6 +1197,7 @@ class SessionUsage(NamedTuple):
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
     partial: bool = False  # the transcripts were not read to their end
+    context: int | None = None  # tokens in the main agent's last request
 
     @property
     def total(self) -> Tokens:
@@ -1201,6 +1207,39 @@ class SessionUsage(NamedTuple):
     def to_json(self) -> JsonObject:
         """Return the totals in the form of the API."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
+class Gauges(NamedTuple):
+    """What the client's status line reported last; None: not known."""
+
+    time: int
+    percent: float | None = None  # of the context that is used
+    used: int | None = None  # tokens
+    size: int | None = None
+    cost_usd: float | None = None  # of the session
+    lines_added: int | None = None
+    lines_removed: int | None = None
+    cache_expires: int | None = None  # ms
+    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
+
+
+@dataclasses.dataclass(**_SLOTS)
+class LimitWindow:
+    """One window of an account's limits, such as the current five hours."""
+
+    resets_at: int
+    samples: list[
+        tuple[int, float]
+    ]  # (time, percent), each higher than the last: of the last hour, one before
+    costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
+
+
+@dataclasses.dataclass(**_SLOTS)
+class Account:
+    """A subscription: the machines that report the same times of resets."""
+
+    machines: dict[str, None]  # their keys
+    windows: dict[str, LimitWindow]  # by name in LIMIT_WINDOWS
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1245,6 +1284,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
+    gauges: Gauges | None = None  # None: there is no status line
+    effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1655,6 +1696,8 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main and isinstance(data.get("effort"), dict):
+        session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
@@ -1689,7 +1732,9 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
     model = one_line(model) if isinstance(model, str) else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True)
+    context = about.get("context")
+    context = context if type(context) is int and 0 < context <= 1e9 else None
+    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1697,6 +1742,101 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
             before = session.agent_usage.get(agent_id, (0, Tokens()))
             total = sum(map(tokens_of, by_model.values()), Tokens())
             session.agent_usage[agent_id] = max((time_ms, total), before)
+
+
+# Gauges: figures of the status line. Any program can send them, so each is checked.
+
+# Name in JSON → (the client's name, its length)
+LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
+
+
+def gauges_of(given: Any, time_ms: int) -> Gauges:
+    """Return the plausible figures in the objects of a status line, under the client's names."""
+
+    def figure(limit: float, *path: str) -> Any:
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
+
+    def whole(limit: float, *path: str, unit: int = 1) -> int | None:
+        value = figure(limit, *path)
+        return None if value is None else int(value * unit)
+
+    def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
+        value = figure(200, *path, "used_percentage")
+        return None if value is None else min(value, 100)
+
+    limits = []
+    for window, (name, length_ms) in LIMIT_WINDOWS.items():
+        used = percent("rate_limits", name)
+        resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
+        if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
+            limits.append((window, used, resets_at))
+    return Gauges(
+        time_ms,
+        percent("context_window"),
+        whole(1e9, "context_window", "total_input_tokens"),
+        whole(1e9, "context_window", "context_window_size") or None,
+        figure(1e6, "cost", "total_cost_usd"),
+        whole(1e9, "cost", "total_lines_added"),
+        whole(1e9, "cost", "total_lines_removed"),
+        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+        tuple(limits),
+    )
+
+
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
+    """Apply the data of a status line; the newest replace older ones."""
+    if session.gauges is None or at >= session.gauges.time:
+        session.gauges = gauges_of(data.get("gauges"), at)
+        effort, model = data.get("effort"), data.get("model")
+        level = effort.get("level") if isinstance(effort, dict) else None
+        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+        session.model = one_line(model) if isinstance(model, str) and model else session.model
+
+
+def _apply_limits(account: Account, session: Session, at: int) -> None:
+    """Apply what a session reported of the limits of its account."""
+    cost = session.gauges and session.gauges.cost_usd
+    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+        window = account.windows.get(name)
+        if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
+            before = window.costs if window else {}
+            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            window = account.windows[name] = LimitWindow(resets_at, [], costs)
+        elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
+            continue  # a late report, of the window before
+        if not window.samples or percent > window.samples[-1][1]:  # an idle client reports an old one
+            window.samples.append((at, percent))
+            while len(window.samples) > 2 and window.samples[1][0] <= at - PACE_MS:
+                del window.samples[0]
+        if cost is not None:
+            is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
+            first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
+            window.costs[session.session_id] = first, max(cost, last)
+            _drop_oldest(window.costs, SHARES_LIMIT)
+
+
+def _window_json(name: str, window: LimitWindow) -> JsonObject:
+    """Return a window of a limit: `forecast` is when it will be full, None if not before its reset.
+
+    The pace is that of the last hour before the last reading. `shares`: percent by session, by their costs.
+    """
+    (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
+    since = max(begun, at - PACE_MS)
+    before = 0.0 if since == begun else window.samples[0][1]
+    grown, took_ms = percent - before, at - since
+    full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
+    spent = {session_id: now - first for session_id, (first, now) in window.costs.items() if now > first}
+    unit = percent / sum(spent.values()) if spent else 0
+    shares = [{"sessionId": it, "percent": round(spent[it] * unit, 1)} for it in spent]
+    return {
+        "percent": percent,
+        "resetsAt": window.resets_at,
+        "forecast": full_at if full_at and full_at < window.resets_at else None,
+        "shares": heapq.nlargest(SENT_OF_EACH, shares, key=operator.itemgetter("percent")),
+    }
 
 
 def tokens_of(counts: Any) -> Tokens:
@@ -1749,6 +1889,8 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+# Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
+_SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
 _MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
 _NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
@@ -1767,6 +1909,13 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+def context_size(model: str, used: int) -> int | None:
+    """Return how many tokens fit into a model's context, where `used` do; None: not known."""
+    family = model_family(model)
+    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
+    return 200_000 if is_small else 1_000_000 if family else None
 
 
 class PriceList:
@@ -2293,6 +2442,7 @@ class Sessions:
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
+        self._accounts: list[Account] = []  # the most recently active last
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
@@ -2314,7 +2464,7 @@ class Sessions:
         """Apply one event; return its session.
 
         An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
-        `usage` never creates a session: for a deleted one, the returned session is a temporary object.
+        Figures never create a session: for a deleted one, the returned session is a temporary object.
         """
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
@@ -2322,7 +2472,7 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind == "usage":
+            if kind in FIGURE_KINDS:
                 return session
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
@@ -2330,11 +2480,15 @@ class Sessions:
         elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", "usage"):
+        if kind in ("session_meta", *FIGURE_KINDS):
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
+                elif kind == "status_line":
+                    _apply_gauges(version, event["data"], at)
                 _apply_usage(version, event["data"].get("usage"), at)
+            if kind == "status_line" and session.gauges and session.gauges.limits:
+                _apply_limits(self._account_of(session), session, at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
@@ -2360,7 +2514,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2379,6 +2533,36 @@ class Sessions:
     def _key_of(self, event: JsonObject) -> str:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _account_of(self, session: Session) -> Account:
+        """Return the account that a session reports; its windows are the same, or one begins after the other.
+
+        Where all are new, the machine decides.
+        """
+        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
+
+        def is_same(account: Account) -> bool:
+            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
+                     if name in account.windows}  # fmt: skip
+            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
+            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
+
+        same = [account for account in self._accounts if is_same(account)]
+        account = same[-1] if same else Account({}, {})
+        account.machines[key] = None
+        self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
+        return account
+
+    def limits(self, time_ms: int) -> list[JsonObject]:
+        """Return the accounts whose windows are not over, with the keys of their machines."""
+        shown = []
+        for account in self._accounts:
+            windows = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
+            if windows:
+                figures = {name: _window_json(name, it) for name, it in windows.items()}
+                shown.append({"machines": list(account.machines), **figures})
+        return shown
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2615,8 +2799,9 @@ class Sessions:
     # Snapshots
 
     def snapshot(self, session_id: str) -> bytes:
-        """Return a session for `restore`; for "" the rest: machines and open calls without ids."""
-        state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
+        """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
+        rest = (self._machines, self._unnamed.open, self._accounts)
+        state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
@@ -2627,7 +2812,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed = self._machines, self._unnamed.open
+        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2636,10 +2821,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed = state
+                    machines, unnamed, accounts = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open = machines, unnamed
+        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -2713,7 +2898,11 @@ class Sessions:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage = session.usage
+        usage, gauges = session.usage, session.gauges or Gauges(0)
+        estimate = usage and self._prices.estimate(usage)
+        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
+        if session.gauges is None:
+            context = self._estimated_context(session, usage.context) if usage and usage.context else None
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
@@ -2730,11 +2919,26 @@ class Sessions:
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
-            "estimatedCostUsd": usage and self._prices.estimate(usage),
+            "estimatedCostUsd": estimate,
+            "context": context,
+            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
+            "costSource": "client"
+            if gauges.cost_usd is not None
+            else "estimate"
+            if estimate is not None
+            else None,
+            "linesAdded": gauges.lines_added,
+            "linesRemoved": gauges.lines_removed,
+            "cacheExpiresAt": gauges.cache_expires,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
+
+    def _estimated_context(self, session: Session, used: int) -> JsonObject:
+        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
+        percent = min(100, round(100 * used / size)) if size else None
+        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -2758,7 +2962,8 @@ class Sessions:
 
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    each.__name__: each
+    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -2785,7 +2990,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo",
+    "demo": "demo", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2913,6 +3118,8 @@ COMPARED_SESSIONS = 200
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
 _TOKENS = ("tokenUsage", "estimatedCostUsd")
+_COSTS = ("costUsd", "estimatedPartUsd")
+_CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
     "failures": f"sum(outcome IN {FAILED})",
@@ -3188,7 +3395,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
             continue
         with contextlib.suppress(MalformedEvent):
             event = parse_stored(line)
-            if effective_type(event) != "usage" and query.takes(event):
+            if effective_type(event) not in FIGURE_KINDS and query.takes(event):
                 results.append({**event_row(event), **snippet_of(event, query.terms)})
     took_ms = round((time.monotonic() - begin) * 1000, 1)
     return {"results": results, "next": str(last) if more else None, "complete": complete, "tookMs": took_ms}
@@ -3302,12 +3509,15 @@ class IndexFile:
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
+        if kind == "status_line":
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         if self.full_text:
             words = (seq, self._words(event, kind))
@@ -3574,6 +3784,8 @@ class Statistics:
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
         cells = list(self._cells())
+        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
+        is_exact = {cell.session for cell in cells if cell.model == client}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3588,19 +3800,30 @@ class Statistics:
             sessions: dict[int, set[int]] = collections.defaultdict(set)
             counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
             tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
+            exact: dict[int, int] = collections.defaultdict(int)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
                     sessions[key].add(cell.session)
                     counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    if cell.model is not None:
-                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+                    exact[key] += cell.tokens.input if cell.model == client else 0
+                    for by in (tokens, rest) if cell.session not in is_exact else (tokens,):
+                        if cell.model not in (None, client):
+                            by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
                 row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                used, others = (
+                    SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
+                    for by in (tokens, rest)
+                )
                 row["tokenUsage"] = used.to_json() if used.models else None
                 row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+                part = self._prices.estimate(others)
+                is_known = part is not None and (used.models or exact[key])
+                row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
+                row["estimatedPartUsd"] = part if is_known else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3610,16 +3833,18 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
+        models = table(
+            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
+        )
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        sessions = table((*_COUNTED, *_TOKENS), lambda cell: cell.session, about_session)
+        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS)}
+        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
             "totals": next(iter(table(every, lambda _: 0)), nothing),
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
@@ -4302,9 +4527,9 @@ class EventCounts:
         self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
     def add(self, event: JsonObject) -> None:
-        """Count one event, unless it is `usage`."""
+        """Count one event, unless it only has figures."""
         kind, data = effective_type(event), event["data"]
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         key = (event["machineId"], kind)
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
@@ -6764,6 +6989,7 @@ class Status:
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
+            "limits": monitor.sessions.limits(now_ms()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         return {**status, "problems": status_problems(status, unsaved, self._foreign)}
@@ -6803,7 +7029,7 @@ def steady_part(status: JsonObject) -> list[object]:
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
-        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode")),
+        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits")),
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
@@ -7684,6 +7910,13 @@ class ClientFile(NamedTuple):
                 yield from ((name, entry) for entry in group["hooks"])
 
 
+class StatusLine(NamedTuple):
+    """Our status line in a settings file; `wrapped`: the command that was there before, which it runs."""
+
+    command: str
+    wrapped: str | None
+
+
 class InstallPlan(NamedTuple):
     """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
 
@@ -7691,17 +7924,25 @@ class InstallPlan(NamedTuple):
     old_text: str
     new_text: str
     names: tuple[str, ...]
+    status_line: StatusLine | None = None
 
 
 def plan_install(
-    home: str, project: str | None, version: Version | None, without: Sequence[str] = ()
+    home: str, project: str | None, version: Version | None, without: Sequence[str] = (), line: bool = False
 ) -> InstallPlan:
-    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError."""
+    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
+
+    `line`: register the status line too; one that is registered stays.
+    """
+    if line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept)
+    python, script = base_interpreter(), hook_script(home)
+    line_around = functools.partial(status_line_command, python, script)
+    return _plan(project, hook_command(python, script), names, kept, line_around, line)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
@@ -7709,8 +7950,18 @@ def plan_uninstall(project: str | None) -> InstallPlan:
     return _plan(project, "", [], [])
 
 
-def _plan(project: str | None, command: str, names: list[str], kept: list[str]) -> InstallPlan:
-    """Register `command` for `names`, and for those of `kept` for which our hook is registered."""
+def _plan(
+    project: str | None,
+    command: str,
+    names: list[str],
+    kept: list[str],
+    line: Callable[[str | None], str] | None = None,
+    with_status_line: bool = False,
+) -> InstallPlan:
+    """Register `command` for `names`, and for those of `kept` for which our hook is registered.
+
+    `line` returns the command of the status line; None: it is removed.
+    """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -7720,10 +7971,12 @@ def _plan(project: str | None, command: str, names: list[str], kept: list[str]) 
         registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
         names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names)
+        if with_status_line or status_line_in(settings):
+            changed = merge_status_line(changed, line)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -7851,6 +8104,51 @@ def hook_script(home: str) -> str:
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
+def _quoted(path: str) -> str:
+    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    path = os.path.abspath(path)
+    if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
+        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
+
+
+def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
+    """Return the command for /bin/sh that runs `script` as the status line around another one.
+
+    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
+    """
+    python, path = _quoted(interpreter), _quoted(script)
+    first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
+    return (
+        f'set -- {first}; for p in {python} python3; do command -v "$p" >/dev/null && [ -f {path} ] &&'
+        f' exec "$p" -I -S {path} --status-line "$LC_CTYPE" "$@"; done; [ $# = 0 ] || exec /bin/sh -c "$1"'
+    )
+
+
+def status_line_in(settings: JsonObject) -> StatusLine | None:
+    """Return our status line in `settings`; None if there is none, or another one."""
+    command = _object(settings.get("statusLine")).get("command")
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = shlex.split(command) if isinstance(command, str) else []
+        is_ours = words[:2] == ["set", "--"] and "--status-line" in words
+        if is_ours and any(word.endswith("/hooks/emit_event.py") for word in words):
+            return StatusLine(str(command), words[2] if words[3] == ";" else None)
+    return None
+
+
+def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
+    entry, ours = settings.get("statusLine"), status_line_in(settings)
+    given = ours.wrapped if ours else _object(entry).get("command")
+    if "statusLine" not in settings:
+        entry = {"type": "command"}
+    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+    if line is None and given is None:
+        return {key: value for key, value in settings.items() if key != "statusLine"}
+    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+
+
 def hook_command(interpreter: str, script: str) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
@@ -7858,11 +8156,7 @@ def hook_command(interpreter: str, script: str) -> str:
     and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
     Raises InstallError for a path that is not UTF-8.
     """
-    quoted = []
-    for path in map(os.path.abspath, (interpreter, script)):
-        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-            raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
-        quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
+    quoted = [_quoted(path) for path in (interpreter, script)]
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
@@ -7876,10 +8170,16 @@ import sys
 
 try:
     sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    if sys.argv[1:2] == ["--status-line"]:
+        import status_line
+
+        status_line.run_status_line(sys.argv[2:])
     import hot_path
 
     hot_path.run_hook()
 except BaseException:
+    if sys.argv[3:]:
+        posix.execv("/bin/sh", ["/bin/sh", "-c", sys.argv[3]])
     posix._exit(0)
 """
 
@@ -7888,21 +8188,26 @@ def install_hook_files(home: str) -> str:
     """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/emit_event.py the whole module for the rare paths.
+    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
+    the rare paths.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    modules = [os.path.join(library, name) for name in ("emit_event.py", "hot_path.py")]
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
-        hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(modules, (content, hot_path + b"\n")):
+        for path, text in zip(
+            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
+        ):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
@@ -8172,7 +8477,7 @@ class Doctor:
         """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
         if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered]
+            checks += [self._claude, self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
             checks += [self._redis_py, self._redis, self._rights, self._publisher]
@@ -8270,6 +8575,35 @@ class Doctor:
         if names:
             words = f"{', '.join(names[:3])}{' …' if names[3:] else ''} would come twice: hooks in "
             yield _warn("registered", words + " and ".join(paths), "keep one of them")
+
+    def _status_line(self) -> Findings:
+        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
+        user, name = settings_path(None), "statusline"
+        ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
+        if ours is None:
+            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+            return
+        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
+        if shown != user:
+            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        given = encode_json(
+            {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
+        )
+        results = []
+        for command in filter(None, (ours.command, ours.wrapped)):
+            began, options = time.monotonic(), {"input": given + b"\n", "capture_output": True, "timeout": 10}
+            try:
+                done = subprocess.run(["/bin/sh", "-c", command], **options)  # type: ignore[call-overload]
+                output = done.stdout.decode("utf-8", "replace").strip()
+                results.append(
+                    (done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})")
+                )
+            except subprocess.TimeoutExpired:
+                results.append((-1, False, "nothing within 10 s"))
+        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
+        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
+        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
+        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9462,7 +9796,7 @@ def command_install(args: argparse.Namespace) -> int:
     """Register the hook in Claude Code's settings."""
     settings = settings_of(args)
     version = claude_version()
-    plan = plan_install(settings.home, args.project, version, args.without or ())
+    plan = plan_install(settings.home, args.project, version, args.without or (), args.status_line)
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -9471,6 +9805,11 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"hook     {install_hook_files(settings.home)}")
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if plan.status_line:
+        wrapped = plan.status_line.wrapped
+        print(
+            f"status line registered, with {'a line of its own' if wrapped is None else 'yours: ' + wrapped}"
+        )
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
@@ -9850,6 +10189,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_install: (
         *_INSTALLING,
         _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),

@@ -52,7 +52,7 @@ def run_hook() -> None:
         # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
-        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
         if payload:
             deliver(payload, notes)
         else:
@@ -79,7 +79,7 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic).
 
     Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
     30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
@@ -110,16 +110,19 @@ def read_payload(fd: int, deadline: float) -> bytes:
         one_line = one_line and not chunk.endswith(b"\n")
     if size > PAYLOAD_LIMIT_BYTES:
         raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return b"".join(chunks).strip()
+    return b"".join(chunks)
 
 
-def deliver(payload: bytes, notes: "list[str]") -> None:
-    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`."""
+def deliver(payload: bytes, notes: "list[str]", name: str = "hook") -> None:
+    """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
+
+    `name`: "hook", or "statusLine" for the object of a status line.
+    """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ, machine_key(home))
+    line = wrap(payload, environ, machine_key(home), name)
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
@@ -182,11 +185,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str) -> bytes:
-    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+def read_small(path: str, limit_bytes: int = 8192) -> bytes:
+    """Return the beginning of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, 8192)
+        content = posix.read(fd, limit_bytes)
         posix.close(fd)
         return content
     except OSError:
@@ -200,11 +203,11 @@ def machine_key(home: str) -> str:
     return f"{name}/{namespace}" if name and namespace else name
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
+def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook") -> bytes:
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
-    "parentSessionId"?, "hook": <payload>}`
+    "parentSessionId"?, NAME: <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -234,7 +237,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
         except OSError:  # the directory has been removed
             pass
     # In JSON, a line end occurs only between tokens, so a space can replace it.
-    return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+    head += f',"{name}":'
+    return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
 def pid_namespace() -> int:
@@ -443,10 +447,156 @@ def whole() -> "Any":
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--publish"]:
         whole().run_publisher(int(sys.argv[2]))
+    elif sys.argv[1:2] == ["--status-line"]:
+        whole().run_status_line(sys.argv[2:])
     else:
         run_hook()
 
 # --- end of the hot path ---
+
+# ---------------------------------------------------------------------------
+# Status line: hands on the figures that Claude Code gives to its status line, and shows the earlier line
+#
+# `install` writes this room to a module of its own, with all names of the hot path; the same rules apply.
+# Owns: gauges/ in our directory, with the figures that were handed on last.
+# ---------------------------------------------------------------------------
+
+GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
+PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
+
+
+def run_status_line(arguments: "list[str]") -> None:
+    """Hand on the object on standard input if a figure has changed; show a line; never returns.
+
+    `arguments`: the LC_CTYPE that the shell had, and the command of the status line that was there before, if
+    any: it replaces this process, so that its output, status and duration stay as they are.
+    """
+    payload, line = b"", ""
+    try:
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        line = note_gauges(payload.strip())
+    except BaseException as error:  # the line is shown whatever happens
+        reason = f"status line: {type(error).__name__}: {error}"
+        in_background(lambda: whole().log_failure(reason))
+    if not arguments[1:]:
+        posix.write(1, f"{line}\n".encode("utf-8", "replace"))
+        posix._exit(0)
+    import _signal
+
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
+        _signal.signal(number, _signal.SIG_DFL)
+    reading, writing = posix.pipe()
+
+    def feed() -> None:
+        posix.close(reading)  # so that a command that does not read ends this process
+        posix.write(writing, payload)
+
+    if len(payload) <= PIPE_BYTES:
+        posix.write(writing, payload)
+    else:
+        in_background(feed)
+    posix.dup2(reading, 0)
+    posix.close(writing)
+    environ = dict(posix.environ)
+    environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
+    if arguments[0]:
+        environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
+    posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
+
+
+def in_background(work: "Any", *arguments: "Any") -> None:
+    """Call `work` in a process that outlives this one and is no child of it."""
+    pid = posix.fork()
+    if pid:
+        posix.waitpid(pid, 0)
+        return
+    try:
+        posix.setsid()
+        if not posix.fork():
+            null = posix.open("/dev/null", posix.O_RDWR)
+            for fd in (0, 1, 2):  # the client waits for the end of the output
+                posix.dup2(null, fd)
+            work(*arguments)
+    except BaseException as error:
+        whole().log_failure(f"status line: {type(error).__name__}: {error}")
+    finally:
+        posix._exit(0)
+
+
+def note_gauges(payload: bytes) -> str:
+    """Hand on the object of a status line if its figures have changed; return a line with some of them."""
+    session, figures, line = figures_in(payload)
+    about = f"{quote(session[:128])} {figures}".encode()
+    home = places(posix.environ)[0]
+    kept = f"{home}/gauges/{session[-2:] if session[-2:].isalnum() else '--'}"
+    if figures.strip("0. ") and read_small(kept).partition(b" ")[2] != about:
+        in_background(hand_on_gauges, kept, about, payload)
+    return line
+
+
+def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
+    """Hand on the newest object of a session, every GAUGES_INTERVAL_S until there is no other one."""
+    waiting = kept + ".next"
+    try:  # a process waits to take it, unless it was killed
+        is_first = not 0 <= time.time() - posix.stat(waiting).st_mtime < 2 * GAUGES_INTERVAL_S
+    except OSError:
+        is_first = True
+        whole().make_private_directory(kept.rpartition("/")[0])
+    replace_small(waiting, about + b"\n" + payload)
+    while is_first:
+        last_ms = read_small(kept).partition(b" ")[0]
+        wait_s = GAUGES_INTERVAL_S + int(last_ms if last_ms.isdigit() else 0) / 1000 - time.time()
+        if 0 < wait_s <= GAUGES_INTERVAL_S:
+            time.sleep(wait_s)
+        about, _, payload = read_small(waiting, LINE_LIMIT_BYTES).partition(b"\n")
+        if not payload:
+            return
+        posix.unlink(waiting)
+        replace_small(kept, b"%d %b" % (time.time_ns() // 1_000_000, about))
+        deliver(payload, [], "statusLine")
+
+
+def replace_small(path: str, content: bytes) -> None:
+    """Write a file in one step."""
+    new = f"{path}.{posix.getpid()}"
+    fd = posix.open(new, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
+    posix.write(fd, content)
+    posix.close(fd)
+    posix.rename(new, path)
+
+
+def figures_in(payload: bytes) -> "tuple[str, str, str]":
+    """Return (session id, the figures that are compared, a line of our own) of a status line's object."""
+    import _json
+
+    class Options:  # of json.JSONDecoder
+        strict = False
+        object_hook = object_pairs_hook = None
+        parse_float, parse_int, parse_constant = float, int, str
+
+    options: Any = Options
+    given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
+
+    def at(*path: str) -> "Any":
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def shown(value: "Any", digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
+
+    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
+    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
+    for window in ("five_hour", "seven_day"):
+        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
+    session, name = at("session_id"), at("model", "display_name")
+    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+    line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
+    return session if isinstance(session, str) else "", " ".join(figures), line
+
+
+# --- end of the status line ---
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
@@ -478,6 +628,7 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 JsonObject = dict[str, Any]
 
 HOT_PATH_END = "# --- end of the hot path ---\n"
+STATUS_LINE_END = "# --- end of the status line ---\n"
 
 
 # ---------------------------------------------------------------------------
@@ -871,6 +1022,10 @@ _CAMEL_CASE = {
 _ID_LIMIT = 256  # characters
 
 
+# What an event keeps of a status line's object.
+GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
+
+
 class MalformedEvent(ValueError):
     """A line is not one JSON object."""
 
@@ -917,8 +1072,11 @@ def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObj
     `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
-    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
+    is_wrapper = isinstance(given.get("id"), str) and not isinstance(event_type, str)
+    if isinstance(hook, dict) and is_wrapper:
         return _event_from_hook(hook, given, received_ms, machine_id)
+    if isinstance(given.get("statusLine"), dict) and is_wrapper:
+        return _event_from_status_line(given, received_ms, machine_id)
     if isinstance(given.get("hook_event_name"), str):
         return _event_from_hook(given, {}, received_ms, machine_id)
     if isinstance(event_type, str):
@@ -960,6 +1118,19 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
             _keep(data, "hook_event_name", hook_type)
         hook_type = ""
     return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+
+
+def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
+    """Return the event of a status line: the client's own objects with the figures, under its names."""
+    line: JsonObject = wrapper["statusLine"]
+    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
+    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
+    data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
+    if isinstance(line.get("model"), dict):
+        data["model"] = line["model"].get("id")
+    if "effort" in line:
+        data["effort"] = line["effort"]
+    return _event(about, received_ms, machine_id, "", "status_line", data)
 
 
 def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -1425,7 +1596,9 @@ _METADATA_KEYS = frozenset(
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
     "kind entrypoint version".split()
 )
-_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
+_METADATA_OBJECTS = frozenset(
+    ("usage", "agentMeta", "truncated", "gauges")
+)  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
@@ -1812,7 +1985,7 @@ USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
 WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
 EVIDENCE_MS = 60_000  # older lines are history
-USAGE_SCHEMA = 4
+USAGE_SCHEMA = 5
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -1831,11 +2004,12 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": lambda value: type(value) is int,
 }
-# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
+# `model` and `context` are of the main agent's last message, `origin` is whose messages come first.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
+  chain TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
@@ -1999,7 +2173,8 @@ class UsageReader:
 
     The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
+    agent's last, "context": the tokens in its request, "partial": true when there were too many messages to
+    count}`, with counts by COUNT_NAMES.
 
     For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
     SQLite's lock excludes a second process.
@@ -2110,8 +2285,11 @@ class UsageReader:
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
-                    about_own = (own[-1].model, own[0].session_id, session)
+                    update = (
+                        "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
+                    )
+                    used = own[-1].counts
+                    about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
                 for entry in (it for it in found if not isinstance(it, dict)):
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
@@ -2283,8 +2461,9 @@ def _session_usage(database: Any, session: str) -> "JsonObject | None":
     if not models:
         return None
     usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
-    return {**usage, "model": model} if model else usage
+    find = "SELECT model, context FROM sessions WHERE name = ?"
+    model, context = database.execute(find, (session,)).fetchone()
+    return {**usage, "model": model, "context": context} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:

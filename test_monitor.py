@@ -146,6 +146,18 @@ def recorded(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _recorded(name)]
 
 
+def status_line(session: str = "s1", five: Any = None, seven: Any = None, **changes: Any) -> dict[str, Any]:
+    """Return the recorded object of a status line; `five`, `seven`: (percent, time of reset in s) of the limits."""
+    with open(os.path.join(ROOT, ".ci/recorded/statusline.json"), encoding="utf-8") as file:
+        line: dict[str, Any] = {**json.load(file), "session_id": session}
+    for name, value in changes.items():
+        is_part = isinstance(value, dict) and isinstance(line.get(name), dict)
+        line[name] = {**line[name], **value} if is_part else value
+    windows = {"five_hour": five, "seven_day": seven}
+    limits = {name: dict(zip(("used_percentage", "resets_at"), it)) for name, it in windows.items() if it}
+    return {**line, "rate_limits": limits} if limits else line
+
+
 @dataclasses.dataclass
 class RunningMonitor:
     """A monitor process of its own home, and what tests do with it."""
@@ -791,6 +803,91 @@ def test_the_whole_file_is_a_hook_too(monitor, shared):
     for home in (shared, monitor):
         hook_call(command, payload("Stop", "hook-whole"), home.environment)
     assert "hook-whole" in shared.sessions() and len(hook_spooled(monitor.home)) == 1
+
+
+def status_line_call(command: str, line: Any, environment: dict[str, str]) -> tuple[bytes, bytes, int]:
+    """Run a status line as Claude Code does; return (standard output, standard error, exit status)."""
+    given = line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n"
+    done = run_hook(command, given, environment)
+    return done.stdout, done.stderr, done.returncode
+
+
+# What a status line may do: fail, colours, several lines, nothing, read its input or not, end by a signal, …
+STATUS_LINES = [
+    "printf '\\033[31mred\\033[0m\\nsecond'; echo oh >&2; exit 3", "true", "", "cat", "wc -c", "cat | tail -c 3; exit 1",
+    "kill -9 $$", "it='\"#$'; echo \"$it\" ✓ $1 # no comment", "echo a\nexit 7", "yes | head -n 1", ";", "/gone/line",
+    "locale; env | grep ^LC_", "exec 1>&-",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("locale", [{}, {"LC_CTYPE": "C.UTF-8"}, {"LC_ALL": "C"}], ids=str)
+def test_an_earlier_status_line_is_shown_unchanged(hook_installed, monitor, locale):
+    script = hook_installed.directory + "/emit_event.py"
+    kept = {k: v for k, v in monitor.environment.items() if not k.startswith(("LC_", "LANG"))}
+    large = status_line(padding="x" * 300_000)
+    for wrapped, line in itertools.product(STATUS_LINES, (status_line(), large, b"no object\n", b"")):
+        ours, gone = (
+            cm.status_line_command(PYTHON, it, wrapped) for it in (script, "/gone/hooks/emit_event.py")
+        )
+        results = [status_line_call(it, line, {**kept, **locale}) for it in (wrapped, ours, gone)]
+        assert results[0] == results[1] == results[2], wrapped
+    own = cm.status_line_command(PYTHON, script, None)
+    assert status_line_call(own, status_line(), kept)[::2] == ("Opus 5.5 · 4 % · $0.30\n".encode(), 0)
+    assert status_line_call(own, b"[]", kept)[::2] == (b"\n", 0)
+
+
+def test_a_status_line_survives_a_broken_installation_and_can_be_ended(hook_installed, monitor):
+    shutil.copytree(hook_installed.directory, monitor.home + "/hooks")
+    script = monitor.home + "/hooks/emit_event.py"
+    hanging = cm.status_line_command(PYTHON, script, "echo $$; exec sleep 60")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(["/bin/sh", "-c", hanging], env=monitor.environment, **pipes) as process:
+        process.stdin.write(json.dumps(status_line()).encode() + b"\n")
+        process.stdin.close()
+        assert int(process.stdout.readline()) == process.pid, "the client ends the line itself"
+        process.kill()
+    ours = cm.status_line_command(PYTHON, script, "cat; exit 3")
+    for name in ("lib/status_line.py", "lib"):
+        shutil.rmtree(monitor.home + "/hooks/lib/__pycache__", ignore_errors=True)
+        ee.set_aside(f"{monitor.home}/hooks/{name}")
+        assert status_line_call(ours, b"{}\n", monitor.environment) == (b"{}\n", b"", 3)
+    for home in ("/dev/null/home", "/proc/1/x"):  # nothing can be kept there
+        shown = status_line_call(cm.status_line_command(PYTHON, hook_installed.directory + "/emit_event.py", "cat"),
+                                 b"{}\n", {**monitor.environment, "CONTEXTUATE_HOME": home})  # fmt: skip
+        assert shown == (b"{}\n", b"", 0)
+
+
+def test_figures_are_handed_on_when_they_change_and_not_too_often(hook_installed, monitor):
+    copy = monitor.home + "/copy"
+    shutil.copytree(hook_installed.directory, copy)
+    hook_replace(copy + "/lib/status_line.py", "GAUGES_INTERVAL_S = 5.0", "GAUGES_INTERVAL_S = 2.0")
+    command = cm.status_line_command(PYTHON, copy + "/emit_event.py", None)
+
+    def show(cost: Any, session: str = "s1", context: Any = 4, **more: Any) -> None:
+        changes = {"cost": {"total_cost_usd": cost}, "context_window": {"used_percentage": context}}
+        status_line_call(command, status_line(session, **changes, **more), monitor.environment)
+
+    def handed() -> list[tuple[str, Any]]:
+        lines = [it["statusLine"] for it in hook_spooled(monitor.home)]
+        return [(it["session_id"], it["cost"]["total_cost_usd"]) for it in lines]
+
+    show(0, context=None)
+    show(0.301)
+    eventually(lambda: handed() == [("s1", 0.301)], 15, "the first figures at once, but no zeros")
+    show(0.304)  # the same cent
+    show(0.4)
+    show(0.5, "another")
+    eventually(lambda: ("another", 0.5) in handed(), 15, "each session has its own pace")
+    show(0.6)
+    eventually(lambda: ("s1", 0.6) in handed(), 15, "the newest figures, later")
+    show(0.6, context=5)
+    eventually(lambda: len(handed()) == 4, 15, "a percent of the context")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    eventually(lambda: len(handed()) == 5, 15, "a limit")
+    show(0.6, context=5, five=(10, 2_000_000_000))
+    times = [it["timestamp"] for it in hook_spooled(monitor.home) if it["statusLine"]["session_id"] == "s1"]
+    assert min(later - earlier for earlier, later in itertools.pairwise(times)) >= 1900
+    assert [cost for session, cost in handed() if session == "s1"] == [0.301, 0.6, 0.6, 0.6]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
@@ -3161,12 +3258,14 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
     script = cm.install_hook_files(str(home))
     assert script == cm.hook_script(str(home)) == f"{home}/hooks/emit_event.py"
     library = home / "hooks/lib"
-    files = [script, library / "emit_event.py", library / "hot_path.py"]
-    launcher, whole, hot_path = map(install_text, files)
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    files = [script, *(library / name for name in names)]
+    launcher, whole, hot_path, status_line = map(install_text, files)
     assert launcher == cm.LAUNCHER and whole == install_text(ee.__file__)
-    assert whole.startswith(hot_path + ee.HOT_PATH_END)
+    line = status_line.partition("\n")[2]
+    assert whole.startswith(hot_path + ee.HOT_PATH_END + line + ee.STATUS_LINE_END)
     compiled = {path.name.partition(".")[0] for path in (library / "__pycache__").iterdir()}
-    assert compiled == {"emit_event", "hot_path"}
+    assert compiled == {"emit_event", "hot_path", "status_line"}
     assert {hook_mode_of(path) for path in (home, home / "hooks", library)} == {0o700}
     assert {hook_mode_of(path) for path in files} == {0o600}
     (home / "monitor.config.json").write_text(json.dumps({"socketPath": f"{tmp_path}/none.sock"}))
@@ -3175,6 +3274,47 @@ def test_the_hook_is_copied_privately_and_runs_from_bytecode(tmp_path):
         assert hook_call(command, payload("Stop"), dict(os.environ), CONTEXTUATE_HOME=str(home)) == ""
         shutil.rmtree(library / "__pycache__", ignore_errors=True)  # it works without, too
     assert [line["hook"] for line in hook_spooled(str(home))] == [payload("Stop")] * 2
+
+
+STATUS_LINE_SETTINGS = [
+    {}, {"statusLine": {"type": "command", "command": ""}},
+    *({"statusLine": {"command": it, "x": [1], "type": "command", "padding": 0}, "z": "ü"} for it in STATUS_LINES),
+    {"statusLine": {"type": "command", "command": "a \ud83d\n'\"'"}},
+]  # fmt: skip
+
+
+def test_the_status_line_is_wrapped_and_put_back(tmp_path, monkeypatch):
+    path = tmp_path / "settings.json"
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    for before in STATUS_LINE_SETTINGS:
+        text = json.dumps(before, indent=1)
+        path.write_text(text)
+        plan = cm.plan_install("/a'b \"$x", None, (2, 1, 332), (), True)
+        changed = json.loads(plan.new_text)
+        wrapped = before.get("statusLine", {}).get("command")
+        assert plan.status_line == (changed["statusLine"]["command"], wrapped)
+        rest = {**before.get("statusLine", {"type": "command"}), "command": plan.status_line.command}
+        assert changed["statusLine"] == rest and list(changed["statusLine"])[: len(rest)] == list(rest)
+        path.write_text(plan.new_text)
+        assert cm.plan_install("/a'b \"$x", None, (2, 1, 332)).new_text == plan.new_text, "it stays"
+        moved = cm.plan_install("/other", None, (2, 1, 332)).status_line
+        assert moved and moved.wrapped == wrapped and "/other/hooks" in moved.command
+        back = cm.plan_uninstall(None).new_text
+        assert json.loads(back) == before and list(json.loads(back)) == list(before)
+
+
+@pytest.mark.parametrize(
+    "given", [None, "x", 1, [], {}, {"type": "static"}, {"type": "command", "command": 1}]
+)
+def test_a_status_line_of_another_form_is_refused_and_left_alone(tmp_path, monkeypatch, given):
+    monkeypatch.setenv("CLAUDE_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "settings.json").write_text(json.dumps({"statusLine": given}))
+    with pytest.raises(cm.InstallError, match="statusLine: expected a command"):
+        cm.plan_install("/home", None, None, (), True)
+    assert json.loads(cm.plan_install("/home", None, None).new_text)["statusLine"] == given
+    assert cm.plan_uninstall(None).new_text == json.dumps({"statusLine": given})
+    with pytest.raises(cm.InstallError, match="without --project"):
+        cm.plan_install("/home", str(tmp_path), None, (), True)
 
 
 def test_the_installed_copy_can_install_itself_but_no_part_of_it(tmp_path, monkeypatch):
@@ -6441,6 +6581,148 @@ def test_sessions_to_which_nothing_is_due_are_not_looked_at(state: str, monkeypa
     assert not looked
 
 
+class GaugeCase:
+    """Sessions that get hooks and status lines of machines, in process."""
+
+    def __init__(self) -> None:
+        self.sessions, self.numbers = cm.Sessions(own_machine="k1"), itertools.count(1)
+
+    def apply(self, given: dict[str, Any], at: int, machine: str = "k1") -> cm.Session:
+        number = next(self.numbers)
+        wrapper = {"id": f"gauge-{number}", "timestamp": at, "machineId": machine, "machineKey": machine}
+        event = ee.build_event({**wrapper, **given}, at, machine)
+        return self.sessions.apply({**event, "seq": number, "received": at})
+
+    def hook(
+        self, name: str, at: int = NOW_MS, machine: str = "k1", session: str = "s1", **more: Any
+    ) -> None:
+        self.apply({"hook": payload(name, session, **more)}, at, machine)
+
+    def line(self, at: int = NOW_MS, machine: str = "k1", **changes: Any) -> cm.Session:
+        return self.apply({"statusLine": status_line(**changes)}, at, machine)
+
+    def shown(self, session: str = "s1") -> dict[str, Any]:
+        return self.sessions.to_json(self.sessions.sessions[session])
+
+
+GAUGE_FIELDS = ("context", "costUsd", "costSource", "linesAdded", "linesRemoved", "cacheExpiresAt", "effort")
+
+
+def test_a_status_line_gives_figures_and_is_no_activity() -> None:
+    case = GaugeCase()
+    case.line()
+    assert not case.sessions.sessions, "figures make no session"
+    case.hook("SessionStart")
+    case.hook("UserPromptSubmit", prompt="hi", effort={"level": "low"})
+    assert [case.shown()[name] for name in GAUGE_FIELDS] == [None] * 6 + ["low"]
+    case.sessions.tick(NOW_MS + 300_000)
+    before = case.shown()
+    case.line(NOW_MS + 400_000)
+    after = case.shown()
+    context = {"percent": 4, "used": 36561, "size": 1_000_000}
+    expected = [context, 0.30407, "client", 0, 0, 1_795_647_322_000, "medium"]
+    assert [after.pop(name) for name in GAUGE_FIELDS] == expected
+    assert after.pop("model") == "claude-opus-5-5" and before.pop("model") is None
+    assert after == {name: it for name, it in before.items() if name not in GAUGE_FIELDS}, "quiet as before"
+    case.hook("PermissionRequest", NOW_MS + 500_000, tool_name="Bash", tool_input={"command": "make"})
+    case.line(NOW_MS + 600_000, cost={"total_cost_usd": 1})
+    case.line(NOW_MS + 550_000, cost={"total_cost_usd": 0.9})  # late
+    assert (case.shown()["state"], case.shown()["costUsd"]) == ("waiting", 1)
+    case.hook("SessionEnd", NOW_MS + 700_000, reason="other")
+    case.line(NOW_MS + 800_000)
+    assert case.shown()["state"] == "ended"
+
+
+GAUGES_HOSTILE = [
+    -1, -0.001, math.nan, math.inf, 10**300, 1e300, "4", "NaN", True, False, None, {}, {"a": [4]}, [4], "x" * 10**5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", GAUGES_HOSTILE, ids=lambda it: repr(it)[:20])
+def test_hostile_figures_show_nothing(value):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    window = {"used_percentage": value, "resets_at": value}
+    figures = {
+        "context_window": {**window, "total_input_tokens": value, "context_window_size": value},
+        "cost": {"total_cost_usd": value, "total_lines_added": value, "total_lines_removed": value},
+        "rate_limits": {"five_hour": window, "seven_day": {**window, "used_percentage": 5}},
+        "prompt_cache": {"expires_at": value}, "effort": {"level": value if type(value) is not str else 1},
+    }  # fmt: skip
+    nothing = [{"percent": None, "used": None, "size": None}, *[None] * 6]
+    for sent in (figures, dict.fromkeys(figures, value), {"gauges": value}):
+        for event in ({"statusLine": {**sent, "session_id": "s1"}},
+                      {"eventType": "status_line", "sessionId": "s1", "data": {"gauges": sent}}):  # fmt: skip
+            case.apply(event, NOW_MS)
+            shown = case.shown()
+            assert [shown[name] or None for name in GAUGE_FIELDS] == nothing
+    assert case.sessions.limits(NOW_MS) == [] and json.loads(ee.encode_json(shown)) == shown
+    line = ee.encode_json({**figures, "session_id": value, "model": {"display_name": value}})
+    assert ee.figures_in(line)[1].split() == ["5"] and "\n" not in ee.figures_in(line)[2]
+
+
+def test_machines_with_the_same_resets_are_one_account() -> None:
+    case, five, seven = GaugeCase(), NOW_MS // 1000 + 3 * 3600, NOW_MS // 1000 + 4 * 86400
+    hour = 3_600_000
+    for machine, session in (("k1", "s1"), ("k2", "s2"), ("k3", "s3")):
+        case.hook("SessionStart", NOW_MS - hour, machine, session)
+
+    def line(machine: str, session: str, minutes: float, cost: float, *limits: Any) -> None:
+        at, (used_five, used_seven) = NOW_MS + round(minutes * 60_000), limits[:2]
+        reset_five, reset_seven = limits[2:] or (five, seven)
+        windows = {"five": (used_five, reset_five), "seven": (used_seven, reset_seven)}
+        case.line(at, machine, session=session, cost={"total_cost_usd": cost}, **windows)
+
+    line("k1", "s1", -60, 1.0, 30, 20)
+    line("k2", "s2", -30, 2.0, 45, 21, five + 20, seven)  # a reset may differ by seconds
+    line("k1", "s1", 0, 4.0, 60, 22)
+    line("k2", "s2", 0, 2.0, 40, 21)  # an idle client repeats what it knew
+    line("k3", "s3", 0, 5.0, 10, 11, five, seven + 7200)  # the same five hours, by chance
+    (one, other) = case.sessions.limits(NOW_MS)
+    assert one["machines"] == ["k1", "k2"] and other["machines"] == ["k3"]
+    assert (one["fiveHour"]["percent"], one["sevenDay"]["percent"]) == (60, 22)
+    assert one["fiveHour"]["forecast"] == NOW_MS + hour * 40 // 30, "30 % in the last hour, 40 % left"
+    assert one["sevenDay"]["forecast"] == NOW_MS + hour * 78 // 2
+    shares = [(it["sessionId"], it["percent"]) for it in one["fiveHour"]["shares"]]
+    assert shares == [("s1", 40.0), ("s2", 20.0)] and other["fiveHour"]["forecast"] is None
+    again = cm.Sessions(own_machine="k1")
+    again.restore([(name, case.sessions.snapshot(name)) for name in ("", *case.sessions.sessions)])
+    assert again.limits(NOW_MS) == [one, other] and case.sessions.limits(NOW_MS + 8 * 24 * hour) == []
+    line("k2", "s2", 181, 3.0, 2, 23, five + 5 * 3600, seven)  # the next five hours
+    later = case.sessions.limits(NOW_MS + 181 * 60_000)[-1]
+    assert later["machines"] == ["k1", "k2"] and later["fiveHour"]["percent"] == 2
+    assert later["fiveHour"]["shares"] == [{"sessionId": "s2", "percent": 2.0}]
+    line("k1", "s1", 0, 9.0, 70, 22)  # of the window that is over, late
+    assert case.sessions.limits(NOW_MS + 181 * 60_000)[-1]["fiveHour"]["percent"] == 2
+    with_week = NOW_MS // 1000 + 11 * 86400
+    line("k2", "s2", 5 * 1440, 4.0, 1, 1, NOW_MS // 1000 + 5 * 86400 + 60, with_week)  # the next week
+    line("k1", "s1", 5 * 1440, 9.0, 1, 2, NOW_MS // 1000 + 5 * 86400 + 60, with_week)
+    (account,) = [it for it in case.sessions.limits(NOW_MS + 5 * DAY_MS) if "k1" in it["machines"]]
+    assert account["machines"] == ["k1", "k2"] and account["sevenDay"]["percent"] == 2
+
+
+# Model, tokens of the last request → percent, size of what a session without a status line shows
+@pytest.mark.parametrize(
+    ("model", "used", "percent", "size"),
+    [
+        ("claude-opus-5-5", 250_000, 25, 1_000_000), ("claude-sonnet-4-5", 100_000, 50, 200_000),
+        ("claude-sonnet-4-5[1m]", 100_000, 10, 1_000_000), ("claude-haiku-4-5-20251001", 300_000, 30, 1_000_000),
+        ("claude-opus-4-6", 199_000, 100, 200_000), ("claude-opus-4-8", 199_000, 20, 1_000_000),
+        ("strange", 5, None, None), ("claude-opus-5-5", 0, None, None), ("claude-opus-5-5", "7", None, None),
+    ],
+)  # fmt: skip
+def test_without_a_status_line_the_context_is_estimated(model, used, percent, size):
+    case = GaugeCase()
+    case.hook("SessionStart")
+    usage = {"models": {model: {"input": 1_000_000}}, "agents": {}, "model": model, "context": used}
+    case.apply({"eventType": "usage", "sessionId": "s1", "data": {"usage": usage}}, NOW_MS)
+    shown = case.shown()
+    known = {"percent": percent, "used": used, "size": size, "estimated": True}
+    assert shown["context"] == (known if type(used) is int and used else None)
+    expected = (None, None) if model == "strange" else (shown["estimatedCostUsd"], "estimate")
+    assert (shown["costUsd"], shown["costSource"]) == expected
+
+
 # ---------------------------------------------------------------------------
 # Token usage: what transcripts say, read once, and what it costs
 #
@@ -8770,6 +9052,19 @@ def doctor_command(change: Any) -> Any:
     return doctor_settings(lambda settings: json.loads(changed(json.dumps(settings))))
 
 
+def doctor_line(command: str | None, change: Any = lambda monitor: None) -> Any:
+    """Return a function that installs with a status line around `command`, and then changes something."""
+
+    def install(monitor: RunningMonitor) -> None:
+        os.makedirs(monitor.claude_home, exist_ok=True)
+        line = {"statusLine": {"type": "command", "command": command}} if command is not None else {}
+        ee.write_atomically(monitor.claude_home + "/settings.json", json.dumps(line).encode())
+        in_process(monitor, "install", "--status-line")
+        change(monitor)
+
+    return install
+
+
 # What is wrong → how it comes about, doctor's exit status, the check and its level, and what it says.
 DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
     "no hook": (lambda monitor: None, 1, "hook fail", "install"),
@@ -8794,6 +9089,12 @@ DOCTOR_FAULTS: dict[str, tuple[Any, int, str, str]] = {
         1, "probe fail", "can't open file '/gone/hooks/emit_event.py'",
     ),
     "it fails": (doctor_command(lambda it: f'"{PYTHON}" -I -S "/gone/hooks/emit_event.py"'), 1, "probe fail", "ends with status 2"),
+    "a status line": (doctor_line("echo hi; exit 3"), 0, "statusline ok", "prints 'hi'"),
+    "a status line of its own": (doctor_line(None), 0, "statusline ok", "prints 'Test'"),
+    "a status line whose hook is broken": (
+        doctor_line(None, lambda monitor: ee.set_aside(monitor.home + "/hooks/lib/status_line.py")),
+        1, "statusline fail", "install --status-line",
+    ),
     "an environment in the settings": (
         doctor_settings(lambda it: {**it, "env": {"CONTEXTUATE_CONFIG": "/gone/other.json", "N": 1}}),
         1, "hook warn", "the hook reads /gone/other.json",
@@ -10083,6 +10384,31 @@ def test_the_guide_to_redis_mode_holds_command_by_command(make: Any) -> None:
     two.know()
     for machine in (one, two):
         eventually(lambda machine=machine: "third" in machine.sessions(), 60)
+
+
+def test_two_machines_of_one_account_share_its_limits(make: Any) -> None:
+    server = make(RedisServer)
+    machines = [make(RedisMachine, config=server.settings(), machine_id=name) for name in ("left", "right")]
+    machines[0].serve().wait_until("connected")
+    five, seven = (int(time.time()) + hours * 3600 for hours in (3, 60))
+    for machine, percent in zip(machines, (41, 42.5)):
+        in_process(machine, "install", "--status-line")
+        command = json.loads(install_text(machine.claude_home + "/settings.json"))["statusLine"]["command"]
+        machine.say("start", machine.machine_id)
+        line = status_line(machine.machine_id, five=(percent, five), seven=(7, seven))
+        assert status_line_call(command, line, machine.environment)[::2] == (
+            "Opus 5.5 · 4 % · $0.30\n".encode(),
+            0,
+        )
+
+    def limits() -> list[dict[str, Any]]:
+        return [it for it in machines[0].get("/api/status")["limits"] if len(it["machines"]) == 2]
+
+    (account,) = eventually(limits, 30, "one account of two machines")
+    assert account["fiveHour"]["percent"] == 42.5 and account["sevenDay"]["resetsAt"] == seven * 1000
+    keys = {machine["machineKey"] for machine in machines[0].get("/api/status")["machines"]}
+    assert set(account["machines"]) == keys and len(keys) == 2
+    assert {it["costSource"] for it in machines[0].get("/api/sessions")["sessions"]} == {"client"}
 
 
 # ---------------------------------------------------------------------------
@@ -11860,6 +12186,42 @@ def test_colours_of_a_terminal_are_colours_and_no_text(tab):
     assert found[2][1] == "rgb(255, 135, 0)" and len({colour for _, colour in found}) == 3
 
 
+def test_gauges_in_the_rail_the_head_and_the_top_bar(tab: BrowserTab) -> None:
+    tab.emit("prompt one", session="full")
+    tab.emit("prompt two", session="half")
+    now = int(time.time())
+    # session, percent of the context, percent of the limits
+    for session, percent, five, seven in (("full", 83, 61.4, 80), ("half", 59, 62, 80.4)):
+        line = status_line(session, five=(five, now + 7200), seven=(seven, now + 200_000),
+                           context_window={"used_percentage": percent}, cost={"total_lines_added": 12})  # fmt: skip
+        tab.monitor.emit(
+            {"id": str(uuid.uuid4()), "timestamp": ee.now_ms(), "machineId": "testbox", "statusLine": line}
+        )
+    usage = {
+        "models": {"claude-opus-4-5": {"input": 1_000_000}},
+        "agents": {},
+        "model": "claude-opus-4-5",
+        "context": 130_000,
+    }
+    tab.emit("prompt three", session="guess")
+    tab.monitor.emit({"eventType": "usage", "sessionId": "guess", "data": {"usage": usage}})
+    bars = "[...document.querySelectorAll('.session')].map((it) => [it.dataset.sessionId, it.querySelector('.gauge')])"
+    shown = f"Object.fromEntries({bars}.filter(([, it]) => !it.hidden).map(([id, it]) => [id, it.firstChild.style.width]))"
+    eventually(lambda: tab.page.evaluate(shown) == {"full": "83%", "guess": "65%"}, 15, "bars from 60 % on")
+    tab.page.locator("[data-session-id=full]").click()
+    tab.shows("panehead-facts", "83 % context", "$0.30", "+12 −0", "medium effort")
+    assert "~" not in tab.text("panehead-facts")
+    tab.page.locator("[data-session-id=guess]").click()
+    tab.shows("panehead-facts", "~65 % context", "~$5.00")
+    tab.shows("limits", "5 h 62 %", "7 d 80 %")
+    tab.page.locator("[data-testid=limits]").click()
+    tab.shows("menu", "Five hours: 62 %", "Seven days: 80 %", "Not full before its reset")
+    assert tab.page.evaluate("document.querySelector('.limits .high').textContent") == "7 d 80 %"
+    tab.press("Escape")
+    tab.hides("menu")
+    assert not [row for row in tab.rows() if "status" in row["text"]], "a status line is no row"
+
+
 MARKDOWN = """# What I did
 
 Fixed **all** of it, see `totals.ts` and [the notes](javascript:alert(1)).
@@ -13060,6 +13422,28 @@ def test_tokens_count_when_they_were_used_by_model_project_and_session(indexed: 
     assert costs["strange-model"] is None and costs["claude-opus-4-5"] == cm.PriceList().estimate(opus)
     later = indexed.history.statistics(NOW_MS + DAY_MS - 3_600_000, 1 << 53, "a", 0)
     assert later["totals"]["tokenUsage"]["totalInput"] == 1050
+
+
+def test_the_clients_own_cost_counts_before_an_estimate(indexed: IndexCase) -> None:
+    def line(number: int, session: str, usd: Any) -> dict[str, Any]:
+        data = {"gauges": {"cost": {"total_cost_usd": usd}}}
+        return {**index_prompt(number, "", session), "eventType": "status_line", "hookType": "", "data": data}
+
+    day = DAY_MS // 1000
+    million = {"claude_opus_4_5": (1_000_000, 0)}  # 5 USD and a little
+    indexed.add(
+        index_usage(0, "a", **million), line(1, "a", 3.25), line(2, "a", 3.5), line(day, "a", 4.5),
+        index_usage(3, "b", **million), line(4, "b", -1), line(5, "b", math.nan), line(6, "c", 1),
+    )  # fmt: skip
+    figures = indexed.ready().figures()
+    part = cm.PriceList().estimate(cm.SessionUsage(0, {"claude-opus-4-5": cm.Tokens(1_000_000, 0, 7)}))
+    assert part and figures["totals"]["costUsd"] == pytest.approx(4.5 + 1 + part)
+    assert figures["totals"]["estimatedPartUsd"] == part
+    costs = {row["sessionId"]: (row["costUsd"], row["estimatedPartUsd"]) for row in figures["sessions"]}
+    assert costs == {"a": (4.5, 0), "b": (part, part), "c": (1, 0)} or "c" not in costs
+    assert [row["costUsd"] for row in figures["days"]] == [pytest.approx(3.5 + 1 + part), 1.0]
+    assert [row["model"] for row in figures["models"]] == ["claude-opus-4-5"]
+    assert figures["totals"]["events"] == 2 and len(indexed.search()) == 2, "a status line is no event"
 
 
 def test_token_totals_that_come_as_events_are_no_events_of_their_session(indexed: IndexCase) -> None:
@@ -14285,9 +14669,15 @@ def test_json_in_the_documents_is_what_the_program_takes_or_gives(text: str, tmp
         sessions = cm.Sessions()
         hooks = [payload("PreToolUse", **call), payload("SubagentStart", agent_id="a1", agent_type="Explore")]
         totals = {"eventType": "usage", "sessionId": "s1", "data": {"usage": {"models": {}, "agents": {}}}}
-        for event in (*hooks, payload("PermissionRequest", **call), totals):
+        line = {"id": "line", "statusLine": status_line()}
+        for event in (*hooks, payload("PermissionRequest", **call), totals, line):
             session = sessions.apply(ee.build_event(event, NOW_MS, "laptop"))
         assert doc_shape(json.loads(text)) == doc_shape(sessions.to_json(session))
+    elif '"fiveHour"' in text:
+        case = GaugeCase()
+        case.hook("SessionStart")
+        case.line(five=(5, NOW_MS // 1000 + 3600), seven=(6, NOW_MS // 1000 + DAY_MS // 1000))
+        assert doc_shape(json.loads(text)) == doc_shape(case.sessions.limits(NOW_MS))
     elif '"seq"' in text:
         event = json.loads(text)
         assert event.pop("seq") and event.pop("received")
