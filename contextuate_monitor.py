@@ -4890,15 +4890,16 @@ class WebSocketServer:
             for_all = changes if client.changes and changes is not None else frames_for_all
             if view not in frames:
                 frames[view] = event_frames(stored, view)
-            if client.changes and client.queued > self.queue_limit_bytes // 4:
-                client.skipped, wanted = client.skipped + len(stored), for_all
-            elif own_ids is not None:
+            if own_ids is not None:
                 own = [frame for it, frame in zip(stored, frames[view]) if it.event["sessionId"] in own_ids]
                 wanted = b"".join(own) + for_all
             else:
                 key = (view, client.changes)
                 wanted = joined[key] if key in joined else b"".join(frames[view]) + for_all
                 joined[key] = wanted
+            room = self.queue_limit_bytes - client.queued
+            if client.changes and (len(wanted) > room or room < self.queue_limit_bytes * 3 // 4):
+                client.skipped, wanted = client.skipped + len(stored), for_all
             if wanted:
                 self.send(client, wanted)
 

@@ -91,6 +91,10 @@ import emit_event as ee
 # Helpers and fixtures
 # ---------------------------------------------------------------------------
 
+# A busy machine is no failure.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
 with contextlib.suppress(ValueError):  # not in the main thread
     # Where the tests run in the background SIGINT is ignored, and every process that they start inherits that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1138,7 +1142,7 @@ def hook_relaxed(value: Any, rng: random.Random) -> str:
     return gap() + ("{%s}" if isinstance(value, dict) else "[%s]") % inside + gap()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_json, st.randoms(use_true_random=False))
 def test_comments_and_trailing_commas_change_nothing(value, rng):
     assert json.dumps(ee.parse_relaxed_json(hook_relaxed(value, rng))) == json.dumps(value)
@@ -1470,7 +1474,7 @@ def hook_all_values(value: Any) -> list[str]:
     return [json.dumps(value), *(text for part in inner for text in hook_all_values(part))]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(hook_anything)
 def test_any_object_becomes_an_event_with_every_value(given_object):
     event = ee.build_event(json.loads(json.dumps(given_object)), NOW_MS, "m")
@@ -1557,7 +1561,7 @@ def test_what_is_not_one_object_is_malformed_and_nothing_worse(line):
     assert not ee.is_json_object(line)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(max_size=12) | st.integers(0xD800, 0xDFFF).map(chr))
 def test_the_hooks_own_quoting_is_json(text):
     assert json.loads(ee.quote(text)) == text and ee.quote(text).isascii()
@@ -1980,7 +1984,7 @@ def test_redaction_of_one_thing_over_and_over_is_quick(pattern):
         assert not unit or redaction_seconds(unit, 60_000) < 2.0, unit  # the square would take minutes
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([*HOOK_REPEATED[:11], *hook_hints(), *"= : \" ' \n a1b2c3d4 \\".split(" "), " "]),
              min_size=1, max_size=6),
@@ -2007,7 +2011,7 @@ hook_harmless_parts = st.lists(st.sampled_from(HOOK_HARMLESS) | HOOK_ESCAPES, ma
 hook_some_token = st.sampled_from([token for _, token in hook_tokens()])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(hook_harmless_parts, HOOK_ESCAPES, hook_some_token, HOOK_ESCAPES, hook_harmless_parts)
 def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, right, after):
     shown = ee.redact_text(before + left + token + right + after)
@@ -2015,7 +2019,7 @@ def test_no_text_and_no_escape_around_a_token_hides_it(before, left, token, righ
     assert ee.redact_text(shown) == shown
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(hook_anything, st.booleans(), st.booleans())
 def test_protecting_twice_is_protecting_once(given_object, redact, metadata_only):
     privacy = ee.Privacy(redact, metadata_only, 1024)
@@ -2185,7 +2189,7 @@ NESTED = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(NESTED)
 def test_no_secret_is_missed_because_the_whole_event_has_no_hint_of_it(content):
     event = {**ee.build_event({"eventType": "message", "data": {"x": content}}, 5, "m"), "beside": content}
@@ -2556,7 +2560,7 @@ journal_operations = st.one_of(
 
 
 @pytest.mark.parametrize("kind", ["files", "memory"])
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.sampled_from([(7, 70), (64, 50), (4 << 10, 8 << 10)]), st.lists(journal_operations, max_size=16))
 def test_the_journal_reads_back_what_a_list_would(kind, sizes, operations):
     with tempfile.TemporaryDirectory(prefix="ctx-") as root, pytest.MonkeyPatch.context() as patch:
@@ -2966,7 +2970,7 @@ def install_of(command: str, **group: Any) -> dict[str, Any]:
     return {"hooks": {"Stop": [{**group, "hooks": [{"type": "command", "command": command}]}]}}
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(install_settings, install_versions, install_versions)
 def test_install_adds_one_hook_an_event_and_uninstall_restores(given_settings, version, later):
     names, before = cm.event_names(version), json.dumps(given_settings)
@@ -3647,7 +3651,7 @@ protocol_cuts = st.lists(st.tuples(st.integers(0, 1 << 20), protocol_controls), 
     st.lists(st.tuples(protocol_messages, protocol_cuts), max_size=5),
     st.lists(st.integers(1, 70000), min_size=1),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, sizes):
     wire, expected = b"", []
     for message, cuts in conversation:
@@ -3675,7 +3679,7 @@ def test_fragments_and_chunks_of_any_size_give_the_same_messages(conversation, s
     ),
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
 )
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_no_bytes_raise_and_nothing_follows_a_close(data, sizes):
     whole = cm.FrameParser().feed(data)
     assert protocol_feed(data, sizes) == whole
@@ -6198,7 +6202,7 @@ SESSION_LIKELY = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(
@@ -6263,7 +6267,7 @@ SESSION_GAPS = st.lists(st.integers(1, 1500), min_size=40, max_size=40)
 SESSION_DELAYS = st.lists(st.integers(0, 2000), min_size=40, max_size=40)
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(st.data(), st.sampled_from(SESSION_NAMED), SESSION_GAPS, SESSION_DELAYS)
 def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps, delays):
     events = session_events(name)
@@ -6273,7 +6277,7 @@ def test_the_order_of_arrival_changes_neither_state_nor_counts(data, name, gaps,
     assert session_essence(session_replay(arrived)) == session_essence(in_order)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(SESSION_NAMED), st.lists(st.integers(50, 1500), min_size=40, max_size=40), SESSION_DELAYS,
     st.lists(st.integers(0, 40), min_size=40, max_size=40),
@@ -6346,7 +6350,7 @@ def session_overtakes(events: list[dict[str, Any]], cut: int) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 1 << 32), st.floats(0, 1))
 @example(658860103, 0.40625)  # a start overtakes, across the cut, the end of the session before it
 def test_a_restart_with_snapshots_gives_what_processing_live_gives(seed, share):
@@ -7034,7 +7038,7 @@ def test_what_was_read_is_not_read_again(transcript, preads):
     cuts=st.lists(st.integers(0, 8000), max_size=8),
     forget=st.integers(0, 8),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forget):
     noise = (b"", b"not json\n", b'{"type":"user","usage":"assistant"}\n', b"\n")
     whole = b"".join(usage_line(f"m{key}", output) + noise[odd] for key, output, odd in outputs)
@@ -7056,7 +7060,7 @@ def test_however_a_transcript_grows_its_totals_are_the_same(outputs, cuts, forge
 
 
 @given(data=st.binary(max_size=600), sizes=st.lists(st.integers(1, 50), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_bytes_break_the_transcript_parser_and_pieces_change_nothing(data, sizes):
     data = usage_line("m1", 3)[:-1] + data + b"\n" + usage_line("m2", 4)
     whole, pieces, place = ee.TranscriptParser(), ee.TranscriptParser(), 0
@@ -10762,7 +10766,10 @@ def safe_run_cases(port: int, **which: Any) -> dict[str, Any]:
     kosoku = pytest.importorskip("kosoku", reason="kosoku is missing: python3 test_monitor.py --setup")
     try:
         fuzzing = kosoku.run_fuzzingclient(f"ws://127.0.0.1:{port}", **which)
-        results = asyncio.run(asyncio.wait_for(fuzzing, 300))
+        with concurrent.futures.ThreadPoolExecutor(
+            1
+        ) as pool:  # this thread may have the browser's event loop
+            results = pool.submit(asyncio.run, asyncio.wait_for(fuzzing, 300)).result()
     except kosoku.FailureError as failure:
         results = failure.results
     return {result.case_id: result for result in results}
@@ -11150,7 +11157,7 @@ def safe_mutants(draw: Any, corpus: tuple[bytes, ...]) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, suppress_health_check=list(HealthCheck))
 @given(safe_mutants(SAFE_HEADS))
 def test_no_bytes_sent_to_either_port_do_any_harm(spoken, data):
     for port in (spoken.port, spoken.ws_port):
@@ -12899,7 +12906,7 @@ index_texts = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(index_texts, st.data())
 def test_the_index_finds_just_what_reading_every_event_finds(texts: list[str], data: Any) -> None:
     with contextlib.closing(IndexCase()) as case:
