@@ -42,6 +42,7 @@ Rooms, in the order of this file; each uses only those above it:
     The Monitor              what wires all of these
     Running monitor          how other processes find a running monitor and ask it
     Hook installation        the hook in Claude Code's settings
+    Service                  starts the monitor at login and after a crash
     Doctor                   checks of the whole chain, from the configuration to an event that arrives
     Demo                     a made-up working day of a small team
     Import                   history from before the monitor was there
@@ -88,6 +89,7 @@ import math
 import operator
 import os
 import pickle
+import plistlib
 import pwd
 import py_compile
 import random
@@ -8878,6 +8880,112 @@ def was_delivered(report: str) -> bool:
 
 
 # ---------------------------------------------------------------------------
+# Service: starts the monitor at login, and again after a crash
+#
+# Owns: the file of a systemd user unit or a launchd agent; the system's own commands do the rest.
+# ---------------------------------------------------------------------------
+
+SERVICE_NAME = "contextuate-monitor"
+SERVICE_VARIABLES = ("CONTEXTUATE_HOME", "CONTEXTUATE_CONFIG", "CONTEXTUATE_MACHINE_ID", "CLAUDE_CONFIG_DIR")
+
+
+def program_command() -> tuple[list[str], str]:
+    """Return the command that runs this program from its bytecode, without arguments, and its directory.
+
+    Compiling this file takes a moment, and 30 MB that stay in use.
+    """
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
+    return [sys.executable, *program], folder
+
+
+def systemd_unit(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a systemd user unit that keeps a command running."""
+
+    def quoted(text: str) -> str:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+        return f'"{escaped}"'
+
+    lines = [
+        "[Unit]", "Description=Contextuate Monitor", "", "[Service]",
+        f"ExecStart={' '.join(quoted(part).replace('$', '$$') for part in command)}",
+        f"WorkingDirectory={folder.replace('%', '%%')}",
+        *(f"Environment={quoted(f'{name}={value}')}" for name, value in environment.items()),
+        "Restart=on-failure", "RestartSec=2",
+        "StandardOutput=null",  # it may contain the token
+        "", "[Install]", "WantedBy=default.target", "",
+    ]  # fmt: skip
+    return "\n".join(lines).encode()
+
+
+def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str, str]) -> bytes:
+    """Return a launchd agent that keeps a command running."""
+    about: JsonObject = {"Label": SERVICE_NAME, "ProgramArguments": list(command), "WorkingDirectory": folder}
+    about |= {
+        "EnvironmentVariables": dict(environment),
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+    }
+    return plistlib.dumps(about)
+
+
+class Service(NamedTuple):
+    """How this system keeps a program running, as commands."""
+
+    path: str  # of the file that describes the service
+    content: Callable[[Sequence[str], str, Mapping[str, str]], bytes]
+    probe: str  # succeeds where services of this user can run
+    check: str  # succeeds while this one runs
+    start: tuple[str, ...]  # also with a new file
+    stop: tuple[str, ...]
+    restart: str
+
+
+def this_service() -> Service:
+    """Return how services run on this system."""
+    if sys.platform == "darwin":
+        path, domain = (
+            os.path.expanduser(f"~/Library/LaunchAgents/{SERVICE_NAME}.plist"),
+            f"gui/{os.getuid()}",
+        )
+        start, stop = (
+            f"launchctl bootstrap {domain} {shlex.quote(path)}",
+            f"launchctl bootout {domain}/{SERVICE_NAME}",
+        )
+        checks = f"launchctl print {domain}", f"launchctl print {domain}/{SERVICE_NAME}"
+        again = f"launchctl kickstart -k {domain}/{SERVICE_NAME}"
+        return Service(path, launchd_agent, *checks, (start,), (stop,), again)
+    path = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    path, control, name = f"{path}/systemd/user/{SERVICE_NAME}.service", "systemctl --user", SERVICE_NAME
+    checks, again = (
+        (f"{control} show-environment", f"{control} is-active {name}"),
+        f"{control} restart {name}",
+    )
+    start = f"{control} daemon-reload", f"{control} enable {name}", again
+    return Service(path, systemd_unit, *checks, start, (f"{control} disable --now {name}",), again)
+
+
+def trouble_of(command: str) -> str | None:
+    """Run a command of the system; return None, or why it failed."""
+    try:
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{command.split()[0]}: {getattr(error, 'strerror', None) or 'no answer'}"
+    return (
+        None if done.returncode == 0 else one_line(done.stderr or done.stdout or f"status {done.returncode}")
+    )
+
+
+def run_steps(commands: Iterable[str]) -> None:
+    """Run commands of the system; raise CommandError for the first one that fails."""
+    for command in commands:
+        trouble = trouble_of(command)
+        if trouble is not None:
+            raise CommandError(f"`{command}` failed: {trouble}")
+
+
+# ---------------------------------------------------------------------------
 # Doctor: the whole chain, link by link, from the configuration to an event that arrives
 #
 # Each check yields findings, and runs even if the one before failed. A running monitor reports its own facts
@@ -10043,12 +10151,9 @@ def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObj
     """Start a detached process and wait until it serves; raise StartError with its message if it fails."""
     emit_event.make_private_directory(settings.home)
     reader, writer = os.pipe()
-    folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    # A module is loaded from its bytecode: compiling this file takes a moment, and 30 MB that stay in use.
+    program, folder = program_command()
     compileall.compile_file(os.path.abspath(__file__), quiet=2)
-    program = ["-m", module] if module.isidentifier() else [os.path.join(folder, name)]
-    command = [sys.executable, *program, "start", "--foreground", "--report-fd", str(writer)]
+    command = [*program, "start", "--foreground", "--report-fd", str(writer)]
     config = None if args.config is None else os.path.abspath(args.config)
     options = {"--host": args.host, "--port": args.port, "--ws-port": args.ws_port, "--config": config}
     for name, value in options.items():
@@ -10188,11 +10293,48 @@ def stop_monitor(settings: Settings, about: JsonObject) -> None:
 
 def command_restart(args: argparse.Namespace) -> int:
     """Stop the monitor if it runs, and start it."""
-    settings = settings_of(args)
+    settings, service = settings_of(args), this_service()
+    has_options = not args.host is args.port is args.ws_port is args.config is None
+    if not has_options and os.path.exists(service.path) and trouble_of(service.check) is None:
+        run_steps([service.restart])
+        return 0
     about = running_monitor(settings)
     if about is not None:
         stop_monitor(settings, about)
     return command_start(args)
+
+
+def command_service(args: argparse.Namespace) -> int:
+    """Start the monitor at login and after a crash, by systemd or launchd."""
+    settings, service = settings_of(args), this_service()
+    trouble, is_installed = trouble_of(service.probe), os.path.exists(service.path)
+    if trouble is not None:
+        advice = "run `start` where your session begins instead"
+        raise CommandError(
+            f"neither systemd nor launchd runs services of this user here ({trouble}); {advice}"
+        )
+    if args.action == "status":
+        is_running = is_installed and trouble_of(service.check) is None
+        print("running" if is_running else "installed, not running" if is_installed else "not installed")
+        return 0 if is_running else 1
+    about = running_monitor(settings)
+    if is_installed:
+        run_steps(service.stop)
+    if args.action == "remove":
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(service.path)
+        print(f"{service.path} removed" if is_installed else "not installed")
+        return 0
+    if about is not None and running_monitor(settings) is not None:
+        stop_monitor(settings, about)
+    command, folder = program_command()
+    command += ["start", "--foreground", *(["--config", settings.config_path] if args.config else [])]
+    given = {name: os.environ[name] for name in SERVICE_VARIABLES if name in os.environ}
+    os.makedirs(os.path.dirname(service.path), exist_ok=True)
+    emit_event.write_atomically(service.path, service.content(command, folder, given))
+    run_steps(service.start)
+    print(f"{service.path} installed; the monitor starts with your login, and again after a crash")
+    return 0
 
 
 def command_status(args: argparse.Namespace) -> int:
@@ -10735,6 +10877,7 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
         _option("paths", "files or directories (default: every transcript of Claude Code)", nargs="*",
                metavar="PATH"),),
     command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
+    command_service: (_option("action", "what to do", choices=("install", "remove", "status")),),
     command_doctor: (_JSON,),
     command_test_event: (),
     command_notify_test: (),

@@ -42,6 +42,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import plistlib
 import pwd
 import queue
 import random
@@ -8856,6 +8857,91 @@ def test_machines_are_forgotten_after_the_retention() -> None:
     ingest.forget_machines(20)
     book.forget_machines(20)
     assert (list(ingest.machines), book.skew_ms("old"), book.skew_ms("new")) == (["new"], None, 0)
+
+
+# -- the service ---------------------------------------------------------------
+
+# In namespaces of its own: a systemd of this user, then `sh -c "$1"` with the command line of the program in $P.
+SERVICE_WORLD = """mount -t tmpfs none /run; mkdir -p /run/systemd/system /run/user/0; export XDG_RUNTIME_DIR=/run/user/0
+/usr/lib/systemd/systemd --user >"$HOME/systemd.log" 2>&1 & until systemctl --user show-environment >/dev/null 2>&1
+do sleep 0.1; done; sh -c "$1"; status=$?; kill $!; wait; exit $status"""
+needs_systemd = pytest.mark.skipif(
+    os.geteuid() != 0 or not UNSHARE or not os.path.exists("/usr/lib/systemd/systemd"),
+    reason="systemd is missing",
+)
+
+
+@needs_systemd
+def test_a_service_starts_the_monitor_now_and_after_a_crash(monitor: RunningMonitor) -> None:
+    def run(script: str) -> str:
+        environment = {
+            **monitor.environment,
+            "HOME": monitor.home,
+            "P": f"{sys.executable} -m contextuate_monitor",
+        }
+        world = [
+            str(UNSHARE),
+            *"--mount --pid --fork --kill-child --mount-proc sh -c".split(),
+            SERVICE_WORLD,
+            "sh",
+        ]
+        done = subprocess.run(
+            [*world, script],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+    waits = (
+        "until $P status --short | grep -q idle; do sleep 0.1; done; cat $CONTEXTUATE_HOME/monitor.pid; echo;"
+    )
+    said = run(f"$P service status; $P start --no-open >/dev/null; $P service install; {waits} $P service status;"
+               f"kill -9 $(cat $CONTEXTUATE_HOME/monitor.pid); rm $CONTEXTUATE_HOME/short; {waits} $P restart; {waits}"
+               "$P stop; $P service status; $P service remove; $P service remove; ls $HOME/.config/systemd/user/*.service")  # fmt: skip
+    lines = [line for line in said.splitlines() if not line.startswith("ls:")]
+    assert [line for line in lines if not line.isdigit()] == [
+        "not installed", lines[1], "running", f"stopped (pid {lines[5]})", "installed, not running", lines[8], "not installed",
+    ]  # fmt: skip
+    assert "contextuate-monitor.service installed" in lines[1] and lines[8].endswith("removed")
+    assert len({it for it in lines if it.isdigit()}) == 3, "a process for each start"
+
+
+def test_a_service_is_refused_where_neither_systemd_nor_launchd_runs(monitor: RunningMonitor) -> None:
+    for action in ("install", "remove", "status"):
+        done = subprocess.run([sys.executable, "-m", "contextuate_monitor", "service", action], cwd=ROOT, text=True,
+                              env={**monitor.environment, "PATH": monitor.home}, capture_output=True, check=False)  # fmt: skip
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "neither systemd nor launchd runs services of this user here" in done.stderr
+
+
+def test_service_files_keep_any_path_and_variable(tmp_path: Any) -> None:
+    folder = tmp_path / "a b%n<&>"
+    folder.mkdir()
+    command, environment = (
+        [sys.executable, "-m", 'x "$HOME" %n \\'],
+        {"CONTEXTUATE_HOME": str(folder) + ' "%h" $x'},
+    )
+    agent = plistlib.loads(cm.launchd_agent(command, str(folder), environment))
+    assert (agent["ProgramArguments"], agent["EnvironmentVariables"]) == (command, environment)
+    assert (agent["WorkingDirectory"], agent["KeepAlive"], agent["RunAtLoad"]) == (
+        str(folder),
+        {"SuccessfulExit": False},
+        True,
+    )
+    unit = cm.systemd_unit(command, str(folder), environment).decode()
+    assert 'ExecStart="' in unit and ' "x \\"$$HOME\\" %%n \\\\"\n' in unit and "b%%n<&>\n" in unit
+    assert f'Environment="CONTEXTUATE_HOME={str(folder).replace("%", "%%")} \\"%%h\\" $x"\n' in unit
+    (tmp_path / "x.service").write_text(unit)
+    if shutil.which("systemd-analyze"):
+        done = subprocess.run(
+            ["systemd-analyze", "--user", "verify", str(tmp_path / "x.service")],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ---------------------------------------------------------------------------
