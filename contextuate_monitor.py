@@ -5474,7 +5474,8 @@ class Access:
         name = self.check_host(request)
         origin = request.one("origin")
         if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
-            raise RequestError(403, "requests from other sites are refused")
+            advice = "a proxy must pass the Host header of the browser on (.docs/security.md)"
+            raise RequestError(403, f"requests from other sites are refused; {advice}")
         has_bearer = self._has_bearer(request)
         is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
@@ -5504,7 +5505,9 @@ class Access:
             name.strip("[]") in self._own_names or is_loopback(name) or {name, host} & self._allowed
         ):
             return name
-        raise RequestError(421, "this Host is not allowed; to allow it, add it to server.allowedHosts")
+        line = f'{{"server": {{"allowedHosts": ["{name}"]}}}}'
+        advice = f": if it is yours, write {line} into ~/.contextuate/monitor.config.json and run `restart`"
+        raise RequestError(421, "this Host is not allowed" + advice * bool(name))
 
     def _origins(self, host: str, name: str, port: int) -> set[str]:
         """Return the Origins of our page: those of the Host; on the WebSocket port, with the page's port."""
@@ -6005,8 +6008,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if not access.is_token(token):
             advice = "`contextuate_monitor.py url --token` prints a new one"
             raise RequestError(401, f"this link's token is not valid here; {advice}")
-        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age=31536000"
-        return Response(303, b"", "text/plain", (("Location", "/"), ("Set-Cookie", cookie)))
+        cookie = f"{TOKEN_COOKIE}_{access.port}={token}; HttpOnly; SameSite=Strict; Max-Age=31536000"
+        # Both are relative, since a proxy may show the page below a path.
+        return Response(303, b"", "text/plain", (("Location", "./"), ("Set-Cookie", cookie)))
 
     def _body(self, request: Request) -> bytes:
         coding, length = request.one("transfer-encoding").lower(), request.one("content-length")

@@ -4639,6 +4639,54 @@ def test_only_our_hosts_and_origins_are_served_on_both_ports(spoken, status, row
         assert status == 200 or json.loads(body)["error"]
 
 
+def test_a_refused_page_names_the_line_that_allows_its_host(monitor: RunningMonitor) -> None:
+    monitor.serve()
+    for name in ("evil<b>", "", "x" * 30 + "\u00e9"):
+        status, _, body = protocol_exchange(monitor.port, protocol_get(name, "Accept: text/html"))
+        assert status in (400, 421) and b"allowedHosts" not in body
+    request = protocol_get("Box.local:8000", "Accept: text/html,*/*", path="/")
+    status, headers, body = protocol_exchange(monitor.port, request)
+    assert status == 421 and ("content-type", "text/plain; charset=utf-8") in headers
+    line = re.search(r"write (.*) into ~/.contextuate/monitor.config.json and run `restart`", body.decode())
+    assert line and json.loads(line[1]) == {"server": {"allowedHosts": ["box.local"]}}
+    monitor.stop()
+    monitor.write_config(json.loads(line[1]))
+    monitor.serve()
+    request = protocol_get("Box.local:8000", "Origin: https://box.local:8000", path="/")
+    assert protocol_exchange(monitor.port, request)[0] == 200
+
+
+def test_upgrades_cost_no_thread_and_half_a_one_holds_up_nothing(monitor: RunningMonitor) -> None:
+    monitor.write_config({"limits": {"connections": 2000}})
+    monitor.serve()
+    monitor.websocket().close()
+
+    def cost() -> tuple[int, int]:
+        with open(f"/proc/{monitor.pid}/status", encoding="ascii") as file:
+            about = dict(line.split(":", 1) for line in file)
+        return int(about["Threads"]), int(about["VmRSS"].split()[0])
+
+    upgrade = protocol_upgrade(f"127.0.0.1:{monitor.port}", path="/ws")
+    threads, _ = cost()
+    with contextlib.ExitStack() as held:
+        costs = []
+        for port, path in ((monitor.port, "/ws"), (monitor.ws_port, "/")):
+            before = cost()[1]
+            for _ in range(300):
+                held.enter_context(contextlib.closing(ProtocolPeer(port, path=path)))
+            eventually(lambda: cost()[0] <= threads + 1, what="the end of the threads of HTTP")
+            costs.append(cost()[1] - before)
+        assert costs[0] < costs[1] + 3000, "kB"
+        for _ in range(100):
+            sock = held.enter_context(socket.create_connection(("127.0.0.1", monitor.port)))
+            sock.sendall(upgrade[: len(upgrade) // 2])
+        began = time.monotonic()
+        held.enter_context(contextlib.closing(ProtocolPeer(monitor.port, path="/ws")))
+        monitor.emit(payload("Stop"))
+        assert monitor.get("/health")["status"] == "ok" and time.monotonic() - began < 5
+        assert sock.recv(1) == b"", "closed after its deadline"
+
+
 def test_a_posted_hook_is_stored_before_it_is_answered(spoken):
     client = spoken.websocket(sessionIds=["posted"])
     body = json.dumps(payload("UserPromptSubmit", "posted", prompt="over HTTP"), indent=2).encode()
@@ -4751,10 +4799,10 @@ def test_with_auth_token_every_request_needs_it(guarded):
 def test_a_link_with_the_token_is_exchanged_for_a_cookie(guarded):
     monitor, token = guarded
     status, headers, body = monitor.request(f"/?token={token}")
-    assert (status, headers["location"], token.encode() in body) == (303, "/", False)
+    assert (status, headers["location"], token.encode() in body) == (303, "./", False)
     name, *attributes = [part.strip() for part in headers["set-cookie"].split(";")]
-    assert {"httponly", "samesite=strict", "path=/"} <= {attribute.lower() for attribute in attributes}
-    assert not [attribute for attribute in attributes if attribute.lower().startswith("domain")]
+    assert {"httponly", "samesite=strict"} <= {attribute.lower() for attribute in attributes}
+    assert not [attribute for attribute in attributes if attribute.lower().startswith(("domain", "path"))]
     assert monitor.request("/", headers={"Cookie": name})[0] == 200
     assert monitor.request("/api/status", headers={"Cookie": f"other=1; {name}"})[0] == 200
     for wrong in ("/?token=", "/?token=x", f"/?token={token}x", f"/?token={token[:-1]}", "/?token=%ff%00"):
@@ -12263,25 +12311,64 @@ def test_trouble_is_shown_in_banner_top_bar_and_status_and_taken_back(tab: Brows
     tab.shows("status", "Machines")
 
 
-def forward(listener: socket.socket, port: int) -> None:
-    def pump(source: socket.socket, target: socket.socket) -> None:
+def forward(listener: socket.socket, port: int, old: bytes, new: bytes) -> None:
+    def pump(source: socket.socket, target: socket.socket, is_request: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                target.sendall(data)
+                target.sendall(data.replace(old, new) if is_request else data)
             target.shutdown(socket.SHUT_WR)
 
     while True:
         here, there = listener.accept()[0], socket.create_connection(("127.0.0.1", port))
-        for ends in ((here, there), (there, here)):
+        for ends in ((here, there, True), (there, here, False)):
             threading.Thread(target=pump, args=ends, daemon=True).start()
 
 
-def test_a_tunnel_of_one_port_to_any_other_is_enough(running: RunningMonitor, open_tab: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, running.port):
-        running.about["port"] = listener.getsockname()[1]
-        tab = open_tab(running)
+@pytest.mark.parametrize("prefix", ["", "deep/monitor/"])
+def test_a_tunnel_of_one_port_to_any_other_is_enough(
+    prefix: str, monitor: RunningMonitor, open_tab: Any
+) -> None:
+    monitor.write_config({"server": {"auth": "token"}})
+    port, token = monitor.serve().port, monitor.command("url", "--token").stdout.strip().rpartition("/")[2]
+    cut = f" /{prefix}".encode() if prefix else b" /"
+    with socket.create_server(("127.0.0.1", 0)) as listener, serving(forward, listener, port, cut, b" /"):
+        monitor.about["port"] = listener.getsockname()[1]
+        tab = open_tab(monitor, prefix + token)
         tab.emit("prompt go; call make")
         tab.row_with("make")  # the WebSocket's own port refuses this Origin
+        assert tab.page.url.partition("#")[0] == monitor.url.replace("127.0.0.1", "localhost") + prefix
+        tab.page.click("[data-testid=view-stats]")
+        tab.shows("sheet", "Bash")
+        monitor.about["port"] = port
+
+
+def test_a_page_behind_a_proxy_that_changes_the_host_says_so(running: RunningMonitor, open_tab: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        hosts = (f"Host: localhost:{port}".encode(), f"Host: localhost:{running.port}".encode())
+        with serving(forward, listener, running.port, *hosts):
+            running.about["port"] = port
+            tab = open_tab(running)
+            tab.shows(
+                "banner",
+                "Access denied: requests from other sites are refused; a proxy must pass the Host header",
+            )
+            tab.said.clear()  # what the browser says of the refusals
+
+
+def test_a_visible_page_keeps_notifications_back(make: Any, monitor: RunningMonitor, open_tab: Any) -> None:
+    server = make(NoticeServer)
+    target = {"url": f"{server.url}/topic", "afterSeconds": 1}
+    monitor.write_config({"notify": [target, {**target, "url": f"{server.url}/always", "unlessSeen": False}]})
+    tab = open_tab(monitor.serve(), script="document.seen = 'visible';"
+                   "Object.defineProperty(document, 'visibilityState', {get: () => document.seen})")  # fmt: skip
+    tab.emit("prompt go; call make; ask make")
+    eventually(lambda: server.titles("/always"), what="the message to those who want all")
+    tab.page.click("[data-testid=view-status]")
+    tab.shows("status", "target 1 (ntfy): nothing sent since the start", "target 2 (ntfy): answered 200")
+    assert server.titles() == []
+    tab.page.evaluate("document.seen = 'hidden'; document.dispatchEvent(new Event('visibilitychange'))")
+    eventually(server.titles, what="the message once the page is hidden")
 
 
 def test_a_redis_that_comes_back_is_reconnected_from_the_page(make: Any, open_tab: Any) -> None:
