@@ -194,11 +194,6 @@ NOTICE_KINDS = {  # kind → the beginning of the message's title
 }  # fmt: skip
 
 
-def _clock_minutes(text: str) -> int:
-    hour, _, minute = text.partition(":")
-    return int(hour) * 60 + int(minute)
-
-
 def _is_web_address(value: Any) -> bool:
     try:
         parts = urllib.parse.urlsplit(value if isinstance(value, str) else "")
@@ -252,13 +247,13 @@ class NotifyTarget:
         self.name = f"target {number} ({self.format})"  # the address is a secret
         self.id = hashlib.sha256(encode_json([self.url, self.command])).hexdigest()[:16]
         self.kinds, self.after_ms = frozenset(values["when"]), int(values["afterSeconds"] * 1000)
-        self._quiet = [_clock_minutes(it) for it in (values["quietHours"] or "00:00-00:00").split("-")]
+        self.quiet = (values["quietHours"] or "00:00-00:00").split("-")
         self.unless_seen, self.content, self.link = values["unlessSeen"], values["content"], values["link"]
 
-    def is_quiet(self, minute: int) -> bool:
-        """True in the quiet hours; `minute` of the day."""
-        start, end = self._quiet
-        return start <= minute < end if start <= end else minute >= start or minute < end
+    def is_quiet(self, clock: str) -> bool:
+        """True in the quiet hours; `clock` is such as "22:30"."""
+        start, end = self.quiet
+        return start <= clock < end if start <= end else clock >= start or clock < end
 
 
 def load_settings(
@@ -6202,13 +6197,13 @@ class NoticeBook:
         """True if what a message says still holds."""
         return any(key in notices for notices in self.open.values())
 
-    def due(self, time_ms: int, minute: int, is_seen: bool) -> list[Delivery]:
-        """Return the messages to send now, each once. `minute` of the day; `is_seen`: a page is visible."""
+    def due(self, time_ms: int, clock: str, is_seen: bool) -> list[Delivery]:
+        """Return the messages to send now, each once. `clock` as "22:30"; `is_seen`: a page is visible."""
         messages = []
         for notice, queued in itertools.chain(*(notices.values() for notices in self.open.values())):
             for it in self.targets:
                 lasts = time_ms - notice.since >= max(it.after_ms, LASTING_MS)
-                may_send = not it.is_quiet(minute) and not (it.unless_seen and is_seen)
+                may_send = not it.is_quiet(clock) and not (it.unless_seen and is_seen)
                 if lasts and may_send and notice.kind in it.kinds and it.id not in queued:
                     queued.add(it.id)
                     messages.append(Delivery(it, notice, False, time_ms))
@@ -6354,20 +6349,23 @@ class Notifier:
             None
         )
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "notify")
+        self._closing = False
         sent: JsonObject = {}
-        with (
-            contextlib.suppress(OSError, MalformedEvent),
-            open(path, "rb", opener=emit_event.open_own) as file,
-        ):
-            sent = emit_event.parse_event_line(file.read())
+        with contextlib.suppress(Exception), open(path, "rb", opener=emit_event.open_own) as file:
+            read = emit_event.parse_event_line(file.read())
+            # Of another version, or no file: a message may then be sent twice.
+            sent = {
+                key: {"to": list(it["to"]), "notice": Notice(key, *it["notice"])[1:]}
+                for key, it in read.items()
+            }
         self._book = NoticeBook(targets, sent)
 
     def look(self, current: Mapping[str, list[Notice]], is_seen: bool) -> None:
         """Record what now holds for sessions, and send what is due; `is_seen`: a page is visible."""
-        time_ms, local = now_ms(), time.localtime()
+        time_ms = now_ms()
         for session_id, notices in current.items():
             self._book.update(session_id, [it for it in notices if it.kind in self.kinds], time_ms)
-        self._queue += self._book.due(time_ms, local.tm_hour * 60 + local.tm_min, is_seen)
+        self._queue += self._book.due(time_ms, time.strftime("%H:%M"), is_seen)
         self._send_next()
 
     def test(self) -> concurrent.futures.Future[JsonObject]:
@@ -6390,14 +6388,14 @@ class Notifier:
 
     def close(self) -> None:
         """Wait for the current attempt, and save its outcome."""
-        self._queue.clear()
+        self._closing = True
         self._thread.shutdown(wait=True)
         if self._running is not None:
             self._finish()
 
     def _send_next(self) -> None:
         """Send the first message whose target does not rest; drop those that no longer hold or are old."""
-        if self._running is not None:
+        if self._running is not None or self._closing:
             return
         waiting, self._queue = self._queue, []
         for message in waiting:
@@ -7460,7 +7458,7 @@ class Monitor:
         targets = settings.notify_targets
         self.notifier = Notifier(targets, settings.path("notified.json"), self.loop) if targets else None
         self._notice_changes: set[str] = set()  # sessions that may have something else to say
-        self._short = ""  # content of the file `short`
+        self._short = ""  # content of the file `short`, for prompts
         self._applied = 0  # seq up to which the stored events are in the sessions while they are loaded
         self.deferred: list[Callable[[], None]] = []  # called when loading ends
         self._arrivals = Turns()  # of Arrival
@@ -7775,20 +7773,16 @@ class Monitor:
         self._notice_changes = set()
         self.notifier.look(current, any(client.visible for client in self.clients.clients.values()))
 
-    def _write_short(self) -> None:
-        """Write the numbers of sessions for `status --short`, and for prompts, which read the file."""
-        words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
-        if words != self._short:
-            with contextlib.suppress(OSError):  # tried again
-                emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
-                self._short = words
-
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         if self.notifier and "limit" in self.notifier.kinds:
             limits = self.status.core(FILES_INTERVAL_S).get("limits")
             self.notifier.look({"": limit_notices(limits, self.settings.machine_id)}, is_seen=True)
-        self._write_short()
+        words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
+        if words != self._short:
+            with contextlib.suppress(OSError):  # tried again
+                emit_event.write_atomically(self.settings.path("short"), f"{words}\n".encode())
+                self._short = words
         self.feed.send()
         self.clients.report_skipped()
         self._send_status()
@@ -8935,39 +8929,31 @@ def launchd_agent(command: Sequence[str], folder: str, environment: Mapping[str,
 
 
 class Service(NamedTuple):
-    """How this system keeps a program running, as commands."""
+    """How a system keeps a program running, as commands."""
 
     path: str  # of the file that describes the service
     content: Callable[[Sequence[str], str, Mapping[str, str]], bytes]
     probe: str  # succeeds where services of this user can run
     check: str  # succeeds while this one runs
-    start: tuple[str, ...]  # also with a new file
-    stop: tuple[str, ...]
+    start: tuple[str, ...]  # with a new file
+    stop: str
     restart: str
 
 
 def this_service() -> Service:
     """Return how services run on this system."""
+    name = SERVICE_NAME
     if sys.platform == "darwin":
-        path, domain = (
-            os.path.expanduser(f"~/Library/LaunchAgents/{SERVICE_NAME}.plist"),
-            f"gui/{os.getuid()}",
-        )
-        start, stop = (
-            f"launchctl bootstrap {domain} {shlex.quote(path)}",
-            f"launchctl bootout {domain}/{SERVICE_NAME}",
-        )
-        checks = f"launchctl print {domain}", f"launchctl print {domain}/{SERVICE_NAME}"
-        again = f"launchctl kickstart -k {domain}/{SERVICE_NAME}"
-        return Service(path, launchd_agent, *checks, (start,), (stop,), again)
+        path, run = os.path.expanduser(f"~/Library/LaunchAgents/{name}.plist"), "launchctl"
+        domain, place = f"gui/{os.getuid()}", f"gui/{os.getuid()}/{name}"
+        start, restart = (f"{run} bootstrap {domain} {shlex.quote(path)}",), f"{run} kickstart -k {place}"
+        checks = f"{run} print {domain}", f"{run} print {place}"
+        return Service(path, launchd_agent, *checks, start, f"{run} bootout {place}", restart)
     path = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    path, control, name = f"{path}/systemd/user/{SERVICE_NAME}.service", "systemctl --user", SERVICE_NAME
-    checks, again = (
-        (f"{control} show-environment", f"{control} is-active {name}"),
-        f"{control} restart {name}",
-    )
-    start = f"{control} daemon-reload", f"{control} enable {name}", again
-    return Service(path, systemd_unit, *checks, start, (f"{control} disable --now {name}",), again)
+    run, path = "systemctl --user", f"{path}/systemd/user/{name}.service"
+    checks, restart = (f"{run} show-environment", f"{run} is-active {name}"), f"{run} restart {name}"
+    start = f"{run} daemon-reload", f"{run} enable {name}", restart
+    return Service(path, systemd_unit, *checks, start, f"{run} disable --now {name}", restart)
 
 
 def trouble_of(command: str) -> str | None:
@@ -10323,7 +10309,7 @@ def command_service(args: argparse.Namespace) -> int:
         return 0 if is_running else 1
     about = running_monitor(settings)
     if is_installed:
-        run_steps(service.stop)
+        run_steps([service.stop])
     if args.action == "remove":
         with contextlib.suppress(FileNotFoundError):
             os.unlink(service.path)
@@ -10435,7 +10421,7 @@ def command_config(args: argparse.Namespace) -> int:
         for name, key in emit_event.KEYS.items():
             default = json.dumps(key.default)
             print(f"| `{name}` | `{default}` | {meanings[name]} | {key.expected} |")
-        print("\nEach target of `notify` is an object:\n", "| key | default | meaning | may be |", sep="\n")
+        print("\nEach target of `notify` is an object:", "", "| key | default | meaning | may be |", sep="\n")
         print("|---|---|---|---|")
         for name, (value, words, expected, _) in NOTIFY_KEYS.items():
             print(f"| `{name}` | `{json.dumps(value)}` | {words} | {expected} |")
@@ -10449,9 +10435,9 @@ def command_config(args: argparse.Namespace) -> int:
         value = "(not shown)" if is_hidden else json.dumps(settings[name])
         print(f"\n{name} = {value}" + (f" (default {default})" if value != default else ""))
         print(f"    {meanings[name]}", f"    {key.expected}", sep="\n")
-    print("\nKeys of a target of notify, with their defaults:")
-    for name, (value, words, _, _) in NOTIFY_KEYS.items():
-        print(f"    {name} ({json.dumps(value)})  {words}")
+    print(
+        "\nA target of notify has:", *(f"{name}: {it[1]}" for name, it in NOTIFY_KEYS.items()), sep="\n    "
+    )
     return 0
 
 

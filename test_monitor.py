@@ -7905,11 +7905,11 @@ def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
     other = cm.NotifyTarget(
         2, {"url": "http://a/b", "format": "json", "afterSeconds": 0, "unlessSeen": False}
     )
-    book, day, night = cm.NoticeBook([target, other], {}), 12 * 60, 23 * 60
+    book, day, night = cm.NoticeBook([target, other], {}), "12:00", "23:00"
     at = NOW_MS
 
-    def due(after_s: float, minute: int = day, is_seen: bool = False) -> list[tuple[int, bool]]:
-        found = book.due(at + int(after_s * 1000), minute, is_seen)
+    def due(after_s: float, clock: str = day, is_seen: bool = False) -> list[tuple[int, bool]]:
+        found = book.due(at + int(after_s * 1000), clock, is_seen)
         return [([target, other].index(it.target), it.over) for it in found if not book.record(it) or True]
 
     book.update("s1", [notice_of(since=at)], at)
@@ -7930,14 +7930,14 @@ def test_the_request_of_a_hook_continues_the_wait_that_the_client_reported() -> 
     book = cm.NoticeBook([notice_target()], {})
     first = notice_of("dialog", since=NOW_MS)._replace(by_client=True)
     book.update("s1", [first], NOW_MS)
-    (message,) = book.due(NOW_MS + 2000, 0, False)
+    (message,) = book.due(NOW_MS + 2000, "12:00", False)
     book.record(message)
     second = notice_of(since=NOW_MS + 15_000, detail="make")._replace(key="k2")
     for _ in range(2):
         book.update("s1", [second], NOW_MS + 15_000)
-        assert book.due(NOW_MS + 60_000, 0, False) == []
+        assert book.due(NOW_MS + 60_000, "12:00", False) == []
     book.update("s1", [], NOW_MS)
-    (over,) = book.due(NOW_MS + 60_000, 0, False)
+    (over,) = book.due(NOW_MS + 60_000, "12:00", False)
     assert (over.over, over.notice.key) == (True, "k1")
 
 
@@ -8001,6 +8001,33 @@ def test_every_failure_of_a_server_has_its_outcome(
     assert is_sent is ("answered 20" in outcome) and words in outcome and "topic" not in outcome
     assert pause == pause_s
     assert len(server.received) == (url == server.url and manner != "wrong certificate")
+
+
+def test_a_message_is_tried_three_times_while_other_targets_are_served(
+    make: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(cm, "NOTICE_PAUSES_S", (0.1, 0.2))
+    server = make(NoticeServer, {"/topic": ["500"], "/late": ["500", "200"]})
+    targets = [notice_target(url=f"{server.url}/{path}") for path in ("topic", "late")]
+    calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    (tmp_path / "n").write_text('{"k1": {"to": 1}}')  # of another version
+    notifier = cm.Notifier(targets, str(tmp_path / "n"), types.SimpleNamespace(call_soon=calls.put))  # type: ignore[arg-type]
+
+    def look(*notices: cm.Notice) -> list[str]:
+        with contextlib.suppress(queue.Empty):
+            calls.get(timeout=0.02)()
+        notifier.look({"s1": list(notices)}, is_seen=False)
+        return [path for _, path, _, _ in server.received]
+
+    first = notice_of(since=cm.now_ms() - 5000)
+    eventually(lambda: sorted(look(first)) == ["/late"] * 2 + ["/topic"] * 3, what="three attempts")
+    for number in range(50):
+        assert len(look(first)) == 5, number
+    eventually(
+        lambda: len(look()) == 6 and server.received[-1][1] == "/late", what="the end, where it was sent"
+    )
+    notifier.close()
+    assert json.loads((tmp_path / "n").read_text()) in ({}, {"k1": {"to": [], "notice": list(first[1:])}})
 
 
 def notice_asks(session: str, command: str = "make") -> list[dict[str, Any]]:
