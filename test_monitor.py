@@ -1539,6 +1539,16 @@ def test_an_event_of_the_node_emitter_gets_our_names(rule: str) -> None:
     cm.Sessions().apply(event)
 
 
+@pytest.mark.parametrize("level", ["full", "metadata"])
+def test_an_event_that_names_its_program_keeps_that_name(level: str) -> None:
+    hook = {"hook": payload("Stop"), "id": "e1", "agent": "codex"}
+    for sent in (hook, {"eventType": "turn_end", "sessionId": "s1", "agent": "codex"}):
+        event = protected(ee.build_event(sent, NOW_MS, "box"), ee.Privacy(metadata_only=level == "metadata"))
+        assert event["agent"] == cm.event_row(event)["agent"] == "codex"
+    event = ee.build_event({"eventType": "turn_end", "agent": ["codex"]}, NOW_MS, "box")
+    assert "agent" not in event and event["data"]["agent"] == ["codex"]
+
+
 # ---------------------------------------------------------------------------
 # Redaction: secrets out, long fields cut
 # ---------------------------------------------------------------------------
