@@ -6157,7 +6157,8 @@ NOTICE_QUEUE_MS = 600_000  # a message that could not be sent for this long is d
 NOTICE_AGE_MS = 12 * 3_600_000  # what began earlier is no news to a monitor that starts
 LASTING_MS = 1000  # a shorter wait may have been answered by a hook
 WAITS = frozenset(("permission", "question", "plan", "input", "dialog"))
-LIMIT_PERCENT = 90  # of a context or an account's limit
+LIMIT_PERCENT = 80  # of a context or an account's limit
+LIMIT_LABELS = {"fiveHour": "account, 5 hours", "sevenDay": "account, 7 days"}
 
 
 class Notice(NamedTuple):
@@ -6204,18 +6205,14 @@ def notices_of(session: Session, context_percent: float | None) -> list[Notice]:
     ]
 
 
-def limit_notices(limits: Any, machine: str, name: str = "") -> list[Notice]:
-    """Return the limits of accounts that are nearly reached; `limits`: {percent, resetsAt} at any depth."""
-    if not isinstance(limits, (dict, list)):
-        return []
-    named = limits.items() if isinstance(limits, dict) else ((name, it) for it in limits)
-    if not isinstance(limits, dict) or "percent" not in limits:
-        return [it for key, inner in named for it in limit_notices(inner, machine, key)]
-    percent, key = limits["percent"], _notice_key(name, limits.get("resetsAt"))
-    if type(percent) not in emit_event.NUMBERS or percent < LIMIT_PERCENT:
-        return []
-    words = {"fiveHour": "5 hours", "sevenDay": "7 days"}.get(name, name)
-    return [Notice(key, "limit", "", f"account, {words}", machine, f"{percent:.0f} % used", 0)]
+def limit_notices(accounts: Sequence[JsonObject], machine: str) -> list[Notice]:
+    """Return the limits that are nearly reached, of the accounts in the status."""
+    windows = [(name, it[name]) for it in accounts for name in LIMIT_WINDOWS if name in it]
+    return [
+        Notice(_notice_key(name, it["resetsAt"]), "limit", "", LIMIT_LABELS[name], machine, detail, 0)
+        for name, it in windows
+        if it["percent"] >= LIMIT_PERCENT and (detail := f"{it['percent']:.0f} % used")
+    ]
 
 
 def _notice_key(*parts: Any) -> str:
@@ -7837,8 +7834,8 @@ class Monitor:
     def _tick(self) -> None:
         self._note_changes(self._end_sessions_without_process() + self.sessions.tick(now_ms()))
         if self.notifier and "limit" in self.notifier.kinds:
-            limits = self.status.core(FILES_INTERVAL_S).get("limits")
-            self.notifier.look({"": limit_notices(limits, self.settings.machine_id)}, is_seen=True)
+            limits = limit_notices(self.sessions.limits(now_ms()), self.settings.machine_id)
+            self.notifier.look({"": limits}, is_seen=True)
         words = short_words([it.state for it in self.sessions.sessions.values() if not it.hidden])
         if words != self._short:
             with contextlib.suppress(OSError):  # tried again

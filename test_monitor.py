@@ -8274,15 +8274,10 @@ def test_each_kind_of_notice_comes_from_the_state_of_a_session(steps: str, expec
     assert [it.detail for it in again[len(found) :]] == ([] if "hide" in steps else ["context 91 % full"])
 
 
-def test_limits_of_accounts_are_found_at_any_depth() -> None:
-    full, free = {"percent": 93.0, "resetsAt": 5}, {"percent": 20, "resetsAt": 9, "forecast": None}
-    for limits in (
-        [{"fiveHour": full, "sevenDay": free}],
-        {"a": {"fiveHour": full}, "b": {"fiveHour": free}},
-    ):
-        (notice,) = cm.limit_notices(limits, "box")
-        assert (notice.kind, notice.label, notice.detail) == ("limit", "account, 5 hours", "93 % used")
-    assert cm.limit_notices(None, "box") == cm.limit_notices({"fiveHour": {"percent": "x"}}, "box") == []
+def test_a_limit_that_is_nearly_reached_is_noticed_once_for_an_account() -> None:
+    windows = {"fiveHour": {"percent": 80.0, "resetsAt": 5}, "sevenDay": {"percent": 79.9, "resetsAt": 9}}
+    (notice,) = cm.limit_notices([{"machines": ["a", "b"], **windows}, {"machines": ["c"]}], "box")
+    assert (notice.kind, notice.label, notice.detail) == ("limit", "account, 5 hours", "80 % used")
 
 
 def test_a_message_is_due_once_after_its_delay_and_its_end_once() -> None:
