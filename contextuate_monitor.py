@@ -6278,7 +6278,8 @@ class Answers:
             self._end(event["id"], f"it was answered from {by}")
         same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
         data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
-        data |= {"message": answer_words(event, answer), "toolName": event["data"].get("toolName")}
+        words = {"late": " (too late)", "failed": " (not delivered)"}.get(outcome, "")
+        data |= {"message": f"{answer_words(event, answer)}, from {by}{words}"}
         own_id = str(uuid.uuid4())
         about = {"id": own_id, "timestamp": event["timestamp"] + now_ms() - event["received"]}
         about |= {"eventType": "answer", "hookType": "", "data": data}
@@ -7264,7 +7265,14 @@ class MessageHandlers:
         def read() -> JsonObject:
             line = self._monitor.journal.find(event_id, session_id, message.get("seq"))
             event = parse_stored(line) if line is not None else None
-            return {"type": "event_detail", "sessionId": session_id, "eventId": event_id, "event": event}
+            offers = emit_event.objects_in(event["data"].get("permission_suggestions")) if event else []
+            ids = {"sessionId": session_id, "eventId": event_id}
+            return {
+                "type": "event_detail",
+                **ids,
+                "event": event,
+                "offers": list(map(suggestion_words, offers)),
+            }
 
         return self._monitor.reader.submit(read)
 
