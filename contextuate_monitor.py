@@ -6243,7 +6243,9 @@ class Answers:
             outcome, words = ("delivered", "") if is_done else ("failed", "the hook did not take it")
         else:
             outcome, words = self._send_signed(event_id, answer)
-        self._loop.call(lambda: self._finish(event, answer, by, outcome))
+        if isinstance(question, OpenQuestion):
+            self._loop.call(lambda: self._finish(event, by, outcome))
+        self._loop.call(lambda: self._record(event, answer, by, outcome))
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
     def _begin(self, event: JsonObject, answer: Any) -> OpenQuestion | str:
@@ -6269,13 +6271,18 @@ class Answers:
                 return "the client no longer waits"
         return question
 
-    def _finish(self, event: JsonObject, answer: Any, by: str, outcome: str) -> None:
-        """Store what was answered, and end the wait unless the answer can be given again."""
+    def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
+        """End the wait after an answer, unless another one can be given."""
         question = self._questions.get(event["id"])
         if question and outcome == "failed":
             question.is_taken = False
         elif question:
-            self._end(event["id"], f"it was answered from {by}")
+            self._end(event["id"], "an answer came first")
+        if outcome == "delivered":
+            self._over[event["id"]] = f"it was answered from {by}"
+
+    def _record(self, event: JsonObject, answer: Any, by: str, outcome: str) -> None:
+        """Store an answer as an event."""
         same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
         data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
         words = {"late": " (too late)", "failed": " (not delivered)"}.get(outcome, "")

@@ -1085,6 +1085,9 @@ HOOK_WRONG_VALUES: dict[str, tuple[list[Any], Any]] = {
     "limits.fieldBytes": ([1023, (8 << 20) + 1, "1024", True, None], 1024),
     "limits.connections": ([0, 10_001, "1", True, None], 10_000),
     "limits.clientQueueBytes": ([65_535, (64 << 20) + 1, 1e6, None], 65_536),
+    "answers.waitSeconds": ([-1, 86_401, "5", None], 0),
+    "answers.backgroundSeconds": ([-1, 301, 1.5, True], 0),
+    "answers.remote": ([1, "true", None], True),
     "sessions.quietSeconds": ([4, 86_401, "5", True, None], 5),
     "sessions.endedHours": ([0, 721, 1.5, None], 720),
     "retention.days": ([0, -1, "30", 1.5, True, 36_501], None),
@@ -5306,7 +5309,12 @@ def session_facts(shown: dict[str, Any], now_ms: int) -> dict[str, str]:
 
 def session_matter(shown: dict[str, Any]) -> dict[str, Any]:
     """Return what an event without consequence leaves as it was."""
-    without: dict[str, Any] = {**shown, "lastEventTime": 0, "asks": [], "counts": {**shown["counts"], "events": 0}}
+    without: dict[str, Any] = {
+        **shown,
+        "lastEventTime": 0,
+        "asks": [],
+        "counts": {**shown["counts"], "events": 0},
+    }
     return {**without, "agents": [{**agent, "counts": {}} for agent in shown["agents"]]}
 
 
@@ -12417,8 +12425,9 @@ class Asking:
             env={**self.monitor.environment, "CLAUDE_PID": str(self.client.pid)}, start_new_session=True,
         )  # fmt: skip
         assert hook.stdin
-        hook.stdin.write(json.dumps(asked).encode() + b"\n")
-        hook.stdin.close()
+        with hook.stdin:
+            hook.stdin.write(json.dumps(asked).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
         return hook
 
     def ask(
@@ -12537,8 +12546,9 @@ def test_a_hook_prints_nothing_for_what_is_no_answer(hook_alone, monitor, what):
         command = hook_alone.installed.command.replace(" || ", " --answer || ", 1)
         hook = subprocess.Popen(["/bin/sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 env=monitor.environment)  # fmt: skip
-        hook.stdin.write(json.dumps(ANSWER_ASKED["Bash"]).encode() + b"\n")
-        hook.stdin.close()
+        with hook.stdin:
+            hook.stdin.write(json.dumps(ANSWER_ASKED["Bash"]).encode() + b"\n")
+        hook.stdin = None  # for `communicate`
         connection, _ = listener.accept()
         with connection:
             assert b'"answerable":3600' in connection.recv(1 << 16)
@@ -12713,7 +12723,9 @@ def test_the_command_shows_what_is_asked_and_answers_it(asking):
         said = asking.on_terminal("answer", f"s{number}", *words.split())
         printed = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]
         chosen = printed.get("decision", {}).get("updatedInput", {}).get("answers")
-        assert printed.pop("hookEventName") and (printed in (decision, {"decision": decision}) or chosen), said
+        assert printed.pop("hookEventName") and (printed in (decision, {"decision": decision}) or chosen), (
+            said
+        )
         assert chosen in (None, {"Colour?": "Green", "Which?": ["Blue", "Green"]})
         assert "asks nothing" in asking.on_terminal("answer", f"s{number}")
     page.close()
