@@ -6056,6 +6056,7 @@ ANSWER_BYTES = 100 << 10  # fits into the buffer of a Unix socket
 TAKEN_DEADLINE_S = 5.0  # for a hook to print an answer
 LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
 QUESTIONS_LIMIT = 1000
+UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
 REFUSALS_SHOWN_MS = 3_600_000
 AGENT_VARIABLES = ("CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID")
 AGENT_PROGRAMS = ("claude", "codex", "gemini")
@@ -6232,15 +6233,13 @@ class Answers:
             raise MessageError("eventId: no such question is stored")
         event = parse_stored(line)
         question = self._loop.call(lambda: self._begin(event, answer))
-        outcome, words = "late", ""
         if isinstance(question, str):
-            words = question
+            outcome, words = "late", question
         elif question.sock:
-            try:
+            outcome, words = "unknown", UNKNOWN_WORDS
+            with contextlib.suppress(concurrent.futures.TimeoutError):
                 is_done = question.done.result(TAKEN_DEADLINE_S)
-            except concurrent.futures.TimeoutError:
-                is_done = False
-            outcome, words = ("delivered", "") if is_done else ("failed", "the hook did not take it")
+                outcome, words = ("delivered", "") if is_done else ("late", "the client no longer waits")
         else:
             outcome, words = self._send_signed(event_id, answer)
         if isinstance(question, OpenQuestion):
@@ -6285,7 +6284,7 @@ class Answers:
         """Store an answer as an event."""
         same = ("sessionId", "machineId", "machineKey", "workingDirectory", "agentId", "agentType")
         data = {"to": event["id"], "answer": answer["do"], "outcome": outcome, "by": by}
-        words = {"late": " (too late)", "failed": " (not delivered)"}.get(outcome, "")
+        words = {"delivered": "", "late": " (too late)", "failed": " (not delivered)"}.get(outcome, " (?)")
         data |= {"message": f"{answer_words(event, answer)}, from {by}{words}"}
         own_id = str(uuid.uuid4())
         about = {"id": own_id, "timestamp": event["timestamp"] + now_ms() - event["received"]}
@@ -6309,35 +6308,34 @@ class Answers:
     def _send_signed(self, event_id: str, answer: Any) -> tuple[str, str]:
         """Put a signed answer into the question's list; return (outcome, why) when a hook has taken one."""
         key, nonce = emit_event.read_answer_key(self._settings.home), secrets.token_hex(8)
+        outcome = "failed"  # until it is in the list
 
         def send(client: Any, place: str) -> tuple[str, str]:
+            nonlocal outcome
             taken_key = emit_event.answer_place(self._settings.values, "answered", event_id)
-            at, value = emit_event.redis_ms(client), b""
+            at = emit_event.redis_ms(client)
+            mac = emit_event.signature(key, event_id, answer, at, nonce)
+            value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
             if not client.exists(taken_key):
-                mac = emit_event.signature(key, event_id, answer, at, nonce)
-                value = encode_json({"answer": answer, "at": at, "nonce": nonce, "mac": mac})
+                outcome = "unknown"
                 client.rpush(place, value)
                 client.pexpire(place, emit_event.ANSWER_AGE_MS)
             deadline = time.monotonic() + TAKEN_DEADLINE_S
             while time.monotonic() < deadline:
-                taken = client.get(taken_key)
-                if taken:
-                    of = emit_event.parse_event_line(taken)
-                    is_signed = of.get("mac") == emit_event.signature(key, event_id, "taken", of.get("nonce"))
-                    is_ours = is_signed and of.get("nonce") == nonce
+                taken = emit_event.parse_event_line(client.get(taken_key) or b"{}")
+                if taken.get("mac") == emit_event.signature(key, event_id, "taken", taken.get("nonce")):
+                    is_ours = taken.get("nonce") == nonce
                     return ("delivered", "") if is_ours else ("late", "another answer came first")
                 time.sleep(0.02)
-            client.lrem(place, 0, value)
-            return (
-                "failed",
-                "no hook took it: it has ended, has another key, or its machine's answers.remote is off",
-            )
+            if client.lrem(place, 0, value):
+                return "failed", "no hook took it: is the key another, or answers.remote off there?"
+            return "unknown", UNKNOWN_WORDS
 
         try:
-            outcome: tuple[str, str] = self._at_redis(send, "answer", event_id)
+            found: tuple[str, str] = self._at_redis(send, "answer", event_id)
         except Exception as error:  # Redis does not answer
-            outcome = "failed", emit_event.redis_trouble(error, self._settings.values)
-        return outcome
+            found = outcome, emit_event.redis_trouble(error, self._settings.values)
+        return found
 
     # The right to answer
 
