@@ -6122,7 +6122,7 @@ class Answers:
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor, self._settings, self._loop = monitor, monitor.settings, monitor.loop
-        self._questions: dict[str, OpenQuestion] = {}  # by event id
+        self.questions: dict[str, OpenQuestion] = {}  # by event id
         self._over: dict[str, str] = {}  # event id → how the wait ended
         self._path = self._settings.path("pairings.json")
         self._pairings: list[JsonObject] = []
@@ -6146,28 +6146,24 @@ class Answers:
             limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
             until = time.monotonic() + min(event["answerable"], limit_s)
             at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
-            if (
-                sock is None
-                and (not at_redis or "spooled" in event)
-                or len(self._questions) > QUESTIONS_LIMIT
-            ):
+            if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
                 continue
-            self._questions[event["id"]] = OpenQuestion(event, sock, until)
+            self.questions[event["id"]] = OpenQuestion(event, sock, until)
             self._monitor.sessions.answerable.add(event["id"])
         for event_id, sock in waiting.items():
             self._monitor.release_hook(sock)
-            if event_id in self._questions:
+            if event_id in self.questions:
                 self._loop.watch(sock, selectors.EVENT_READ, functools.partial(self._heard, event_id))
             else:
                 sock.close()
-        if self._questions:
+        if self.questions:
             self.look()
 
     def look(self) -> None:
         """End the waits that are over: answered at the terminal, too old, or before a dialog and unseen."""
         is_seen = any(client.looking for client in self._monitor.clients.clients.values())
         now, sessions = time.monotonic(), self._monitor.sessions.sessions
-        for event_id, question in list(self._questions.items()):
+        for event_id, question in list(self.questions.items()):
             session = sessions.get(question.event["sessionId"])
             wait = next((it for it in session.waits if it.event_id == event_id), None) if session else None
             if question.is_taken or self._monitor.loading is not None:
@@ -6184,7 +6180,7 @@ class Answers:
 
     def _heard(self, event_id: str, _events: int) -> None:
         """The hook has printed the answer, or has gone."""
-        question = self._questions[event_id]
+        question = self.questions[event_id]
         data = b""
         with contextlib.suppress(OSError):
             data = question.sock.recv(16) if question.sock else b""
@@ -6194,7 +6190,7 @@ class Answers:
 
     def _end(self, event_id: str, why: str) -> None:
         """End one wait; its hook then prints nothing."""
-        question = self._questions.pop(event_id)
+        question = self.questions.pop(event_id)
         self._over[event_id] = why
         _drop_oldest(self._over, QUESTIONS_LIMIT)
         self._monitor.sessions.answerable.discard(event_id)
@@ -6207,7 +6203,7 @@ class Answers:
 
     def close(self) -> None:
         """End all waits: the hooks print nothing."""
-        for question in self._questions.values():
+        for question in self.questions.values():
             if question.sock:
                 question.sock.close()
         self._threads.shutdown(wait=True)
@@ -6249,7 +6245,7 @@ class Answers:
 
     def _begin(self, event: JsonObject, answer: Any) -> OpenQuestion | str:
         """Give an answer to the hook that waits for it; return its question, or why it is too late."""
-        question = self._questions.get(event["id"])
+        question = self.questions.get(event["id"])
         if question is None:
             return self._over.get(event["id"], "its hook does not wait")
         if question.is_taken:
@@ -6272,7 +6268,7 @@ class Answers:
 
     def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
         """End the wait after an answer, unless another one can be given."""
-        question = self._questions.get(event["id"])
+        question = self.questions.get(event["id"])
         if question and outcome == "failed":
             question.is_taken = False
         elif question:
@@ -7863,7 +7859,8 @@ class Monitor:
             if self.loading is None:
                 changed += self._apply(entry.event)
         self._note_changes(changed)
-        self.answers.take(stored, waiting)
+        if waiting or self.redis or self.answers.questions:
+            self.answers.take(stored, waiting)
         self.feed.send(stored)
         self.history.add(stored)
         self.retention.events_added += sum(len(entry.line) + 1 for entry in stored)

@@ -12821,6 +12821,7 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         "Always: allow Bash(make:*) in this session",
         "Always: switch to the mode acceptEdits",
     )
+    tab.page.focus("#grid")
     tab.press("a d")
     assert first.poll() is None, "keys count only in the strip"
     tab.page.focus("#ask")
