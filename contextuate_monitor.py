@@ -2133,7 +2133,9 @@ def _begin_wait(session: Session, event: JsonObject, kind: str, at: int, until: 
         if other.tool_use_id == wait.tool_use_id if wait.tool_use_id else is_same:
             # The call of a question and its request are one wait, which the request can answer.
             if kind == "permission_request":
-                session.waits[number] = other._replace(event_id=wait.event_id, held_until=wait.held_until)
+                session.waits[number] = other._replace(
+                    event_id=wait.event_id, held_until=wait.held_until, by_client=False
+                )
             return
     session.waits = [*(it for it in session.waits if not it.by_client), wait]
 

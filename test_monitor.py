@@ -12308,7 +12308,10 @@ ANSWER_RULE = {
     "rules": [{"toolName": "Bash", "ruleContent": "make:*"}],
     "behavior": "allow",
 }
-ANSWER_SUGGESTIONS = [{**ANSWER_RULE, "destination": "session"}, {"type": "setMode", "mode": "acceptEdits"}]
+ANSWER_SUGGESTIONS = [
+    {**ANSWER_RULE, "destination": "session"},
+    {"type": "setMode", "mode": "acceptEdits", "destination": "session"},
+]
 ANSWER_OPTIONS = [{"label": "Blue", "description": "sky"}, {"label": "Green", "description": "grass"}]
 ANSWER_QUESTIONS = [
     {"question": "Colour?", "options": ANSWER_OPTIONS}, {"question": "Which?", "options": ANSWER_OPTIONS, "multiSelect": True},
@@ -12830,7 +12833,9 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
         "updatedPermissions"
     ]
     tab.shows("ask", "Answered at")
-    tab.row_with("Always allowed: allow Bash(make:*) in this session, from Chrome on 127.0.0.1")
+    tab.row_with(
+        "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
+    )
     for kind, session, act, decision in (
         ("ExitPlanMode", "s2", lambda: tab.page.click("[data-act=a]"), ANSWERS[5][2]),
         ("AskUserQuestion", "s3", lambda: [tab.page.click(f"#ask >> text={it} >> nth={n}") for it, n in
