@@ -6060,7 +6060,7 @@ LOOKING_S = 15  # how long a mark in Redis lasts that a page is looking
 QUESTIONS_LIMIT = 1000
 UNKNOWN_WORDS = "it is not known whether the hook took it; look at what the session does"
 REFUSALS_SHOWN_MS = 3_600_000
-AGENT_VARIABLES = ("CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID")
+AGENT_VARIABLES = {"CLAUDECODE", "CLAUDE_PID", "CLAUDE_CODE_ENTRYPOINT", "CLAUDE_CODE_SESSION_ID"}
 AGENT_PROGRAMS = ("claude", "codex", "gemini")
 
 
@@ -6069,33 +6069,23 @@ def agent_above(pid: int, clients: frozenset[int] = frozenset()) -> str:
 
     `clients`: process ids of agents that are known otherwise.
     """
-    for _ in range(100):
-        place, start = f"/proc/{pid}", []
-        with contextlib.suppress(OSError), open(f"{place}/environ", "rb") as file:
-            start = [it.partition(b"=")[0].decode("ascii", "replace") for it in file.read().split(b"\0")]
-        try:
-            with open(f"{place}/stat", encoding="utf-8", errors="replace") as stat_file:
-                name, _, rest = stat_file.read().partition("(")[2].rpartition(")")
-        except OSError:
-            return ""
-        if pid in clients or name in AGENT_PROGRAMS or not set(AGENT_VARIABLES).isdisjoint(start):
+    while pid > 0:
+        variables: set[str] = set()
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", encoding="latin-1") as file:
+            variables = {it.partition("=")[0] for it in file.read().split("\0")}
+        name, rest = _process_fields(pid)
+        if pid in clients or name in AGENT_PROGRAMS or variables & AGENT_VARIABLES:
             return f"process {pid} ({safe_line(name)}) is an agent's"
-        pid = int(rest.split()[1])
-        if pid <= 0:
-            break
+        pid = int(rest[1]) if rest else 0
     return ""
 
 
-def terminal_of(pid: int) -> str:
-    """Return the name of a process's controlling terminal; "" if it has none, or where there is no /proc."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
-        device = int(file.read().rpartition(b")")[2].split()[4])
-        return (
-            f"pts/{os.minor(device) + (os.major(device) - 136) * 256}"
-            if device >> 8 >= 136
-            else "tty" * (device > 0)
-        )
-    return ""
+def _process_fields(pid: int) -> tuple[str, list[str]]:
+    """Return a process's name and the fields after it in /proc/PID/stat; ("", []) without such a file."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        name, _, rest = file.read().partition("(")[2].rpartition(")")
+        return name, rest.split()
+    return "", []
 
 
 def holders_of(inode: str) -> list[int]:
@@ -6143,11 +6133,11 @@ class Answers:
     def take(self, stored: Sequence[StoredEvent], waiting: Mapping[str, socket.socket]) -> None:
         """Wait for answers to stored events whose hooks wait: at a connection of `waiting`, or at Redis."""
         asked = [entry.event for entry in stored if "answerable" in entry.event]
+        at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
         for event in asked:
             sock, is_held = waiting.get(event["id"]), "agentId" in event or event["hookType"] == "Elicitation"
             limit_s = self._settings["answers.backgroundSeconds" if is_held else "answers.waitSeconds"]
             until = time.monotonic() + min(event["answerable"], limit_s)
-            at_redis = self._monitor.redis and emit_event.read_answer_key(self._settings.home)
             if sock is None and (not at_redis or "spooled" in event) or len(self.questions) > QUESTIONS_LIMIT:
                 continue
             self.questions[event["id"]] = OpenQuestion(event, sock, until)
@@ -6230,7 +6220,14 @@ class Answers:
         if line is None:
             raise MessageError("eventId: no such question is stored")
         event = parse_stored(line)
-        question = self._loop.call(lambda: self._begin(event, answer))
+        data = event["data"]
+        asked = {**data, "hook_event_name": event["hookType"], "tool_name": data.get("toolName")}
+        asked["tool_input"] = data.get("toolInput")
+        if emit_event.client_answer(asked, answer) is None or len(encode_json(answer)) > ANSWER_BYTES:
+            raise MessageError("answer: it does not fit what is asked")
+        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
+            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+        question = self._loop.call(lambda: self._begin(event["id"], answer))
         if isinstance(question, str):
             outcome, words = "late", question
         elif question.sock:
@@ -6245,27 +6242,20 @@ class Answers:
         self._loop.call(lambda: self._record(event, answer, by, outcome))
         return {"type": "answered", "eventId": event_id, "outcome": outcome, "words": words}
 
-    def _begin(self, event: JsonObject, answer: Any) -> OpenQuestion | str:
+    def _begin(self, event_id: str, answer: JsonObject) -> OpenQuestion | str:
         """Give an answer to the hook that waits for it; return its question, or why it is too late."""
-        question = self.questions.get(event["id"])
+        question = self.questions.get(event_id)
         if question is None:
-            return self._over.get(event["id"], "its hook does not wait")
+            return self._over.get(event_id, "its hook does not wait")
         if question.is_taken:
             return "another answer came first"
-        data, line = event["data"], encode_json(answer) + b"\n"
-        asked = {"hook_event_name": event["hookType"], "tool_name": data.get("toolName"), **data}
-        asked["tool_input"] = data.get("toolInput")
-        if emit_event.client_answer(asked, answer) is None or len(line) > ANSWER_BYTES:
-            raise MessageError("answer: it does not fit what is asked")
-        if "truncated" in data and answer["do"] in ("allow", "always", "accept"):
-            raise MessageError("it is too long to be shown whole, so it can only be allowed in the terminal")
+        try:
+            if question.sock:
+                question.sock.send(encode_json(answer) + b"\n")
+        except OSError:
+            self._end(event_id, "the client no longer waits")
+            return self._over[event_id]
         question.is_taken = True
-        if question.sock:
-            try:
-                question.sock.send(line)
-            except OSError:
-                self._end(event["id"], "the client no longer waits")
-                return "the client no longer waits"
         return question
 
     def _finish(self, event: JsonObject, by: str, outcome: str) -> None:
@@ -6346,16 +6336,10 @@ class Answers:
         """Return the id of the pairing of a request's browser, "" if it has none; for any thread."""
         name = f"{PAIRING_COOKIE}_{self._monitor.port}"
         pairs = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
-        hashes = [
-            hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()
-            for it, _, value in pairs
-            if it == name
-        ]
-        found = self._find_pairing(next(iter(hashes), ""))
+        secret = next((value for it, _, value in pairs if it == name), "")
+        found = self._find_pairing(_digest(secret))
         if found and found.get("address") != peer_address(sock):
-            self._note_refusal(
-                f"the cookie of {found.get('name')} came from {peer_address(sock) or 'nowhere'}"
-            )
+            self._note_refusal(f"the cookie of {found.get('name')} came from {peer_address(sock)}")
             return ""
         return text_of(found.get("hash"))
 
@@ -6375,17 +6359,14 @@ class Answers:
         row = peer_row(sock) if sys.platform == "linux" else []
         if not row:
             return 0
-        pids, found = holders_of(row[9]), self._monitor.sessions.sessions.values()
-        namespace = emit_event.pid_namespace()
+        pids, space = holders_of(row[9]), emit_event.pid_namespace()
+        sessions = list(self._monitor.sessions.sessions.values())
         clients = frozenset(
-            pid for it in list(found) for pid, space in list(it.processes) if space == namespace
+            pid for it in sessions for pid, its_space in list(it.processes) if its_space == space
         )
-        for pid in pids:
-            reason = agent_above(pid, clients)
-            if reason:
-                self._refuse(f"an agent must not answer: {reason}")
-        if not pids:
-            self._refuse("the process that tried to answer cannot be found")
+        reason = next(filter(None, (agent_above(pid, clients) for pid in pids)), "")
+        if reason or not pids:
+            self._refuse(f"an agent must not answer: {reason or 'the process cannot be found'}")
         return pids[0]
 
     def by_http(self, path: str, request: Request, sock: socket.socket, body: bytes) -> Response:
@@ -6396,25 +6377,22 @@ class Answers:
             return self._pair(text_of(given.get("code")), request, sock)
         if not request.one("authorization") or not is_loopback(peer_address(sock)):
             self._refuse("commands that answer run on the monitor's machine, with its token")
-        terminal = terminal_of(pid) if sys.platform == "linux" else text_of(given.get("terminal"))
-        if not terminal or given.get("refused"):
+        # The controlling terminal, as major and minor number of its device.
+        terminal = (
+            _process_fields(pid)[1][4:5] if sys.platform == "linux" else [text_of(given.get("terminal"))]
+        )
+        if given.get("refused") or terminal in ([], ["0"], [""]):
             self._refuse(
                 text_of(given.get("refused")) or f"process {pid} has no terminal, so no person uses it"
             )
         if given.get("do") == "code":
-            self._code, self._code_until, self._tries = (
-                f"{secrets.randbelow(10**8):08}",
-                time.monotonic() + CODE_LIFE_S,
-                0,
-            )
-            log.info("a code to pair a browser was printed on %s", terminal)
+            self._code, self._tries = f"{secrets.randbelow(10**8):08}", 0
+            self._code_until = time.monotonic() + CODE_LIFE_S
+            log.info("a code to pair a browser was printed")
             return json_response({"code": self._code})
+        wanted = text_of(given.get("sessionId")), text_of(given.get("eventId")), given.get("answer")
         try:
-            by, wanted = (
-                f"terminal {terminal}",
-                (text_of(given.get("sessionId")), text_of(given.get("eventId"))),
-            )
-            return json_response(self._answer(*wanted, given.get("answer"), by))
+            return json_response(self._answer(*wanted, "a terminal"))
         except MessageError as error:
             raise RequestError(400, str(error)) from None
 
@@ -6426,20 +6404,12 @@ class Answers:
         if is_right or self._tries >= CODE_TRIES:
             self._code = ""
         if not is_right:
-            self._refuse(
-                "a wrong code was given" if is_known else "no code is valid now; `answers pair` prints one"
-            )
+            self._refuse("a wrong code was given" if is_known else "no code is valid now: run `answers pair`")
         secret, address = secrets.token_urlsafe(32), peer_address(sock)
         name = f"{browser_name(request.one('user-agent'))} on {address}"
-        entry = {
-            "hash": hashlib.sha256(secret.encode()).hexdigest(),
-            "name": name,
-            "address": address,
-            "at": now_ms(),
-        }
-        self._loop.call(
-            lambda: self._save_pairings([*self._pairings, entry], f"{name} may answer from now on")
-        )
+        entry = {"hash": _digest(secret), "name": name, "address": address, "at": now_ms()}
+        words = f"{name} may answer from now on"
+        self._loop.call(lambda: self._save_pairings([*self._pairings, entry], words))
         cookie = f"{PAIRING_COOKIE}_{self._monitor.port}={secret}; {COOKIE_RULES}"
         return Response(200, b"{}", headers=(("Set-Cookie", cookie),))
 
@@ -6470,13 +6440,17 @@ class Answers:
 
     def status(self) -> JsonObject:
         """Return the paired browsers and the attempts that were refused in the last hour."""
-        public = [{**it, "id": text_of(it.get("hash"))[:12]} for it in self._pairings]
+        pairings = [
+            {"id": text_of(it.get("hash"))[:12], "name": it.get("name"), "at": it.get("at")}
+            for it in self._pairings
+        ]
         since = now_ms() - REFUSALS_SHOWN_MS
         refused = [{"at": at, "words": words} for at, words in self._refused if at > since]
-        return {
-            "pairings": [{k: it.get(k) for k in ("id", "name", "at")} for it in public],
-            "refused": refused,
-        }
+        return {"pairings": pairings, "refused": refused}
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
 def _push_nothing(client: Any, place: str) -> None:
@@ -6487,65 +6461,53 @@ def _push_nothing(client: Any, place: str) -> None:
 
 def browser_name(agent: str) -> str:
     """Return the name of a browser, from its User-Agent."""
-    known = ("Edg", "OPR", "Firefox", "Chrome", "Safari")
-    return (
-        next((it for it in known if f"{it}/" in agent), "a browser")
-        .replace("Edg", "Edge")
-        .replace("OPR", "Opera")
-    )
+    known = {"Edg": "Edge", "OPR": "Opera", "Firefox": "Firefox", "Chrome": "Chrome", "Safari": "Safari"}
+    return next((name for mark, name in known.items() if f"{mark}/" in agent), "a browser")
 
 
 def answer_words(event: JsonObject, answer: JsonObject) -> str:
     """Return an answer as one line."""
     do, given = answer["do"], event["data"].get("toolInput")
-    words = {
-        "allow": "Allowed once",
-        "deny": "Denied",
-        "accept": "Form sent",
-        "decline": "Declined",
-        "cancel": "Cancelled",
-    }
+    done = {"allow": "Allowed once", "deny": "Denied", "accept": "Form sent", "decline": "Declined"}
     if do == "always":
         offered = emit_event.objects_in(event["data"].get("permission_suggestions"))
         return "Always allowed: " + "; ".join(suggestion_words(offered[it]) for it in answer["suggestions"])
     if do == "answer":
-        questions = emit_event.objects_in(given.get("questions")) if isinstance(given, dict) else []
         texts = []
-        for question, picked in zip(questions, answer["answers"]):
-            options = emit_event.objects_in(question.get("options"))
-            texts.append(
-                ", ".join(it if isinstance(it, str) else text_of(options[it].get("label")) for it in picked)
-            )
+        for question, picked in zip(emit_event.objects_in(given["questions"]), answer["answers"]):
+            labels = [
+                text_of(option.get("label")) for option in emit_event.objects_in(question.get("options"))
+            ]
+            texts.append(", ".join(it if isinstance(it, str) else labels[it] for it in picked))
         return "Answered: " + one_line("; ".join(texts), 1000)
-    return words[do] + (f": {one_line(answer['message'], 1000)}" if answer.get("message") else "")
+    words = f": {one_line(answer['message'], 1000)}" if answer.get("message") else ""
+    return done.get(do, "Cancelled") + words
+
+
+_DESTINATIONS = {
+    "session": "this session", "localSettings": "this project, for you", "userSettings": "all your projects",
+    "projectSettings": "this project, for everyone",
+}  # fmt: skip
 
 
 def suggestion_words(suggestion: JsonObject) -> str:
     """Return one of the client's suggestions of what to allow always, in words."""
-    rules = emit_event.objects_in(suggestion.get("rules"))
-    names = [
-        f"{text_of(it.get('toolName'))}({text_of(it['ruleContent'])})"
-        if it.get("ruleContent")
-        else text_of(it.get("toolName"))
-        for it in rules
-    ]
-    places = {
-        "session": "this session",
-        "localSettings": "this project, for you",
-        "projectSettings": "this project, for everyone",
-        "userSettings": "all your projects",
-    }
-    where = places.get(text_of(suggestion.get("destination")), text_of(suggestion.get("destination")))
-    kind, listed = suggestion.get("type"), suggestion.get("directories")
+    given = {name: text_of(value) for name, value in suggestion.items()}
+    kind, where = given.get("type"), given.get("destination", "")
+    where = f" in {_DESTINATIONS.get(where, where)}"
     if kind == "addRules":
-        return one_line(
-            f"{text_of(suggestion.get('behavior')) or 'allow'} {', '.join(names)} in {where}", 1000
-        )
-    if kind == "setMode":
-        return one_line(f"switch to the mode {text_of(suggestion.get('mode'))} in {where}", 1000)
-    if kind == "addDirectories" and isinstance(listed, list):
-        return one_line(f"allow work in {', '.join(map(text_of, listed))} in {where}", 1000)
-    return one_line(f"{text_of(suggestion)}", 1000)
+        rules = [(text_of(it.get("toolName")), it) for it in emit_event.objects_in(suggestion.get("rules"))]
+        names = [
+            f"{tool}({text_of(it['ruleContent'])})" if it.get("ruleContent") else tool for tool, it in rules
+        ]
+        words = f"{given.get('behavior', 'allow')} {', '.join(names)}"
+    elif kind == "setMode":
+        words = f"switch to the mode {given.get('mode')}"
+    elif kind == "addDirectories" and isinstance(suggestion.get("directories"), list):
+        words = f"allow work in {', '.join(map(text_of, suggestion['directories']))}"
+    else:
+        words = text_of(suggestion)
+    return one_line(words + where, 1000)
 
 
 # ---------------------------------------------------------------------------
@@ -10429,7 +10391,7 @@ def command_answers(args: argparse.Namespace) -> int:
 
 def ask_to_answer(settings: Settings, request: JsonObject) -> JsonObject:
     """Return the monitor's response to a request that only a person's terminal may make."""
-    refused = agent_above(os.getpid()) or next((it for it in AGENT_VARIABLES if it in os.environ), "")
+    refused = agent_above(os.getpid()) or ", ".join(AGENT_VARIABLES & os.environ.keys())
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         refused = refused or "a command that answers needs a terminal"
     terminal = os.ttyname(0) if sys.stdin.isatty() else ""
@@ -10452,7 +10414,11 @@ def command_answer(args: argparse.Namespace) -> int:
         if not asked["answerable"]:
             print_status("it can only be answered in the client: no hook of `install --answers` waits")
         return 0
-    request = {"sessionId": session_id, "eventId": event["id"], "answer": given_answer(event, args.answer)}
+    request = {
+        "sessionId": session_id,
+        "eventId": event["id"],
+        "answer": given_answer(event, args.answer[0], args.answer[1:]),
+    }
     result = ask_to_answer(settings, request)
     if result["outcome"] != "delivered":
         raise CommandError(
@@ -10465,54 +10431,50 @@ def command_answer(args: argparse.Namespace) -> int:
 def question_lines(event: JsonObject) -> Iterator[str]:
     """Yield what an event asks, whole, and how to answer it, as lines."""
     data, given = event["data"], _object(event["data"].get("toolInput"))
+    fields, answers = given, "allow, always NUMBER …, deny [WHY]"
     if event["hookType"] == "Elicitation":
         yield f"{text_of(data.get('mcp_server_name'))} asks: {text_of(data.get('message'))}"
-        for name, field in _object(_object(data.get("requested_schema")).get("properties")).items():
-            yield f"  {name}: {text_of(field)}"
-        yield "answer with: accept NAME=VALUE …, decline, cancel"
-        return
-    yield f"{text_of(data.get('toolName'))}:"
-    if data.get("toolName") == "AskUserQuestion":
+        fields = _object(_object(data.get("requested_schema")).get("properties"))
+        answers = "accept NAME=VALUE …, decline, cancel"
+    elif data.get("toolName") == "AskUserQuestion":
         for question in emit_event.objects_in(given.get("questions")):
             yield text_of(question.get("question"))
             for number, option in enumerate(emit_event.objects_in(question.get("options")), 1):
                 yield f"  {number}  {text_of(option.get('label'))}: {text_of(option.get('description'))}"
-        yield "answer with: choose, then for each question a number, several (1,2) or own words; deny [WHY]"
-        return
-    for name, value in given.items():
-        yield from f"{name}: {text_of(value)}".split("\n")
+        fields, answers = (
+            {},
+            "choose, then for each question a number, several (1,2) or own words; deny [WHY]",
+        )
+    else:
+        yield f"{text_of(data.get('toolName'))}:"
+    for name, value in fields.items():
+        yield from f"  {name}: {text_of(value)}".split("\n")
     for number, it in enumerate(emit_event.objects_in(data.get("permission_suggestions")), 1):
         yield f"always {number}: {suggestion_words(it)}"
-    yield "answer with: allow, always NUMBER …, deny [WHY]"
+    yield f"answer with: {answers}"
 
 
-def given_answer(event: JsonObject, words: Sequence[str]) -> JsonObject:
+def given_answer(event: JsonObject, do: str, words: Sequence[str]) -> JsonObject:
     """Return the answer that the words of a command give; raise CommandError."""
-    do, rest = words[0], list(words[1:])
     if do == "deny":
-        return {"do": do, "message": " ".join(rest)} if rest else {"do": do}
+        return {"do": do, "message": " ".join(words)} if words else {"do": do}
     if do == "choose":
-        numbers = [re.fullmatch(r"\d{1,3}(,\d{1,3})*", it) for it in rest]
-        return {
-            "do": "answer",
-            "answers": [
-                [int(it) - 1 for it in word.split(",")] if match else [word]
-                for word, match in zip(rest, numbers)
-            ],
-        }
+        chosen = [it.split(",") if re.fullmatch(r"[\d,]+", it) else it for it in words]
+        numbers = [[int(it or 0) - 1 for it in word] if isinstance(word, list) else [word] for word in chosen]
+        return {"do": "answer", "answers": numbers}
     if do == "always":
-        return {"do": do, "suggestions": [int(it) - 1 for it in rest if it.isdigit()]}
+        return {"do": do, "suggestions": [int(it) - 1 for it in words if it.isdigit()]}
     if do == "accept":
         fields = _object(_object(event["data"].get("requested_schema")).get("properties"))
         content: JsonObject = {}
-        for name, _, value in (word.partition("=") for word in rest):
-            kind = _object(fields.get(name)).get("type")
+        for name, _, value in (word.partition("=") for word in words):
             with contextlib.suppress(ValueError):
-                content[name] = value if kind == "string" else json.loads(value)
+                is_text = _object(fields.get(name)).get("type") == "string"
+                content[name] = value if is_text else json.loads(value)
         return {"do": do, "content": content}
-    if do in ("allow", "decline", "cancel") and not rest:
+    if do in ("allow", "decline", "cancel") and not words:
         return {"do": do}
-    raise CommandError(f"{' '.join(words)}: no answer; without one, this command prints how to answer")
+    raise CommandError(f"{do}: no answer; without one, this command prints how to answer")
 
 
 def command_install(args: argparse.Namespace) -> int:
