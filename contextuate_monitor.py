@@ -6535,6 +6535,7 @@ LOCK_PAUSE_S = 0.02
 LATE_MS = 60_000  # an event older than this in the Redis stream is no measure of clocks
 MACHINES_SHOWN = 1000  # in the status; of the others the number
 DEFERRED_LIMIT = 1000
+ASKING_LINE = re.compile(rb'\{"id":"([0-9a-f-]{36})",[^{]*"answerable":\d+,[^{]*"hook":\{')  # its hook waits
 
 
 class StartError(Exception):
@@ -7761,8 +7762,8 @@ class Monitor:
         for (_, sender), is_settled in zip(arrivals, settled):
             if not is_settled:
                 self._hooks.drop(sender)
-        waiting = {event_key(line): it for line, it in arrivals if b'"answerable":' in line[:100]}  # type: ignore
-        self._show(stored, waiting)
+        found = ((isinstance(line, bytes) and ASKING_LINE.match(line), sender) for line, sender in arrivals)
+        self._show(stored, {match[1].decode(): sender for match, sender in found if match})
 
     def _take_remote(self, lines: Sequence[RemoteLine]) -> bool:
         since = now_ms() - LATE_MS

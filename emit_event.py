@@ -116,21 +116,22 @@ def read_payload(fd: int, deadline: float) -> bytes:
     return b"".join(chunks).strip()
 
 
-def deliver(payload: bytes, notes: "list[str]", question: "Any" = None) -> None:
+def deliver(payload: bytes, notes: "list[str]", wait_s: int = 0, kept: "Any" = None) -> None:
     """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
 
-    A Question marks the line and keeps the connection.
+    `wait_s`: for how long an answer is awaited. `kept` then gets the event's id, and the open connection.
     """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ, machine_key(home))
-    line = line if question is None else question.mark(line)
+    line = wrap(payload, environ, machine_key(home), wait_s)
+    if wait_s:
+        kept.append(line[7:43].decode())
     if len(line) > LINE_LIMIT_BYTES // 2:
         line = whole().shrink_line(line, config_path)
     if mode == "local":
-        outcome = send_unless_slow(home, socket_path, line, question)
+        outcome = send_unless_slow(home, socket_path, line, kept)
         if not outcome:
             notes.append(f"the monitor has stored {len(line)} bytes")
             return
@@ -207,11 +208,11 @@ def machine_key(home: str) -> str:
     return f"{name}/{namespace}" if name and namespace else name
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
+def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "", wait_s: int = 0) -> bytes:
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
-    `{"id", "timestamp", "machineId", "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?, "cwd"?,
-    "parentSessionId"?, "hook": <payload>}`
+    `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?,
+    "cwd"?, "parentSessionId"?, "hook": <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -221,6 +222,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "") -> bytes:
         f'{{"id":"{event_id}","timestamp":{time.time_ns() // 1_000_000},'
         f'"machineId":{quote(machine or posix.uname().nodename)}'
     )
+    if wait_s:
+        head += f',"answerable":{wait_s}'
     if key:
         head += f',"machineKey":"{key}"'
     pid = environ.get(b"CLAUDE_PID", b"")
@@ -264,7 +267,7 @@ def quote(text: str) -> str:
     return encode_basestring_ascii(text)
 
 
-def send_unless_slow(home: str, socket_path: str, line: bytes, question: "Any" = None) -> str:
+def send_unless_slow(home: str, socket_path: str, line: bytes, kept: "Any" = None) -> str:
     """Send `line`; return "" or why it is not stored. Does not send for 10 s after three time-outs in a row.
 
     hook.timeouts has one byte for each time-out in a row; its mtime is the time of the last.
@@ -278,7 +281,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, question: "Any" =
     if count >= TIMEOUTS_LIMIT and 0 <= age_s < TIMEOUTS_PAUSE_S:
         return f"not sent, after {count} time-outs in a row, the last {age_s:.0f} s ago"
     deadline = time.monotonic() + ACKNOWLEDGEMENT_DEADLINE_S
-    outcome = send(socket_path, line, deadline, question)
+    outcome = send(socket_path, line, deadline, kept)
     try:
         if outcome and time.monotonic() >= deadline:
             flags = posix.O_WRONLY | posix.O_APPEND | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW
@@ -292,7 +295,7 @@ def send_unless_slow(home: str, socket_path: str, line: bytes, question: "Any" =
     return outcome
 
 
-def send(socket_path: str, line: bytes, deadline: float, question: "Any" = None) -> str:
+def send(socket_path: str, line: bytes, deadline: float, kept: "Any" = None) -> str:
     """Send `line` to the monitor and wait for its acknowledgement; return "" or why there was none."""
     import _socket
 
@@ -309,13 +312,14 @@ def send(socket_path: str, line: bytes, deadline: float, question: "Any" = None)
         connection.settimeout(left)
         if connection.recv(1) != ACKNOWLEDGEMENT:
             return "the monitor closed the connection"
-        if question is not None:
-            question.keep(connection)
+        if kept:
+            kept.append(connection)
         return ""
     except OSError as error:
         return f"{type(error).__name__} {error}"
     finally:
-        connection.close()
+        if not kept or kept[-1] is not connection:
+            connection.close()
 
 
 def peer_uid(connection: "Any") -> int:
@@ -481,7 +485,6 @@ import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
-import socket  # noqa: E402
 import stat  # noqa: E402
 import subprocess  # noqa: E402
 import threading  # noqa: E402
@@ -3235,32 +3238,6 @@ DENIED_WORDS = "The user does not want this."
 _FORM_TYPES = {"string": (str,), "boolean": (bool,), "integer": (int,), "number": NUMBERS, "array": (list,)}
 
 
-class Question:
-    """What the client asks with one payload, and the connection on which a local monitor answers."""
-
-    def __init__(self, asked: JsonObject, values: "dict[str, Any]", home: str) -> None:
-        self.connection: Optional[socket.socket] = None
-        self.event_id = ""
-        kind = "background" if precedes_dialog(asked) else "wait"
-        self.wait_s: int = values[f"answers.{kind}Seconds"]  # 0: no answer is awaited
-        may_wait = values["mode"] == "local" or (values["answers.remote"] and read_answer_key(home))
-        if (
-            asked.get("hook_event_name") not in ANSWERED_HOOKS
-            or values["privacy.level"] != "full"
-            or not may_wait
-        ):
-            self.wait_s = 0
-
-    def mark(self, line: bytes) -> bytes:
-        """Return a wrapped line with `answerable`: for how many seconds an answer is awaited."""
-        self.event_id = line[len(b'{"id":"') :].partition(b'"')[0].decode()
-        return line.replace(b",", b',"answerable":%d,' % self.wait_s, 1)
-
-    def keep(self, connection: Any) -> None:
-        """Keep the connection on which the monitor has acknowledged the event."""
-        self.connection = socket.socket(fileno=os.dup(connection.fileno()))
-
-
 def precedes_dialog(asked: JsonObject) -> bool:
     """True if the client shows its dialog only after the hook: of subagents, and of MCP servers."""
     return asked.get("hook_event_name") == "Elicitation" or "agent_id" in asked
@@ -3269,27 +3246,28 @@ def precedes_dialog(asked: JsonObject) -> bool:
 def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
     """Send one payload as `deliver` does, then wait for the answer and print it (with --answer)."""
     home, config_path = places(posix.environ)
-    question = None
+    wait_s, is_redis = 0, False
+    kept: list[Any] = []  # the event's id, and the connection to the monitor
     with contextlib.suppress(Exception):  # the event is delivered in any case
         asked, values = parse_event_line(payload), load_config(config_path)[0]
-        question = Question(asked, values, home)
-    deliver(payload, notes, question if question and question.wait_s else None)
-    if question is None or not question.event_id:
-        return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        is_redis = values["mode"] == "redis"
+        may_wait = not is_redis or (values["answers.remote"] and read_answer_key(home))
+        if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
+            wait_s = values["answers.backgroundSeconds" if precedes_dialog(asked) else "answers.waitSeconds"]
+    deliver(payload, notes, wait_s, kept)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, lambda *_: os._exit(0))
-    if values["mode"] == "redis":  # in another interpreter: this one runs without site-packages
+    signal.alarm(wait_s + 5)
+    if kept and is_redis:  # in another interpreter: this one runs without site-packages
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "emit_event.py")
-        command = [publisher_python(home), "-E", script, "--wait-at-redis", question.event_id]
-        subprocess.run(
-            [*command, str(question.wait_s)], input=payload, stderr=subprocess.DEVNULL, check=False
-        )
-    elif question.connection is not None:
-        question.connection.settimeout(question.wait_s + 5)
-        with question.connection.makefile("rb") as lines:
+        command = [publisher_python(home), "-E", script, "--wait-at-redis", kept[0], str(wait_s)]
+        subprocess.run(command, input=payload, stderr=subprocess.DEVNULL, check=False)
+    elif len(kept) > 1:
+        kept[1].settimeout(None)
+        with open(kept[1].fileno(), "rb", closefd=False) as lines:
             line = lines.readline(ANSWER_LIMIT_BYTES)
         if line.endswith(b"\n") and print_answer(asked, line):
-            question.connection.sendall(ACKNOWLEDGEMENT)
+            kept[1].sendall(ACKNOWLEDGEMENT)
 
 
 def print_answer(asked: JsonObject, line: bytes) -> bool:
@@ -3444,7 +3422,7 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
         load_config(config_path)[0],
         read_answer_key(home),
     )
-    parent, deadline, failures, client = os.getppid(), time.monotonic() + wait_s, 0, None
+    parent, deadline, client = os.getppid(), time.monotonic() + wait_s, None
     dropped: collections.Counter[str] = collections.Counter()
     list_key = answer_place(values, "answer", event_id)
 
@@ -3468,17 +3446,15 @@ def wait_at_redis(event_id: str, wait_s: int) -> None:
             client = client or within(2 * EXCHANGE_DEADLINE_S, functools.partial(redis_client, values))
             if within(ANSWER_ROUND_S + EXCHANGE_DEADLINE_S, functools.partial(round_of, client)):
                 break
-            failures = 0
         except ImportError:
             break
         except Exception:  # Redis restarts, for example
-            failures, client = failures + 1, None
-            time.sleep(min(2.0, backoff_s(failures)))
+            client = None
+            time.sleep(0.5)
     if dropped:
         words = ", ".join(f"{count} {why}" for why, count in dropped.items())
         text = f"Answers through Redis were refused: {words}"
         hook = {"session_id": asked.get("session_id"), "message": text}
         append_to_spool(home + "/spool", encode_json({"id": str(uuid.uuid4()), "hook": hook}) + b"\n")
         ensure_publisher(home)
-        log_failure(text)
     os._exit(0)  # an abandoned exchange may still block its thread
