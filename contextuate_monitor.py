@@ -203,6 +203,13 @@ def load_settings(
     return settings, warnings
 
 
+def read_state(path: str) -> JsonObject:
+    """Return the JSON object in one of our files; {} if it is missing or unusable."""
+    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb", opener=emit_event.open_own) as file:
+        return emit_event.parse_event_line(file.read())
+    return {}
+
+
 def is_loopback(host: str) -> bool:
     """True if a host name or address means this machine only."""
     if host.lower().rstrip(".") == "localhost":
@@ -341,12 +348,6 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
 
 
-def encode_close(code: int, reason: str = "") -> bytes:
-    """Encode a close frame; the reason is cut to 123 bytes, the limit in a control frame."""
-    text = reason.encode()[: CONTROL_LIMIT_BYTES - 2].decode("utf-8", "ignore").encode()
-    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + text)
-
-
 def parse_close(payload: bytes) -> Close:
     """Parse a close frame's payload (RFC 6455 sections 5.5.1 and 7.4); raise ProtocolError."""
     if not payload:
@@ -369,10 +370,7 @@ def apply_mask(data: bytes, mask: bytes, offset: int = 0) -> bytes:
 
 
 class FrameParser:
-    """Parse a client's bytes into messages.
-
-    `feed(data)` returns the messages that are complete, in wire order; after a Close it returns nothing.
-    """
+    """Parses a client's bytes into messages, in wire order; after a Close it returns nothing."""
 
     def __init__(self, limit_bytes: int = MESSAGE_LIMIT_BYTES) -> None:
         self._limit_bytes = limit_bytes
@@ -441,7 +439,11 @@ class FrameParser:
             self._opcode = opcode
         yield from self._parse_data(size, mask)
         if first & 0x80:
-            self._finish_message()
+            self._add(b"", last=True)
+            kind = self._opcode or Opcode.TEXT
+            self._received.append(Message(kind, (b"" if kind is Opcode.BINARY else "").join(self._parts)))
+            self._opcode, self._size, self._parts = None, 0, []
+            self._decoder.reset()
 
     def _check_head(self, first: int, second: int) -> Opcode:
         is_known = first & 0x0F in Opcode.__members__.values()
@@ -461,9 +463,8 @@ class FrameParser:
         return opcode
 
     def _parse_data(self, size: int, mask: bytes) -> Generator[None, None, None]:
-        """Decode a data frame's payload as it arrives, so that bad UTF-8 fails at once."""
         done = 0
-        while done < size:
+        while done < size:  # decoded as it arrives, so that bad UTF-8 fails at once
             while not self._buffer:
                 yield
             piece = bytes(self._buffer[: size - done])
@@ -485,13 +486,6 @@ class FrameParser:
             is_bad = True
         if is_bad:
             raise ProtocolError(CloseCode.INVALID_DATA, "a text message must be UTF-8")
-
-    def _finish_message(self) -> None:
-        self._add(b"", last=True)
-        opcode = self._opcode or Opcode.TEXT
-        self._received.append(Message(opcode, (b"" if opcode is Opcode.BINARY else "").join(self._parts)))
-        self._opcode, self._size, self._parts = None, 0, []
-        self._decoder.reset()
 
 
 class RequestError(Exception):
@@ -535,11 +529,7 @@ _HEADER_LINE = re.compile(rb"(%b):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
 
 
 def parse_request_head(head: bytes) -> Request:
-    """Parse an HTTP/1.x request head without its final blank line; raise RequestError.
-
-    As strict as RFC 9112 sections 3 and 5 allow: malformed and folded header lines, a bare CR or LF and
-    control characters are refused, since a proxy in front may parse them differently.
-    """
+    """Parse a request head without its blank line, strictly (RFC 9112 sections 3, 5); raise RequestError."""
     first, *lines = head.split(b"\r\n")
     request_line = _REQUEST_LINE.fullmatch(first)
     if request_line is None:
@@ -566,15 +556,12 @@ def response_head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def handshake_response(request: Request) -> bytes:
-    """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError.
-
-    Extensions and subprotocols are declined: the response omits them.
-    """
+    """Return the 101 response to an opening handshake (RFC 6455 section 4.2); raise RequestError."""
     if request.method != "GET":
         raise RequestError(405, "a WebSocket is opened with GET", [("Allow", "GET")])
     if request.version != "HTTP/1.1":
         raise RequestError(505, "a WebSocket needs HTTP/1.1")
-    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
+    upgrade = [("Upgrade", "websocket"), ("Connection", "Upgrade")]  # no extension, no subprotocol
     if "websocket" not in request.tokens("upgrade") or "upgrade" not in request.tokens("connection"):
         raise RequestError(426, "a WebSocket handshake is expected here", upgrade)
     if request.one("sec-websocket-version") != "13":
@@ -599,7 +586,6 @@ def handshake_response(request: Request) -> bytes:
 _SAFE_FILE_NAME = re.compile(r"[a-z0-9_][a-z0-9._-]{0,63}\Z")  # not hidden, no option of a command
 _SEQ = re.compile(rb'\{"seq":(\d+),')
 _ID = re.compile(rb'\{"seq":\d+,"received":\d+,"id":("[^"\\]*(?:\\.[^"\\]*)*")')
-_PACKED_PART = re.compile(rb"(?=\x1f\x8b\x08\x04.{6}\x14\0C[BT]\x10\0)", re.DOTALL)  # the start of a part
 _DAY_MS = 86_400_000
 _BLOCK_BYTES = 64 << 10  # read at once; less per file while many are merged
 _TAIL_BYTES = 4 << 10
@@ -619,10 +605,7 @@ class StoredEvent(NamedTuple):
 
 
 def session_file_name(session_id: str) -> str:
-    """Return the file name for a session, unique even if the file system ignores case.
-
-    Ids that are not plain lower-case names, or look like a hashed one, are hashed.
-    """
+    """Return the file name for a session, unique even if the file system ignores case."""
     if _SAFE_FILE_NAME.match(session_id) and not session_id.startswith("sha256-"):
         return session_id + ".jsonl"
     digest = hashlib.sha256(session_id.encode("utf-8", "surrogatepass")).hexdigest()
@@ -658,14 +641,15 @@ class Journal:
         self.in_order = not self.newest_day or os.path.exists(root + "/.in-order")
 
     def open(self) -> None:
-        """Find the last number; must be called before `append`.
-
-        Unpacks and renames files of older versions.
-        """
+        """Find the last number, and adapt files of older versions; must be called before `append`."""
         for path in glob.glob(glob.escape(self.root) + "/*/*.jsonl.gz"):
             unpack(path)
         for path in glob.glob(glob.escape(self.root) + "/*/*[A-Z]*.jsonl"):
-            rename_to_session(path)
+            with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
+                session_id = parse_stored(file.readline())["sessionId"]
+                name = os.path.join(os.path.dirname(path), session_file_name(session_id))
+                if not os.path.exists(name):
+                    os.rename(path, name)
         if not self.in_order:
             days = [[file for file in self.day_files(day) if file.last_seq] for day in self.days()]
             ends = [(min(f.first_seq for f in day), max(f.last_seq for f in day)) for day in days if day]
@@ -680,10 +664,7 @@ class Journal:
     def append(
         self, events: Sequence[JsonObject], received_ms: int, encoded: Sequence[bytes] | None = None
     ) -> list[StoredEvent | None]:
-        """Number the events and write them, with one write per file.
-
-        Return None in place of those that could not be written; `error` says why.
-        """
+        """Number and write the events, one write per file; None for one that cannot be: `error` says why."""
         stored: list[StoredEvent | None] = []
         by_session: dict[str, list[StoredEvent]] = {}
         seq = before = self.seq
@@ -712,7 +693,14 @@ class Journal:
 
     def _write(self, session_id: str, data: bytes, received_ms: int) -> None:
         if received_ms // _DAY_MS != self._day_number:
-            self._switch_day(received_ms)
+            self.close()
+            self._day_number, day = received_ms // _DAY_MS, day_of(received_ms)
+            if day >= self.newest_day:
+                self.newest_day = day
+            elif day_of(received_ms + _DAY_MS) < self.newest_day:  # else set back over midnight
+                self.newest_day, self.in_order = day, False
+                with contextlib.suppress(OSError):
+                    os.unlink(self.root + "/.in-order")
         fd = self._descriptors.get(session_id)
         if fd is None or not os.fstat(fd).st_nlink:  # users may delete files with `rm`
             fd = self._open_to_append(session_id)
@@ -720,18 +708,6 @@ class Journal:
         if written != len(data):
             os.ftruncate(fd, os.fstat(fd).st_size - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _switch_day(self, received_ms: int) -> None:
-        """Write to the folder of this day; to the newest one if the clock was set back over midnight."""
-        self.close()
-        self._day_number = received_ms // _DAY_MS
-        day = day_of(received_ms)
-        if day >= self.newest_day:
-            self.newest_day = day
-        elif day_of(received_ms + _DAY_MS) < self.newest_day:
-            self.newest_day, self.in_order = day, False
-            with contextlib.suppress(OSError):
-                os.unlink(self.root + "/.in-order")
 
     def _open_to_append(self, session_id: str) -> int:
         if session_id in self._descriptors or len(self._descriptors) == self.OPEN_FILES:
@@ -778,10 +754,7 @@ class Journal:
     def lines(
         self, session: str | None = None, after: int = 0, before: int | None = None, backwards: bool = False
     ) -> Iterator[bytes]:
-        """Yield the stored lines with after < seq < before, of one session or of all, in order of seq.
-
-        Lines have no newlines. Those stored after the iteration began are not included. No file stays open.
-        """
+        """Yield the lines with after < seq < before, stored so far, without newlines, in order of seq."""
         end = min(sys.maxsize if before is None else before, self.seq + 1 if self._is_open else sys.maxsize)
         runs = self._runs(session, after, end)
         for files in runs if backwards else reversed(list(runs)):
@@ -790,7 +763,7 @@ class Journal:
             yield from (line for _, line in keyed if line)
 
     def _runs(self, session: str | None, after: int, before: int) -> Iterator[list[JournalFile]]:
-        """Yield for each day, newest first, the files that can contain these numbers."""
+        """Yield the files that can contain these numbers, day by day, newest first."""
         days = self.days()[::-1]
         for group in [[day] for day in days] if self.in_order else [days]:
             files = [file for day in group for file in self.day_files(day, session) if file.last_seq]
@@ -838,15 +811,6 @@ class Journal:
         """Return (files, bytes) of everything stored."""
         sizes = [file.size for file in self.files()]
         return len(sizes), sum(sizes)
-
-
-def rename_to_session(path: str) -> None:
-    """Give a file of an older version the name for its session, unless that exists or it is unreadable."""
-    with contextlib.suppress(OSError, MalformedEvent), open(path, "rb") as file:
-        session_id = parse_stored(file.readline())["sessionId"]
-        name = os.path.join(os.path.dirname(path), session_file_name(session_id))
-        if not os.path.exists(name):
-            os.rename(path, name)
 
 
 class MemoryJournal(Journal):
@@ -1010,30 +974,19 @@ def warn_skipped_once(path: str) -> None:
 
 
 def unpack(path: str) -> None:
-    """Replace a gzip file of an older version with a plain one, without damaged parts.
-
-    After a kill, one of the two is complete.
-    """
+    """Replace a gzip file of an older version with a plain one; a damaged file stays as it is."""
     plain = path[: -len(".gz")]
     try:
         if not os.path.exists(plain):
-            with open(path, "rb") as packed, open(plain + ".tmp", "wb") as file:
-                os.fchmod(file.fileno(), 0o600)
-                rest = b""
-                for part in _PACKED_PART.split(packed.read()):
-                    try:
-                        lines, newline, rest = (rest + gzip.decompress(part)).rpartition(b"\n")
-                        file.write(lines + newline)
-                    except (gzip.BadGzipFile, EOFError, zlib.error, struct.error):
-                        log.warning("%s is damaged: the events in the damaged part are skipped", path)
-                        rest = b""
-                if not file.tell():
-                    raise OSError("no part of it can be read")
+            with open(path, "rb") as packed:
+                content = gzip.decompress(packed.read())
+            with open(plain + ".tmp", "wb", opener=emit_event.open_own) as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(plain + ".tmp", plain)
         os.unlink(path)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         log.warning("%s cannot be unpacked, its events are skipped: %s", path, error)
 
 
@@ -1097,11 +1050,8 @@ class DeletedIds:
         self._path = path
         self._limit = limit
         self.ids: dict[str, None] = {}  # oldest first
-        with (
-            contextlib.suppress(OSError, ValueError, TypeError),
-            open(path, "rb", opener=emit_event.open_own) as file,
-        ):
-            self.ids = dict.fromkeys(emit_event.parse_event_line(file.read()).get("ids", ()))
+        with contextlib.suppress(TypeError):
+            self.ids = dict.fromkeys(read_state(path).get("ids", ()))
 
     def add(self, event_ids: Sequence[str]) -> None:
         """Add ids; keep the last `limit` of all."""
@@ -1154,6 +1104,8 @@ RULES = {
     "compacted": Rule("idle", "", ""),  # at a person's request
     "round_end": Rule("", "call", "agent"),
     "subagent_stop": Rule("", "agent", ""),
+    "task_killed": Rule("", "task", ""),
+    "interrupted": Rule("idle", "foreground", "agent"),
     "turn_end": Rule("idle", "turn", "agent"),
     "turn_error": Rule("failed", "turn", "agent"),
     "session_end": Rule("ended", "all", "all"),
@@ -1182,7 +1134,12 @@ PROCESSES_A_LOOK = 256  # sessions whose processes are checked in one tick
 SENT_OF_EACH = 20  # open calls of a session, and agents; clients get the number of all
 LINK_CANDIDATES_LIMIT = 256  # that are kept
 LINK_WINDOW_MS = 60_000  # the next session begins within this time after /clear, resume or fork
+RESET_TOLERANCE_MS = 60_000  # two times of a reset that differ by less are the same
+PACE_MS = 3_600_000  # over which a limit's pace is measured
+ACCOUNTS_LIMIT = 32
+SHARES_LIMIT = 500  # sessions of one window
 _NEVER = 1 << 62  # later than any time in ms
+FIGURE_KINDS = ("usage", "status_line")  # totals of a session; not what an agent does
 # A quarter of the memory; needs Python 3.10.
 _SLOTS: dict[str, Any] = {"slots": True} if sys.version_info >= (3, 10) else {}
 COUNTS = ("events", "toolCalls", "toolErrors", "interrupted", "prompts")  # an agent has the first three
@@ -1243,6 +1200,7 @@ class SessionUsage(NamedTuple):
     models: dict[str, Tokens]
     model: str | None = None  # the last one of the main agent
     partial: bool = False  # the transcripts were not read to their end
+    context: int | None = None  # tokens in the main agent's last request
 
     @property
     def total(self) -> Tokens:
@@ -1252,6 +1210,39 @@ class SessionUsage(NamedTuple):
     def to_json(self) -> JsonObject:
         """Return the totals in the form of the API."""
         return {**self.total.to_json(), **({"partial": True} if self.partial else {})}
+
+
+class Gauges(NamedTuple):
+    """What the client's status line reported last; None: not known."""
+
+    time: int
+    percent: float | None = None  # of the context that is used
+    used: int | None = None  # tokens
+    size: int | None = None
+    cost_usd: float | None = None  # of the session
+    lines_added: int | None = None
+    lines_removed: int | None = None
+    cache_expires: int | None = None  # ms
+    limits: tuple[tuple[str, float, int], ...] = ()  # (name in LIMIT_WINDOWS, used percent, time of reset)
+
+
+@dataclasses.dataclass(**_SLOTS)
+class LimitWindow:
+    """One window of an account's limits, such as the current five hours."""
+
+    resets_at: int
+    samples: list[
+        tuple[int, float]
+    ]  # (time, percent), each higher than the last: of the last hour, one before
+    costs: dict[str, tuple[float, float]]  # session id → its cost when the window began, and now
+
+
+@dataclasses.dataclass(**_SLOTS)
+class Account:
+    """A subscription: the machines that report the same times of resets."""
+
+    machines: dict[str, None]  # their keys
+    windows: dict[str, LimitWindow]  # by name in LIMIT_WINDOWS
 
 
 @dataclasses.dataclass(**_SLOTS)
@@ -1296,6 +1287,8 @@ class Session:
     model: str | None = None
     usage: SessionUsage | None = None
     agent_usage: dict[str, tuple[int, Tokens]] = dataclasses.field(default_factory=dict)  # (time, tokens)
+    gauges: Gauges | None = None  # None: there is no status line
+    effort: str = ""
     start_source: str = ""  # of its last SessionStart
     source_time: int = 0
     turn: str = "idle"
@@ -1551,6 +1544,13 @@ def _batch_calls(event: JsonObject) -> list[JsonObject]:
     return emit_event.objects_in(event["data"].get("tool_calls"))
 
 
+# Statuses that are no client's own: its process has ended, or its transcript is evidence.
+_STATUS_KINDS = {
+    emit_event.CLIENT_EXITED: "client_exited", "interrupted": "interrupted", "killed": "task_killed",
+    "failed": "turn_error",
+}  # fmt: skip
+
+
 def kind_of(event: JsonObject) -> str:
     """Return the kind of an event for RULES: our category, or a special case of the client."""
     kind = effective_type(event)
@@ -1562,8 +1562,10 @@ def kind_of(event: JsonObject) -> str:
         return "task_notification"  # not from a person
     if kind == "post_compact" and event["data"].get("trigger") == "manual":
         return "compacted"
-    if kind == "client_status" and event["data"].get("status") == emit_event.CLIENT_EXITED:
-        return "client_exited"
+    if event["hookType"] == "TeammateIdle" and "agentId" in event:
+        return "subagent_stop"  # until it begins again
+    if kind == "client_status":
+        return _STATUS_KINDS.get(text_of(event["data"].get("status")), kind)
     return kind
 
 
@@ -1601,6 +1603,8 @@ def apply_event(session: Session, step: Step, quiet_ms: int, late: bool = False)
     if kind == "user_prompt" and session.turn == "working":
         prompt_id = text_of(event["data"].get("prompt_id"))
         kind = "queued_prompt" if prompt_id and prompt_id == session.prompt_id else kind
+    if kind == "pre_compact" and event["data"].get("trigger") == "manual" and _client_status(session)[0]:
+        kind = "message"  # the client reports whether it has anything to compact
     rule = _NOTHING if _is_second_process(session, step, late) else RULES.get(kind, _NOTHING)
     until = at if late else _NEVER
     silence_ms = at - session.last_event
@@ -1679,7 +1683,7 @@ def _is_second_process(session: Session, step: Step, late: bool) -> bool:
 def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> None:
     data, parent_id = event["data"], event.get("parentSessionId")
     by_main = "agentId" not in event
-    session.counts["events"] += kind not in ("replaced", "client_status", "client_exited")  # no hook's
+    session.counts["events"] += kind != "replaced" and event["eventType"] != "client_status"  # no hook's
     session.has_hooks = session.has_hooks or event["hookType"] != ""
     session.demo = session.demo or event.get("demo") is True
     session.imported = session.imported or event.get("imported") is True
@@ -1695,12 +1699,16 @@ def _apply_metadata(session: Session, event: JsonObject, kind: str, at: int) -> 
         session.model = one_line(model)
     if "usage" in data:
         _apply_usage(session, data["usage"], at)
+    if by_main and isinstance(data.get("effort"), dict):
+        session.effort = one_line(text_of(data["effort"].get("level")), 20) or session.effort
     if kind in ("user_prompt", "queued_prompt"):
         session.prompt_id = text_of(data.get("prompt_id"))
         session.counts["prompts"] += 1
         session.first_prompt = session.first_prompt or one_line(text_of(data.get("message")), 80)
     elif kind == "session_start":
         session.start_source, session.source_time = text_of(data.get("source")), at
+    elif text_of(data.get("notificationType")).startswith("quota_auto_resume"):
+        session.wakeup = one_line(text_of(data.get("message")))  # it goes on by itself, or no longer
     elif kind == "client_status":
         if data.get("nameSource") == "user" and isinstance(data.get("name"), str):
             session.client_name = one_line(data["name"])
@@ -1727,7 +1735,9 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
     kept = itertools.islice(models.items(), MODELS_LIMIT)
     used = {text_of(name): tokens_of(counts) for name, counts in kept}
     model = one_line(model) if isinstance(model, str) else None
-    read = SessionUsage(time_ms, used, model, about.get("partial") is True)
+    context = about.get("context")
+    context = context if type(context) is int and 0 < context <= 1e9 else None
+    read = SessionUsage(time_ms, used, model, about.get("partial") is True, context)
     if session.usage is None or (time_ms, read.total) >= (session.usage.time, session.usage.total):
         session.usage = read
     for agent_id, by_model in itertools.islice(agents.items(), emit_event.AGENTS_IN_USAGE):
@@ -1735,6 +1745,101 @@ def _apply_usage(session: Session, usage: Any, time_ms: int) -> None:
             before = session.agent_usage.get(agent_id, (0, Tokens()))
             total = sum(map(tokens_of, by_model.values()), Tokens())
             session.agent_usage[agent_id] = max((time_ms, total), before)
+
+
+# Gauges: figures of the status line. Any program can send them, so each is checked.
+
+# Name in JSON → (the client's name, its length)
+LIMIT_WINDOWS = {"fiveHour": ("five_hour", 5 * 3_600_000), "sevenDay": ("seven_day", 7 * 86_400_000)}
+
+
+def gauges_of(given: Any, time_ms: int) -> Gauges:
+    """Return the plausible figures in the objects of a status line, under the client's names."""
+
+    def figure(limit: float, *path: str) -> Any:
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value if type(value) in emit_event.NUMBERS and 0 <= value <= limit else None
+
+    def whole(limit: float, *path: str, unit: int = 1) -> int | None:
+        value = figure(limit, *path)
+        return None if value is None else int(value * unit)
+
+    def percent(*path: str) -> float | None:  # a limit may be exceeded by a little
+        value = figure(200, *path, "used_percentage")
+        return None if value is None else min(value, 100)
+
+    limits = []
+    for window, (name, length_ms) in LIMIT_WINDOWS.items():
+        used = percent("rate_limits", name)
+        resets_at = whole(1e11, "rate_limits", name, "resets_at", unit=1000) or 0
+        if used is not None and time_ms < resets_at <= time_ms + length_ms + RESET_TOLERANCE_MS:
+            limits.append((window, used, resets_at))
+    return Gauges(
+        time_ms,
+        percent("context_window"),
+        whole(1e9, "context_window", "total_input_tokens"),
+        whole(1e9, "context_window", "context_window_size") or None,
+        figure(1e6, "cost", "total_cost_usd"),
+        whole(1e9, "cost", "total_lines_added"),
+        whole(1e9, "cost", "total_lines_removed"),
+        whole(1e11, "prompt_cache", "expires_at", unit=1000) or None,
+        tuple(limits),
+    )
+
+
+def _apply_gauges(session: Session, data: JsonObject, at: int) -> None:
+    """Apply the data of a status line; the newest replace older ones."""
+    if session.gauges is None or at >= session.gauges.time:
+        session.gauges = gauges_of(data.get("gauges"), at)
+        effort, model = data.get("effort"), data.get("model")
+        level = effort.get("level") if isinstance(effort, dict) else None
+        session.effort = one_line(level, 20) if isinstance(level, str) else session.effort
+        session.model = one_line(model) if isinstance(model, str) and model else session.model
+
+
+def _apply_limits(account: Account, session: Session, at: int) -> None:
+    """Apply what a session reported of the limits of its account."""
+    cost = session.gauges and session.gauges.cost_usd
+    for name, percent, resets_at in session.gauges.limits if session.gauges else ():
+        window = account.windows.get(name)
+        if window is None or resets_at > window.resets_at + RESET_TOLERANCE_MS:
+            before = window.costs if window else {}
+            costs = {session_id: (now, now) for session_id, (_, now) in before.items()}
+            window = account.windows[name] = LimitWindow(resets_at, [], costs)
+        elif resets_at < window.resets_at - RESET_TOLERANCE_MS:
+            continue  # a late report, of the window before
+        if not window.samples or percent > window.samples[-1][1]:  # an idle client reports an old one
+            window.samples.append((at, percent))
+            while len(window.samples) > 2 and window.samples[1][0] <= at - PACE_MS:
+                del window.samples[0]
+        if cost is not None:
+            is_inside = session.start >= window.resets_at - LIMIT_WINDOWS[name][1]
+            first, last = window.costs.get(session.session_id, (0.0 if is_inside else cost, cost))
+            window.costs[session.session_id] = first, max(cost, last)
+            _drop_oldest(window.costs, SHARES_LIMIT)
+
+
+def _window_json(name: str, window: LimitWindow) -> JsonObject:
+    """Return a window of a limit: `forecast` is when it will be full, None if not before its reset.
+
+    The pace is that of the last hour before the last reading. `shares`: percent by session, by their costs.
+    """
+    (at, percent), begun = window.samples[-1], window.resets_at - LIMIT_WINDOWS[name][1]
+    since = max(begun, at - PACE_MS)
+    before = 0.0 if since == begun else window.samples[0][1]
+    grown, took_ms = percent - before, at - since
+    full_at = round(at + (100 - percent) * took_ms / grown) if grown > 0 and took_ms > 0 else None
+    spent = {session_id: now - first for session_id, (first, now) in window.costs.items() if now > first}
+    unit = percent / sum(spent.values()) if spent else 0
+    shares = [{"sessionId": it, "percent": round(spent[it] * unit, 1)} for it in spent]
+    return {
+        "percent": percent,
+        "resetsAt": window.resets_at,
+        "forecast": full_at if full_at and full_at < window.resets_at else None,
+        "shares": heapq.nlargest(SENT_OF_EACH, shares, key=operator.itemgetter("percent")),
+    }
 
 
 def tokens_of(counts: Any) -> Tokens:
@@ -1787,6 +1892,8 @@ PRICES: dict[str, Price] = {family: price for price, *families in _PRICED for fa
 # An alias ("opus", "claude-sonnet-latest") has the price of the newest of its kind, the first one above.
 PRICES.update({family.partition("-")[0]: PRICES[family] for family in reversed(list(PRICES))})
 
+# Families with a context of 200,000 tokens, in Claude Code 2.1.332; newer ones have 1,000,000.
+_SMALL_CONTEXT = re.compile(r"(?:opus|sonnet|haiku)-[34](?:-[0-6])?")
 # claude-opus-4-5-20251101, claude-3-5-haiku-20241022
 _MODEL_KIND = r"(?P<kind>opus|sonnet|haiku|fable|mythos)"
 _NEW_MODEL = re.compile(_MODEL_KIND + r"-(?P<major>\d{1,2})(?:[-.](?P<minor>\d{1,2}))?(?!\d)")
@@ -1805,6 +1912,13 @@ def model_family(model: str) -> str:
         return alias["kind"] if alias else ""
     kind, major, minor = found.group("kind", "major", "minor")
     return f"{kind}-{major}" if minor in (None, "0") else f"{kind}-{major}-{minor}"
+
+
+def context_size(model: str, used: int) -> int | None:
+    """Return how many tokens fit into a model's context, where `used` do; None: not known."""
+    family = model_family(model)
+    is_small = _SMALL_CONTEXT.fullmatch(family) and "[1m]" not in model and used <= 200_000
+    return 200_000 if is_small else 1_000_000 if family else None
 
 
 class PriceList:
@@ -1867,7 +1981,8 @@ def _apply_launch(session: Session, event: JsonObject, at: int, until: int) -> N
     agent_id = output.get("agentId") if isinstance(output, dict) else None
     if not isinstance(agent_id, str) or agent_id == parent_id:
         return
-    label, background = _description(event["data"].get("toolInput")), output.get("status") == "async_launched"
+    label = _description(event["data"].get("toolInput"))
+    background = output.get("status") in ("async_launched", "teammate_spawned")
     session.launched[agent_id] = (label, parent_id, background)
     agent = session.agents.get(agent_id)
     if agent is None:
@@ -1898,11 +2013,15 @@ def _apply_ends(session: Session, event: JsonObject, ends: str, at: int, until: 
     # At the end of a turn, the client's list of tasks is complete.
     has_list = ends == "turn" and isinstance(event["data"].get("background_tasks"), list)
     running = {text_of(task.get("id")) for task in _running_tasks(event)}
+    mates = {text_of(it.get("description")) for it in _running_tasks(event, TEAMMATE)} - {""}
+    if ends == "task":  # a command's is known by its label only
+        text = text_of(event["data"].get("message"))
+        session.background = [it for it in session.background if it not in text]
 
     def is_over(lineage: list[Agent]) -> bool:
         if ends in ("agent", "task"):
             return any(agent.agent_id == ended_id for agent in lineage)
-        continues = not has_list or any(agent.agent_id in running for agent in lineage)
+        continues = not has_list or any(it.agent_id in running or it.label in mates for it in lineage)
         return ends == "all" or not continues or not any(agent.background for agent in lineage)
 
     if ends in ("foreground", "turn", "all"):
@@ -1947,9 +2066,14 @@ def _interrupt(session: Session, agent_ids: set[str] | None, until: int) -> None
             session.counts["interrupted"] += 1
 
 
-def _running_tasks(event: JsonObject) -> list[JsonObject]:
+TEAMMATE = "teammate"  # type of a task that is always `running`, under an id that is not its agent's
+
+
+def _running_tasks(event: JsonObject, kind: str = "") -> list[JsonObject]:
+    """Return the running tasks of a kind; "": all that end."""
     tasks = emit_event.objects_in(event["data"].get("background_tasks"))
-    return [task for task in tasks if task.get("status") == "running"]
+    running = [task for task in tasks if task.get("status") == "running"]
+    return [task for task in running if (task.get("type") == TEAMMATE) == (kind == TEAMMATE)]
 
 
 def _apply_call(session: Session, fact: CallFact, at: int, late: bool) -> bool:
@@ -2244,6 +2368,8 @@ def _apply_turn(session: Session, event: JsonObject, kind: str, at: int, late: b
     is_new = turn == "ended" or kind in ("session_start", "user_prompt")  # not about the previous turn
     if session.turn == "ended" and not is_new and _has_just_ended(session, at, late):
         return
+    if kind == "turn_end" and session.turn == "failed" and at - session.turn_since < REORDER_WINDOW_MS:
+        return  # clients before 2.1.78 end a failed turn like any other
     begins = kind == "user_prompt" or (turn == "working" and session.turn != "working")
     if begins or kind in ("turn_end", "turn_error"):  # a turn that Esc ended fires no hook
         if session.turn_calls and not session.turn_changed:
@@ -2333,6 +2459,7 @@ class Sessions:
         self._prices = prices or PriceList()
         self._machines: dict[str, MachineClock] = {}  # by key
         self._unnamed = UnnamedCalls()
+        self._accounts: list[Account] = []  # the most recently active last
         # Session id → at most two stages, from which overtaken events are applied again: each a copy of the
         # session, and the steps of REORDER_WINDOW_MS since. The most recently active session is last.
         self._stages: dict[str, list[tuple[Session, list[Step]]]] = {}
@@ -2355,7 +2482,7 @@ class Sessions:
         """Apply one event; return its session.
 
         An event whose `seq` its session has already applied (before a restored snapshot) changes nothing.
-        `usage` never creates a session: for a deleted one, the returned session is a temporary object.
+        Figures never create a session: for a deleted one, the returned session is a temporary object.
         """
         session_id, kind, seq = event["sessionId"], kind_of(event), int(event.get("seq", 0))
         received, at = self._clock(event, kind, seq)
@@ -2363,19 +2490,23 @@ class Sessions:
         if session is None:
             session = Session(session_id, event["machineId"], event["workingDirectory"], at, at, at, received)
             session.machine_key = self._key_of(event)
-            if kind == "usage":
+            if kind in FIGURE_KINDS:
                 return session
             self.sessions[session_id] = session
         elif 0 < seq <= session.seq or (kind == "client_exited" and session.turn == "ended"):
             return session
-        elif kind in ("client_status", "client_exited") and self._key_of(event) != session.machine_key:
+        elif event["eventType"] == "client_status" and self._key_of(event) != session.machine_key:
             return session  # only hooks move a session to another machine
         parent_before = session.parent_id
-        if kind in ("session_meta", "usage"):
+        if kind in ("session_meta", *FIGURE_KINDS):
             for version in self._versions(session_id):
                 if kind == "session_meta":
                     _apply_user_action(version, event["data"])
+                elif kind == "status_line":
+                    _apply_gauges(version, event["data"], at)
                 _apply_usage(version, event["data"].get("usage"), at)
+            if kind == "status_line" and session.gauges and session.gauges.limits:
+                _apply_limits(self._account_of(session), session, at)
         else:
             session = self._apply_in_order(session, event, kind, at, received)
             self._end_replaced(session, event, kind, received)
@@ -2401,7 +2532,7 @@ class Sessions:
         key = self._key_of(event)
         machine = self._machines.get(key) or MachineClock()
         difference, skew = received - timestamp, machine.skew
-        is_new = kind not in ("session_meta", "usage") and not 0 < seq <= machine.seq
+        is_new = kind not in ("session_meta", *FIGURE_KINDS) and not 0 < seq <= machine.seq
         if is_new:
             if key == self._own_machine:
                 skew = 0
@@ -2420,6 +2551,36 @@ class Sessions:
     def _key_of(self, event: JsonObject) -> str:
         name: str = event["machineId"]
         return str(event.get("machineKey") or (self._own_machine if name == self._own_name else name))
+
+    def _account_of(self, session: Session) -> Account:
+        """Return the account that a session reports; its windows are the same, or one begins after the other.
+
+        Where all are new, the machine decides.
+        """
+        key, resets = session.machine_key, {name: at for name, _, at in (session.gauges or Gauges(0)).limits}
+
+        def is_same(account: Account) -> bool:
+            apart = {name: abs(at - account.windows[name].resets_at) for name, at in resets.items()
+                     if name in account.windows}  # fmt: skip
+            equal = [by <= RESET_TOLERANCE_MS for by in apart.values()]
+            whole = [by >= LIMIT_WINDOWS[name][1] - RESET_TOLERANCE_MS for name, by in apart.items()]
+            return all(map(operator.or_, equal, whole)) and (any(equal) or key in account.machines)
+
+        same = [account for account in self._accounts if is_same(account)]
+        account = same[-1] if same else Account({}, {})
+        account.machines[key] = None
+        self._accounts = [*(it for it in self._accounts if it is not account), account][-ACCOUNTS_LIMIT:]
+        return account
+
+    def limits(self, time_ms: int) -> list[JsonObject]:
+        """Return the accounts whose windows are not over, with the keys of their machines."""
+        shown = []
+        for account in self._accounts:
+            windows = {name: it for name, it in account.windows.items() if it.resets_at > time_ms}
+            if windows:
+                figures = {name: _window_json(name, it) for name, it in windows.items()}
+                shown.append({"machines": list(account.machines), **figures})
+        return shown
 
     def _is_watched(self, session: Session) -> bool:
         """True if the session's process is on this machine, so that we can check it."""
@@ -2656,8 +2817,9 @@ class Sessions:
     # Snapshots
 
     def snapshot(self, session_id: str) -> bytes:
-        """Return a session for `restore`; for "" the rest: machines and open calls without ids."""
-        state = _values(self.sessions[session_id]) if session_id else (self._machines, self._unnamed.open)
+        """Return a session for `restore`; for "" the rest: machines, open calls without ids, accounts."""
+        rest = (self._machines, self._unnamed.open, self._accounts)
+        state = _values(self.sessions[session_id]) if session_id else rest
         return pickle.dumps((_SNAPSHOT_FORMAT, state), 4)
 
     def restore(self, rows: Iterable[tuple[str, bytes]]) -> None:
@@ -2668,7 +2830,7 @@ class Sessions:
         Raises ValueError, and restores nothing, if one is damaged or from another version of this program.
         """
         sessions: list[Session] = []
-        machines, unnamed = self._machines, self._unnamed.open
+        machines, unnamed, accounts = self._machines, self._unnamed.open, self._accounts
         for session_id, row in rows:
             try:
                 form, state = _SnapshotReader(io.BytesIO(row)).load()
@@ -2677,10 +2839,10 @@ class Sessions:
                 if session_id:
                     sessions.append(Session(*state))
                 else:
-                    machines, unnamed = state
+                    machines, unnamed, accounts = state
             except Exception as error:  # pickle raises many types
                 raise ValueError(f"snapshot of {session_id or 'the machines'!r}: {error}") from error
-        self._machines, self._unnamed.open = machines, unnamed
+        self._machines, self._unnamed.open, self._accounts = machines, unnamed, accounts
         self.sessions.update((session.session_id, session) for session in sessions)
         for session in sorted(sessions, key=lambda session: session.seq):
             self._seq = session.seq
@@ -2754,7 +2916,11 @@ class Sessions:
         """Return a session in the form of the API and the WebSocket (`.docs/protocol.md`)."""
         label, source = session.label
         children = self.children(session.session_id) if children is None else children
-        usage = session.usage
+        usage, gauges = session.usage, session.gauges or Gauges(0)
+        estimate = usage and self._prices.estimate(usage)
+        context: JsonObject | None = {"percent": gauges.percent, "used": gauges.used, "size": gauges.size}
+        if session.gauges is None:
+            context = self._estimated_context(session, usage.context) if usage and usage.context else None
         return {
             **{name: getattr(session, field) for name, field in _SESSION_JSON.items()},
             "label": label,
@@ -2781,11 +2947,26 @@ class Sessions:
             "openCallCount": len(session.open_calls),
             "counts": dict(session.counts),
             "tokenUsage": usage and usage.to_json(),
-            "estimatedCostUsd": usage and self._prices.estimate(usage),
+            "estimatedCostUsd": estimate,
+            "context": context,
+            "costUsd": estimate if gauges.cost_usd is None else gauges.cost_usd,
+            "costSource": "client"
+            if gauges.cost_usd is not None
+            else "estimate"
+            if estimate is not None
+            else None,
+            "linesAdded": gauges.lines_added,
+            "linesRemoved": gauges.lines_removed,
+            "cacheExpiresAt": gauges.cache_expires,
             "stuck": stuck_signals(session),
             "pid": next((pid for pid, _ in reversed(session.processes)), None),
             "withoutHooks": bool(session.client_status) and not session.has_hooks,
         }
+
+    def _estimated_context(self, session: Session, used: int) -> JsonObject:
+        size = context_size(session.model or (session.usage and session.usage.model) or "", used)
+        percent = min(100, round(100 * used / size)) if size else None
+        return {"percent": percent, "used": used, "size": size, "estimated": True}
 
     def children(self, parent_id: str | None = None) -> dict[str, list[str]]:
         """Return the ids of the child sessions of each session, or of one."""
@@ -2809,7 +2990,8 @@ class Sessions:
 
 # The format of a snapshot, derived from the fields of its classes.
 _SNAPSHOT_CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (Agent, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
+    each.__name__: each
+    for each in (Account, Agent, Gauges, LimitWindow, MachineClock, OpenCall, Reason, SessionUsage, Tokens)
 }
 _SNAPSHOT_FORMAT = zlib.crc32(
     repr([list(each.__annotations__) for each in (Session, *_SNAPSHOT_CLASSES.values())]).encode()
@@ -2836,7 +3018,7 @@ _SESSION_JSON = {
     "startTime": "start", "lastEventTime": "last_event", "endTime": "end", "state": "state",
     "stateSince": "state_since", "activity": "activity", "parentSessionId": "parent_id",
     "continuedFrom": "continued_from", "isPinned": "pinned", "hidden": "hidden", "isImported": "imported",
-    "demo": "demo",
+    "demo": "demo", "effort": "effort",
 }  # fmt: skip
 _CALL_JSON = ("toolUseId", "toolName", "target", "agentId", "since")
 
@@ -2964,6 +3146,8 @@ COMPARED_SESSIONS = 200
 _COUNTS = ("c0", "c1", "c2", "c3", "c4")
 _COUNTED = ("events", "prompts", "toolCalls", "failures")  # in each row of the statistics
 _TOKENS = ("tokenUsage", "estimatedCostUsd")
+_COSTS = ("costUsd", "estimatedPartUsd")
+_CLIENT_COST = "\0client"  # in place of a model: the client's own cost of a session, in millionths of a USD
 _TOOL_FIGURES = {
     "calls": "count(*)",
     "failures": f"sum(outcome IN {FAILED})",
@@ -2972,7 +3156,9 @@ _TOOL_FIGURES = {
     "timed": "count(duration)",
     "totalMs": "ifnull(sum(duration), 0)",
 }
+_VERSION = "PRAGMA user_version"
 _INDEX_SCHEMA = f"""
+PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN;
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
 INSERT INTO meta VALUES('indexed', 0), ('checkpoint', 0);
 CREATE TABLE snapshots(session BLOB PRIMARY KEY, state BLOB, crc INTEGER);
@@ -2991,7 +3177,7 @@ CREATE TABLE calls(key INTEGER PRIMARY KEY, file INTEGER, session INTEGER, tool 
 CREATE INDEX calls_by_tool ON calls(tool, duration, quarter, session, outcome);
 CREATE INDEX calls_by_session ON calls(session, quarter, outcome);
 CREATE INDEX calls_failed ON calls(target, quarter, event) WHERE outcome IN {FAILED};
-PRAGMA user_version = {INDEX_VERSION};
+PRAGMA user_version = {INDEX_VERSION}; COMMIT;
 """
 
 
@@ -3001,6 +3187,7 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+TimeZone = Union[datetime.tzinfo, None]  # None: this machine's, or a fixed offset
 _WORD = re.compile(r"[^\W_]+")
 _BETWEEN_WORDS = re.compile(r"[\W_]+")
 _QUERY_PART = re.compile(r'"([^"]*)"?|(\S+)')
@@ -3017,13 +3204,11 @@ _NOT_SEARCHED = {
 
 
 def fold(text: str) -> str:
-    """Return text in the form in which words are compared: without case and accents, CJK characters apart.
-
-    Everything else becomes a space: words are split here and not by SQLite, whose Unicode tables may differ.
-    """
+    """Return text as words are compared: lower case, no accents, CJK characters apart, the rest spaces."""
     if text.isascii():
         return text.lower()
     plain = unicodedata.normalize("NFD", _APART.sub(r" \1 ", _UNFIT.sub(" ", text)))
+    # Words are split here and not by SQLite, whose Unicode tables may differ.
     return _BETWEEN_WORDS.sub(" ", _MARKS.sub("", plain).lower())
 
 
@@ -3078,9 +3263,9 @@ def collect_texts(value: Any, found: list[str]) -> None:
             collect_texts(inner, found)
 
 
-def event_texts(event: JsonObject) -> Iterator[tuple[str, str]]:
-    """Yield (name in data, text) of everything in an event that a person may search for."""
-    for name, value in event["data"].items():
+def event_texts(data: JsonObject) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of everything in an event's data that a person may search for."""
+    for name, value in data.items():
         if name not in _NOT_SEARCHED:
             found: list[str] = []
             collect_texts(value, found)
@@ -3091,7 +3276,7 @@ def snippet_of(event: JsonObject, terms: Sequence[Term]) -> JsonObject:
     """Return the `field` in which the terms are found and a `snippet` of it: pieces, those found marked."""
     words = re.compile("(" + "|".join(term.pattern for term in terms) + ")", re.IGNORECASE)
     first: JsonObject = {"snippet": []}
-    for name, text in event_texts(event) if terms else ():
+    for name, text in event_texts(event["data"]) if terms else ():
         match = words.search(text)
         if match:
             start = max(0, match.start() - SNIPPET_CHARS // 3)
@@ -3121,17 +3306,16 @@ class SearchQuery:
 
     def takes(self, event: JsonObject) -> bool:
         """True if an event matches."""
-        return (
+        is_chosen = (
             (self.session_ids is None or event["sessionId"] in self.session_ids)
             and self.machine in (None, event["machineId"])
             and self.tool in (None, event["data"].get("toolName"))
             and self.kind in (None, effective_type(event), event["hookType"])
             and self.from_ms <= event["timestamp"] < self.to_ms
-            and (not self.terms or self._words_are_in(event))
         )
-
-    def _words_are_in(self, event: JsonObject) -> bool:
-        folded = fold("\n".join(text for _, text in event_texts(event)))
+        if not is_chosen or not self.terms:
+            return is_chosen
+        folded = fold("\n".join(text for _, text in event_texts(event["data"])))
         return all(term.found_in(folded) for term in self.terms)
 
     @property
@@ -3145,10 +3329,7 @@ SEARCH_FIELDS = ("q", "session", "machine", "tool", "type", "state", "cursor")
 
 
 def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None = None) -> SearchQuery:
-    """Return the query of SEARCH_FIELDS, `from`, `to` and `limit`; raise SearchError.
-
-    `session_ids`: those of sessions in the given state, if there is one.
-    """
+    """Return the query of SEARCH_FIELDS, `from`, `to`, `limit` in these sessions; raise SearchError."""
     for name in SEARCH_FIELDS:
         if not isinstance(wanted.get(name), (str, type(None))):
             raise SearchError(name, "text")
@@ -3170,46 +3351,42 @@ def search_query(wanted: Mapping[str, Any], session_ids: frozenset[str] | None =
     return SearchQuery(terms, session_ids, machine, tool, kind, *times, limit or 50, before)
 
 
-def moment_ms(text: str, zone: datetime.tzinfo | None = None) -> tuple[int, bool]:
-    """Parse milliseconds since the epoch, or a date or time in ISO form in a zone (None: this machine's).
-
-    Returns the milliseconds, and whether it is a whole day; raises ValueError.
-    """
+def moment_ms(text: str, zone: TimeZone = None, is_end: bool = False) -> int:
+    """Return the ms of a time in ms or ISO form in a zone, of a day its start or end; raise ValueError."""
     if re.fullmatch(r"[0-9]{10,16}", text):
-        return int(text), False
+        return int(text)
     for form in ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d %H:%M:%S"):
         with contextlib.suppress(ValueError, OverflowError, OSError):
             moment = datetime.datetime.strptime(text, form).replace(tzinfo=zone)
-            return int(moment.timestamp() * 1000), form == "%Y-%m-%d"
-    raise ValueError(
-        f"{text!r} is not a time; write 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch"
-    )
+            if is_end and form == "%Y-%m-%d":
+                return int(moment.replace(hour=23, minute=59, second=59).timestamp() * 1000) + 1000
+            return int(moment.timestamp() * 1000)
+    raise ValueError("a time such as 2026-11-24 or 2026-11-24T14:30, or milliseconds since the epoch")
 
 
-def time_range(start: str | None, end: str | None, zone: datetime.tzinfo | None = None) -> tuple[int, int]:
-    """Return [from, to) in ms; `end` is before that moment, but from a day to the same day is that day."""
-    if end is not None and start == end and moment_ms(end, zone)[1]:
-        with contextlib.suppress(OverflowError):  # the calendar's last day
-            day = datetime.datetime.strptime(end, "%Y-%m-%d").date() + datetime.timedelta(days=1)
-            end = day.isoformat()
-    times = (moment_ms(text, zone)[0] if text else None for text in (start, end))
-    first, last = times
-    return first or 0, 1 << 53 if last is None else last
+def time_range(start: str | None, end: str | None, zone: TimeZone = None) -> tuple[int, int]:
+    """Return [from, to) in ms; from a day to the same day is that day; raise SearchError."""
+    times = [0, 1 << 53]
+    for index, (name, text) in enumerate((("from", start), ("to", end))):
+        try:
+            if text is not None:
+                times[index] = moment_ms(text, zone, name == "to" and text == start)
+        except ValueError as error:
+            raise SearchError(name, str(error)) from None
+    return times[0], times[1]
 
 
-def time_zone(name: str) -> datetime.tzinfo:
+def time_zone(name: str) -> TimeZone:
     """Return a time zone by its name, such as Europe/Berlin; raise SearchError where there is none."""
     import zoneinfo  # not every system that lacks its data lacks them for all of the program
 
     try:
         return zoneinfo.ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        has_data = bool(zoneinfo.available_timezones())
-        lack = "" if has_data else "; this system has no time zone data (the package tzdata, or utcOffset)"
-        raise SearchError("timeZone", f"a time zone such as Europe/Berlin{lack}") from None
+        raise SearchError("timeZone", "a time zone of this system's tzdata, such as Europe/Berlin") from None
 
 
-def zone_offset(time_ms: int, zone: datetime.tzinfo | None, minutes: int = 0) -> int:
+def zone_offset(time_ms: int, zone: TimeZone, minutes: int = 0) -> int:
     """Return how many minutes a zone's clock is east of UTC at a time; without a zone, `minutes`."""
     if zone is None:
         return minutes
@@ -3229,10 +3406,7 @@ class SearchError(Exception):
 
 
 def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
-    """Return the first matching events among lines, last arrived first, in the form of the API.
-
-    Ends early, with a cursor for the next page, when the time for one answer is over.
-    """
+    """Return the first matches, last arrived first, as the API does; ends when SEARCH_BUDGET_S is over."""
     begin = time.monotonic()
     needles = [word.encode() for term in query.terms for word in term.words if word.isascii()]
     results: list[JsonObject] = []
@@ -3249,7 +3423,7 @@ def search_page(query: SearchQuery, lines: Iterable[bytes]) -> JsonObject:
             continue
         with contextlib.suppress(MalformedEvent):
             event = parse_stored(line)
-            if effective_type(event) != "usage" and query.takes(event):
+            if effective_type(event) not in FIGURE_KINDS and query.takes(event):
                 results.append({**event_row(event), **snippet_of(event, query.terms)})
     took_ms = round((time.monotonic() - begin) * 1000, 1)
     return {"results": results, "next": str(last) if more else None, "complete": complete, "tookMs": took_ms}
@@ -3285,17 +3459,14 @@ class IndexFile:
     )
 
     def __init__(self, path: str) -> None:
-        """Open the file; make a new one when there is none, or one of another version."""
         self.path = path
         self.db = self._connect()
-        self.is_new = not is_current(self.db)
+        self.is_new = self.db.execute(_VERSION).fetchone() != (INDEX_VERSION,)
         if self.is_new:
             self.db.close()
             remove_index(path)
             self.db = self._connect()
-            self.db.executescript(
-                f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {_INDEX_SCHEMA} COMMIT;"
-            )
+            self.db.executescript(_INDEX_SCHEMA)
         self.full_text = has_full_text(self.db)
         self.indexed = read_meta(self.db, "indexed")
         self._day: str = self.db.execute("SELECT ifnull(max(name), '') FROM days").fetchone()[0]
@@ -3366,12 +3537,15 @@ class IndexFile:
         file_id, day_id, session = self._file_of(day, *about)
         usage = event["data"].get("usage")  # totals of the session so far
         models = usage.get("models") if isinstance(usage, dict) else None
+        if kind == "status_line":
+            cost_usd = gauges_of(event["data"].get("gauges"), timestamp).cost_usd
+            models = None if cost_usd is None else {_CLIENT_COST: {"input": round(cost_usd * 1e6)}}
         items = itertools.islice(models.items(), MODELS_LIMIT) if isinstance(models, dict) else ()
         for model, used in items:
             rows[self._ADD_USAGE].append((file_id, self._name_id(model[:200]), quarter, *tokens_of(used)))
         rows[self._ADD_FILE].append((len(line) + 1, seq, timestamp, timestamp, file_id))
         rows["INSERT OR IGNORE INTO events VALUES(?, ?, ?)"].append((seq, file_id, timestamp))
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         if self.full_text:
             words = (seq, self._words(event, kind))
@@ -3389,15 +3563,12 @@ class IndexFile:
 
     def _words(self, event: JsonObject, kind: str) -> str:
         """Return the words by which an event is found, and the marks for its session, tool, and so on."""
-        texts: list[str] = []
         data = event["data"]
-        for name, value in data.items():
-            if name == "tool_calls" and event["hookType"] == "PostToolBatch":
-                # Each call has its own events; the round adds only calls that never ran.
-                batch = _batch_calls(event)
-                value = [one for one in batch if text_of(one.get("tool_use_id")) not in self._closed_calls]
-            if name not in _NOT_SEARCHED:
-                collect_texts(value, texts)
+        if event["hookType"] == "PostToolBatch":  # each call has its own events, but for those that never ran
+            calls, closed = _batch_calls(event), self._closed_calls
+            calls = [call for call in calls if text_of(call.get("tool_use_id")) not in closed]
+            data = {**data, "tool_calls": calls}
+        texts = [text for _, text in event_texts(data)]
         if kind in ("tool_result", "tool_error"):
             self._closed_calls.add(text_of(data.get("toolUseId")))
         marks = [("s", event["sessionId"]), ("m", event["machineId"]), ("k", kind), ("k", event["hookType"])]
@@ -3453,11 +3624,6 @@ def name_key(name: str) -> bytes:
 def key_name(key: bytes) -> str:
     """Return the name of a `name_key`."""
     return key.decode("utf-8", "surrogatepass")
-
-
-def is_current(db: sqlite3.Connection) -> bool:
-    """True if an index file is of this version."""
-    return bool(db.execute("PRAGMA user_version").fetchone()[0] == INDEX_VERSION)
 
 
 def read_meta(db: sqlite3.Connection, name: str) -> int:
@@ -3521,17 +3687,14 @@ class IndexReader:
 
     @contextlib.contextmanager
     def reading(self, budget_s: float) -> Iterator[sqlite3.Connection]:
-        """Yield a connection in one read transaction; raise sqlite3.Error when there is no index.
-
-        A query that takes longer than `budget_s` raises an error with the text "interrupted".
-        """
+        """Yield a connection in a transaction; raise sqlite3.Error, with "interrupt" after `budget_s`."""
         with self._lock:
             db = self._connection(index_inodes(self._path))
             deadline = time.monotonic() + budget_s
             db.set_progress_handler(lambda: int(time.monotonic() > deadline), 20_000)
             db.execute("BEGIN")
             try:
-                if not is_current(db):
+                if db.execute(_VERSION).fetchone() != (INDEX_VERSION,):
                     raise sqlite3.OperationalError("there is no index of this version yet")
                 yield db
             finally:
@@ -3620,13 +3783,8 @@ class Statistics:
         session = next((number for number, name in self._names.items() if name == session_id), -1)
         self._bounds = {"session": session}
 
-    def to_json(
-        self, from_ms: int, to_ms: int, offset_minutes: int, zone: datetime.tzinfo | None = None
-    ) -> JsonObject:
-        """Return the answer of /api/stats.
-
-        Days and hours are those of a time zone, else of a clock so far east of UTC.
-        """
+    def to_json(self, from_ms: int, to_ms: int, offset_minutes: int, zone: TimeZone = None) -> JsonObject:
+        """Return the answer of /api/stats; days are those of `zone`, else of a clock so far east of UTC."""
         self._bounds.update({"from": from_ms // QUARTER_MS, "to": -(-to_ms // QUARTER_MS)})
         first, last = self._db.execute("SELECT min(quarter), max(quarter) FROM cells").fetchone()
         shown_from = max(self._bounds["from"], first or 0)
@@ -3642,10 +3800,7 @@ class Statistics:
         }
 
     def _groups(self, offset_at: Callable[[int], int]) -> JsonObject:
-        """Add up the counts of each session in each hour of the viewer's clock, for every table of the page.
-
-        `offset_at` returns how many minutes that clock is east of UTC in a quarter.
-        """
+        """Add up each session's counts in each hour of a clock that is `offset_at(quarter)` east of UTC."""
         names = self._names
         offset_of = functools.lru_cache(None)(offset_at)
 
@@ -3657,6 +3812,8 @@ class Statistics:
 
         self._db.create_function("hour_of", 1, begin_of, deterministic=True)
         cells = list(self._cells())
+        client = next((number for number, name in names.items() if name == _CLIENT_COST), -1)
+        is_exact = {cell.session for cell in cells if cell.model == client}
         latest = "SELECT session, machine, project, max(days.name) FROM files JOIN days ON days.id = day"
         places = {row[0]: row for row in self._db.execute(f"{latest} GROUP BY session")}
         spans = "SELECT session, min(first), max(last) FROM cells JOIN files ON files.id = file "
@@ -3671,19 +3828,30 @@ class Statistics:
             sessions: dict[int, set[int]] = collections.defaultdict(set)
             counts: dict[int, list[int]] = collections.defaultdict(lambda: [0] * len(_COUNTED))
             tokens: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)
+            rest: dict[int, dict[int, Tokens]] = collections.defaultdict(dict)  # where only they are known
+            exact: dict[int, int] = collections.defaultdict(int)
             for cell in cells:
                 key = key_of(cell)
                 if key is not None:
                     sessions[key].add(cell.session)
                     counts[key] = [*map(operator.add, counts[key], cell.counts)]
-                    if cell.model is not None:
-                        tokens[key][cell.model] = tokens[key].get(cell.model, Tokens()) + cell.tokens
+                    exact[key] += cell.tokens.input if cell.model == client else 0
+                    for by in (tokens, rest) if cell.session not in is_exact else (tokens,):
+                        if cell.model not in (None, client):
+                            by[key][cell.model] = by[key].get(cell.model, Tokens()) + cell.tokens
             rows = []
             for key in sorted(counts):
                 row: JsonObject = {"sessions": len(sessions[key]), **dict(zip(_COUNTED, counts[key]))}
-                used = SessionUsage(0, {self._names[model]: it for model, it in tokens[key].items()})
+                used, others = (
+                    SessionUsage(0, {self._names[model]: it for model, it in by[key].items()})
+                    for by in (tokens, rest)
+                )
                 row["tokenUsage"] = used.to_json() if used.models else None
                 row["estimatedCostUsd"] = self._prices.estimate(used) if used.models else None
+                part = self._prices.estimate(others)
+                is_known = part is not None and (used.models or exact[key])
+                row["costUsd"] = round(exact[key] / 1e6 + (part or 0), 6) if is_known else None
+                row["estimatedPartUsd"] = part if is_known else None
                 rows.append({**about(key), **{name: row[name] for name in fields}})
             return rows
 
@@ -3693,16 +3861,18 @@ class Statistics:
             place = {"machineId": names[machine], "project": names[project]}
             return {"sessionId": names[session], "label": None, **place, "start": start, "end": end}
 
-        every, of_hour = ("sessions", *_COUNTED, *_TOKENS), ("events", "toolCalls", "failures")
+        every, of_hour = ("sessions", *_COUNTED, *_TOKENS, *_COSTS), ("events", "toolCalls", "failures")
         by_hour = table(of_hour, lambda cell: local_hour(cell) % 24, lambda it: {"hour": it})
         hours = {row["hour"]: row for row in by_hour}
         days = table(every, lambda cell: local_hour(cell) // 24, lambda it: {"day": day_of(it * _DAY_MS)})
-        models = table(_TOKENS, lambda cell: cell.model, lambda it: {"model": names[it]})
+        models = table(
+            _TOKENS, lambda it: None if it.model == client else it.model, lambda it: {"model": names[it]}
+        )
         projects = table(every, lambda cell: places[cell.session][2], lambda it: {"project": names[it]})
         machines = table(every, lambda cell: places[cell.session][1], lambda it: {"machineId": names[it]})
-        sessions = table((*_COUNTED, *_TOKENS), lambda cell: cell.session, about_session)
+        sessions = table((*_COUNTED, *_TOKENS, *_COSTS), lambda cell: cell.session, about_session)
         sessions.sort(key=lambda row: row["end"])
-        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS)}
+        nothing = {**dict.fromkeys(every, 0), **dict.fromkeys(_TOKENS), **dict.fromkeys(_COSTS)}
         return {
             "totals": next(iter(table(every, lambda _: 0)), nothing),
             "models": sorted(models, key=lambda row: -sum(row["tokenUsage"].values())),
@@ -3742,7 +3912,6 @@ class Statistics:
                 yield Cell(session, at, (0,) * len(_COUNTED), model, grown)
 
     def _tools(self) -> JsonObject:
-        """Return the `tools`, most calls first, and the `slowest` calls of all of them."""
         chosen = f"FROM calls INDEXED BY calls_by_tool WHERE {self._where}"
         durations = f"{chosen} AND tool = :tool AND duration IS NOT NULL ORDER BY duration"
         tools: list[JsonObject] = []
@@ -3770,7 +3939,6 @@ class Statistics:
         }
 
     def _failing(self) -> list[JsonObject]:
-        """Return the calls that fail most often: the same tool with the same target."""
         rows = self._db.execute(
             f"""WITH failed AS (
                 SELECT target, count(*) AS failures, max(event) AS example
@@ -3881,10 +4049,7 @@ class History:
         self._queue(lambda file: file.forget_session(session_id))
 
     def load_snapshots(self) -> tuple[int, list[tuple[str, bytes]]]:
-        """Return the checkpoint and the saved (session, state); once, before `start`.
-
-        (0, []) when there is no usable index. Sessions whose files were removed since are left out.
-        """
+        """Return the checkpoint and saved (session, state), (0, []) without an index; before `start`."""
         if not self._is_used or not os.path.exists(self._path):
             return 0, []
         try:
@@ -3901,7 +4066,7 @@ class History:
         return checkpoint, [row for row in found if session_file_name(row[0]) in names]
 
     def save_snapshots(self, generation: int, rows: Mapping[str, bytes], checkpoint: int | None) -> bool:
-        """Queue snapshots, for the index file of this `generation`; return whether the queue is long.
+        """Queue snapshots for the file of `generation`; return whether the queue is long.
 
         `checkpoint`: the seq up to which every session is saved with them; None: more snapshots follow.
         """
@@ -3959,12 +4124,7 @@ class History:
         return list(itertools.islice(self._journal.lines(session_id, 0, before, backwards=True), count))
 
     def statistics(
-        self,
-        from_ms: int,
-        to_ms: int,
-        session_id: str | None,
-        offset_minutes: int,
-        zone: datetime.tzinfo | None = None,
+        self, from_ms: int, to_ms: int, session_id: str | None, offset_minutes: int, zone: TimeZone = None
     ) -> JsonObject:
         """Return the statistics for a time range; raise NoStatistics when there is no index to count in."""
         if self._state == "building" and self._thread.is_alive():
@@ -3981,13 +4141,11 @@ class History:
             raise NoStatistics(f"the index cannot be read now: {error}") from None
 
     def _read_failed(self, error: sqlite3.Error) -> None:
-        """Rebuild a damaged index; the index thread notices a missing one."""
-        if not isinstance(error, sqlite3.OperationalError):
+        if not isinstance(error, sqlite3.OperationalError):  # it is damaged; the thread notices a missing one
             self._remove(str(error))
         self._wake.set()
 
     def _remove(self, why: str) -> None:
-        """Remove the file, so that the thread makes a new one."""
         log.warning("the index is rebuilt: %s", why)
         self._state = "building"
         self._is_open.clear()
@@ -4032,7 +4190,6 @@ class History:
         return INDEX_RETRY_S
 
     def _fill(self, file: IndexFile) -> None:
-        """Keep the file up to date until it is removed or the monitor stops."""
         self._compare(file)
         while not file.is_removed():
             self._wake.clear()
@@ -4062,7 +4219,6 @@ class History:
                     self._stopping.wait(INDEX_GATHER_S)
 
     def _catch_up(self, file: IndexFile) -> None:
-        """Read the journal from where the index ends, until something else is queued."""
         until = self._written
         entries = readable(self._journal.lines(after=file.indexed, before=until + 1))
         while self._batch(file, entries):
@@ -4123,7 +4279,7 @@ class History:
 # Stored lines in, lines out. Does not know: HTTP, the command line.
 # ---------------------------------------------------------------------------
 
-EXPORT_CHUNK_BYTES = 256 << 10
+EXPORT_CHUNK_LINES = 100
 EXPORT_FORMATS = {
     "ndjson": ("application/x-ndjson", "contextuate-events.ndjson"),
     "csv": ("text/csv; charset=utf-8", "contextuate-calls.csv"),
@@ -4150,17 +4306,10 @@ def matching_lines(journal: Journal, query: SearchQuery) -> Iterator[bytes]:
 
 
 def in_chunks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Join lines, each with its newline, into chunks of EXPORT_CHUNK_BYTES."""
-    chunk: list[bytes] = []
-    size = 0
-    for line in lines:
-        chunk.append(line + b"\n")
-        size += len(line) + 1
-        if size >= EXPORT_CHUNK_BYTES:
-            yield b"".join(chunk)
-            chunk, size = [], 0
-    if chunk:
-        yield b"".join(chunk)
+    """Join lines, each with its newline, into chunks of EXPORT_CHUNK_LINES."""
+    rest = iter(lines)
+    while chunk := b"".join(line + b"\n" for line in itertools.islice(rest, EXPORT_CHUNK_LINES)):
+        yield chunk
 
 
 def call_table(lines: Iterable[bytes]) -> Iterator[bytes]:
@@ -4247,9 +4396,8 @@ class ClockMemory:
         self.steps: list[ClockStep] = []
         self._path, self._boot = path, boot_id()
         self._ahead_ms = self._time_ms = self._seq = 0  # ahead of the steady clock, which is that of a boot
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError):
-            with open(path, "rb", opener=emit_event.open_own) as saved:
-                known = emit_event.parse_event_line(saved.read())
+        known = read_state(path)
+        with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError):
             steps, time_ms = [ClockStep(*map(int, step)) for step in known["steps"]], int(known["time"])
             ahead_ms = int(known["ahead"])
             if not known["boot"] or known["boot"] != self._boot:
@@ -4310,10 +4458,10 @@ def plan_retention(
     kept_names: frozenset[str],
     steps: Sequence[ClockStep] = (),
 ) -> RetentionPlan:
-    """Choose the files to delete: those older than `days`, then more until all our files fit into the limit.
+    """Choose the files to delete: older than `days`, then more until all our files fit into the limit.
 
-    Files of pinned sessions (`kept_names`) are kept. So is a day with events that arrived after those of a
-    later day, if no step of the clock explains that: the day is newer than its name.
+    Files of `kept_names` are kept; so is a day with events that arrived after those of a later day, unless
+    `steps` explain that: it is newer than its name.
     """
     journal = Journal(home + "/events")
     files = journal.files()
@@ -4407,9 +4555,9 @@ class EventCounts:
         self.duration_sums_ms: collections.Counter[str] = collections.Counter()
 
     def add(self, event: JsonObject) -> None:
-        """Count one event, unless it is `usage`."""
+        """Count one event, unless it only has figures."""
         kind, data = effective_type(event), event["data"]
-        if kind == "usage":
+        if kind in FIGURE_KINDS:
             return
         key = (event["machineId"], kind)
         self.events[key if key in self.events or len(self.events) < LABELS_LIMIT else ("other", "other")] += 1
@@ -4509,10 +4657,9 @@ TOO_MANY_CONNECTIONS = "too many connections; close some or raise limits.connect
 
 
 class EventLoop:
-    """Calls callbacks of ready sockets, of timers and from other threads.
+    """Calls callbacks of ready sockets, of timers and from other threads, and `on_turn_end` after each turn.
 
-    `on_turn_end` is called at the end of each turn, to process together what all its sockets received.
-    `steps` grows before each callback that may change something; `on_turn_end` increments it itself then.
+    `steps` grows before each callback that may change something; `on_turn_end` increments it itself.
     """
 
     def __init__(self) -> None:
@@ -4716,9 +4863,8 @@ class Client:
     view: str | None = None  # "full" or "rows" once subscribed
     session_ids: set[str] | None = None  # None: all
     show_hidden: bool = False
-    changes: bool = (
-        False  # its session updates have changed fields only, and rows are dropped while it reads too slowly
-    )
+    # Its session updates have changed fields only, and rows are dropped while it reads too slowly.
+    changes: bool = False
     skipped: int = 0  # rows that were not sent because it reads too slowly, until it is sent their number
     pairing: str = ""  # id of the pairing of its browser
     looking: bool = False  # a paired page that a person can see
@@ -4739,16 +4885,13 @@ class WebSocketServer:
     closed_slow: int = 0  # clients closed since the start because they read too slowly
 
     def __post_init__(self) -> None:
-        self.loop.listen(self.listener, self._accept)
+        self.loop.listen(self.listener, self.adopt)
         self.loop.call_every(PING_INTERVAL_S, self._ping_all)
 
     # Sending
 
     def send(self, client: Client, frames: bytes, is_reply: bool = False) -> None:
-        """Send whole frames to one client, or queue them; a client that does not read is closed with 1013.
-
-        Replies may be large: they have a limit of their own.
-        """
+        """Send or queue whole frames; replies have their own limit. A slow client is closed with 1013."""
         if client.closing:
             return
         before = client.queued
@@ -4767,10 +4910,7 @@ class WebSocketServer:
     def broadcast(
         self, stored: Sequence[StoredEvent], frames_for_all: bytes = b"", changes: bytes | None = None
     ) -> None:
-        """Send events to all clients subscribed to their sessions, and then `frames_for_all` to all clients.
-
-        Clients that want changes get `changes` instead. Encodes once per view, calls `send` once per client.
-        """
+        """Send events to subscribers, then `frames_for_all` to all, `changes` to those that want these."""
         frames: dict[str, list[bytes]] = {}
         joined: dict[tuple[str, bool], bytes] = {}
         for client in list(self.clients.values()):
@@ -4808,7 +4948,7 @@ class WebSocketServer:
             return
         client.closing = True
         self.loop.call_later(CLOSE_DEADLINE_S, lambda: self._drop(client))
-        self._write(client, encode_close(code, reason))
+        self._write(client, encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode()))
 
     def close_all(self) -> None:
         """Stop listening and close every client's connection."""
@@ -4818,7 +4958,6 @@ class WebSocketServer:
             self.close(client, CloseCode.GOING_AWAY, "the monitor stops")
 
     def _write(self, client: Client, data: bytes) -> None:
-        """Send `data` after the queue; queue what the socket does not accept."""
         was_waiting = bool(client.queue)
         try:
             sent = 0 if was_waiting else client.sock.send(data)
@@ -4836,7 +4975,6 @@ class WebSocketServer:
             self._finish_close(client)
 
     def _flush(self, client: Client) -> None:
-        """Send from the queue as much as the socket accepts."""
         try:
             while client.queue:
                 sent = client.sock.send(client.queue[0])
@@ -4860,31 +4998,22 @@ class WebSocketServer:
 
     # Receiving
 
-    def _accept(self, sock: socket.socket) -> None:
-        client = self._add(sock)
-        if client is not None:
-            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
-
-    def adopt(self, sock: socket.socket, response: bytes, pairing: str) -> None:
-        """Take over a connection of the HTTP port; `response` ends its opening handshake."""
+    def adopt(self, sock: socket.socket, response: bytes = b"", pairing: str = "") -> None:
+        """Take a new connection, or one of the HTTP port whose handshake `response` ends; refuse too many."""
         sock.setblocking(False)
-        client = self._add(sock)
-        if client is not None:
-            client.pairing = pairing
-            self._open(client, response)
-
-    def _add(self, sock: socket.socket) -> Client | None:
-        """Watch a new connection; refuse it and return None when there are too many."""
         if len(self.clients) >= self.connection_limit:
             with contextlib.suppress(OSError):
                 sock.send(refusal(RequestError(503, TOO_MANY_CONNECTIONS)))
             sock.close()
-            return None
+            return
         with contextlib.suppress(OSError):  # the peer may have disconnected
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        client = self.clients[sock] = Client(sock)
+        client = self.clients[sock] = Client(sock, pairing=pairing)
         self.loop.watch(sock, selectors.EVENT_READ, functools.partial(self._ready, client))
-        return client
+        if response:
+            self._open(client, response)
+        else:
+            self.loop.call_later(HEAD_DEADLINE_S, lambda: None if client.is_open else self._drop(client))
 
     def _ready(self, client: Client, ready: int) -> None:
         if client.sock in self.clients and ready & selectors.EVENT_WRITE:
@@ -5025,10 +5154,7 @@ def redis_address(client: Any) -> tuple[Any, Any]:
 
 
 class RemoteLine(NamedTuple):
-    """One event from Redis; `position` is its id in the stream, None if it came from the channel.
-
-    An empty line with a position only moves the position; one without was published as it is.
-    """
+    """An event from Redis; `position`: its id in the stream, None from the channel. b"": only a position."""
 
     line: bytes
     position: str | None
@@ -5049,8 +5175,7 @@ def event_key(line: bytes) -> str:
 class Subscription(threading.Thread):
     """One attempt to follow the channel, from connecting to the first error.
 
-    It passes events to the link and reports changes to it. `last_alive` is the monotonic time of the last
-    reply of Redis or of the loop: waiting until the loop has stored a batch does not count as silence.
+    `last_alive`: when Redis or the loop last replied (time.monotonic); waiting for the loop is no silence.
     """
 
     def __init__(self, link: RedisLink, position: str) -> None:
@@ -5165,7 +5290,6 @@ class Subscription(threading.Thread):
             self._report(self._link.log_change, message, {"streamReason": reason})
 
     def _check_position(self, stream: str) -> None:
-        """Restart from the beginning if the stream is new; report a gap if unread events were trimmed."""
         newest = self._client.xrevrange(stream, "+", "-", 1)
         oldest = self._client.xrange(stream, "-", "+", 1)
         here = position_key(self._position)
@@ -5214,11 +5338,10 @@ def attempt_words(state: JsonObject) -> str:
 
 @dataclasses.dataclass(eq=False)
 class RedisLink:
-    """Keeps one Subscription alive, passes its events to `take`, and calls `changed` when the state changes.
+    """Keeps one Subscription alive, calls `changed` with each change of the state; for the loop thread.
 
-    `take` stores events and returns whether they are stored; if not, they are passed again later, and the
-    position is unchanged. After `redis.maxRetries` failed attempts in a row it gives up until `reconnect`.
-    For the loop thread.
+    `take` stores events, or returns False: they come again. After `redis.maxRetries` failed attempts in a row
+    it gives up until `reconnect`.
     """
 
     loop: EventLoop
@@ -5277,13 +5400,11 @@ class RedisLink:
         }
 
     def _drop_subscription(self) -> None:
-        """Abandon the thread, which first stores what it has received."""
         if self.subscription is not None:
             self.subscription.abandon()
         self.subscription = self.state["nextAttemptAt"] = None
 
     def _watch(self, subscription: Subscription) -> None:
-        """End a subscription that gets no replies."""
         if subscription is not self.subscription:
             return
         deadline_s = SUBSCRIBER_DEADLINE_S if subscription.confirmed else CONNECT_DEADLINE_S
@@ -5349,7 +5470,6 @@ class RedisLink:
         return not self.inbox.waiting and self._store(page)
 
     def _store(self, batch: Sequence[RemoteLine]) -> bool:
-        """Store a batch and move the position; return True if the batch is stored."""
         if not self.take([remote for remote in batch if remote.line or remote.position is None]):
             return False
         for remote in batch:
@@ -5359,16 +5479,10 @@ class RedisLink:
         return True
 
     def _load_position(self) -> str:
-        with (
-            contextlib.suppress(OSError, MalformedEvent),
-            open(self._position_path, "rb", opener=emit_event.open_own) as file,
-        ):
-            saved = emit_event.parse_event_line(file.read(4096))
-            position = saved.get("position")
-            is_ours = saved.get("of") == self._stream_name
-            if is_ours and isinstance(position, str) and _POSITION.fullmatch(position):
-                return position
-        return STREAM_START
+        saved = read_state(self._position_path)
+        position = text_of(saved.get("position"))
+        is_ours = saved.get("of") == self._stream_name and _POSITION.fullmatch(position)
+        return position if is_ours else STREAM_START
 
     def _save_position(self) -> None:
         if self._position != self._saved_position:
@@ -5381,7 +5495,7 @@ class RedisLink:
 # ---------------------------------------------------------------------------
 # HTTP: the page, the API, and who may use them
 #
-# Owns: the HTTP port and its threads, the access rules for both ports, the built-in page.
+# Owns: the HTTP port, its threads, and the access rules for both ports.
 # A handler thread reads event files itself and asks the loop thread (`Api.ask`) for everything else.
 # ---------------------------------------------------------------------------
 
@@ -5404,31 +5518,25 @@ class Access:
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
 
     def check(self, request: Request, port: int, same_user: Callable[[], bool], writes: bool = False) -> None:
-        """Raise RequestError unless the request is allowed; `port` is the one that received it.
+        """Raise RequestError: 421 for a foreign Host (DNS rebinding), 403 for another site's Origin, 401.
 
-        421 for a Host that is not ours (DNS rebinding), 403 for another site's Origin, 401 without a token.
-        A request that `writes` needs our Origin, or the token as a bearer header: browsers send cookies by
-        themselves.
+        `port` is the one that received it. A request that `writes` needs our Origin or the token as a bearer
+        header: browsers send cookies by themselves.
         """
         name = self.check_host(request)
         origin = request.one("origin")
         if origin and origin.lower() not in self._origins(request.one("host").lower(), name, port):
             raise RequestError(403, "requests from other sites are refused")
-        has_bearer = self._has_bearer(request)
+        scheme, _, bearer = request.one("authorization").partition(" ")
+        has_bearer = scheme.lower() == "bearer" and self.is_token(bearer.strip())
         is_foreign = request.one("sec-fetch-site") == "cross-site"
         if writes and not has_bearer and (is_foreign or not origin):
             raise RequestError(403, "a request that changes something needs the page's Origin or the token")
-        has_token = has_bearer or self._has_cookie(request)
+        cookies = (pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";"))
+        own = [value for name, _, value in cookies if name == f"{TOKEN_COOKIE}_{self.port}"]
+        has_token = has_bearer or any(map(self.is_token, own))
         if self._auth != "off" and not has_token and not (self._auth == "auto" and same_user()):
             raise RequestError(401, "a token is needed; `contextuate_monitor.py url --token` prints a link")
-
-    def _has_bearer(self, request: Request) -> bool:
-        scheme, _, token = request.one("authorization").partition(" ")
-        return scheme.lower() == "bearer" and self.is_token(token.strip())
-
-    def _has_cookie(self, request: Request) -> bool:
-        cookies = [pair.strip().partition("=") for it in request.all("cookie") for pair in it.split(";")]
-        return any(name == f"{TOKEN_COOKIE}_{self.port}" and self.is_token(it) for name, _, it in cookies)
 
     def is_token(self, candidate: str) -> bool:
         """True if `candidate` is the token; compares in constant time."""
@@ -5539,44 +5647,28 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(status, encode_json(value))
 
 
-class Query:
+class Query(dict[str, str]):
     """The query parameters of a request, checked as they are read."""
-
-    def __init__(self, text: str) -> None:
-        self._values = dict(urllib.parse.parse_qsl(text, keep_blank_values=True))
-
-    def text(self, name: str) -> str | None:
-        """Return a parameter; None if it is missing."""
-        return self._values.get(name)
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 53) -> int | None:
         """Return an integer parameter within its bounds."""
-        text = self.text(name)
+        text = self.get(name)
         if text is None:
             return default
         if not re.fullmatch("[0-9]{1,16}", text) or not low <= int(text) <= high:
             raise SearchError(name, f"an integer from {low} to {high}")
         return int(text)
 
-    def zone(self) -> datetime.tzinfo | None:
+    def zone(self) -> TimeZone:
         """Return the zone that `timeZone` names."""
-        name = self.text("timeZone")
+        name = self.get("timeZone")
         return time_zone(name) if name else None
 
     def time_range(self) -> tuple[int, int]:
         """Return the range that `from` and `to` ask for: ms, or days and times of the zone."""
-        zone, given = self.zone(), [self.text(name) for name in ("from", "to")]
-        for number, name in enumerate(("from", "to")):
-            text = given[number]
-            if text is not None and text.isdigit():
-                given[number] = str(self.integer(name)).zfill(10)
-            elif text is not None:
-                try:
-                    moment_ms(text, zone)
-                except ValueError:
-                    wanted = f"an integer from 0 to {1 << 53}, or a time such as 2026-11-24"
-                    raise SearchError(name, wanted) from None
-        return time_range(given[0], given[1], zone)
+        given = map(self.get, ("from", "to"))
+        start, end = (text.zfill(10) if text and text.isdigit() else text for text in given)
+        return time_range(start, end, self.zone())
 
 
 class MessageError(Exception):
@@ -5584,17 +5676,13 @@ class MessageError(Exception):
 
 
 class Api:
-    """Handles requests to the API in HTTP threads: reads stored events, and gets the rest from the loop.
-
-    `ask` runs a function in the loop thread; `handle_message` handles a WebSocket message and returns its
-    reply, or raises RequestError.
-    """
+    """Handles requests to the API in HTTP threads; `ask` runs a function in the loop thread."""
 
     def __init__(self, monitor: Monitor, handle_message: Callable[[JsonObject], JsonObject]) -> None:
         self.ask = monitor.loop.call
         self.status = monitor.status
         self._monitor = monitor
-        self._handle_message = handle_message
+        self._handle = handle_message
 
     def respond(self, method: str, path: str, query: Query, body: bytes) -> Response:
         """Route one request; raise RequestError, and errors that `RequestHandler` sends as 400 or 503."""
@@ -5603,18 +5691,16 @@ class Api:
             if match and method != allowed:
                 raise RequestError(405, f"{path} takes {allowed}", [("Allow", allowed)])
             if match:
-                return handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
+                answer = handler(self, query, body, *map(urllib.parse.unquote, match.groups()))
+                return answer if isinstance(answer, Response) else json_response(answer)
         raise RequestError(404, "no such path; .docs/protocol.md lists them")
 
     def _sessions(self, query: Query, _body: bytes) -> Response:
-        hidden = query.text("hidden") in ("1", "true")
+        hidden = query.get("hidden") in ("1", "true")
         pieces = encode_with_sessions({"loading": self._monitor.loading}, self._monitor.sessions, hidden)
         # The loop encodes 50 at a time, so that it is not blocked for long and memory stays small.
         body = iter(lambda: self.ask(lambda: b"".join(itertools.islice(pieces, 50))), b"")
         return Response(200, itertools.chain([next(body)], body))
-
-    def _session(self, _query: Query, _body: bytes, session_id: str) -> Response:
-        return json_response(self.ask(lambda: self.status.session_json(session_id)))
 
     def _events(self, query: Query, _body: bytes, session_id: str | None = None) -> Response:
         limit = query.integer("limit", 100, 1, HISTORY_LIMIT) or 100
@@ -5632,14 +5718,14 @@ class Api:
 
     def _event(self, query: Query, _body: bytes, event_id: str) -> Response:
         seq = query.integer("seq")
-        line = self._monitor.journal.find(event_id, query.text("session"), seq)
+        line = self._monitor.journal.find(event_id, query.get("session"), seq)
         if line is None:
             raise RequestError(404, "no event with this id is stored")
         return Response(200, line)
 
     def _export(self, query: Query, _body: bytes) -> Response:
         lines = matching_lines(self._monitor.journal, self._search_query(query))
-        form = query.text("format") or "ndjson"
+        form = query.get("format") or "ndjson"
         if form not in EXPORT_FORMATS:
             raise SearchError("format", " or ".join(EXPORT_FORMATS))
         content_type, file_name = EXPORT_FORMATS[form]
@@ -5647,60 +5733,54 @@ class Api:
         table = call_table(lines) if form == "csv" else lines
         return Response(200, in_chunks(table), content_type, (disposition,))
 
-    def _hooks(self, _query: Query, body: bytes) -> Response:
+    def _hooks(self, _query: Query, body: bytes) -> JsonObject:
         emit_event.parse_event_line(body)
         if not self.ask(lambda: self._monitor.take_now(body)):
             raise RequestError(503, "the event could not be stored", [("Retry-After", "5")])
-        return json_response({})
+        return {}
 
-    def _message(self, _query: Query, body: bytes) -> Response:
-        return json_response(self._handle_message(emit_event.parse_event_line(body)))
-
-    def _stop(self, _query: Query, body: bytes) -> Response:
+    def _stop(self, _query: Query, body: bytes) -> JsonObject:
         if emit_event.parse_event_line(body).get("startedAt") != self._monitor.started_at:
             raise RequestError(409, "another monitor is asked to stop")
         self._monitor.stop()
-        return json_response({})
-
-    def _search(self, query: Query, _body: bytes) -> Response:
-        return json_response(self._monitor.history.search(self._search_query(query)))
+        return {}
 
     def _search_query(self, query: Query) -> SearchQuery:
-        wanted: dict[str, Any] = {name: query.text(name) for name in SEARCH_FIELDS}
+        wanted: dict[str, Any] = {name: query.get(name) for name in SEARCH_FIELDS}
         in_state = wanted["state"]
         wanted["limit"] = query.integer("limit")
         wanted["from"], wanted["to"] = query.time_range()
         sessions = self.ask(lambda: self._monitor.sessions.in_state(in_state)) if in_state else None
         return search_query(wanted, sessions)
 
-    def _stats(self, query: Query, _body: bytes) -> Response:
+    def _stats(self, query: Query, _body: bytes) -> JsonObject:
         start, end = query.time_range()
-        offset = query.text("utcOffset") or "0"
+        offset = query.get("utcOffset") or "0"
         if not re.fullmatch("-?[0-9]{1,3}", offset) or abs(int(offset)) > 840 or int(offset) % 15:
             raise SearchError("utcOffset", "minutes east of UTC, from -840 to 840 in steps of 15")
-        wanted = (start, end, query.text("session"), int(offset), query.zone())
+        wanted = (start, end, query.get("session"), int(offset), query.zone())
         figures = self._monitor.history.statistics(*wanted)
         sessions = self._monitor.sessions.sessions
         labels = self.ask(lambda: {name: session.label[0] for name, session in sessions.items()})
         for row in figures["sessions"]:
             row["label"] = labels.get(row["sessionId"])
-        return json_response(figures)
+        return figures
 
-    ROUTES: tuple[tuple[str, str, Callable[..., Response]], ...] = (
+    ROUTES: tuple[tuple[str, str, Callable[..., Response | JsonObject]], ...] = (
         ("POST", r"/api/hooks", _hooks),
-        ("GET", r"/health", lambda api, *_: json_response({"status": "ok", "version": __version__})),
+        ("GET", r"/health", lambda *_: {"status": "ok", "version": __version__}),
         ("GET", r"/api/status", lambda api, *_: Response(200, api.status.encoded())),
-        ("GET", r"/api/config", lambda api, *_: json_response(api.ask(api.status.config))),
+        ("GET", r"/api/config", lambda api, *_: api.ask(api.status.config)),
         ("GET", r"/api/sessions", _sessions),
-        ("GET", r"/api/sessions/([^/]+)", _session),
+        ("GET", r"/api/sessions/([^/]+)", lambda api, *it: api.ask(lambda: api.status.session_json(it[-1]))),
         ("GET", r"/api/sessions/([^/]+)/events", _events),
         ("GET", r"/api/events", _events),
         ("GET", r"/api/events/([^/]+)", _event),
         ("GET", r"/api/export", _export),
-        ("GET", r"/api/search", _search),
+        ("GET", r"/api/search", lambda api, query, _: api._monitor.history.search(api._search_query(query))),
         ("GET", r"/api/stats", _stats),
         ("GET", r"/metrics", lambda api, *_: Response(200, api.ask(api.status.metrics), METRICS_TYPE)),
-        ("POST", r"/api/message", _message),
+        ("POST", r"/api/message", lambda api, _, body: api._handle(emit_event.parse_event_line(body))),
         ("POST", r"/api/stop", _stop),
     )
 
@@ -5734,38 +5814,22 @@ setInterval(() => refresh().catch(() => {}), 2000);
 """
 
 
-@functools.lru_cache(maxsize=1)
-def page_content(path: str, version: tuple[int, ...] | None) -> tuple[bytes, str]:
-    """Return the dashboard's file, else the built-in page, and the CSP for its scripts and styles."""
+def page_response(path: str, ws_port: int, host: str) -> Response:
+    """Return the page, or the built-in one without its file, and its policy, for a request with this Host."""
     place = json.dumps(path)[1:-1].replace("<", "\\u003c")
     body = BUILT_IN_PAGE.replace("@PLACE@", place).encode()
-    if version is not None:
-        with open(path, "rb") as file:
-            body = file.read()
-    policy = ""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        body = file.read()
+    policy = "default-src 'none'; "
     for kind in ("script", "style"):
         found = re.findall(rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode()), body, re.S)
         digests = [hashlib.sha256(inline.replace(b"\r\n", b"\n")).digest() for inline in found]
         hashes = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
         policy += f"{kind}-src " + (hashes or "'none'") + "; "
-    return body, policy
-
-
-def page_response(path: str, ws_port: int, host: str) -> Response:
-    """Return index.html, else the built-in page, for a request with this Host header."""
-    version: tuple[int, ...] | None = None
-    with contextlib.suppress(OSError):
-        about = os.stat(path)
-        version = (about.st_ino, about.st_size, about.st_mtime_ns)
-    body, own_policy = page_content(path, version)
     name = re.sub(r":\d+$", "", host)
-    policy = (
-        f"default-src 'none'; {own_policy}img-src 'self' data:; "
-        f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
-        f"wss://{name}; "
-        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
+    policy += f"connect-src 'self' ws://{host} wss://{host} ws://{name}:{ws_port} wss://{name}:{ws_port} "
+    policy += f"wss://{name}; img-src 'self' data:; form-action 'none'; base-uri 'none'; "
+    policy += "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     return Response(200, body, "text/html; charset=utf-8", (("Content-Security-Policy", policy),))
 
 
@@ -5790,10 +5854,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.socket.close()
         self.socket = sock
         self.server_name, self.server_port = "localhost", sock.getsockname()[1]
-        self.access = access
-        self.page = page
-        self.api = api
-        self.answers = answers
+        self.access, self.page, self.api, self.answers = access, page, api, answers
         self.upgraded_sockets: set[socket.socket] = set()  # WebSockets whose HTTP thread still runs
         self._free_connections = threading.BoundedSemaphore(limit)
         self.deadlines: dict[socket.socket, float] = {}  # of connections whose head or body is being read
@@ -5902,7 +5963,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             if response is None:
                 return
         except RequestError as error:
-            response = self._refusal(error)
+            response = Response(error.status, encode_json({"error": error.reason}), headers=(*error.headers,))
+            if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person's
+                text = f"Contextuate Monitor: {error.reason}\n".encode()
+                response = response._replace(body=text, content_type="text/plain; charset=utf-8")
             self.close_connection = True  # its body may not have been read
         except SearchError as error:
             response = json_response({"error": str(error), "field": error.field}, 400)
@@ -5924,19 +5988,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def _is_own_user(self) -> bool:  # cached per connection, since /proc/net/tcp may be long
         return same_user_on_loopback(self.connection)
 
-    def _refusal(self, error: RequestError) -> Response:
-        if any("text/html" in accepted for accepted in self.request_head.all("accept")):  # a person reads it
-            text = f"Contextuate Monitor: {error.reason}\n".encode()
-            return Response(error.status, text, "text/plain; charset=utf-8", tuple(error.headers))
-        return Response(error.status, encode_json({"error": error.reason}), headers=tuple(error.headers))
-
     def _answer(self) -> Response | None:
-        """Return the response; None if the connection has become a WebSocket."""
         request = self.request_head
         path, _, query_text = self.path.partition("?")
-        query, server = Query(query_text), self.server
+        query, server = Query(urllib.parse.parse_qsl(query_text, keep_blank_values=True)), self.server
         if path == "/" and "token=" in query_text:
-            return self._exchange_token(request, query.text("token") or "")
+            return self._exchange_token(request, query.get("token") or "")
         method = "GET" if self.command == "HEAD" else self.command
         server.access.check(request, server.server_port, lambda: self._is_own_user, writes=method != "GET")
         if path == "/ws":
@@ -6010,7 +6067,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return line
 
     def _send(self, response: Response) -> None:
-        """Send a response: head and body in one write, or an iterator's chunks one by one."""
         body = response.body
         headers = [("Date", self.date_time_string()), ("Content-Type", response.content_type)]
         if isinstance(body, bytes):
@@ -6740,8 +6796,9 @@ class Ingest:
         self._quarantine_path = settings.path("quarantine.log")
         self._machine_id, self._machine_key = settings.machine_id, settings.machine_key
         self._privacy = settings.privacy
-        self._usage = emit_event.UsageWorker(settings.home, deliver)
         self.registry = RegistryThread(settings.machine_key, deliver)
+        watcher = self.registry.watcher
+        self._usage = emit_event.UsageWorker(settings.home, deliver, lambda it: it in watcher.sessions)
         self._agent_notes = emit_event.AgentNoteReader()
 
     def take(
@@ -6877,7 +6934,7 @@ class RegistryThread:
     """
 
     def __init__(self, machine_key: str, deliver: Callable[[JsonObject], None]) -> None:
-        self._watcher = emit_event.RegistryWatcher(machine_key)
+        self.watcher = emit_event.RegistryWatcher(machine_key)
         self._deliver = deliver
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -6889,8 +6946,8 @@ class RegistryThread:
 
     def learn(self, event: JsonObject) -> None:
         """Read the registry of the event's client too; at once, if the client may be new."""
-        self._watcher.learn(event)
-        if "pid" in event and not self._watcher.clients:
+        self.watcher.learn(event)
+        if "pid" in event and not self.watcher.clients:
             self._wake.set()
 
     def close(self) -> None:
@@ -6903,11 +6960,11 @@ class RegistryThread:
     def _run(self) -> None:
         while not self._closing.wait(emit_event.REGISTRY_POLL_S):
             try:
-                for event in self._watcher.poll(now_ms()):
+                for event in self.watcher.poll(now_ms()):
                     self._deliver(event)
             except Exception:  # unexpected: log and continue
                 log.exception("the registry of clients could not be read")
-            if not self._watcher.clients:
+            if not self.watcher.clients:
                 self._wake.wait(emit_event.REGISTRY_REST_S)
             self._wake.clear()
 
@@ -7471,6 +7528,7 @@ class Status:
             "publisher": publisher_state(monitor.settings.home) if redis else None,
             "loading": monitor.loading,
             "demo": any(session.demo for session in monitor.sessions.sessions.values()),
+            "limits": monitor.sessions.limits(now_ms()),
         }
         unsaved = sum(size for _, size in emit_event.spool_segments(monitor.settings.path("unsaved")))
         return {**status, "problems": status_problems(status, unsaved, self._foreign)}
@@ -7510,7 +7568,10 @@ def steady_part(status: JsonObject) -> list[object]:
     index, redis, publisher = status["index"], status["redis"] or {}, status["publisher"] or {}
     is_building = index["total"] and index["state"] != "ready"
     return [
-        *(status[name] for name in ("problems", "store", "spool", "loading", "demo", "mode", "answers")),
+        *(
+            status[name]
+            for name in ("problems", "store", "spool", "loading", "demo", "mode", "limits", "answers")
+        ),
         (index["state"], 100 * index["done"] // index["total"] if is_building else 100),
         *(redis.get(name) for name in ("state", "attempt")),
         *(publisher.get(name) for name in ("running", "state", "stream")),
@@ -8279,11 +8340,7 @@ def running_monitor(settings: Settings) -> JsonObject | None:
     pid = lock_holder(settings.path("monitor.pid"))
     if pid is None:
         return None
-    try:
-        with open(settings.path("monitor.run.json"), "rb", opener=emit_event.open_own) as file:
-            about = emit_event.parse_event_line(file.read())
-    except (OSError, MalformedEvent):
-        return None
+    about = read_state(settings.path("monitor.run.json"))
     if about.get("pid") != pid:
         return None
     about["pid"] = pid = listening_pid(about["socketPath"])
@@ -8401,10 +8458,7 @@ class InstallError(Exception):
 
 
 class ClientFile(NamedTuple):
-    """A file from which Claude Code reads hooks.
-
-    `settings` is {} if the client cannot use the file; `trouble` then gives the reason.
-    """
+    """A file from which Claude Code reads hooks; `trouble`: why it cannot use it (`settings` is {})."""
 
     path: str
     is_managed: bool
@@ -8418,32 +8472,45 @@ class ClientFile(NamedTuple):
                 yield from ((name, entry) for entry in group["hooks"])
 
 
-class InstallPlan(NamedTuple):
-    """The change of one settings file by `install` or `uninstall`.
+class StatusLine(NamedTuple):
+    """Our status line in a settings file; `wrapped`: the command that was there before, which it runs."""
 
-    `old_text`: the file's content, "" if there is no file; `new_text` equals it if nothing changes. `names`:
-    the events for which our hook is registered, or from which it is removed.
-    """
+    command: str
+    wrapped: str | None
+
+
+class InstallPlan(NamedTuple):
+    """The change of a settings file ("": no file) by `install` or `uninstall`, and the events it is about."""
 
     path: str
     old_text: str
     new_text: str
     names: tuple[str, ...]
+    status_line: StatusLine | None = None
 
 
 def plan_install(
-    home: str, project: str | None, version: Version | None, without: Sequence[str] = (), wait_s: int = 0
+    home: str,
+    project: str | None,
+    version: Version | None,
+    without: Sequence[str] = (),
+    line: bool = False,
+    wait_s: int = 0,
 ) -> InstallPlan:
-    """Plan to register the hook of `home`, for a client of `version`, in a project's or the user's settings.
+    """Plan to register the hook of `home` for a client of `version`, `without` some; raise InstallError.
 
-    `without`: names of events to omit. `wait_s`: how long hooks wait for an answer; 0: they do not.
-    Raises InstallError for settings that cannot be changed safely.
+    `line`: register the status line too; one that is registered stays. `wait_s`: how long hooks wait for an
+    answer; 0: they do not.
     """
+    if line and project is not None:
+        raise InstallError("the status line is registered for the user: run install without --project too")
     if not event_names(version):
         raise InstallError("this version of Claude Code has no hooks; update it, then run install again")
     names = [name for name in event_names(version) if name not in without]
     kept = [] if version else [name for name in event_names((99, 0, 0)) if name not in without]
-    return _plan(project, hook_command(base_interpreter(), hook_script(home)), names, kept, wait_s)
+    python, script = base_interpreter(), hook_script(home)
+    line_around = functools.partial(status_line_command, python, script)
+    return _plan(project, hook_command(python, script), names, kept, line_around, line, wait_s)
 
 
 def plan_uninstall(project: str | None) -> InstallPlan:
@@ -8452,9 +8519,18 @@ def plan_uninstall(project: str | None) -> InstallPlan:
 
 
 def _plan(
-    project: str | None, command: str, names: list[str], kept: list[str], wait_s: int = 0
+    project: str | None,
+    command: str,
+    names: list[str],
+    kept: list[str],
+    line: Callable[[str | None], str] | None = None,
+    with_status_line: bool = False,
+    wait_s: int = 0,
 ) -> InstallPlan:
-    """Plan to register `command` for `names`, and for those of `kept` for which our hook is registered."""
+    """Register `command` for `names`, and for those of `kept` for which our hook is registered.
+
+    `line` returns the command of the status line; None: it is removed.
+    """
     if project is not None and not os.path.isdir(project):
         raise InstallError(f"{project}: no such directory; name the project's top directory")
     path = settings_path(project)
@@ -8464,10 +8540,12 @@ def _plan(
         registered = [name for name, groups in hooks.items() if _groups_with(groups, None) != groups]
         names = names + [name for name in kept if name in registered and name not in names]
         changed = merge_hooks(settings, command, names, wait_s)
+        if with_status_line or status_line_in(settings):
+            changed = merge_status_line(changed, line)
         new_text = old_text if changed == settings else render_settings(changed, old_text)
     except InstallError as error:
         raise InstallError(f"{path}: {error}") from None
-    return InstallPlan(path, old_text, new_text, tuple(names or registered))
+    return InstallPlan(path, old_text, new_text, tuple(names or registered), status_line_in(changed))
 
 
 def event_names(version: Version | None) -> list[str]:
@@ -8477,10 +8555,7 @@ def event_names(version: Version | None) -> list[str]:
 
 
 def claude_version() -> Version | None:
-    """Return the version of `claude`; None if it is not found or does not print one.
-
-    Searches PATH, then the directories of its installers, which a shell may use through an alias only.
-    """
+    """Return the version of `claude` on the PATH or where its installers put it; None if it prints none."""
     program = next(filter(None, (shutil.which(os.path.expanduser(place)) for place in CLAUDE_PLACES)), None)
     command, null, timeout_s = [program or "", "--version"], subprocess.DEVNULL, CLAUDE_VERSION_TIMEOUT_S
     try:
@@ -8492,10 +8567,7 @@ def claude_version() -> Version | None:
 
 
 def settings_path(project: str | None, name: str = "settings.json") -> str:
-    """Return the absolute path of a settings file of `project`; None: of the user.
-
-    CLAUDE_CONFIG_DIR replaces ~/.claude. Raises InstallError for a user without a home directory.
-    """
+    """Return the absolute path of a settings file of `project`, None: of the user; raise InstallError."""
     directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
     if directory.startswith("~"):
         raise InstallError("this user has no home directory; set HOME, or CLAUDE_CONFIG_DIR to Claude Code's")
@@ -8504,10 +8576,7 @@ def settings_path(project: str | None, name: str = "settings.json") -> str:
 
 
 def client_files(project: str) -> list[ClientFile]:
-    """Return the files from which Claude Code reads hooks in `project`, in order of precedence.
-
-    They are those of the organisation, the project (local before shared), the user and the plugins.
-    """
+    """Return the files from which Claude Code reads hooks in `project`, in order of precedence."""
     managed, user = os.path.join(_managed_directory(), "managed-settings"), settings_path(None)
     paths = [*sorted(glob.glob(f"{glob.escape(managed)}.d/*.json"), reverse=True), f"{managed}.json"]
     paths += [settings_path(project, "settings.local.json"), settings_path(project), user]
@@ -8522,7 +8591,6 @@ def client_files(project: str) -> list[ClientFile]:
 
 
 def _managed_directory() -> str:
-    """Return the directory of an organisation's settings."""
     return MANAGED_DIRECTORIES.get(sys.platform, "/nonexistent")
 
 
@@ -8542,10 +8610,7 @@ def _object(value: Any) -> JsonObject:
 
 
 def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | None:
-    """Return the first file with a setting at the path `keys`; None if that disables it.
-
-    A setting is enabled by true, or by a list that contains "hooks".
-    """
+    """Return the first file with a setting at `keys`, if it is true or a list with "hooks", else None."""
     for file in files:
         value: Any = file.settings
         for key in keys:
@@ -8556,10 +8621,7 @@ def _file_that_enables(files: Iterable[ClientFile], *keys: str) -> ClientFile | 
 
 
 def files_that_run(files: list[ClientFile]) -> tuple[list[ClientFile], str]:
-    """Return (files whose hooks Claude Code runs, why it runs no others or "").
-
-    disableAllHooks in an organisation's file disables all hooks, elsewhere all but the organisation's.
-    """
+    """Return (files whose hooks Claude Code runs, why it runs no others or "")."""
     managed = [file for file in files if file.is_managed]
     others = [file for file in files if not file.is_managed]
     for key, deciding, running in (
@@ -8581,12 +8643,8 @@ def registered_commands(files: Iterable[ClientFile]) -> list[str]:
 
 
 def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]:
-    """Return (event names, paths of files) of events that several hooks send to a monitor.
-
-    Counts hooks of every kind: ours, the Node.js monitor's, HTTP hooks. The client runs a command once, even
-    if several files contain it.
-    """
-    places: dict[str, dict[str, str]] = {}  # event name → command or URL → its file
+    """Return (event names, paths) of events that several hooks of any kind send to a monitor."""
+    places: dict[str, dict[str, str]] = {}  # event name → command or URL, which the client runs once → a file
     for file in files:
         for name, entry in file.handlers():
             command = " ".join([text_of(entry.get("command")), *map(str, entry.get("args") or ())])
@@ -8597,27 +8655,12 @@ def registered_twice(files: Iterable[ClientFile]) -> tuple[list[str], list[str]]
     return list(twice), list(dict.fromkeys(path for found in twice.values() for path in found.values()))
 
 
-def command_trouble(command: str) -> str:
-    """Return why the interpreter or script in our command cannot run; "" if both can."""
-    interpreter, *options, script = shlex.split(command)[:4]
-    try:
-        starts = subprocess.run([interpreter, *options, "-c", "pass"], capture_output=True).returncode == 0
-    except OSError:
-        starts = False
-    if not starts:
-        return f"{interpreter} is gone or does not start"
-    return "" if os.path.isfile(script) else f"{script} is not there"
-
-
 def base_interpreter() -> str:
-    """Return the absolute path of the interpreter outside any virtual environment, which may be deleted.
-
-    Links outside the environment are not resolved: an upgrade keeps /usr/bin/python3, but not its target.
-    Raises InstallError if there is no such interpreter.
-    """
+    """Return the interpreter outside any virtual environment, which may be deleted; raise InstallError."""
     path = os.path.abspath(getattr(sys, "_base_executable", None) or sys.executable or "")
     if sys.prefix != sys.base_prefix:
-        # Up to Python 3.10 the base executable of an environment is the environment's own link.
+        # Up to Python 3.10 the base executable of an environment is the environment's own link. Links outside
+        # stay: an upgrade keeps /usr/bin/python3, but not its target.
         while path.startswith(sys.prefix + os.sep) and os.path.islink(path):
             path = os.path.abspath(os.path.join(os.path.dirname(path), os.readlink(path)))
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
@@ -8630,19 +8673,59 @@ def hook_script(home: str) -> str:
     return os.path.abspath(os.path.join(home, "hooks", "emit_event.py"))
 
 
+def _quoted(path: str) -> str:
+    """Return the absolute path for /bin/sh; raise InstallError if it is not UTF-8."""
+    path = os.path.abspath(path)
+    if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
+        raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
+    return '"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"'
+
+
+def status_line_command(interpreter: str, script: str, wrapped: str | None) -> str:
+    """Return the command for /bin/sh that runs `script` as the status line around another one.
+
+    The other one runs alone if the script or every interpreter is gone. Raises InstallError.
+    """
+    python, path = _quoted(interpreter), _quoted(script)
+    first = "" if wrapped is None else f"{shlex.quote(wrapped)} "
+    return (
+        f'set -- {first}; for p in {python} python3; do command -v "$p" >/dev/null && [ -f {path} ] &&'
+        f' exec "$p" -I -S {path} --status-line "$LC_CTYPE" "$@"; done; [ $# = 0 ] || exec /bin/sh -c "$1"'
+    )
+
+
+def status_line_in(settings: JsonObject) -> StatusLine | None:
+    """Return our status line in `settings`; None if there is none, or another one."""
+    command = _object(settings.get("statusLine")).get("command")
+    with contextlib.suppress(ValueError):  # a quote is open
+        words = shlex.split(command) if isinstance(command, str) else []
+        is_ours = words[:2] == ["set", "--"] and "--status-line" in words
+        if is_ours and any(word.endswith("/hooks/emit_event.py") for word in words):
+            return StatusLine(str(command), words[2] if words[3] == ";" else None)
+    return None
+
+
+def merge_status_line(settings: JsonObject, line: Callable[[str | None], str] | None) -> JsonObject:
+    """Return `settings` with our status line around the one that is there; `line` None: without ours."""
+    entry, ours = settings.get("statusLine"), status_line_in(settings)
+    given = ours.wrapped if ours else _object(entry).get("command")
+    if "statusLine" not in settings:
+        entry = {"type": "command"}
+    elif not ours and not (isinstance(given, str) and _object(entry).get("type") == "command"):
+        raise InstallError("statusLine: expected a command; correct it by hand first, nothing was changed")
+    if line is None and given is None:
+        return {key: value for key, value in settings.items() if key != "statusLine"}
+    return {**settings, "statusLine": {**_object(entry), "command": line(given) if line else given}}
+
+
 def hook_command(interpreter: str, script: str) -> str:
     """Return the command for /bin/sh that runs `script`, with `python3` if `interpreter` does not start.
 
-    The second try uses $HOME for a script in the default place, since a container may mount the home
-    elsewhere; an interpreter that does not start has not read standard input. The command always exits with
-    0: Python exits with 2 for a missing script, and then Claude Code blocks every tool call and prompt.
+    It always exits with 0: Python exits with 2 for a missing script, and then Claude Code blocks every call
+    and prompt. The second try uses $HOME for the default place: a container may mount it elsewhere.
     Raises InstallError for a path that is not UTF-8.
     """
-    quoted = []
-    for path in map(os.path.abspath, (interpreter, script)):
-        if _LONE_SURROGATE.search(path):  # written as JSON, it would be another path
-            raise InstallError(f"{path!a}: not a UTF-8 path; use another CONTEXTUATE_HOME or Python")
-        quoted.append('"' + re.sub(r'([\\"$`])', r"\\\1", path) + '"')
+    quoted = [_quoted(path) for path in (interpreter, script)]
     default = os.path.join("~", ".contextuate", "hooks", "emit_event.py")
     is_default = os.path.abspath(script) == os.path.abspath(os.path.expanduser(default))
     second = '"$HOME' + default[1:] + '"' if is_default else quoted[1]
@@ -8656,34 +8739,44 @@ import sys
 
 try:
     sys.path.insert(0, __file__.rpartition("/")[0] + "/lib")
+    if sys.argv[1:2] == ["--status-line"]:
+        import status_line
+
+        status_line.run_status_line(sys.argv[2:])
     import hot_path
 
     hot_path.run_hook()
 except BaseException:
+    if sys.argv[3:]:
+        posix.execv("/bin/sh", ["/bin/sh", "-c", sys.argv[3]])
     posix._exit(0)
 """
 
 
 def install_hook_files(home: str) -> str:
-    """Copy the hook below `home`; return the path of the script that Claude Code runs.
+    """Copy the hook below `home`, return the script that Claude Code runs; raise InstallError.
 
     hooks/emit_event.py is the launcher, hooks/lib/hot_path.py what it imports from bytecode at every call,
-    hooks/lib/emit_event.py the whole module for the rare paths.
-    Raises InstallError if the module beside the monitor is incomplete, or a file cannot be written.
+    hooks/lib/status_line.py what the status line needs besides, hooks/lib/emit_event.py the whole module for
+    the rare paths.
     """
     source, script = os.path.abspath(emit_event.__file__), hook_script(home)
     library = os.path.join(os.path.dirname(script), "lib")
-    modules = [os.path.join(library, name) for name in ("emit_event.py", "hot_path.py")]
+    names = ("emit_event.py", "hot_path.py", "status_line.py")
+    modules = [os.path.join(library, name) for name in names]
     try:
         with open(source, "rb") as file:
             content = file.read()
-        hot_path, marker, _ = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        hot_path, _, rest = content.partition(b"\n" + emit_event.HOT_PATH_END.encode())
+        status_line, marker, _ = rest.partition(emit_event.STATUS_LINE_END.encode())
         if not marker:
             raise InstallError(f"{source}: not whole; copy emit_event.py beside the monitor once more")
         for private in (os.path.abspath(home), os.path.dirname(script), library):
             emit_event.make_private_directory(private)
         # Each file is replaced before those that import it, since hooks run meanwhile.
-        for path, text in zip(modules, (content, hot_path + b"\n")):
+        for path, text in zip(
+            modules, (content, hot_path + b"\n", b"from hot_path import *\n" + status_line)
+        ):
             emit_event.write_atomically(path, text)
         emit_event.write_atomically(script, LAUNCHER.encode())
     except OSError as error:
@@ -8716,11 +8809,10 @@ def _raise_install_error(what: str, error: OSError) -> NoReturn:
 
 
 def merge_hooks(settings: JsonObject, command: str, names: list[str], wait_s: int = 0) -> JsonObject:
-    """Return `settings` with our handler once for each of `names`, and for no other event.
+    """Return `settings` with our handler once for each of `names` and no other event; raise InstallError.
 
+    Updates in place, removes duplicates and what is empty then; all else is unchanged and keeps its order.
     With `wait_s`, the hooks of questions wait so long for an answer.
-    A handler of ours is updated in place; duplicates are removed, and so are groups and lists that are empty
-    then. Everything else is unchanged and keeps its order. Raises InstallError.
     """
     recording = {"type": "command", "command": command, "timeout": HOOK_TIMEOUT_S}
     command = re.sub(r'(/hooks/emit_event\.py")( \|\| )', r"\1 --answer\2", command)
@@ -8756,10 +8848,7 @@ def _groups_with(groups: list[JsonObject], handler: JsonObject | None) -> list[J
 
 
 def _is_ours(entry: JsonObject) -> bool:
-    """Return True for a handler that `install` wrote, with any interpreter and for any home.
-
-    The whole command must have our form: a command that a person has extended is theirs.
-    """
+    """True for a handler that `install` wrote; one whose command a person has extended is theirs."""
     command = entry.get("command")
     if entry.get("type") != "command" or not isinstance(command, str) or "args" in entry:
         return False
@@ -8797,10 +8886,9 @@ def _expected(kind: type, value: Any, place: str) -> Any:
 
 
 def read_settings(path: str) -> tuple[str, JsonObject]:
-    """Read a settings file; return its text, with byte order mark and line ends, and its object.
+    """Return a settings file's text, with byte order mark and line ends, and object; {} if missing or blank.
 
-    The object of a missing or blank file is {}. Raises InstallError for anything but one JSON object without
-    duplicate keys.
+    Raises InstallError for anything but one JSON object without duplicate keys.
     """
     content = b""
     try:
@@ -8811,8 +8899,7 @@ def read_settings(path: str) -> tuple[str, JsonObject]:
                 content = file.read()
         text = content.decode("utf-8")
         bare = text.removeprefix("\ufeff")
-        strict: Any = {"object_pairs_hook": _unique_keys, "parse_constant": _finite, "parse_float": _finite}
-        settings = json.loads(bare, **strict) if bare.strip() else {}
+        settings = json.loads(bare, object_pairs_hook=_unique_keys) if bare.strip() else {}
         if isinstance(settings, dict):
             return text, settings
         trouble = "expected one JSON object"
@@ -8835,23 +8922,14 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> JsonObject:
     return dict(pairs)
 
 
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"{digits[:40]} is not valid JSON, or too large to be written back")
-    return number
-
-
 def render_settings(settings: JsonObject, like: str) -> str:
-    """Return `settings` as JSON with the indentation, line ends, final newline and byte order mark of `like`.
-
-    The default is two spaces and a final newline. Raises InstallError for too deeply nested settings.
-    """
+    """Return `settings` as JSON, indented and ended as in `like`; raise InstallError."""
     shown = re.match(r'\ufeff?\s*\{\s*\n([ \t]*)"', like)
     try:
         text = json.dumps(settings, indent=shown[1] if shown else "  ", ensure_ascii=False, allow_nan=False)
-    except RecursionError:
-        raise InstallError("nested too deeply to be written back; nothing was changed") from None
+    except (RecursionError, ValueError):
+        why = "a number or the depth of its objects is no valid JSON"
+        raise InstallError(f"{why}, so it cannot be written back; nothing was changed") from None
     # UTF-8 cannot encode a lone surrogate, so it stays escaped.
     text = _LONE_SURROGATE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     if like.endswith("\n") or not like.strip("\ufeff \t\r\n"):
@@ -8871,11 +8949,10 @@ def diff_settings(path: str, old_text: str, new_text: str) -> str:
 
 
 def write_settings(path: str, text: str, old_text: str) -> str | None:
-    """Replace the settings at `path`, read as `old_text`, by `text` in one step.
+    """Replace the settings at `path`, read as `old_text`, in one step, through links; raise InstallError.
 
-    Follows a symbolic link and keeps the file's mode and owner. Returns the path of the backup beside it,
-    with mode 0600 since settings contain keys; None if there was no file, or no change. Raises InstallError
-    if the file has changed since it was read, or cannot be written.
+    Returns the backup beside it, with mode 0600 since settings contain keys; None if there was nothing to
+    save. Mode and owner stay.
     """
     if read_settings(path)[0] != old_text:
         raise InstallError(f"{path}: another program has just changed it, so nothing was changed; try again")
@@ -8893,25 +8970,17 @@ def write_settings(path: str, text: str, old_text: str) -> str | None:
         names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
         backup = next(name for name in names if not os.path.lexists(name))
         emit_event.write_atomically(backup, old_text.encode("utf-8"))
-        try:
-            emit_event.write_atomically(target, new, mode)
-        except OSError:
-            os.unlink(backup)
-            raise
+        emit_event.write_atomically(target, new, mode)
     except OSError as error:
         _raise_install_error(f"{path} cannot be written, nothing was changed", error)
     with contextlib.suppress(OSError):  # another owner's file, or a file system without owners
-        os.chown(target, about.st_uid, about.st_gid)
-    with contextlib.suppress(OSError):
         os.chmod(target, mode)  # as it was: the umask has changed it
+        os.chown(target, about.st_uid, about.st_gid)
     return backup
 
 
 def send_through_hook(settings: Settings, message: str) -> subprocess.CompletedProcess[str]:
-    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery.
-
-    Runs the registered command with /bin/sh; without one, the installed hook or the one beside the monitor.
-    """
+    """Run the hook as Claude Code does, with a test notification; its standard error reports the delivery."""
     payload = {"session_id": TEST_SESSION_ID, "hook_event_name": "Notification", "cwd": os.getcwd()}
     payload.update(message=message, notification_type="test")
     environment, files = {**os.environ, "CONTEXTUATE_DEBUG": "wait"}, client_files(os.getcwd())
@@ -8983,12 +9052,11 @@ class Doctor:
         """Yield the findings of every check, in the order of an event's way."""
         checks = [self._config, self._files]
         if not self._only_receives:
-            checks += [self._claude, self._hook, self._registered]
+            checks += [self._claude, self._hook, self._registered, self._status_line]
         checks += [self._spool, self._monitor]
         if self._settings["mode"] == "redis":
             checks += [self._redis_py, self._redis, self._rights, self._publisher]
-        checks.append(self._probe)
-        for check in checks:
+        for check in checks if self._only_receives else [*checks, self._probe]:
             try:
                 yield from check()
             except Exception as error:  # the other checks still run
@@ -9067,7 +9135,7 @@ class Doctor:
             version = claude_version()
             waits = (0, self._settings["answers.waitSeconds"])
             plans = {
-                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s)
+                (it, wait_s): plan_install(self._settings.home, None, version, it, wait_s=wait_s)
                 for it, wait_s in itertools.product(((), OPTIONAL_EVENTS), waits)
             }
             same = [(it, plan) for it, plan in plans.items() if plan.new_text == plan.old_text]
@@ -9100,6 +9168,35 @@ class Doctor:
             )
         else:
             yield _ok("answers", "signed answers are taken from Redis")
+
+    def _status_line(self) -> Findings:
+        """Run the status line, with an object of which nothing is handed on, and the one that it wraps."""
+        user, name = settings_path(None), "statusline"
+        ours = next((status_line_in(file.settings) for file in self._client_files if file.path == user), None)
+        if ours is None:
+            yield _ok(name, "not registered, so context and cost are estimates; see `install --status-line`")
+            return
+        shown = next(file.path for file in self._client_files if "statusLine" in file.settings)
+        if shown != user:
+            yield _warn(name, f"{shown} has another one, which Claude Code shows instead", "remove that one")
+        given = encode_json(
+            {"session_id": TEST_SESSION_ID, "cwd": os.getcwd(), "model": {"display_name": "Test"}}
+        )
+        results = []
+        for command in filter(None, (ours.command, ours.wrapped)):
+            began, options = time.monotonic(), {"input": given + b"\n", "capture_output": True, "timeout": 10}
+            try:
+                done = subprocess.run(["/bin/sh", "-c", command], **options)  # type: ignore[call-overload]
+                output = done.stdout.decode("utf-8", "replace").strip()
+                results.append(
+                    (done.returncode, bool(output), f"{one_line(output, 60)!r} ({_ms_since(began)})")
+                )
+            except subprocess.TimeoutExpired:
+                results.append((-1, False, "nothing within 10 s"))
+        wrapped = f"; {ours.wrapped} alone prints {results[1][2]}" if ours.wrapped else ""
+        is_same = results[0][:2] == (results[1][:2] if ours.wrapped else (0, True))
+        level, advice = ("ok", "") if is_same else ("fail", _RUN_INSTALL + " --status-line")
+        yield Finding(level, name, f"prints {results[0][2]}{wrapped}", advice)
 
     def _spool(self) -> Findings:
         segments = emit_event.spool_segments(self._settings.path("spool"))
@@ -9220,8 +9317,9 @@ class Doctor:
 
     def _through_hook(self, token: str) -> Generator[Finding, None, str]:
         """Run the hook as Claude Code does; return why the event was not delivered, or ""."""
-        done, commands = send_through_hook(self._settings, token), registered_commands(self._client_files)
-        trouble = command_trouble(commands[0]) if commands else ""
+        done = send_through_hook(self._settings, token)
+        lines = done.stderr.strip().splitlines()
+        foreign = [line for line in lines if not line.startswith("contextuate: ")]  # of the shell
         read = re.search(r"^contextuate: config (.*): mode ", done.stderr, re.MULTILINE)
         if read and read[1] != self._settings.config_path:
             words = f"the hook reads {read[1]}, this command {self._settings.config_path}"
@@ -9229,14 +9327,12 @@ class Doctor:
         if done.returncode or done.stdout:
             return f"the hook ends with status {done.returncode} and prints {done.stdout[:80]!r}"
         if was_delivered(done.stderr):
-            if trouble:
-                yield _warn("hook", f"{trouble}: another Python 3 runs the hook instead", _RUN_INSTALL)
+            if foreign:
+                yield _warn("hook", f"{foreign[0]}: another Python 3 runs the hook instead", _RUN_INSTALL)
             return ""
-        last = done.stderr.strip().rpartition("\n")[2].removeprefix("contextuate: ")
-        return trouble or last or "the hook says nothing"
+        return [*foreign, *lines[-1:], "the hook says nothing"][0].removeprefix("contextuate: ")
 
     def _probe(self) -> Findings:
-        """Send one event through the hook, and wait until Redis and the monitor have it."""
         token, started = f"doctor {uuid.uuid4()}", time.monotonic()
         client, channel = self._client, self._settings["redis.channel"]
         about: Any = self._about
@@ -9244,22 +9340,7 @@ class Doctor:
         if client is not None:
             with contextlib.suppress(Exception):  # `_rights` has reported the cause
                 pubsub = _subscribe(client, channel)
-        trouble = ""
-        if not self._only_receives:
-            trouble = yield from self._through_hook(token)
-        elif client is None:
-            trouble = "Redis does not answer"
-        else:  # there is no hook, so doctor publishes the event
-            event = test_event(self._settings)
-            event["data"]["message"] = token
-            try:
-                _in_time(lambda: client.publish(channel, encode_json(event)))
-            except Exception as error:
-                if lacks_right(error):
-                    words = "not sent: this user may not publish, which only a machine with a hook needs"
-                    yield _ok("probe", words)
-                    return
-                trouble = emit_event.redis_trouble(error, self._settings.values)
+        trouble = yield from self._through_hook(token)
         if trouble:
             yield _fail("probe", f"an event did not get through: {trouble}", "see the findings above")
             return
@@ -9276,7 +9357,6 @@ class Doctor:
 
 
 def _subscribe(client: Any, channel: str) -> Any:
-    """Return a new subscription once Redis has confirmed it; raise TimeoutError or an error of redis-py."""
     pubsub = client.pubsub()
     pubsub.subscribe(channel)
     if pubsub.get_message(timeout=emit_event.EXCHANGE_DEADLINE_S) is None:
@@ -9285,7 +9365,6 @@ def _subscribe(client: Any, channel: str) -> Any:
 
 
 def _is_soon(check: Callable[[], bool]) -> bool:
-    """True once `check()` is true, False if it is not within PROBE_DEADLINE_S."""
     deadline = time.monotonic() + PROBE_DEADLINE_S
     while time.monotonic() < deadline:
         if check():
@@ -9332,6 +9411,7 @@ f WebFetch https://developer.mozilla.org/docs/Web/HTML/Element/button | What doe
 
 logslice
 g Grep fn parse_range | src | src/range.rs:18:pub fn parse_range(text: &str) -> Result {
+G Glob src/**/*.rs | src/main.rs\nsrc/range.rs\nsrc/follow.rs
 r Read src/range.rs | pub struct Range {\n    from: Option<Time>,\n    to: Option<Time>,\n}
 e Edit src/range.rs | .ok_or(Error::NoRange)?; | .ok_or(Error::NoRange(text.into()))?;
 m Edit src/main.rs |         Error::NoRange => 2, |         Error::NoRange(_) => 2,
@@ -9343,21 +9423,10 @@ a Bash cargo bench --bench follow | Compare with the last release | follow  <32>
 i Bash cargo install --path . --force | Try the build on a real log |    <32>Replaced<0> package `logslice`
 q AskUserQuestion {"questions": [{"question": "What should a backwards range do?",
   "options": [{"label": "Refuse it"}, {"label": "Swap the ends"}]}]}
+x ExitPlanMode {"plan": "## --follow\n1. Watch the inode\n2. Reopen on change"}
 1 TaskCreate {"subject": "Name the text", "description": "Error::NoRange should carry what was typed"}
 2 TaskUpdate {"taskId": "1", "status": "in_progress"}
 3 TaskUpdate {"taskId": "1", "status": "completed"}
-
-meter-pipeline
-g Grep tz_localize | pipeline | pipeline/hourly.py:63: index = rows.index.tz_localize("UTC")
-G Glob pipeline/**/*.py | pipeline/hourly.py\npipeline/load.py\npipeline/export.py
-r Read pipeline/hourly.py | rows.index = rows.index.tz_localize("UTC")\nreturn rows
-e Edit pipeline/hourly.py | rows.index = local(rows) | if not rows.index.tz:\n    rows.index = local(rows)
-w Write tests/test_dst.py | def test_long_night():\n    assert len(hourly(OCT_26)) == 25
-T Bash! uv run pytest -q tests | Run the tests | ..........<31>F<0>......\n<31>____ test_long_night ____<0>
-  >   assert len(hourly(OCT_26)) == 25\n<31>E   assert 24 == 25<0>\n\n1 failed, 16 passed in 2.71s
-t Bash uv run pytest -q tests | Run the tests | <32>17 passed<0> in 2.58s
-q Bash duckdb meter.db 'select count(*) from readings' | Count readings | │ 18403112 │
-x ExitPlanMode {"plan": "## PostgreSQL 17\n1. Upgrade staging and probe it\n2. Production, on Sunday"}
 """
 # The sessions: machine, directory, permission mode, how it ends if it does. Below: [earliest time] verb words
 # and a subagent's lines below its own. > prompt, = steps (of one word: in parallel), < answer; `until` a time
@@ -9375,11 +9444,10 @@ mira-laptop /home/mira/projects/tidewater-shop default prompt_input_exit
     = R g < Three callers; two rely on the default, one sets the value itself.
   < Sound overall. A coupon above 100 % still gives a negative total, and rounding happens twice.
   -391m > Fix both on the branch = o f r w e T r e t d < Both fixed, with tests for large coupons.
-mira-laptop /home/mira/projects/meter-pipeline default clear
-  -318m > Why does the last Sunday of October have 24 hours in the export? = gG r q T < It is localised twice.
-  -302m > Fix it and add a test = r w e T r t < Fixed; the night now has 25 hours.
-mira-laptop /home/mira/projects/meter-pipeline default
-  > Write the note to the analysts about October = r q w < The note is in `notes/october.md`.
+mira-laptop /home/mira/projects/logslice default clear
+  -318m > Why does a range over midnight find nothing? = gG r B r b t < Its end lies before its start.
+mira-laptop /home/mira/projects/logslice default
+  > Write it into the manual = r G e t < The manual has a section on midnight now.
 mira-laptop /home/mira/projects/tidewater-shop default
   -176m > Customers can press Pay twice, stop that = g R r E t < The button is now disabled.
   -7m > Make a clean production build and check its size = d R t
@@ -9393,20 +9461,17 @@ jonas-mac /Users/jonas/projects/logslice default
 jonas-mac /Users/jonas/projects/tidewater-shop acceptEdits
   -18m > Check the code style of the checkout = g R r E t < Three corrected. Shall I rename the fourth?
   -16m Notification {"message": "Claude is waiting for your input", "notification_type": "idle_prompt"}
-build-box /home/ci/projects/meter-pipeline bypassPermissions
-  -66m > Prepare the October backfill: what will change? = G r q g t < Only one hour changes.
-  -3m > Check both halves of October in parallel, then write the runbook = G q
-  background general-purpose Check 1 to 15 October
-    until +58s r q g t q < 1 to 15 October: no day differs.
-  background general-purpose Check 16 to 31 October
-    until +176s g q r q < 16 to 31 October: only the 26th differs, by the hour that comes twice.
-  < Two subagents compare the halves of October; the runbook follows when both are back.
-  +60s = w q < The first half is unchanged. Waiting for the second.
-  +178s until +236s g r w t q < Only 26 October changes. The runbook is in `docs/backfill.md`.
+build-box /home/ci/projects/tidewater-shop bypassPermissions
+  -3m > Check the cart and the checkout in parallel, then tidy up the rounding = g r
+  background general-purpose Check the cart
+    until +58s r g d t g < The cart rounds once, in `round.ts`.
+  background general-purpose Check the checkout
+    until +176s g R r d < The checkout sends each payment once.
+  < Two subagents check; the rounding follows when both are back.
+  +178s until +236s g r w t d < Both are fine. Amounts are rounded in `round.ts` only.
 jonas-mac /Users/jonas/projects/logslice acceptEdits
   -52m > Plan a --follow that survives rotation = g r g < Watch the inode, reopen on change.
   -3m > Good plan. Implement it = r e g B e B r B e B B
-  until +20s r g
   until +75s m b t r e b t g
   ask i +152s
   until end t r e b < `--follow` reopens the file when it is rotated or truncated; 4 new tests cover it.
@@ -9416,15 +9481,12 @@ build-box /home/ci/projects/logslice acceptEdits
   -9m > Not all tests, only the benchmark = r
   -6m open a +212s
   < It is 12 % faster than the last release.
-mira-laptop /home/mira/projects/meter-pipeline default
-  -24m > Where does the export lose its time? = G r < On columns that go unused. > Leave them out = g t r T
+mira-laptop /home/mira/projects/tidewater-shop default
+  -24m > Where does the build lose its time? = g r < On old browsers. > Leave them out = g e t T
   StopFailure {"error": "rate_limit", "last_assistant_message": "API Error: Rate limit reached"}
-mira-laptop /home/mira/projects/meter-pipeline plan
-  -11m > How do we get the database to PostgreSQL 17? = gr g r
+mira-laptop /home/mira/projects/logslice plan
+  -11m > How should --follow notice a truncated file? = gr g r
   ask x
-jonas-mac /Users/jonas/projects/meter-pipeline acceptEdits
-  +96s > Which modules still localise times?
-  until end g r e t < Two modules did; both now leave it to `hourly.py`.
 """
 _DEMO_VERB = re.compile(r"(?:([-+]\d+[ms]) )?(\S+) (.*?)(?: (?=[=<>] |[A-Z]\w+ \{)|$)")
 _DEMO_MODEL = "claude-opus-5-5"
@@ -9466,7 +9528,6 @@ class _DemoAgent:
         self.record(hook={**common, "hook_event_name": name, **fields})
 
     def play(self, story: str) -> None:
-        """Play some lines of the story."""
         for block in re.split(r"\n(?=\S)", story):
             line, _, inner = block.replace("\n  ", "\n").partition("\n")
             for moment, verb, words in _DEMO_VERB.findall(line):
@@ -9501,7 +9562,6 @@ class _DemoAgent:
             self.at = max(ends)
 
     def call(self, tool: str, given: JsonObject) -> JsonObject:
-        """Start a call; return the fields that all its events have."""
         agents = self.usage["agents"].setdefault(self.fields.get("agent_id", ""), {})
         for models in (self.usage["models"], agents):
             emit_event.add_counts(models.setdefault(_DEMO_MODEL, {}), _DEMO_TOKENS)
@@ -9536,7 +9596,6 @@ class _DemoAgent:
             self.hook("PostToolUse", **call, tool_response=response, duration_ms=took_ms)
 
     def answer(self, text: str) -> None:
-        """End the turn, or the subagent; after a turn comes an event with the tokens so far."""
         self.pause()
         tasks = [task for end, task in self.running if end > self.at]
         name = "SubagentStop" if self.fields else "Stop"
@@ -9560,10 +9619,8 @@ class _DemoAgent:
             task = {"id": agent_id, "type": "subagent", "status": "running", "description": job}
             self.running.append((child.at, task))
             child.fields = {}  # its report comes to the main agent
-            notification = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
-            child.hook(
-                "UserPromptSubmit", prompt=f"<task-notification>\n{notification}\n</task-notification>"
-            )
+            note = f"<task-id>{agent_id}</task-id>\n<result>{report}</result>"
+            child.hook("UserPromptSubmit", prompt=f"<task-notification>\n{note}\n</task-notification>")
         else:
             result.update(status="completed", content=[{"type": "text", "text": report}])
             self.at = child.at
@@ -9572,7 +9629,6 @@ class _DemoAgent:
 
 @functools.cache
 def _demo_steps(project: str) -> dict[str, tuple[str, list[str]]]:
-    """Return the steps of a project by their letter: tool, texts."""
     block = _DEMO_STEPS.partition(f"\n{project}\n")[2].partition("\n\n")[0].rstrip()
     text = re.sub(r"<(\d+)>", "\x1b[\\1m", block)
     lines = (line.replace("\n  ", "\n").replace("\\n", "\n") for line in re.split(r"\n(?!  )", text))
@@ -9650,10 +9706,7 @@ def new_events(store: Journal, session_id: str, events: Iterable[JsonObject]) ->
 
 
 def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSource]:
-    """Return the transcripts among some files and directories, the oldest first, and the exports.
-
-    What cannot be read (a FIFO, a device, a broken link) is added to `skipped`.
-    """
+    """Return transcripts among files and directories, oldest first, and exports; add to `skipped`."""
     transcripts: dict[str, list[str]] = {}
     of_node: dict[str, list[str]] = {}
     exports: list[ImportSource] = []
@@ -9687,13 +9740,9 @@ def import_sources(paths: Sequence[str], skipped: list[str]) -> list[ImportSourc
 
 
 def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
-    """Yield the files named *.json* in a folder and below, each directory once."""
     seen = set()
-
-    def skip(error: OSError) -> None:
-        skipped.append(f"{error.filename}: {error.strerror}")
-
-    for directory, folders, names in os.walk(folder, followlinks=True, onerror=skip):
+    errors: list[OSError] = []
+    for directory, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         if os.path.realpath(directory) in seen:
             skipped.append(f"{directory}: is a link to a directory that was read already")
             folders.clear()
@@ -9703,6 +9752,7 @@ def _json_files(folder: str, skipped: list[str]) -> Iterator[str]:
         for name in sorted(names):
             if ".json" in name[1:] and name[0] != "." and not name.endswith(".meta.json"):
                 yield os.path.join(directory, name)
+    skipped += [f"{error.filename}: {error.strerror}" for error in errors]
 
 
 def open_regular(path: str) -> io.BufferedReader:
@@ -9729,17 +9779,9 @@ def _transcript_session(path: str, lines: Iterable[bytes]) -> str | None:
 
 
 def import_batches(
-    sources: list[ImportSource],
-    machine: str,
-    is_stored: Callable[[str], bool] = lambda _: False,
-    skipped: list[str] | None = None,
+    sources: list[ImportSource], machine: str, is_stored: Callable[[str], bool], skipped: list[str]
 ) -> Iterator[tuple[str, list[JsonObject], int]]:
-    """Yield (session id, its events, bytes that were read for them).
-
-    `is_stored(session id)`: whether events of a session are stored. Adds a message to `skipped` for each file
-    with unknown content.
-    """
-    skipped = [] if skipped is None else skipped
+    """Yield (session id, its events, bytes read for them); add what is not understood to `skipped`."""
     seen: set[str] = set()
     ids = {session_id for session_id, _ in sources}
     for session_id, paths in sources:
@@ -9774,17 +9816,13 @@ def import_batches(
 
 
 class TranscriptReader:
-    """Converts the transcripts of a session and its subagents to the events that hooks would have sent.
+    """Converts transcripts of a session and its subagents to the events that hooks would have sent.
 
-    `seen`: shared by all readers of an import. `is_known(session id)`: whether another source has its lines.
+    `seen`: shared by all readers of an import. `is_known(id)`: another source has that session's lines.
     """
 
     def __init__(
-        self,
-        session_id: str,
-        machine_id: str,
-        seen: set[str],
-        is_known: Callable[[str], bool] = lambda _: False,
+        self, session_id: str, machine_id: str, seen: set[str], is_known: Callable[[str], bool]
     ) -> None:
         self._session_id, self._machine_id = session_id, machine_id
         self._seen = seen  # lines and messages of any transcript so far: a resumed session begins with copies
@@ -9803,10 +9841,7 @@ class TranscriptReader:
     ) -> list[JsonObject]:
         """Return the events in order of time; [] when there are none."""
         files = {"": lines, **of_agents}
-        found = {
-            agent_id: [entry for line in files[agent_id] for entry in self._entry_of(line, agent_id)]
-            for agent_id in files
-        }
+        found = {it: [entry for line in files[it] for entry in self._entry_of(line, it)] for it in files}
         entries = [*itertools.chain.from_iterable(found.values())]
         # The client's sums have no time: they include everything before the next line.
         next_ms = max((entry["timestamp_ms"] for entry in entries), default=0) + 1
@@ -9819,11 +9854,8 @@ class TranscriptReader:
         entries = [entry for entry in entries if entry["type"] != "cost-state"]
         start, end = ({**entry, "agentId": None} for entry in (entries[0], entries[-1]))
         own = {entry["uuid"] for entry in entries}  # a summary may be one of another session
-        titles = {
-            kind: entry
-            for kind, entry in self._titles
-            if kind != "summary" or text_of(entry.get("leafUuid")) in own
-        }
+        kept = (it for it in self._titles if it[0] != "summary" or text_of(it[1].get("leafUuid")) in own)
+        titles = dict(kept)
         title = next((titles[kind][name] for kind, name in _TITLES.items() if kind in titles), None)
         about = {"source": "import", "model": self._model, "session_title": title}
         return [
@@ -9840,7 +9872,7 @@ class TranscriptReader:
             self.malformed[agent_id] += 1 if line.strip() else 0
             return
         message, place, origin = map(entry.get, ("message", "uuid", "sessionId"))
-        kind, time_ms = text_of(entry.get("type")), iso_time_ms(entry.get("timestamp"))
+        kind, time_ms = text_of(entry.get("type")), emit_event.iso_time_ms(entry.get("timestamp"))
         if isinstance(origin, str) and origin != self._session_id:
             self._is_fork = True
             if self._is_known(origin):
@@ -9895,6 +9927,8 @@ class TranscriptReader:
             if isinstance(used, emit_event.MessageUsage):
                 self._count(used)
                 self._model = self._model if used.agent_id else used.model
+            elif isinstance(used, dict):
+                continue  # evidence of what the entries themselves show
             elif not self._is_fork and (used.chain == self._chain or used.chain not in self._seen):
                 self._chain = used.chain
                 self._seen.add(used.chain)
@@ -9923,7 +9957,6 @@ class TranscriptReader:
         self._used[used.key] = used
 
     def _usage(self, entry: JsonObject, place: str) -> Iterator[JsonObject]:
-        """Yield the event with the tokens used so far, each message counted once."""
         models: dict[str, JsonObject] = {}
         agents: dict[str, dict[str, JsonObject]] = {}
         for used in self._used.values():
@@ -9959,22 +9992,8 @@ def _by_model(used: Iterable[emit_event.MessageUsage]) -> dict[str, emit_event.C
     return sums
 
 
-def iso_time_ms(text: Any) -> int | None:
-    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", text_of(text))
-    with contextlib.suppress(ValueError):
-        if match:
-            seconds = calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S"))
-            time_ms = seconds * 1000 + int((match[2] or "0").ljust(3, "0")[:3])
-            return time_ms if time_ms > 0 else None
-    return None
-
-
 def export_events(path: str, skipped: list[str]) -> Iterator[JsonObject]:
-    """Yield the events of an export of this monitor (one JSON object a line) or of others (one document).
-
-    Adds a message to `skipped` for lines, or a document, without events.
-    """
+    """Yield the events of an export, one JSON object a line or one document; add to `skipped`."""
     with open_regular(path) as file:
         head = file.read(1 << 16).lstrip()
         file.seek(0)
@@ -10023,7 +10042,6 @@ def _is_node_session(value: Any) -> bool:
 
 
 def _events_of_node_session(session: JsonObject) -> Iterator[JsonObject]:
-    """Yield a person's actions on a session of the Node.js monitor, and its tokens, as events."""
     if isinstance(session.get("agentType"), str):
         return  # a subagent of another
     about = {name: session.get(name) for name in ("sessionId", "machineId", "workingDirectory")}
@@ -10091,29 +10109,25 @@ def command_start(args: argparse.Namespace) -> int:
 
 
 def print_started(settings: Settings, about: JsonObject) -> None:
-    """Print where the page of a monitor is that has just started, and what to do next."""
+    """Print where the page is, what is not ready yet (Redis gets a moment), and what to do next."""
     links = page_links(settings, about, False)
     print(f"Contextuate Monitor runs ({about['process']}). Open:", *links, sep="\n  ")
-    loading = ask_monitor(settings, about, "/api/status").get("loading")
-    if loading:
-        print(f"{loading_words(loading)}, the rest follows; the page and `status` show the progress.")
-    if settings["mode"] == "redis":
-        print(redis_words(settings, about))
-    if not os.path.exists(hook_script(settings.home)):
-        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
-
-
-def redis_words(settings: Settings, about: JsonObject) -> str:
-    """Wait a moment for the subscription, so that the next events arrive; return its state as text."""
     deadline = time.monotonic() + SUBSCRIPTION_WAIT_S
     while True:
-        redis = ask_monitor(settings, about, "/api/status")["redis"] or {}
-        if redis.get("state") == "connected":
-            return f"Connected to Redis at {redis['server']}."
-        if redis.get("reason") or time.monotonic() > deadline:
-            why = redis.get("reason") or "Redis does not answer"
-            return f"Not connected yet, the monitor keeps trying: {why}"
+        status = ask_monitor(settings, about, "/api/status")
+        redis = status["redis"] or {"state": "off"}
+        if redis["state"] in ("connected", "off") or redis["reason"] or time.monotonic() > deadline:
+            break
         time.sleep(0.02)
+    if status.get("loading"):
+        print(f"{loading_words(status['loading'])}, the rest follows; `status` shows the progress.")
+    if redis["state"] == "connected":
+        print(f"Connected to Redis at {redis['server']}.")
+    elif redis["state"] != "off":
+        why = redis["reason"] or "Redis does not answer"
+        print(f"Not connected yet, the monitor keeps trying: {why}")
+    if not os.path.exists(hook_script(settings.home)):
+        print("Next: python3 contextuate_monitor.py install   (registers the hook; then start Claude Code)")
 
 
 def start_in_background(settings: Settings, args: argparse.Namespace) -> JsonObject:
@@ -10483,7 +10497,8 @@ def command_install(args: argparse.Namespace) -> int:
     settings = settings_of(args)
     version = claude_version()
     wait_s = settings["answers.waitSeconds"] if args.answers else 0
-    plan = plan_install(settings.home, args.project, version, args.without or (), wait_s)
+    without = args.without or ()
+    plan = plan_install(settings.home, args.project, version, without, args.status_line, wait_s)
     if version is None:
         words = "`claude` did not print its version, so only events that every version knows are added"
         print_status(f"{words}; put it on the PATH and run install again")
@@ -10492,6 +10507,11 @@ def command_install(args: argparse.Namespace) -> int:
     print(f"hook     {install_hook_files(settings.home)}")
     backup = write_settings(plan.path, plan.new_text, plan.old_text)
     print(f"settings {plan.path}: {len(plan.names)} events registered")
+    if plan.status_line:
+        wrapped = plan.status_line.wrapped
+        print(
+            f"status line registered, with {'a line of its own' if wrapped is None else 'yours: ' + wrapped}"
+        )
     running, off = files_that_run(client_files(args.project or os.getcwd()))
     if off and not registered_commands(running):
         print_status(f"{off}: remove that setting, or ask this machine's administrator")
@@ -10778,20 +10798,14 @@ def command_demo(args: argparse.Namespace) -> int:
         print(f"{len(demo)} demo sessions removed")
     if args.remove:
         return 0
-    begin, on_terminal = now_ms(), sys.stderr.isatty()
+    if args.live:
+        print_status(f"the page shows the demo live for {args.live:.0f} s; Ctrl-C ends it")
+    day = list(demo_day(now_ms(), args.live))
     with EventSender(about["socketPath"]) as sender:
-        for sent, (timestamp, event) in enumerate(demo_day(begin, args.live), 1):
-            wait_s = (timestamp - now_ms()) / 1000
-            if wait_s > 0:
-                if on_terminal:
-                    live_s = (timestamp - begin) // 1000
-                    words = f"\rdemo: {sent} events sent, live for {live_s} s, Ctrl-C ends it "
-                    print(words, end="", file=sys.stderr)
-                time.sleep(wait_s)
+        for timestamp, event in day:
+            time.sleep(max(0.0, (timestamp - now_ms()) / 1000))
             sender.send([event])
-    if on_terminal:
-        print(file=sys.stderr)
-    print(f"{sent} demo events sent; `demo --remove` deletes them")
+    print(f"{len(day)} demo events sent; `demo --remove` deletes them")
     return 0
 
 
@@ -10807,17 +10821,15 @@ def _moment(text: str) -> str:
     try:
         moment_ms(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(f"expected {error}, got {text!r}") from None
     return text
 
 
 def times_of(args: argparse.Namespace) -> JsonObject:
     """Return `from` and `to` of the options; explain a range that ends with a day."""
     zone = time_zone(args.time_zone) if args.time_zone else None
-    if args.end and args.start != args.end and moment_ms(args.end, zone)[1]:
-        print_status(
-            f"--to {args.end} means before that day; --from {args.end} --to {args.end} is the day itself"
-        )
+    if args.end and args.start != args.end and not re.search("[ T:]|[0-9]{5}", args.end):
+        print_status(f"--to {args.end} means before that day; --from {args.end} as well is the day itself")
     return dict(zip(("from", "to"), time_range(args.start, args.end, zone)))
 
 
@@ -10837,6 +10849,8 @@ def _option(name: str, words: str, **about: Any) -> Option:
 
 
 _switch = functools.partial(_option, action="store_true")
+_time = functools.partial(_option, type=_moment, metavar="TIME")
+_words = functools.partial(_option, "words", nargs="*")
 # fmt: off
 _CONFIG = _option("--config", "configuration (default ~/.contextuate/monitor.config.json)", metavar="FILE")
 _SERVING = (
@@ -10848,7 +10862,7 @@ _SERVING = (
     _option("--report-fd", argparse.SUPPRESS, type=int),
 )
 _INSTALLING = (
-    _option("--project", "in the settings of one project (default: of the user)", nargs="?", const=".",
+    _option("--project", "in the settings of this project (default: of the user)", nargs="?", const=".",
            metavar="DIR"),
     _switch("--dry-run", "print what would change, and change nothing"),
 )
@@ -10859,12 +10873,9 @@ _FILTERS = (
     _SESSION, _MACHINE, _TYPE,
     _option("--tool", "only this tool, such as Bash"),
     _option("--state", "only sessions in this state now", choices=SESSION_STATES),
-    _option("--from", "from 2026-11-24, 2026-11-24T14:30 (local time) or milliseconds since the epoch on",
-           dest="start", type=_moment, metavar="TIME"),
-    _option("--to", "before that time; from a day to the same day is that day", dest="end", type=_moment,
-           metavar="TIME"),
-    _option("--time-zone", "time zone of the times, such as Europe/Berlin (default: this machine's)",
-           metavar="NAME"),
+    _time("--from", "from 2026-11-24, 2026-11-24T14:30 or milliseconds since the epoch on", dest="start"),
+    _time("--to", "before that time; from a day to the same day is that day", dest="end"),
+    _option("--time-zone", "zone of these times, such as Europe/Berlin (default: ours)", metavar="NAME"),
 )
 _JSON = _switch("--json", "for programs: as JSON")
 _JSON_LINES = _switch("--json", "for programs: one JSON object a line")
@@ -10886,28 +10897,26 @@ COMMANDS: dict[Callable[[argparse.Namespace], int], tuple[Option, ...]] = {
     command_install: (
         *_INSTALLING,
         _switch("--answers", "let questions be answered on the page: their hooks wait for a decision"),
-        _option("--without", "leave this event out", action="append", metavar="EVENT",
-               choices=OPTIONAL_EVENTS),
+        _option("--without", "omit this event", action="append", metavar="EVENT", choices=OPTIONAL_EVENTS),
+        _switch("--status-line", "also show context, exact cost and limits, by Claude Code's status line"),
     ),
     command_uninstall: _INSTALLING,
     command_sessions: (_switch("--all", "also ended and hidden ones"), _JSON),
     command_tail: (_SESSION, _MACHINE, _TYPE, _JSON_LINES),
     command_search: (
-        _option("words", 'words, begin* or "words in a row" that must all occur', nargs="*"), *_FILTERS,
+        _words('words, begin* or "words in a row" that must all occur'), *_FILTERS,
         _option("--limit", "most results (default 50)", type=_at_least_one, default=50), _JSON_LINES),
     command_export: (
-        _option("words", "only events with these words, as in `search`", nargs="*"), *_FILTERS,
+        _words("only events with these words, as in `search`"), *_FILTERS,
         _option("--format", "csv: one row a tool call", choices=tuple(EXPORT_FORMATS), default="ndjson"),
         _option("--output", "file to write to (default: standard output)", metavar="FILE")),
     command_import: (
-        _option("paths", "files or directories (default: every transcript of Claude Code)", nargs="*",
-               metavar="PATH"),),
+        _option("paths", "files or directories (default: all transcripts)", nargs="*", metavar="PATH"),),
     command_prune: (_switch("--dry-run", "print what would be deleted, and delete nothing"),),
     command_doctor: (_JSON,),
     command_test_event: (),
     command_demo: (
-        _option("--live", "of live events (default 300); 0: the past only", type=_seconds, default=300,
-               metavar="SECONDS"),
+        _option("--live", "live events (default 300 s)", type=_seconds, default=300, metavar="SECONDS"),
         _switch("--remove", "delete the demo's sessions")),
 }
 # fmt: on
@@ -10948,10 +10957,7 @@ def prepare_output() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 1 for a failure, 2 for an unusable configuration.
-
-    An error of the command line ends the process with status 2.
-    """
+    """Run one command; return the exit status: 1 for a failure, 2 for a bad command line or configuration."""
     prepare_output()
     args, rest = build_parser().parse_known_args(arguments)
     if rest:

@@ -53,7 +53,7 @@ def run_hook() -> None:
         # In print mode, Claude Code sends a hook of StopFailure SIGTERM 40 ms after its start.
         for number in (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP):
             _signal.signal(number, _signal.SIG_IGN)
-        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S).strip()
         if payload and sys.argv[1:2] == ["--answer"]:
             whole().deliver_and_wait(payload, notes)
         elif payload:
@@ -82,7 +82,7 @@ def debugging() -> bool:
 
 
 def read_payload(fd: int, deadline: float) -> bytes:
-    """Read one JSON object from `fd`, stripped, or what arrives by `deadline` (time.monotonic).
+    """Read one JSON object from `fd`, or what arrives by `deadline` (time.monotonic).
 
     Ends at EOF, at the newline of a one-line object, or when the object is complete and nothing follows for
     30 ms: old clients send no newline, and other processes may hold the pipe open. Raises ValueError for a
@@ -113,19 +113,22 @@ def read_payload(fd: int, deadline: float) -> bytes:
         one_line = one_line and not chunk.endswith(b"\n")
     if size > PAYLOAD_LIMIT_BYTES:
         raise ValueError(f"the payload is larger than {PAYLOAD_LIMIT_BYTES} bytes")
-    return b"".join(chunks).strip()
+    return b"".join(chunks)
 
 
-def deliver(payload: bytes, notes: "list[str]", wait_s: int = 0, kept: "Any" = None) -> None:
+def deliver(
+    payload: bytes, notes: "list[str]", name: str = "hook", wait_s: int = 0, kept: "Any" = None
+) -> None:
     """Send one payload as configured: to the socket or, in Redis mode, to the spool; add to `notes`.
 
-    `wait_s`: for how long an answer is awaited. `kept` then gets the event's id, and the open connection.
+    `name`: "hook", or "statusLine" for the object of a status line. `wait_s`: for how long an answer is
+    awaited; `kept` then gets the event's id, and the open connection.
     """
     environ: dict[bytes, bytes] = posix.environ
     home, config_path = places(environ)
     mode, socket_path = hook_settings(home, config_path)
     notes.append(f"config {config_path}: mode {mode}, socket {socket_path}")
-    line = wrap(payload, environ, machine_key(home), wait_s)
+    line = wrap(payload, environ, machine_key(home), name, wait_s)
     if wait_s:
         kept.append(line[7:43].decode())
     if len(line) > LINE_LIMIT_BYTES // 2:
@@ -190,11 +193,11 @@ def hook_settings(home: str, config_path: str) -> "tuple[str, str]":
     return whole().derive_hook_settings(home, config_path, key)  # type: ignore[no-any-return]
 
 
-def read_small(path: str) -> bytes:
-    """Return the first 8 KiB of a file; b"" where it cannot be read."""
+def read_small(path: str, limit_bytes: int = 8192) -> bytes:
+    """Return the beginning of a file; b"" where it cannot be read."""
     try:
         fd = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK | posix.O_NOFOLLOW)
-        content = posix.read(fd, 8192)
+        content = posix.read(fd, limit_bytes)
         posix.close(fd)
         return content
     except OSError:
@@ -208,11 +211,13 @@ def machine_key(home: str) -> str:
     return f"{name}/{namespace}" if name and namespace else name
 
 
-def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "", wait_s: int = 0) -> bytes:
+def wrap(
+    payload: bytes, environ: "dict[bytes, bytes]", key: str = "", name: str = "hook", wait_s: int = 0
+) -> bytes:
     """Return the line for one payload: the unchanged payload, wrapped in what only the hook knows.
 
     `{"id", "timestamp", "machineId", "answerable"?, "machineKey"?, "pid"?, "pidNamespace"?, "sessionId"?,
-    "cwd"?, "parentSessionId"?, "hook": <payload>}`
+    "cwd"?, "parentSessionId"?, NAME: <payload>}`
     """
     digits = posix.urandom(16).hex()
     variant = "89ab"[int(digits[16], 16) & 3]  # RFC 9562 section 5.4
@@ -244,7 +249,8 @@ def wrap(payload: bytes, environ: "dict[bytes, bytes]", key: str = "", wait_s: i
         except OSError:  # the directory has been removed
             pass
     # In JSON, a line end occurs only between tokens, so a space can replace it.
-    return head.encode() + b',"hook":' + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
+    head += f',"{name}":'
+    return head.encode() + payload.replace(b"\n", b" ").replace(b"\r", b" ") + b"}\n"
 
 
 def pid_namespace() -> int:
@@ -460,16 +466,163 @@ if __name__ == "__main__":
         whole().run_publisher(int(sys.argv[2]))
     elif sys.argv[1:2] == ["--wait-at-redis"]:
         whole().wait_at_redis(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ["--status-line"]:
+        whole().run_status_line(sys.argv[2:])
     else:
         run_hook()
 
 # --- end of the hot path ---
+
+# ---------------------------------------------------------------------------
+# Status line: hands on the figures that Claude Code gives to its status line, and shows the earlier line
+#
+# `install` writes this room to a module of its own, with all names of the hot path; the same rules apply.
+# Owns: gauges/ in our directory, with the figures that were handed on last.
+# ---------------------------------------------------------------------------
+
+GAUGES_INTERVAL_S = 5.0  # between two objects of a session that are handed on
+PIPE_BYTES = 16384  # fit into a new pipe, on macOS too
+
+
+def run_status_line(arguments: "list[str]") -> None:
+    """Hand on the object on standard input if a figure has changed; show a line; never returns.
+
+    `arguments`: the LC_CTYPE that the shell had, and the command of the status line that was there before, if
+    any: it replaces this process, so that its output, status and duration stay as they are.
+    """
+    payload, line = b"", ""
+    try:
+        payload = read_payload(0, time.monotonic() + STDIN_DEADLINE_S)
+        line = note_gauges(payload.strip())
+    except BaseException as error:  # the line is shown whatever happens
+        reason = f"status line: {type(error).__name__}: {error}"
+        in_background(lambda: whole().log_failure(reason))
+    if not arguments[1:]:
+        posix.write(1, f"{line}\n".encode("utf-8", "replace"))
+        posix._exit(0)
+    import _signal
+
+    for number in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores them
+        _signal.signal(number, _signal.SIG_DFL)
+    reading, writing = posix.pipe()
+
+    def feed() -> None:
+        posix.close(reading)  # so that a command that does not read ends this process
+        posix.write(writing, payload)
+
+    if len(payload) <= PIPE_BYTES:
+        posix.write(writing, payload)
+    else:
+        in_background(feed)
+    posix.dup2(reading, 0)
+    posix.close(writing)
+    environ = dict(posix.environ)
+    environ.pop(b"LC_CTYPE", None)  # Python sets one where there is none
+    if arguments[0]:
+        environ[b"LC_CTYPE"] = arguments[0].encode("utf-8", "surrogateescape")
+    posix.execve("/bin/sh", ["/bin/sh", "-c", arguments[1]], environ)
+
+
+def in_background(work: "Any", *arguments: "Any") -> None:
+    """Call `work` in a process that outlives this one and is no child of it."""
+    pid = posix.fork()
+    if pid:
+        posix.waitpid(pid, 0)
+        return
+    try:
+        posix.setsid()
+        if not posix.fork():
+            null = posix.open("/dev/null", posix.O_RDWR)
+            for fd in (0, 1, 2):  # the client waits for the end of the output
+                posix.dup2(null, fd)
+            work(*arguments)
+    except BaseException as error:
+        whole().log_failure(f"status line: {type(error).__name__}: {error}")
+    finally:
+        posix._exit(0)
+
+
+def note_gauges(payload: bytes) -> str:
+    """Hand on the object of a status line if its figures have changed; return a line with some of them."""
+    session, figures, line = figures_in(payload)
+    about = f"{quote(session[:128])} {figures}".encode()
+    home = places(posix.environ)[0]
+    kept = f"{home}/gauges/{session[-2:] if session[-2:].isalnum() else '--'}"
+    if figures.strip("0. ") and read_small(kept).partition(b" ")[2] != about:
+        in_background(hand_on_gauges, kept, about, payload)
+    return line
+
+
+def hand_on_gauges(kept: str, about: bytes, payload: bytes) -> None:
+    """Hand on the newest object of a session, every GAUGES_INTERVAL_S until there is no other one."""
+    waiting = kept + ".next"
+    try:  # a process waits to take it, unless it was killed
+        is_first = not 0 <= time.time() - posix.stat(waiting).st_mtime < 2 * GAUGES_INTERVAL_S
+    except OSError:
+        is_first = True
+        whole().make_private_directory(kept.rpartition("/")[0])
+    replace_small(waiting, about + b"\n" + payload)
+    while is_first:
+        last_ms = read_small(kept).partition(b" ")[0]
+        wait_s = GAUGES_INTERVAL_S + int(last_ms if last_ms.isdigit() else 0) / 1000 - time.time()
+        if 0 < wait_s <= GAUGES_INTERVAL_S:
+            time.sleep(wait_s)
+        about, _, payload = read_small(waiting, LINE_LIMIT_BYTES).partition(b"\n")
+        if not payload:
+            return
+        posix.unlink(waiting)
+        replace_small(kept, b"%d %b" % (time.time_ns() // 1_000_000, about))
+        deliver(payload, [], "statusLine")
+
+
+def replace_small(path: str, content: bytes) -> None:
+    """Write a file in one step."""
+    new = f"{path}.{posix.getpid()}"
+    fd = posix.open(new, posix.O_WRONLY | posix.O_CREAT | posix.O_CLOEXEC | posix.O_NOFOLLOW, 0o600)
+    posix.write(fd, content)
+    posix.close(fd)
+    posix.rename(new, path)
+
+
+def figures_in(payload: bytes) -> "tuple[str, str, str]":
+    """Return (session id, the figures that are compared, a line of our own) of a status line's object."""
+    import _json
+
+    class Options:  # of json.JSONDecoder
+        strict = False
+        object_hook = object_pairs_hook = None
+        parse_float, parse_int, parse_constant = float, int, str
+
+    options: Any = Options
+    given = _json.make_scanner(options)(payload.decode("utf-8", "replace"), 0)[0]
+
+    def at(*path: str) -> "Any":
+        value = given
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def shown(value: "Any", digits: int = 0) -> str:
+        return f"{value:.{digits}f}" if type(value) in (int, float) and 0 <= value < 1e12 else ""
+
+    context, cost = shown(at("context_window", "used_percentage")), shown(at("cost", "total_cost_usd"), 2)
+    figures = [context, cost, *(shown(at("cost", f"total_lines_{it}")) for it in ("added", "removed"))]
+    for window in ("five_hour", "seven_day"):
+        figures += [shown(at("rate_limits", window, it)) for it in ("used_percentage", "resets_at")]
+    session, name = at("session_id"), at("model", "display_name")
+    parts = (name if isinstance(name, str) else "", context and f"{context} %", cost and f"${cost}")
+    line = "".join(filter(str.isprintable, " · ".join(filter(None, parts))))
+    return session if isinstance(session, str) else "", " ".join(figures), line
+
+
+# --- end of the status line ---
 
 import base64  # noqa: E402 - the hot path above must not import these
 import bisect  # noqa: E402
 import codecs  # noqa: E402
 import collections  # noqa: E402
 import contextlib  # noqa: E402
+import datetime  # noqa: E402
 import difflib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -496,6 +649,7 @@ from typing import Any, Callable, NamedTuple, Optional  # noqa: E402
 JsonObject = dict[str, Any]
 
 HOT_PATH_END = "# --- end of the hot path ---\n"
+STATUS_LINE_END = "# --- end of the status line ---\n"
 
 
 # ---------------------------------------------------------------------------
@@ -538,10 +692,7 @@ def make_spool(path: str) -> None:
 
 
 def set_aside(path: str) -> None:
-    """Rename a foreign file that has the name of one of ours to `….foreign`, which `doctor` reports.
-
-    Raises PermissionError in another user's directory.
-    """
+    """Rename a foreign file at one of our paths to `….foreign`; raise OSError in another user's directory."""
     if os.stat(os.path.dirname(path)).st_uid != os.getuid():
         raise PermissionError(f"{path} is not this user's")
     os.rename(path, f"{path}.{os.urandom(4).hex()}.foreign")
@@ -621,13 +772,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _integer(default: Optional[int], low: int, high: int, null: str = "", about_low: str = "") -> Key:
+def _integer(default: int, low: int, high: int, null: str = "", about_low: str = "") -> Key:
     """Describe an integer; `null`: the meaning of null where it is allowed."""
     expected = f"an integer from {low}{about_low} to {high}" + (f", or null ({null})" if null else "")
     return Key(
-        default,
-        expected,
-        lambda value: (value is None and null != "") or (type(value) is int and low <= value <= high),
+        default, expected, lambda it: it is None and null != "" or type(it) is int and low <= it <= high
     )
 
 
@@ -668,12 +817,11 @@ def _redis_url(value: Any) -> bool:
 
 
 def _prices(value: Any) -> bool:
+    required, known = {"input", "output"}, {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
     return isinstance(value, dict) and all(
         _text(name)
         and isinstance(price, dict)
-        and {"input", "output"}
-        <= price.keys()
-        <= {*"input output cacheRead cacheWrite5m cacheWrite1h".split()}
+        and required <= price.keys() <= known
         and all(type(amount) in NUMBERS and 0 <= amount <= 1e6 for amount in price.values())
         for name, price in value.items()
     )
@@ -750,11 +898,7 @@ def parse_relaxed_json(text: str) -> Any:
 
 
 def load_config(path: str) -> "tuple[dict[str, Any], list[str]]":
-    """Read the configuration at `path`.
-
-    Returns every key of KEYS with its value, and warnings for people. A missing file means defaults.
-    Raises ConfigError for what cannot be used.
-    """
+    """Return the value of every key (defaults without a file) and warnings; raise ConfigError."""
     given, readable_by_others = _read_config(path)
     values, warnings = default_values(), []
     flat: JsonObject = {}
@@ -793,7 +937,6 @@ def default_values() -> "dict[str, Any]":
 
 
 def _read_config(path: str) -> "tuple[JsonObject, bool]":
-    """Return the object in the file, and whether other users can read it."""
     try:
         with open(path, encoding="utf-8-sig", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK)) as file:
             text = file.read()
@@ -816,10 +959,9 @@ def _shown(value: Any) -> str:
 
 
 def derive_hook_settings(home: str, config_path: str, key: str) -> "tuple[str, str]":
-    """Return (mode, socket path) from the configuration, and store them in hook.cache for the next hooks.
+    """Return (mode, socket path) as configured, else the defaults; store "KEY MODE SOCKET" in hook.cache.
 
-    `key`: the configuration file's device, inode, size and time; other ones in a container, so the cache has
-    a line "KEY MODE SOCKET" for each. Returns the defaults for an unusable configuration.
+    `key`: the configuration file's device, inode, size and time, which are other ones in a container.
     """
     try:
         values = load_config(config_path)[0]
@@ -904,30 +1046,26 @@ _CAMEL_CASE = {
 _ID_LIMIT = 256  # characters
 
 
+# What an event keeps of a status line's object.
+GAUGE_OBJECTS = ("context_window", "cost", "rate_limits", "prompt_cache")
+
+
 class MalformedEvent(ValueError):
     """A line is not one JSON object."""
 
 
-_parse_json = json.JSONDecoder(parse_constant=str).raw_decode
-_encoder = functools.partial(json.JSONEncoder, separators=(",", ":"), allow_nan=False, check_circular=False)
-_to_json, _to_plain_json = _encoder().encode, _encoder(ensure_ascii=False).encode
+_parse_json = json.JSONDecoder(parse_constant=str).decode
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 def parse_event_line(line: bytes) -> JsonObject:
-    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else.
-
-    Bytes that are not UTF-8 are replaced, NaN and infinities become strings.
-    """
-    try:
-        text = line.decode("utf-8", "replace")
+    """Parse one line into a JSON object; raise MalformedEvent with the reason for anything else."""
+    text = line.decode("utf-8", "replace")
+    try:  # NaN and infinities become strings
         try:
-            value, end = _parse_json(text)
-            if end < len(text) and text[end:].strip(" \t\r\n"):
-                raise ValueError("Extra data")
-        except ValueError:  # perhaps only for space before it, or an integer longer than Python converts
-            value = json.loads(
-                text, parse_constant=str, parse_int=lambda digits: digits if digits[4000:] else int(digits)
-            )
+            value = _parse_json(text)
+        except ValueError:  # perhaps only for an integer longer than Python converts
+            value = json.loads(text, parse_constant=str, parse_int=lambda it: it if it[4000:] else int(it))
     except RecursionError:
         raise MalformedEvent("nested too deeply") from None
     except ValueError as error:
@@ -955,12 +1093,14 @@ def encode_json(value: Any) -> bytes:
 def build_event(given: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
     """Build an event (`.docs/protocol.md`) from a wrapped payload, a raw one, an event or any other object.
 
-    `received_ms` and `machine_id` are the defaults. A value of a wrong type raises nothing; it is kept in
-    `data`.
+    `received_ms` and `machine_id` are defaults. A value of a wrong type is kept in `data`.
     """
     hook, event_type = given.get("hook"), given.get("eventType")
-    if isinstance(hook, dict) and isinstance(given.get("id"), str) and not isinstance(event_type, str):
+    is_wrapper = isinstance(given.get("id"), str) and not isinstance(event_type, str)
+    if isinstance(hook, dict) and is_wrapper:
         return _event_from_hook(hook, given, received_ms, machine_id)
+    if isinstance(given.get("statusLine"), dict) and is_wrapper:
+        return _event_from_status_line(given, received_ms, machine_id)
     if isinstance(given.get("hook_event_name"), str):
         return _event_from_hook(given, {}, received_ms, machine_id)
     if isinstance(event_type, str):
@@ -1002,6 +1142,19 @@ def _event_from_hook(hook: JsonObject, wrapper: JsonObject, received_ms: int, ma
             _keep(data, "hook_event_name", hook_type)
         hook_type = ""
     return _event(about, received_ms, machine_id, hook_type, EVENT_TYPES.get(hook_type, "message"), data)
+
+
+def _event_from_status_line(wrapper: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
+    """Return the event of a status line: the client's own objects with the figures, under its names."""
+    line: JsonObject = wrapper["statusLine"]
+    about = {name: value for name, value in wrapper.items() if name not in ("statusLine", "cwd")}
+    about.update((name, line[field]) for field, name in _EVENT_NAMES.items() if field in line)
+    data: JsonObject = {"gauges": {name: line[name] for name in GAUGE_OBJECTS if name in line}}
+    if isinstance(line.get("model"), dict):
+        data["model"] = line["model"].get("id")
+    if "effort" in line:
+        data["effort"] = line["effort"]
+    return _event(about, received_ms, machine_id, "", "status_line", data)
 
 
 def _event_from_event(rest: JsonObject, received_ms: int, machine_id: str) -> JsonObject:
@@ -1072,11 +1225,13 @@ _EVENT_CHECKS: dict[str, Callable[[Any], bool]] = {
     "pid": lambda value: type(value) is int and 0 < value < 1 << 31,
     "pidNamespace": lambda value: type(value) is int and 0 < value < 1 << 32,
     "answerable": lambda value: type(value) is int and 0 < value <= 86_400,
+    **dict.fromkeys(("hookType", "eventType"), lambda value: isinstance(value, str)),
+    "data": lambda value: isinstance(value, dict),
 }  # fmt: skip
 _REQUIRED_FIELDS = frozenset(
-    ("id", "timestamp", "sessionId", "machineId", "workingDirectory", "hookType", "eventType", "data")
+    "id timestamp sessionId machineId workingDirectory hookType eventType data".split()
 )
-_EVENT_FIELDS = _REQUIRED_FIELDS.union(_EVENT_CHECKS, ("demo",))
+_EVENT_FIELDS = frozenset((*_EVENT_CHECKS, "demo"))
 
 
 def is_whole_event(event: JsonObject) -> bool:
@@ -1084,11 +1239,7 @@ def is_whole_event(event: JsonObject) -> bool:
     for name, check in _EVENT_CHECKS.items():
         if name in event and not check(event[name]):
             return False
-    return (
-        event.keys() >= _REQUIRED_FIELDS
-        and isinstance(event["data"], dict)
-        and type(event["hookType"]) is type(event["eventType"]) is str
-    )
+    return event.keys() >= _REQUIRED_FIELDS
 
 
 def this_machine() -> str:
@@ -1106,12 +1257,11 @@ def this_machine() -> str:
 class SecretShape(NamedTuple):
     """One kind of secret. A text without its `hint` contains none, which is fast to check.
 
-    A pattern begins with a fixed text, so that its search is fast too, and requires nothing after a run of
-    unbounded length that may overlap with the next run: its time would be quadratic. It also matches within a
-    text of several lines. Its last group that matched, or else the whole match, is replaced. A `folded` one
-    matches the text in lower case. `is_secret(view, match, value)` checks the surroundings of a value if the
-    shape alone is not enough. The pattern of a token (`is_token`) is what follows its hint; the hint is
-    matched in its own case, and not in the middle of a word.
+    A pattern begins with a fixed text, so that its search is fast, and requires nothing after a run of
+    unbounded length that may overlap with the next run: its time would be quadratic. Its last group that
+    matched, or else the whole match, is replaced. A `folded` one matches the text in lower case.
+    `is_secret(view, match, value)` checks what the shape alone does not decide. The pattern of a token
+    (`is_token`) is what follows its hint, which is not in the middle of a word.
     """
 
     kind: str
@@ -1252,9 +1402,8 @@ def _is_assigned_secret(view: "_View", match: "re.Match[str]", value: str) -> bo
     if group in ("element", "attribute"):  # <entry key="password">…</entry>, <add key="password" value="…"/>
         return bool(_NAMES_ENTRY.search(before[-60:]))
     if group == "argument":  # define('DB_PASSWORD', '…')
-        call = re.search(r"(\w*)\s?\(\s*[\"']$", before)
-        is_setter = call is not None and re.match(r"define|set|put|add|header", call[1].lower())
-        return call is not None and (" " not in value or digits > 1) and bool(is_setter or digits > 0)
+        call = re.search(r"(define|set|put|add|header)?\w*\s?\(\s*[\"']$", before, re.I)
+        return call is not None and (" " not in value or digits > 1) and (call[1] is not None or digits > 0)
     # NAME VALUE
     if match.group("quote") == "'" and _SQL.search(before + head):
         return True
@@ -1282,7 +1431,7 @@ def _is_bare_secret(
     operator, after = match.group("operator"), text[match.end() : match.end() + 1]
     if digits == len(value):
         return digits >= 6 or digits >= 4 and kind == "password" and name.isupper()
-    if match.group("named") or after in tuple("(<`[") or "[" in value or "(" in value:
+    if match.group("named") or after in tuple("(<`[") or "[" in value:
         return False
     is_constant, is_word = name.isupper(), bool(_IDENTIFIER.match(value))
     ends_line = after in ("", "\r", "\n", '"', "'", "#")
@@ -1305,16 +1454,14 @@ def _is_bare_secret(
     if "\n" in operator:
         return is_line and bool(_RANDOM.match(value))
     if operator[-1].isspace():  # digits, or the letters of a long random text, which no name in code has
-        return digits > 1 or len(re.findall("[A-Z](?=[A-Z])", value)) >= 3 <= len(
-            re.findall("[a-z](?=[A-Z])", value)
-        )
+        capitals, words = re.findall("[A-Z](?=[A-Z])", value), re.findall("[a-z](?=[A-Z])", value)
+        return digits > 1 or len(capitals) >= 3 <= len(words)
     if re.search(r"-(?:pass|passin|passout|k)\s$", before):  # of openssl: pass:…
         return True
     return bool(_RANDOM.match(value)) and ("-" in name or len(value) >= 20) and "." not in value[:12]
 
 
 def _is_authorization(_view: "_View", _match: "re.Match[str]", value: str) -> bool:
-    """True if the value of `authorization` is a secret, and not code or prose."""
     is_word = _IDENTIFIER.match(value) and not _is_login_in_base64(value)
     return "(" not in value and not _REFERS.match(value) and not is_word
 
@@ -1333,8 +1480,7 @@ def _folded(kind: str, hint: str, rest: str, is_secret: Any = None) -> SecretSha
 
 
 _QUOTE = r"[\"'`]"
-# What follows the word of a name: the rest of the name, then the value after an operator, in quotes or as far
-# as a shell, a URL or YAML would read it; or in an XML element or attribute, as a second argument, or
+# What follows the word of a name: its rest, then the value after an operator, in XML, as a second argument or
 # behind a space. At most 200 characters of the value, which are enough to decide: _REST matches the rest.
 _ASSIGNED = (
     r"(?P<tail>[\w.-]{0,30})(?:"
@@ -1351,32 +1497,25 @@ _ASSIGNED = (
     r"|[ \t]{1,20}(?P<quote>[\"'])?(?P<spaced>[^\s\"'`|;&(){}<>=,:][^\s\"'`;|&<>]{3,200}))"
 )
 _ENV_LINE = re.compile(r"\s*(?:export\s+)?[A-Z][A-Z0-9_]*=$")
-_REST = {
-    "line": re.compile(r"[^\s\"'`;]*"),
-    "secret": re.compile(r"[^\s\"',;<>\[\]\\]*"),
-    "bare": re.compile(r"[^\s\"'`,;&|()<>{}]*"),
-    "attribute": re.compile(r"[^\"'<>\r\n]*"),
-    **dict.fromkeys(("element", "argument"), re.compile("")),
-    "spaced": re.compile(r"[^\s\"'`;|&<>]*"),
-}
+_REST, _ENV_REST = re.compile(r"[^\s\"'`,;&|()<>{}]*"), re.compile(r"[^\s\"'`;]*")  # without quotes around
 
 
 def _command(hint: str, option: str, program: str = r"(?<![\w.]{hint})\w{0,9}") -> SecretShape:
-    """Describe a secret that is an option's value on a program's command line."""
     rest = rf"(?:[^\n|;]|\\\n){{0,400}}?\s(?:{option})"
     return _folded("command-line", hint, program.replace("{hint}", hint) + rest, _is_value)
 
 
-# The tokens that begin with a text of their own, as their makers describe them: what follows, and for each
-# kind the beginnings. One that does not begin with A or E and end with - _ or . costs a search of its own.
-_TOKENS = r"""
+# Tokens by their beginnings, as their makers describe them: what follows, then each kind with its beginnings.
+# One that does not begin with A or E and does not end with - _ or . costs a search of its own.
+_TOKEN_TABLE = r"""
 [A-Za-z0-9_-]{20,}  anthropic: sk-ant- openai: sk-proj- sk-svcacct- sk-admin- sk-or-v1- sk-kimi- sk-lf-
     aws: amzn.mws. amzn1.oa2-cs.v1. heroku: HRKU- supabase: sbp_ sb_secret_ mongodb: mdb_sa_sk_
     pinecone: pcsk_ aiven: AVNS_ cockroach: CCDB1_ vault: hvs. hvb. hvr. docker: dckr_pat_ dckr_oat_
     circleci: CCIPAT_ CCIPRJ_ paddle: pdl_live_apikey_ pdl_sdbx_apikey_ wandb: wandb_v1_
     midtrans: SB-Mid-server- Mid-server- openvsx: ovsxat_ ovsxp_ together: tgp_v1_ zuplo: zpka_ tavily: tvly-
     tvly-dev- tvly-prod- contentful: CFPAT- defined: dnkey- unkey: unkey_ square: sq0atp- sq0csp-
-    gitlab: GR1348941
+    gitlab: GR1348941 postman: PMAK- brevo: xkeysib- xsmtpsib- age: AGE-SECRET-KEY- grafana: glsa_
+    cloudflare: cfut_ cfat_ cfk_ cfoc_ langsmith: lsv2_pt_ lsv2_sk_ sourcegraph: sgp_
 [A-Za-z0-9]{20,}  openai: sk- sess- bitbucket: ATBB ATTA render: rnd_ fireworks: fw_ vercel: vcp_ vci_ vca_
     vcr_ vck_ alibaba: LTAI
 [A-Za-z0-9]{30,}  github: ghp_ gho_ ghu_ ghs_ ghr_ tencent: AKID netlify: nfp_ nfc_ nfo_ nfu_ neon: napi_
@@ -1384,17 +1523,17 @@ _TOKENS = r"""
     cerebras: csk- runpod: rpa_ apify: apify_api_ posthog: phx_ phs_ prefect: pnu_ pnb_ linear: lin_api_
     lin_oauth_ notion: ntn_ adobe: p8e- artifactory: AKCp cmVmd clojars: CLOJARS_ easypost: EZAK EZTK
     workos: wos_ adafruit: aio_ npm: npm_ readme: rdme_
-[A-Za-z0-9_-]{30,}  google: AIza yandex: AQVN nvidia: nvapi- jina: jina_ pypi: pypi- github: github_pat_
-    openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us-
-[A-Za-z0-9_.=%-]{30,}  google: ya29. GOCSPX- doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit.
-    planetscale: pscale_tkn_ pscale_oauth_ pscale_pw_ snyk: snyk_uat. snyk_sat. bitbucket: ATATT3 ATCTT3
-    yandex: t1. y0_ typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+[A-Za-z0-9_.=%-]{30,}  google: AIza ya29. GOCSPX- yandex: AQVN t1. y0_ nvidia: nvapi- jina: jina_ pypi: pypi-
+    github: github_pat_ openshift: sha256~ figma: figd_ figo_ figoh_ scalingo: tk-us- snyk: snyk_uat.
+    snyk_sat. doppler: dp.pt. dp.st. dp.ct. dp.sa. dp.scim. dp.audit. planetscale: pscale_tkn_ pscale_oauth_
+    pscale_pw_ bitbucket: ATATT3 ATCTT3 typeform: tfp_ duffel: duffel_live_ duffel_test_ frameio: fio-u-
+    dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
 [A-Za-z0-9+/=_-]{30,}  aws: ABSK bedrock-api-key- fly: fo1_ fm1a_ fm1r_ fm2_ grafana: glc_ sentry: sntrys_
     sntryu_ sntrya_
-[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32})?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
+[a-fA-F0-9]{32}(?:[a-fA-F0-9]{8,32}|-\d)?(?![A-Za-z0-9])  digitalocean: dop_v1_ doo_v1_ dor_v1_ pulumi: pul-
     buildkite: bkua_ bkct_ shippo: shippo_live_ shippo_test_ shopify: shpat_ shpca_ shppa_ shpss_ shpua_
     shptka_ rubygems: rubygems_ e2b: e2b_ sk_e2b_ elevenlabs: sk_ sonar: sqp_ sqa_ squ_ mailgun: key-
-    intra42: s-s4t2ud- s-s4t2af- twilio: SK
+    intra42: s-s4t2ud- s-s4t2af- twilio: SK databricks: dapi
 [A-Za-z0-9_-]{20,}(?:\.[0-9a-z]{2,12}){0,2}  gitlab: glpat- glptt- gldt- glrt- glrtr- glcbt- glft- glimt-
     glagent- gloas- glsoat- glffct- glwt-
 [A-Za-z0-9]{14,}  razorpay: rzp_live_ rzp_test_ settlemint: sm_aat_ sm_pat_ sm_sat_ stripe: sk_live_ sk_test_
@@ -1406,26 +1545,18 @@ _TOKENS = r"""
     launchdarkly: sdk- mob- hubspot: pat-na1- pat-na2- pat-eu1- pat-ap1- wakatime: waka_
 [A-Z2-7]{16}(?![A-Za-z0-9])  aws: AKIA ASIA ABIA ACCA
 [A-Za-z0-9_-]{60,}  facebook: EAAA EAAB EAAC EAAG EAAM dropbox: sl. sl.u.
-[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: cfut_ cfat_ cfk_ cfoc_ v1.0-
-[a-f0-9]{32}(?:-\d)?(?![A-Za-z0-9])  databricks: dapi
+[A-Za-z0-9]{24,}(?:-[a-f0-9]{40,})?  cloudflare: v1.0-
 eyJ[A-Za-z0-9+/=_.-]{60,}  1password: ops_ mapbox: sk.
 [A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}  1password: A3-
-1[A-Z0-9]{50,}  age: AGE-SECRET-KEY-
-[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}  sendgrid: SG.
-[a-f0-9]{64}-[A-Za-z0-9]{16}  brevo: xkeysib- xsmtpsib-
+[A-Za-z0-9_-]{16,}(?:\.[A-Za-z0-9_-]{16,}){1,2}  sendgrid: SG. harness: pat. sat.
 [A-Za-z0-9]{6,12}_[A-Za-z0-9]{20,}  resend: re_
-[a-f0-9]{24}-[a-f0-9]{34}  postman: PMAK-
-[A-Z0-9]{8,24}\.[A-Z0-9]{60,}  dynatrace: dt0c01. dt0s01. dt0s02. dt0s16.
-[A-Za-z0-9]{32}_[a-fA-F0-9]{8,10}  grafana: glsa_ langsmith: lsv2_pt_ lsv2_sk_
-(?:[a-fA-F0-9]{16}_)?[a-fA-F0-9]{40}  sourcegraph: sgp_ sgp_local_
 [A-Za-z0-9]{14}\.[a-f0-9]{64}  airtable: pat
-[A-Za-z0-9_-]{22}\.[A-Za-z0-9]{24}\.[A-Za-z0-9]{20}  harness: pat. sat.
 [A-Z0-9]{26,}(?![A-Za-z0-9])  octopus: API-
 """
 
 
 def _token_shapes() -> "Iterator[SecretShape]":
-    for word in _TOKENS.split():
+    for word in _TOKEN_TABLE.split():
         if "{" in word:
             pattern = re.compile(word)
         elif word.endswith(":"):
@@ -1490,7 +1621,9 @@ _METADATA_KEYS = frozenset(
     "is_interrupt prompt_id trigger action label pinned hidden parentSessionId status previous waitingFor "
     "kind entrypoint version".split()
 )
-_METADATA_OBJECTS = frozenset(("usage", "agentMeta", "truncated"))  # numbers, and the ids under these names:
+_METADATA_OBJECTS = frozenset(
+    ("usage", "agentMeta", "truncated", "gauges")
+)  # numbers, and the ids under these names:
 _METADATA_IDS = frozenset(("model", "agentType", "toolUseId", "parentAgentId", "requestShape"))
 _ID_LIKE = re.compile(r"[\w.:@/\[\]-]{0,200}")
 _DEPTH_LIMIT = 100
@@ -1501,13 +1634,11 @@ UNSEEN_MARGIN = 4096  # characters beyond a cut that are redacted too, so that n
 # rare letter is found or missed in a fifth of the time.
 _COMMON_PARTS = (*"@~='GJKLV", "ok", "cre", "pass", "auth")
 _SHAPES_BY_PART: "tuple[dict[str, list[SecretShape]], ...]" = ({}, {})  # folded: the second
-_TOKENS_BY_HINT: "dict[str, list[SecretShape]]" = {}
-_HINTS_BY_END: "dict[str, set[str]]" = {}  # by their last two letters
+_TOKEN_BY_HINT: "dict[str, SecretShape]" = {}  # by their hints, which a few patterns find together
 for _shape in SECRET_SHAPES:
     _hint = _shape.hint
     if _hint[-1] in "-_." or _hint[0] in "AE" or _hint == "pat":
-        _TOKENS_BY_HINT.setdefault(_hint, []).append(_shape)
-        _HINTS_BY_END.setdefault(_hint[-2:], set()).add(_hint)
+        _TOKEN_BY_HINT[_hint] = _shape
     else:
         _part = " -" if _shape.kind == "command-line" else "'" if _hint == "identified" else _hint
         _part = next((each for each in _COMMON_PARTS if each in _part), _part)
@@ -1515,14 +1646,13 @@ for _shape in SECRET_SHAPES:
 # What follows the last - _ or . of a token's beginning: no words, no constant's name, no piece of a UUID.
 _TOKEN_BODY = r"(?=[A-Za-z0-9_+/~-]{14})(?=[a-z_+/-]{0,24}[A-Z0-9])(?![A-Z_]{14}|[a-f0-9]{4}-[a-f0-9]{4})"
 # Each of these begins with one fixed letter, so that it is searched for as fast as a text.
-_TOKEN_ENDS = [
-    re.compile(rf"\{sign}(?<=[{''.join(end[0] for end in _HINTS_BY_END if end[1] == sign)}].){_TOKEN_BODY}")
-    for sign in "-_."
-]
-_TOKEN_STARTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+_TOKEN_HINTS = [re.compile(r"pat(?=[A-Za-z0-9]{14}\.[a-f0-9])")]
+for _sign in "-_.":
+    _letters = "".join({hint[-2] for hint in _TOKEN_BY_HINT if hint[-1] == _sign})
+    _TOKEN_HINTS.append(re.compile(rf"\{_sign}(?<=[{_letters}].){_TOKEN_BODY}"))
 for _first in "AE":
-    _starts = "|".join(_hint for _hint in _TOKENS_BY_HINT if _hint[0] == _first)
-    _TOKEN_STARTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
+    _starts = "|".join(hint for hint in _TOKEN_BY_HINT if hint[0] == _first)
+    _TOKEN_HINTS.append(re.compile(f"(?:{_starts})(?=[A-Za-z0-9+/_-]{{12}})"))
 
 
 def _names_a_secret(name: str, value: Any = None) -> bool:
@@ -1544,6 +1674,7 @@ def _replacement(kind: str, secret: str) -> str:
 
 # Escapes: a view of a text contains the characters that they encode, so that patterns need not match escapes.
 
+_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _ESCAPES = (
     ("\x1b", re.compile(
         r"\x1b(?P<colour>\[[0-?]{0,40}[ -/]{0,4}[@-~]|\][^;\x07\x1b]{0,20};[^;\x07\x1b]{0,40};|[()][AB0])")),
@@ -1554,19 +1685,15 @@ _ESCAPES = (
     ("&", re.compile(
         r"&(?:(?P<letter>quot|amp|lt|gt|apos)|#x(?P<code>[2-7][0-9a-fA-F])|#(?P<number>\d{2,3}));")),
 )  # fmt: skip
-_COLOURS_IN_JSON = re.compile(r"\\u001b\[[0-?]{0,40}[@-~]")
 _MEANINGS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 _MEANINGS.update(quot='"', amp="&", lt="<", gt=">", apos="'")
 
 
 class _View:
-    """A text as a person reads it, without escapes and colours; maps each position to the raw text.
-
-    `colours` replaces the codes for colours: "" joins the pieces of a word that `grep` has marked, a space
-    separates two words.
-    """
+    """A text as a person reads it, without escapes and colours; maps each position to the raw text."""
 
     def __init__(self, raw: str, colours: str = "") -> None:
+        # `colours` replaces their codes: "" joins a word that `grep` has marked, a space separates two words.
         self.coloured = False
         # For every escape: (position in the view, in the raw text, width there); and the same for its end.
         self._marks = [(0, 0, 0)]
@@ -1618,19 +1745,13 @@ class _View:
         return end - start
 
 
-def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str:
+def redact_text(text: str) -> str:
     """Replace what looks like a secret in `text` by `[redacted:<kind>:<first 8 hex of sha256>]`.
 
-    `shapes`: the result of `_shapes_in` for an object that contains `text`. Repeats until it finds nothing:
-    the text beside a secret may look like one afterwards, and redacting the result must change nothing.
+    Redacting the result changes nothing.
     """
-    for _ in range(REDACTION_ROUNDS):
-        if shapes is None:
-            plain = _View(text).text if "\x1b" in text else text
-            shapes = _shapes_in(plain, _folded_text(plain))
-        elif "\x1b" not in text:
-            folded = _folded_text(text)
-            shapes = [shape for shape in shapes if shape.hint in (folded if shape.folded else text)]
+    for _ in range(REDACTION_ROUNDS):  # the text beside a secret may look like one afterwards
+        shapes = _shapes_in(text)
         if not shapes:
             break
         view = _View(text)
@@ -1652,7 +1773,6 @@ def redact_text(text: str, shapes: "Sequence[SecretShape] | None" = None) -> str
             pieces += text[done:start], _replacement(SECRET_SHAPES[rank].kind, text[start:end])
             done = end
         text = "".join(pieces) + text[done:]
-        shapes = None
     return text
 
 
@@ -1666,22 +1786,22 @@ def _folded_text(text: str) -> str:
     )
 
 
-def _shapes_in(text: str, folded: str) -> "list[SecretShape]":
-    """Return the shapes whose hints are in `text`: secrets of others are in no part of it."""
+def _shapes_in(text: str) -> "list[SecretShape]":
+    """Return the shapes whose hints are in a text or in its JSON: secrets of others are in no part of it."""
+    if "\x1b" in text:
+        text = _ESCAPES[0][1].sub("", text)
     found: list[SecretShape] = []
-    for by_part, searched in zip(_SHAPES_BY_PART, (text, folded)):
+    for by_part, searched in zip(
+        _SHAPES_BY_PART, (text, text.lower() if text.isascii() else _folded_text(text))
+    ):
         for part, shapes in by_part.items():
             # Many events contain the mode bypassPermissions.
             if part in searched and (part != "pass" or part in searched.replace("bypass", "")):
                 found += [shape for shape in shapes if shape.hint in searched]
-    hints = {hint for pattern in _TOKEN_STARTS for hint in pattern.findall(text)}
-    for pattern in _TOKEN_ENDS:
-        for match in pattern.finditer(text):
-            end = match.end()
-            for hint in _HINTS_BY_END.get(text[end - 2 : end], ()):
-                if text.endswith(hint, 0, end):
-                    hints.add(hint)
-    return found + [shape for hint in hints for shape in _TOKENS_BY_HINT[hint]]
+    ends = [match.end() for pattern in _TOKEN_HINTS for match in pattern.finditer(text)]
+    heads = {text[max(0, end - 24) : end] for end in ends}
+    hints = {head[at:] for head in heads for at in range(len(head) - 1)} & _TOKEN_BY_HINT.keys()
+    return found + [_TOKEN_BY_HINT[hint] for hint in hints]
 
 
 def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple[int, int, int]]":
@@ -1701,11 +1821,11 @@ def _secrets_in(view: _View, shapes: "Sequence[SecretShape]") -> "Iterator[tuple
             else:
                 if group == "begin":  # of a secret whose fixed text is in its middle
                     end = match.end()
-                elif group == "quoted":
-                    end = view.closing_quote(start - 1)
+                elif shape.is_secret is not None and view.text[start - 1] in "\"'`":
+                    end = max(end, view.closing_quote(start - 1))
                 elif shape.is_secret is not None:
                     line = view.text[max(0, match.start() - 80) : start].rpartition("\n")[2]
-                    rest = _REST["line" if _ENV_LINE.match(line) else str(group)]
+                    rest = _ENV_REST if _ENV_LINE.match(line) else _REST
                     end = rest.match(view.text, end).end()  # type: ignore[union-attr]  # may be empty
                 yield (*view.raw_span(start, end), shape.rank)
                 next_at = max(end, match.end())
@@ -1725,67 +1845,26 @@ def protect(event: JsonObject, privacy: Privacy) -> "tuple[JsonObject, bytes]":
 
     `data.truncated` maps the path of a cut field, such as "toolOutput.stdout", to its original size in bytes.
     """
-    try:
-        text = _to_plain_json(event)
-    except (ValueError, RecursionError):  # infinite or too deep
-        return _protect_each_value(event, privacy, None)
-    is_plain = text.isascii() and "\x7f" not in text
-    is_clean = len(text) <= privacy.field_limit_bytes // 4 and not privacy.metadata_only
-    shapes: list[SecretShape] = []
-    if privacy.redact:
-        # An event contains few hints, so they are searched for once and not in each of its texts. No hint has
-        # a character that JSON must escape.
+    # An event contains few hints, so they are searched for once and not in each of its texts. No hint has a
+    # character that JSON must escape, and every name of a secret has a hint in it.
+    hints = {""}  # of any text
+    with contextlib.suppress(ValueError, RecursionError):  # infinite or too deep
+        encoded = _to_json(event).encode("ascii")
         is_ours = event.keys() <= _EVENT_FIELDS  # then only `data` is redacted
-        searched = text[text.find('"data":') :] if is_ours else text
-        if "\\u001b[" in searched:
-            searched = _COLOURS_IN_JSON.sub("", searched)
-        shapes = _shapes_in(searched, searched.lower() if is_plain else _folded_text(searched))
-        # Every name of a secret has a hint in it.
-        in_doubt = shapes or searched.count("{") + searched.count("[") >= _DEPTH_LIMIT
-        is_clean = is_clean and not (
-            in_doubt and _may_have_secrets(event["data"] if is_ours else event, shapes)
+        text = encoded[encoded.find(b'"data":') if is_ours else 0 :].decode().replace("\\u212a", "k")
+        text = _COLOURS_IN_JSON.sub("", text) if "\\u001b[" in text else text
+        hints = {shape.hint.lower() for shape in _shapes_in(text)} if privacy.redact else set()
+        is_small = (
+            len(encoded) <= privacy.field_limit_bytes and text.count("{") + text.count("[") < _DEPTH_LIMIT
         )
-    if is_clean:
-        return event, text.encode() if is_plain else encode_json(event)
-    return _protect_each_value(event, privacy, shapes)
-
-
-def _may_have_secrets(value: JsonObject, shapes: "list[SecretShape]") -> bool:
-    """True if a text contains a secret of these shapes, a name is that of a secret, or a value is too deep.
-
-    All texts are searched together, as lines of one text: what matches in one of them matches there too.
-    """
-    texts: list[str] = []
-    level: list[Any] = [value]
-    for _ in range(_DEPTH_LIMIT):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                for name in value:
-                    is_doubtful = _name_class(name) != "" or name == "value"
-                    if is_doubtful and _names_a_secret(_name_of(name, value), value[name]):
-                        return True
-                texts += value
-                inner += value.values()
-            else:
-                inner += value
-        texts += [value for value in inner if isinstance(value, str)]
-        level = [value for value in inner if isinstance(value, (dict, list))]
-        if not level:
-            view = _View("\n".join(texts))
-            return view.coloured or any(True for _ in _secrets_in(view, shapes))
-    return True
-
-
-def _protect_each_value(
-    event: JsonObject, privacy: Privacy, shapes: "list[SecretShape] | None"
-) -> "tuple[JsonObject, bytes]":
+        if is_small and not hints and not privacy.metadata_only:
+            return event, encoded
+    protector = _Protector(privacy, hints)
     data = event["data"]
     if privacy.metadata_only:
         data = _metadata_of(data)
         if event["hookType"] != "SessionEnd":
             data.pop("reason", None)  # the reason of a denial is prose
-    protector = _Protector(privacy, shapes)
     for name in [name for name in event if name not in _EVENT_FIELDS]:
         if privacy.metadata_only:
             del event[name]
@@ -1811,7 +1890,6 @@ def _metadata_of(data: JsonObject) -> JsonObject:
 
 
 def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
-    """Return the numbers and ids in an object; None for a value that may be content."""
     if isinstance(value, dict) and depth < 5:
         names = filter(_ID_LIKE.fullmatch, value)
         figures = {name: _figures_of(value[name], name, depth + 1) for name in names}
@@ -1821,16 +1899,16 @@ def _figures_of(value: Any, name: str, depth: int = 0) -> Any:
     return value if isinstance(value, (bool, int, float)) else None
 
 
+_clean_name = functools.lru_cache(maxsize=4096)(redact_text)
+
+
 class _Protector:
-    """Redacts and cuts the values of one object; `cuts`: {path of a cut value: original size in bytes}.
+    """Redacts and cuts the values of one object whose texts contain `hints` (in lower case) only."""
 
-    `shapes`: the result of `_shapes_in` for the whole object; None if it was not searched.
-    """
-
-    def __init__(self, privacy: Privacy, shapes: "list[SecretShape] | None" = None) -> None:
-        self.cuts: dict[str, int] = {}
+    def __init__(self, privacy: Privacy, hints: "set[str]") -> None:
+        self.cuts: dict[str, int] = {}  # path of a cut value → original size in bytes
         self._privacy = privacy
-        self._shapes = shapes if privacy.redact else []
+        self._hints = (*hints, "\x1b") if privacy.redact else ()
 
     def value(self, value: Any, key: str, path: str, depth: int = 0) -> Any:
         """Return a value redacted and cut; `key`: its name, `path`: that from the top of the object."""
@@ -1839,9 +1917,9 @@ class _Protector:
         if isinstance(value, (dict, list)) and depth >= _DEPTH_LIMIT:
             return self._text(json.dumps(value), key, path)
         if isinstance(value, dict):
-            path = path and path + "."
+            path, clean = path and path + ".", _clean_name if self._hints else str
             return {
-                self.clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
+                clean(name): self.value(inner, _name_of(name, value), path + name, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -1852,7 +1930,11 @@ class _Protector:
         return value
 
     def clean(self, text: str) -> str:
-        return text if self._shapes == [] else redact_text(text, self._shapes)
+        folded = _folded_text(text)
+        for hint in self._hints:
+            if hint in folded:
+                return redact_text(text)
+        return text
 
     def _text(self, text: str, key: str, path: str) -> str:
         if self._privacy.redact and text and _names_a_secret(key, text):
@@ -1886,10 +1968,7 @@ def shown_head(line: bytes, limit: int, privacy: Privacy) -> str:
 
 
 def shrink_line(line: bytes, config_path: str = "") -> bytes:
-    """Return the event of one wrapped payload, cut to LINE_LIMIT_BYTES; raise ValueError if it cannot be.
-
-    Redacts first, unless the configuration disables that: a cut must not leave half of a secret.
-    """
+    """Return the event of one wrapped payload, redacted and cut to LINE_LIMIT_BYTES; raise ValueError."""
     event = build_event(parse_event_line(line), now_ms(), this_machine())
     try:
         redact = bool(load_config(config_path)[0]["privacy.redact"])
@@ -1915,6 +1994,7 @@ def log_failure(reason: str) -> None:
 # transcript was read, and what was counted. A message counts once, by its key, whichever lines and files
 # repeat it, so usage.db may be lost at any time: everything is then read again and counts the same.
 # Usage in the client's own sums (`cost-state`) that has no line, such as that of /compact, is added.
+# A transcript is also evidence of what fires no hook: Esc, "No", a killed command, too many turns.
 # UsageWorker: the thread that reads, so that no event waits for a transcript.
 # AgentNoteReader: the client's notes on its subagents, files beside their transcripts.
 # ---------------------------------------------------------------------------
@@ -1928,7 +2008,9 @@ AGENTS_IN_USAGE = 50  # an event names the agents that used tokens last; each ha
 PENDING_USAGE_LIMIT = 1000  # sessions whose transcripts are still to be read, and whose totals are remembered
 USAGE_QUIET_S = 30.0  # after its last event a session is read without an end: a killed client sends none
 USAGE_LATE_S = 2.0  # after an end it is read once more: the last lines are written after the hook
-USAGE_SCHEMA = 4
+WATCH_S = 3600.0  # so long a working session without a registry file is read every USAGE_LATE_S
+EVIDENCE_MS = 60_000  # older lines are history
+USAGE_SCHEMA = 5
 _USAGE_FIELDS = ("sessionId", "machineId", "machineKey", "workingDirectory", "timestamp")  # of its event
 COUNT_NAMES = ("input", "output", "cacheRead", "cacheCreation", "cacheCreation1h")
 # The same in `usage` of a message (the last in `cache_creation` there), and in the client's sums.
@@ -1936,6 +2018,8 @@ _MESSAGE_COUNTS = "input_tokens output_tokens cache_read_input_tokens cache_crea
 _MESSAGE_COUNTS.append("ephemeral_1h_input_tokens")
 _CLIENT_COUNTS = "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens".split()
 _CLIENT_COUNTS.append("cacheCreationEphemeral1hInputTokens")
+# Only lines with one of these are parsed: most of a transcript is output of tools.
+_MARKS = b'"usage" "cost-state" "toolDenialKind" "[Request <status>killed "max_turns_reached"'.split()
 SIDECHAIN = "sidechain"  # agent id for all subagents of old clients, whose lines are in the main transcript
 _BESIDE = ("advisor_message", "compaction")  # types of usage.iterations that are not in the sums above them
 AGENTS_REMEMBERED = 4096
@@ -1945,11 +2029,12 @@ _AGENT_NOTE_CHECKS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("agentType", "toolUseId", "parentAgentId", "requestShape"), _is_id),
     "spawnDepth": lambda value: type(value) is int,
 }
-# `model` is that of the main agent's last message, `origin` whose messages the transcript begins with.
+# `model` and `context` are of the main agent's last message, `origin` is whose messages come first.
 _USAGE_TABLES = f"""
 BEGIN IMMEDIATE;
 DROP TABLE IF EXISTS sessions; DROP TABLE IF EXISTS files; DROP TABLE IF EXISTS messages;
-CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, origin TEXT, chain TEXT);
+CREATE TABLE sessions (name TEXT PRIMARY KEY, read_ms INTEGER, model TEXT, context INTEGER, origin TEXT,
+  chain TEXT);
 CREATE TABLE files (path TEXT PRIMARY KEY, session TEXT, identity TEXT, position INTEGER, mark BLOB);
 CREATE TABLE messages (id BLOB PRIMARY KEY, session TEXT, agent TEXT, model TEXT, {", ".join(COUNT_NAMES)});
 CREATE INDEX messages_of_session ON messages (session);
@@ -2001,9 +2086,10 @@ class CostState(NamedTuple):
 
 
 class TranscriptParser:
-    """Find the usage in a transcript that is fed in pieces of any size; a line counts once it is complete.
+    """Find usage and evidence in a transcript fed in pieces of any size; a line counts once it is complete.
 
-    `consumed`: how many of the bytes fed so far are processed; the next reader begins there.
+    `consumed`: how many of the bytes fed so far are processed; the next reader begins there. Evidence is an
+    event (id, timestamp, eventType, data, …) for what a line shows to have happened.
     """
 
     def __init__(self, agent_id: str = "") -> None:
@@ -2011,8 +2097,8 @@ class TranscriptParser:
         self._agent_id = agent_id
         self._rest = bytearray()  # of a line that is not complete
 
-    def feed(self, data: bytes) -> "list[MessageUsage | CostState]":
-        """Take the next bytes; return the usage in the lines that they complete, a message's own last."""
+    def feed(self, data: bytes) -> "list[MessageUsage | CostState | JsonObject]":
+        """Take the next bytes; return what is in the lines that they complete, a message's own usage last."""
         self._rest += data
         if b"\n" not in data and len(self._rest) <= TRANSCRIPT_LINE_LIMIT_BYTES:
             return []
@@ -2022,13 +2108,16 @@ class TranscriptParser:
         self._rest = bytearray(rest)
         return [usage for line in lines for usage in self._usage_of(line)]
 
-    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState]":
-        if b'"usage"' not in line and b'"cost-state"' not in line:
-            return  # most of a transcript is output of tools
+    def _usage_of(self, line: bytes) -> "Iterator[MessageUsage | CostState | JsonObject]":
+        if not any(mark in line for mark in _MARKS):
+            return
         try:
             entry = parse_event_line(line)
         except MalformedEvent:
             return
+        shown, time_ms = _evidence_in(entry, self._agent_id), iso_time_ms(entry.get("timestamp"))
+        if shown and time_ms:
+            yield {"id": stable_id(line), "timestamp": time_ms, "hookType": "", **shown}
         kind, message, session_id = entry.get("type"), entry.get("message"), id_or(entry.get("sessionId"), "")
         sums = entry.get("modelUsage")
         if kind == "cost-state" and isinstance(sums, dict):
@@ -2054,6 +2143,41 @@ class TranscriptParser:
         yield MessageUsage(key, agent_id, model, counts, session_id)
 
 
+def _evidence_in(entry: JsonObject, agent_id: str) -> JsonObject:
+    """Return the event that a line is evidence of, without id and time; {} if there is none."""
+    kind, message, attachment = (entry.get(name) for name in ("type", "message", "attachment"))
+    blocks = objects_in(message.get("content")) if isinstance(message, dict) else []
+    text = next((it["text"] for it in blocks if isinstance(it.get("text"), str)), "")
+    data: JsonObject = {}
+    if entry.get("toolDenialKind") == "user-rejected" and blocks:  # hooks report the other kinds
+        by = {"agentId": agent_id} if agent_id else {}
+        return {"eventType": "permission_denied", **by, "data": {"toolUseId": blocks[0].get("tool_use_id")}}
+    if agent_id or entry.get("isSidechain") is True:
+        return {}
+    if kind == "user" and text.startswith("[Request interrupted by user"):
+        data = {"status": "interrupted"}
+    elif kind == "queue-operation" and "<status>killed</status>" in str(entry.get("content")):
+        data = {"status": "killed", "message": str(entry["content"])[:2000]}
+    elif entry.get("isApiErrorMessage") is True:
+        data = {"status": "failed", "error": id_or(entry.get("error"), "error"), "assistantResponse": text}
+    elif isinstance(attachment, dict) and attachment.get("type") == "max_turns_reached":
+        data = {"status": "failed", "error": "max_turns", "assistantResponse": "it ran out of turns"}
+    return {"eventType": "client_status", "data": data} if data else {}
+
+
+def stable_id(content: bytes) -> str:
+    """Return an event's id that is derived from its content."""
+    return str(uuid.UUID(bytes=hashlib.sha256(content).digest()[:16], version=4))
+
+
+def iso_time_ms(text: Any) -> "Optional[int]":
+    """Parse a time such as 2026-11-24T06:03:18.373Z; None for anything else."""
+    with contextlib.suppress(ValueError):
+        moment = datetime.datetime.fromisoformat(re.sub(r"(\.\d{3})\d*Z$|Z$", r"\1+00:00", str(text)[:40]))
+        return max(0, round(moment.timestamp() * 1000)) or None if moment.tzinfo else None
+    return None
+
+
 def id_or(value: Any, otherwise: str) -> str:
     """Return `value` without lone surrogates if it can be an id, else `otherwise`."""
     return value.encode("utf-8", "replace").decode() if _is_id(value) else otherwise
@@ -2074,7 +2198,8 @@ class UsageReader:
 
     The event of a session has totals so far, so one may be lost, repeated or late. Its
     `data.usage`: `{"models": {model: counts}, "agents": {agent id or "": {model: counts}}, "model": the main
-    agent's last, "partial": true when there were too many messages to count}`, with counts by COUNT_NAMES.
+    agent's last, "context": the tokens in its request, "partial": true when there were too many messages to
+    count}`, with counts by COUNT_NAMES.
 
     For one thread. Stops early, without a result, once `stopping` is set; the next call continues there.
     SQLite's lock excludes a second process.
@@ -2085,26 +2210,24 @@ class UsageReader:
         self._stopping = stopping or threading.Event()
         self._database: Any = None  # sqlite3.Connection, once it is needed
         self._delivered: dict[str, int] = {}  # session → hash of the totals in its last event
+        self._evidence: list[JsonObject] = []  # of the last reading
 
-    def usage_event(self, event: JsonObject) -> "JsonObject | None":
-        """Read on in the transcripts that an event names; return the usage event, None if nothing is new."""
-        data, session_id = event["data"], event["sessionId"]
-        if event["hookType"] not in USAGE_HOOKS:
-            return None
+    def events(self, event: JsonObject) -> "list[JsonObject]":
+        """Read on in the transcripts that an event names; return evidence, and usage if it is new."""
+        data, session_id, self._evidence = event["data"], event["sessionId"], []
+        usage, about = None, {name: event[name] for name in _USAGE_FIELDS if name in event}
         try:
             files = transcripts_of(data.get("transcriptPath"), data.get("agent_transcript_path"))
             usage = self._read(session_id, files) if files else None
         except Exception as error:  # an unreadable transcript must not stop the thread
             self._recover(error)
-            return None
-        key = hash(encode_json(usage))
-        if usage is None or self._delivered.get(session_id) == key:
-            return None
-        self._delivered[session_id] = key
-        if len(self._delivered) > PENDING_USAGE_LIMIT:
-            del self._delivered[next(iter(self._delivered))]
-        about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        return {"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}}
+        found, key = [{**about, **it} for it in self._evidence], hash(encode_json(usage))
+        if usage is not None and self._delivered.get(session_id) != key:
+            self._delivered[session_id] = key
+            if len(self._delivered) > PENDING_USAGE_LIMIT:
+                del self._delivered[next(iter(self._delivered))]
+            found.append({"eventType": "usage", "hookType": "", **about, "data": {"usage": usage}})
+        return found
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -2182,13 +2305,18 @@ class UsageReader:
                 return  # it has become shorter
             place += len(chunk)
             found = parser.feed(chunk)
+            recent_ms = now_ms() - EVIDENCE_MS
+            self._evidence += [it for it in found if isinstance(it, dict) and it["timestamp"] > recent_ms]
             own = [it for it in found if isinstance(it, MessageUsage) and not it.agent_id]
             with self._database as database:
                 if own:
-                    update = "UPDATE sessions SET model = ?, origin = coalesce(origin, nullif(?, ''))"
-                    about_own = (own[-1].model, own[0].session_id, session)
+                    update = (
+                        "UPDATE sessions SET model = ?, context = ?, origin = coalesce(origin, nullif(?, ''))"
+                    )
+                    used = own[-1].counts
+                    about_own = (own[-1].model, used[0] + sum(used[2:4]), own[0].session_id, session)
                     database.execute(update + " WHERE name = ?", about_own)
-                for entry in found:
+                for entry in (it for it in found if not isinstance(it, dict)):
                     messages = [entry] if isinstance(entry, MessageUsage) else self._rest_of(session, entry)
                     for it in messages:
                         key = hashlib.blake2b(it.key.encode(), digest_size=16).digest()
@@ -2211,50 +2339,57 @@ class UsageReader:
 
 
 class UsageWorker:
-    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers usage events.
+    """Reads transcripts in a thread of its own, so that no event waits for them, and delivers what they show.
 
-    `put` is for the thread that stores events; `deliver` is called in ours and must not raise. A session that
-    is pending at the end is read after its next event.
+    `put` is for the thread that stores events; `deliver` is called in ours and must not raise; `is_reported`:
+    True for a session whose status the registry reports. What is pending at the end is read another time.
     """
 
-    def __init__(self, home: str, deliver: "Callable[[JsonObject], Any]") -> None:
+    def __init__(
+        self, home: str, deliver: "Callable[[JsonObject], Any]", is_reported: "Callable[[str], bool]"
+    ) -> None:
         self._deliver = deliver
+        self._is_reported = is_reported
         self._closing = threading.Event()
         self._reader = UsageReader(home, self._closing)
         self._wake = threading.Condition()  # guards _pending
-        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event)
-        self._pending: dict[tuple[str, str], tuple[float, JsonObject]] = {}
+        # (session, an agent's own transcript or "") → (time.monotonic of its reading, 0: at once; event; time
+        # until which it is watched)
+        self._pending: dict[tuple[str, str], tuple[float, JsonObject, float]] = {}
         self._thread: Optional[threading.Thread] = None  # begins with the first event
 
     @property
     def is_busy(self) -> bool:
-        """True while something is to be read at once."""
+        """True while something is to be read at once, or watched."""
         with self._wake:
-            return any(due == 0 for due, _ in self._pending.values())
+            now = time.monotonic()
+            return any(due == 0 or until > now for due, _, until in self._pending.values())
 
     def put(self, event: JsonObject) -> None:
         """Queue the transcripts that an event names: to be read now at an end (USAGE_HOOKS), else when quiet.
 
         The newest event of a session replaces the one before.
         """
-        names = ("transcriptPath", "agent_transcript_path")
+        names, now = ("transcriptPath", "agent_transcript_path"), time.monotonic()
         paths = {name: path for name in names if _is_transcript_path(path := event["data"].get(name))}
         if not paths:
             return
         is_end, key = event["hookType"] in USAGE_HOOKS, (event["sessionId"], paths.get(names[1], ""))
         about = {name: event[name] for name in _USAGE_FIELDS if name in event}
-        kept = {**about, "hookType": "Stop", "data": paths}
+        works = not is_end or (not key[1] and bool(event["data"].get("background_tasks")))
+        is_watched = works and not self._is_reported(key[0]) and os.path.exists(paths.get(names[0], ""))
+        due, until = now + (USAGE_LATE_S if is_watched else USAGE_QUIET_S), now + WATCH_S if is_watched else 0
         with self._wake:
-            if not is_end and self._pending.get(key, (1.0, {}))[0] == 0:
+            if not is_end and self._pending.get(key, (1.0,))[0] == 0:
                 return  # it will be read in a moment
             is_first = not self._pending
-            self._pending[key] = (0 if is_end else time.monotonic() + USAGE_QUIET_S, kept)
+            self._pending[key] = (0 if is_end else due, {**about, "data": paths}, until)
             if len(self._pending) > PENDING_USAGE_LIMIT:
                 del self._pending[next(iter(self._pending))]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="usage", daemon=True)
                 self._thread.start()
-            if is_end or is_first:  # else the thread wakes up before this one is due
+            if is_end or is_first or is_watched:  # else the thread wakes up before this one is due
                 self._wake.notify()
 
     def close(self) -> None:
@@ -2271,19 +2406,18 @@ class UsageWorker:
                 if self._closing.is_set():
                     break
                 key = min(self._pending, key=lambda name: self._pending[name][0], default=("", ""))
-                due, event = entry = self._pending.get(key, (math.inf, {}))
-                wait_s = due - time.monotonic()
-                if wait_s > 0:
-                    self._wake.wait(min(wait_s, 3600.0))
+                due, event, until = entry = self._pending.get(key, (math.inf, {}, 0.0))
+                now = time.monotonic()
+                if due > now:
+                    self._wake.wait(min(due - now, 3600.0))
                     continue
-            usage = self._reader.usage_event(event)
-            if usage is not None:
-                self._deliver(usage)
+            for found in self._reader.events(event):
+                self._deliver(found)
             with self._wake:
                 if self._pending.get(key) is entry:
                     del self._pending[key]
-                    if due == 0:
-                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event)
+                    if due == 0 or (until > now and not self._is_reported(key[0])):
+                        self._pending[key] = (time.monotonic() + USAGE_LATE_S, event, until)
         self._reader.close()  # SQLite wants it in the thread that opened it
 
 
@@ -2352,8 +2486,9 @@ def _session_usage(database: Any, session: str) -> "JsonObject | None":
     if not models:
         return None
     usage = {"models": models, "agents": dict(itertools.islice(agents.items(), AGENTS_IN_USAGE))}
-    (model,) = database.execute("SELECT model FROM sessions WHERE name = ?", (session,)).fetchone()
-    return {**usage, "model": model} if model else usage
+    find = "SELECT model, context FROM sessions WHERE name = ?"
+    model, context = database.execute(find, (session,)).fetchone()
+    return {**usage, "model": model, "context": context} if model else usage
 
 
 def add_counts(totals: JsonObject, counts: "Iterable[int]") -> None:
@@ -2408,6 +2543,7 @@ class AgentNoteReader:
 
 REGISTRY_POLL_S = 0.3
 REGISTRY_REST_S = 5.0  # between two polls while no client runs
+REGISTRY_ALIVE_MS = 1500  # between two looks at the processes of clients
 REGISTRY_LIMIT = 256  # directories, and files of each
 STATUS_SETTLED_MS = 200  # a status that lasts less is not reported
 FIRST_STATUS_MS = 1000  # the hooks of a session have reported its beginning by then
@@ -2478,9 +2614,11 @@ class RegistryWatcher:
         self._machine_key = machine_key
         configured = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.expanduser("~/.claude")
         self._directories: dict[str, None] = {configured: None}
-        # Path → (its inode, size and mtime when it was read, or None to read it again; its record)
-        self._files: dict[str, tuple[Any, Optional[ClientRecord]]] = {}
+        # Path → its inode, size and mtime when it was read, or None to read it again
+        self._files: dict[str, Optional[tuple[int, int, int]]] = {}
         self.clients: dict[str, _Client] = {}  # path → the client, while its process runs
+        self._looked_ms = -REGISTRY_ALIVE_MS  # when the processes were looked at
+        self.sessions: frozenset[str] = frozenset()  # ids of those whose status is reported; for any thread
 
     def learn(self, event: JsonObject) -> None:
         """Watch the client's configuration directory that an event's transcript is in, too."""
@@ -2495,18 +2633,19 @@ class RegistryWatcher:
 
     def poll(self, time_ms: int) -> "list[JsonObject]":
         """Read the files that have changed; return the events for changes. `time_ms`: now."""
-        self._read_files()
-        for path, (_, record) in self._files.items():
+        for path, record in self._changed_files():
             client = self.clients.get(path)
-            if client and record and client.record.session_id == record.session_id:
+            if client and client.record.session_id == record.session_id:
                 client.record = record
-            elif record and process_start(record.pid) in (record.started, 0):
+            elif process_start(record.pid) in (record.started, 0):
                 self.clients[path] = _Client(record, time_ms, is_next=client is not None)
         events = []
+        looks = not 0 <= time_ms - self._looked_ms < REGISTRY_ALIVE_MS
+        self._looked_ms = time_ms if looks else self._looked_ms
         for path, client in list(self.clients.items()):
             record, reported = client.record, client.reported
             since_ms = record.since_ms if 0 < record.since_ms <= time_ms else time_ms
-            if process_start(record.pid) not in (record.started, 0):
+            if (looks or path not in self._files) and process_start(record.pid) not in (record.started, 0):
                 del self.clients[path]
                 if reported:
                     events.append(self._event(record, time_ms, {"status": CLIENT_EXITED}))
@@ -2520,11 +2659,13 @@ class RegistryWatcher:
                 about = {**record.about, "previous": reported.get("status", "")}
                 events.append(self._event(record, since_ms if is_status else time_ms, about))
                 client.reported = record.about
+        with_status = (it for it in self.clients.values() if "status" in it.reported)
+        self.sessions = frozenset(it.record.session_id for it in with_status)
         return events
 
-    def _read_files(self) -> None:
-        """Read the files that have changed."""
-        listed: dict[str, Any] = {}
+    def _changed_files(self) -> "Iterator[tuple[str, ClientRecord]]":
+        """Read the files that have changed; yield their paths and records."""
+        listed: dict[str, tuple[int, int, int]] = {}
         for directory in list(self._directories):
             with contextlib.suppress(OSError), os.scandir(directory + "/sessions") as entries:
                 for entry in itertools.islice(entries, REGISTRY_LIMIT):
@@ -2534,16 +2675,17 @@ class RegistryWatcher:
         for path in self._files.keys() - listed.keys():
             del self._files[path]
         for path, state in listed.items():
-            if self._files.get(path, (None,))[0] == state:
+            if self._files.get(path) == state:
                 continue
             record = None
             with contextlib.suppress(OSError), open(path, "rb", opener=open_own) as file:
                 is_small = state[1] <= CLIENT_FILE_LIMIT_BYTES
                 record = parse_registry(file.read(), os.path.basename(path)) if is_small else None
-            if time.time_ns() - state[2] < FILE_SETTLED_NS:
-                state = None  # it is read again
-            if record or state:
-                self._files[path] = state, record
+            is_settled = time.time_ns() - state[2] >= FILE_SETTLED_NS
+            if record or is_settled:
+                self._files[path] = state if is_settled else None
+            if record:
+                yield path, record
 
     def _event(self, record: ClientRecord, time_ms: int, data: "dict[str, str]") -> JsonObject:
         is_exit = data.get("status") == CLIENT_EXITED
@@ -2552,9 +2694,8 @@ class RegistryWatcher:
             *record[:3],
             *([CLIENT_EXITED] if is_exit else [record.since_ms, record.about]),
         ]
-        digest = hashlib.sha256(encode_json(key)).digest()
         return {
-            "id": str(uuid.UUID(bytes=digest[:16], version=4)), "timestamp": time_ms,
+            "id": stable_id(encode_json(key)), "timestamp": time_ms,
             "sessionId": record.session_id, "machineKey": self._machine_key, "pid": record.pid,
             "workingDirectory": record.directory, "hookType": "", "eventType": "client_status", "data": data,
             **({"pidNamespace": pid_namespace()} if pid_namespace() else {}),
@@ -2706,18 +2847,16 @@ def backoff_s(failures: int) -> float:
 def redis_client(values: "dict[str, Any]") -> Any:
     """Return a redis-py client, not yet connected, of the server that has the stream.
 
-    With `redis.sentinels` or `redis.cluster` it asks them first which server that is. Raises
-    ModuleNotFoundError without redis-py, ValueError for an unusable url, and redis-py's errors. Off are
-    redis-py's retries, which reconnect silently, and HELLO and CLIENT SETINFO, which an ACL would have to
-    allow.
+    Sentinels or a cluster are asked for it. Raises ModuleNotFoundError without redis-py, ValueError for an
+    unusable url, and redis-py's errors. Off are redis-py's retries, which reconnect silently, and HELLO and
+    CLIENT SETINFO, which an ACL would have to allow.
     """
     import redis.cluster
     import redis.sentinel
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    options: dict[str, Any] = {"host": values["redis.host"], "port": values["redis.port"]}
-    options["ssl"] = values["redis.tls"]
+    options = {"host": values["redis.host"], "port": values["redis.port"], "ssl": values["redis.tls"]}
     if values["redis.url"]:
         options = dict(redis.connection.parse_url(values["redis.url"]))  # type: ignore[no-untyped-call]
         options["ssl"] = options.pop("connection_class", None) is redis.connection.SSLConnection
@@ -2731,9 +2870,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
         options["ssl_" + name] = values["redis." + key] and os.path.expanduser(values["redis." + key])
     options["ssl_cert_reqs"] = "required" if values["redis.verify"] else "none"
     options["ssl_check_hostname"] = values["redis.verify"]
-    options.update(socket_timeout=EXCHANGE_DEADLINE_S, retry=Retry(NoBackoff(), 0))
-    # Not every redis-py knows these.
-    silent = {"socket_connect_timeout": 1.0, "protocol": 2, "lib_name": None, "lib_version": None}
+    options.update(socket_connect_timeout=1.0, socket_timeout=EXCHANGE_DEADLINE_S)
+    options["retry"] = Retry(NoBackoff(), 0)
+    silent = {"protocol": 2, "lib_name": None, "lib_version": None}  # not every redis-py knows these
     known = inspect.signature(redis.Redis.__init__).parameters.keys()
     options.update((name, silent[name]) for name in silent.keys() & known)
     rest = {name: value for name, value in options.items() if name not in ("host", "port", "db")}
@@ -2741,11 +2880,7 @@ def redis_client(values: "dict[str, Any]") -> Any:
         nodes = [host_and_port(node, 26379) for node in values["redis.sentinels"]]
         login = {"username": None, "password": values["redis.sentinelPassword"]}
         manager: Any = redis.sentinel.Sentinel(nodes, sentinel_kwargs={**rest, **login})  # type: ignore[no-untyped-call]
-        try:
-            options["host"], options["port"] = manager.discover_master(values["redis.master"])
-        finally:
-            for sentinel in manager.sentinels:
-                sentinel.connection_pool.disconnect()
+        options["host"], options["port"] = manager.discover_master(values["redis.master"])
     elif values["redis.cluster"]:
         listed = [] if values["redis.cluster"] is True else values["redis.cluster"]
         nodes = [host_and_port(node, 6379) for node in listed]
@@ -2755,10 +2890,9 @@ def redis_client(values: "dict[str, Any]") -> Any:
             require_full_coverage=False,
             **rest,
         )
-        try:  # PUBLISH at the node that has the stream reaches subscribers of every node
+        with contextlib.closing(cluster):
+            # PUBLISH at the node that has the stream reaches subscribers of every node.
             node = cluster.get_node_from_key(stream_name(values) or values["redis.channel"])
-        finally:
-            cluster.close()
         options.update(host=node.host, port=node.port, db=0)
     return redis.Redis(**options)
 
@@ -2840,10 +2974,7 @@ _REDIS_TROUBLES = (
 
 
 def redis_trouble(error: BaseException, values: "dict[str, Any]", connected: bool = False) -> str:
-    """Return one sentence on what is wrong with Redis and what to do.
-
-    `connected`: this configuration has worked before, so it is not why a connection ends.
-    """
+    """Return what is wrong with Redis and what to do; `connected`: this configuration has worked before."""
     text = " ".join(str(error).split())[:300]
     text = re.sub(r"^Error -?\d+ connecting to \S+\. |\s*\(_ssl\.c:\d+\)\.?", "", text)
     url, place = values["redis.url"] or "", redis_place(values)
@@ -2870,10 +3001,7 @@ def privacy_of(values: "dict[str, Any]") -> Privacy:
 
 
 def run_publisher(lock_fd: int) -> None:
-    """Run the publisher until the spool has been quiet for 60 s (the program with --publish).
-
-    `lock_fd`: publisher.lock, locked, inherited from the hook that started this process.
-    """
+    """Run the publisher (the program with --publish); `lock_fd`: publisher.lock, locked by the hook."""
     home, config_path = (os.path.abspath(path) for path in places(os.environb))  # type: ignore[arg-type]
     try:
         os.umask(0o077)
@@ -2904,23 +3032,23 @@ class Publisher:
         self._client: Any = None
         self._own_events: collections.deque[JsonObject] = collections.deque()  # for the next batch
         self._machine_key = machine_key(home)
-        self._usage = UsageWorker(home, self._own_events.append)
         self._agent_notes = AgentNoteReader()
         self._registry = RegistryWatcher(self._machine_key)
+        reported = self._registry
+        self._usage = UsageWorker(home, self._own_events.append, lambda it: it in reported.sessions)
         self._registry_due = 0.0  # time.monotonic
         self._segment = ""  # that is being read, and its lines
         self._lines: collections.deque[bytes] = collections.deque()
         self._blocked_since: Optional[float] = None  # time.monotonic; a writer holds the oldest segment
         self._batch: _Batch = []  # read, not delivered yet
-        self._sent: list[tuple[float, _Batch]] = []  # in the last RESEND_S
+        self._sent: list[tuple[float, _Batch]] = []  # when (time.monotonic) and what, within RESEND_BYTES
         self._failures = 0  # in a row
         self._next_attempt = 0.0  # time.monotonic
         self.stopping = False  # `run` returns after the current exchange; the spool keeps the rest
         self._outcomes: collections.deque[list[Any]] = collections.deque(maxlen=RECENT_OUTCOMES)
         self._state: JsonObject = {
-            "pid": os.getpid(), "state": "connecting", "reason": None, "since": now_ms(), "server": None,
-            "published": 0, "subscribers": None, "channelState": None, "channelReason": None, "stream": None,
-            "streamReason": None, "nextAttemptAt": None, "dropped": 0, "quarantined": 0,
+            "pid": os.getpid(), "state": "connecting", "reason": None, "server": None, "published": 0,
+            **dict.fromkeys(("subscribers", "channelState", "channelReason", "stream", "streamReason")),
         }  # fmt: skip
         self._written: JsonObject = {}  # the state as it is in publisher.json
         self._written_at = 0.0
@@ -2973,7 +3101,6 @@ class Publisher:
         return False
 
     def _follow_config(self) -> None:
-        """Read the configuration if it has changed; an unusable one is logged and ignored."""
         key: Any = "none"
         with contextlib.suppress(OSError):
             about = os.stat(self._config_path)
@@ -3018,7 +3145,7 @@ class Publisher:
         self._batch.append((event["id"], encoded))
 
     def _open_segment(self) -> None:
-        """Read the lines of the oldest segment that can be read now, and add an event on what was dropped.
+        """Read the oldest segment that can be read, and add an event on what was dropped.
 
         Waits up to WRITER_DEADLINE_S for one that a writer has locked, to keep the order; it may be stopped.
         """
@@ -3040,7 +3167,6 @@ class Publisher:
             self._segment = taken
             events, size = take_dropped(self._spool)
             if events:
-                self._state["dropped"] += events
                 text = f"the spool of this machine was full: {events} events ({size} bytes) were dropped"
                 self._add({"eventType": "message", "data": {"message": text, "spoolDropped": events}})
             return
@@ -3057,7 +3183,6 @@ class Publisher:
             raise  # the next publisher reads it again
         except Exception as error:  # no line may stop those after it
             reason = f"could not be built: {type(error).__name__ if privacy.metadata_only else repr(error)}"
-        self._state["quarantined"] += 1
         with contextlib.suppress(OSError):
             log_failure(f"not an event ({reason}): {shown_head(line, 200, privacy)!r}")
             keep_in_quarantine(self._home + "/quarantine.log", line, reason, privacy)
@@ -3092,18 +3217,16 @@ class Publisher:
         return list(pipeline.execute(raise_on_error=False))
 
     def _settle(self, batch: "_Batch", replies: "list[Any]") -> None:
-        """Keep the events that did not arrive: in the stream or, without one, at a subscriber.
-
-        A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
-        """
+        """Keep the events that did not arrive: in the stream or, without one, at a subscriber."""
         stream = stream_name(self._values)
         step = 2 if stream else 1
-        kept: _Batch = []
         sent: _Batch = []
+        kept: _Batch = []
         for event, reached, added in zip(batch, replies[::step], replies[step - 1 :: step]):
             subscribers = reached if isinstance(reached, int) else None
             streamed = bool(stream) and not isinstance(added, Exception)
             self._outcomes.append([event[0], subscribers, streamed])
+            # A node of a cluster counts only its own subscribers, so there PUBLISH must only succeed.
             published = bool(subscribers) or (subscribers == 0 and self._values["redis.cluster"])
             (sent if streamed or (not stream and published) else kept).append(event)
         # For publisher.json: the replies to the last event.
@@ -3112,15 +3235,15 @@ class Publisher:
             for reply in (reached, added if stream else None)
         )
         self._state.update(
+            published=self._state["published"] + len(sent),
             channelState="refused" if channel_reason else "ok",
             channelReason=channel_reason,
-            subscribers=None if channel_reason else reached,
+            subscribers=subscribers,
             stream="refused" if stream_reason else "ok" if stream else "off",
             streamReason=stream_reason,
         )
-        self._state["published"] += len(sent)
         self._batch = kept + self._batch[len(batch) :]
-        self._sent = [*self._recently_sent(), (time.monotonic(), sent)]
+        self._sent += [(time.monotonic(), sent)] if sent else []
         while sum(len(line) for _, events in self._sent for _, line in events) > RESEND_BYTES:
             del self._sent[0]
         if not kept:
@@ -3132,21 +3255,17 @@ class Publisher:
         if stream:
             self._send_again()
 
-    def _recently_sent(self) -> "list[tuple[float, _Batch]]":
-        return [entry for entry in self._sent if time.monotonic() - entry[0] < RESEND_S]
-
     def _send_again(self) -> None:
         """Put the events sent within RESEND_S before the batch: the server may have been replaced."""
-        self._batch = [event for _, events in self._recently_sent() for event in events] + self._batch
+        begin = time.monotonic() - RESEND_S
+        self._batch = [event for at, events in self._sent if at >= begin for event in events] + self._batch
         self._sent.clear()
 
     def _fail(self, reason: str) -> None:
         self._failures += 1
-        delay_s = backoff_s(self._failures)
-        self._next_attempt = time.monotonic() + delay_s
+        self._next_attempt = time.monotonic() + backoff_s(self._failures)
         self._drop_client()
         self._enter("waiting", reason)
-        self._state["nextAttemptAt"] = now_ms() + int(delay_s * 1000)
         drop_old_segments(self._spool)
         if not os.path.isdir(self._home):  # removed with all its events
             self.stopping = True
@@ -3161,7 +3280,6 @@ class Publisher:
         os.execve(python, arguments, {**os.environ, PUBLISHER_PYTHON: python})
 
     def _drop_client(self) -> None:
-        """Close the connection, also that of an abandoned exchange."""
         client, self._client = self._client, None
         if client is not None:
             with contextlib.suppress(Exception):
@@ -3171,23 +3289,19 @@ class Publisher:
 
     def _enter(self, state: str, reason: "Optional[str]") -> None:
         if (state, reason) != (self._state["state"], self._state["reason"]):
-            self._state.update(state=state, reason=reason, since=now_ms())
+            self._state.update(state=state, reason=reason)
             if reason:
                 with contextlib.suppress(OSError):
                     log_failure(f"publisher: {reason}")
-        self._state["nextAttemptAt"] = None
         if state == "stopped":  # before the next publisher writes its own
             self._write_state()
 
     def _write_state(self) -> None:
-        """Write publisher.json if the state has changed, a few times a second at most."""
-        is_early = (
-            self._state["state"] != "stopped" and time.monotonic() - self._written_at < STATE_INTERVAL_S
-        )
-        if is_early or self._state == self._written:
+        now, is_last = time.monotonic(), self._state["state"] == "stopped"
+        if self._state == self._written or now - self._written_at < STATE_INTERVAL_S and not is_last:
             return
-        self._written_at = time.monotonic()
-        content = {**self._state, "updatedAt": now_ms(), "recent": list(self._outcomes)}
+        self._written_at = now
+        content = {**self._state, "recent": list(self._outcomes)}
         with contextlib.suppress(OSError):
             write_atomically(self._home + "/publisher.json", encode_json(content) + b"\n")
             self._written = dict(self._state)
@@ -3254,7 +3368,7 @@ def deliver_and_wait(payload: bytes, notes: "list[str]") -> None:
         may_wait = not is_redis or (values["answers.remote"] and read_answer_key(home))
         if may_wait and values["privacy.level"] == "full" and asked.get("hook_event_name") in ANSWERED_HOOKS:
             wait_s = values["answers.backgroundSeconds" if precedes_dialog(asked) else "answers.waitSeconds"]
-    deliver(payload, notes, wait_s, kept)
+    deliver(payload, notes, "hook", wait_s, kept)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, lambda *_: os._exit(0))
     signal.alarm(wait_s + 5)
