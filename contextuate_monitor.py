@@ -3071,7 +3071,10 @@ def _agent_json(session: Session, agent: Agent, newest: OpenCall | None) -> Json
     }
 
 
-_ROW_DATA = ("toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt")
+_ROW_DATA = (
+    "toolName", "toolUseId", "durationMs", "notificationType", "source", "reason", "is_interrupt", "to",
+    "outcome",
+)  # fmt: skip
 # The first of these that an event has is the text of its row.
 _ROW_TEXTS = (
     "error", "message", "assistantResponse", "action", "file_path", "task_subject", "to_model", "new_cwd",

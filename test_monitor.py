@@ -13299,7 +13299,7 @@ def test_the_page_shows_what_is_asked_whole_and_answers_with_buttons_and_keys(as
     assert json.loads(first.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"][
         "updatedPermissions"
     ]
-    tab.shows("ask", "Answered at")
+    tab.shows("ask", "Always allowed: allow Bash(make:*) in this session", "from Chrome on 127.0.0.1,")
     tab.row_with(
         "Always allowed: allow Bash(make:*) in this session; switch to the mode acceptEdits in this session, from Chrome"
     )
