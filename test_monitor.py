@@ -13058,17 +13058,22 @@ def test_a_hook_ends_silently_when_the_wait_is_over(asking, end):
 
 
 def test_of_two_pages_one_is_delivered_and_the_other_too_late(asking):
-    pages = [asking.page(asking.pair()) for _ in range(2)]
     hook, event_id = asking.ask()
-    answers = [{"do": "allow"}, {"do": "deny"}]
-    outcomes = at_once(
-        *(functools.partial(asking.answer, page, event_id, it) for page, it in zip(pages, answers))
-    )
+    outcomes: dict[str, str] = {}
+
+    def give(page: TestClient, do: str) -> None:
+        outcomes[asking.answer(page, event_id, {"do": do})] = do
+
+    def go_on() -> None:
+        eventually(lambda: outcomes, what="the one that is too late")
+        os.killpg(hook.pid, signal.SIGCONT)
+
+    pages = [asking.page(asking.pair()) for _ in range(2)]
+    os.killpg(hook.pid, signal.SIGSTOP)
+    at_once(lambda: give(pages[0], "allow"), lambda: give(pages[1], "deny"), go_on)
     assert sorted(outcomes) == ["delivered", "late"]
-    behavior = ["allow", "deny"][outcomes.index("delivered")]
-    assert (
-        json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]["behavior"] == behavior
-    )
+    decision = json.loads(hook.communicate(timeout=20)[0])["hookSpecificOutput"]["decision"]
+    assert decision["behavior"] == outcomes["delivered"]
 
 
 def test_before_its_dialog_the_client_waits_only_while_a_page_is_looking(asking):
